@@ -1,0 +1,94 @@
+"""K LoRA adapters of mixed ranks, one record of 64 tokens each: packed, beside the same PEFT models in turn.
+
+    python -m benchmarks.pack                     # K = 8 on SmolLM2-135M, in the precision that ftray picks here
+    python -m benchmarks.pack --trials 32 --size 1b      # random weights: needs only torch, transformers and peft
+
+The peer is what one writes by hand: for each adapter a PEFT model (all of them in memory already), the model's own
+loss, gradient clipping and torch's fused AdamW. The first half of each record bears no loss, as a prompt does not.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import compare
+from ftray.training.pack import Pack, PlainUpdate, share, trainable
+
+RANKS = (4, 8, 16, 32)
+TOKENS = 64
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(size: str, dtype: str) -> Any:
+    """The frozen base: the bundled model, or a random Llama of about `size` parameters."""
+    if size == "135m":
+        from ftray.config import ModelConfig
+        from ftray.models.find import find
+        from ftray.models.load import load_base
+
+        base = load_base(ModelConfig(dtype=dtype), find("smollm2-135m"))
+    else:
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+        )
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            base = LlamaForCausalLM(config).to({"fp32": torch.float32}.get(dtype, torch.bfloat16))
+        base.config._attn_implementation = "sdpa"
+    base = base.cuda() if torch.cuda.is_available() else base
+    return base.requires_grad_(False)
+
+
+def adapter(base: Any, index: int) -> tuple[Any, PlainUpdate]:
+    """One adapter over the shared base and what makes its steps."""
+    torch.manual_seed(index)
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANKS[index % len(RANKS)], lora_alpha=16, target_modules=TARGETS)
+    model = get_peft_model(share(base), config)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+    return model, PlainUpdate(model, optimizer, None, 1.0)
+
+
+def record(index: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """64 tokens, loss on the second half."""
+    draw = torch.Generator().manual_seed(index)
+    ids = torch.randint(0, 30000, (1, TOKENS), generator=draw)
+    labels = ids.clone()
+    labels[:, : TOKENS // 2] = -100
+    row = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(TOKENS)[None]}
+    return {name: tensor.to(device) for name, tensor in row.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.pack", description=__doc__.partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=8, metavar="K")
+    parser.add_argument("--size", choices=["135m", "1b"], default="135m")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
+    args = parser.parse_args()
+    base = load(args.size, args.dtype)
+    print(f"{args.trials} adapters of ranks {RANKS} on all linear layers, {TOKENS} tokens each, base {base.dtype}")
+    pack, batches = Pack(base), {}
+    alone = [adapter(base, index) for index in range(args.trials)]
+    for index in range(args.trials):
+        pack.add(str(index), *adapter(base, index))
+        batches[str(index)] = [record(index, base.device)]
+
+    def one_after_another() -> None:
+        for (model, update), (batch,) in zip(alone, batches.values(), strict=True):
+            model.train()
+            model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+            update.apply([p.grad for p in trainable(model)], 0)
+
+    steps = args.trials * TOKENS
+    compare("pack", lambda: pack.step(batches), one_after_another, steps, "tokens/s", 3 if args.quick else 7)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Every knob a user can set: one pydantic model a section, one :class:`Config` for all commands.
+
+A value comes from the first of: the command line (``--section.key value``), the YAML file given with
+``--config``, the default written here. Unknown keys are errors.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, exit code 2, never with a traceback."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: what was probably meant, or all that is known."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = Field("smollm2-135m", description="directory, hub id, .gguf file, or a bundled name")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU or CPU with native bf16 arithmetic, else fp32"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes storage of the base")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataConfig(Section):
+    """Records, how they become tokens, and how they are split."""
+
+    source: str = Field("cmudict", description="file, folder, hub id[:config], s3:// or gs:// URI, or a bundled name")
+    validation: str | None = Field(None, description="source of validation records; wins over validation_fraction")
+    test: str | None = Field(None, description="source of test records; wins over test_fraction")
+    limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
+    max_length: int = Field(512, ge=2, description="tokens a record may have")
+    overlong: Literal["truncate", "drop"] = Field("truncate", description="what happens to longer records")
+    train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
+    template: str = Field("{prompt}\n", description="how a plain prompt is rendered; must hold {prompt}")
+    seed: int = Field(0, description="of the split and of the choice under limit")
+    cache: str | None = Field(None, description="where tokenized shards are kept (default: ~/.cache/ftray/data)")
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> "DataConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must be below 1: nothing is left to train on")
+        if "{prompt}" not in self.template:
+            raise ValueError("template must hold {prompt}")
+        return self
+
+
+class AdapterConfig(BaseModel):
+    """What is trained. The fields beside `method` are the method's own (see `ftray.adapters.methods`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = Field("lora", description="lora, adalora, ia3, oft; its parameters stand beside it")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's own parameters, as given."""
+        return dict(self.model_extra or {})
+
+
+class TrainingConfig(Section):
+    """Optimisation of one adapter."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training split; ignored if steps is set")
+    steps: PositiveInt | None = Field(None, description="optimiser steps")
+    batch_size: PositiveInt = Field(8, description="records per optimiser step, over all workers")
+    micro_batch: PositiveInt | None = Field(
+        None, description="records per forward pass and worker (default: no accumulation)"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    clip_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up, down to zero")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of steps in which the learning rate rises")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="8-bit: GPU only")
+    evaluations: PositiveInt = Field(4, description="validations (and checkpoints), evenly spaced over the steps")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed ZeRO partitions over workers")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep optimiser states (and with stage 3 parameters) in CPU memory"
+    )
+    seed: int = Field(0, description="of initialisation, data order and dropout")
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> "TrainingConfig":
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("offload: all needs zero_stage 3")
+        return self
+
+
+class ScalingConfig(Section):
+    """Where and how widely it runs."""
+
+    workers: PositiveInt = Field(1, description="data-parallel training workers a trial")
+    cpus_per_worker: float | None = Field(None, gt=0, description="default: 1 a trial; in a pack, all of its share")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has a GPU, else 0")
+    address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
+
+
+class SearchConfig(Section):
+    """How the space is searched."""
+
+    space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
+    trials: PositiveInt = Field(16, description="configurations to try, the default one included")
+    time_budget: float | None = Field(None, gt=0, description="seconds after which no trial goes on")
+    pack: PositiveInt | Literal["auto", "off"] = Field(
+        "auto", description="trials that train together over one base model; off: each has workers of its own"
+    )
+    concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
+    max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
+    metric: Literal["validation_loss", "validation_perplexity"] = "validation_loss"
+    direction: Literal["min", "max"] = "min"
+    scheduler: Literal["asha", "hyperband", "none"] = Field("asha", description="what stops weak trials early")
+    reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
+    rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
+    seed: int = Field(0, description="of the sampler")
+
+
+class EvaluationConfig(Section):
+    """How the best adapter is held against the base model."""
+
+    records: PositiveInt | None = Field(None, description="test records to score (default: all)")
+    generate: bool = Field(True, description="also generate, for exact match and error rates")
+    max_new_tokens: PositiveInt = Field(64)
+    batch_size: PositiveInt = Field(32, description="records decoded at once")
+    bootstrap: PositiveInt = Field(1000, description="resamples behind the 95 % interval")
+    samples: int = Field(5, ge=0, description="before/after examples shown")
+
+
+class Config(Section):
+    """All sections, and what belongs to none."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    output: str = Field("runs/latest", description="directory for everything a command leaves")
+    resume: bool = Field(False, description="go on with what is in output")
+    verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")

@@ -1,0 +1,287 @@
+"""Tokenized shards: a Ray Data pipeline from source to Parquet files that every later run reuses."""
+
+import hashlib
+import heapq
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from ftray.config import DataConfig, UserError
+from ftray.data.formats import parse
+from ftray.data.sources import Chunk, Located, Place, content_stamp, read_chunk
+from ftray.data.splits import (
+    SPLITS,
+    Sources,
+    find_sources,
+    needed,
+    order_key,
+    refuse_empty,
+    refuse_unsupervised,
+    split_of,
+)
+from ftray.data.tokens import IGNORE, tokenize
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the rules that make tokens from records: raise it when they change
+WINDOW = 1024  # rows of a Parquet row group, the unit that is read and shuffled as a whole
+WINDOWS_PER_FILE = 64
+SCHEMA = pa.schema(
+    {
+        "key": pa.uint64(),
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "prompt": pa.string(),
+        "target": pa.string(),
+        "prompt_tokens": pa.int32(),
+    }
+)
+
+
+@dataclass
+class Split:
+    """One split's files and counts.
+
+    Attributes:
+        files: Parquet files relative to the data directory, in order.
+        windows: rows of each row group, over all files in order; all but the last hold `WINDOW`.
+        lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
+        dropped, truncated: records left out, and cut to fit.
+    """
+
+    files: list[str] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    records: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)
+    dropped: int = 0
+    truncated: int = 0
+
+
+@dataclass
+class TokenizedData:
+    """A directory of tokenized shards, as its `manifest.json` describes it."""
+
+    directory: str
+    fingerprint: str
+    splits: dict[str, Split]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "TokenizedData":
+        """Read the manifest."""
+        manifest = json.loads((Path(directory) / "manifest.json").read_text())
+        splits = {name: Split(**split) for name, split in manifest["splits"].items()}
+        return cls(str(directory), manifest["fingerprint"], splits)
+
+    def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
+        """Row group `index` of a split."""
+        path = Path(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
+        return pq.ParquetFile(path).read_row_group(index % WINDOWS_PER_FILE, columns)
+
+    def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+        """Rows of a split in stored order, in memory: for scoring test records."""
+        names = [f.name for f in SCHEMA]
+        rows: list[dict[str, Any]] = []
+        for index in range(len(self.splits[split].windows)):
+            rows += self.window(split, index, names).to_pylist()
+            if limit and len(rows) >= limit:
+                break
+        return rows[:limit]
+
+
+def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> TokenizedData:
+    """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised.
+
+    The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
+    cluster: rows are sorted by a seeded hash of the record, so any row group is a random sample of the data. On a
+    cluster, `cfg.cache` must be a path that all nodes share.
+
+    Args:
+        cfg: source, lengths, fractions, seed.
+        model: directory of the base model, for its tokenizer.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        UserError: as :func:`ftray.data.splits.check`, for what lies beyond the part that it reads.
+    """
+    from ftray.models.find import cache_root
+    from ftray.models.load import load_tokenizer
+
+    sources = find_sources(cfg)
+    fingerprint = _fingerprint(cfg, sources, load_tokenizer(model, trust_remote_code))
+    root = Path(cfg.cache).expanduser() if cfg.cache else cache_root() / "data"
+    target = root / fingerprint
+    if target.is_dir():
+        log.info("reusing the tokenized shards in %s", target)
+        return TokenizedData.load(target)
+    log.info("tokenizing %s into %s", cfg.source, target)
+    root.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root))
+    try:
+        splits = _write(cfg, sources, (model, trust_remote_code), aside)
+        manifest = {"fingerprint": fingerprint, "splits": {name: asdict(split) for name, split in splits.items()}}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        aside.chmod(0o755)  # mkdtemp's 0700 would keep the shards from others who share the cache
+        try:
+            os.rename(aside, target)
+        except OSError:  # another process was first: its shards are the same
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return TokenizedData.load(target)
+
+
+def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "version": VERSION,
+        "content": {name: content_stamp(chunks) for name, (chunks, _) in sources.items()},
+        "settings": cfg.model_dump(exclude={"cache"}),
+        "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
+        "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _write(cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], directory: Path) -> dict[str, Split]:
+    writers = {name: _SplitWriter(directory, name) for name in SPLITS}
+    for name, (chunks, local) in sources.items():
+        for table in _pipeline(chunks, local, name, tokenizer):
+            for split, writer in writers.items():
+                writer.add(table.filter(pa.compute.equal(table["split"], split)))
+    splits = {name: writer.close() for name, writer in writers.items()}
+    for name in needed(cfg):
+        if not splits[name].records:
+            if splits[name].dropped:
+                refuse_unsupervised(sources.get(name, sources["train"])[1])
+            refuse_empty(name, sum(s.records for s in splits.values()), cfg)
+    return splits
+
+
+def _pipeline(chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool]) -> Iterator[pa.Table]:
+    """Read -> sort by key -> tokenize, as tables in key order."""
+    import ray
+    import ray.data
+    from ray.exceptions import RayTaskError
+
+    light = {"num_cpus": 0.5}
+    data = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
+    data.context.execution_options.preserve_order = True
+    data = data.flat_map(_read, fn_kwargs={"cfg": cfg, "source": source}, **light).sort("key")
+    if cfg.limit:
+        data = data.limit(cfg.limit)
+    data = data.map_batches(
+        _tokenize, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"cfg": cfg, "tokenizer": tokenizer}, **light
+    )
+    try:
+        yield from data.iter_batches(batch_size=WINDOW, batch_format="pyarrow")
+    except RayTaskError as error:
+        # Ray wraps what a task raised more than once, and keeps only the text of the innermost error
+        if mistake := re.search(r"ftray\.config\.UserError: (.*)", str(error)):
+            raise UserError(mistake[1]) from None
+        raise
+
+
+def _read(chunk: dict[str, Any], cfg: DataConfig, source: str) -> Iterable[dict[str, Any]]:
+    rows = (_row(located, cfg, source) for located in read_chunk(Chunk(**chunk)))
+    return heapq.nsmallest(cfg.limit, rows, key=lambda row: row["key"]) if cfg.limit else rows
+
+
+def _row(located: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
+    place, record = located
+    return {
+        "key": order_key(record, cfg.seed) - 2**63,  # signed, for the sort
+        "split": split_of(record, cfg, source),
+        "place": asdict(place),
+        "record": json.dumps(record, ensure_ascii=False, default=str),
+    }
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+    from ftray.models.load import load_tokenizer
+
+    return load_tokenizer(model, trust_remote_code)
+
+
+def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool]) -> pa.Table:
+    rows = table.to_pylist()
+    examples = [parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    tokens = tokenize(examples, _tokenizer(*tokenizer), cfg)
+    return pa.table(
+        {
+            "key": pa.array([row["key"] + 2**63 for row in rows], pa.uint64()),
+            "input_ids": pa.array([t.input_ids if t else [] for t in tokens], pa.list_(pa.int32())),
+            "labels": pa.array([t.labels if t else [] for t in tokens], pa.list_(pa.int32())),
+            "prompt": pa.array([t.prompt if t else "" for t in tokens], pa.string()),
+            "target": pa.array([t.target if t else "" for t in tokens], pa.string()),
+            "prompt_tokens": pa.array([t.prompt_tokens if t else 0 for t in tokens], pa.int32()),
+            "split": [row["split"] for row in rows],
+            "truncated": [bool(t and t.truncated) for t in tokens],
+        }
+    )
+
+
+class _SplitWriter:
+    """Collects a split's rows and writes them in row groups of exactly `WINDOW`."""
+
+    def __init__(self, directory: Path, name: str):
+        self.directory, self.name, self.split = directory, name, Split()
+        self.waiting: list[pa.Table] = []
+        self.writer: pq.ParquetWriter | None = None
+        self.lengths: list[int] = []
+
+    def add(self, table: pa.Table) -> None:
+        """Take the rows of `table`, but for those that tokenization left empty."""
+        lengths = pa.compute.list_value_length(table["input_ids"])
+        kept = table.filter(pa.compute.greater(lengths, 0))
+        self.split.dropped += table.num_rows - kept.num_rows
+        self.split.truncated += pa.compute.sum(kept["truncated"]).as_py() or 0
+        self.waiting.append(kept.select(SCHEMA.names).cast(SCHEMA))
+        while sum(t.num_rows for t in self.waiting) >= WINDOW:
+            self._write_window()
+
+    def close(self) -> Split:
+        """Write what is left; returns the split's description."""
+        if any(t.num_rows for t in self.waiting):
+            self._write_window()
+        if self.writer:
+            self.writer.close()
+        if self.lengths:
+            ordered, last = sorted(self.lengths), len(self.lengths) - 1
+            self.split.lengths = [ordered[round(last * q)] for q in (0, 0.5, 0.9, 0.99, 1)]
+        return self.split
+
+    def _write_window(self) -> None:
+        rows = pa.concat_tables(self.waiting).combine_chunks()
+        window, self.waiting = rows.slice(0, WINDOW), [rows.slice(WINDOW)]
+        if len(self.split.windows) % WINDOWS_PER_FILE == 0:
+            if self.writer:
+                self.writer.close()
+            file = f"{self.name}/{len(self.split.files):05d}.parquet"
+            self.split.files.append(file)
+            (self.directory / self.name).mkdir(exist_ok=True)
+            self.writer = pq.ParquetWriter(self.directory / file, SCHEMA, compression="zstd")
+        assert self.writer is not None
+        self.writer.write_table(window, row_group_size=WINDOW)
+        self.split.windows.append(window.num_rows)
+        self.split.records += window.num_rows
+        lengths = pa.compute.list_value_length(window["input_ids"]).to_pylist()
+        self.lengths += lengths
+        self.split.tokens += sum(lengths)
+        supervised = pa.compute.not_equal(pa.compute.list_flatten(window["labels"]), IGNORE)
+        self.split.supervised_tokens += pa.compute.sum(supervised).as_py()

@@ -1,0 +1,141 @@
+"""From examples to token ids and labels."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ftray.config import DataConfig, UserError
+from ftray.data.formats import Example
+
+IGNORE = -100
+
+Segment = tuple[str, bool]  # text, and whether it bears loss
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenized example.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the same, -100 where no loss is due.
+        prompt: rendered prompt.
+        prompt_tokens: how many tokens come before the (last) target: what generation must be given.
+        target: the text that should follow.
+        truncated: tokens were cut off.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt: str
+    target: str
+    prompt_tokens: int
+    truncated: bool = False
+
+
+def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    """Tokenize; None where a record is too long (`overlong: drop`) or has no supervised token left.
+
+    Prompt and target are tokenized apart, so that the border between them is a token border in training as in
+    generation. Plain records get the tokenizer's beginning-of-sequence token, if it puts one, and end with its
+    end-of-sequence token; chats are as their template says.
+
+    A record over `max_length` loses the *start* of its first prompt, as far as needed, then its own end: what is left
+    ends that prompt and begins the target. A beginning-of-sequence token stays.
+
+    Raises:
+        UserError: a chat, and the tokenizer has no chat template, or one that refuses it.
+    """
+    all_segments = [segments(example, tokenizer, cfg) for example in examples]
+    texts = [text for part in all_segments for text, _ in part]
+    # the whole batch at once: that is where the fast tokenizers use their threads
+    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    start = tokenizer("")["input_ids"][:1]
+    start = start if start == [tokenizer.bos_token_id] else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    result = []
+    for example, part in zip(examples, all_segments, strict=True):
+        plain = example.messages is None
+        ids: list[int] = list(start) if plain else []
+        labels, prompt_tokens = [IGNORE] * len(ids), 0
+        for _, bears_loss in part:
+            piece = list(next(pieces))
+            if bears_loss:
+                prompt_tokens = len(ids)
+                piece += end if plain else []
+            ids += piece
+            labels += piece if bears_loss else [IGNORE] * len(piece)
+        prompt = "".join(text for text, _ in part[:-1])
+        target = example.target if example.messages is None else _last_answer(example.messages)
+        result.append(_fit(Tokens(ids, labels, prompt, target, prompt_tokens), tokenizer.bos_token_id, cfg))
+    return result
+
+
+def segments(example: Example, tokenizer: Any, cfg: DataConfig) -> list[Segment]:
+    """The rendered text of an example, cut where the loss begins and ends; the last segment is the (last) target.
+
+    Plain records: `template` with the prompt (nothing if that is empty), then the target. Chats: the tokenizer's own
+    chat template, of which ever longer beginnings are rendered; what an assistant turn adds bears loss.
+    """
+    if example.messages is not None:
+        return _chat_segments(example, tokenizer)
+    prompt = [(cfg.template.replace("{prompt}", example.prompt), False)] if example.prompt else []
+    return [*prompt, (example.target, True)]
+
+
+def _chat_segments(example: Example, tokenizer: Any) -> list[Segment]:
+    messages = [{"role": role, "content": text} for role, text in example.messages or ()]
+    result: list[Segment] = []
+    text = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        answered = _render_chat(messages[: index + 1], tokenizer, False, example.where)
+        asked = _render_chat(messages[:index], tokenizer, True, example.where) if index else ""
+        if not asked or not answered.startswith(asked):  # nothing was asked, or the template renders it otherwise later
+            answer_at = answered.rfind(message["content"].strip())
+            if answer_at < 0:
+                raise UserError(f"{example.where}: the chat template leaves out the assistant's turn {index}")
+            asked = answered[:answer_at]
+        if not asked.startswith(text):
+            result, text = [], ""  # the template changed earlier turns: of those, only the last rendering is true
+        result += [(asked[len(text) :], False), (answered[len(asked) :], True)]
+        text = answered
+    return result
+
+
+def _render_chat(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool, where: object) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{where}: a chat, but the model's tokenizer has no chat template: "
+            "take an instruction-tuned model, or give prompt/completion records"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise UserError(f"{where}: the model's chat template refuses these turns: {error}") from None
+
+
+def _last_answer(messages: tuple[tuple[str, str], ...]) -> str:
+    return next(text for role, text in reversed(messages) if role == "assistant")
+
+
+def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
+    over = len(tokens.input_ids) - cfg.max_length
+    if over > 0:
+        if cfg.overlong == "drop":
+            return None
+        first = next((i for i, label in enumerate(tokens.labels) if label != IGNORE), 0)
+        cut = min(over, max(0, first - 1))  # one token before the target stays: it predicts the target's first
+        head = int(tokens.input_ids[0] == bos)
+        tokens = replace(
+            tokens,
+            input_ids=(tokens.input_ids[:head] + tokens.input_ids[head + cut :])[: cfg.max_length],
+            labels=(tokens.labels[:head] + tokens.labels[head + cut :])[: cfg.max_length],
+            prompt_tokens=min(tokens.prompt_tokens - cut, cfg.max_length),
+            truncated=True,
+        )
+    if all(label == IGNORE for label in tokens.labels[1:]):  # what predicts the first token isn't in the record
+        return None
+    return replace(tokens, labels=list(tokens.input_ids)) if cfg.train_on_prompt else tokens

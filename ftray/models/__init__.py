@@ -1,0 +1,1 @@
+"""Base models: finding one by name, loading it frozen, in the precision asked for."""

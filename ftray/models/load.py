@@ -1,0 +1,81 @@
+"""Loading a base model: frozen, in the right precision, optionally quantised."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ftray.config import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_dtype(cfg: ModelConfig) -> torch.dtype:
+    """The base model's dtype: as asked, else bfloat16 where the hardware multiplies it natively, else float32.
+
+    Natively: CUDA of compute capability 8.0 and up; a CPU with AVX512-BF16 or AMX.
+    """
+    if cfg.dtype != "auto":
+        return DTYPES[cfg.dtype]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (its end-of-sequence token if it has none of its own)."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
+    """The frozen causal language model in `path`, on the CPU, or on the current GPU if it is quantised there.
+
+    Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
+    `transformers.integrations.HfDeepSpeedConfig` for ZeRO 3 is alive, the parameters come partitioned.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+    for name in dropout:
+        setattr(config, name, 0.0)
+    kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg), "attn_implementation": "sdpa"}
+    if cfg.quantization != "none":
+        kwargs["quantization_config"] = _quantization(cfg)
+        kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=cfg.trust_remote_code, **kwargs)
+    model.config.use_cache = False
+    for name, value in dropout.items():  # whoever saves the model saves its configuration as it was
+        setattr(model.config, name, value)
+    if cfg.quantization != "none":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model.requires_grad_(False)
+
+
+def load_skeleton(cfg: ModelConfig, path: str) -> PreTrainedModel:
+    """The same architecture without weights (meta device): for checks that must take no time or memory."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+
+
+def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:
+    if cfg.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(  # QLoRA's own choice, https://arxiv.org/abs/2305.14314
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=choose_dtype(cfg),
+    )

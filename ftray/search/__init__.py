@@ -1,0 +1,1 @@
+"""The search: spaces, Optuna, Ray Tune, and the trials that Ray Train runs."""

@@ -1,0 +1,46 @@
+"""Joining a Ray cluster, or starting one on this machine, without its log noise."""
+
+import logging
+import os
+import warnings
+
+from ftray.config import Config
+
+RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
+
+
+def quiet() -> None:
+    """Keep the logs of the libraries below us from the terminal; must run before they are imported."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ftray draws its own
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYLET_NOISE)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)  # of this process alone; libraries set levels back, and Tune logs tracebacks
+
+
+def connect(cfg: Config) -> None:
+    """Join the cluster at `scaling.address`, the one this job runs in, or a new one on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    ray.init(
+        address=cfg.scaling.address,
+        log_to_driver=cfg.verbose,
+    )
+    if not cfg.verbose:
+        from ray.data import DataContext
+
+        DataContext.get_current().enable_progress_bars = False
+
+
+def gpus_per_worker(cfg: Config) -> float:
+    """As configured, else one where the cluster has any."""
+    import ray
+
+    if cfg.scaling.gpus_per_worker is not None:
+        return cfg.scaling.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0

@@ -1,0 +1,109 @@
+"""What defines a search: written into its output when it begins, compared when it goes on."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray.config import Config, UserError
+from ftray.data import TokenizedData
+from ftray.search.outcome import write_config, write_json, write_yaml
+from ftray.search.space import Space
+
+STATE = ("tune", "study.log", "summary.json")  # any of these shows that a directory holds a search
+CONFIG, SPACE, DATA = "config.yaml", "space.yaml", "data.json"
+# what may change when a search goes on: how long and where it runs, and how its best is proven
+FREE = {
+    "data.cache",
+    "search.space",  # by content, not by name
+    "search.trials",
+    "search.time_budget",
+    "search.concurrency",
+    "search.max_failures",
+    "scaling.cpus_per_worker",
+    "scaling.gpus_per_worker",
+    "scaling.address",
+}
+FREE_SECTIONS = {"evaluation", "adapter"}  # the space says what the adapters are
+_AGAIN = "take that, or name another --output"
+
+
+def packable(cfg: Config, space: Space) -> bool:
+    """Whether every worker can hold the whole base model; where ZeRO 3 shares it out, each trial has its own.
+
+    Raises:
+        UserError: it can't, and a pack is asked for by its size.
+    """
+    stages = {cfg.training.zero_stage, *(corner["training"].get("zero_stage", 0) for corner in space.corners())}
+    if 3 in stages and isinstance(cfg.search.pack, int):
+        raise UserError(
+            f"search.pack {cfg.search.pack}: ZeRO 3 shares the base model out over the workers of one trial; "
+            "take zero_stage 0, 1 or 2, or pack off"
+        )
+    return 3 not in stages
+
+
+def check_output(cfg: Config, space: Space) -> None:
+    """Refuse a directory that holds another search, can't be written or has no room.
+
+    Raises:
+        UserError: one of these; for `--resume`, also a configuration or space that would make it another search.
+    """
+    output = Path(cfg.output)
+    held = [name for name in STATE if (output / name).exists()]
+    if held and not cfg.resume:
+        raise UserError(f"output {output} already holds a search ({held[0]}): add --resume to go on, or name another")
+    if cfg.resume:
+        if not (output / CONFIG).exists() or not (output / SPACE).exists():
+            raise UserError(f"output {output} holds no search to resume")
+        _refuse_another(cfg, space, output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output {output}: can't write there ({error.strerror})") from None
+    free = shutil.disk_usage(output).free
+    if free < 2**30:
+        raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a search needs at least 1 GiB")
+
+
+def write_definition(cfg: Config, space: Space, output: Path) -> None:
+    """Print and keep the configuration, and keep the space."""
+    write_config(cfg, output)
+    write_yaml(space.content, output / SPACE)
+
+
+def write_data(data: TokenizedData, output: Path) -> None:
+    """Keep each split's counts of records and tokens.
+
+    Raises:
+        UserError: the search goes on, and they are not what they were: trials could not be compared any more.
+    """
+    counts = {name: {k: v for k, v in asdict(split).items() if k != "files"} for name, split in data.splits.items()}
+    path = output / DATA
+    if path.exists() and json.loads(path.read_text()) != counts:
+        raise UserError(f"data: not what the search in {output} was trained on (see its {DATA}); {_AGAIN}")
+    write_json(counts, path)
+
+
+def _refuse_another(cfg: Config, space: Space, output: Path) -> None:
+    stored, given = _fields(_read(output / CONFIG)), _fields(cfg.model_dump(mode="json"))
+    for field in given:
+        if field not in FREE and stored.get(field) != given[field]:
+            raise UserError(f"{field} {given[field]}: the search in {output} has {stored.get(field)}; {_AGAIN}")
+    if _read(output / SPACE) != space.content:
+        raise UserError(f"{space.source}: not the space of the search in {output} (see its {SPACE}); {_AGAIN}")
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    sections = {k: v for k, v in config.items() if isinstance(v, dict) and k not in FREE_SECTIONS}
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

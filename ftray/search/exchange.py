@@ -1,0 +1,174 @@
+"""Where the trials that Tune knows meet the packs that train them. Imports no torch: a trial's process is light."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import tune
+
+PATIENCE = 5.0  # seconds that an idle pack waits for orders before it asks again
+
+
+class TrialFailed(RuntimeError):
+    """A trial gives no result, however often it is run again; the message is the reason."""
+
+
+@dataclass
+class Entry:
+    """A trial from its entry to its end.
+
+    Attributes:
+        config: what Tune gives it.
+        pack: index of the pack that trains it; None while it waits.
+        reports: all so far; the last one is marked `done`.
+        wanted: reports that Tune has asked for: the trial may train until it has made them.
+    """
+
+    config: dict[str, Any]
+    pack: int | None = None
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    wanted: int = 0
+    failure: str | None = None
+
+
+class Board:
+    """Who trains what; an asyncio actor, asked by every trial and by rank 0 of every pack."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.left: dict[int, set[int]] = {}  # by pack
+        self.capacities: dict[int, int] = {}
+        self.closed: str | None = None  # the reason
+        self._changed = asyncio.Condition()
+
+    async def enter(self, number: int, config: dict[str, Any]) -> None:
+        """A trial wants to train; one that is known already goes on."""
+        async with self._changed:
+            self.entries.setdefault(number, Entry(config))
+            self._changed.notify_all()
+
+    async def next(self, number: int, heard: int) -> dict[str, Any]:
+        """The trial's report after the first `heard`; it may train until it has it. Or the `failure` that ended it."""
+        async with self._changed:
+            entry = self.entries[number]
+            entry.wanted = max(entry.wanted, heard + 1)
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: len(entry.reports) > heard or entry.failure or self.closed)
+            if len(entry.reports) > heard:
+                return entry.reports[heard]
+            return {"failure": entry.failure or self.closed}
+
+    async def leave(self, number: int) -> None:
+        """A trial is over, for now or for good."""
+        async with self._changed:
+            entry = self.entries.get(number)
+            if entry and not entry.failure:  # one that failed fails again when Tune tries it again
+                del self.entries[number]
+                if entry.pack is not None:
+                    self.left.setdefault(entry.pack, set()).add(number)
+            self._changed.notify_all()
+
+    async def ready(self, pack: int, capacity: int) -> None:
+        """A pack can take trials; one that was started again has lost those that it had."""
+        async with self._changed:
+            self.capacities[pack] = capacity
+            self.left.pop(pack, None)
+            for entry in self.entries.values():
+                if entry.pack == pack and not entry.failure:
+                    entry.pack = None
+            self._changed.notify_all()
+
+    async def capacity(self, packs: int) -> int:
+        """Trials that all packs take together, as soon as they are ready.
+
+        Raises:
+            RuntimeError: the packs can't be had; the message says why.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self.capacities) == packs or self.closed)
+            if self.closed:
+                raise RuntimeError(self.closed)
+            return sum(self.capacities.values())
+
+    async def orders(self, pack: int, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
+        """What a pack is to do next, once it has said what came of the last orders.
+
+        Returns:
+            `join` (number to configuration), `leave` (numbers), `run` (those of its trials that may train on) and
+            `close`. It waits a while for something to do.
+        """
+        async with self._changed:
+            for number in reports.keys() & self.entries.keys():
+                entry = self.entries[number]
+                entry.reports += reports[number][len(entry.reports) :]
+            for number in failures.keys() & self.entries.keys():
+                self.entries[number].failure = failures[number]
+            self._changed.notify_all()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._work(pack)), PATIENCE)
+            mine = {number: entry for number, entry in self.entries.items() if entry.pack == pack}
+            room = self.capacities[pack] - sum(not entry.failure for entry in mine.values())
+            join = dict([(n, e) for n, e in self.entries.items() if e.pack is None][: max(0, room)])
+            for entry in join.values():
+                entry.pack = pack
+            leave = self.left.pop(pack, set())
+            run = [n for n, e in (mine | join).items() if len(e.reports) < e.wanted and not e.failure]
+            return {
+                "join": {number: entry.config for number, entry in join.items()},
+                "leave": leave,
+                "run": run,
+                "close": self.closed is not None,
+            }
+
+    def _work(self, pack: int) -> bool:
+        waiting = any(entry.pack is None for entry in self.entries.values())
+        mine = [e for e in self.entries.values() if e.pack == pack and not e.failure]
+        runs = any(len(entry.reports) < entry.wanted for entry in mine)
+        return bool(self.closed or runs or pack in self.left or (waiting and len(mine) < self.capacities[pack]))
+
+    async def close(self, reason: str) -> None:
+        """No pack goes on, no trial waits any longer."""
+        async with self._changed:
+            self.closed = self.closed or reason
+            self._changed.notify_all()
+
+
+class StandIn(tune.Trainable):
+    """What Tune takes for a trial: hands its configuration to a pack and relays its reports."""
+
+    def setup(self, config: dict[str, Any], board: Any) -> None:
+        """Tune starts a trial in this process."""
+        self.board = board
+        self._enter(config)
+
+    def _enter(self, config: dict[str, Any]) -> None:
+        self.number, self.heard = config["number"], 0
+        ray.get(self.board.enter.remote(self.number, config))
+
+    def step(self) -> dict[str, Any]:
+        """The trial's next report."""
+        report = ray.get(self.board.next.remote(self.number, self.heard))
+        if "failure" in report:
+            raise TrialFailed(report["failure"])
+        self.heard += 1
+        return report
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The last trial is over, the next one has this process."""
+        self.cleanup()
+        self._enter(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """The trial is over."""
+        ray.get(self.board.leave.remote(self.number))
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """A scheduler puts the trial aside: the pack's own checkpoint has its weights."""
+        return {"heard": self.heard}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """It goes on after the reports that Tune has had."""
+        self.heard = (checkpoint or {"heard": 0})["heard"]

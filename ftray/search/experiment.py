@@ -1,0 +1,159 @@
+"""The search itself: Ray Tune over Optuna's suggestions, weak trials stopped early, everything resumable."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from optuna.trial import FrozenTrial
+from ray import tune
+from ray.train import TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
+
+from ftray.config import Config
+from ftray.search.definition import packable
+from ftray.search.exchange import StandIn, TrialFailed
+from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
+from ftray.search.packed import packs
+from ftray.search.progress import failure_reason, training_failure
+from ftray.search.sampler import Sampler, past_trials
+from ftray.search.solo import Job, release, rung_records, trainer
+from ftray.search.space import Space
+
+
+def run_trial(config: dict[str, Any], job: Job, experiment: Path) -> None:
+    """A Tune trial: one `TorchTrainer`, whose reports go on to Tune.
+
+    What it came to is written down before Tune hears of it: a driver that died in between asks again, and is answered
+    from there.
+    """
+    directory = experiment / trial_name(config["number"])
+    outcome_file = directory / "outcome.json"
+    if outcome_file.exists():
+        outcome = json.loads(outcome_file.read_text())
+        for report in outcome["reports"]:
+            tune.report(report)
+    else:
+        run = job.run(config["adapter"], config["training"])
+        if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        outcome = _outcome(trainer(job, run, directory.name, str(experiment), [TuneReportCallback()]))
+        write_json(outcome, outcome_file)
+    if outcome["failure"]:
+        raise TrialFailed(outcome["failure"])
+
+
+def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        return {"failure": training_failure(error), "reports": []}
+    return result.return_value
+
+
+class TrialEnd(tune.Callback):
+    """Frees the workers of a trial soon after it was stopped, and says why a failed one failed."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+        self._released = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Tune goes through this many times a second."""
+        if time.monotonic() - self._released > 1:
+            release()
+            self._released = time.monotonic()
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It failed."""
+        self.sampler.fail(trial.trial_id, failure_reason(trial))
+
+
+def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback]) -> None:
+    """Run, or go on with, the search whose journal lies in `output`, until `search.trials` are over.
+
+    Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
+    """
+    cfg, experiment, journal = job.config, output.resolve() / EXPERIMENT, output / JOURNAL
+    past = [trial for trial in past_trials(journal) if trial.state.is_finished()]
+    if len(past) >= cfg.search.trials:
+        return
+    shared = packable(cfg, space)
+    if not shared and cfg.search.pack != "off":
+        print("one trainer a trial: ZeRO 3 shares the base model out over its workers", flush=True)
+    if cfg.search.pack == "off" or not shared:
+        trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
+        _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past)
+        return
+    with packs(job, experiment) as (board, capacity):
+        trainable = tune.with_parameters(StandIn, board=board)
+        _tune(trainable, capacity, job, space, output, callbacks, past)
+
+
+def _tune(
+    trainable: Any,
+    fit: int,
+    job: Job,
+    space: Space,
+    output: Path,
+    callbacks: list[tune.Callback],
+    past: list[FrozenTrial],
+) -> None:
+    cfg = job.config
+    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL)
+    tuner = tune.Tuner(
+        # the trial itself only waits: the CPUs and GPUs belong to the training workers
+        tune.with_resources(trainable, {"memory": 200 * 2**20}),
+        tune_config=tune.TuneConfig(
+            search_alg=sampler,
+            scheduler=scheduler(cfg, job.budget(), past),
+            num_samples=cfg.search.trials - len(past),
+            max_concurrent_trials=cfg.search.concurrency or fit,
+            reuse_actors=cfg.search.pack != "off",
+            time_budget_s=cfg.search.time_budget,
+            trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
+        ),
+        run_config=tune.RunConfig(
+            name=EXPERIMENT,
+            storage_path=str(output.resolve()),
+            failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
+            callbacks=[*callbacks, TrialEnd(sampler)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialScheduler:
+    """What stops weak trials: they are compared at equal numbers of records seen.
+
+    ASHA compares with `past` trials too, those of a search that goes on; Hyperband begins new brackets.
+    """
+    common = {"time_attr": "records", "metric": cfg.search.metric, "mode": cfg.search.direction, "max_t": budget}
+    if cfg.search.scheduler == "asha":
+        first = rung_records(budget, cfg)[0]
+        asha = ASHAScheduler(**common, grace_period=first, reduction_factor=cfg.search.reduction_factor)
+        for known in past:
+            trial = Trial("past", stub=True, trial_id=f"past-{known.number}")
+            asha.on_trial_add(None, trial)
+            for report in known.user_attrs.get("reports", []):
+                asha.on_trial_result(None, trial, report)
+        return asha
+    if cfg.search.scheduler == "hyperband":
+        return HyperBandScheduler(**common, reduction_factor=cfg.search.reduction_factor)
+    return FIFOScheduler()
+
+
+def trials_that_fit(job: Job) -> int:
+    """Trials that the cluster, as it is now, can run at once."""
+    have, scaling = ray.cluster_resources(), job.config.scaling
+    fit = have.get("CPU", 0) / (scaling.workers * (scaling.cpus_per_worker or 1))
+    if job.gpus_per_worker:
+        fit = min(fit, have.get("GPU", 0) / (scaling.workers * job.gpus_per_worker))
+    return max(1, int(fit))

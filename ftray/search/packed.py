@@ -1,0 +1,223 @@
+"""Packs under Ray Train: resident worker groups, each with one base model, that train the trials of a search."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import train
+
+from ftray.config import UserError
+from ftray.data import TokenizedData
+from ftray.data.feed import RankedShards, plans
+from ftray.data.stream import collate
+from ftray.search.exchange import Board
+from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_json
+from ftray.search.progress import last_line, training_failure
+from ftray.search.sampler import BASELINE
+from ftray.search.solo import Job, group_trainer
+from ftray.training.run import Run, micro_batch_size
+
+MOST_TRIALS = 32  # that a pack takes by itself
+STAND_INS_PER_CPU = 4  # each trial is a process too, if a light one: starting hundreds would take longer than training
+
+
+@dataclass(frozen=True)
+class Place:
+    """One pack's place in a search."""
+
+    job: Job
+    board: Any
+    index: int
+    experiment: Path
+
+
+@contextmanager
+def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
+    """The board of as many packs as the cluster has room for, and the trials that they take at once.
+
+    Raises:
+        UserError: they did not start; the message says why.
+    """
+    count = packs_that_fit(job)
+    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
+    groups = [threading.Thread(target=_run, args=(Place(job, board, i, experiment),)) for i in range(count)]
+    for group in groups:
+        group.start()
+    try:
+        try:
+            capacity = ray.get(board.capacity.remote(count))
+        except RuntimeError as error:
+            raise UserError(f"no pack could start: {last_line(error)}") from None
+        print(f"packed: {count} worker group(s), {capacity} trials at once", flush=True)
+        yield board, capacity
+    finally:
+        ray.get(board.close.remote("the search is over"))
+        for group in groups:
+            group.join()
+
+
+def packs_that_fit(job: Job) -> int:
+    """Worker groups that the cluster has room for: by GPUs where it has any, else one for `workers` nodes."""
+    workers = job.config.scaling.workers
+    if job.gpus_per_worker:
+        return max(1, int(ray.cluster_resources()["GPU"] / (workers * job.gpus_per_worker)))
+    return max(1, sum(node["Alive"] for node in ray.nodes()) // workers)
+
+
+def _run(place: Place) -> None:
+    job = place.job
+    have = ray.cluster_resources()["CPU"] / packs_that_fit(job) / job.config.scaling.workers
+    cpus = job.config.scaling.cpus_per_worker or max(1, int(have))
+    name = f"pack-{place.index}"
+    shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
+    data = TokenizedData.load(job.data)
+    seed = job.config.training.seed
+    datasets = {"validation": plans(data, seed, 0)["validation"]}
+    trainer = group_trainer(job, pack_worker, {"place": place}, cpus, datasets, seed, name, str(place.experiment))
+    try:
+        trainer.fit()
+    except Exception as error:
+        ray.get(place.board.close.remote(training_failure(error)))
+
+
+def pack_worker(config: dict[str, Any]) -> None:
+    """What each worker of a pack runs until the search is over."""
+    from ftray.training.packed import PackTrainer  # here: the driver needs none of it
+
+    place: Place = config["place"]
+    settings = place.job.config
+    pack = Group(place, PackTrainer(settings.model, place.job.model_path, settings.training.gradient_checkpointing))
+    pack.size_up()
+    pack.train()
+
+
+class Group:
+    """One worker's view of its pack: what the board orders, the trainer does."""
+
+    def __init__(self, place: Place, trainer: Any):
+        self.place, self.trainer = place, trainer
+        self.data = TokenizedData.load(place.job.data)
+        self.held: list[Any] | None = None  # the validation batches, if they are few
+
+    def size_up(self) -> None:
+        """Measure a probe step, set the tokens of a pass, and tell the board how many trials fit."""
+        search = self.place.job.config.search
+        probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
+        fit = self.trainer.fit_memory(probe, next(iter(self._batches(probe, 0))))
+        useful = -(-search.trials // 2)  # the other half is suggested in the light of these
+        useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
+        capacity = search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
+        if self.trainer.rank == 0:
+            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+
+    def train(self) -> None:
+        """Until the board closes."""
+        reports: dict[int, list[Any]] = {}
+        failures: dict[int, str] = {}
+        while True:
+            orders = self._orders(reports, failures)
+            reports, failures = {}, {}
+            if orders["close"]:
+                return
+            for number in orders["leave"]:
+                if str(number) in self.trainer.trials:
+                    self.trainer.leave(str(number))
+            for number, config in orders["join"].items():
+                if reason := self._join(number, config):
+                    failures[number] = reason
+                elif past := _marked(self.trainer.trials[str(number)]):
+                    reports[number] = past
+            trials = self.trainer.trials
+            active = [str(n) for n in orders["run"] if str(n) in trials and not trials[str(n)].history.over]
+            active = [name for name in active if int(name) not in reports]
+            if not active:
+                continue
+            failed = self.trainer.step(active)
+            due = [name for name in active if name not in failed and trials[name].history.due]
+            if due:
+                failed |= self.trainer.validate(due, self._validation())
+            for name in due:
+                if name not in failed:
+                    self._save(name)
+                    reports[int(name)] = _marked(trials[name])
+            for name, reason in failed.items():
+                self.trainer.leave(name)
+                failures[int(name)] = reason
+
+    def _orders(self, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
+        orders = None
+        if self.trainer.rank == 0:
+            orders = ray.get(self.place.board.orders.remote(self.place.index, reports, failures))
+        return self.trainer.from_first_rank(orders)
+
+    def _join(self, number: int, config: dict[str, Any]) -> str | None:
+        """Bring a trial in; returns why it can't be, on whichever rank."""
+        name, reason = str(number), None
+        try:
+            run = self.place.job.run(config["adapter"], config["training"])
+            kept = checkpoints(self.place.experiment / trial_name(number))
+            apart = self.trainer.join(name, run, kept[-1][1] if kept else None)
+            if apart and self.trainer.rank == 0:
+                print(f"trial {number} trains by itself: {apart}", flush=True)
+            trial = self.trainer.trials[name]
+            trial.batches = iter(self._batches(run, trial.history.step))
+        except Exception as error:  # of one trial: its mates go on
+            reason = last_line(error)
+        reason = self.trainer.first_of_ranks(reason)
+        if reason and name in self.trainer.trials:
+            self.trainer.leave(name)
+        return reason
+
+    def _batches(self, run: Run, step: int) -> Iterable[Any]:
+        """This rank's micro-batches from `step` on, streamed by Ray Data."""
+        seed, rows = run.training.seed, micro_batch_size(run.training, self.trainer.world_size)
+        feed = RankedShards(self.data, seed)
+        plan = plans(self.data, seed, run.steps * run.training.batch_size)["train"]
+        stream = feed.stream("train", plan, self.trainer.rank, self.trainer.world_size).iterator()
+        seen = step * run.training.batch_size // (rows * self.trainer.world_size)
+        return islice(stream.iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2), seen, None)
+
+    def _validation(self) -> Iterable[Any]:
+        if self.held is not None:
+            return self.held
+        rows = self.place.job.config.training.batch_size
+        shard = train.get_dataset_shard("validation")
+        batches = shard.iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2)
+        if len(self.data.splits["validation"].windows) > 1:
+            return batches
+        self.held = list(batches)
+        return self.held
+
+    def _save(self, name: str) -> None:
+        """Write a trial's checkpoint, aside and renamed; its best one and this one are kept."""
+        directory = self.place.experiment / trial_name(int(name))
+        history, aside = self.trainer.trials[name].history, directory / ".checkpoint"
+        if self.trainer.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.trainer.wait_for_all()
+        self.trainer.save(name, str(aside))
+        self.trainer.wait_for_all()
+        if self.trainer.rank:
+            return
+        write_json(history.reports[-1], aside / PACKED_REPORT)
+        place = directory / f"checkpoint_{history.step:08d}"
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+        search = self.place.job.config.search
+        sign = 1 if search.direction == "min" else -1
+        best = min(history.reports, key=lambda report: sign * report[search.metric])
+        for old in directory.glob(f"checkpoint_*/{PACKED_REPORT}"):
+            if json.loads(old.read_text())["step"] not in (best["step"], history.step):
+                shutil.rmtree(old.parent)
+
+
+def _marked(trial: Any) -> list[dict[str, Any]]:
+    return [report | {"done": report["step"] >= trial.run.steps} for report in trial.history.reports]

@@ -1,0 +1,148 @@
+"""What a person sees while a search runs: a live table on a terminal, plain lines elsewhere."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+STATUS = {"PENDING": "waits", "RUNNING": "runs", "PAUSED": "paused", "TERMINATED": "done", "ERROR": "failed"}
+
+
+class Progress(tune.Callback):
+    """Shows the trials as Tune knows them.
+
+    Args:
+        total: trials of the whole search.
+        budget: records that a trial sees when nothing stops it.
+        past: rows of :func:`ftray.search.outcome.trial_rows`, of a search that goes on.
+    """
+
+    def __init__(self, total: int, budget: int, metric: str, direction: str, past: list[dict[str, Any]]):
+        self.total, self.budget, self.metric, self.direction = total, budget, metric, direction
+        self._over_before = sum(row["status"] != "unfinished" for row in past)
+        self._values_before = [
+            (row["value"], f"trial {row['trial']}")
+            for row in past
+            if row["status"] not in ("unfinished", "failed") and row["value"] is not None
+        ]
+        self._live: Live | None = None
+        self._trials: list[Trial] = []
+        self._started = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None, "_trials": []}
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Start the clock, and the live table if there is a terminal."""
+        self._started = time.monotonic()
+        console = Console()
+        if console.is_terminal:
+            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
+            self._live.start()
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Take the trials as they are now."""
+        self._trials = trials
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Announce a trial."""
+        self._line(f"{label(trial)} starts: {describe(trial.config)}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show a rung's result."""
+        self._trials = trials
+        self._line(
+            f"{label(trial)} {result['records']}/{self.budget} records: {self.metric} {result[self.metric]:.4f}, "
+            f"{result['tokens_per_second']:.0f} tokens/s; {self._summary()}"
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Say whether a trial finished or was stopped."""
+        stopped = (trial.last_result or {}).get("records", 0) < 0.95 * self.budget
+        self._line(f"{label(trial)} {'stopped early' if stopped else 'finished'}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Say why a trial failed."""
+        self._line(f"{label(trial)} failed: {failure_reason(trial)}")
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Take the live table away."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, text: str) -> None:
+        if self._live is None:
+            print(f"[{time.monotonic() - self._started:6.0f} s] {text}", flush=True)
+
+    def _summary(self) -> str:
+        values = self._values_before + [
+            (t.last_result[self.metric], label(t)) for t in self._trials if self.metric in (t.last_result or {})
+        ]
+        here = sum(t.is_finished() for t in self._trials)
+        over = self._over_before + here
+        elapsed = time.monotonic() - self._started
+        parts = [f"{over}/{self.total} trials over"]
+        if values:
+            value, name = min(values) if self.direction == "min" else max(values)
+            parts.append(f"best {value:.4f} ({name})")
+        if here:
+            parts.append(f"about {elapsed / here * (self.total - over) / 60:.0f} min left")
+        return ", ".join(parts)
+
+    def _table(self) -> Group:
+        table = Table("trial", "configuration", "state", "records", self.metric, "tokens/s", expand=True)
+        for trial in self._trials:
+            result = trial.last_result or {}
+            value, speed = result.get(self.metric), result.get("tokens_per_second")
+            table.add_row(
+                label(trial).removeprefix("trial "),
+                describe(trial.config),
+                STATUS.get(trial.status, trial.status.lower()),
+                f"{result.get('records', 0)}/{self.budget}",
+                "" if value is None else f"{value:.4f}",
+                "" if speed is None else f"{speed:.0f}",
+            )
+        return Group(table, Text(self._summary()))
+
+
+def label(trial: Trial) -> str:
+    """`trial 3` for the fourth trial of the search."""
+    return f"trial {trial.config['number']}"
+
+
+def describe(config: dict[str, Any]) -> str:
+    """A configuration on one line: the method, then what distinguishes it."""
+    adapter, training = config["adapter"], config["training"]
+    settings = {k: v for k, v in (adapter | training).items() if k != "method"}
+    return " ".join([adapter["method"], *(f"{k}={_short(v)}" for k, v in settings.items())])
+
+
+def failure_reason(trial: Trial) -> str:
+    """The last line of what a trial raised, without Ray's wrapping."""
+    # Tune's own get_error() reads the copy in storage, which may not be there yet
+    error = Path(trial.error_file).read_text() if trial.error_file else ""
+    return last_line(error).rpartition("TrialFailed: ")[2]
+
+
+def training_failure(error: Exception) -> str:
+    """Why a `TorchTrainer` gave up: what its workers raised, where it was they."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return "; ".join(sorted({last_line(failure) for failure in failures})) or last_line(error)
+
+
+def last_line(error: object) -> str:
+    """The last line of a message that may be a traceback."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or ["unknown"])[-1]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

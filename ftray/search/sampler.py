@@ -1,0 +1,132 @@
+"""Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from ftray.adapters.methods import parameters
+from ftray.config import AdapterConfig, Config
+from ftray.search.space import Space
+
+STUDY = "ftray"
+REPORTED = ("step", "records", "tokens", "supervised", "seconds", "tokens_per_second")
+BASELINE: dict[str, Any] = {
+    "method": "lora",
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.05,
+    "target_modules": "attention-qv",
+}
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """The study's storage, a file that several processes may append to."""
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def past_trials(journal: Path) -> list[FrozenTrial]:
+    """All trials of the study in `journal`, by number; none if there is no study yet.
+
+    Their user attributes are `config`, `reports` (one dict a rung, see REPORTED) and, if they failed, `reason`.
+    """
+    storage = open_journal(journal)
+    if STUDY not in optuna.study.get_all_study_names(storage):
+        return []
+    return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)
+
+
+class Sampler(OptunaSearch):
+    """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
+
+    The journal holds all that a search is: it is written line by line, so a driver may die at any time and the next
+    one goes on from it. Ray Tune's own saved state is not used: it is copied aside file by file, and a driver killed
+    in between leaves files that do not fit together.
+
+    Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, TPE
+    learns from it; otherwise it is in the study without parameters.
+    """
+
+    def __init__(self, space: Space, cfg: Config, budget: int, journal: Path):
+        self.space_of_methods, self.budget = space, budget
+        self.baseline = {
+            "adapter": BASELINE | parameters(AdapterConfig(**BASELINE)).model_dump(),
+            "training": cfg.training.model_dump(),
+        }
+        known = past_trials(journal)
+        self._unfinished = [trial for trial in known if trial.state is TrialState.RUNNING]
+        sampler = optuna.samplers.TPESampler(
+            seed=cfg.search.seed + len(known),  # a resumed search must not draw the same trials again
+            multivariate=True,
+            group=True,
+            constant_liar=True,  # trials run side by side: those still running must not be suggested again
+            n_startup_trials=min(10, max(3, cfg.search.trials // 3)),
+            warn_independent_sampling=False,
+        )
+        super().__init__(
+            space=space.suggest,
+            metric=cfg.search.metric,
+            mode=cfg.search.direction,
+            sampler=sampler,
+            study_name=STUDY,
+            storage=open_journal(journal),
+        )
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
+
+        Trials that the journal holds as running come first: whoever ran them is gone.
+        """
+        study = self._ot_study
+        if self._unfinished:
+            trial = optuna.trial.Trial(study, self._unfinished.pop(0)._trial_id)
+        else:
+            inside = self.space_of_methods.locate(self.baseline)
+            if inside and not study.get_trials(deepcopy=False):
+                study.enqueue_trial(inside)
+            trial = study.ask()
+        if trial.number == 0:
+            configuration: dict[str, Any] = {"adapter": BASELINE, "training": {}}
+            if self.space_of_methods.locate(self.baseline):
+                self.space_of_methods.suggest(trial)
+        else:
+            configuration = self.space_of_methods.suggest(trial)  # a trial taken up again keeps what was drawn
+        self._ot_trials[trial_id] = trial
+        trial.set_user_attr("config", configuration)
+        return {"number": trial.number, **configuration}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Write a report down; a step that a restarted trial reports again counts as it was first."""
+        trial = self._ot_trials[trial_id]
+        reports = trial.user_attrs.get("reports", [])
+        if self.metric in result and result["step"] not in [report["step"] for report in reports]:
+            report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
+            trial.set_user_attr("reports", [*reports, report])
+            trial.report(result[self.metric], result["records"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna: complete, or stopped early (pruned: TPE ranks it by its last report).
+
+        A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
+        """
+        if error or not result or self.metric not in result or trial_id in self._completed_trials:
+            return
+        self.on_trial_result(trial_id, result)
+        early, value = result["records"] < 0.95 * self.budget, result[self.metric]
+        self._tell(trial_id, *((TrialState.PRUNED, None) if early else (TrialState.COMPLETE, value)))
+
+    def fail(self, trial_id: str, reason: str) -> None:
+        """Tell Optuna that a trial failed, and why: Tune itself gives a search algorithm no reason."""
+        self._ot_trials[trial_id].set_user_attr("reason", reason)
+        self._tell(trial_id, TrialState.FAIL, None)
+
+    def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
+        self._ot_study.tell(self._ot_trials[trial_id], value, state=state)
+        self._completed_trials.add(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the journal is all the state there is."""

@@ -1,0 +1,171 @@
+"""One adapter under Ray Train: a `TorchTrainer` whose workers stream their shards and run the training loop."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import ray
+from ray import train
+from ray._private.state import state
+from ray._raylet import ActorID, PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from ftray.config import AdapterConfig, Config, TrainingConfig
+from ftray.data import TokenizedData
+from ftray.data.feed import RankedShards, plans
+from ftray.data.stream import collate
+from ftray.training.run import Run, micro_batch_size
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a search share: everything but adapter and optimiser settings."""
+
+    config: Config
+    model_path: str
+    data: str  # directory of the tokenized shards
+    gpus_per_worker: float
+
+    def run(self, adapter: dict[str, Any], training: dict[str, Any]) -> Run:
+        """The run of one configuration: as many steps as make up the search's budget of records.
+
+        Args:
+            adapter: fields of AdapterConfig.
+            training: fields of TrainingConfig that differ from the job's own.
+        """
+        settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
+        budget = self.budget()
+        steps = max(1, round(budget / settings.batch_size))
+        rungs = rung_records(budget, self.config)
+        at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
+        return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at))
+
+    def budget(self) -> int:
+        """Records a trial sees when nothing stops it."""
+        training = self.config.training
+        if training.steps:
+            return training.steps * training.batch_size
+        return max(training.batch_size, round(training.epochs * TokenizedData.load(self.data).splits["train"].records))
+
+
+def rung_records(budget: int, cfg: Config) -> list[int]:
+    """Records seen at each rung, last one `budget`: geometric, as ASHA (arXiv 1810.05934) wants them."""
+    if cfg.search.scheduler == "none":
+        n = cfg.training.evaluations
+        return [max(1, round(budget * k / n)) for k in range(1, n + 1)]
+    factor = cfg.search.reduction_factor
+    first = max(1, budget // factor ** (cfg.search.rungs - 1))
+    return sorted({min(budget, first * factor**k) for k in range(cfg.search.rungs - 1)} | {budget})
+
+
+class SoloTrainer(TorchTrainer):
+    """A `TorchTrainer` whose placement group is given back by :func:`release` if it is stopped from outside.
+
+    Ray's own helper for that is one more process a trial, and needs the dashboard to notice that a trainer is gone.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def trainer(job: Job, run: Run, name: str, storage: str, callbacks: list[Any] | None = None) -> TorchTrainer:
+    """A `TorchTrainer` for `run`; one of the same name and storage goes on from its last checkpoint."""
+    seed = run.training.seed
+    datasets = plans(TokenizedData.load(job.data), seed, run.steps * run.training.batch_size)
+    cpus = job.config.scaling.cpus_per_worker or 1
+    return group_trainer(job, train_worker, {"run": run}, cpus, datasets, seed, name, storage, callbacks)
+
+
+def group_trainer(
+    job: Job,
+    worker: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    cpus: float,
+    datasets: dict[str, Any],
+    seed: int,
+    name: str,
+    storage: str,
+    callbacks: list[Any] | None = None,
+) -> TorchTrainer:
+    """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`, each with its rows of `datasets`."""
+    return SoloTrainer(
+        worker,
+        train_loop_config=config,
+        datasets=datasets,
+        dataset_config=RankedShards(TokenizedData.load(job.data), seed),
+        torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=job.config.scaling.workers,
+            use_gpu=job.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
+        ),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=train.FailureConfig(max_failures=job.config.search.max_failures),
+            checkpoint_config=train.CheckpointConfig(
+                num_to_keep=1,
+                checkpoint_score_attribute=job.config.search.metric,
+                checkpoint_score_order=job.config.search.direction,
+            ),
+            callbacks=callbacks or [],
+        ),
+    )
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; returns all `reports`, and the `failure` that no restart would mend (None: finished)."""
+    import torch
+
+    from ftray.training.loop import Batch, Diverged, Trainer  # here: the trial that starts the trainer needs none of it
+
+    run: Run = config["run"]
+    trainer = Trainer(run)
+    if checkpoint := train.get_checkpoint():
+        with checkpoint.as_directory() as directory:
+            trainer.restore(directory)
+        for past in trainer.history.reports:  # whoever listens now may have heard none of them
+            train.report(past)
+    micro_batch = micro_batch_size(run.training, trainer.world_size)
+
+    def batches(name: str) -> Iterable[Batch]:
+        shard = train.get_dataset_shard(name)
+        return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
+
+    def report(metrics: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            trainer.save(directory)
+            train.report(metrics, checkpoint=train.Checkpoint.from_directory(directory))
+
+    seen = trainer.history.step * trainer.accumulation
+    failure = None
+    try:
+        trainer.fit(islice(batches("train"), seen, None), lambda: batches("validation"), report)
+    except Diverged as error:
+        failure = f"diverged: {error}"
+    except torch.OutOfMemoryError as error:
+        if trainer.world_size > 1:
+            raise  # the other ranks wait in a collective: only the end of the whole group frees them
+        failure = f"out of memory: {str(error).splitlines()[0]}"
+    return {"failure": failure, "reports": trainer.history.reports}
+
+
+def release(everything: bool = False) -> None:
+    """Give back what trainers of this job still hold that were stopped, and so couldn't tidy up after themselves.
+
+    Args:
+        everything: also what those hold that are about to stop.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for entry in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        # Tune's own groups are made by the driver, which is no actor
+        ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
+        if ours and group.state != PlacementGroupTableData.REMOVED and (everything or group.creator_actor_dead):
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))

@@ -1,0 +1,276 @@
+"""Search spaces: YAML in, configurations out, each method with its own parameters.
+
+A space is a mapping. `method` says which methods take part. Other top-level keys are fields of the `training` section.
+A key named like a method holds what applies to that method alone: its parameters, and training fields that win over
+the top level. `model` may hold constants for the `model` section. A value is a constant or one of
+
+    {choice: [a, b, ...]}      {float: [low, high]}      {log: [low, high]}      {int: [low, high]}
+
+`float` and `int` take `log: true`, `int` takes `step`; with `times: <parameter above>` the value is multiplied by it.
+"""
+
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ftray.adapters.methods import METHODS, parameters
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError, near
+
+CLONE = Path(__file__).parents[2] / "search_spaces"
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
+DIRECTORY = CLONE if CLONE.is_dir() else INSTALLED
+KINDS = ("choice", "float", "log", "int")
+FIXED_TRAINING = ("steps", "epochs", "evaluations")  # the budget: equal for all trials
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values one parameter may take.
+
+    Attributes:
+        kind: choice, float, log or int.
+        values: the choices, or (low, high).
+        times: parameter that the drawn value multiplies, if any.
+    """
+
+    kind: str
+    values: tuple[Any, ...]
+    log: bool = False
+    step: int = 1
+    times: str | None = None
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        """Draw from an Optuna trial."""
+        if self.kind == "choice":
+            return trial.suggest_categorical(name, self.values)
+        if self.kind == "int":
+            return trial.suggest_int(name, *self.values, log=self.log, step=self.step)
+        return trial.suggest_float(name, *self.values, log=self.kind == "log" or self.log)
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` can be drawn."""
+        if self.kind == "choice":
+            return value in self.values
+        low, high = self.values
+        numeric = isinstance(value, int | float) and low <= value <= high
+        return numeric and (self.kind != "int" or (value - low) % self.step == 0)
+
+
+Setting = Domain | Any  # a domain or a constant
+
+
+@dataclass(frozen=True)
+class Space:
+    """A validated search space."""
+
+    source: str
+    methods: tuple[str, ...]
+    shared: dict[str, Setting]  # training fields
+    own: dict[str, dict[str, Setting]]  # method -> its parameters and training fields
+    model: dict[str, Any]  # constants of the model section
+    content: dict[str, Any]  # as it was written
+
+    def suggest(self, trial: Any) -> dict[str, dict[str, Any]]:
+        """Draw a configuration, `{"adapter": {...}, "training": {...}}`, define-by-run.
+
+        Optuna's names are `method`, `learning_rate`, `lora/rank`, ...: one name, one distribution.
+        """
+        method = trial.suggest_categorical("method", self.methods)
+        return self._configuration(method, lambda name, domain: domain.suggest(trial, name))
+
+    def locate(self, configuration: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        """The Optuna parameters that give `configuration`, or None if the space does not hold it."""
+        method = configuration["adapter"]["method"]
+        if method not in self.methods:
+            return None
+        flat = configuration["adapter"] | configuration["training"]
+        found: dict[str, Any] = {"method": method}
+        for name, setting in self._settings(method).items():
+            key = name.rsplit("/", 1)[-1]
+            value = flat.get(key)
+            if not isinstance(setting, Domain):
+                if value != setting:
+                    return None
+                continue
+            if setting.times:
+                value = value / flat[setting.times] if value is not None else None
+            if setting.kind in ("int", "choice") and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if not setting.holds(value):
+                return None
+            found[name] = value
+        return found
+
+    def corners(self) -> Iterable[dict[str, dict[str, Any]]]:
+        """Configurations that between them hold every extreme and every choice of every parameter."""
+        for method in self.methods:
+            settings = self._settings(method)
+            widest = max((len(s.values) for s in settings.values() if isinstance(s, Domain)), default=1)
+            multiplied = {s.times for s in settings.values() if isinstance(s, Domain) and s.times}
+            for i, j in product(range(widest), range(widest if multiplied else 1)):
+
+                def pick(name: str, domain: Domain, i: int = i, j: int = j, own: set[Any] = multiplied) -> Any:
+                    return domain.values[min(j if name.rsplit("/", 1)[-1] in own else i, len(domain.values) - 1)]
+
+                yield self._configuration(method, pick)
+
+    def _settings(self, method: str) -> dict[str, Setting]:
+        own = self.own.get(method, {})
+        shared = {name: setting for name, setting in self.shared.items() if name not in own}
+        return shared | {f"{method}/{name}": setting for name, setting in own.items()}
+
+    def _configuration(self, method: str, draw: Callable[[str, Domain], Any]) -> dict[str, dict[str, Any]]:
+        values: dict[str, Any] = {}
+        for name, setting in self._settings(method).items():
+            key = name.rsplit("/", 1)[-1]
+            value = draw(name, setting) if isinstance(setting, Domain) else setting
+            if isinstance(setting, Domain) and setting.times:
+                value *= values[setting.times]
+            values[key] = value
+        training = {k: v for k, v in values.items() if k in TrainingConfig.model_fields}
+        adapter = {k: v for k, v in values.items() if k not in training}
+        return {"adapter": {"method": method, **adapter}, "training": training}
+
+
+def load_space(name: str) -> Space:
+    """Read and validate a space.
+
+    Args:
+        name: a YAML file, or one in `search_spaces/` without its suffix.
+
+    Raises:
+        UserError: with file and key: unknown key, method or kind, a range upside down, a value no trial could take.
+    """
+    path = _find(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict) or "method" not in content:
+        raise UserError(f"{path}: a search space is a mapping with the key method")
+    return _Reader(path).space(content)
+
+
+class _Reader:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def space(self, content: dict[str, Any]) -> Space:
+        method = self.setting("method", content["method"], {})
+        methods = method.values if isinstance(method, Domain) else (method,)
+        for name in methods:
+            if name not in METHODS:
+                raise self.error("method", f"unknown method {name!r}{near(str(name), METHODS)}")
+        training = {k for k in TrainingConfig.model_fields if k not in FIXED_TRAINING}
+        shared: dict[str, Setting] = {}
+        own: dict[str, dict[str, Setting]] = {}
+        model: dict[str, Any] = {}
+        for key, value in content.items():
+            if key in METHODS:
+                if key not in methods:
+                    raise self.error(key, f"is not among the methods ({', '.join(methods)})")
+                own[key] = self.section(key, value, {*METHODS[key].parameters.model_fields, *training})
+            elif key == "model":
+                model = self.model(value)
+            elif key in FIXED_TRAINING:
+                raise self.error(key, "is the budget, equal for all trials: set it in the training section")
+            elif key in training:
+                shared[key] = self.setting(key, value, shared)
+            elif key != "method":
+                raise self.error(key, f"unknown key{near(key, [*training, *METHODS, 'model', 'method'])}")
+        space = Space(str(self.path), tuple(methods), shared, own, model, content)
+        for corner in space.corners():
+            self.try_out(corner)
+        return space
+
+    def section(self, method: str, value: Any, known: set[str]) -> dict[str, Setting]:
+        if not isinstance(value or {}, dict):
+            raise self.error(method, "must hold a mapping of parameters")
+        settings: dict[str, Setting] = {}
+        for key, content in (value or {}).items():
+            if key not in known:
+                raise self.error(f"{method}.{key}", f"unknown key{near(key, sorted(known))}")
+            settings[key] = self.setting(f"{method}.{key}", content, settings)
+        return settings
+
+    def setting(self, where: str, value: Any, above: dict[str, Setting]) -> Setting:
+        if not isinstance(value, dict):
+            return value
+        kinds = [key for key in value if key in KINDS]
+        unknown = [key for key in value if key not in (*KINDS, "times", "step") and key != "log"]
+        if unknown or not kinds:
+            bad = unknown[0] if unknown else "(none)"
+            raise self.error(where, f"unknown kind {bad}{near(str(bad), KINDS)}")
+        kind = next((k for k in kinds if k != "log"), "log")
+        if [k for k in kinds if k not in (kind, "log")]:
+            raise self.error(where, f"holds two kinds: {', '.join(kinds)}")
+        values, times, step = value[kind], value.get("times"), value.get("step", 1)
+        if not isinstance(values, list) or not values:
+            raise self.error(where, f"{kind} needs a list that isn't empty")
+        if times is not None and times not in above:
+            raise self.error(where, f"times: {times!r} is not a parameter above it{near(str(times), above)}")
+        log = kind == "log" or bool(kind != "log" and value.get("log", False))
+        if kind != "choice":
+            values = self.range(where, kind, values, log)
+        if log and step != 1:
+            raise self.error(where, "log and step don't go together")
+        hashable = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+        return Domain(kind, hashable, log, step, times)
+
+    def range(self, where: str, kind: str, values: list[Any], log: bool) -> list[Any]:
+        try:
+            low, high = (int(v) if kind == "int" else float(v) for v in values)
+        except (TypeError, ValueError):
+            raise self.error(where, f"{kind} needs two numbers [low, high], not {values}") from None
+        if low > high:
+            raise self.error(where, f"the range is upside down: {low} > {high}")
+        if log and low <= 0:
+            raise self.error(where, f"a logarithmic range must lie above 0, not start at {low}")
+        return [low, high]
+
+    def model(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.error("model", "must hold a mapping of constants")
+        for key in value:
+            if key not in ModelConfig.model_fields:
+                raise self.error(f"model.{key}", f"unknown key{near(key, ModelConfig.model_fields)}")
+        try:
+            ModelConfig.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise self.error(f"model.{first['loc'][0]}", f"{first['msg']} (got {first['input']!r})") from None
+        return value
+
+    def try_out(self, corner: dict[str, dict[str, Any]]) -> None:
+        method = corner["adapter"]["method"]
+        try:
+            parameters(AdapterConfig(**corner["adapter"]))
+            TrainingConfig.model_validate(corner["training"])
+        except UserError as error:
+            raise UserError(f"{self.path}: {str(error).replace('adapter.', f'{method}.', 1)}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or method
+            raise self.error(where, f"{first['msg']} (got {first['input']!r})") from None
+
+    def error(self, where: str, what: str) -> UserError:
+        return UserError(f"{self.path}: {where}: {what}")
+
+
+def _find(name: str) -> Path:
+    bundled = DIRECTORY / f"{name}.yaml"
+    if bundled.is_file():
+        return bundled
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))
+    raise UserError(f"search.space {name}: no such file{near(path.stem, known)}")

@@ -1,0 +1,67 @@
+"""Train one adapter."""
+
+import sys
+from pathlib import Path
+
+from ftray.cli import run_command
+from ftray.config import Config, UserError
+
+
+def run(cfg: Config) -> int:
+    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` goes on from the last checkpoint.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts.
+    """
+    from ftray.search.cluster import connect, gpus_per_worker, quiet
+
+    if not cfg.verbose:
+        quiet()
+    from ftray.adapters.methods import peft_config
+    from ftray.data import check, prepare
+    from ftray.models.find import find
+    from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.training.run import accumulation_steps
+
+    output = Path(cfg.output)
+    if (output / "train").exists() and not cfg.resume:
+        raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
+    model_path = find(cfg.model.name)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    check(cfg.data, tokenizer)
+    peft_config(cfg.adapter, load_skeleton(cfg.model, model_path), 100)
+    accumulation_steps(cfg.training, cfg.scaling.workers)
+
+    from ray.train import TrainingFailedError
+
+    from ftray.search.outcome import save_best_adapter, write_config
+    from ftray.search.progress import last_line
+    from ftray.search.solo import Job, trainer
+
+    # no rungs here: validations are spaced evenly
+    cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
+    write_config(cfg, output)
+    connect(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    try:
+        result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", str(output.resolve())).fit()
+        failure = result.return_value["failure"]
+    except TrainingFailedError as error:
+        failure = last_line(error)
+    if failure:
+        print(f"ftray train: failed: {failure}", file=sys.stderr)
+        return 1
+    for report in result.return_value["reports"]:
+        print(
+            f"step {report['step']}: train_loss {report['train_loss']:.4f}, "
+            f"validation_loss {report['validation_loss']:.4f}, {report['tokens_per_second']:.0f} tokens/s"
+        )
+    best, _ = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
+    save_best_adapter(best.path, "", tokenizer, output / "adapter")
+    print(f"adapter {output / 'adapter'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train"))

@@ -1,0 +1,142 @@
+"""Attention over records that lie one after another in a single row: only here are they padded, and to their like.
+
+Registered with transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "ftray_packed"
+SHORTEST = 16  # records of up to this many tokens are padded to one length
+
+
+@dataclass
+class Layout:
+    """Where the records of a packed row of T tokens lie, and where each token goes when they are padded to P in all.
+
+    Attributes:
+        blocks: records and padded length of each group of records of like length.
+        padded: int64 [P], the token at each place; a record's last token fills what is left over.
+        places: int64 [T], the place of each token.
+    """
+
+    blocks: list[tuple[int, int]]
+    padded: torch.Tensor
+    places: torch.Tensor
+
+
+def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
+    """The layout, on `device`, of a packed row with `position_ids`, int64 [1, T], 0 at the start of every record."""
+    positions = position_ids[0].cpu()
+    starts = (positions == 0).nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=torch.tensor([len(positions)]))
+    groups: dict[int, list[int]] = {}
+    for record, length in enumerate(lengths.tolist()):
+        groups.setdefault(max(SHORTEST, 1 << (length - 1).bit_length()), []).append(record)
+    blocks, padded, places, offset = [], [], torch.empty_like(positions), 0
+    for records in groups.values():
+        longest = int(lengths[records].max())
+        inside = torch.arange(longest)
+        tokens = starts[records, None] + torch.minimum(inside, lengths[records, None] - 1)
+        real = inside < lengths[records, None]
+        places[tokens[real]] = offset + real.flatten().nonzero().squeeze(1)
+        blocks.append((len(records), longest))
+        padded.append(tokens.flatten())
+        offset += tokens.numel()
+    return Layout(blocks, torch.cat(padded).to(device), places.to(device))
+
+
+class _Pad(torch.autograd.Function):
+    """Rows to padded places; what is padding bears no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return rows.index_select(0, padded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded places back to rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        padded = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        return padded.index_copy_(0, ctx.saved_tensors[0], gradient), None
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim].
+
+    Args:
+        module: its `layout` is that of the row at hand.
+        sliding_window: keys that a query sees, itself included; None: all before it.
+
+    Raises:
+        NotImplementedError: the model wants more than that (soft capping, sinks, attention in both directions).
+    """
+    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
+        raise NotImplementedError("attention in both directions")
+    lay: Layout = module.__dict__["layout"][0]
+    q, k, v = (_Pad.apply(t[0].transpose(0, 1), lay.padded, lay.places) for t in (query, key, value))
+    attended, offset = [], 0
+    for records, length in lay.blocks:
+        block = slice(offset, offset + records * length)
+        offset = block.stop
+        qb, kb, vb = (t[block].view(records, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        mask = _band(length, sliding_window, q.device) if sliding_window and sliding_window < length else None
+        if q.device.type == "cpu" and q.dtype != torch.float32:  # where torch's own kernel is several times slower
+            out = _attend(qb, kb, vb, _band(length, sliding_window or length, q.device), scaling)
+        else:
+            out = F.scaled_dot_product_attention(
+                qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=qb.shape[1] != kb.shape[1]
+            )
+        attended.append(out.transpose(1, 2).reshape(records * length, *q.shape[1:]))
+    return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], lay.places)[None], None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention by plain products: query [N, heads, L, d], key and value [N, groups, L, d], mask [L, L]."""
+    n, heads, length, size = query.shape
+    groups = key.shape[1]
+    folded = query.reshape(n, groups, heads // groups * length, size)
+    scores = (folded @ key.transpose(-1, -2)).view(n, groups, heads // groups, length, length)
+    scores = (scores * (scaling or size**-0.5)).masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    return (weights.view(n, groups, -1, length) @ value).view(query.shape)
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

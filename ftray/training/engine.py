@@ -1,0 +1,102 @@
+"""A PEFT model inside a DeepSpeed engine: optimiser, schedule, ZeRO partitioning, gradient reduction."""
+
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import get_scheduler
+
+from ftray.config import TrainingConfig, UserError
+from ftray.training.run import accumulation_steps, micro_batch_size
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def join_process_group() -> None:
+    """Make sure a process group exists: Ray Train's own where there is one, else a group of this process alone."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it of whoever starts the process
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def sum_over_ranks(values: list[float], device: torch.device | str) -> list[float]:
+    """Element-wise sum, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def deepspeed_config(cfg: TrainingConfig, workers: int) -> dict[str, Any]:
+    """The DeepSpeed configuration (https://www.deepspeed.ai/docs/config-json) of one run.
+
+    Neither bf16 nor fp16 is switched on: the base keeps the dtype it was loaded in and the adapter stays in
+    float32, so there is no second master copy of the weights.
+    """
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if cfg.zero_stage and cfg.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if cfg.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": cfg.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(cfg, workers),
+        "gradient_accumulation_steps": accumulation_steps(cfg, workers),
+        "gradient_clipping": cfg.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int) -> Any:
+    """Wrap `model` (float32 trainable parameters, frozen rest) for `steps` optimiser steps.
+
+    Returns:
+        A `deepspeed.DeepSpeedEngine` with its optimiser and learning-rate schedule.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(trainable, cfg)
+    schedule = get_scheduler(SCHEDULES[cfg.schedule], optimizer, round(cfg.warmup * steps), steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=deepspeed_config(cfg, dist.get_world_size()),
+        dist_init_required=False,
+    )
+    if cfg.zero_stage == 3:
+        _register_dictionaries(model)
+    return engine
+
+
+def _register_dictionaries(model: nn.Module) -> None:
+    """Tell ZeRO 3 of parameters that a layer takes out of an `nn.ParameterDict`, as those of AdaLoRA and IA3 do.
+
+    It would find out by itself at the first use of a partitioned one, which may be when its trace is already made.
+    """
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ParameterDict):
+                for parameter in child.values():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _optimizer(parameters: list[nn.Parameter], cfg: TrainingConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": cfg.learning_rate,
+        "betas": (cfg.beta1, cfg.beta2),
+        "weight_decay": cfg.weight_decay,
+    }
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    if not torch.cuda.is_available():
+        raise UserError(f"training.optimizer {cfg.optimizer} needs a GPU: use adamw")
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return (AdamW8bit if cfg.optimizer == "adamw_8bit" else PagedAdamW8bit)(parameters, **settings)

@@ -1,0 +1,81 @@
+"""Next-token loss over supervised positions only; the logits of a long batch never lie in memory at once."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IGNORE = -100
+LOGITS = 2**24  # elements of logits that are computed at once
+
+
+def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Number of positions that bear loss in `batch` (see :func:`supervised_loss`)."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy *summed* over the supervised tokens of one packed row; a float32 scalar.
+
+    `batch` holds `input_ids`, `position_ids` and `labels`, each int64 of shape [1, tokens]: records one after
+    another, positions restarting at 0 with each (transformers separates their attention by that), labels -100
+    where no loss is due and at the first token of each record. The language-model head runs only where a label
+    is: its rows are chosen with transformers' `logits_to_keep`.
+    """
+    targets = batch["labels"][0, 1:]
+    positions = (targets != IGNORE).nonzero().squeeze(1)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    if _keeps_logits(model):
+        logits = model(**inputs, logits_to_keep=positions).logits[0]
+    else:
+        logits = model(**inputs).logits[0, positions]
+    return F.cross_entropy(logits.float(), targets[positions], reduction="sum")
+
+
+class HeadLoss(torch.autograd.Function):
+    """A frozen head and its cross-entropy, a slice of positions at a time.
+
+    The gradient is made in the forward pass, from the same logits: they are never kept, nor computed twice
+    (Liger Kernel, arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the losses (float32 scalar) and, bearing no gradient, the loss of each position.
+
+        Args:
+            hidden: [S, hidden size], the head's input at the supervised positions.
+            head: the model's frozen output layer.
+            targets: int64 [S].
+            weights: float32 [S], the gradient of each position's loss.
+        """
+        losses = torch.empty_like(weights)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, LOGITS // head.weight.shape[0])
+        for at in range(0, len(hidden), rows):
+            part = slice(at, at + rows)
+            logits, target = head(hidden[part]).float(), targets[part, None]
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            losses[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+            if gradient is not None:
+                probabilities = logits.sub_(normaliser).exp_()
+                probabilities.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+                gradient[part] = probabilities.mul_(weights[part, None]).to(hidden.dtype) @ head.weight
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.gradient * gradient, None, None, None
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    base: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

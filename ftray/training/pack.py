@@ -1,0 +1,392 @@
+"""Many adapters over one frozen base model, trained together; each gets what it would get alone.
+
+Plain PyTorch, PEFT and transformers. One model runs the rows of all adapters as one batch; adapters share no weight,
+so one backward pass gives every one its own gradient. See PLoRA (arXiv 2508.02932) and mLoRA (2312.02515).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from ftray.training import attention
+from ftray.training.adalora import orthogonality
+from ftray.training.dropout import Draws
+from ftray.training.layers import Rows, SharedLinear
+from ftray.training.loss import IGNORE, HeadLoss, supervised_loss, supervised_tokens
+
+Batch = Mapping[str, torch.Tensor]
+Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
+
+
+class Unshareable(ValueError):
+    """This model or adapter can't share a batch with others; the message says why."""
+
+
+class Update(Protocol):
+    """What makes a step of an adapter out of its gradients."""
+
+    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
+        """Take `gradients`, in the order of the adapter's trainable parameters; `step` counts from 0."""
+
+
+@dataclass
+class PlainUpdate:
+    """Clipping, optimiser and schedule in one process, by torch alone.
+
+    Attributes:
+        clip_norm: of this adapter's gradient; 0: no clipping.
+    """
+
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    clip_norm: float = 0.0
+
+    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        if self.schedule:
+            self.schedule.step()
+        if hasattr(self.model.base_model, "update_and_allocate"):  # AdaLoRA
+            self.model.base_model.update_and_allocate(step)
+        self.optimizer.zero_grad()
+
+
+@dataclass
+class Member:
+    """One adapter of a pack.
+
+    Attributes:
+        layers: its adapted layers, by their path in the base model.
+        parameters: those that are trained.
+        step: optimiser steps made.
+        apart: why its rows go through a model of its own, by themselves; None: they share the batch.
+    """
+
+    model: PeftModel
+    update: Update
+    draws: Draws
+    layers: dict[str, BaseTunerLayer]
+    parameters: list[nn.Parameter]
+    step: int
+    apart: str | None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step came to, over all ranks.
+
+    Attributes:
+        loss: summed over the supervised tokens, nats.
+        failure: why the adapter has left the pack, unharmed its mates; None: it goes on.
+    """
+
+    loss: float
+    supervised: int
+    tokens: int
+    failure: str | None
+
+
+class Pack:
+    """The adapters that train together on `base`.
+
+    Args:
+        base: frozen causal language model; its parameters are shared, it is not changed itself.
+        tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
+        rank, world_size: of data-parallel processes, each with a pack of the same adapters.
+        sum_over_ranks: element-wise.
+
+    Attributes:
+        apart: why no adapter of this model can share a batch; None: they can.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokens: int = 2**16,
+        rank: int = 0,
+        world_size: int = 1,
+        sum_over_ranks: Callable[[list[float]], list[float]] = list,
+    ):
+        self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
+        self.members: dict[str, Member] = {}
+        self._sum = sum_over_ranks
+        self._rows = Rows()
+        self._layout: list[attention.Layout] = []  # one, of the row at hand
+        self.host = share(base)
+        config = copy.deepcopy(base.config)
+        config._attn_implementation = attention.NAME
+        for module in self.host.modules():
+            if getattr(module, "config", None) is self.host.config and module is not self.host:
+                module.config = config
+            module.__dict__["layout"] = self._layout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
+        self.host.config = config
+        self.apart = self._obstacle()
+
+    @torch.no_grad()
+    def _obstacle(self) -> str | None:
+        """Run two records by the model's own attention and head, and by ours: what makes the difference, if any."""
+        ids, positions = torch.arange(1, 6)[None], torch.tensor([[0, 1, 0, 1, 2]])
+        inputs = {"input_ids": ids.to(self.base.device), "position_ids": positions.to(self.base.device)}
+        whole = self.base.eval()(**inputs, use_cache=False).logits[0].float()
+        try:
+            hidden = self._hidden(ids, positions)
+        except NotImplementedError as error:
+            return f"{type(self.base).__name__} uses {error}"
+        ours = self.host.get_output_embeddings()(hidden).float()
+        tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
+        if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
+            return f"{type(self.base).__name__} does more than causal attention and a linear head"
+        return None
+
+    def add(self, name: str, model: PeftModel, update: Update, seed: int = 0, step: int = 0) -> str | None:
+        """Let an adapter join.
+
+        Args:
+            model: PEFT model over a :func:`share` of the base, adapter in float32.
+            update: makes its steps; see :class:`PlainUpdate`.
+            seed: of its dropout.
+            step: optimiser steps that it has made before.
+
+        Returns:
+            None; or why its rows can't share a batch: it then trains on the same base by itself, between the others.
+        """
+        draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
+        if not apart:
+            try:
+                layers = tuner_layers(model)
+            except Unshareable as error:
+                apart = str(error)
+        for path, layer in layers.items():
+            place = self.host.get_submodule(path)
+            if not isinstance(place, SharedLinear):
+                place = SharedLinear(place, self._rows)
+                self.host.set_submodule(path, place)
+            place.join(name, layer, draws)
+        self.members[name] = Member(model.eval(), update, draws, layers, trainable(model), step, apart)
+        return apart
+
+    def remove(self, name: str) -> PeftModel:
+        """Let an adapter go; its model works by itself."""
+        member = self.members.pop(name)
+        member.draws.end()
+        for path in member.layers:
+            self.host.get_submodule(path).leave(name)
+        return member.model
+
+    def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, Stepped]:
+        """One optimiser step of every adapter in `batches`.
+
+        Args:
+            batches: this rank's micro-batches of each, as :func:`ftray.training.loss.supervised_loss` takes them. An
+                adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
+
+        Returns:
+            An adapter whose loss or gradient is no longer finite has a `failure`, keeps the weights that it had
+            before this step and is no member any more.
+
+        Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails.
+        """
+        names = list(batches)
+        local = [float(n) for name in names for n in _count(batches[name])]
+        counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
+        # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
+        weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
+        while True:
+            try:
+                losses, gradients, exhausted = self._gradients(batches, weights)
+                break
+            except torch.OutOfMemoryError:
+                self.tokens //= 2
+        local = []
+        for name in names:
+            norms = [norm.double() for norm in torch._foreach_norm(gradients[name])] if gradients[name] else []
+            local += [losses[name], sum(float(norm) ** 2 for norm in norms), float(name in exhausted)]
+        stepped = {}
+        for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
+            member, failure = self.members[name], None
+            if ran_out:
+                failure = f"out of memory: one micro-batch at step {member.step + 1}"
+            elif not math.isfinite(loss):
+                failure = f"diverged: loss is {loss} at step {member.step + 1}"
+            elif not math.isfinite(square):
+                failure = f"diverged: gradient is not finite at step {member.step + 1}"
+            if failure:
+                self.remove(name)
+            else:
+                member.update.apply(gradients.pop(name), member.step)
+                member.step += 1
+            stepped[name] = Stepped(loss, *counts[name], failure)
+        return stepped
+
+    def _gradients(
+        self, batches: Mapping[str, Sequence[Batch]], weights: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, list[torch.Tensor]], set[str]]:
+        """Summed loss, and gradient of `weights` times it (and of the method's own penalty), of each adapter.
+
+        The third result names those of which a micro-batch alone is too much for the memory.
+
+        Raises:
+            torch.OutOfMemoryError: a pass of several adapters is.
+        """
+        exhausted: set[str] = set()
+        if not self.host.training:
+            self.host.train()
+        losses, gradients = dict.fromkeys(batches, 0.0), {}
+        for name in batches:
+            if not self.members[name].model.training:
+                self.members[name].model.train()
+            gradients[name] = _penalty_gradient(self.members[name].model)
+        for units in self._passes([(n, i, batch) for n, own in batches.items() for i, batch in enumerate(own)]):
+            for name, micro_batch, _ in units:
+                draws = self.members[name].draws
+                draws.step, draws.micro_batch = self.members[name].step, micro_batch
+            parameters = {name: self.members[name].parameters for name, *_ in units}
+            every = [p for own in parameters.values() for p in own]
+            try:
+                total, parts = self._loss(units, [weights[name] for name, *_ in units])
+                flat = iter(torch.autograd.grad(total, every, allow_unused=True))
+            except torch.OutOfMemoryError:
+                if len(units) > 1:
+                    raise
+                exhausted.add(units[0][0])
+                continue
+            for (name, own), part in zip(parameters.items(), parts, strict=True):
+                losses[name] += part
+                new = [g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]]
+                gradients[name] = list(torch._foreach_add(gradients[name], new)) if gradients[name] else new
+        return losses, gradients, exhausted
+
+    @torch.no_grad()
+    def losses(self, names: Sequence[str], batch: Batch) -> list[float]:
+        """The loss of each of the named adapters on this rank's `batch`, summed over its supervised tokens."""
+        self.host.eval()
+        for name in names:
+            if self.members[name].model.training:
+                self.members[name].model.eval()
+        passes = self._passes([(name, 0, batch) for name in names])
+        return [loss for units in passes for loss in self._loss(units, [1.0] * len(units))[1]]
+
+    def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
+        """All units, in order, as many to a pass as its tokens allow; never two of one adapter, none with one apart."""
+        while units:
+            now: list[Unit] = []
+            later: list[Unit] = []
+            size = 0
+            for unit in units:
+                tokens = unit[2]["input_ids"].numel()
+                full = now and (size + tokens > self.tokens or self.members[unit[0]].apart)
+                if full or any(unit[0] == name for name, *_ in (*now, *later)):
+                    later.append(unit)
+                else:
+                    now.append(unit)
+                    size += tokens if not self.members[unit[0]].apart else self.tokens
+            yield now
+            units = later
+
+    def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
+        """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
+        if self.members[units[0][0]].apart:
+            loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.base.device)
+            return loss * weights[0], [loss.item()]
+        row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
+        first = 0
+        self._rows.spans = []
+        for name, _, batch in units:
+            end = first + batch["input_ids"].numel()
+            self._rows.spans.append((name, first, end))
+            first = end
+        targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
+        positions = (targets != IGNORE).nonzero().squeeze(1)
+        counts = [supervised_tokens(batch) for *_, batch in units]
+        hidden = self._hidden(row["input_ids"], row["position_ids"])
+        total, losses = HeadLoss.apply(
+            hidden[positions.to(hidden.device)],
+            self.host.get_output_embeddings(),
+            targets[positions].to(hidden.device),
+            torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
+        )
+        return total, [part.double().sum().item() for part in losses.split(counts)]
+
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the head is given, [T, hidden size], for a packed row [1, T] whose spans are set."""
+        ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
+        self._layout[:] = [attention.layout(position_ids, self.base.device)]
+        return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+
+def share(model: nn.Module) -> Any:
+    """A copy of the module structure whose parameters and buffers are those of `model` itself."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that gradients are given for, in this order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
+    """The adapted layers of `model`, by their path in the base model.
+
+    Raises:
+        Unshareable: it trains more than adapters of linear layers in front of the head.
+    """
+    method = model.active_peft_config.peft_type.value
+    if model.active_peft_config.is_prompt_learning:
+        raise Unshareable(f"{method} adds tokens or activations to the model's input")
+    inner: Any = model.get_base_model()
+    layers = {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if any(id(p) not in inside for p in trainable(model)):
+        raise Unshareable(f"{method} trains parameters outside of the layers that it adapts")
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
+            raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
+    return layers
+
+
+def _loss_apart(model: PeftModel, batch: Batch, device: torch.device) -> torch.Tensor:
+    """As :func:`supervised_loss`; where a method adds tokens to each record, records lie side by side and padded."""
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not model.active_peft_config.is_prompt_learning:
+        return supervised_loss(model, batch)
+    starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
+    lengths = [end - first for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True)]
+    padded = {k: pad_sequence(batch[k][0].split(lengths), True, v) for k, v in (("input_ids", 0), ("labels", IGNORE))}
+    mask = pad_sequence([torch.ones(n, dtype=torch.int64, device=device) for n in lengths], True)
+    return model(**padded, attention_mask=mask).loss * supervised_tokens(batch)  # PEFT shifts the labels for us
+
+
+def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
+    """Gradient of what a method adds to the loss by itself (AdaLoRA); empty if it adds nothing."""
+    if not hasattr(model.base_model, "update_and_allocate"):
+        return []
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    factors = [p for n, p in named if "lora_A" in n or "lora_B" in n]
+    penalty = model.active_peft_config.orth_reg_weight * orthogonality(factors)
+    found = torch.autograd.grad(penalty, [p for _, p in named], allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, named, strict=True)]
+
+
+def _count(micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    return sum(supervised_tokens(b) for b in micro_batches), sum(b["labels"].numel() for b in micro_batches)
+
+
+def _columns(values: list[float], width: int) -> list[list[float]]:
+    return [values[column::width] for column in range(width)]

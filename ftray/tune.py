@@ -1,0 +1,196 @@
+"""Search for the best adapter, prove it against the base model and merge it."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftray.cli import run_command
+from ftray.config import AdapterConfig, Config
+
+
+def run(cfg: Config) -> int:
+    """The command, from first check to last line; see docs/tune.md for what it leaves in `output`.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts.
+    """
+    from ftray.search.cluster import quiet
+
+    if not cfg.verbose:
+        quiet()
+    started, output = time.monotonic(), Path(cfg.output)
+    cfg, space, model_path, tokenizer = check(cfg)
+    import ray
+
+    from ftray.data import prepare
+    from ftray.preprocess import describe
+    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.definition import write_data, write_definition
+    from ftray.search.experiment import search
+    from ftray.search.outcome import (
+        model_card,
+        save_best_adapter,
+        trial_rows,
+        write_json,
+        write_leaderboard,
+    )
+    from ftray.search.progress import Progress
+    from ftray.search.solo import Job, release
+
+    write_definition(cfg, space, output)
+    connect(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    write_data(data, output)
+    print(describe(data))
+    print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
+    job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    budget = job.budget()
+    past = trial_rows(cfg, output)
+    search(job, space, output, [Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)])
+
+    rows = trial_rows(cfg, output)
+    write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
+    summary: dict[str, Any] = {
+        "metric": cfg.search.metric,
+        "direction": cfg.search.direction,
+        "best": next((r for r in rows if r["checkpoint"]), None),
+        "base": None,
+        "proof": None,
+        "trials": rows,
+        "tokens": sum(r["tokens"] for r in rows),
+        "seconds": time.monotonic() - started,
+    }
+    write_json(summary, output / "summary.json")
+    best = summary["best"]
+    if best is None:
+        print_leaderboard(rows, cfg)
+        print("no trial gave a result: see the reasons above", file=sys.stderr)
+        return 1
+    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
+    proving = task.remote(job, output.absolute())
+    while not ray.wait([proving], timeout=1)[0]:
+        release(everything=True)  # trials that were stopped a moment ago
+    proof = ray.get(proving)
+    summary |= {
+        "proof": proof,
+        "base": {name: metric["base"] for name, metric in proof["metrics"].items()},
+        "seconds": time.monotonic() - started,
+    }
+    (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
+    write_json(summary, output / "summary.json")
+    show(rows, proof, cfg, output)
+    return 0
+
+
+def check(cfg: Config) -> tuple[Config, Any, str, Any]:
+    """All that can be found wrong without Ray, weights or a GPU.
+
+    Returns:
+        The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
+    """
+    from ftray.adapters.methods import peft_config
+    from ftray.data import check as check_data
+    from ftray.models.find import find
+    from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.search.definition import check_output, packable
+    from ftray.search.sampler import BASELINE
+    from ftray.search.space import load_space
+    from ftray.training.engine import accumulation_steps
+
+    space = load_space(cfg.search.space)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
+    packable(cfg, space)
+    check_output(cfg, space)
+    model_path = find(cfg.model.name)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    check_data(cfg.data, tokenizer)
+    skeleton = load_skeleton(cfg.model, model_path)
+    for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
+        peft_config(AdapterConfig(**corner["adapter"]), skeleton, 100)
+        settings = cfg.training.model_copy(update=corner["training"])
+        accumulation_steps(settings, cfg.scaling.workers)
+    return cfg, space, model_path, tokenizer
+
+
+def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
+    """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
+
+    Returns:
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
+    """
+    import torch
+    from peft import PeftModel
+
+    from ftray.adapters.merge import save_merged
+    from ftray.data import TokenizedData
+    from ftray.evaluation.metrics import compare
+    from ftray.evaluation.score import score
+    from ftray.models.load import load_base, load_tokenizer
+
+    cfg: Config = job.config
+    adapter = output / "best" / "adapter"
+    base = load_base(cfg.model, job.model_path)
+    if torch.cuda.is_available() and cfg.model.quantization == "none":
+        base = base.cuda()
+    model = PeftModel.from_pretrained(base, str(adapter))
+    tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+    rows = TokenizedData.load(job.data).rows("test", cfg.evaluation.records)
+    with model.disable_adapter():
+        before = score(model, tokenizer, rows, cfg.evaluation)
+    after = score(model, tokenizer, rows, cfg.evaluation)
+    samples = [
+        {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
+        for row, b, a in zip(rows, before.generated, after.generated, strict=False)
+    ]
+    del model, base
+    save_merged(cfg.model, job.model_path, adapter, output / "best" / "merged")
+    return {
+        "records": len(rows),
+        "metrics": compare(before, after, cfg.evaluation.bootstrap),
+        "samples": samples[: cfg.evaluation.samples],
+    }
+
+
+def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
+    """The trials, best first."""
+    from ftray.search.progress import describe
+
+    table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
+    for place, row in enumerate(rows, 1):
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        state = row["status"] + (f": {row['reason']}" if row["reason"] else "")
+        table.add_row(str(place), str(row["trial"]), value, describe(row["config"]), str(row["records"]), state)
+    console().print(table)
+
+
+def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Path) -> None:
+    """Leaderboard, proof, samples, where everything lies and how to serve it."""
+    print_leaderboard(rows, cfg)
+    table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")
+    for name, m in proof["metrics"].items():
+        low, high = m["interval"]
+        numbers = [f"{v:.4g}" for v in (m["base"], m["best"], m["difference"])]
+        table.add_row(name, *numbers, f"{low:.4g} to {high:.4g}")
+    console().print(table)
+    for sample in proof["samples"]:
+        shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
+        print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
+    print(f"adapter  {output / 'best' / 'adapter'}\nmerged   {output / 'best' / 'merged'}")
+    print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
+    print(f"serve    transformers serve {output / 'best' / 'merged'}")
+    print(f"summary  {output / 'summary.json'}", flush=True)
+
+
+def console() -> Console:
+    """Wide enough for a table even where output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("tune"))

@@ -1,0 +1,145 @@
+"""Tiny random models made on the fly, each saved as a plain transformers directory with a real tokenizer."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text goes in and comes out unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the cat sat on the mat", "a b c d e f g"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**config | changes))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4, n_positions=512))
+
+
+def bert() -> BertLMHeadModel:
+    config = BertConfig(
+        vocab_size=384,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        is_decoder=True,
+    )
+    return BertLMHeadModel(config)
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, tokenizer) -> str:
+    """Directory of a 2-layer Llama."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    llama().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory, tokenizer) -> str:
+    """Directory of a 2-layer GPT-2 (Conv1D layers, learned positions)."""
+    directory = tmp_path_factory.mktemp("tiny-gpt2")
+    gpt2().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def clean_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("FTRAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A real Ray cluster of one node for the whole session; its four CPUs are slots, not cores."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory) -> str:
+    """A JSONL file of 120 records: spelt-out words and the same letters in capitals."""
+    import json
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("words") / "words.jsonl"
+    with open(path, "w") as file:
+        for _ in range(120):
+            word = " ".join(draw.choices("abcdefgh", k=draw.randint(2, 9)))
+            file.write(json.dumps({"input": word, "output": word.upper()}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data(cluster, words, tiny_llama, tmp_path_factory):
+    """The records of `words`, tokenized by the tiny Llama's tokenizer."""
+    from ftray.config import DataConfig
+    from ftray.data import prepare
+
+    cache = tmp_path_factory.mktemp("shards")
+    return prepare(DataConfig(source=words, cache=str(cache), max_length=64), tiny_llama)

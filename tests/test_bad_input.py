@@ -1,0 +1,175 @@
+"""A user's mistake: one line that says what, where and what to do; exit code 2; before Ray starts."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import ray
+
+from ftray.cli import build, run_command
+from ftray.search.definition import write_definition
+from ftray.search.space import load_space
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    """Starting Ray is a failure here."""
+
+    def started(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+GOOD = '{"input": "a b", "output": "A B"}\n'
+
+
+def lines(*records) -> str:
+    return "".join(json.dumps(r) + "\n" for r in records)
+
+
+def chat(*turns) -> str:
+    return lines({"messages": list(turns)})
+
+
+# name: (content of data.jsonl, further arguments, what the one line must say)
+DATA = {
+    "missing file": (None, ["--data", "wrds.jsonl"], "no such file or folder; did you mean words.jsonl"),
+    "empty file": ("", [], "empty"),
+    "blank lines only": ("\n\n", [], "holds no record"),
+    "broken json": (GOOD * 2 + '{"input": "a", "output": \n', [], "data.jsonl:3: not valid JSON"),
+    "not an object": (GOOD + "[1, 2]\n", [], "data.jsonl:2: a record must be a JSON object, not list"),
+    "unknown shape": (lines({"question": "q", "reply": "a"}), [], "keys question, reply; known shapes: input/output"),
+    "other task": (lines({"text": "t", "label": 1}), [], "task not supported yet: classification"),
+    "wrong type": (lines({"input": "a", "output": 5}), [], "data.jsonl:1: output must be text, not int"),
+    "empty target": (lines({"input": "a", "output": " "}), [], "output is empty"),
+    "empty chat": (lines({"messages": []}), [], "messages must be a list of turns"),
+    "no assistant": (chat({"role": "user", "content": "hi"}), [], "no assistant turn"),
+    "unknown role": (chat({"role": "robot", "content": "hi"}), [], "'robot'; known: human"),
+    "turn without text": (chat({"role": "user"}), [], "must have role and content"),
+    "too short": (GOOD * 60, ["--data.max_length", "2", "--data.overlong", "drop"], "no supervised token"),
+    "empty validation split": (GOOD, [], "split of 1 record(s) is empty"),
+    "unknown format": (None, ["--data", "notes.docx"], "unknown format .docx"),
+    "folder without data": (None, ["--data", "empty"], "the folder holds no .jsonl"),
+    "csv with ragged rows": (None, ["--data", "ragged.csv"], "ragged.csv:3: not as many fields"),
+    "not a parquet": (None, ["--data", "fake.parquet"], "can't be read"),
+}
+RESUME = ["--resume", "--output", "begun"]
+CONFIG = {
+    "unknown model": (["--model", "smollm2-135"], "did you mean smollm2-135m"),
+    "model directory without weights": (["--model", "empty"], "lacks config.json"),
+    "unknown option": (["--trails", "3"], "unknown option --trails; did you mean trials"),
+    "unknown key": (["--training.learnin_rate", "1"], "unknown key training.learnin_rate; did you mean learning_rate"),
+    "bad number": (["--trials", "many"], "search.trials: Input should be a valid integer"),
+    "out of range": (["--training.learning_rate", "-1"], "training.learning_rate: Input should be greater than 0"),
+    "missing value": (["--training.steps"], "--training.steps needs a value"),
+    "missing config": (["--config", "nope.yaml"], "can't read nope.yaml"),
+    "broken config": (["--config", "broken.yaml"], "broken.yaml:3: not valid YAML"),
+    "unknown section": (["--config", "section.yaml"], "unknown key trainin; did you mean training"),
+    "fractions too large": (["--data.validation_fraction", "0.95"], "nothing is left to train on"),
+    "template without prompt": (["--data.template", "x"], "template must hold {prompt}"),
+    "batch not divisible": (["--training.micro_batch", "3"], "make it a multiple of 3"),
+    "pack under ZeRO 3": (["--pack", "4", "--training.zero_stage", "3"], "ZeRO 3 shares the base model out"),
+    "offload without stage": (["--training.offload", "optimizer"], "needs zero_stage"),
+    "output of another search": (["--output", "used"], "already holds a search (summary.json)"),
+    "nothing to resume": (["--resume"], "holds no search to resume"),
+    "resumed with other data": ([*RESUME, "--data.limit", "9"], "data.limit 9: the search in begun has None; take"),
+    "resumed with another rate": ([*RESUME, "--training.learning_rate", "1"], "in begun has 0.0002; take that, or"),
+    "resumed in another space": ([*RESUME, "--space", "ia3"], "not the space of the search in begun"),
+    "output under a file": (["--output", "words.jsonl/out"], "can't write there"),
+}
+SPACE = {
+    "missing space": (None, ["--space", "quik"], "no such file; did you mean quick"),
+    "broken space": ("method: [lora\nx: 1", [], "not valid YAML"),
+    "no method": ("learning_rate: 0.1", [], "mapping with the key method"),
+    "unknown method": ("method: lorra", [], "unknown method 'lorra'; did you mean lora"),
+    "unknown space key": ("method: lora\nlearning_rat: 1", [], "unknown key; did you mean learning_rate"),
+    "unknown parameter": ("method: lora\nlora: {rnk: 3}", [], "lora.rnk: unknown key; did you mean rank"),
+    "range upside down": ("method: lora\nlearning_rate: {log: [0.1, 0.01]}", [], "upside down: 0.1 > 0.01"),
+    "log from zero": ("method: lora\nlearning_rate: {log: [0, 0.01]}", [], "must lie above 0"),
+    "empty choice": ("method: lora\nlora: {rank: {choice: []}}", [], "choice needs a list that isn't empty"),
+    "unknown kind": ("method: lora\nlora: {rank: {chioce: [1]}}", [], "unknown kind chioce; did you mean choice"),
+    "times of nothing": ("method: lora\nlora: {alpha: {times: rank, choice: [1]}}", [], "not a parameter above it"),
+    "value out of range": ("method: lora\nlora: {dropout: {float: [0, 2]}}", [], "less than 1"),
+    "foreign method": ("method: lora\nia3: {}", [], "ia3: is not among the methods (lora)"),
+    "budget in space": ("method: lora\nsteps: 3", [], "is the budget"),
+    "target module": ("method: lora\nlora: {target_modules: q_prj}", [], "did you mean q_proj"),
+}
+
+
+def begin(directory: Path, model: str) -> None:
+    """What a search writes first."""
+    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}})
+    write_definition(cfg, load_space("quick"), directory)
+
+
+def run(tmp_path, monkeypatch, capsys, model: str, words: str, arguments: list[str]) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jsonl").write_text(Path(words).read_text())
+    (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "ragged.csv").write_text("input,output\na,A\nb\n")
+    (tmp_path / "fake.parquet").write_text("not parquet")
+    (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
+    (tmp_path / "section.yaml").write_text("trainin: {steps: 1}\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "summary.json").write_text("{}")
+    begin(tmp_path / "begun", model)
+    capsys.readouterr()
+    given = {a for a in arguments if a.startswith("--")}
+    defaults = {"--data": "words.jsonl", "--model": model, "--output": "out", "--space": "quick"}
+    for flag, value in defaults.items():
+        if flag not in given:
+            arguments = [*arguments, flag, value]
+    code = run_command("tune", [*arguments, "--data.cache", str(tmp_path / "shards")])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == ""
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()] if (tmp_path / "out").exists() else True
+    message = captured.err.strip()
+    assert len(message.splitlines()) == 1, message
+    assert message.startswith("ftray tune: error: ")
+    return message
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    content, arguments, what = DATA[name]
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content)
+        arguments = ["--data", "data.jsonl", *arguments]
+    assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_configuration(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    arguments, what = CONFIG[name]
+    assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+@pytest.mark.parametrize("name", SPACE)
+def test_space(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    content, arguments, what = SPACE[name]
+    if content is not None:
+        (tmp_path / "space.yaml").write_text(content)
+        arguments = ["--space", "space.yaml", *arguments]
+    assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+def test_no_room(tmp_path, monkeypatch, capsys, tiny_llama, words):
+    import shutil
+
+    full = shutil.disk_usage("/")._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert "needs at least 1 GiB" in run(tmp_path, monkeypatch, capsys, tiny_llama, words, [])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_rights(tmp_path, monkeypatch, capsys, tiny_llama, words):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    arguments = ["--output", "locked/out"]
+    assert "can't write there" in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)

@@ -1,0 +1,294 @@
+import hashlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ftray.config import DataConfig, UserError
+from ftray.data import TokenizedData, check, prepare, shards, sources
+from ftray.data.formats import Example
+from ftray.data.splits import order_key, split_of
+from ftray.data.tokens import IGNORE, tokenize
+
+
+def write(path: Path, records) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def some_records(n: int, seed: int = 0) -> list[dict]:
+    draw = random.Random(seed)
+    letters = [draw.choices("abcdefgh", k=draw.randint(2, 9)) for _ in range(n)]
+    return [{"input": " ".join(word), "output": "".join(word).upper()} for word in letters]
+
+
+def settings(tmp_path, source: str, **changes) -> DataConfig:
+    return DataConfig(**{"source": source, "cache": str(tmp_path / "cache"), "max_length": 64} | changes)
+
+
+def inputs(data: TokenizedData, split: str) -> list[str]:
+    return [row["prompt"].removesuffix("\n") for row in data.rows(split)]
+
+
+def bytes_of(data: TokenizedData) -> dict[str, str]:
+    root = Path(data.directory)
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*.parquet")}
+
+
+# --- which record goes where
+
+
+def test_the_split_follows_the_content_not_the_position():
+    cfg = DataConfig(validation_fraction=0.2, test_fraction=0.3)
+    records = [{"text": str(n)} for n in range(4000)]
+    splits = {r["text"]: split_of(r, cfg, "train") for r in records}
+    shares = {name: sum(s == name for s in splits.values()) / 4000 for name in ("train", "validation", "test")}
+    assert shares == pytest.approx({"train": 0.5, "validation": 0.2, "test": 0.3}, abs=0.03)  # 4 standard deviations
+    assert split_of({"b": 1, "a": 2}, cfg, "train") == split_of({"a": 2, "b": 1}, cfg, "train")
+    other = DataConfig(validation_fraction=0.2, test_fraction=0.3, seed=1)
+    assert {split_of(r, other, "train") == splits[r["text"]] for r in records} == {True, False}
+    # what `limit` takes has the shares of the whole
+    limited = sorted(records, key=lambda r: order_key(r, 0))[:1000]
+    assert sum(splits[r["text"]] == "train" for r in limited) / 1000 == pytest.approx(0.5, abs=0.07)
+
+
+def test_text_with_lone_surrogates_has_a_key():
+    assert order_key(json.loads('{"text": "\\ud800"}'), 0) != order_key({"text": "?"}, 0)
+
+
+# --- the check before Ray starts
+
+
+def test_check_passes_good_data_and_imports_no_ray(tmp_path, tiny_llama):
+    source = write(tmp_path / "r.jsonl", some_records(60))
+    code = (
+        "import sys; from transformers import AutoTokenizer; from ftray.config import DataConfig\n"
+        "from ftray.data import check; import ftray.data.stream\n"
+        f"check(DataConfig(source={source!r}), AutoTokenizer.from_pretrained({tiny_llama!r}))\n"
+        "assert 'ray' not in sys.modules; print('checked')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "checked\n", result.stderr
+
+
+GOOD = some_records(60)
+WRONG = {
+    "shape in line 61": ([*GOOD, {"foo": 1}], {}, r"r\.jsonl:61: record with keys foo"),
+    "no record": ([], {}, "empty"),
+    "validation empty": (
+        GOOD[:3],
+        {"test_fraction": 0},
+        "validation split of 3 record.* is empty: raise data.validation_",
+    ),
+    "no validation asked": (GOOD, {"validation_fraction": 0}, "validation split of 60 .* is empty"),
+    "test empty": (GOOD, {"test_fraction": 1e-9}, "test split of 60 .* is empty: raise data.test_fraction"),
+    "limit too small": (GOOD, {"limit": 1}, "is left for training|split of 1 record.* is empty"),
+    "nothing fits": (
+        GOOD,
+        {"max_length": 3, "overlong": "drop"},
+        "no supervised token is left within max_length 3: raise",
+    ),
+    "chat": ([{"messages": [{"role": "a", "content": "b"}]}], {}, r"messages\[0\]\.role is 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_check_refuses(tmp_path, tokenizer, case):
+    records, changes, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        check(settings(tmp_path, write(tmp_path / "r.jsonl", records), **changes), tokenizer)
+
+
+def test_check_looks_at_explicit_validation_and_test_sources(tmp_path, tokenizer):
+    source = write(tmp_path / "r.jsonl", GOOD)
+    bad = write(tmp_path / "bad.jsonl", [{"x": 1}])
+    good = write(tmp_path / "good.jsonl", GOOD[:1])
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text("\n \n")
+    for name in ("validation", "test"):
+        with pytest.raises(UserError, match=r"bad\.jsonl:1: record with keys x"):
+            check(settings(tmp_path, source, **{name: bad}), tokenizer)
+        with pytest.raises(UserError, match=r"blank\.jsonl: holds no record"):
+            check(settings(tmp_path, source, **{name: str(blank)}), tokenizer)
+    check(settings(tmp_path, source, validation=good, test=good, validation_fraction=0, test_fraction=0), tokenizer)
+
+
+def test_check_of_a_part_does_not_conclude_about_the_whole(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(sources, "CHECKED_BYTES", 1000)
+    monkeypatch.setattr(sources, "CHECKED_RECORDS", 20)
+    source = write(tmp_path / "r.jsonl", some_records(300))
+    check(settings(tmp_path, source, validation_fraction=0.002, test_fraction=0.002), tokenizer)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="split of 300 record"):
+        check(settings(tmp_path, source, validation_fraction=1e-9), tokenizer)
+
+
+# --- the pipeline
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster, tiny_llama, tmp_path_factory):
+    """300 records (7 of them twice) through the real pipeline, in several chunks and row groups."""
+    root = tmp_path_factory.mktemp("prepared")
+    records = some_records(293)
+    records += records[:7]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_BYTES", 3000)
+        patch.setattr(shards, "WINDOW", 16)
+        patch.setattr(shards, "WINDOWS_PER_FILE", 4)
+        cfg = settings(root, write(root / "r.jsonl", records), validation_fraction=0.2, test_fraction=0.2)
+        data = prepare(cfg, tiny_llama)
+        yield cfg, records, data
+
+
+def test_every_record_is_in_its_split_once_and_tokenized_as_alone(prepared, tokenizer):
+    cfg, records, data = prepared
+    for name, split in data.splits.items():
+        expected = [r for r in records if split_of(r, cfg, "train") == name]
+        expected.sort(key=lambda r: order_key(r, cfg.seed))
+        rows = data.rows(name)
+        assert [row["key"] for row in rows] == [order_key(r, cfg.seed) for r in expected]
+        assert inputs(data, name) == [r["input"] for r in expected]
+        alone = tokenize([Example(r["input"], r["output"]) for r in expected], tokenizer, cfg)
+        for row, tokens in zip(rows, alone, strict=True):
+            assert {k: row[k] for k in ("input_ids", "labels", "prompt", "target", "prompt_tokens")} == {
+                k: getattr(tokens, k) for k in ("input_ids", "labels", "prompt", "target", "prompt_tokens")
+            }
+        lengths = sorted(len(t.input_ids) for t in alone)
+        assert (split.records, split.tokens) == (len(expected), sum(lengths))
+        assert split.supervised_tokens == sum(label != IGNORE for t in alone for label in t.labels)
+        assert (split.lengths[0], split.lengths[-1]) == (lengths[0], lengths[-1])
+        assert split.lengths[1] == pytest.approx(lengths[len(lengths) // 2], abs=1)
+    assert sum(s.records for s in data.splits.values()) == 300
+
+
+def test_row_groups_are_as_the_manifest_says(prepared):
+    _, _, data = prepared
+    for split in data.splits.values():
+        files = [pq.ParquetFile(Path(data.directory) / name).metadata for name in split.files]
+        groups = [f.row_group(g).num_rows for f in files for g in range(f.num_row_groups)]
+        assert groups == split.windows
+        assert set(split.windows[:-1]) <= {16}
+    train = data.splits["train"]
+    assert len(train.files) > 1
+    assert data.window("train", 5, ["key"])["key"].to_pylist() == [r["key"] for r in data.rows("train")[80:96]]
+    assert TokenizedData.load(data.directory) == data
+    assert data.rows("train", 3) == data.rows("train")[:3]
+
+
+def test_a_second_run_reuses_the_shards(prepared, tiny_llama, caplog, monkeypatch):
+    cfg, _, data = prepared
+    monkeypatch.setattr(shards, "_pipeline", None)  # calling it would fail
+    with caplog.at_level(logging.INFO, "ftray.data.shards"):
+        assert prepare(cfg, tiny_llama) == data
+    assert f"reusing the tokenized shards in {data.directory}" in caplog.text
+    assert [p.name for p in Path(cfg.cache).iterdir()] == [data.fingerprint]  # nothing half-written is left
+
+
+def test_the_fingerprint_follows_all_that_makes_the_tokens(prepared, tiny_llama, tokenizer, tmp_path):
+    cfg, records, data = prepared
+
+    def fingerprint(tok=tokenizer, **changes) -> str:
+        changed = cfg.model_copy(update=changes)
+        return shards._fingerprint(changed, shards.find_sources(changed), tok)
+
+    from ftray.models.load import load_tokenizer
+
+    own = load_tokenizer(tiny_llama)
+    assert fingerprint(own) == fingerprint(own, cache="elsewhere") == data.fingerprint
+    other = load_tokenizer(tiny_llama)
+    other.chat_template = "{{ messages }}"
+    grown = load_tokenizer(tiny_llama)
+    grown.add_tokens(["xyz"])
+    changes = [
+        {"max_length": 63},
+        {"template": "{prompt} "},
+        {"limit": 7},
+        {"seed": 1},
+        {"overlong": "drop"},
+        {"train_on_prompt": True},
+        {"test_fraction": 0.1},
+        {"validation": cfg.source},
+        {"source": write(tmp_path / "r.jsonl", records[1:])},
+    ]
+    found = [data.fingerprint, fingerprint(other), fingerprint(grown), *(fingerprint(own, **c) for c in changes)]
+    assert len(set(found)) == len(found)
+
+
+def test_shards_are_the_same_bytes_from_other_chunks_and_cluster_sizes(prepared, tiny_llama, tmp_path):
+    """The same records in another order, in one chunk, on a cluster of another size."""
+    _, records, data = prepared
+    other = settings(
+        tmp_path,
+        write(tmp_path / "r.jsonl", random.Random(1).sample(records, len(records))),
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    code = (
+        "import ray; from ftray.config import DataConfig; from ftray.data import prepare, shards\n"
+        "shards.WINDOW, shards.WINDOWS_PER_FILE = 16, 4\n"
+        "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        f"print(prepare(DataConfig.model_validate_json({other.model_dump_json()!r}), {tiny_llama!r}).directory)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    again = TokenizedData.load(result.stdout.splitlines()[-1])
+    assert again.directory != data.directory
+    assert bytes_of(again) == bytes_of(data)
+
+
+def test_limit_takes_the_smallest_keys_and_explicit_sources_win(cluster, tiny_llama, tmp_path):
+    records, held_out, last = some_records(80), some_records(9, seed=1), some_records(5, seed=2)
+    data = prepare(
+        settings(
+            tmp_path,
+            write(tmp_path / "r.jsonl", records),
+            limit=30,
+            validation=write(tmp_path / "v.jsonl", held_out),
+            test=write(tmp_path / "t.jsonl", last),
+        ),
+        tiny_llama,
+    )
+    smallest = sorted(records, key=lambda r: order_key(r, 0))[:30]
+    assert inputs(data, "train") == [r["input"] for r in smallest]
+    assert sorted(inputs(data, "validation")) == sorted(r["input"] for r in held_out)
+    assert sorted(inputs(data, "test")) == sorted(r["input"] for r in last)
+
+
+def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):
+    records = some_records(80)
+    source = write(tmp_path / "r.jsonl", records)
+    lengths = [
+        len(t.input_ids) for t in tokenize([Example(r["input"], r["output"]) for r in records], tokenizer, DataConfig())
+    ]
+    limit = sorted(lengths)[40]
+    long = sum(n > limit for n in lengths)
+    for overlong, field in (("drop", "dropped"), ("truncate", "truncated")):
+        data = prepare(settings(tmp_path, source, max_length=limit, overlong=overlong), tiny_llama)
+        counts = {f: sum(getattr(s, f) for s in data.splits.values()) for f in ("dropped", "truncated", "records")}
+        assert counts[field] == long
+        assert counts["records"] == 80 - counts["dropped"]
+        assert max(s.lengths[-1] for s in data.splits.values()) == limit
+
+
+def test_errors_beyond_the_checked_part_come_out_as_user_errors(cluster, tiny_llama, tmp_path):
+    broken = tmp_path / "r.jsonl"
+    broken.write_text(Path(write(tmp_path / "good.jsonl", GOOD)).read_text() + "{oops\n")
+    cases = [
+        (str(broken), {}, r"r\.jsonl:61: not valid JSON"),
+        (write(tmp_path / "s.jsonl", [*GOOD, {"foo": 1}]), {}, r"s\.jsonl:61: record with keys foo"),
+        (write(tmp_path / "g.jsonl", GOOD), {"max_length": 3, "overlong": "drop"}, "no supervised token is left"),
+        (write(tmp_path / "g.jsonl", GOOD), {"validation_fraction": 1e-9}, "validation split of 60 record.* is empty"),
+    ]
+    for source, changes, message in cases:
+        with pytest.raises(UserError, match=message) as raised:
+            prepare(settings(tmp_path, source, **changes), tiny_llama)
+        assert "\n" not in str(raised.value)
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,190 @@
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftray.config import UserError
+from ftray.data import sources
+from ftray.data.sources import Chunk, content_stamp, find_chunks, is_small, read_chunk, read_for_check
+
+RECORDS = [{"input": f"{n} ü", "output": str(n * n)} for n in range(7)]
+
+
+def read_all(source) -> list[tuple[str, dict]]:
+    return [(str(place), record) for chunk in find_chunks(str(source)) for place, record in read_chunk(chunk)]
+
+
+def jsonl(records) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def test_every_file_format_gives_the_same_records(tmp_path):
+    files = {name: tmp_path / f"r.{name}" for name in ("jsonl", "json", "csv", "parquet")}
+    files["jsonl"].write_text("\n" + jsonl(RECORDS))  # blank lines are none of the data
+    files["json"].write_text(json.dumps(RECORDS))
+    files["csv"].write_text("input,output\n" + "".join(f"{r['input']},{r['output']}\n" for r in RECORDS))
+    pq.write_table(pa.Table.from_pylist(RECORDS), files["parquet"], row_group_size=3)
+    for path in files.values():
+        assert [record for _, record in read_all(path)] == RECORDS, path
+    assert len(find_chunks(str(files["parquet"]))) == 3
+    assert [place for place, _ in read_all(files["jsonl"])] == [f"{files['jsonl']}:{n + 2}" for n in range(7)]
+    assert [place for place, _ in read_all(files["csv"])] == [f"{files['csv']}:{n + 2}" for n in range(7)]
+    assert [place for place, _ in read_all(files["parquet"])] == [f"{files['parquet']}[{n}]" for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        (json.dumps({"data": RECORDS}), RECORDS),
+        (jsonl(RECORDS), RECORDS),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "a"}]}),
+            [{"messages": [{"role": "user", "content": "a"}]}],
+        ),
+    ],
+)
+def test_json_files_hold_a_list_under_data_or_lines_or_one_record(tmp_path, text, records):
+    (tmp_path / "r.json").write_text(text)
+    assert [record for _, record in read_all(tmp_path / "r.json")] == records
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "b" / "x y.JSONL").write_text(jsonl(RECORDS[3:]))
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS[:3]))
+    (tmp_path / ".cache" / "z.jsonl").write_text("{broken")
+    (tmp_path / "readme.txt").write_text("not data")
+    assert [record for _, record in read_all(tmp_path)] == RECORDS
+    # the same folder as a URI, as s3:// and gs:// are read
+    assert [record for _, record in read_all(tmp_path.as_uri())] == RECORDS
+    assert read_all(tmp_path.as_uri())[3][0] == f"{tmp_path.as_uri()}/b/x%20y.JSONL:1"
+
+
+@given(
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=12),
+    size=st.integers(1, 60),
+    last_newline=st.booleans(),
+)
+def test_chunks_of_any_size_give_every_line_once_with_its_number(lines, size, last_newline):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "r.jsonl"
+        text = "\n\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines)
+        path.write_bytes((text + "\n" * last_newline).encode())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "CHUNK_BYTES", size)
+            chunks = find_chunks(str(path))
+        assert sum(c.bytes for c in chunks) == path.stat().st_size
+        found = [(str(place), record["text"]) for chunk in chunks for place, record in read_chunk(chunk)]
+        assert found == [(f"{path}:{2 * n + 1}", line) for n, line in enumerate(lines)]
+
+
+def test_large_sources_are_checked_in_part(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    path.write_text(jsonl([{"text": str(n)} for n in range(1500)]))
+    assert len(list(read_for_check(find_chunks(str(path))))) == 1500
+    monkeypatch.setattr(sources, "CHECKED_BYTES", 1000)
+    assert len(list(read_for_check(find_chunks(str(path))))) == 1000
+    assert not is_small([Chunk("hub", "a/b", bytes=None)])
+
+
+def test_cmudict_is_words_spelt_out_to_phonemes():
+    records = {record["input"]: record["output"] for _, record in read_all("cmudict")}
+    assert records["f r i s b i e"] == "F R IH1 S B IY0"
+    assert records["t o m a t o"] == "T AH0 M EY1 T OW2"  # the first of two pronunciations
+    assert len(records) == len(read_all("cmudict")) > 100_000
+    assert all(set(word) <= set("abcdefghijklmnopqrstuvwxyz ") for word in records)
+
+
+def test_hub_data_sets_are_read_in_shards(tmp_path):
+    # what `datasets` takes for a hub id it takes for a directory too, and that needs no network
+    for n in range(3):
+        (tmp_path / f"train-{n}.jsonl").write_text(jsonl(RECORDS[n * 2 : n * 2 + 2]))
+    chunks = sources._hub_chunks(str(tmp_path))
+    assert [(c.kind, c.start, c.end) for c in chunks] == [("hub", n, 3) for n in range(3)]
+    assert [record for chunk in chunks for _, record in read_chunk(chunk)] == RECORDS[:6]
+    assert content_stamp([replace(chunks[0], revision="a")]) != content_stamp([replace(chunks[0], revision="b")])
+
+
+def test_the_stamp_follows_the_content(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(jsonl(RECORDS))
+    before = content_stamp(find_chunks(str(path)))
+    assert content_stamp(find_chunks(str(path))) == before
+    path.write_text(jsonl(RECORDS[1:]))
+    assert content_stamp(find_chunks(str(path))) != before
+
+
+PLAIN = json.dumps(RECORDS[0]) + "\n"
+BROKEN = {
+    "json line": ("r.jsonl", PLAIN + "\n{'input': 1}\n", r"r\.jsonl:3: not valid JSON: Expecting property name"),
+    "not an object": ("r.jsonl", PLAIN + "[1]\n", r"r\.jsonl:2: a record must be a JSON object, not list"),
+    "not UTF-8": ("r.jsonl", PLAIN.encode() + b'{"a": "\xff"}\n', r"r\.jsonl:2: not valid JSON"),
+    "json file": ("r.json", "[\n{},\n{]", r"r\.json:3: not valid JSON"),
+    "json of numbers": ("r.json", "[1]", r"r\.json\[0\]: a record must be a JSON object, not int"),
+    "json scalar": ("r.json", '"x"', r"must hold a list of records, not str"),
+    "csv with a field too many": ("r.csv", "input,output\na,b\nc,d,e\n", r"r\.csv:3: not as many fields"),
+    "csv with a field too few": ("r.csv", "input,output\na\n", r"r\.csv:2: not as many fields"),
+    "csv with an open quote": ("r.csv", 'input,output\n"a,b\n', r"not valid CSV"),
+    "parquet": ("r.parquet", "PAR1 but not really", r"r\.parquet: can't be read"),
+    "empty": ("r.jsonl", "", r"r\.jsonl: empty"),
+    "no known suffix": ("r.txt", "hello", r"unknown format \.txt; known: \.jsonl, \.json, \.parquet, \.csv"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_named_with_the_line(tmp_path, case):
+    name, content, message = BROKEN[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_all(path)
+
+
+def test_broken_json_in_a_later_chunk_has_the_right_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
+    path = tmp_path / "r.jsonl"
+    path.write_text(PLAIN * 40 + "{oops\n" + PLAIN * 40)
+    assert len(find_chunks(str(path))) > 10
+    with pytest.raises(UserError, match=r"r\.jsonl:41: not valid JSON"):
+        read_all(path)
+
+
+def test_missing_sources_name_what_is_near(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such file or folder; did you mean train\.jsonl\?"):
+        find_chunks("data/trian.jsonl")
+    with pytest.raises(UserError, match=r"no such file or folder; did you mean train\.jsonl\?"):
+        find_chunks("data/train")  # might be a hub id, were there no such folder
+    with pytest.raises(UserError, match=r"did you mean cmudict\?"):
+        find_chunks("cmudit")
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_chunks(f"file://{tmp_path}/nothing.jsonl")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(UserError, match=r"the folder holds no \.jsonl"):
+        find_chunks("hollow")
+
+
+def test_unreadable_sources_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="can't be read"):
+        find_chunks("nosuch://bucket/data.jsonl")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="data someone/something: no such file or folder, and can't be read from the hub"
+    ):
+        find_chunks("someone/something")
+    gone = tmp_path / "r.jsonl"
+    gone.write_text(PLAIN)
+    chunks = find_chunks(str(gone))
+    gone.unlink()  # as when rights or a network mount fail between check and reading
+    with pytest.raises(UserError, match=r"r\.jsonl: can't be read"):
+        list(read_chunk(chunks[0]))

@@ -1,0 +1,221 @@
+import json
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftray.data.stream import batches, batches_in_order, collate, plan, plan_in_order, read
+from ftray.data.tokens import IGNORE
+
+
+class InMemory:
+    """Shards of one split whose record n is `lengths[n]` tokens of value n: what `read` needs, without files."""
+
+    def __init__(self, windows: list[int]):
+        self.starts = np.cumsum([0, *windows])
+        self.splits = dict.fromkeys(("train", "validation"), SimpleNamespace(windows=windows))
+
+    def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
+        rows = [[n] * (2 + n % 3) for n in range(self.starts[index], self.starts[index + 1])]
+        return pa.table(dict.fromkeys(columns, pa.array(rows, pa.list_(pa.int32()))))
+
+
+def records_of(batch: dict[str, torch.Tensor]) -> list[int]:
+    """Which records a packed batch of `InMemory` rows holds, in order."""
+    return batch["input_ids"][0][batch["position_ids"][0] == 0].tolist()
+
+
+def stream(data, count: int, seed=0, first=0, rank=0, world_size=1) -> list[int]:
+    one_by_one = batches(data, seed, first, 1, rank, world_size)
+    return [records_of(next(one_by_one))[0] for _ in range(count)]
+
+
+windows_of = st.builds(
+    lambda full, size, last: [size] * full + [last], st.integers(0, 4), st.integers(1, 6), st.integers(1, 6)
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(windows=windows_of, seed=st.integers(0, 2**32), first=st.integers(0, 70), world_size=st.sampled_from([1, 2, 4]))
+def test_the_order_depends_on_seed_and_position_alone(windows, seed, first, world_size):
+    data, total = InMemory(windows), sum(windows)
+    whole = stream(data, 120, seed)
+    for epoch in range(120 // total):  # every epoch is all records once
+        assert sorted(whole[epoch * total : (epoch + 1) * total]) == list(range(total))
+    assert stream(data, 40, seed, first) == whole[first : first + 40]  # resuming
+    by_rank = [stream(data, 10, seed, first - first % 4, rank, world_size) for rank in range(world_size)]
+    together = [record for step in zip(*by_rank, strict=True) for record in step]
+    start = first - first % 4
+    assert together == whole[start : start + len(together)]
+
+
+def test_epochs_and_seeds_differ():
+    data = InMemory([16, 16, 9])
+    epochs = stream(data, 82, seed=3)
+    assert epochs[:41] != epochs[41:]
+    assert stream(data, 41, seed=4) != epochs[:41]
+    assert epochs[:41] != list(range(41))
+    windows = [reading.window for reading in plan(InMemory([4] * 10), 3, 0, 80)]
+    assert sorted(windows[:10]) == sorted(windows[10:]) == list(range(10))
+    assert windows[:10] != windows[10:]
+
+
+def test_a_plan_leaves_out_what_lies_before_and_after():
+    data = InMemory([8] * 10)
+    every = list(plan(data, 0, 0, 240))
+    assert len(every) == 30
+    part = list(plan(data, 0, 100, 130))
+    assert [(r.window, r.epoch, r.position) for r in part] == [(r.window, r.epoch, r.position) for r in every[12:17]]
+    assert [(r.start, r.stop) for r in part] == [(4, 8), (0, 8), (0, 8), (0, 8), (0, 2)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(windows=windows_of, rows=st.integers(1, 7), world_size=st.integers(1, 4))
+def test_validation_is_every_record_once_in_stored_order(windows, rows, world_size):
+    data = InMemory(windows)
+    for rank in range(world_size):
+        found = [records_of(b) for b in batches_in_order(data, "validation", rows, rank, world_size)]
+        assert [n for batch in found for n in batch] == list(range(sum(windows)))[rank::world_size]
+        assert all(len(batch) == rows for batch in found[:-1])
+
+
+def test_micro_batches_are_cut_across_windows():
+    data = InMemory([5, 5, 2])
+    one = stream(data, 24)
+    by_four = batches(data, 0, 0, 4)
+    assert [n for _ in range(6) for n in records_of(next(by_four))] == one
+
+
+def test_collate_lays_records_in_a_row_without_padding():
+    batch = collate({"input_ids": [[5, 6, 7], [8], [9, 10]], "labels": [[5, IGNORE, 7], [8], [IGNORE, 10]]})
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9, 10]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "labels": [[IGNORE, IGNORE, 7, IGNORE, IGNORE, 10]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collate_leaves_its_input_alone():
+    labels = np.array([1, 2, 3])
+    collate({"input_ids": [labels], "labels": [labels]})
+    assert labels.tolist() == [1, 2, 3]
+
+
+def test_packed_records_do_not_see_each_other(tiny_llama):
+    from ftray.config import ModelConfig
+    from ftray.models.load import load_base
+
+    model = load_base(ModelConfig(dtype="fp32"), tiny_llama).eval()
+    draw = torch.Generator().manual_seed(0)
+    records = [torch.randint(5, 200, (n,), generator=draw).tolist() for n in (7, 3, 12, 1)]
+    batch = collate({"input_ids": records, "labels": records})
+    with torch.inference_mode():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([r]), use_cache=False).logits[0] for r in records])
+        mixed = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    assert (mixed - alone).abs().max() > 1e-2  # without position ids they would
+
+
+def test_no_token_of_real_shards_is_padding(data):
+    """The share of padding is 0: a batch has as many tokens as its records."""
+    first = list(islice(batches(data, 0, 0, 8), 10))
+    rows = {tuple(row["input_ids"]) for row in data.rows("train")}
+    for batch in first:
+        starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
+        ends = [*starts[1:], batch["input_ids"].shape[1]]
+        records = [tuple(batch["input_ids"][0, a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+        assert len(records) == 8
+        assert set(records) <= rows
+
+
+# --- through Ray Train
+
+WORKERS, MICRO_BATCH, STEPS, SEED = 2, 3, 40, 7
+
+
+def report_batches():
+    """The function of a worker that trains nothing, but notes which tokens it was given."""
+
+    def worker(config):  # nested, so that it travels by value: the workers can't import a test
+        import json
+        from pathlib import Path
+
+        from ray import train
+
+        from ftray.data.stream import collate
+
+        rank = train.get_context().get_world_rank()
+        seen = {}
+        for name in ("train", "validation", "validation"):  # validation twice: it must be streamed anew each time
+            shard = train.get_dataset_shard(name)
+            stream = shard.iter_torch_batches(batch_size=config["micro_batch"], collate_fn=collate)
+            seen.setdefault(name, []).append([{k: v.tolist() for k, v in batch.items()} for batch in stream])
+        (Path(config["directory"]) / f"{rank}.json").write_text(json.dumps(seen))
+
+    return worker
+
+
+def plain_batches(iterator) -> list[dict]:
+    return [{name: tensor.tolist() for name, tensor in batch.items()} for batch in iterator]
+
+
+def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_path):
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ftray.data.feed import RankedShards, plans
+
+    records = STEPS * WORKERS * MICRO_BATCH  # more than two epochs
+    assert records > 2 * data.splits["train"].records
+    TorchTrainer(
+        report_batches(),
+        train_loop_config={"directory": str(tmp_path), "micro_batch": MICRO_BATCH},
+        datasets=plans(data, SEED, records),
+        dataset_config=RankedShards(data, SEED),
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=train.ScalingConfig(num_workers=WORKERS),
+        run_config=train.RunConfig(name="stream", storage_path=str(tmp_path / "ray")),
+    ).fit()
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORKERS)]
+    for rank in range(WORKERS):
+        plain = islice(batches(data, SEED, 0, MICRO_BATCH, rank, WORKERS), STEPS)
+        assert seen[rank]["train"] == [plain_batches(plain)]
+        validation = plain_batches(batches_in_order(data, "validation", MICRO_BATCH, rank, WORKERS))
+        assert seen[rank]["validation"] == [validation, validation]
+
+    def rows(step_batches: list[dict]) -> Counter:
+        found: Counter = Counter()
+        for batch in step_batches:
+            starts = [i for i, p in enumerate(batch["position_ids"][0]) if p == 0]
+            ends = [*starts[1:], len(batch["position_ids"][0])]
+            found.update(tuple(batch["input_ids"][0][a:b]) for a, b in zip(starts, ends, strict=True))
+        return found
+
+    single = plain_batches(islice(batches(data, SEED, 0, MICRO_BATCH * WORKERS), STEPS))
+    for step in range(STEPS):  # the union of both workers' rows is the global batch of one process
+        assert rows([seen[rank]["train"][0][step] for rank in range(WORKERS)]) == rows([single[step]])
+    whole = rows(plain_batches(batches_in_order(data, "validation", 8)))
+    assert sum((rows(seen[rank]["validation"][0]) for rank in range(WORKERS)), Counter()) == whole
+
+
+def test_a_rank_without_validation_records_gets_none():
+    data = InMemory([1])
+    assert list(batches_in_order(data, "validation", 4, 1, 2)) == []
+    reading = next(plan_in_order(data, "validation"))
+    assert read(data, "validation", reading, 0, 1, 2).num_rows == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_take_turns_within_a_window(rank):
+    data = InMemory([7])
+    reading = next(plan_in_order(data, "validation"))
+    table = read(data, "validation", reading, 0, rank, 2)
+    assert [row[0] for row in table["input_ids"].to_pylist()] == list(range(7))[rank::2]

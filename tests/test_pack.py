@@ -1,0 +1,385 @@
+"""Adapters trained together against the same adapters trained alone by plain PEFT and AdamW."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from conftest import bert, gpt2, llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, get_scheduler
+
+from ftray.training.dropout import Dropout
+from ftray.training.pack import Pack, PlainUpdate, share, trainable
+
+STEPS = 4
+CONFIGS = {
+    "lora": lambda r, t: LoraConfig(r=r, lora_alpha=16, target_modules=t),
+    "rslora": lambda r, t: LoraConfig(r=r, use_rslora=True, target_modules=t),
+    "dora": lambda r, t: LoraConfig(r=r, use_dora=True, target_modules=t),
+    "adalora": lambda r, t: AdaLoraConfig(
+        init_r=r + 2, target_r=r, tinit=1, tfinal=1, total_step=STEPS, target_modules=t
+    ),
+    "ia3": lambda r, t: IA3Config(target_modules=t, feedforward_modules=[m for m in t if m == "down_proj"]),
+    "oft": lambda r, t: OFTConfig(oft_block_size=16, target_modules=t),
+    "loha": lambda r, t: LoHaConfig(r=r, target_modules=t),
+    "lokr": lambda r, t: LoKrConfig(r=r, target_modules=t),
+}
+APART = {
+    "prompt tuning": lambda r, t: PromptTuningConfig(num_virtual_tokens=r),
+    "prefix tuning": lambda r, t: PrefixTuningConfig(num_virtual_tokens=r),
+    "lora and head": lambda r, t: LoraConfig(r=r, target_modules=t, modules_to_save=["lm_head"]),
+    "lora on head": lambda r, t: LoraConfig(r=r, target_modules=[*t, "lm_head"]),
+}
+TARGETS = [["q_proj", "v_proj"], ["down_proj"], ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]]
+
+
+@dataclass
+class Trial:
+    """One adapter's settings, and when it joins and leaves."""
+
+    method: str
+    rank: int = 4
+    targets: list[str] = field(default_factory=lambda: TARGETS[2])
+    seed: int = 0
+    rate: float = 5e-3
+    decay: float = 0.0
+    clip: float = 0.0
+    schedule: str = "constant"
+    rows: int = 2
+    micro_batches: int = 1
+    first: int = 0
+    steps: int = STEPS
+    dropout: float = 0.0
+
+    def model(self, base: Any) -> PeftModel:
+        config = (CONFIGS | APART)[self.method](self.rank, self.targets)
+        config.task_type = "CAUSAL_LM"
+        if self.dropout:
+            config.lora_dropout = self.dropout
+        torch.manual_seed(self.seed)
+        model = get_peft_model(share(base), config)
+        for parameter in trainable(model):  # away from zero, where a wrong gradient would be zero too
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        return model
+
+    def update(self, model: PeftModel) -> PlainUpdate:
+        optimizer = torch.optim.AdamW(trainable(model), lr=self.rate, weight_decay=self.decay, eps=1e-3)
+        return PlainUpdate(model, optimizer, get_scheduler(self.schedule, optimizer, 1, STEPS), self.clip)
+
+    def batches(self, step: int) -> list[dict[str, torch.Tensor]]:
+        draw = torch.Generator().manual_seed(self.seed * 1000 + step)
+        return [packed_row(draw, self.rows) for _ in range(self.micro_batches)]
+
+
+def packed_row(draw: torch.Generator, records: int) -> dict[str, torch.Tensor]:
+    """Records of 3 to 40 tokens, the first third of each without loss."""
+    rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "labels": []}
+    for length in torch.randint(3, 41, (records,), generator=draw).tolist():
+        ids = torch.randint(2, 300, (length,), generator=draw)
+        rows["input_ids"].append(ids)
+        rows["position_ids"].append(torch.arange(length))
+        rows["labels"].append(torch.where(torch.arange(length) <= length // 3, -100, ids))
+    return {name: torch.cat(parts)[None] for name, parts in rows.items()}
+
+
+def alone(base: Any, trial: Trial) -> PeftModel:
+    """PEFT and AdamW as anyone would write it: full logits, one record after another through the model's own code."""
+    model = trial.model(base)
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters, lr=trial.rate, weight_decay=trial.decay, eps=1e-3)
+    schedule = get_scheduler(trial.schedule, optimizer, 1, STEPS)
+    for step in range(trial.steps):
+        model.train()
+        micro_batches = trial.batches(step)
+        count = sum(int((b["labels"] != -100).sum()) for b in micro_batches)
+        for batch in micro_batches:
+            starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
+            for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True):
+                logits = model(input_ids=batch["input_ids"][:, first:end]).logits[0, first - end : -1]
+                loss = F.cross_entropy(logits, batch["labels"][0, first + 1 : end], reduction="sum")
+                (loss / count).backward()
+        if trial.method == "adalora":
+            factors = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+            grams = [p @ p.T if p.shape[0] < p.shape[1] else p.T @ p for p in factors]
+            (0.5 * sum((g - torch.eye(len(g))).norm() for g in grams) / len(grams)).backward()
+        if trial.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, trial.clip)
+        optimizer.step()
+        schedule.step()
+        if trial.method == "adalora":
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model
+
+
+def together(base: Any, trials: list[Trial], tokens: int = 2**16) -> list[PeftModel]:
+    """The trials in one pack, each joining at its `first` step and leaving when it has made its `steps`."""
+    pack, done = Pack(base, tokens), {}
+    for now in range(max(t.first + t.steps for t in trials)):
+        for i, trial in enumerate(trials):
+            if trial.first == now:
+                model = trial.model(base)
+                pack.add(str(i), model, trial.update(model), trial.seed)
+            if trial.first + trial.steps == now:
+                done[i] = pack.remove(str(i))
+        batches = {str(i): t.batches(now - t.first) for i, t in enumerate(trials) if t.first <= now < t.first + t.steps}
+        if batches:
+            stepped = pack.step(batches)
+            assert all(s.failure is None for s in stepped.values())
+    return [done.get(i) or pack.remove(str(i)) for i in range(len(trials))]
+
+
+def assert_same_weights(got: PeftModel, wanted: PeftModel, tolerance: float) -> None:
+    """Difference of each tensor, relative to its greatest element."""
+    for (name, a), b in zip(got.named_parameters(), wanted.parameters(), strict=True):
+        if a.requires_grad:
+            assert (a - b).abs().max() <= tolerance * b.abs().max(), name
+
+
+trials = st.builds(
+    Trial,
+    method=st.sampled_from(sorted(CONFIGS)),
+    rank=st.sampled_from([2, 4, 8]),
+    targets=st.sampled_from(TARGETS),
+    seed=st.integers(0, 99),
+    rate=st.sampled_from([1e-3, 1e-2]),
+    decay=st.sampled_from([0.0, 0.1]),
+    clip=st.sampled_from([0.0, 0.3]),
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    rows=st.integers(1, 3),
+    micro_batches=st.integers(1, 2),
+    first=st.integers(0, 3),
+    steps=st.integers(1, STEPS),
+)
+
+
+@given(st.lists(trials, min_size=1, max_size=5), st.sampled_from([64, 2**16]))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_pack_equals_its_adapters_alone(chosen, tokens):
+    base = llama().requires_grad_(False)
+    for got, trial in zip(together(base, chosen, tokens), chosen, strict=True):
+        assert_same_weights(got, alone(base, trial), 1e-5)
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: MistralForCausalLM(mistral())], ids=["gpt2", "sliding window"])
+def test_other_models(make):
+    base = make().requires_grad_(False)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    leaves = ["c_attn", "c_proj"] if hasattr(base, "transformer") else TARGETS[0]
+    chosen = [Trial("lora", targets=leaves), Trial("ia3", targets=leaves, seed=3)]
+    for got, trial in zip(together(base, chosen), chosen, strict=True):
+        assert_same_weights(got, alone(base, trial), 1e-5)
+
+
+def mistral() -> MistralConfig:
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+
+
+def test_dropout_does_not_depend_on_mates_or_passes():
+    base = llama().requires_grad_(False)
+    one = Trial("lora", dropout=0.3, micro_batches=2)
+    mates = [one, Trial("lora", dropout=0.5, seed=5), Trial("oft", seed=6, first=2)]
+    (by_itself,) = together(base, [one])
+    in_company, *_ = together(base, mates, tokens=64)
+    assert_same_weights(in_company, by_itself, 1e-5)
+    (without,) = together(base, [Trial("lora", micro_batches=2)])
+    with pytest.raises(AssertionError):
+        assert_same_weights(without, by_itself, 1e-3)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_dropout_drops_its_share_and_keeps_the_mean(share):
+    torch.manual_seed(0)
+    dropped = Dropout(share)(torch.ones(1000, 1001))
+    assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.003)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.003)
+    assert len(dropped.unique()) == 2
+
+
+def test_one_that_diverges_leaves_its_mates_as_they_are():
+    base = llama().requires_grad_(False)
+
+    def run(rate: float) -> tuple[list[PeftModel], list[str | None]]:
+        pack, trials = Pack(base), [Trial("lora"), Trial("lora", seed=1, rate=rate), Trial("oft", seed=2)]
+        models, failures = [trial.model(base) for trial in trials], []
+        for name, (trial, model) in enumerate(zip(trials, models, strict=True)):
+            pack.add(str(name), model, trial.update(model))
+        for step in range(STEPS):
+            stepped = pack.step({name: trials[int(name)].batches(step) for name in pack.members})
+            failures += [s.failure for s in stepped.values() if s.failure]
+            if step == 1 and "1" in pack.members:
+                pack.remove("1")
+        return models, failures
+
+    sound, none = run(1e-3)
+    models, failures = run(1e30)
+    assert none == []
+    (reason,) = failures
+    assert reason.endswith("at step 2")
+    assert "nan" in reason or "inf" in reason or "not finite" in reason
+    for name in (0, 2):
+        assert_same_weights(models[name], sound[name], 0.0)
+
+
+def test_bf16_base_in_company_equals_alone():
+    base = llama().to(torch.bfloat16).requires_grad_(False)
+    chosen = [Trial("lora"), Trial("adalora", seed=1), Trial("oft", seed=2), Trial("dora", seed=3)]
+    for got, trial in zip(together(base, chosen), chosen, strict=True):
+        (by_itself,) = together(base, [trial])
+        assert_same_weights(got, by_itself, 2e-2)
+
+
+def test_out_of_memory_makes_passes_smaller():
+    base = llama().requires_grad_(False)
+    chosen = [Trial("lora"), Trial("oft", seed=1), Trial("dora", seed=2)]
+    wanted, pack = together(base, chosen), Pack(base)
+
+    def limit(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        if keywords["input_ids"].shape[1] > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pack.host.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    models = [trial.model(base) for trial in chosen]
+    for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
+        pack.add(str(i), model, trial.update(model))
+    for step in range(STEPS):
+        pack.step({str(i): trial.batches(step) for i, trial in enumerate(chosen)})
+    assert pack.tokens <= 70 * 2
+    for got, model in zip(models, wanted, strict=True):
+        assert_same_weights(got, model, 1e-6)
+
+
+def test_one_that_is_too_much_for_the_memory_leaves_alone():
+    base = llama().requires_grad_(False)
+    chosen, pack = [Trial("lora", seed=1, rows=1), Trial("lora", seed=2, rows=9)], Pack(base)
+
+    def limit(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        if keywords["input_ids"].shape[1] > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pack.host.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    models = [trial.model(base) for trial in chosen]
+    for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
+        pack.add(str(i), model, trial.update(model))
+    for step in range(STEPS):
+        stepped = pack.step({name: chosen[int(name)].batches(step) for name in pack.members})
+        failures = {name: result.failure for name, result in stepped.items() if result.failure}
+        assert failures == ({"1": "out of memory: one micro-batch at step 1"} if step == 0 else {})
+    assert_same_weights(models[0], alone(base, chosen[0]), 1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    base = llama().requires_grad_(False)
+    chosen = [Trial("lora", dropout=0.3), Trial("oft", seed=1), Trial("lora", seed=2)]
+    wanted = together(base, chosen)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    for got, model in zip(together(base, chosen), wanted, strict=True):
+        assert_same_weights(got, model, 1e-6)
+
+
+def test_an_adapter_from_a_pack_is_a_plain_one(tmp_path):
+    base = llama().requires_grad_(False)
+    model, _ = together(base, [Trial("lora"), Trial("ia3")])
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(2, 12)[None]
+    again = PeftModel.from_pretrained(llama(), str(tmp_path))
+    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_losses_of_many_on_the_same_rows():
+    base = llama().requires_grad_(False)
+    pack, some = Pack(base, tokens=100), {"a": Trial("lora"), "b": Trial("oft", seed=1), "c": Trial("dora", seed=2)}
+    for name, trial in some.items():
+        model = trial.model(base)
+        pack.add(name, model, trial.update(model))
+    batch = packed_row(torch.Generator().manual_seed(0), 4)
+    losses = pack.losses(list(some), batch)
+    for name, loss in zip(some, losses, strict=True):
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        logits = pack.remove(name).eval()(**inputs, use_cache=False).logits
+        wanted = F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum").item()
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("prompt tuning", "PROMPT_TUNING adds tokens"),
+        ("prefix tuning", "PREFIX_TUNING adds tokens"),
+        ("lora and head", "parameters outside"),
+        ("lora on head", "adapts lm_head"),
+    ],
+)
+def test_what_cannot_share_a_batch_trains_between_the_others(method, reason):
+    base = llama().requires_grad_(False)
+    chosen = [Trial(method), Trial("oft", seed=1), Trial(method, seed=2, micro_batches=2)]
+    pack = Pack(base)
+    for i, trial in enumerate(chosen):
+        model = trial.model(base)
+        why = pack.add(str(i), model, trial.update(model))
+        assert (reason in why) if trial.method == method else why is None
+    for got, trial in zip(together(base, chosen), chosen, strict=True):
+        assert_same_weights(got, alone(base, trial), 1e-5)
+
+
+def test_models_that_cannot_be_shared_train_one_adapter_after_another():
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    base = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_implementation="eager")).requires_grad_(False)
+    assert "softcap" in Pack(base).apart
+    assert "linear head" in Pack(bert()).apart
+    chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
+    for got, trial in zip(together(base, chosen), chosen, strict=True):
+        assert_same_weights(got, alone(base, trial), 1e-5)
+
+
+def test_a_pack_imports_neither_ray_nor_deepspeed_nor_pydantic():
+    code = "import sys, ftray.training.pack; print({m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = eval(done.stdout)
+    assert "peft" in loaded
+    assert not loaded & {"ray", "deepspeed", "pydantic", "optuna", "pyarrow"}
+
+
+def test_dropout_in_a_pack_equals_the_solo_trainer(tiny_llama, data):
+    from test_training import make_run, with_trainer
+
+    from ftray.adapters.methods import attach
+    from ftray.data.stream import batches
+    from ftray.models.load import load_base
+
+    run = make_run(tiny_llama, {"method": "lora", "rank": 4, "dropout": 0.2}, micro_batch=4)
+    *_, (_, wanted, _) = with_trainer(run, data)
+    base, cfg = load_base(run.model, tiny_llama), run.training
+    pack, losses = Pack(base), []
+    for name, seed in (("0", 0), ("1", 9)):
+        model = attach(share(base), run.adapter, run.steps, seed)
+        optimizer = torch.optim.AdamW(trainable(model), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+        schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
+        pack.add(name, model, PlainUpdate(model, optimizer, schedule, cfg.clip_norm), seed)
+    streams = {name: batches(data, int(name), 0, 4) for name in pack.members}
+    for _ in range(run.steps):
+        losses.append(pack.step({name: list(islice(stream, 2)) for name, stream in streams.items()})["0"])
+    last = losses[5:]
+    assert sum(s.loss for s in last) / sum(s.supervised for s in last) == pytest.approx(wanted, rel=1e-4)

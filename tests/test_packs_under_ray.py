@@ -1,0 +1,105 @@
+"""Packs under Ray: the board between Tune and the workers, and a search over two workers."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from test_training import with_trainer
+
+from ftray.config import Config
+from ftray.search.exchange import Board
+
+
+def test_a_board_gives_room_away_and_takes_it_back():
+    async def play() -> None:
+        board = Board()
+        await board.ready(0, 2)
+        for number in range(3):
+            await board.enter(number, {"number": number})
+        reading = [asyncio.create_task(board.next(number, 0)) for number in range(3)]
+        await asyncio.sleep(0)
+        first = await board.orders(0, {}, {})
+        assert first["join"] == {0: {"number": 0}, 1: {"number": 1}}
+        assert first["run"] == [0, 1]
+        second = await board.orders(0, {0: [{"step": 5}]}, {1: "diverged"})
+        assert second["join"] == {2: {"number": 2}}  # in the place of the one that failed
+        assert second["run"] == [2]  # 0 waits until its report has been judged
+        assert await reading[0] == {"step": 5}
+        assert await reading[1] == {"failure": "diverged"}
+        again = asyncio.create_task(board.next(0, 1))
+        await asyncio.sleep(0)
+        assert (await board.orders(0, {}, {}))["run"] == [0, 2]
+        await board.leave(0)
+        assert (await board.orders(0, {}, {}))["leave"] == {0}
+        again.cancel()
+        await board.ready(0, 2)  # the workers died and came back: their trials have to be brought in again
+        assert (await board.orders(0, {}, {}))["join"] == {2: {"number": 2}}
+        await board.close("over")
+        assert (await board.orders(0, {}, {}))["close"]
+        assert await reading[2] == {"failure": "over"}
+
+    asyncio.run(play())
+
+
+def test_a_stand_in_imports_no_torch():
+    code = "import sys, ftray.search.exchange; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage):
+    from ftray.search.experiment import search
+    from ftray.search.outcome import trial_rows
+    from ftray.search.solo import Job
+    from ftray.search.space import load_space
+
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "method: {choice: [lora, oft]}\n"
+        "lora: {learning_rate: {log: [1.0e-5, 1.0e-1]}, dropout: 0.0}\n"
+        "oft: {block_size: 16, learning_rate: {log: [1.0e-4, 1.0e-2]}}\n"
+    )
+    sections = {
+        "model": {"dtype": "fp32"},
+        "training": {"steps": 18, "zero_stage": stage},
+        "scaling": {"workers": 2, "cpus_per_worker": 1},
+        "search": {"trials": 8, "pack": 3},
+    }
+    job = Job(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
+    search(job, load_space(str(space)), tmp_path, [])
+    rows = trial_rows(job.config, tmp_path)
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"finished", "stopped early"}
+    for row in [row for row in rows if row["status"] == "finished" and row["trial"]][:2]:
+        run = job.run(row["config"]["adapter"], row["config"]["training"])
+        wanted = with_trainer(run, data)
+        assert row["curve"][-1]["validation_loss"] == pytest.approx(wanted[-1][2], rel=1e-4)
+        assert row["checkpoint"]
+
+
+def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_path):
+    from ftray.search.experiment import search
+    from ftray.search.outcome import trial_rows
+    from ftray.search.solo import Job
+    from ftray.search.space import load_space
+
+    space = tmp_path / "space.yaml"
+    space.write_text("method: lora\nlora: {target_modules: {choice: [attention, nonsense]}}\n")
+    sections = {
+        "model": {"dtype": "fp32"},
+        "training": {"steps": 6},
+        "scaling": {"workers": 2, "cpus_per_worker": 1},
+        "search": {"trials": 6, "pack": 2, "scheduler": "none"},
+    }
+    job = Job(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
+    search(job, load_space(str(space)), tmp_path, [])
+    rows = trial_rows(job.config, tmp_path)
+    assert len(rows) == 6
+    wrong = [row for row in rows if row["config"]["adapter"]["target_modules"] == "nonsense"]
+    assert wrong
+    assert len(wrong) < 6
+    for row in rows:
+        assert row["status"] == ("failed" if row in wrong else "finished")
+    assert all("nonsense" in row["reason"] for row in wrong)

@@ -1,0 +1,295 @@
+"""Whole searches, as a user runs them: a process of its own, a real cluster, killed and resumed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+SPACE = """
+method: {choice: [lora, ia3, oft]}
+lora:
+  rank: {choice: [2, 4]}
+  alpha: {times: rank, choice: [1, 2]}
+  learning_rate: {log: [1.0e-3, 1.0e-2]}
+ia3:
+  learning_rate: {log: [1.0e-2, 1.0e-1]}
+oft:
+  block_size: 16
+  learning_rate: {log: [1.0e-3, 1.0e-2]}
+"""
+
+
+def command(output: Path, words: str, model: str, *more: str, space: str = SPACE, steps: int = 18) -> list[str]:
+    path = output.parent / "space.yaml"
+    path.write_text(space)
+    flags = {
+        "--data": words,
+        "--model": model,
+        "--space": str(path),
+        "--output": os.path.relpath(output),
+        "--data.max_length": "64",
+        "--data.cache": str(output.parent / "shards"),
+        "--evaluation.max_new_tokens": "12",
+        "--training.steps": str(steps),
+        "--model.dtype": "fp32",
+    }
+    return [sys.executable, "-m", "ftray.tune", *(part for pair in flags.items() for part in pair), *more]
+
+
+def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def study(output: Path) -> optuna.Study:
+    return optuna.load_study(study_name="ftray", storage=JournalStorage(JournalFileBackend(str(output / "study.log"))))
+
+
+def finished(output: Path) -> dict[str, tuple[str, int]]:
+    """What the trials that are over have written last, and when."""
+    last = list((output / "tune").glob("trial-*/outcome.json"))
+    for report in (output / "tune").glob("trial-*/checkpoint_*/report.json"):
+        if json.loads(report.read_text())["learning_rate"] == 0:  # the schedule is at its end
+            last.append(report)
+    return {str(path): (path.read_text(), path.stat().st_mtime_ns) for path in last}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, words, tiny_llama):
+    """One search of four trials, ASHA on."""
+    output = tmp_path_factory.mktemp("search") / "out"
+    done = run(command(output, words, tiny_llama, "--trials", "4"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_a_search_leaves_what_it_promises(searched):
+    output, done = searched
+    names = {p.name for p in output.iterdir()}
+    assert {"summary.json", "leaderboard.csv", "best", "study.log", "tune", "config.yaml"} <= names
+    assert not [p for p in output.rglob(".*") if p.suffix != ".crc" and "tune" not in p.parts]
+    summary = json.loads((output / "summary.json").read_text())
+    values = [t["value"] for t in summary["trials"]]
+    assert len(values) == 4
+    assert values == sorted(values)
+    assert summary["best"]["value"] == values[0]
+    for name, metric in summary["proof"]["metrics"].items():
+        low, high = metric["interval"]
+        assert low <= metric["difference"] <= high, name
+    assert summary["proof"]["metrics"]["loss"]["best"] < summary["proof"]["metrics"]["loss"]["base"]
+    rows = (output / "leaderboard.csv").read_text().splitlines()
+    assert len(rows) == 5
+    assert "leaderboard" in done.stdout
+    assert "transformers serve" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_trial_0_is_the_default_configuration(searched):
+    output, _ = searched
+    summary = json.loads((output / "summary.json").read_text())
+    first = next(t for t in summary["trials"] if t["trial"] == 0)
+    wanted = {"method": "lora", "rank": 8, "alpha": 16, "dropout": 0.05, "target_modules": "attention-qv"}
+    assert first["config"]["adapter"] == wanted
+
+
+def test_no_terminal_no_noise(searched):
+    _, done = searched
+    for noise in ("raylet", "WARNING", "INFO", "DeepSpeed", "Traceback", "it/s", "[I "):
+        assert noise not in done.stdout, noise
+    assert "\x1b[" not in done.stdout
+    assert "records: validation_loss" in done.stdout
+
+
+def test_artifacts_load_without_ftray(searched, tiny_llama):
+    """Plain transformers and PEFT, in a process that imports nothing of ours, agree with each other."""
+    output, _ = searched
+    code = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained({tiny_llama!r}, dtype=torch.float32)
+adapted = PeftModel.from_pretrained(base, {str(output / "best/adapter")!r}).eval()
+merged = AutoModelForCausalLM.from_pretrained({str(output / "best/merged")!r}, dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained({str(output / "best/adapter")!r})
+ids = AutoTokenizer.from_pretrained({str(output / "best/merged")!r})("a b c\\n", return_tensors="pt")["input_ids"]
+a, m = adapted(ids).logits, merged(ids).logits
+with adapted.disable_adapter():
+    assert (adapted(ids).logits - a).abs().max() > 1e-3
+torch.testing.assert_close(a, m, rtol=0, atol=1e-4 * a.abs().max().item())
+assert "ftray" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=output)
+    assert done.returncode == 0, done.stderr
+
+
+def test_optuna_dashboard_opens_the_study(searched):
+    output, _ = searched
+    with server("optuna-dashboard", str(output / "study.log")) as url:
+        study = shown(f"{url}/api/studies/0")
+    assert [t["number"] for t in study["trials"]] == [0, 1, 2, 3]
+    assert study["trials"][0]["intermediate_values"]
+
+
+def test_the_printed_command_serves_the_merged_model(searched):
+    _, done = searched
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("serve ")]
+    command = line.split()[1:]
+    with server(*command) as url:
+        assert shown(f"{url}/health") == {"status": "ok"}
+        body = {"model": command[-1], "prompt": "a b c\n", "max_tokens": 5, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        answer = shown(urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers))
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+@contextmanager
+def server(program: str, *arguments: str) -> Iterator[str]:
+    """A program of this environment that listens on a port of its own; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name(program)), *arguments, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def shown(url: str | urllib.request.Request) -> dict:
+    """The page's JSON, as soon as the server is up."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def test_a_second_search_on_the_same_output_is_refused(searched, words, tiny_llama):
+    output, _ = searched
+    done = run(command(output, words, tiny_llama))
+    assert done.returncode == 2
+    assert "already holds a search" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("pack", "trials", "steps"), [("auto", 16, 150), ("off", 5, 18)])
+def test_a_killed_search_resumes_without_running_a_finished_trial_again(
+    tmp_path, words, tiny_llama, pack, trials, steps
+):
+    output = tmp_path / "out"
+    more = ["--pack", pack, "--trials", str(trials), "--search.scheduler", "none", "--concurrency", "2"]
+    arguments = command(output, words, tiny_llama, *more, steps=steps)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    deadline = time.monotonic() + 240
+    while not finished(output) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # the workers of the dead driver may be about to write
+    before = finished(output)
+    assert before
+    assert len(before) < trials
+    assert not (output / "summary.json").exists()
+
+    done = run([*arguments, "--resume"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = finished(output)
+    assert len(after) == trials
+    assert {path: after[path] for path in before} == before
+    summary = json.loads((output / "summary.json").read_text())
+    assert [t["status"] for t in summary["trials"]] == ["finished"] * trials
+    states = [t.state.name for t in study(output).trials]
+    assert states.count("COMPLETE") == trials
+    assert "RUNNING" not in states
+
+
+def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    space = "method: lora\nlearning_rate: {choice: [1.0e+30]}\nweight_decay: 0.1\n"
+    done = run(command(output, words, tiny_llama, "--trials", "2", "--search.scheduler", "none", space=space))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert [(t["trial"], t["status"]) for t in summary["trials"]] == [(0, "finished"), (1, "failed")]
+    assert "diverged: " in summary["trials"][1]["reason"]
+    assert [t.state.name for t in study(output).trials] == ["COMPLETE", "FAIL"]
+
+
+def test_a_time_budget_leaves_a_usable_result(tmp_path, words, tiny_gpt2):
+    output = tmp_path / "out"
+    more = ["--trials", "40", "--time-budget", "60", "--search.scheduler", "hyperband", "--pack", "off"]
+    done = run(command(output, words, tiny_gpt2, *more, space="method: {choice: [ia3, lora]}"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["best"]["trial"] in (0, 1)
+    assert len(summary["trials"]) < 40
+    assert (output / "best" / "merged" / "config.json").exists()
+
+
+def test_ctrl_c_leaves_a_usable_result(tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=150)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 240
+    while not finished(output) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode in (0, 130), text
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["best"]
+    assert summary["proof"]
+    assert (output / "best" / "merged" / "config.json").exists()
+
+
+def test_a_killed_training_run_resumes_to_the_same_losses(tmp_path, words, tiny_llama):
+    def arguments(output: str) -> list[str]:
+        flags = ["--data", words, "--model", tiny_llama, "--method", "lora", "--output", str(tmp_path / output)]
+        settings = ["--training.steps", "120", "--training.evaluations", "12", "--data.max_length", "64"]
+        cache = ["--data.cache", str(tmp_path / "shards"), "--model.dtype", "fp32"]
+        return [sys.executable, "-m", "ftray.train", *flags, *settings, *cache]
+
+    undisturbed = run(arguments("whole"))
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    process = subprocess.Popen(arguments("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed" / "train").glob("checkpoint_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    resumed = run([*arguments("killed"), "--resume"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+    def losses(text: str) -> list[str]:
+        return [line.rpartition(",")[0] for line in text.splitlines() if line.startswith("step ")]
+
+    assert len(losses(undisturbed.stdout)) == 12
+    assert losses(resumed.stdout) == losses(undisturbed.stdout)
+    assert (tmp_path / "killed" / "adapter" / "adapter_model.safetensors").exists()

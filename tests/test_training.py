@@ -1,0 +1,164 @@
+"""The training step against a plain PyTorch + PEFT loop: one process, two workers, every ZeRO stage, resumed."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import get_scheduler
+
+from ftray.adapters.methods import attach
+from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig, UserError
+from ftray.data.stream import batches, batches_in_order
+from ftray.models.load import load_base
+from ftray.training.loop import Diverged, Trainer
+from ftray.training.run import Run, accumulation_steps
+
+FP32 = ModelConfig(dtype="fp32")
+LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
+ADALORA = {"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}
+STEPS, AT = 8, (2, 5, 8)
+
+
+def make_run(path: str, adapter: dict = LORA, **training) -> Run:
+    settings = TrainingConfig(batch_size=8, learning_rate=5e-3, clip_norm=0.5, weight_decay=0.01, **training)
+    return Run(FP32, path, AdapterConfig(**adapter), settings, STEPS, AT)
+
+
+def orthogonality(model) -> torch.Tensor | float:
+    """AdaLoRA's penalty, from the paper: how far the singular vectors are from orthonormal."""
+    factors = [(n, p) for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+    if not hasattr(model.base_model, "update_and_allocate"):
+        return 0.0
+    left = [p @ p.T for n, p in factors if "lora_A" in n] + [p.T @ p for n, p in factors if "lora_B" in n]
+    return 0.5 * sum((g - torch.eye(len(g))).pow(2).sum().sqrt() for g in left) / len(left)
+
+
+def plain_loop(run: Run, data) -> list[tuple[int, float, float]]:
+    """The reference: full logits, one padded-free row a step, torch's AdamW, no DeepSpeed, nothing of the trainer."""
+    cfg = run.training
+    model = attach(load_base(run.model, run.model_path), run.adapter, run.steps, cfg.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
+
+    def loss_of(batch):
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        return F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum"), int(
+            (batch["labels"] != -100).sum()
+        )
+
+    reports, total, tokens = [], 0.0, 0
+    for step, batch in enumerate(islice(batches(data, cfg.seed, 0, cfg.batch_size), run.steps)):
+        model.train()
+        loss, count = loss_of(batch)
+        (loss / count + orthogonality(model)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
+        optimizer.step()
+        schedule.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        total, tokens = total + loss.item(), tokens + count
+        if step + 1 in AT:
+            model.eval()
+            with torch.no_grad():
+                held = [loss_of(b) for b in batches_in_order(data, "validation", 8)]
+            reports.append((step + 1, total / tokens, sum(v.item() for v, _ in held) / sum(n for _, n in held)))
+            total, tokens = 0.0, 0
+    return reports
+
+
+def with_trainer(run: Run, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None):
+    trainer = Trainer(run)
+    if resume_from:
+        trainer.restore(resume_from)
+    rows = run.training.micro_batch or run.training.batch_size
+    first = trainer.history.step * run.training.batch_size
+    reports = []
+
+    def report(metrics):
+        reports.append((metrics["step"], metrics["train_loss"], metrics["validation_loss"]))
+        if save_at and metrics["step"] == save_at[0]:
+            trainer.save(save_at[1])
+
+    trainer.fit(batches(data, run.training.seed, first, rows), lambda: batches_in_order(data, "validation", 8), report)
+    return reports
+
+
+def assert_same(got, wanted, tolerance):
+    assert [r[0] for r in got] == [r[0] for r in wanted]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
+@pytest.mark.parametrize(
+    "training", [{}, {"micro_batch": 2}, {"zero_stage": 1}, {"zero_stage": 2, "offload": "optimizer"}]
+)
+def test_one_process_equals_a_plain_loop(tiny_llama, data, adapter, training):
+    run = make_run(tiny_llama, adapter, **training)
+    wanted = plain_loop(run, data)
+    assert wanted[-1][2] < wanted[0][2]  # there is something to compare: the loss falls
+    assert_same(with_trainer(run, data), wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "training", [{}, {"zero_stage": 2}, {"zero_stage": 3}, {"gradient_checkpointing": True}], ids=str
+)
+@pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
+def test_a_resumed_run_reproduces_an_undisturbed_one(tiny_llama, data, tmp_path, adapter, training):
+    run = make_run(tiny_llama, {**adapter, "dropout": 0.1}, **training)
+    whole = with_trainer(run, data, save_at=(5, str(tmp_path)))
+    assert_same(with_trainer(run, data, resume_from=str(tmp_path))[-1:], whole[-1:], 1e-7)
+
+
+def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
+    from peft import PeftModel
+
+    run = make_run(tiny_llama)
+    trainer = Trainer(run)
+    trainer.fit(batches(data, 0, 0, 8), lambda: batches_in_order(data, "validation", 8), lambda metrics: None)
+    trainer.save(str(tmp_path))
+    again = PeftModel.from_pretrained(load_base(FP32, tiny_llama), tmp_path / "adapter")
+    batch = next(batches_in_order(data, "validation", 4))
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
+    trainer.engine.eval()
+    torch.testing.assert_close(again.eval()(**inputs).logits, trainer.engine(**inputs).logits, rtol=0, atol=1e-6)
+
+
+def test_a_run_that_diverges_says_so(tiny_llama, data):
+    run = make_run(tiny_llama)
+    run.training.learning_rate = 1e30
+    with pytest.raises(Diverged, match=r"loss .*(nan|inf).* step"):
+        with_trainer(run, data)
+
+
+def test_batch_size_must_be_divisible():
+    with pytest.raises(UserError, match="multiple of 6"):
+        accumulation_steps(TrainingConfig(batch_size=8, micro_batch=3), workers=2)
+
+
+def test_training_imports_no_ray():
+    code = "import sys, ftray.training.loop; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("stage", "adapter"), [(0, LORA), (2, LORA), (3, LORA), (3, ADALORA)])
+def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, stage, adapter):
+    from ftray.search.solo import Job, trainer
+
+    run = make_run(tiny_llama, adapter, zero_stage=stage, micro_batch=2)
+    config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
+    job = Job(config, tiny_llama, data.directory, 0.0)
+    result = trainer(job, run, "two", str(tmp_path)).fit()
+    assert result.return_value["failure"] is None
+    wanted = plain_loop(run, data)
+    last = (result.metrics["step"], result.metrics["train_loss"], result.metrics["validation_loss"])
+    assert_same([last], wanted[-1:], 1e-4)
+    adapter_dir = f"{result.checkpoint.path}/adapter"
+    assert json.loads(Path(adapter_dir, "adapter_config.json").read_text())["peft_type"] == adapter["method"].upper()
