@@ -30,14 +30,22 @@ def test_a_board_gives_room_away_and_takes_it_back():
         again = asyncio.create_task(board.next(0, 1))
         await asyncio.sleep(0)
         assert (await board.orders(0, {}, {}))["run"] == [0, 2]
-        await board.leave(0)
+        await board.leave(0, for_good=False)
+        assert (await again)["failure"]
         assert (await board.orders(0, {}, {}))["leave"] == {0}
-        again.cancel()
         await board.ready(0, 2)  # the workers died and came back: their trials have to be brought in again
         assert (await board.orders(0, {}, {}))["join"] == {2: {"number": 2}}
+        await board.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
+        assert (await board.orders(0, {}, {}))["run"] == [2]
+        await board.leave(2, for_good=True)
+        await board.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no room
+        assert (await reading[2])["failure"]
+        assert (await board.orders(0, {}, {}))["join"] == {}
+        await board.enter(3, {"number": 3})
+        reading.append(asyncio.create_task(board.next(3, 0)))
         await board.close("over")
         assert (await board.orders(0, {}, {}))["close"]
-        assert await reading[2] == {"failure": "over"}
+        assert await reading[3] == {"failure": "over"}
 
     asyncio.run(play())
 

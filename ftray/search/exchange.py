@@ -34,10 +34,15 @@ class Entry:
 
 
 class Board:
-    """Who trains what; an asyncio actor, asked by every trial and by rank 0 of every pack."""
+    """Who trains what; an asyncio actor, asked by every trial and by rank 0 of every pack.
+
+    Only the driver says that a trial is over. Its process can't: Tune may start two for a trial and stop one of them,
+    or keep that of a trial that is over for one that is yet to come.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[int, Entry] = {}
+        self.over: set[int] = set()
         self.left: dict[int, set[int]] = {}  # by pack
         self.capacities: dict[int, int] = {}
         self.closed: str | None = None  # the reason
@@ -46,28 +51,33 @@ class Board:
     async def enter(self, number: int, config: dict[str, Any]) -> None:
         """A trial wants to train; one that is known already goes on."""
         async with self._changed:
-            self.entries.setdefault(number, Entry(config))
+            if number not in self.over:
+                self.entries.setdefault(number, Entry(config))
             self._changed.notify_all()
 
     async def next(self, number: int, heard: int) -> dict[str, Any]:
         """The trial's report after the first `heard`; it may train until it has it. Or the `failure` that ended it."""
         async with self._changed:
-            entry = self.entries[number]
+            entry = self.entries.get(number)
+            if entry is None:
+                return {"failure": "it is over"}
             entry.wanted = max(entry.wanted, heard + 1)
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: len(entry.reports) > heard or entry.failure or self.closed)
+            await self._changed.wait_for(
+                lambda: len(entry.reports) > heard or entry.failure or self.closed or number not in self.entries
+            )
             if len(entry.reports) > heard:
                 return entry.reports[heard]
-            return {"failure": entry.failure or self.closed}
+            return {"failure": entry.failure or self.closed or "it is over"}
 
-    async def leave(self, number: int) -> None:
-        """A trial is over, for now or for good."""
+    async def leave(self, number: int, for_good: bool) -> None:
+        """A trial is over, or put aside until it enters again."""
         async with self._changed:
-            entry = self.entries.get(number)
-            if entry and not entry.failure:  # one that failed fails again when Tune tries it again
-                del self.entries[number]
-                if entry.pack is not None:
-                    self.left.setdefault(entry.pack, set()).add(number)
+            if for_good:
+                self.over.add(number)
+            entry = self.entries.pop(number, None)
+            if entry and entry.pack is not None:
+                self.left.setdefault(entry.pack, set()).add(number)
             self._changed.notify_all()
 
     async def ready(self, pack: int, capacity: int) -> None:
@@ -135,6 +145,21 @@ class Board:
             self._changed.notify_all()
 
 
+class Leaving(tune.Callback):
+    """Tells the board what only Tune's driver knows for sure: which trials are over."""
+
+    def __init__(self, board: Any):
+        self.board = board
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It is finished, or was stopped early."""
+        self.board.leave.remote(trial.config["number"], for_good=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It failed and won't be tried again."""
+        self.board.leave.remote(trial.config["number"], for_good=True)
+
+
 class StandIn(tune.Trainable):
     """What Tune takes for a trial: hands its configuration to a pack and relays its reports."""
 
@@ -156,17 +181,13 @@ class StandIn(tune.Trainable):
         return report
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The last trial is over, the next one has this process."""
-        self.cleanup()
+        """The next trial has this process."""
         self._enter(new_config)
         return True
 
-    def cleanup(self) -> None:
-        """The trial is over."""
-        ray.get(self.board.leave.remote(self.number))
-
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A scheduler puts the trial aside: the pack's own checkpoint has its weights."""
+        ray.get(self.board.leave.remote(self.number, for_good=False))
         return {"heard": self.heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:

@@ -17,7 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 
 from ftray.config import Config
 from ftray.search.definition import packable
-from ftray.search.exchange import StandIn, TrialFailed
+from ftray.search.exchange import Leaving, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
 from ftray.search.progress import failure_reason, training_failure
@@ -93,7 +93,7 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
         return
     with packs(job, experiment) as (board, capacity):
         trainable = tune.with_parameters(StandIn, board=board)
-        _tune(trainable, capacity, job, space, output, callbacks, past)
+        _tune(trainable, capacity, job, space, output, [*callbacks, Leaving(board)], past)
 
 
 def _tune(
