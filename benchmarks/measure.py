@@ -45,16 +45,43 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare(name: str, ours: Callable[[], object], peer: Callable[[], object], work: float, unit: str, n: int) -> None:
-    """Run both once to warm up, then `n` times in turns; print medians of `work` a second and their ratio."""
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def compare(
+    name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    work: float,
+    unit: str,
+    n: int,
+    around: dict[str, Pair] | None = None,
+    also: Callable[[], dict[str, object]] = dict,
+) -> None:
+    """Run both once to warm up, then `n` times in turns; print medians of `work` a second and their ratio.
+
+    Args:
+        around: what comes before and after each run of `ours` and `peer`, and is not timed.
+        also: gives further entries of the last line.
+    """
     print(f"{name} on {machine()} with {versions()}", flush=True)
-    seconds(ours), seconds(peer)
     taken: dict[str, list[float]] = {"ours": [], "peer": []}
-    for _ in range(n):
-        taken["ours"].append(seconds(ours))
-        taken["peer"].append(seconds(peer))
-        print(f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s", flush=True)
-    a, b = work / statistics.median(taken["ours"]), work / statistics.median(taken["peer"])
-    print(f"ours {a:.1f} {unit}, peer {b:.1f} {unit}, ratio {a / b:.2f}")
-    line = {"name": name, "ours": a, "peer": b, "ratio": a / b, "unit": unit, "machine": machine()}
+    for turn in range(n + 1):
+        for side, run in (("ours", ours), ("peer", peer)):
+            before, after = (around or {}).get(side, (lambda: None, lambda: None))
+            before()
+            taken[side].append(seconds(run))
+            after()
+        print(
+            f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn else ' (warm-up)'}",
+            flush=True,
+        )
+    a, b = (work / statistics.median(taken[side][1:]) for side in ("ours", "peer"))
+    show(name, a, b, a / b, unit, also())
+
+
+def show(name: str, ours: float, peer: float, ratio: float, unit: str, also: dict[str, object]) -> None:
+    """Both figures and how many times better ours is; then the same as one line of JSON, the last of all."""
+    print(f"ours {ours:.4g} {unit}, peer {peer:.4g} {unit}, ratio {ratio:.2f}")
+    line = {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "machine": machine(), **also}
     print(json.dumps(line))

@@ -13,7 +13,7 @@ from ftray.config import AdapterConfig, Config
 
 
 def run(cfg: Config) -> int:
-    """The command, from first check to last line; see docs/tune.md for what it leaves in `output`.
+    """The command, from first check to last line; the README lists what it leaves in `output`.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.

@@ -37,18 +37,20 @@ class SharedLinear(nn.Module):
 
     def join(self, name: str, layer: BaseTunerLayer, draws: Draws) -> None:
         """Let `layer`, PEFT's own, have the rows of adapter `name`."""
+        self.members[name] = layer, draws
+        if _low_rank(layer):  # adds to the layer's output
+            return
         base: Any = layer.get_base_layer()
         weight = base.weight
-        row = torch.zeros(
-            1, 1, getattr(base, "in_features", weight.shape[0]), device=weight.device
-        )  # Conv1D: [in, out]
-        row = row.to(weight.dtype if weight.is_floating_point() else torch.float32)  # quantised weights are integers
+        inputs = getattr(base, "in_features", weight.shape[0])  # Conv1D: [in, out]
+        # quantised weights are integers
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        row = torch.zeros(1, 1, inputs, device=weight.device, dtype=dtype)
         with torch.no_grad():
             answer = _Answer(base, row, self.base(row))
             layer.eval()(row)
         if answer.end():
             self.multiplies.add(name)
-        self.members[name] = layer, draws
 
     def leave(self, name: str) -> None:
         """Nothing of adapter `name` stays."""

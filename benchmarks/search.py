@@ -1,0 +1,241 @@
+"""A search of 16 trials on the demo data, beside the usual script: Ray Tune with a TorchTrainer and a Trainer a trial.
+
+    python -m benchmarks.search [--quick]                # ASHA off: wall-clock at equal budgets
+    python -m benchmarks.search --asha [--quick]         # ASHA on: wall-clock to the usual script's best held-out loss
+
+Each run is a process of its own, timed from start to exit: Python, Ray, every trial. Both sides draw from the same
+space with Optuna, train on the same tokenized records in the same precision and may use all of the machine.
+The usual script has as many trials at once as are fastest for it: one a CPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import machine, show, versions
+
+SPACE = {
+    "method": "lora",
+    "learning_rate": {"log": [5e-4, 5e-3]},
+    "lora": {
+        "rank": {"choice": [8, 16, 32]},
+        "alpha": {"times": "rank", "choice": [1, 2]},
+        "dropout": {"float": [0.0, 0.05]},
+        "target_modules": {"choice": ["attention", "mlp", "all-linear"]},
+    },
+}
+GROUPS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+GROUPS["all-linear"] = GROUPS["attention"] + GROUPS["mlp"]
+DATA = {"source": "cmudict", "limit": 500, "seed": 1}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__.partition("\n")[0])
+    parser.add_argument("--asha", action="store_true", help="time to the usual script's best held-out loss")
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--steps", type=int, help="a trial's budget, of 8 records each (default: 48; quick: 12)")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the budget")
+    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=3, help="of each side")
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.steps = args.steps or (12 if args.quick else 48)
+    if args.side:
+        (ours if args.side == "ours" else peer)(args)
+        return 0
+    print(f"{args.trials} trials of {args.steps} steps of 8 records on {machine()} with {versions()}", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as cache:
+        prepare(cache)
+        for turn in range(args.runs):
+            for side in ("ours", "peer"):
+                found[side].append(run(args, side, cache, f"{cache}/{side}-{turn}"))
+            a, b = found["ours"][-1], found["peer"][-1]
+            for side, result in (("ours", a), ("peer", b)):
+                print(f"  {side} {result['seconds']:.1f} s, best held-out loss {result['best']:.4f}", flush=True)
+    goal = statistics.median(result["best"] for result in found["peer"])
+    theirs = statistics.median(result["seconds"] for result in found["peer"])
+    if args.asha:
+        reached = [next((at for at, loss in r["curve"] if loss <= goal), None) for r in found["ours"]]
+        print(f"the usual script's best held-out loss, {goal:.4f}, was reached after {reached} s")
+        if None in reached:
+            print("not reached in every run", file=sys.stderr)
+            return 1
+        mine = statistics.median(at for at in reached if at is not None)
+        theirs = statistics.median(first_at(r["curve"], r["best"]) for r in found["peer"])
+    else:
+        mine = statistics.median(result["seconds"] for result in found["ours"])
+    losses = {f"{side}_best": statistics.median(r["best"] for r in results) for side, results in found.items()}
+    show("search-asha" if args.asha else "search", mine, theirs, theirs / mine, "s", losses)
+    return 0
+
+
+def first_at(curve: list[tuple[float, float]], loss: float) -> float:
+    """Seconds after which `loss` was reached."""
+    return next(at for at, value in curve if value <= loss)
+
+
+def run(args: argparse.Namespace, side: str, cache: str, output: str) -> dict[str, Any]:
+    """One process of one side; `seconds` of it all, `best` loss, and `curve` of (seconds since its start, loss)."""
+    command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(args.trials)]
+    command += ["--steps", str(args.steps), "--cache", cache, "--output", output, *(["--asha"] if args.asha else [])]
+    started = time.time()
+    with open(f"{output}.log", "w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    seconds = time.time() - started
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{Path(f'{output}.log').read_text()[-4000:]}")
+    curve = [(at - started, loss) for at, loss in json.loads(Path(f"{output}.json").read_text())]
+    return {"seconds": seconds, "best": min(loss for _, loss in curve), "curve": curve}
+
+
+def prepare(cache: str) -> None:
+    """Tokenize once, for both sides, in a process of its own."""
+    code = (
+        "from ftray.cli import run_command; "
+        f"run_command('preprocess', ['--data.source', 'cmudict', '--data.limit', '{DATA['limit']}', "
+        f"'--data.seed', '{DATA['seed']}', '--data.cache', {cache!r}])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def ours(args: argparse.Namespace) -> None:
+    """The search as `ftray tune` runs it, up to the last trial's end."""
+    import yaml
+
+    from ftray.search.cluster import quiet
+
+    quiet()
+    from ray import tune
+
+    from ftray.config import Config
+    from ftray.data import prepare as prepare_data
+    from ftray.models.find import find
+    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.experiment import search
+    from ftray.search.solo import Job
+    from ftray.search.space import load_space
+
+    output = Path(args.output)
+    output.mkdir()
+    (output / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
+    cfg = Config.model_validate(
+        {
+            "data": DATA | {"cache": args.cache},
+            "training": {"steps": args.steps, "evaluations": 1},
+            "search": {"trials": args.trials, "scheduler": "asha" if args.asha else "none"},
+        }
+    )
+    heard: list[tuple[float, float]] = []
+
+    class Hear(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            heard.append((time.time(), result["validation_loss"]))
+
+    path = find(cfg.model.name)
+    connect(cfg)
+    data = prepare_data(cfg.data, path)
+    job = Job(cfg, path, data.directory, gpus_per_worker(cfg))
+    search(job, load_space(str(output / "space.yaml")), output, [Hear()])
+    Path(f"{output}.json").write_text(json.dumps(heard))
+
+
+def train_one(config: dict[str, Any]) -> None:
+    """What the usual script runs in each trial's worker."""
+    import ray.train
+    import torch
+
+    from benchmarks import usual
+    from ftray.data import TokenizedData
+    from ftray.models.load import load_tokenizer
+
+    torch.manual_seed(0)
+    data = TokenizedData.load(config["data"])
+    rows = [{k: row[k] for k in ("input_ids", "labels")} for row in data.rows("train")]
+    rows = (rows * (1 + config["steps"] * usual.BATCH // len(rows)))[: config["steps"] * usual.BATCH]
+    held = [{k: row[k] for k in ("input_ids", "labels")} for row in data.rows("validation")]
+    base = usual.load(config["path"], getattr(torch, config["dtype"]))
+    trainer = usual.trainer(base, config, rows, held, load_tokenizer(config["path"]))
+    trainer.train()
+    ray.train.report({"validation_loss": usual.held_out_loss(trainer)})
+
+
+def peer(args: argparse.Namespace) -> None:
+    """Ray Tune over trials, each a TorchTrainer of one worker, as Ray's documentation shows."""
+    import optuna
+    import ray
+    import ray.train
+    from ray import tune
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.tune.search.optuna import OptunaSearch
+
+    from ftray.config import ModelConfig
+    from ftray.models.find import find
+    from ftray.models.load import choose_dtype
+
+    ray.init(log_to_driver=False)
+    path, dtype = find("smollm2-135m"), str(choose_dtype(ModelConfig())).removeprefix("torch.")
+    (directory,) = (p for p in Path(args.cache).iterdir() if (p / "manifest.json").exists())
+    fixed = {"path": path, "dtype": dtype, "data": str(directory), "steps": args.steps}
+    cpus = int(ray.cluster_resources()["CPU"])
+
+    def space(trial: optuna.Trial) -> None:
+        for name in ("rank", "multiple", "target_modules"):
+            choices: Any = {"rank": [8, 16, 32], "multiple": [1, 2], "target_modules": list(GROUPS)}[name]
+            trial.suggest_categorical(name, choices)
+        trial.suggest_float("learning_rate", 5e-4, 5e-3, log=True)
+        trial.suggest_float("dropout", 0.0, 0.05)
+
+    def driver(config: dict[str, Any]) -> None:
+        settings = config | {
+            "alpha": config["rank"] * config["multiple"],
+            "target_modules": GROUPS[config["target_modules"]],
+        }
+        trainer = TorchTrainer(
+            train_one,
+            train_loop_config=settings | fixed,
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(
+                name=f"trial-{tune.get_context().get_trial_id()}",
+                storage_path=os.path.abspath(args.output),
+                callbacks=[TuneReportCallback()],
+            ),
+        )
+        trainer.fit()
+
+    heard: list[tuple[float, float]] = []
+
+    class Hear(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if "validation_loss" in result:
+                heard.append((time.time(), result["validation_loss"]))
+
+    tuner = tune.Tuner(
+        tune.with_resources(driver, {"CPU": 0}),
+        tune_config=tune.TuneConfig(
+            metric="validation_loss",
+            mode="min",
+            search_alg=OptunaSearch(space, metric="validation_loss", mode="min", seed=0),
+            num_samples=args.trials,
+            max_concurrent_trials=cpus,
+        ),
+        run_config=tune.RunConfig(storage_path=os.path.abspath(args.output), name="tune", callbacks=[Hear()]),
+    )
+    tuner.fit()
+    Path(f"{args.output}.json").write_text(json.dumps(heard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
