@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -305,12 +306,8 @@ class Pack:
             loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.base.device)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
-        first = 0
-        self._rows.spans = []
-        for name, _, batch in units:
-            end = first + batch["input_ids"].numel()
-            self._rows.spans.append((name, first, end))
-            first = end
+        ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
+        self._rows.set([(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)])
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
