@@ -94,7 +94,7 @@ def _optimizer(parameters: list[nn.Parameter], cfg: TrainingConfig) -> torch.opt
         "weight_decay": cfg.weight_decay,
     }
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     if not torch.cuda.is_available():
         raise UserError(f"training.optimizer {cfg.optimizer} needs a GPU: use adamw")
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit

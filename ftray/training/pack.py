@@ -216,8 +216,9 @@ class Pack:
                 self.tokens //= 2
         local = []
         for name in names:
-            norms = [norm.double() for norm in torch._foreach_norm(gradients[name])] if gradients[name] else []
-            local += [losses[name], sum(float(norm) ** 2 for norm in norms), float(name in exhausted)]
+            norms = torch._foreach_norm(gradients[name]) if gradients[name] else [torch.zeros(1)]
+            square = torch.stack(list(norms)).double().square().sum().item()
+            local += [losses[name], square, float(name in exhausted)]
         stepped = {}
         for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
             member, failure = self.members[name], None
