@@ -28,7 +28,7 @@ def run(cfg: Config) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe
-    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import search
     from ftray.search.outcome import (
@@ -71,9 +71,7 @@ def run(cfg: Config) -> int:
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
-    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
-    proving = task.remote(job, output.absolute())
+    proving = on_hardware(cfg, prove_and_merge, job, output.absolute())
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago
     proof = ray.get(proving)

@@ -27,7 +27,7 @@ FREE = {
     "scaling.gpus_per_worker",
     "scaling.address",
 }
-FREE_SECTIONS = {"evaluation", "adapter"}  # the space says what the adapters are
+FREE_SECTIONS = {"evaluation", "adapter", "generation", "merge"}  # the space says what the adapters are
 _AGAIN = "take that, or name another --output"
 
 

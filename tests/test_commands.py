@@ -1,0 +1,222 @@
+"""The commands that work on what training left: evaluate, infer, merge."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ftray.cli import main
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """Commands keep the logs of the libraries quiet; not those of the tests to come."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def make_adapter(base: str, directory: Path, seed: int, method: str = "lora", **changes) -> str:
+    """A random adapter that makes a difference."""
+    torch.manual_seed(seed)
+    if method == "lora":
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | changes)
+    else:
+        config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    if method == "ia3":
+        for name, parameter in model.named_parameters():
+            if "ia3" in name:
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_llama) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "a": make_adapter(tiny_llama, root / "a", 1),
+        "b": make_adapter(tiny_llama, root / "b", 2, use_rslora=True),
+        "ia3": make_adapter(tiny_llama, root / "ia3", 3, "ia3"),
+    }
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """Of the same shape with other weights, and of another shape."""
+    root = tmp_path_factory.mktemp("others")
+    same = llama()
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter.mul_(1.1)
+    same.save_pretrained(root / "same")
+    llama(num_hidden_layers=3).save_pretrained(root / "deeper")
+    llama(hidden_size=32).save_pretrained(root / "narrower")
+    for name in ("same", "deeper", "narrower"):
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("same", "deeper", "narrower")}
+
+
+def flags(*given: str, words: str = "", cache: Path | None = None) -> list[str]:
+    return [*given, "--data", words, "--data.cache", str(cache), "--model.dtype", "fp32", "--data.max_length", "64"]
+
+
+def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
+    cluster, tmp_path, capsys, words, tiny_llama, adapters
+):
+    from ftray.config import EvaluationConfig
+    from ftray.data import TokenizedData
+    from ftray.evaluation.score import score
+    from ftray.models.load import load_tokenizer
+
+    file = tmp_path / "scores.json"
+    named = [part for name in ("a", "ia3") for part in ("--adapter", adapters[name])]
+    common = flags("--evaluation.max_new_tokens", "6", words=words, cache=tmp_path / "shards")
+    assert main(["evaluate", "--model", tiny_llama, *named, *common, "--output", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"evaluation {file}"
+    result = json.loads(file.read_text())
+    shards = TokenizedData.load(next((tmp_path / "shards").glob("*/manifest.json")).parent)
+    rows = shards.rows("test")
+    assert result["records"] == len(rows)
+    for name in ("a", "ia3"):
+        metrics = result["adapters"][adapters[name]]
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapters[name])
+        alone = score(model, load_tokenizer(tiny_llama), rows, EvaluationConfig(generate=False))
+        assert metrics["loss"]["best"] == pytest.approx(alone.loss.sum() / alone.tokens.sum(), rel=1e-5)
+        assert metrics["loss"]["base"] == result["base"]["loss"]
+        assert metrics["loss"]["interval"][0] < metrics["loss"]["difference"] < metrics["loss"]["interval"][1]
+        assert {"perplexity", "exact_match", "token_error_rate", "character_error_rate"} < set(metrics)
+        assert f"{metrics['loss']['best']:.4g}" in out
+
+    # a model alone, the result on the last line of the output
+    assert main(["evaluate", "--model", tiny_llama, *common, "--split", "all", "--evaluation.generate", "false"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["records"] == 120
+    assert alone["adapters"] == {}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "infer", "merge"])
+def test_an_adapter_for_another_base_is_refused(command, tmp_path, capsys, words, adapters, other_base):
+    reasons = {"same": "was made for another base, ", "deeper": "another base", "narrower": "another base"}
+    for name, reason in reasons.items():
+        asked = {
+            "evaluate": flags(words=words, cache=tmp_path),
+            "infer": ["--prompt", "a"],
+            "merge": ["--output", str(tmp_path / "merged")],
+        }
+        assert main([command, "--model", other_base[name], "--adapter", adapters["a"], *asked[command]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert adapters["a"] in line
+
+
+def test_where_the_base_was_moved_shapes_tell_it_apart(tmp_path, capsys, tiny_llama, adapters, other_base):
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters["a"], moved)
+    path = moved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/gone/away"}))
+    for name, reason in {"deeper": "layers.2", "narrower": "size mismatch"}.items():
+        assert main(["infer", "--model", other_base[name], "--adapter", str(moved), "--prompt", "a"]) == 2
+        assert reason in capsys.readouterr().err
+    assert main(["infer", "--adapter", str(moved), "--prompt", "a"]) == 2
+    assert "its base can't be found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda d: None, "no such directory"),
+        (lambda d: d.mkdir(), "holds no adapter_config.json"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "give it as --model"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(tmp_path, capsys, make, reason):
+    make(tmp_path / "it")
+    assert main(["evaluate", "--adapter", str(tmp_path / "it")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys, tiny_llama, tokenizer, adapters):
+    """The rendered prompt is the one of the training records, in the template of the run that left the adapter."""
+    run = tmp_path / "run"
+    shutil.copytree(adapters["a"], run / "adapter")
+    (run / "config.yaml").write_text("data: {template: 'spell {prompt} :'}\n")
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    records = [
+        {"input": "a b"},
+        {"input": "the cat sat", "output": "known"},
+        {"instruction": "do", "input": "it"},
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"text": "the cat"},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    common = ["--adapter", str(run), "--model.dtype", "fp32", "--generation.max_new_tokens", "8"]
+    assert main(["infer", *common, "--file", str(file), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"generated {output}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl", "run"]
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{k: v for k, v in a.items() if k != "generated"} for a in answers] == records
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapters["a"]).eval()
+    asked = ["spell a b :", "spell the cat sat :", "spell do\nit :", "<|user|>hi<|end|><|assistant|>", "the cat"]
+    wanted = []
+    for text in asked:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            whole = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=1)
+        wanted.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+    assert [a["generated"] for a in answers] == wanted
+    assert main(["infer", *common, "--prompt", "a b"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted[0].rstrip("\n")
+
+    sampled = set()
+    for seed in ("1", "1", "2"):
+        sampling = ["--generation.temperature", "5", "--generation.seed", seed]
+        assert main(["infer", *common, *sampling, "--prompt", "a b"]) == 0
+        sampled.add(capsys.readouterr().out)
+    assert len(sampled) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("p.jsonl", '{"input": "a"}\n[1]\n', "p.jsonl:2: a record must be"),
+        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: record with keys question"),
+        ("p.txt", "\n", "holds no prompt"),
+        ("p.docx", "a", "must end in .jsonl"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, tiny_llama, name, content, reason):
+    (tmp_path / name).write_text(content)
+    assert main(["infer", "--model", tiny_llama, "--file", str(tmp_path / name)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_conversation_on_a_terminal(tiny_llama, adapters):
+    """A real pseudo-terminal: the answer streams, Ctrl-C stops one, the next turn follows, Ctrl-D ends."""
+    import sys
+
+    import pexpect
+
+    arguments = ["-m", "ftray.infer", "--adapter", adapters["a"], "--generation.max_new_tokens", "20000"]
+    child = pexpect.spawn(sys.executable, [*arguments, "--model.dtype", "fp32"], encoding="utf-8", timeout=120)
+    child.expect("Ctrl-D ends.*\r\n> ")
+    child.sendline("hello")
+    child.expect("hello\r\n")
+    child.expect(r"\S{3}")  # it has begun to answer
+    child.sendintr()
+    child.expect("> ")
+    child.sendline("/reset")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
