@@ -201,7 +201,7 @@ def complete() -> None:
                 own.add_argument(f"--{field}", help=_description(field))
         for action in own._actions:
             if choices := _choices(action.dest):
-                action.completer = ChoicesCompleter(choices)  # type: ignore[attr-defined]  # argcomplete's own way
+                action.completer = ChoicesCompleter(choices)  # type: ignore
     argcomplete.autocomplete(parser)
 
 

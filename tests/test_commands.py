@@ -135,6 +135,7 @@ def test_where_the_base_was_moved_shapes_tell_it_apart(tmp_path, capsys, tiny_ll
     [
         (lambda d: None, "no such directory"),
         (lambda d: d.mkdir(), "holds no adapter_config.json"),
+        (lambda d: (d.mkdir(), (d / "adapter_config.json").write_text("{}")), "holds no weights"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "give it as --model"),
     ],
 )
@@ -220,3 +221,170 @@ def test_a_conversation_on_a_terminal(tiny_llama, adapters):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def weights(directory: str | Path, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """Of a model, after merging `adapter` by PEFT alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(("combination", "more"), [("cat", []), ("svd", ["--merge.rank", "8"])])
+def test_combined_adapters_are_the_weighted_sum_of_their_updates(
+    tmp_path, capsys, tiny_llama, adapters, combination, more
+):
+    """Exact for `cat` and for `svd` of the full rank; the second adapter is scaled by the root of its rank."""
+    two = ["--adapter", adapters["b"], "--adapter", adapters["a"], "--weights", "0.7,0.3", "--combination", combination]
+    assert main(["merge", *two, *more, "--model.dtype", "fp32", "--output", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"model {tmp_path / 'merged'}"
+    base, a, b = weights(tiny_llama), weights(tiny_llama, adapters["a"]), weights(tiny_llama, adapters["b"])
+    for name, weight in weights(tmp_path / "merged").items():
+        wanted = base[name] + 0.3 * (a[name] - base[name]) + 0.7 * (b[name] - base[name])
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=2e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        (["a"], []),
+        (["ia3"], []),
+        (["ia3", "ia3"], ["--combination", "linear", "--weights", "0.5,0.5"]),
+        (["a", "b"], ["--combination", "linear"]),
+        (["a", "b"], ["--combination", "ties", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "dare_linear", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "dare_ties_svd", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "magnitude_prune", "--density", "0.5"]),
+    ],
+)
+def test_merged_models_and_adapters_are_the_same_model(tmp_path, tiny_llama, adapters, names, more):
+    given = [part for name in names for part in ("--adapter", adapters[name])]
+    common = [*given, *more, "--model.dtype", "fp32", "--output"]
+    assert main(["merge", *common, str(tmp_path / "model")]) == 0
+    assert main(["merge", *common, str(tmp_path / "adapter"), "--form", "adapter"]) == 0
+    merged, whole = weights(tmp_path / "model"), weights(tiny_llama, str(tmp_path / "adapter"))
+    assert any((merged[name] - weight).abs().max() > 1e-3 for name, weight in weights(tiny_llama).items())
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
+def test_combinations_that_peft_can_not_make_are_refused_with_the_reason(
+    tmp_path, capsys, monkeypatch, tiny_llama, adapters
+):
+    monkeypatch.setattr("ftray.models.load.load_base", lambda *a: pytest.fail("the base was loaded"))
+    made = {
+        "dora": make_adapter(tiny_llama, tmp_path / "dora", 4, use_dora=True),
+        "rank": make_adapter(tiny_llama, tmp_path / "rank", 5, r=2),
+        "regex": make_adapter(tiny_llama, tmp_path / "regex", 6, target_modules=r".*\.(q|v)_proj"),
+        **adapters,
+    }
+    capsys.readouterr()
+    asked = {
+        ("a", "ia3"): ([], "of one method only, these are LORA and IA3"),
+        ("ia3", "ia3"): ([], "by linear only"),
+        ("a", "dora"): ([], "use_dora"),
+        ("a", "rank"): (["--combination", "linear"], "same r value"),
+        ("a", "regex"): ([], "same target modules type"),
+        ("a", "b"): (["--combination", "ties"], "needs --density"),
+        ("b", "a"): (["--weights", "1"], "1 for 2 adapters"),
+        ("b", "b"): (["--merge.rank", "3"], "only svd"),
+        ("a",): (["--weights", "1"], "several adapters"),
+    }
+    for names, (more, reason) in asked.items():
+        given = [part for name in names for part in ("--adapter", made[name])]
+        assert main(["merge", *given, *more, "--output", str(tmp_path / "out")]) == 2, names
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert not (tmp_path / "out").exists()
+    assert main(["merge", "--adapter", adapters["a"], "--output", str(tmp_path)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def assert_same_adapter(directory: Path, other: Path, tolerance: float = 0) -> None:
+    from safetensors.torch import load_file
+
+    got, wanted = (load_file(d / "adapter_model.safetensors") for d in (directory, other))
+    assert got.keys() == wanted.keys()
+    assert any(weight.abs().max() > 0 for name, weight in wanted.items() if "lora_B" in name or "lora_E" in name)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=tolerance)
+
+
+def keep_configuration_only(checkpoint: Path, aside: Path) -> None:
+    """Move the adapter that lies in the checkpoint aside, but for its configuration."""
+    shutil.move(checkpoint / "adapter", aside)
+    (checkpoint / "adapter").mkdir()
+    shutil.copy(aside / "adapter_config.json", checkpoint / "adapter")
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_zero_checkpoint_becomes_the_adapter_that_was_trained(tmp_path, tiny_llama, data, stage, method):
+    from test_training import ADALORA, LORA, make_run, with_trainer
+
+    run = make_run(tiny_llama, {"lora": LORA, "adalora": ADALORA}[method], zero_stage=stage)
+    checkpoint = tmp_path / "checkpoint"
+    with_trainer(run, data, save_at=(8, str(checkpoint)))
+    keep_configuration_only(checkpoint, tmp_path / "trained")
+    merge = ["merge", "--adapter", str(checkpoint), "--model.dtype", "fp32", "--output"]
+    assert main([*merge, str(tmp_path / "adapter"), "--form", "adapter"]) == 0
+    assert_same_adapter(tmp_path / "adapter", tmp_path / "trained")
+    assert main([*merge, str(tmp_path / "model")]) == 0
+    whole = weights(tiny_llama, str(tmp_path / "trained"))
+    for name, weight in weights(tmp_path / "model").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
+def test_a_zero_checkpoint_of_full_fine_tuning_becomes_a_model(tmp_path, capsys, tiny_llama, other_base):
+    """DeepSpeed's own layout: shards in `global_step1`, named by `latest`, and no adapter."""
+    from ftray.config import TrainingConfig
+    from ftray.training.engine import build_engine, join_process_group
+
+    join_process_group()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    engine = build_engine(model, TrainingConfig(batch_size=1, learning_rate=1e-2, zero_stage=2, warmup=0), 2)
+    ids = torch.randint(5, 300, (1, 12))
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(tmp_path / "checkpoint"))
+    merge = ["merge", "--adapter", str(tmp_path / "checkpoint"), "--model.dtype", "fp32", "--output"]
+    assert main([*merge, str(tmp_path / "out")]) == 2
+    assert "give it alone, with --model" in capsys.readouterr().err
+    assert main([*merge, str(tmp_path / "out"), "--model", other_base["narrower"]]) == 2
+    assert "size mismatch" in capsys.readouterr().err
+    assert main([*merge, str(tmp_path / "out"), "--model", tiny_llama]) == 0
+    before = weights(tiny_llama)
+    for name, weight in weights(tmp_path / "out").items():
+        torch.testing.assert_close(weight, dict(model.state_dict())[name].float(), rtol=0, atol=0)
+        assert not torch.equal(weight, before[name])
+
+
+def two_workers(tiny_llama: str, data, root: Path, stage: int) -> Path:
+    """The last checkpoint of a run under Ray Train."""
+    from test_training import LORA, make_run
+
+    from ftray.config import Config
+    from ftray.search.solo import Job, trainer
+
+    run = make_run(tiny_llama, LORA, zero_stage=stage, micro_batch=2)
+    config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
+    result = trainer(Job(config, tiny_llama, data.directory, 0.0), run, "two", str(root)).fit()
+    return Path(result.checkpoint.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_of_two_ray_train_workers_becomes_the_adapter(tmp_path, capsys, tiny_llama, data, stage):
+    checkpoint = two_workers(tiny_llama, data, tmp_path, stage)
+    assert len(list((checkpoint / "state").glob("*optim_states.pt"))) == 2
+    keep_configuration_only(checkpoint, tmp_path / "trained")
+    merge = ["merge", "--adapter", str(checkpoint), "--model.dtype", "fp32", "--form", "adapter", "--output"]
+    assert main([*merge, str(tmp_path / "adapter")]) == 0
+    assert_same_adapter(tmp_path / "adapter", tmp_path / "trained")
+    next((checkpoint / "state").glob("*rank_1*optim_states.pt")).unlink()
+    assert main([*merge, str(tmp_path / "again")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "but found 1 files" in line

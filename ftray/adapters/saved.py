@@ -11,19 +11,21 @@ from ftray.config import Config, DataConfig, UserError
 from ftray.models.find import find
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint keep theirs
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
 SAMPLE = 2**20  # bytes at the end of a weight file by which two models are told apart
 
 
-def find_adapter(name: str) -> Path:
+def find_adapter(name: str, with_weights: bool = True) -> Path:
     """The adapter directory `name`, or the one inside of it if `name` is what `tune` or `train` left.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it lacks weights and should have them.
     """
     path = Path(name).expanduser()
     for place in (path, *(path / inside for inside in INSIDE)):
         if (place / CONFIG).is_file():
+            if with_weights and not _weights(place):
+                raise UserError(f"adapter {place}: holds no weights ({WEIGHTS}safetensors)")
             return place
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -91,8 +93,12 @@ def _check_base(cfg: Config, adapter: Path, base: str) -> None:
     named = adapter_config(adapter).base_model_name_or_path or base
     if _known_to_differ(named, base):
         raise UserError(f"adapter {adapter}: was made for another base, {named}, not for {base}")
-    if mismatch := _mismatch(cfg, adapter, base):
+    if _weights(adapter) and (mismatch := _mismatch(cfg, adapter, base)):
         raise UserError(f"adapter {adapter}: was made for another base than {base}: {mismatch}")
+
+
+def _weights(adapter: Path) -> bool:
+    return any(adapter.glob(f"{WEIGHTS}*"))
 
 
 def _known_to_differ(named: str, base: str) -> bool:
