@@ -15,6 +15,8 @@ from ftray.config import AdapterConfig, Config
 def run(cfg: Config) -> int:
     """The command, from first check to last line; the README lists what it leaves in `output`.
 
+    With `--plan`, only what that would come to.
+
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
@@ -41,6 +43,8 @@ def run(cfg: Config) -> int:
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
 
+    if cfg.plan:
+        return show_plan(cfg, space, model_path)
     write_definition(cfg, space, output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
@@ -83,6 +87,29 @@ def run(cfg: Config) -> int:
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     write_json(summary, output / "summary.json")
     show(rows, proof, cfg, output)
+    return 0
+
+
+def show_plan(cfg: Config, space: Any, model_path: str) -> int:
+    """What `--plan` prints; nothing is left in `output`."""
+    import json
+
+    import yaml
+
+    from ftray.data import prepare
+    from ftray.preprocess import describe
+    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.plan import plan
+    from ftray.search.plan import show as show_estimates
+    from ftray.search.solo import Job
+
+    connect(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
+    print(describe(data), flush=True)
+    result = plan(Job(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
+    show_estimates(result, console())
+    print(f"plan     {json.dumps(result)}")
     return 0
 
 

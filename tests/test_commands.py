@@ -385,6 +385,67 @@ def test_a_checkpoint_of_two_ray_train_workers_becomes_the_adapter(tmp_path, cap
     assert main([*merge, str(tmp_path / "adapter")]) == 0
     assert_same_adapter(tmp_path / "adapter", tmp_path / "trained")
     next((checkpoint / "state").glob("*rank_1*optim_states.pt")).unlink()
+    capsys.readouterr()
     assert main([*merge, str(tmp_path / "again")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "but found 1 files" in line
+    assert "but found 1 files" in capsys.readouterr().err.splitlines()[-1]
+
+
+SPACE = """
+method: {choice: [lora, ia3]}
+lora: {rank: {choice: [2, 4]}, target_modules: all-linear, learning_rate: {log: [1.0e-3, 1.0e-2]}}
+ia3: {learning_rate: {log: [1.0e-2, 1.0e-1]}}
+"""
+
+
+def planned(capsys, tmp_path: Path, words: str, tiny_llama: str, *more: str) -> dict:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    named = ["--model", tiny_llama, "--space", str(tmp_path / "space.yaml"), "--output", str(tmp_path / "out" / "run")]
+    common = flags("--trials", "9", "--training.steps", "9", words=words, cache=tmp_path / "shards")
+    assert main(["tune", "--plan", *named, *common, *more]) == 0
+    assert not (tmp_path / "out").exists()
+    return json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("plan     "))
+
+
+def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words, tiny_llama):
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig
+
+    plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2")
+    assert plan["rungs"] == [{"records": 8, "trials": 9}, {"records": 24, "trials": 3}, {"records": 72, "trials": 1}]
+    largest = AdapterConfig(method="lora", rank=4, target_modules="all-linear")
+    model = attach(AutoModelForCausalLM.from_pretrained(tiny_llama), largest, 9, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan["methods"]["lora"]["parameters"] == trained
+    assert plan["methods"]["ia3"]["runs"] == "in a pack, together with others"
+    assert plan["memory"]["base"] == sum(p.numel() * 4 for p in llama().parameters())
+    assert plan["memory"]["adapters"] == 2 * 16 * trained
+    assert plan["probe"]["trials"] == 2
+    # 9 trials to the first rung, of 3 the second part, of 1 the third
+    length = plan["tokens"]["at_most"] / (9 * 72)
+    assert plan["tokens"]["expected"] == (9 * 8 + 3 * 16 + 48) * length
+    assert plan["seconds"] > 9 * 8 * length / plan["probe"]["tokens"] * plan["probe"]["step"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_llama, checkpointing):
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig, ModelConfig
+    from ftray.models.load import load_base, load_skeleton
+    from ftray.search.plan import _kept, measure
+
+    cfg, adapter = ModelConfig(dtype="fp32"), {"method": "oft", "block_size": 16, "target_modules": "all-linear"}
+    shapes = measure(load_skeleton(cfg, tiny_llama), {"adapter": adapter, "training": {}}, 20, checkpointing)
+    model = attach(load_base(cfg, tiny_llama), AdapterConfig(**adapter), 9, 0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    assert 50 * shapes.activations + shapes.fixed == pytest.approx(_kept(model.train(), 50), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--pack", "off"], ["--training.zero_stage", "3", "--scaling.workers", "2"]])
+def test_a_plan_of_trials_with_workers_of_their_own(cluster, tmp_path, capsys, words, tiny_llama, more):
+    plan = planned(capsys, tmp_path, words, tiny_llama, *more)
+    assert plan["probe"]["trials"] == 1
+    assert plan["probe"]["step"] > 0
+    assert plan["methods"]["lora"]["runs"].startswith("workers of its own")
