@@ -174,14 +174,16 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
     for flag, field in {**command.flags, **SWITCHES}.items():
         annotation = _field(field).annotation
         if annotation is bool:
-            parser.add_argument(f"--{flag}", dest=field, action="store_true", default=None, help=_description(field))
+            parser.add_argument(
+                f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
+            )
             continue
         several = field == "adapters"
         parser.add_argument(
             f"--{flag}",
             dest=field,
             action="append" if several else "store",
-            help=_description(field) + ("; again for each further one" if several else ""),
+            help=describe(field).replace("%", "%%") + ("; again for each further one" if several else ""),
             metavar=flag.upper(),
         )
     return parser
@@ -198,7 +200,7 @@ def complete() -> None:
         own = parser_of(name, commands.add_parser(name, help=command.summary, allow_abbrev=False))
         for field in fields():
             if field not in ("resume", "verbose", "output", "adapters", "plan"):
-                own.add_argument(f"--{field}", help=_description(field))
+                own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
         for action in own._actions:
             if choices := _choices(action.dest):
                 action.completer = ChoicesCompleter(choices)  # type: ignore
@@ -292,7 +294,7 @@ def _choices(field: str) -> list[str]:
     if field not in fields():
         return []
     annotation = _field(field).annotation
-    if annotation is bool:
+    if bool in (annotation, *get_args(annotation)):
         return ["true", "false"]
     parts = [annotation, *get_args(annotation)]
     return [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
@@ -305,7 +307,8 @@ def _model_at(path: list[str]) -> type[BaseModel]:
     return model
 
 
-def _description(field: str) -> str:
+def describe(field: str) -> str:
+    """What a field means, and its default."""
     info = _field(field)
     default = "" if info.default in (None, False, []) or info.is_required() else f" (default: {info.default})"
-    return f"{info.description or field.rsplit('.', 1)[-1].replace('_', ' ')}{default}".replace("%", "%%")
+    return f"{info.description or field.rsplit('.', 1)[-1].replace('_', ' ')}{default}"

@@ -213,7 +213,7 @@ class Config(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     adapters: Annotated[list[str], CommaSeparated] = Field([], description="adapter directories, or what a run left")
-    output: str = Field("runs/latest", description="directory for everything a command leaves")
+    output: str = Field("runs/latest", description="where a command leaves what it makes")
     resume: bool = Field(False, description="go on with what is in output")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")

@@ -15,7 +15,11 @@ HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def run(cfg: Config) -> int:
-    """The command. Answers stream to the terminal; those to a file go to `output`, or as JSONL to standard output.
+    """The command. Answers stream as they come; those to a `--file` go to `output`, or as JSONL to standard output.
+
+    A prompt is rendered as in training: records of turns by the tokenizer's chat template, others by `data.template`,
+    the one of the run that left the adapter where none is given. With neither prompt nor file, a conversation begins:
+    each answer is given in the light of what was said before, or, by `--generation.chat false`, of its line alone.
 
     Raises:
         UserError: anything the user can mend, before weights are read.

@@ -13,6 +13,10 @@ from ftray.config import Config, UserError
 def run(cfg: Config) -> int:
     """The command: leaves a plain transformers directory in `output`, or, by `--form adapter`, a PEFT directory.
 
+    `--adapter` is a PEFT directory, what `train` or `tune` left, or a checkpoint with DeepSpeed's shards, which are put
+    together in one process. The base is `--model`, else the one that the first adapter names; it is read in full
+    precision. Several adapters (LoRA, or IA3 by linear) are combined by PEFT; `--combination cat` is exact.
+
     Raises:
         UserError: anything the user can mend, before weights are read.
     """
