@@ -449,3 +449,22 @@ def test_a_plan_of_trials_with_workers_of_their_own(cluster, tmp_path, capsys, w
     assert plan["probe"]["trials"] == 1
     assert plan["probe"]["step"] > 0
     assert plan["methods"]["lora"]["runs"].startswith("workers of its own")
+
+
+def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_characters(tokenizer):
+    import io
+
+    from rich.console import Console
+
+    from ftray.config import DataConfig
+    from ftray.data.formats import parse
+    from ftray.data.tokens import tokenize
+    from ftray.preprocess import rendered
+
+    turns = [{"role": "user", "content": "wie [bold]groß?"}, {"role": "assistant", "content": "ganz groß €"}]
+    tokens = tokenize([parse({"messages": turns}, "")], tokenizer, DataConfig())[0]
+    text = rendered({"input_ids": tokens.input_ids, "labels": tokens.labels}, tokenizer)
+    shown = io.StringIO()
+    Console(file=shown, force_terminal=True, color_system="standard").print(text, soft_wrap=True)
+    asked, answered = "<|user|>wie [bold]groß?<|end|><|assistant|>", "ganz groß €<|end|>"
+    assert shown.getvalue() == f"\x1b[36m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
