@@ -468,3 +468,12 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
     Console(file=shown, force_terminal=True, color_system="standard").print(text, soft_wrap=True)
     asked, answered = "<|user|>wie [bold]groß?<|end|><|assistant|>", "ganz groß €<|end|>"
     assert shown.getvalue() == f"\x1b[36m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
+
+
+def test_a_conversation_is_asked_with_all_that_was_said_before(tokenizer):
+    from ftray.config import DataConfig
+    from ftray.infer import Renderer
+
+    ids = Renderer(tokenizer, DataConfig(), "be kind").turns([("user", "a"), ("assistant", "b"), ("user", "c")])
+    said = "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    assert tokenizer.decode(ids) == said
