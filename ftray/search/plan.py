@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ftray.search.sampler import BASELINE
 from ftray.search.solo import Job, group_trainer, rung_records, trainer
 from ftray.search.space import Space
 from ftray.training.pack import Unshareable, share, tuner_layers
+from ftray.training.packed import MOST_TOKENS
 from ftray.training.run import micro_batch_size
 
 OPTIMIZER_BYTES = 16  # float32 weight and gradient, two moments, of each trained parameter
@@ -87,7 +88,7 @@ def plan(job: Job, space: Space) -> dict[str, Any]:
     groups = packs_that_fit(job) if shared else trials_that_fit(job)
     steps = seen * length / probe.tokens * probe.step
     validations = sum(trials) / probe.trials * probe.validation
-    rows = min(16384, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
+    rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
         "base": base_bytes(cfg.model, skeleton) / (workers if cfg.training.zero_stage == 3 else 1),
         "adapters": OPTIMIZER_BYTES * largest.parameters * (probe.trials if shared else 1),
@@ -199,7 +200,7 @@ def probe_solo(job: Job, corner: Corner) -> Probe:
     settings = TrainingConfig.model_validate(job.config.training.model_dump() | corner["training"])
     short = job.config.model_copy(update={"training": settings.model_copy(update={"steps": 5})})
     run = Job(short, job.model_path, job.data, job.gpus_per_worker).run(corner["adapter"], corner["training"])
-    object.__setattr__(run, "evaluate_at", (1, 2, 5))
+    run = replace(run, evaluate_at=(1, 2, 5))
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
         first, second, last = trainer(job, run, "plan", scratch).fit().return_value["reports"]
     one, three = second["seconds"] - first["seconds"], last["seconds"] - second["seconds"]
