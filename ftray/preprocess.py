@@ -1,6 +1,8 @@
 """Tokenize a data set into cached shards and show what came of it."""
 
 import sys
+from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -9,9 +11,11 @@ from ftray.cli import run_command
 from ftray.config import Config
 from ftray.data import TokenizedData
 
+MASKED, LEARNT = "cyan", "bold green"
+
 
 def run(cfg: Config) -> int:
-    """The command: statistics of every split, and one record as the model sees it, the masked part dimmed.
+    """The command: statistics of every split, and one record as the model sees it, the masked part in its own colour.
 
     Raises:
         UserError: anything wrong with the data.
@@ -21,7 +25,6 @@ def run(cfg: Config) -> int:
     if not cfg.verbose:
         quiet()
     from ftray.data import check, prepare
-    from ftray.data.tokens import IGNORE
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
 
@@ -31,13 +34,22 @@ def run(cfg: Config) -> int:
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
     print(describe(data))
-    row = data.rows("train", 1)[0]
-    sample = Text("sample: ")
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        sample.append(tokenizer.decode([token]), style="dim" if label == IGNORE else "bold green")
-    Console().print(sample)
+    console = Console()
+    console.print(Text.assemble("a record, ", ("as context", MASKED), " and ", ("to be learnt", LEARNT), ":"))
+    console.print(rendered(data.rows("train", 1)[0], tokenizer), soft_wrap=True)
     print(f"shards {data.directory}")
     return 0
+
+
+def rendered(row: dict[str, Any], tokenizer: Any) -> Text:
+    """The tokens of a row as text: those without loss in one colour, those that bear it in another."""
+    from ftray.data.tokens import IGNORE
+
+    text = Text()
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
+        text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
+    return text
 
 
 def describe(data: TokenizedData) -> str:

@@ -15,6 +15,8 @@ from ftray.config import AdapterConfig, Config
 def run(cfg: Config) -> int:
     """The command, from first check to last line; the README lists what it leaves in `output`.
 
+    With `--plan`, only what that would come to.
+
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
@@ -28,7 +30,7 @@ def run(cfg: Config) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe
-    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import search
     from ftray.search.outcome import (
@@ -41,6 +43,8 @@ def run(cfg: Config) -> int:
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
 
+    if cfg.plan:
+        return show_plan(cfg, space, model_path)
     write_definition(cfg, space, output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
@@ -71,9 +75,7 @@ def run(cfg: Config) -> int:
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
-    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
-    proving = task.remote(job, output.absolute())
+    proving = on_hardware(cfg, prove_and_merge, job, output.absolute())
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago
     proof = ray.get(proving)
@@ -85,6 +87,29 @@ def run(cfg: Config) -> int:
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     write_json(summary, output / "summary.json")
     show(rows, proof, cfg, output)
+    return 0
+
+
+def show_plan(cfg: Config, space: Any, model_path: str) -> int:
+    """What `--plan` prints; nothing is left in `output`."""
+    import json
+
+    import yaml
+
+    from ftray.data import prepare
+    from ftray.preprocess import describe
+    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.plan import plan
+    from ftray.search.plan import show as show_estimates
+    from ftray.search.solo import Job
+
+    connect(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
+    print(describe(data), flush=True)
+    result = plan(Job(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
+    show_estimates(result, console())
+    print(f"plan     {json.dumps(result)}")
     return 0
 
 

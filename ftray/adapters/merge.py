@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -28,10 +29,15 @@ def save_merged(cfg: ModelConfig, base_path: str, adapter: str | Path, output: s
     """
     full = cfg.model_copy(update={"quantization": "none", "dtype": "fp32"})
     merged = merge(PeftModel.from_pretrained(load_base(full, base_path), str(adapter)))
-    merged.config.use_cache = True
+    save_model(merged, load_tokenizer(base_path, cfg.trust_remote_code), cfg, output)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output: str | Path) -> None:
+    """Write `model`, in the dtype of :func:`choose_dtype`, as a plain transformers directory, whole or not at all."""
+    model.config.use_cache = True
     output = Path(output)
     aside = output.with_name(f".{output.name}.{os.getpid()}")
-    merged.to(choose_dtype(cfg)).save_pretrained(aside)
-    load_tokenizer(base_path, cfg.trust_remote_code).save_pretrained(aside)
+    model.to(choose_dtype(cfg)).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
     shutil.rmtree(output, ignore_errors=True)
     aside.rename(output)

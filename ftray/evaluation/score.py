@@ -49,8 +49,11 @@ def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, n
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> list[str]:
-    """Greedy continuations in the order of `rows`, decoded in batches of like length, padded on the left."""
+def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
+    """Continuations in the order of `rows`, decoded in batches of like length, padded on the left.
+
+    Greedy, unless `sampling` holds other arguments for transformers' `generate`.
+    """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
@@ -64,10 +67,10 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig)
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=cfg.max_new_tokens,
-            do_sample=False,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False} | sampling,
         )
         for i, text in zip(part, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
             texts[i] = text

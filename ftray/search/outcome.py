@@ -110,7 +110,7 @@ def write_yaml(value: Any, path: Path) -> None:
 
 def write_config(cfg: Config, output: Path) -> None:
     """Print the resolved configuration, and keep it in `output/config.yaml`."""
-    resolved = cfg.model_dump(exclude={"resume", "verbose"})
+    resolved = cfg.model_dump(exclude={"resume", "plan", "verbose"})
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     write_yaml(resolved, output / "config.yaml")
 

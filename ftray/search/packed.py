@@ -107,15 +107,19 @@ class Group:
         self.held: list[Any] | None = None  # the validation batches, if they are few
 
     def size_up(self) -> None:
-        """Measure a probe step, set the tokens of a pass, and tell the board how many trials fit."""
+        """Tell the board how many trials fit."""
+        capacity = self.measured_capacity()
+        if self.trainer.rank == 0:
+            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+
+    def measured_capacity(self) -> int:
+        """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
         search = self.place.job.config.search
         probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
         fit = self.trainer.fit_memory(probe, next(iter(self._batches(probe, 0))))
         useful = -(-search.trials // 2)  # the other half is suggested in the light of these
         useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
-        capacity = search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
-        if self.trainer.rank == 0:
-            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+        return search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
 
     def train(self) -> None:
         """Until the board closes."""
