@@ -36,6 +36,8 @@ class ModelConfig(Section):
         "auto", description="auto: bf16 on a GPU or CPU with native bf16 arithmetic, else fp32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes storage of the base")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="of 4bit: normal quantiles, or floating point")
+    double_quantization: bool = Field(True, description="of 4bit: quantise the scales too")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 

@@ -73,9 +73,9 @@ def load_skeleton(cfg: ModelConfig, path: str) -> PreTrainedModel:
 def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:
     if cfg.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(  # QLoRA's own choice, https://arxiv.org/abs/2305.14314
+    return BitsAndBytesConfig(  # the defaults are QLoRA's, https://arxiv.org/abs/2305.14314
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=cfg.quant_type,
+        bnb_4bit_use_double_quant=cfg.double_quantization,
         bnb_4bit_compute_dtype=choose_dtype(cfg),
     )
