@@ -3,11 +3,12 @@
 `python -m ftray.adapters.limits > docs/methods.md` prints both.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.adapters.methods import METHODS, parameters
+from ftray.adapters.methods import METHODS, attach, parameters
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
 
 
@@ -137,6 +138,18 @@ def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig)
     for refusal in REFUSALS:
         if refusal.applies(wish):
             raise UserError(f"{refusal.what}: {refusal.reason}")
+
+
+def try_on(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: TrainingConfig) -> None:
+    """As :func:`refuse`, and let PEFT itself adapt a copy of the `skeleton`, a model on the meta device.
+
+    Raises:
+        UserError: it can't be had, or as :func:`ftray.adapters.methods.attach`.
+    """
+    refuse(adapter, model, training)
+    if adapter.method == "lora":  # the other initialisations compute with weights
+        adapter = adapter.model_copy(update={"init": "default"})
+    attach(copy.deepcopy(skeleton), adapter, 100, 0)
 
 
 def document() -> str:

@@ -3,6 +3,7 @@
 Adding a method is one entry in `METHODS`.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,12 @@ class OFTParameters(LayerParameters):
 def _lora(p: LoraParameters, targets: list[str], model: Any, steps: int) -> Any:
     from peft import LoraConfig
 
+    names = [n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
+    for field, pattern in (("rank_pattern", p.rank_pattern), ("alpha_pattern", p.alpha_pattern)):
+        for key in pattern:
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):  # as PEFT matches them
+                known = {name.rsplit(".", 1)[-1] for name in names}
+                raise UserError(f"adapter.{field}: {key!r} matches no target module{near(key, sorted(known))}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=p.rank,

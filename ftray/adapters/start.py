@@ -99,4 +99,5 @@ def _loftq(model: Any) -> None:
             error = whole - dequantize_module_weight(linear).float()
             left, values, right = torch.linalg.svd(error / scaling, full_matrices=False)
             root = values[: len(a)].sqrt()
-            a.data, b.data = root[:, None] * right[: len(a)], left[:, : len(a)] * root
+            a.data = (root[:, None] * right[: len(a)]).contiguous()
+            b.data = (left[:, : len(a)] * root).contiguous()
