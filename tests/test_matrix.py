@@ -12,7 +12,12 @@ from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
 from ftray.models.load import load_skeleton
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
-QUICK = {"bf16": ("lora", "full", "adaption_prompt"), "fp16": ("lora",), "8bit": ("lora",), "4bit": ("lora, LoftQ",)}
+QUICK = {
+    "bf16": ("lora", "full", "adaption_prompt"),
+    "fp16": ("lora",),
+    "8bit": ("lora",),
+    "4bit": ("lora", "lora, LoftQ"),
+}
 CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in matrix.VARIANTS]
 
 
@@ -62,7 +67,7 @@ def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
         ({"method": "lora", "init": "orthogonal", "rank": 3}, {}, {}, "even"),
         ({"method": "prefix_tuning"}, {}, {"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"method": "lora"}, {"quantization": "4bit"}, {"zero_stage": 3}, "bitsandbytes"),
-        ({"method": "oft", "block_size": 24}, {}, {}, "PEFT refuses"),
+        ({"method": "road", "group_size": 24}, {}, {}, "PEFT refuses.* divisible by group_size"),
         ({"method": "adaption_prompt", "layers": 9}, {}, {}, "LlamaForCausalLM has 2"),
         ({"method": "lora", "rank_pattern": {"q_prj": 4}}, {}, {}, "did you mean q_proj"),
     ],

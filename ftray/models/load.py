@@ -60,6 +60,9 @@ def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():  # bitsandbytes repacks weights in a validation: then no gradient gets through
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 
