@@ -165,15 +165,13 @@ def document() -> str:
             for precision in PRECISIONS:
                 try:
                     result = cell(variant, precision, str(path), Path(directory) / "cell")
-                except UserError:
-                    row.append("no")
-                else:
-                    try:
-                        check(result, precision)
-                    except AssertionError as error:
-                        failed.append(f"{variant}, {precision}: {error}")
+                    check(result, precision)
                     unmerged = " *unmerged*" if result.merged is None else ""
                     row.append(f"{result.before:.2f} → {result.after:.2f}{unmerged}")
+                except UserError:
+                    row.append("no")
+                except Exception as error:
+                    failed.append(f"{variant}, {precision}: {type(error).__name__}: {error}")
             try:
                 refuse(AdapterConfig(**VARIANTS[variant][0]), PRECISIONS["fp32"][0], TrainingConfig())
                 row.append(packed(variant, str(path)))
