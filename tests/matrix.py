@@ -1,8 +1,9 @@
-"""Every method in every precision, trained on a tiny Llama: `python tests/matrix.py > docs/matrix.md` runs all cells.
+"""Every method in every precision, trained on a tiny Llama: `python tests/matrix.py docs/matrix.md` runs all cells.
 
 A cell trains with the trainer, saves, reloads with plain PEFT on the base as it was, and merges.
 """
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from itertools import repeat
@@ -191,9 +192,4 @@ def check(result: Cell, precision: str) -> None:
 
 
 if __name__ == "__main__":
-    import contextlib
-    import sys
-
-    with contextlib.redirect_stdout(sys.stderr):
-        text = document()
-    print(text, end="")
+    Path(sys.argv[1]).write_text(document())
