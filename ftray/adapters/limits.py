@@ -81,6 +81,16 @@ REFUSALS = [
         lambda w: w.takes_from_base and w.own.use_rslora and bool(w.own.rank_pattern or w.own.alpha_pattern),
     ),
     Refusal(
+        "lora.use_dora with model.quantization 8bit",
+        "PEFT reads DoRA's magnitudes from weights that bitsandbytes has not packed yet: take 4bit",
+        lambda w: w.method == "lora" and w.own.use_dora and w.model.quantization == "8bit",
+    ),
+    Refusal(
+        "lora.init orthogonal with model.quantization",
+        "PEFT makes the factors of the base's type, here integers: take gaussian",
+        lambda w: w.init == "orthogonal" and w.model.quantization != "none",
+    ),
+    Refusal(
         "lora.init orthogonal with an odd rank",
         "the factors are made of pairs of rows: take an even one",
         lambda w: w.init == "orthogonal" and any(r % 2 for r in (w.own.rank, *w.own.rank_pattern.values())),

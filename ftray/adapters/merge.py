@@ -35,6 +35,7 @@ def save_merged(cfg: ModelConfig, base_path: str, adapter: str | Path, output: s
     if cfg.quantization != "none":
         print(f"merge: the {cfg.quantization} base is dequantised first; the merged model is in full precision")
         base = base.dequantize().float()
+        base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
     merged = merge(PeftModel.from_pretrained(base, str(adapter)))
     merged.config.use_cache = True
     output = Path(output)
