@@ -71,7 +71,7 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    method: str = Field("lora", description="lora, adalora, ia3, oft; its parameters stand beside it")
+    method: str = Field("lora", description="see docs/methods.md; its parameters stand beside it")
 
     @property
     def parameters(self) -> dict[str, Any]:
