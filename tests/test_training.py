@@ -104,12 +104,17 @@ def assert_same(got, wanted, tolerance):
         {},
         {"micro_batch": 2},
         {"zero_stage": 1},
-        {"zero_stage": 1, "offload": "optimizer"},
-        {"zero_stage": 2},
         {"zero_stage": 2, "offload": "optimizer"},
-        {"zero_stage": 3},
-        {"zero_stage": 3, "offload": "optimizer"},
-        {"zero_stage": 3, "offload": "all"},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {"zero_stage": 1, "offload": "optimizer"},
+                {"zero_stage": 2},
+                {"zero_stage": 3},
+                {"zero_stage": 3, "offload": "optimizer"},
+                {"zero_stage": 3, "offload": "all"},
+            )
+        ),
     ],
     ids=str,
 )
