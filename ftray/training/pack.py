@@ -301,8 +301,8 @@ class Pack:
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
         if self.members[units[0][0]].apart:
-            batch = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
-            loss = supervised_loss(self.members[units[0][0]].model, batch)
+            rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
+            loss = supervised_loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         first = 0
