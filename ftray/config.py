@@ -43,6 +43,8 @@ class ModelConfig(Section):
         "auto", description="auto: bf16 on a GPU or CPU with native bf16 arithmetic, else fp32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes storage of the base")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="of 4bit: normal quantiles, or floating point")
+    double_quantization: bool = Field(True, description="of 4bit: quantise the scales too")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -76,7 +78,7 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    method: str = Field("lora", description="lora, adalora, ia3, oft; its parameters stand beside it")
+    method: str = Field("lora", description="see docs/methods.md; its parameters stand beside it")
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.methods import peft_config
+    from ftray.adapters.limits import try_on
     from ftray.data import check, prepare
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
@@ -29,7 +29,7 @@ def run(cfg: Config) -> int:
     model_path = find(cfg.model.name)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     check(cfg.data, tokenizer)
-    peft_config(cfg.adapter, load_skeleton(cfg.model, model_path), 100)
+    try_on(cfg.adapter, load_skeleton(cfg.model, model_path), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
 
     from ray.train import TrainingFailedError

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config
+from ftray.config import AdapterConfig, Config, UserError
 
 
 def run(cfg: Config) -> int:
@@ -119,7 +119,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
-    from ftray.adapters.methods import peft_config
+    from ftray.adapters.limits import try_on
     from ftray.data import check as check_data
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
@@ -137,8 +137,8 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     check_data(cfg.data, tokenizer)
     skeleton = load_skeleton(cfg.model, model_path)
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
-        peft_config(AdapterConfig(**corner["adapter"]), skeleton, 100)
         settings = cfg.training.model_copy(update=corner["training"])
+        try_on(AdapterConfig(**corner["adapter"]), skeleton, cfg.model, settings)
         accumulation_steps(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
 
@@ -147,7 +147,8 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `samples` of generated text, and `merged`: its `path`
+        and, where the base was quantised and it is not, its own `loss`; or the `reason` why there is none.
     """
     import torch
     from peft import PeftModel
@@ -174,9 +175,19 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
     del model, base
-    save_merged(cfg.model, job.model_path, adapter, output / "best" / "merged")
+    merged: dict[str, Any] = {"path": str(output / "best" / "merged")}
+    try:
+        save_merged(cfg.model, job.model_path, adapter, merged["path"])
+    except UserError as error:
+        merged = {"reason": str(error)}
+    if cfg.model.quantization != "none" and "path" in merged:
+        whole = load_base(cfg.model.model_copy(update={"quantization": "none"}), merged["path"])
+        whole = whole.cuda() if torch.cuda.is_available() else whole
+        ratios = score(whole, tokenizer, rows, cfg.evaluation.model_copy(update={"generate": False})).ratios()
+        merged["loss"] = float(ratios["loss"][0].sum() / ratios["loss"][1].sum())
     return {
         "records": len(rows),
+        "merged": merged,
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
     }
@@ -206,9 +217,13 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
         print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
-    print(f"adapter  {output / 'best' / 'adapter'}\nmerged   {output / 'best' / 'merged'}")
+    print(f"adapter  {output / 'best' / 'adapter'}")
+    merged = proof["merged"]
+    loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
+    print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    print(f"serve    transformers serve {output / 'best' / 'merged'}")
+    if "path" in merged:
+        print(f"serve    transformers serve {output / 'best' / 'merged'}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,14 @@ class Group:
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:
         """Bring a trial in; returns why it can't be, on whichever rank."""
+        from ftray.adapters.start import SAMPLES
+
         name, reason = str(number), None
         try:
             run = self.place.job.run(config["adapter"], config["training"])
             kept = checkpoints(self.place.experiment / trial_name(number))
-            apart = self.trainer.join(name, run, kept[-1][1] if kept else None)
+            first = partial(self._batches, run, 0)
+            apart = self.trainer.join(name, run, kept[-1][1] if kept else None, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {number} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]

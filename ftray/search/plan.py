@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ftray.adapters.limits import without_weights
 from ftray.adapters.methods import attach
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
@@ -116,14 +117,14 @@ def plan(job: Job, space: Space) -> dict[str, Any]:
 def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> Shapes:
     """Count a configuration's parameters and what its backward pass keeps, on the meta device."""
     with torch.device("meta"):
-        model = attach(share(skeleton), AdapterConfig(**corner["adapter"]), 100, 0)
+        model = attach(share(skeleton), without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         once, twice = (_kept(model.train(), tokens) for tokens in (length, 2 * length))
     try:
-        tuner_layers(model)
+        tuner_layers(model, skeleton)
         apart = None
     except Unshareable as error:
         apart = str(error)

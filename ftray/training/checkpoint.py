@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ftray.adapters import start
 from ftray.config import ModelConfig, UserError
 from ftray.training.adalora import RankAllocation
 
@@ -44,7 +45,7 @@ def save_adapter(engine: Any, model: Any, directory: Path) -> None:
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
             aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-            model.save_pretrained(str(aside), save_embedding_layers=False)
+            start.save(model, aside)
             shutil.rmtree(directory, ignore_errors=True)
             aside.rename(directory)
 

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ftray.training import attention
@@ -170,7 +169,7 @@ class Pack:
         draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
         if not apart:
             try:
-                layers = tuner_layers(model)
+                layers = tuner_layers(model, self.base)
             except Unshareable as error:
                 apart = str(error)
         for path, layer in layers.items():
@@ -304,7 +303,8 @@ class Pack:
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
         if self.members[units[0][0]].apart:
-            loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.base.device)
+            rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
+            loss = supervised_loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
@@ -338,8 +338,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
-    """The adapted layers of `model`, by their path in the base model.
+def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
+    """The adapted layers of `model`, by their path in the base model `shared`.
 
     Raises:
         Unshareable: it trains more than adapters of linear layers in front of the head.
@@ -356,19 +356,10 @@ def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
         base = layer.get_base_layer()
         if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
             raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
+        weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
+        if any(own is not theirs for own, theirs in weights):
+            raise Unshareable(f"{method} starts from a changed copy of {path}")
     return layers
-
-
-def _loss_apart(model: PeftModel, batch: Batch, device: torch.device) -> torch.Tensor:
-    """As :func:`supervised_loss`; where a method adds tokens to each record, records lie side by side and padded."""
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if not model.active_peft_config.is_prompt_learning:
-        return supervised_loss(model, batch)
-    starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
-    lengths = [end - first for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True)]
-    padded = {k: pad_sequence(batch[k][0].split(lengths), True, v) for k, v in (("input_ids", 0), ("labels", IGNORE))}
-    mask = pad_sequence([torch.ones(n, dtype=torch.int64, device=device) for n in lengths], True)
-    return model(**padded, attention_mask=mask).loss * supervised_tokens(batch)  # PEFT shifts the labels for us
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
