@@ -263,7 +263,8 @@ class Engine:
         for sequence, logits in ready:
             if not logits.sum().isfinite():
                 if sequence in self.running:
-                    self._clear(slice(self.running.index(sequence), None, self.slots))
+                    slot = self.running.index(sequence)
+                    self._clear(slice(slot, slot + 1))
                 self._finish(sequence, Piece(finish="error", error="the model's output is not finite"))
                 self._clear(slice(len(self.running), None))
         ready = [(s, logits) for s, logits in ready if not s.done]
