@@ -30,6 +30,7 @@ class Piece:
     Attributes:
         text: that is certain now.
         tokens: chosen in this step; with `echo` those of the prompt come before the first.
+        echoed: how many of `tokens` are the prompt's.
         finish: "stop", "length" or, of a sequence that could not go on, "error"; None: it goes on.
         error: why it could not.
     """
@@ -38,6 +39,7 @@ class Piece:
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+    echoed: int = 0
 
 
 @dataclass(eq=False)
@@ -292,22 +294,25 @@ class Engine:
 
     def _take(self, sequence: Sequence, token: Token) -> None:
         before, sequence.echoed = sequence.echoed, []
+
+        def piece(text: str = "", finish: str | None = None, new: tuple[Token, ...] = (token,)) -> Piece:
+            return Piece(text, [*before, *new], finish, echoed=len(before))
+
         if sequence.sampling.max_tokens == 0:
-            self._finish(sequence, Piece(tokens=before, finish="length"))
+            self._finish(sequence, piece(finish="length", new=()))
             return
         sequence.ids.append(token.id)
         if token.id in self.ends:
-            self._finish(sequence, Piece(sequence.text.end(), [*before, token], "stop"))
+            self._finish(sequence, piece(sequence.text.end(), "stop"))
             return
         text = sequence.text.add(token.id)
-        if sequence.text.stopped:
-            self._finish(sequence, Piece(text, [*before, token], "stop"))
-        elif len(sequence.ids) - len(sequence.prompt) == sequence.sampling.max_tokens:
+        if not sequence.text.stopped and len(sequence.ids) - len(sequence.prompt) == sequence.sampling.max_tokens:
             text += sequence.text.end()
-            reason = "stop" if sequence.text.stopped else "length"
-            self._finish(sequence, Piece(text, [*before, token], reason))
+            self._finish(sequence, piece(text, "stop" if sequence.text.stopped else "length"))
+        elif sequence.text.stopped:
+            self._finish(sequence, piece(text, "stop"))
         else:
-            sequence.emit(Piece(text, [*before, token]))
+            sequence.emit(piece(text))
 
     def _finish(self, sequence: Sequence, piece: Piece | None = None) -> None:
         sequence.done, sequence.past = True, None
@@ -358,7 +363,7 @@ class Engine:
             slots += [slot] * len(new)
             positions += range(sequence.cached, sequence.cached + len(new))
             last[slot], lengths[slot] = end - 1, sequence.cached + len(new)
-        self._rows.spans = spans
+        self._rows.set(spans)
         where = torch.tensor(positions, device=device)
         self._step[:] = [
             cache.Step(
