@@ -19,7 +19,8 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.serving.app import application, key_digest, model_of_run, offered
+    from ftray.serving.app import application, key_digest
+    from ftray.serving.offers import model_of_run, offered
 
     cfg = model_of_run(cfg)
     key, what = key_digest(cfg), offered(cfg)

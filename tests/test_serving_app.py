@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +14,15 @@ import httpx
 import openai
 import pytest
 import torch
+import yaml
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from test_pack import Trial
 from test_serving_engine import generated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KEY = "correct horse battery"
-METHODS = ("lora", "ia3", "extra")
 
 
 def free_port():
@@ -28,21 +32,30 @@ def free_port():
 
 
 class Server:
-    """`python -m ftray.serve` and the models that it should answer like."""
+    """`python -m ftray.serve --run` and the models that it should answer like."""
 
-    def __init__(self, tiny_llama, directory):
+    def __init__(self, tiny_llama, directory, extra=()):
+        self.directory, self.url = directory, f"http://127.0.0.1:{free_port()}"
+        self.base, self.tokenizer = os.path.basename(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).requires_grad_(False)
-        self.tokenizer, self.models = AutoTokenizer.from_pretrained(tiny_llama), {os.path.basename(tiny_llama): base}
-        for seed, name in enumerate(METHODS):
-            model = Trial({"extra": "oft"}.get(name, name), seed=seed).model(base).eval()
-            model.save_pretrained(directory / name)
-            self.models[name] = model
-        self.base, self.directory, self.url = os.path.basename(tiny_llama), directory, f"http://127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "ftray.serve", "--model", tiny_llama, "--model.dtype", "fp32"]
-        command += [f"--adapter={name}={directory / name}" for name in METHODS[:2]]
+        self.models = {self.base: base}
+        run, kept = directory / "run", directory / "run" / "tune" / "trial-3" / "checkpoint_000001"
+        places = {"best": run / "best/adapter", "trial-3": kept / "adapter", "lora": directory / "lora"}
+        methods = {"best": "lora", "trial-3": "ia3", "lora": "lora", "extra": "oft"}
+        for seed, (name, method) in enumerate(methods.items()):
+            self.models[name] = Trial(method, seed=seed).model(base).eval()
+            self.models[name].save_pretrained(places.get(name, directory / name))
+        config = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.01}}
+        row = {"trial": 3, "status": "finished", "value": 1.25, "config": config, "checkpoint": str(kept)}
+        gone = {**row, "trial": 4, "checkpoint": str(kept) + "-gone", "value": None, "status": "failed"}
+        (run / "summary.json").write_text(json.dumps({"metric": "validation_loss", "trials": [row, gone]}))
+        written = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"template": "say {prompt}:"}}
+        (run / "config.yaml").write_text(yaml.safe_dump(written))
+        command = [sys.executable, "-m", "ftray.serve", "--run", str(run), f"--adapter=lora={directory / 'lora'}"]
         command += ["--port", self.url.rpartition(":")[2], "--serving.adapter_sources", f"[{directory}]"]
         command += ["--serving.max_output_tokens", "480", "--serving.max_queue", "8", "--serving.slots", "4"]
         command += ["--serving.max_body_bytes", "20000", "--serving.max_prompt_tokens", "300"]
+        command += ["--serving.max_adapters", "2", *extra]
         with open(directory / "log", "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "FTRAY_API_KEY": KEY}
@@ -88,12 +101,12 @@ def chat_ids(server):
 
 
 def test_models_are_the_base_and_every_adapter(server):
-    assert {m.id for m in server.client().models.list()} >= {server.base, "lora", "ia3"}
+    assert {m.id for m in server.client().models.list()} == {server.base, "best", "trial-3", "lora"}
     assert server.client().models.retrieve("lora").id == "lora"
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", None])
+@pytest.mark.parametrize("name", ["lora", "trial-3", None, "best"])  # more than a replica may hold
 def test_answers_are_those_of_generate(server, name):
     name, client = name or server.base, server.client()
     ids = server.tokenizer("the cat sat on")["input_ids"]
@@ -124,8 +137,8 @@ def test_streams_say_the_same(server):
     assert chunks[-1].usage.completion_tokens == len(new)
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
     ids = server.tokenizer("a b c")["input_ids"]
-    parts = client.completions.create(model="ia3", prompt="a b c", max_tokens=12, temperature=0, stream=True)
-    assert "".join(part.choices[0].text for part in parts) == server.wanted("ia3", ids, 12)[0]
+    parts = client.completions.create(model="trial-3", prompt="a b c", max_tokens=12, temperature=0, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == server.wanted("trial-3", ids, 12)[0]
 
 
 def test_many_at_once_over_all_adapters(server):
@@ -137,7 +150,7 @@ def test_many_at_once_over_all_adapters(server):
         async with server.client(openai.AsyncOpenAI) as client:
             return await asyncio.gather(*(ask(client, *case) for case in cases))
 
-    names = [server.base, "lora", "ia3", "lora", server.base, "ia3"]
+    names = [server.base, "lora", "trial-3", "lora", server.base, "trial-3"]
     cases = [(name, "the cat " * (i + 1)) for i, name in enumerate(names)]
     wanted = [server.wanted(name, server.tokenizer(prompt)["input_ids"], 10)[0] for name, prompt in cases]
     assert asyncio.run(all_of_them()) == wanted
@@ -308,7 +321,7 @@ def test_a_client_that_goes_away_frees_its_slot(server):
 
 def test_what_is_too_much_is_told_to_come_again(server):
     async def ask(client):
-        body = {"model": "ia3", "prompt": "a", "max_tokens": 200, "temperature": 2.0}
+        body = {"model": "trial-3", "prompt": "a", "max_tokens": 200, "temperature": 2.0}
         return await client.post(server.url + "/v1/completions", json=body, timeout=300)
 
     async def flood():
@@ -320,6 +333,47 @@ def test_what_is_too_much_is_told_to_come_again(server):
     assert 0 < len(refused) <= 12
     assert all(response.headers["retry-after"] == "1" for response in refused)
     assert all(response.status_code == 200 for response in got if response not in refused)
+
+
+def test_the_page_shows_two_models_side_by_side(server, tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += f" disable-component-update disable-sync user-data-dir={tmp_path} window-size=1100,1000"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.binary_location = shutil.which("chromium")
+    with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        browser.get(server.url)
+
+        def at(name):
+            return browser.find_element("id", name)
+
+        wait = WebDriverWait(browser, 30)
+        wait.until(lambda _: at("key").is_displayed())
+        at("key").send_keys(KEY + Keys.TAB)
+        wait.until(lambda _: at("leaderboard").is_displayed())
+        assert "1.2500" in at("leaderboard").text
+        assert at("template").get_attribute("value") == "say {prompt}:"
+        assert at("model-1").get_attribute("value") == "best"
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        at("prompt").send_keys("the <b>cat</b>", Keys.CONTROL + Keys.ENTER)  # no mouse needed
+        wait.until(lambda _: "tokens/s" in at("speed-0").text and "tokens/s" in at("speed-1").text)
+        ids = server.tokenizer("say the <b>cat</b>:")["input_ids"]
+        for side, name in enumerate((server.base, "best")):
+            shown = at(f"answer-{side}").get_attribute("textContent")
+            assert shown == server.wanted(name, ids, 64)[0]
+        browser.save_screenshot(os.environ.get("FTRAY_SCREENSHOT", str(tmp_path / "wide.png")))
+        browser.set_window_size(500, 900)
+        left, right = at("answer-0").rect, at("answer-1").rect
+        assert left["y"] + left["height"] <= right["y"]  # one above the other
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert not [
+            entry
+            for entry in browser.get_log("browser")
+            if entry["level"] == "SEVERE" and "401" not in entry["message"]
+        ]
 
 
 def test_prometheus_is_told_what_was_done(server):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
@@ -24,11 +24,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from ftray.config import Config, UserError
+from ftray.serving.offers import leaderboard
 from ftray.serving.protocol import Asked, Chat, Completion, NewAdapter, Refused, parsed
 from ftray.serving.replica import Job, Part, Parts
 from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 
 ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 api = FastAPI(title="ftray", openapi_url=None)
 
 
@@ -94,6 +96,16 @@ class Endpoint:
     @api.get("/health")
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
+
+    @api.get("/")
+    async def page(self) -> Response:
+        return FileResponse(Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @api.get("/v1/run")
+    async def run(self, request: Request) -> dict[str, Any]:
+        """The search that is served: its metric, its trials, best first, and how prompts were rendered in training."""
+        self._authorize(request)
+        return await asyncio.to_thread(leaderboard, self.cfg.run)
 
     @api.get("/metrics")
     async def metrics(self, request: Request) -> Response:
