@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -374,6 +376,17 @@ def test_the_page_shows_two_models_side_by_side(server, tmp_path):
             for entry in browser.get_log("browser")
             if entry["level"] == "SEVERE" and "401" not in entry["message"]
         ]
+
+
+def test_the_readme_examples_run(server, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text().replace("http://127.0.0.1:8000", server.url)
+    (curl,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
+    monkeypatch.setenv("FTRAY_API_KEY", KEY)
+    wanted = server.wanted("best", server.tokenizer("f o x\n")["input_ids"], 16)[0]
+    done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"] == wanted
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == wanted
 
 
 def test_prometheus_is_told_what_was_done(server):

@@ -74,7 +74,7 @@ class Slots(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         step = self.step[0]
         while self.keys.shape[2] < step.longest:
-            self.keys, self.values = (torch.cat([t, t.new_zeros(t.shape)], dim=2) for t in (self.keys, self.values))
+            self.keys, self.values = _doubled(self.keys), _doubled(self.values)
         self.keys[step.slots, :, step.positions] = key_states[0].transpose(0, 1)
         self.values[step.slots, :, step.positions] = value_states[0].transpose(0, 1)
         return self.keys, self.values
@@ -96,6 +96,14 @@ class Slots(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _doubled(states: torch.Tensor) -> torch.Tensor:
+    """Twice the room; what is new is not touched, so that on a CPU it takes no memory yet."""
+    slots, heads, room, size = states.shape
+    grown = states.new_zeros(slots, heads, 2 * room, size)
+    grown[:, :, :room] = states
+    return grown
 
 
 def slotted_cache(layers: int, slots: int, step: list[Step]) -> Cache:
