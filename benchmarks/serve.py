@@ -171,13 +171,13 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one request a client instead of three")
+    parser.add_argument("--quick", action="store_true", help="one request a client instead of two")
     parser.add_argument("--peer", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         peer(args.peer[0], int(args.peer[1]))
         return
-    requests, tokens = (1, 32) if args.quick else (3, 48)
+    requests, tokens = (1, 32) if args.quick else (2, 48)
     print(f"serve on {machine()} with {versions()}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         names, port = make_adapters(Path(directory)), free_port()
