@@ -248,7 +248,9 @@ class Config(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
-    adapters: Annotated[list[str], CommaSeparated] = Field([], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI")
+    adapters: Annotated[list[str], CommaSeparated] = Field(
+        [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
+    )
     output: str = Field("runs/latest", description="where a command leaves what it makes")
     resume: bool = Field(False, description="go on with what is in output")
     plan: bool = Field(False, description="print what `tune` would run, and stop")

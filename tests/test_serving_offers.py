@@ -63,7 +63,8 @@ def test_no_key_no_listening_beyond_this_machine(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reason):
-    cfg = serving(**settings)
+    cfg = serving(run=settings.get("run"))
+    cfg.adapters = settings.get("adapters", [])
     cfg.model.name = tiny_llama
     with pytest.raises(UserError, match=reason):
         offered(cfg)
@@ -71,7 +72,7 @@ def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reaso
 
 def test_flags_of_the_command(capsys):
     cfg = parse("serve", ["--adapter", "a=x", "--adapter", "b=y", "--model", "m", "--port", "9"])
-    assert (cfg.serving.adapters, cfg.model.name, cfg.serving.port) == (["a=x", "b=y"], "m", 9)
+    assert (cfg.adapters, cfg.model.name, cfg.serving.port) == (["a=x", "b=y"], "m", 9)
     assert parse("serve", ["--run", "r", "--merged"]).serving.merged
     assert run_command("serve", ["--merged"]) == 2
     assert "name a run" in capsys.readouterr().err

@@ -32,13 +32,15 @@ def offered(cfg: Config) -> Offered:
     if run and not (run / "summary.json").is_file():
         raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
     if run and cfg.serving.merged:
+        if cfg.adapters:
+            raise UserError("serving.merged: the merged model is served alone, without --adapter")
         return Offered("best", find(str(run / "best" / "merged")), {})
     path = find(cfg.model.name)
     adapters = {} if run is None else _of_run(run)
-    for given in cfg.serving.adapters:
+    for given in cfg.adapters:
         name, equals, source = given.partition("=")
         if not equals or not source:
-            raise UserError(f"serving.adapters: {given!r}: must be NAME=DIRECTORY or NAME=URI")
+            raise UserError(f"--adapter {given!r}: must be NAME=DIRECTORY or NAME=URI")
         adapters[check_name(name)] = source if "://" in source else str(Path(source).expanduser().absolute())
     base = Path(cfg.model.name).name.removesuffix(".gguf")
     if base in adapters:
