@@ -230,8 +230,6 @@ class ServingConfig(Section):
     def _replicas_are_a_range(self) -> "ServingConfig":
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must not be below min_replicas")
-        if self.merged and self.run is None:
-            raise ValueError("merged serves the merged model of `run` alone: name a run")
         return self
 
 

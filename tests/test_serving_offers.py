@@ -75,4 +75,4 @@ def test_flags_of_the_command(capsys):
     assert (cfg.adapters, cfg.model.name, cfg.serving.port) == (["a=x", "b=y"], "m", 9)
     assert parse("serve", ["--run", "r", "--merged"]).serving.merged
     assert run_command("serve", ["--merged"]) == 2
-    assert "name a run" in capsys.readouterr().err
+    assert "name a --run" in capsys.readouterr().err

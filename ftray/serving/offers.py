@@ -31,9 +31,9 @@ def offered(cfg: Config) -> Offered:
     run = Path(cfg.serving.run).absolute() if cfg.serving.run else None
     if run and not (run / "summary.json").is_file():
         raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
-    if run and cfg.serving.merged:
-        if cfg.adapters:
-            raise UserError("serving.merged: the merged model is served alone, without --adapter")
+    if cfg.serving.merged:
+        if run is None or cfg.adapters:
+            raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
         return Offered("best", find(str(run / "best" / "merged")), {})
     path = find(cfg.model.name)
     adapters = {} if run is None else _of_run(run)
