@@ -226,12 +226,6 @@ class ServingConfig(Section):
     target_ongoing: float = Field(16, gt=0, description="requests a replica; more add replicas, fewer take them away")
     drain_seconds: float = Field(30, gt=0, description="time for answers under way when a replica goes")
 
-    @model_validator(mode="after")
-    def _replicas_are_a_range(self) -> "ServingConfig":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError("max_replicas must not be below min_replicas")
-        return self
-
 
 class Config(Section):
     """All sections, and what belongs to none."""

@@ -31,6 +31,8 @@ def offered(cfg: Config) -> Offered:
     run = Path(cfg.serving.run).absolute() if cfg.serving.run else None
     if run and not (run / "summary.json").is_file():
         raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
+    if cfg.serving.max_replicas < cfg.serving.min_replicas:
+        raise UserError("serving.max_replicas: must not be below serving.min_replicas")
     if cfg.serving.merged:
         if run is None or cfg.adapters:
             raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
