@@ -191,14 +191,16 @@ def test_text_ends_before_a_stop_string_that_may_cross_tokens():
         assert stopped.pieces[-1].finish == "stop"
 
 
-def test_an_adapter_is_read_from_its_directory(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "lora and head", "prompt tuning"])
+def test_an_adapter_is_read_from_its_directory(tmp_path, method):
     base = llama().requires_grad_(False)
     base.name_or_path = "models/a"
-    model = Trial("lora").model(base)
+    model = Trial(method).model(base)
     model.save_pretrained(tmp_path / "good")
     engine = engine_of(base)
     engine.add("good", engine.prepare(load_adapter(base, str(tmp_path / "good"))))
     engine.add("uri", engine.prepare(load_adapter(base, f"file://{tmp_path}/good")))
+    assert [bool(adapter.apart) for adapter in engine.adapters.values()] == [method != "lora"] * 2
     for name in ("good", "uri"):
         assert run(engine, [asked([4, 5, 6], name, max_tokens=9)])[0] == generated(model.eval(), [4, 5, 6], 9)
 

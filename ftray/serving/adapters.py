@@ -98,7 +98,11 @@ def load_adapter(base: PreTrainedModel, source: str) -> PeftModel:
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                model = PeftModel.from_pretrained(share(base), str(directory), config=config, use_safetensors=True)
+                # as if to train it: only so does the model tell which of its parameters are the adapter's
+                trained = not config.is_prompt_learning
+                model = PeftModel.from_pretrained(
+                    share(base), str(directory), config=config, is_trainable=trained, use_safetensors=True
+                )
         except Exception as error:  # whatever PEFT makes of a directory that does not fit
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(

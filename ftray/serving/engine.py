@@ -17,9 +17,9 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from ftray.serving import cache
+from ftray.serving.layers import ServedLinear, ServedRows
 from ftray.serving.sampling import Sampling, Text, Token, choose, scored
 from ftray.training.dropout import Draws
-from ftray.training.layers import Rows, SharedLinear
 from ftray.training.pack import Unshareable, share, tuner_layers
 
 
@@ -108,7 +108,7 @@ class Engine:
         ends = getattr(base.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
-        self._rows, self._step = Rows(), []  # type: tuple[Rows, list[cache.Step]]
+        self._rows, self._step = ServedRows(), []  # type: tuple[ServedRows, list[cache.Step]]
         self.host = share(base)
         config = copy.deepcopy(base.config)
         config._attn_implementation = cache.NAME
@@ -150,7 +150,7 @@ class Engine:
         if self.apart:
             return Adapter(model, {}, self.apart)
         try:
-            return Adapter(model, tuner_layers(model), None)
+            return Adapter(model, tuner_layers(model, self.base), None)
         except Unshareable as error:
             return Adapter(model, {}, str(error))
 
@@ -159,8 +159,8 @@ class Engine:
         draws = Draws(adapter.model, 0)
         for path, layer in adapter.layers.items():
             place = self.host.get_submodule(path)
-            if not isinstance(place, SharedLinear):
-                place = SharedLinear(place, self._rows)
+            if not isinstance(place, ServedLinear):
+                place = ServedLinear(place, self._rows)
                 self.host.set_submodule(path, place)
             place.join(name, layer, draws)
         self.adapters[name] = adapter
