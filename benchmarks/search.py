@@ -223,7 +223,7 @@ def peer(args: argparse.Namespace) -> None:
                 heard.append((time.time(), result["validation_loss"]))
 
     tuner = tune.Tuner(
-        tune.with_resources(driver, {"CPU": 0}),
+        tune.with_resources(driver, {"memory": 1}),  # the CPUs belong to the training workers
         tune_config=tune.TuneConfig(
             metric="validation_loss",
             mode="min",
