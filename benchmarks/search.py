@@ -43,26 +43,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__.partition("\n")[0])
     parser.add_argument("--asha", action="store_true", help="time to the usual script's best held-out loss")
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="a trial's budget, of 8 records each (default: 48; quick: 12)")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the budget")
+    parser.add_argument("--steps", type=int, help="a trial's budget, of 8 records each (default: 48; quick: 4)")
+    parser.add_argument("--quick", action="store_true", help="a twelfth of the budget")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3, help="of each side")
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps = args.steps or (12 if args.quick else 48)
+    args.steps = args.steps or (4 if args.quick else 48)
     if args.side:
         (ours if args.side == "ours" else peer)(args)
         return 0
     print(f"{args.trials} trials of {args.steps} steps of 8 records on {machine()} with {versions()}", flush=True)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as cache:
-        prepare(cache)
+        prepare(cache, DATA["limit"])
         for turn in range(args.runs):
             for side in ("ours", "peer"):
-                found[side].append(run(args, side, cache, f"{cache}/{side}-{turn}"))
-            a, b = found["ours"][-1], found["peer"][-1]
-            for side, result in (("ours", a), ("peer", b)):
+                found[side].append(run(side, args.trials, args.steps, args.asha, cache, f"{cache}/{side}-{turn}"))
+                result = found[side][-1]
                 print(f"  {side} {result['seconds']:.1f} s, best held-out loss {result['best']:.4f}", flush=True)
     goal = statistics.median(result["best"] for result in found["peer"])
     theirs = statistics.median(result["seconds"] for result in found["peer"])
@@ -86,10 +85,10 @@ def first_at(curve: list[tuple[float, float]], loss: float) -> float:
     return next(at for at, value in curve if value <= loss)
 
 
-def run(args: argparse.Namespace, side: str, cache: str, output: str) -> dict[str, Any]:
+def run(side: str, trials: int, steps: int, asha: bool, cache: str, output: str) -> dict[str, Any]:
     """One process of one side; `seconds` of it all, `best` loss, and `curve` of (seconds since its start, loss)."""
-    command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(args.trials)]
-    command += ["--steps", str(args.steps), "--cache", cache, "--output", output, *(["--asha"] if args.asha else [])]
+    command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(trials)]
+    command += ["--steps", str(steps), "--cache", cache, "--output", output, *(["--asha"] if asha else [])]
     started = time.time()
     with open(f"{output}.log", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -100,14 +99,12 @@ def run(args: argparse.Namespace, side: str, cache: str, output: str) -> dict[st
     return {"seconds": seconds, "best": min(loss for _, loss in curve), "curve": curve}
 
 
-def prepare(cache: str) -> None:
+def prepare(cache: str, limit: int) -> None:
     """Tokenize once, for both sides, in a process of its own."""
-    code = (
-        "from ftray.cli import run_command; "
-        f"run_command('preprocess', ['--data.source', 'cmudict', '--data.limit', '{DATA['limit']}', "
-        f"'--data.seed', '{DATA['seed']}', '--data.cache', {cache!r}])"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    flags = {"--data.source": DATA["source"], "--data.limit": limit, "--data.seed": DATA["seed"], "--data.cache": cache}
+    arguments = [str(part) for pair in flags.items() for part in pair]
+    command = [sys.executable, "-m", "ftray.preprocess", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def ours(args: argparse.Namespace) -> None:
@@ -120,7 +117,6 @@ def ours(args: argparse.Namespace) -> None:
     from ray import tune
 
     from ftray.config import Config
-    from ftray.data import prepare as prepare_data
     from ftray.models.find import find
     from ftray.search.cluster import connect, gpus_per_worker
     from ftray.search.experiment import search
@@ -132,7 +128,7 @@ def ours(args: argparse.Namespace) -> None:
     (output / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     cfg = Config.model_validate(
         {
-            "data": DATA | {"cache": args.cache},
+            "data": DATA,
             "training": {"steps": args.steps, "evaluations": 1},
             "search": {"trials": args.trials, "scheduler": "asha" if args.asha else "none"},
         }
@@ -145,10 +141,15 @@ def ours(args: argparse.Namespace) -> None:
 
     path = find(cfg.model.name)
     connect(cfg)
-    data = prepare_data(cfg.data, path)
-    job = Job(cfg, path, data.directory, gpus_per_worker(cfg))
+    job = Job(cfg, path, shards(args.cache), gpus_per_worker(cfg))
     search(job, load_space(str(output / "space.yaml")), output, [Hear()])
     Path(f"{output}.json").write_text(json.dumps(heard))
+
+
+def shards(cache: str) -> str:
+    """The directory that :func:`prepare` made."""
+    (manifest,) = Path(cache).glob("*/manifest.json")
+    return str(manifest.parent)
 
 
 def train_one(config: dict[str, Any]) -> None:
@@ -187,8 +188,7 @@ def peer(args: argparse.Namespace) -> None:
 
     ray.init(log_to_driver=False)
     path, dtype = find("smollm2-135m"), str(choose_dtype(ModelConfig())).removeprefix("torch.")
-    (directory,) = (p for p in Path(args.cache).iterdir() if (p / "manifest.json").exists())
-    fixed = {"path": path, "dtype": dtype, "data": str(directory), "steps": args.steps}
+    fixed = {"path": path, "dtype": dtype, "data": shards(args.cache), "steps": args.steps}
     cpus = int(ray.cluster_resources()["CPU"])
 
     def space(trial: optuna.Trial) -> None:
