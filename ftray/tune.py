@@ -222,8 +222,7 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
     loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
     print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    if "path" in merged:
-        print(f"serve    transformers serve {output / 'best' / 'merged'}")
+    print(f"serve    ftray serve --run {output}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 
 
