@@ -96,6 +96,11 @@ REFUSALS = [
         lambda w: w.init == "orthogonal" and any(r % 2 for r in (w.own.rank, *w.own.rank_pattern.values())),
     ),
     Refusal(
+        "delora with training.zero_stage 3",
+        "it starts from norms of whole weights, which ZeRO 3 shares out over the workers: take stage 2",
+        lambda w: w.method == "delora" and w.training.zero_stage == 3,
+    ),
+    Refusal(
         "prefix_tuning with training.gradient_checkpointing",
         "recomputing drops the keys and values that it trains: take prompt_tuning, or no checkpointing",
         lambda w: w.method == "prefix_tuning" and w.training.gradient_checkpointing,
