@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config
+from ftray.tasks import TaskSpec
 
 
 def run(cfg: Config) -> int:
@@ -43,7 +44,7 @@ def run(cfg: Config) -> int:
 
     write_definition(cfg, space, output)
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
@@ -70,7 +71,7 @@ def run(cfg: Config) -> int:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, data.task, output / "best" / "adapter")
     cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
     proving = task.remote(job, output.absolute())
@@ -101,16 +102,18 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.search.definition import check_output, packable
     from ftray.search.sampler import BASELINE
     from ftray.search.space import load_space
+    from ftray.tasks.choose import resolve
     from ftray.training.engine import accumulation_steps
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     packable(cfg, space)
-    check_output(cfg, space)
     model_path = find(cfg.model.name)
+    cfg = resolve(cfg, model_path)
+    check_output(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    check_data(cfg.data, tokenizer)
-    skeleton = load_skeleton(cfg.model, model_path)
+    task = check_data(cfg.data, tokenizer, cfg.task)
+    skeleton = load_skeleton(cfg.model, model_path, task)
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
         peft_config(AdapterConfig(**corner["adapter"]), skeleton, 100)
         settings = cfg.training.model_copy(update=corner["training"])
@@ -130,26 +133,26 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     from ftray.adapters.merge import save_merged
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
-    from ftray.evaluation.score import score
     from ftray.models.load import load_base, load_tokenizer
 
     cfg: Config = job.config
     adapter = output / "best" / "adapter"
-    base = load_base(cfg.model, job.model_path)
+    data = TokenizedData.load(job.data)
+    task, base = data.task.load(), load_base(cfg.model, job.model_path, data.task)
     if torch.cuda.is_available() and cfg.model.quantization == "none":
         base = base.cuda()
     model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
-    rows = TokenizedData.load(job.data).rows("test", cfg.evaluation.records)
+    rows = data.rows("test", cfg.evaluation.records)
     with model.disable_adapter():
-        before = score(model, tokenizer, rows, cfg.evaluation)
-    after = score(model, tokenizer, rows, cfg.evaluation)
+        before = task.score(model, tokenizer, rows, cfg.evaluation)
+    after = task.score(model, tokenizer, rows, cfg.evaluation)
     samples = [
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
     del model, base
-    save_merged(cfg.model, job.model_path, adapter, output / "best" / "merged")
+    save_merged(cfg.model, job.model_path, adapter, output / "best" / "merged", data.task)
     return {
         "records": len(rows),
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
@@ -183,7 +186,8 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
         print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
     print(f"adapter  {output / 'best' / 'adapter'}\nmerged   {output / 'best' / 'merged'}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    print(f"serve    transformers serve {output / 'best' / 'merged'}")
+    shown = TaskSpec(cfg.task).load().shown.format(path=output / "best" / "merged")
+    print(f"{'serve' if shown.startswith('transformers serve') else 'use'.ljust(5)}    {shown}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 
 

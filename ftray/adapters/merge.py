@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ftray.config import ModelConfig
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
+from ftray.tasks import TaskSpec
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -20,14 +21,16 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True)
 
 
-def save_merged(cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path) -> None:
+def save_merged(
+    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path, task: TaskSpec = TaskSpec()
+) -> None:
     """Merge the adapter directory into the base and write a plain transformers directory with tokenizer.
 
     The base is read in full precision even if training held it quantised; the sum is made in float32 and stored in
     the dtype of :func:`choose_dtype`. The directory appears whole or not at all.
     """
     full = cfg.model_copy(update={"quantization": "none", "dtype": "fp32"})
-    merged = merge(PeftModel.from_pretrained(load_base(full, base_path), str(adapter)))
+    merged = merge(PeftModel.from_pretrained(load_base(full, base_path, task), str(adapter)))
     merged.config.use_cache = True
     output = Path(output)
     aside = output.with_name(f".{output.name}.{os.getpid()}")

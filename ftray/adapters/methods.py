@@ -176,11 +176,12 @@ def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     Raises:
         UserError: as :func:`parameters`, or target modules that the model lacks.
     """
+    from ftray.adapters.heads import for_task
     from ftray.adapters.targets import resolve_targets
 
     settings = parameters(adapter)
     targets = resolve_targets(model, settings.target_modules)
-    return METHODS[adapter.method].build(settings, targets, model, steps)
+    return for_task(METHODS[adapter.method].build(settings, targets, model, steps), model)
 
 
 def attach(model: Any, adapter: AdapterConfig, steps: int, seed: int) -> Any:
@@ -188,10 +189,12 @@ def attach(model: Any, adapter: AdapterConfig, steps: int, seed: int) -> Any:
     import torch
     from peft import get_peft_model
 
+    from ftray.adapters.heads import exact_heads
+
     config = peft_config(adapter, model, steps)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        return exact_heads(get_peft_model(model, config, autocast_adapter_dtype=True))
 
 
 def _stores_transposed(model: Any, targets: list[str]) -> bool:

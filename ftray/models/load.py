@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ftray.config import ModelConfig
+from ftray.tasks import TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,13 +39,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
-    """The frozen causal language model in `path`, on the CPU, or on the current GPU if it is quantised there.
+def load_base(cfg: ModelConfig, path: str, task: TaskSpec = TaskSpec()) -> PreTrainedModel:
+    """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
     Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
     `transformers.integrations.HfDeepSpeedConfig` for ZeRO 3 is alive, the parameters come partitioned.
+
+    What the head has of its own, which a base model lacks, is drawn from a fixed seed; its modules are named in the
+    result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    config = _config(cfg, path, task)
     dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
     for name in dropout:
         setattr(config, name, 0.0)
@@ -52,7 +56,13 @@ def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
     if cfg.quantization != "none":
         kwargs["quantization_config"] = _quantization(cfg)
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=cfg.trust_remote_code, **kwargs)
+    if task.labels:
+        kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, loading = _auto_class(task).from_pretrained(
+            path, trust_remote_code=cfg.trust_remote_code, output_loading_info=True, **kwargs
+        )
     model.config.use_cache = False
     for name, value in dropout.items():  # whoever saves the model saves its configuration as it was
         setattr(model.config, name, value)
@@ -60,14 +70,32 @@ def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    new = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    model.new_modules = sorted({key.rpartition(".")[0] for key in new})
+    model.task = task
     return model.requires_grad_(False)
 
 
-def load_skeleton(cfg: ModelConfig, path: str) -> PreTrainedModel:
+def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = TaskSpec()) -> PreTrainedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        model = _auto_class(task).from_config(_config(cfg, path, task), trust_remote_code=cfg.trust_remote_code)
+    model.task = task
+    return model
+
+
+def _auto_class(task: TaskSpec) -> Any:
+    return getattr(transformers, task.load().auto_class)
+
+
+def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if task.name != "CAUSAL_LM" and config.pad_token_id is None:
+        config.pad_token_id = task.pad  # a decoder finds the last token of a text by it
+    return config
 
 
 def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
+from ftray.tasks import TaskSpec
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
@@ -115,8 +117,8 @@ def write_config(cfg: Config, output: Path) -> None:
     write_yaml(resolved, output / "config.yaml")
 
 
-def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Path) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and model card, whole or not at all."""
+def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, task: TaskSpec, directory: Path) -> None:
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer, card and `task.json`, whole or not at all."""
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))
@@ -124,6 +126,7 @@ def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Pat
     pyarrow.fs.copy_files(f"{root}/adapter", str(aside), source_filesystem=source)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card)
+    write_json(asdict(task), aside / "task.json")  # PEFT itself doesn't keep the labels
     shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
 

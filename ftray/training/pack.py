@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ftray.tasks import task_of
 from ftray.training import attention
 from ftray.training.adalora import orthogonality
 from ftray.training.dropout import Draws
 from ftray.training.layers import Rows, SharedLinear
-from ftray.training.loss import IGNORE, HeadLoss, supervised_loss, supervised_tokens
+from ftray.training.loss import IGNORE, HeadLoss, supervised_tokens
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
@@ -104,7 +105,7 @@ class Pack:
     """The adapters that train together on `base`.
 
     Args:
-        base: frozen causal language model; its parameters are shared, it is not changed itself.
+        base: frozen model, as :func:`ftray.models.load.load_base` gives it; its parameters are shared, it is not changed itself.
         tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: element-wise.
@@ -122,6 +123,7 @@ class Pack:
         sum_over_ranks: Callable[[list[float]], list[float]] = list,
     ):
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
+        self.task = task_of(base).load()
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
         self._rows = Rows()
@@ -136,7 +138,7 @@ class Pack:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
         self.host.config = config
-        self.apart = self._obstacle()
+        self.apart = self._obstacle() if self.task.packed else f"{self.task.spec.name} pads its records"
 
     @torch.no_grad()
     def _obstacle(self) -> str | None:
@@ -193,7 +195,7 @@ class Pack:
         """One optimiser step of every adapter in `batches`.
 
         Args:
-            batches: this rank's micro-batches of each, as :func:`ftray.training.loss.supervised_loss` takes them. An
+            batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
                 adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
 
         Returns:
@@ -203,7 +205,7 @@ class Pack:
         Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails.
         """
         names = list(batches)
-        local = [float(n) for name in names for n in _count(batches[name])]
+        local = [float(n) for name in names for n in _count(self.task, batches[name])]
         counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
         # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
         weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
@@ -302,7 +304,7 @@ class Pack:
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
         if self.members[units[0][0]].apart:
-            loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.base.device)
+            loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.task, self.base.device)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         first = 0
@@ -361,11 +363,11 @@ def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
     return layers
 
 
-def _loss_apart(model: PeftModel, batch: Batch, device: torch.device) -> torch.Tensor:
-    """As :func:`supervised_loss`; where a method adds tokens to each record, records lie side by side and padded."""
+def _loss_apart(model: PeftModel, batch: Batch, task: Any, device: torch.device) -> torch.Tensor:
+    """The task's own loss; where a method adds tokens to each record of a packed row, they lie side by side and padded."""
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if not model.active_peft_config.is_prompt_learning:
-        return supervised_loss(model, batch)
+    if not (task.packed and model.active_peft_config.is_prompt_learning):
+        return task.loss(model, batch)
     starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
     lengths = [end - first for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True)]
     padded = {k: pad_sequence(batch[k][0].split(lengths), True, v) for k, v in (("input_ids", 0), ("labels", IGNORE))}
@@ -384,8 +386,8 @@ def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, named, strict=True)]
 
 
-def _count(micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    return sum(supervised_tokens(b) for b in micro_batches), sum(b["labels"].numel() for b in micro_batches)
+def _count(task: Any, micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    return sum(task.items(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
 
 
 def _columns(values: list[float], width: int) -> list[list[float]]:

@@ -1,0 +1,79 @@
+"""Each task from file to gradient to a plain model: the loss falls, metrics rise, plain PEFT gives the same outputs."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from ftray.adapters.merge import save_merged
+from ftray.cli import build
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from ftray.data import check, prepare
+from ftray.data.stream import batches, batches_in_order
+from ftray.models.load import load_tokenizer
+from ftray.tasks.choose import resolve
+from ftray.training.loop import Trainer
+from ftray.training.run import Run
+
+FP32 = ModelConfig(dtype="fp32")
+
+
+def sequence_labels(draw: random.Random) -> dict:
+    """Which of two letters comes more often."""
+    text = draw.choices("ab", k=9)
+    return {"text": " ".join(text), "label": "many a" if text.count("a") > 4 else "many b"}
+
+
+# task: (model, a record, learning rate, the metric that rises, what it must come to)
+CASES = {
+    "SEQ_CLS": ("tiny_bert", sequence_labels, 1e-2, "macro_f1", 0.8),
+}
+
+
+def write(path: Path, record, count: int = 200) -> str:
+    draw = random.Random(0)
+    path.write_text("".join(json.dumps(record(draw)) + "\n" for _ in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp_path):
+    fixture, record, rate, metric, least = CASES[name]
+    model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
+    cfg = resolve(build({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
+    assert cfg.task == name
+    tokenizer = load_tokenizer(model)
+    data = prepare(cfg.data, model, task=name)
+    assert data.task == check(cfg.data, tokenizer, name)
+
+    adapter = AdapterConfig(method="lora", rank=8, target_modules="all-linear", dropout=0.0)
+    training = TrainingConfig(batch_size=16, learning_rate=rate)
+    trainer = Trainer(Run(FP32, model, adapter, training, 60, (1,), data.task))
+    task, rows = data.task.load(), data.rows("test")
+    before = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
+    reports = []
+    trainer.fit(batches(data, 0, 0, 16), lambda: batches_in_order(data, "validation", 16), reports.append)
+    after = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
+    assert reports[-1]["validation_loss"] < 0.8 * reports[0]["validation_loss"]
+    assert after.values()[metric] > max(least, before.values()[metric])
+    assert set(task.metrics) <= set(after.values())
+    assert len(after.generated) == len(rows)
+
+    trainer.save(str(tmp_path / "checkpoint"))
+    save_merged(FP32, model, tmp_path / "checkpoint" / "adapter", tmp_path / "merged", data.task)
+    auto = getattr(transformers, task.auto_class)
+    labels = {"id2label": dict(enumerate(data.task.labels))} if data.task.labels else {}
+    torch.manual_seed(1)  # the head that the base lacks comes from the adapter
+    base = auto.from_pretrained(model, dtype=torch.float32, **labels)
+    again = PeftModel.from_pretrained(base, tmp_path / "checkpoint" / "adapter").eval()
+    merged = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not data.task.labels or merged.config.id2label == labels["id2label"]
+    batch = next(batches_in_order(data, "validation", 4))
+    with torch.no_grad():
+        wanted = task.loss(trainer.engine.module.eval(), batch)
+        torch.testing.assert_close(task.loss(again, batch), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(task.loss(merged, batch), wanted, rtol=1e-4, atol=1e-5)
