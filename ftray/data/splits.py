@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ftray.config import DataConfig, UserError
@@ -67,7 +68,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM") -> TaskSpec:
     """
     found: dict[str, int] = dict.fromkeys(SPLITS, 0)
     total, complete = 0, True
-    of = TaskSpec(task).load()
+    of = TaskSpec(task, pad=tokenizer.pad_token_id or 0).load()
     for name, (chunks, local) in find_sources(cfg).items():
         keyed = []
         for place, record in read_for_check(chunks):
@@ -79,7 +80,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM") -> TaskSpec:
             seen = Counter(label for _, _, example in keyed for label in of.labels(example))
             if is_small(chunks):
                 refuse_labels(seen, [example for _, _, example in keyed], of, local)
-            of = TaskSpec(task, in_order(seen), tokenizer.pad_token_id or 0).load()
+            of = replace(of.spec, labels=in_order(seen)).load()
         keyed.sort(key=lambda entry: entry[0])
         examples: dict[str, list[Any]] = {split: [] for split in SPLITS}
         for _, split, example in keyed[: local.limit]:

@@ -29,12 +29,11 @@ def resolve(cfg: Config, model_path: str) -> Config:
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec(name).load()
-    metric = cfg.search.metric.removeprefix("validation_")
-    if metric == "auto":
-        metric = task.default_metric(record)
-    if metric not in task.metrics:
-        raise UserError(f"search.metric {cfg.search.metric}: {name} has no such metric{near(metric, task.metrics)}")
-    direction = task.metrics[metric] if cfg.search.direction == "auto" else cfg.search.direction
+    metrics, usual = task.choices(record)
+    metric = usual if cfg.search.metric == "auto" else cfg.search.metric.removeprefix("validation_")
+    if metric not in metrics:
+        raise UserError(f"search.metric {cfg.search.metric}: {name} has no such metric{near(metric, metrics)}")
+    direction = metrics[metric] if cfg.search.direction == "auto" else cfg.search.direction
     search = cfg.search.model_copy(update={"metric": f"validation_{metric}", "direction": direction})
     return cfg.model_copy(update={"task": name, "search": search})
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -45,9 +46,9 @@ class Task(ABC):
     def __init__(self, spec: TaskSpec):
         self.spec = spec
 
-    def default_metric(self, record: Mapping[str, Any]) -> str:
-        """The metric to search for, given a first record."""
-        return self.metric
+    def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
+        """`metrics` and `metric` for records like this first one."""
+        return self.metrics, self.metric
 
     @abstractmethod
     def parse(self, record: dict[str, Any], where: object) -> Any:
@@ -106,10 +107,9 @@ class PaddedTask(Task):
     nothing: ClassVar[list[int]] = [IGNORE]
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
-        ids = [torch.as_tensor(record, dtype=torch.int64) for record in columns["input_ids"]]
         batch = {
-            "input_ids": pad_sequence(ids, True, self.spec.pad),
-            "attention_mask": pad_sequence([torch.ones_like(record) for record in ids], True),
+            "input_ids": _padded(columns["input_ids"], self.spec.pad),
+            "attention_mask": _padded([np.ones(len(record)) for record in columns["input_ids"]], 0),
             "labels": _padded(columns["labels"], IGNORE),
         }
         if len(columns["token_type_ids"][0]):
@@ -135,7 +135,7 @@ class PaddedTask(Task):
 
 
 def encode(
-    texts: list[Any], pairs: list[Any] | None, tokenizer: Any, cfg: DataConfig, **settings: Any
+    texts: list[Any] | None, pairs: list[Any] | None, tokenizer: Any, cfg: DataConfig, **settings: Any
 ) -> tuple[Any, list[bool]]:
     """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and which of them are cut."""
     longest = min(cfg.max_length, tokenizer.model_max_length)
@@ -152,4 +152,4 @@ def types_of(encoded: Any, i: int) -> list[int]:
 
 
 def _padded(lists: Sequence[Any], fill: int) -> torch.Tensor:
-    return pad_sequence([torch.as_tensor(part, dtype=torch.int64) for part in lists], True, fill)
+    return pad_sequence([torch.from_numpy(np.array(part, np.int64)) for part in lists], True, fill)
