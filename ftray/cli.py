@@ -25,7 +25,13 @@ class Command:
     example: str
 
 
-DATA = {"data": "data.source", "validation-data": "data.validation", "test-data": "data.test", "model": "model.name", "task": "task"}
+DATA = {
+    "data": "data.source",
+    "validation-data": "data.validation",
+    "test-data": "data.test",
+    "model": "model.name",
+    "task": "task",
+}
 COMMANDS = {
     "preprocess": Command(
         "tokenize a data set into cached shards and show statistics and a sample",

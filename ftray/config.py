@@ -131,8 +131,8 @@ class SearchConfig(Section):
     )
     concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
-    metric: str = Field("auto", description="validation_<metric of the task>; auto: the task's own choice")
-    direction: Literal["auto", "min", "max"] = Field("auto", description="auto: what is better in the metric")
+    metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
+    direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
     scheduler: Literal["asha", "hyperband", "none"] = Field("asha", description="what stops weak trials early")
     reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
     rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
@@ -160,9 +160,9 @@ class Config(Section):
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    task: Literal[
-        "auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
-    ] = Field("auto", description="what is learnt; auto: told from the first record and the model")
+    task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
+        Field("auto", description="what is learnt; auto: told from the first record and the model")
+    )
     output: str = Field("runs/latest", description="directory for everything a command leaves")
     resume: bool = Field(False, description="go on with what is in output")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")

@@ -71,7 +71,9 @@ def run(cfg: Config) -> int:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, data.task, output / "best" / "adapter")
+    save_best_adapter(
+        best["checkpoint"], model_card(cfg, best, None), tokenizer, data.task, output / "best" / "adapter"
+    )
     cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
     proving = task.remote(job, output.absolute())

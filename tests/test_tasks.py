@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingC
 from ftray.data import check, prepare
 from ftray.data.stream import batches, batches_in_order
 from ftray.models.load import load_tokenizer
+from ftray.tasks import TaskSpec
 from ftray.tasks.choose import resolve
 from ftray.training.loop import Trainer
 from ftray.training.run import Run
@@ -38,7 +41,7 @@ def token_labels(draw: random.Random) -> dict:
 def prompt_and_answer(draw: random.Random) -> dict:
     """The letter that the text is made of, in capitals."""
     letter = draw.choice("abcd")
-    return {"input": " ".join(letter * draw.randint(2, 5)), "output": letter.upper() * 2}
+    return {"input": " ".join(letter * draw.randint(2, 5)), "output": letter.upper()}
 
 
 def question(draw: random.Random) -> dict:
@@ -59,7 +62,11 @@ def pair(draw: random.Random) -> dict:
 def scored(draw: random.Random) -> dict:
     """How many of four letters two texts share."""
     a, b = draw.choices("ab", k=4), draw.choices("ab", k=4)
-    return {"sentence1": " ".join(a), "sentence2": " ".join(b), "score": sum(x == y for x, y in zip(a, b, strict=True)) / 4}
+    return {
+        "sentence1": " ".join(a),
+        "sentence2": " ".join(b),
+        "score": sum(x == y for x, y in zip(a, b, strict=True)) / 4,
+    }
 
 
 # task: (model, a record, learning rate, the metric that rises, what it must come to)
@@ -100,7 +107,6 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     trainer.fit(batches(data, 0, 0, 16), lambda: batches_in_order(data, "validation", 16), reports.append)
     after = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
     assert reports[-1]["validation_loss"] < 0.8 * reports[0]["validation_loss"]
-    print(before.values(), after.values(), after.generated[:3], rows[0]["target"])
     assert after.values()[metric] > max(least, before.values()[metric])
     assert set(task.choices(record(random.Random(0)))[0]) <= set(after.values())
     assert len(after.generated) == len(rows)
@@ -119,3 +125,67 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
         wanted = task.loss(trainer.engine.module.eval(), batch)
         torch.testing.assert_close(task.loss(again, batch), wanted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(task.loss(merged, batch), wanted, rtol=1e-4, atol=1e-5)
+
+
+LOAD = """
+import json, sys, torch, transformers
+from peft import PeftModel
+auto, base, best, labels = sys.argv[1:]
+labels = json.loads(labels)
+kwargs = {"id2label": dict(enumerate(labels))} if labels else {}
+kind = getattr(transformers, auto)
+adapted = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **kwargs), best + "/adapter").eval()
+merged = kind.from_pretrained(best + "/merged", dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(best + "/merged")
+inputs = tokenizer("a b c", return_tensors="pt")
+if merged.config.is_encoder_decoder:
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+with torch.no_grad():
+    for a, m in zip(adapted(**inputs).to_tuple(), merged(**inputs).to_tuple()):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, m, rtol=0, atol=1e-4 * a.abs().max().item())
+assert "ftray" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "SEQ_CLS" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_a_search_from_records_to_a_plain_model(name, request, tmp_path):
+    fixture, record, _, metric, _ = CASES[name]
+    model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
+    space = tmp_path / "space.yaml"
+    space.write_text("method: lora\nlearning_rate: {log: [5.0e-3, 2.0e-2]}\nlora: {target_modules: all-linear}\n")
+    output = tmp_path / "out"
+    flags = ["--data", source, "--model", model, "--space", str(space), "--output", str(output), "--trials", "3"]
+    settings = [
+        "--data.cache",
+        str(tmp_path),
+        "--training.steps",
+        "60",
+        "--model.dtype",
+        "fp32",
+        "--data.max_length",
+        "64",
+    ]
+    if name == "SEQ_2_SEQ_LM":
+        settings += ["--evaluation.max_new_tokens", "8"]
+    command = [sys.executable, "-m", "ftray.tune", *flags, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    proof = summary["proof"]["metrics"]
+    task = name.split()[0]
+    assert f"trains by itself: {task} pads its records" in done.stdout
+    assert {t["status"] for t in summary["trials"]} <= {"finished", "stopped early"}
+    usual = TaskSpec(task).load().choices(record(random.Random(0)))[1]
+    assert summary["metric"] == f"validation_{usual}"
+    assert summary["best"]["value"] == (min if usual == "loss" else max)(t["value"] for t in summary["trials"])
+    assert proof["loss"]["best"] < proof["loss"]["base"]
+    low, high = proof[metric]["interval"]
+    assert low <= proof[metric]["difference"] <= high
+    labels = json.loads((output / "best" / "adapter" / "task.json").read_text())["labels"]
+    auto = TaskSpec(task).load().auto_class
+    arguments = [auto, model, str(output / "best"), json.dumps(labels)]
+    loaded = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, cwd=output)
+    assert loaded.returncode == 0, loaded.stderr

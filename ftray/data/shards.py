@@ -110,9 +110,7 @@ class TokenizedData:
         return rows[:limit]
 
 
-def prepare(
-    cfg: DataConfig, model: str, trust_remote_code: bool = False, task: str = "CAUSAL_LM"
-) -> TokenizedData:
+def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: str = "CAUSAL_LM") -> TokenizedData:
     """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised.
 
     The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
@@ -189,7 +187,9 @@ def _labels(chunks: list[Chunk], task: str) -> tuple[str, ...]:
 
 def _read_labels(chunk: dict[str, Any], task: str) -> Iterator[dict[str, str]]:
     of = TaskSpec(task).load()
-    for label in {label for place, record in read_chunk(Chunk(**chunk)) for label in of.labels(of.parse(record, place))}:
+    for label in {
+        label for place, record in read_chunk(Chunk(**chunk)) for label in of.labels(of.parse(record, place))
+    }:
         yield {"label": label}
 
 

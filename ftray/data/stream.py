@@ -19,7 +19,6 @@ from ftray.data.tokens import IGNORE
 from ftray.tasks import TaskSpec
 
 
-
 @dataclass(frozen=True)
 class Reading:
     """One window's place in a run.

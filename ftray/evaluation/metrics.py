@@ -131,7 +131,9 @@ def compare(base: Scores, best: Scores, resamples: int, seed: int = 0) -> dict[s
     draws = np.random.default_rng(seed).multinomial(records, np.full(records, 1 / records), size=resamples)
     metrics, others = base.all_metrics(), best.all_metrics()
     values, other_values = base.values(), best.values()
-    return {name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws)) for name in metrics}
+    return {
+        name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws)) for name in metrics
+    }
 
 
 def _entry(base: float, best: float, differences: np.ndarray) -> dict[str, float | list[float]]:

@@ -61,7 +61,7 @@ class Task(task.PaddedTask):
     needs = 'question, context and answers ({"text": [...], "answer_start": [...]}, a text or a list of texts)'
     nothing = [-100, -100]
     shown = (
-        'python -c "import transformers as t; k = t.AutoTokenizer.from_pretrained(\'{path}\'); '
+        "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
         "print(t.AutoModelForQuestionAnswering.from_pretrained('{path}')(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""
     )
 

@@ -30,10 +30,11 @@ def resolve(cfg: Config, model_path: str) -> Config:
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec(name).load()
     metrics, usual = task.choices(record)
-    metric = usual if cfg.search.metric == "auto" else cfg.search.metric.removeprefix("validation_")
+    given = cfg.search.model_fields_set
+    metric = cfg.search.metric.removeprefix("validation_") if "metric" in given else usual
     if metric not in metrics:
         raise UserError(f"search.metric {cfg.search.metric}: {name} has no such metric{near(metric, metrics)}")
-    direction = metrics[metric] if cfg.search.direction == "auto" else cfg.search.direction
+    direction = cfg.search.direction if "direction" in given else metrics[metric]
     search = cfg.search.model_copy(update={"metric": f"validation_{metric}", "direction": direction})
     return cfg.model_copy(update={"task": name, "search": search})
 

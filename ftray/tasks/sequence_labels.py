@@ -67,7 +67,10 @@ class Task(task.PaddedTask):
             predicted[part] = logits.argmax(-1).cpu().numpy()
         wanted = np.array([row["labels"][0] for row in rows])
         each = np.ones(len(rows))
-        metrics = {"accuracy": ratio((predicted == wanted).astype(float), each), "macro_f1": macro_f1(wanted, predicted)}
+        metrics = {
+            "accuracy": ratio((predicted == wanted).astype(float), each),
+            "macro_f1": macro_f1(wanted, predicted),
+        }
         return Scores(loss, each, generated=[self.spec.labels[i] for i in predicted], metrics=metrics, of_text=False)
 
 

@@ -41,7 +41,9 @@ class Task(task.PaddedTask):
     def parse(self, record: dict[str, Any], where: object) -> Example:
         for key in ("tokens", "tags"):
             if not isinstance(record.get(key), list) or not record[key]:
-                raise UserError(f"{where}: {key} must be a list that isn't empty; records of this task hold {self.needs}")
+                raise UserError(
+                    f"{where}: {key} must be a list that isn't empty; records of this task hold {self.needs}"
+                )
         words, tags = record["tokens"], record["tags"]
         if len(words) != len(tags):
             raise UserError(f"{where}: {len(words)} tokens, but {len(tags)} tags: each token has one")
@@ -55,7 +57,9 @@ class Task(task.PaddedTask):
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         if not tokenizer.is_fast:
-            raise UserError("TOKEN_CLS needs to know which token belongs to which word: take a model with tokenizer.json")
+            raise UserError(
+                "TOKEN_CLS needs to know which token belongs to which word: take a model with tokenizer.json"
+            )
         encoded, cut = encode([e.words for e in examples], None, tokenizer, cfg, is_split_into_words=True)
         result: list[Tokens | None] = []
         for i, (example, too_long) in enumerate(zip(examples, cut, strict=True)):
@@ -67,7 +71,14 @@ class Task(task.PaddedTask):
             kept = (last_word(encoded.word_ids(i)) + 1) if any(label != IGNORE for label in labels) else 0
             tags = example.tags[:kept]
             tokens = Tokens(
-                ids, labels, " ".join(example.words), " ".join(tags), len(ids), too_long, types_of(encoded, i), extra=json.dumps(tags)
+                ids,
+                labels,
+                " ".join(example.words),
+                " ".join(tags),
+                len(ids),
+                too_long,
+                types_of(encoded, i),
+                extra=json.dumps(tags),
             )
             result.append(None if not kept or (too_long and cfg.overlong == "drop") else tokens)
         return result
