@@ -151,7 +151,7 @@ SPACE = {
 
 def begin(directory: Path, model: str) -> None:
     """What a search writes first."""
-    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}})
+    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}, "task": "CAUSAL_LM"})
     write_definition(cfg, load_space("quick"), directory)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ftray.config import ModelConfig
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
-from ftray.tasks import TaskSpec
+from ftray.tasks import CAUSAL, TaskSpec
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -22,7 +22,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def save_merged(
-    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path, task: TaskSpec = TaskSpec()
+    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path, task: TaskSpec = CAUSAL
 ) -> None:
     """Merge the adapter directory into the base and write a plain transformers directory with tokenizer.
 

@@ -33,7 +33,7 @@ from ftray.data.splits import (
     split_of,
 )
 from ftray.data.tokens import IGNORE
-from ftray.tasks import TaskSpec
+from ftray.tasks import CAUSAL, TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class TokenizedData:
     directory: str
     fingerprint: str
     splits: dict[str, Split]
-    task: TaskSpec = TaskSpec()
+    task: TaskSpec = CAUSAL
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ftray.config import ModelConfig
-from ftray.tasks import TaskSpec
+from ftray.tasks import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +39,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_base(cfg: ModelConfig, path: str, task: TaskSpec = TaskSpec()) -> PreTrainedModel:
+def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
     Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
@@ -76,7 +76,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = TaskSpec()) -> PreTr
     return model.requires_grad_(False)
 
 
-def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = TaskSpec()) -> PreTrainedModel:
+def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
     with torch.device("meta"):
         model = _auto_class(task).from_config(_config(cfg, path, task), trust_remote_code=cfg.trust_remote_code)

@@ -118,7 +118,7 @@ def write_config(cfg: Config, output: Path) -> None:
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, task: TaskSpec, directory: Path) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer, card and `task.json`, whole or not at all."""
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer, card and `task.json`, whole or not."""
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))

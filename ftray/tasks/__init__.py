@@ -38,6 +38,9 @@ class TaskSpec:
         return importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
 
 
+CAUSAL = TaskSpec()
+
+
 def task_of(model: Any) -> TaskSpec:
     """What :func:`ftray.models.load.load_base` loaded a model for."""
-    return getattr(model, "task", TaskSpec())
+    return getattr(model, "task", CAUSAL)

@@ -4,9 +4,9 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,13 +56,14 @@ class Task(task.PaddedTask):
     """
 
     auto_class = "AutoModelForQuestionAnswering"
-    metrics = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
     metric = "squad_f1"
-    needs = 'question, context and answers ({"text": [...], "answer_start": [...]}, a text or a list of texts)'
-    nothing = [-100, -100]
+    needs = 'question, context and answers (a text, a list of texts or {"text": [...], "answer_start": [...]})'
+    nothing: ClassVar[list[int]] = [-100, -100]
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
-        "print(t.AutoModelForQuestionAnswering.from_pretrained('{path}')(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""
+        "m = t.AutoModelForQuestionAnswering.from_pretrained('{path}'); "
+        "print(m(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""
     )
 
     def parse(self, record: dict[str, Any], where: object) -> Example:

@@ -1,7 +1,7 @@
 """CAUSAL_LM: text that goes on from a prompt; records lie packed in one row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,7 +21,7 @@ class Task(task.Task):
 
     auto_class = "AutoModelForCausalLM"
     packed = True
-    metrics = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     needs = formats.KNOWN
     shown = "transformers serve {path}"
 

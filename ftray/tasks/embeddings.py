@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Task(task.PaddedTask):
 
     auto_class = "AutoModel"
     columns = ("input_ids", "token_type_ids", "labels", "lengths", "score")
-    metrics = PAIRS | SCORED
+    metrics: ClassVar[Mapping[str, str]] = PAIRS | SCORED
     needs = "anchor and positive (and negative), or sentence1, sentence2 and score"
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); m = t.AutoModel."

@@ -1,6 +1,7 @@
 """SEQ_2_SEQ_LM: from one text to another, by an encoder and a decoder."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ class Task(task.PaddedTask):
     """Cross-entropy of the decoder's next token; one item a target token, its end included."""
 
     auto_class = "AutoModelForSeq2SeqLM"
-    metrics = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     needs = "input/output, instruction/input/output or prompt/completion"
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
-        "print(k.decode(t.AutoModelForSeq2SeqLM.from_pretrained('{path}').generate(**k('TEXT', return_tensors='pt'))[0]))\""
+        "m = t.AutoModelForSeq2SeqLM.from_pretrained('{path}'); "
+        "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
     )
 
     def parse(self, record: dict[str, Any], where: object) -> formats.Example:

@@ -1,7 +1,8 @@
 """SEQ_CLS: a label for a text, or for a pair of texts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the model's summary of the text; one item a record."""
 
     auto_class = "AutoModelForSequenceClassification"
-    metrics = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
     metric = "macro_f1"
     has_labels = True
     least = 2

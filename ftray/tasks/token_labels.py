@@ -1,9 +1,9 @@
 """TOKEN_CLS: a tag for every word of a text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the first token of each word; one item a word."""
 
     auto_class = "AutoModelForTokenClassification"
-    metrics = {"loss": "min", "accuracy": "max", "entity_f1": "max"}
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "entity_f1": "max"}
     metric = "entity_f1"
     has_labels = True
     needs = "tokens and as many tags"

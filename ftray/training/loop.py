@@ -71,7 +71,7 @@ class Trainer:
         """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
 
         Args:
-            batches: this rank's micro-batches from `history.step` on, as :meth:`ftray.tasks.task.Task.collate` makes them.
+            batches: this rank's micro-batches from `history.step` on, as the task collates them.
             validation: gives this rank's share of the validation batches anew at each call.
             report: called on every rank with the same metrics, in natural units (loss in nats per token).
 

@@ -105,7 +105,7 @@ class Pack:
     """The adapters that train together on `base`.
 
     Args:
-        base: frozen model, as :func:`ftray.models.load.load_base` gives it; its parameters are shared, it is not changed itself.
+        base: frozen model, its parameters are shared, it is not changed itself.
         tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: element-wise.
@@ -364,7 +364,7 @@ def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 
 def _loss_apart(model: PeftModel, batch: Batch, task: Any, device: torch.device) -> torch.Tensor:
-    """The task's own loss; where a method adds tokens to each record of a packed row, they lie side by side and padded."""
+    """The task's loss; where a method adds tokens to each record of a packed row, they lie side by side and padded."""
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if not (task.packed and model.active_peft_config.is_prompt_learning):
         return task.loss(model, batch)

@@ -16,7 +16,7 @@ from torch import nn
 from ftray.adapters.methods import attach
 from ftray.config import ModelConfig, TrainingConfig
 from ftray.models.load import load_base
-from ftray.tasks import TaskSpec
+from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.engine import build_engine, join_process_group, sum_over_ranks
@@ -102,7 +102,7 @@ class PackTrainer:
         model: ModelConfig,
         model_path: str,
         gradient_checkpointing: bool = False,
-        task: TaskSpec = TaskSpec(),
+        task: TaskSpec = CAUSAL,
     ):
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
