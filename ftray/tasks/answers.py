@@ -73,7 +73,7 @@ class Task(task.PaddedTask):
     def _answers(self, answers: Any, context: str, where: object) -> Iterator[tuple[str, int]]:
         if isinstance(answers, str):
             answers = [answers]
-        starts: list[int | None]
+        starts: Any
         if isinstance(answers, dict):
             texts, starts = answers.get("text"), answers.get("answer_start")
             if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
@@ -139,9 +139,9 @@ class Task(task.PaddedTask):
         pairs = list(zip(answers, golds, strict=True))
         exact = np.array([max(float(normalised(a) == normalised(g)) for g in gold) for a, gold in pairs])
         f1 = np.array([max(word_f1(a, g) for g in gold) for a, gold in pairs])
-        each = np.ones(len(rows))
-        metrics = {"squad_em": ratio(exact, each), "squad_f1": ratio(f1, each)}
-        return Scores(loss, 2 * each, generated=answers, metrics=metrics, of_text=False)
+        ones = np.ones(len(rows))
+        metrics = {"squad_em": ratio(exact, ones), "squad_f1": ratio(f1, ones)}
+        return Scores(loss, 2 * ones, generated=answers, metrics=metrics, of_text=False)
 
     def _predict(self, model: Any, tokenizer: Any, extras: list[Any], cfg: EvaluationConfig) -> list[str]:
         owned = [

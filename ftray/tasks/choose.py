@@ -47,8 +47,8 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
             return name
     if not any(all(key in record for key in keys) for keys, _ in SHAPES) and "text" not in record:
         others = ", ".join("/".join(keys) for keys, _ in KEYS)
-        keys = ", ".join(map(str, record)) or "(none)"
-        raise UserError(f"{place}: record with keys {keys}; known shapes: {KNOWN}, {others}")
+        has = ", ".join(map(str, record)) or "(none)"
+        raise UserError(f"{place}: record with keys {has}; known shapes: {KNOWN}, {others}")
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
     if model.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"

@@ -95,7 +95,7 @@ class Task(task.PaddedTask):
         return batch | {"score": torch.tensor(columns["score"], dtype=torch.float32)}
 
     def empty(self) -> Batch:
-        none = {"labels": [self.nothing], "lengths": [[2, 2]], "score": [float("nan")]}
+        none: dict[str, Any] = {"labels": [self.nothing], "lengths": [[2, 2]], "score": [float("nan")]}
         return self.collate({"input_ids": [[0] * 4], "token_type_ids": [[]], **none})
 
     def embed(self, model: Any, batch: Batch) -> torch.Tensor:
