@@ -5,24 +5,27 @@ Exit codes: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ftray.config import Config, UserError, near
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line knows of a command; `ftray/<name>.py` holds its `run(config)`."""
+    """What the command line knows of a command."""
 
     summary: str
     flags: dict[str, str]  # short flag -> dotted field of Config
-    example: str
+    example: str  # one a line
+    module: str = ""  # ftray/<module>.py holds its `run(config)`; default: of the command's own name
 
 
 DATA = {
@@ -36,12 +39,16 @@ COMMANDS = {
     "preprocess": Command(
         "tokenize a data set into cached shards and show statistics and a sample",
         DATA,
-        "ftray preprocess --data records.jsonl --model smollm2-135m",
+        "ftray preprocess --data records.jsonl --model smollm2-135m\n"
+        "ftray preprocess --data chats/ --model path/to/model --data.max_length 2048 --data.overlong drop\n"
+        "ftray preprocess --data s3://bucket/records.parquet --data.limit 10000",
     ),
     "train": Command(
         "train one adapter",
         {**DATA, "method": "adapter.method", "output": "output"},
-        "ftray train --data records.jsonl --method lora --adapter.rank 16 --output runs/one",
+        "ftray train --data records.jsonl --method lora --adapter.rank 16 --output runs/one\n"
+        "ftray train --config run.yaml --training.epochs 3 --scaling.workers 4 --training.zero_stage 2\n"
+        "ftray train --config run.yaml --output runs/one --resume",
     ),
     "tune": Command(
         "search for the best adapter, prove it against the base model and merge it",
@@ -54,15 +61,64 @@ COMMANDS = {
             "concurrency": "search.concurrency",
             "max-failures": "search.max_failures",
             "output": "output",
+            "plan": "plan",
         },
-        "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search",
+        "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
+        "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
+        "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
+    ),
+    "evaluate": Command(
+        "score a base model and any number of adapters on the same records",
+        {**DATA, "adapter": "adapters", "split": "evaluation.split", "output": "output"},
+        "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
+        "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
+        "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
+    ),
+    "infer": Command(
+        "generate: one prompt, a file of prompts, or a conversation on the terminal",
+        {
+            "model": "model.name",
+            "adapter": "adapters",
+            "prompt": "generation.prompt",
+            "file": "generation.file",
+            "output": "output",
+        },
+        "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
+        "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
+        "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
+    ),
+    "merge": Command(
+        "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",
+        {
+            "model": "model.name",
+            "adapter": "adapters",
+            "weights": "merge.weights",
+            "combination": "merge.combination",
+            "density": "merge.density",
+            "form": "merge.form",
+            "output": "output",
+        },
+        "ftray merge --adapter runs/one/adapter --output merged\n"
+        "ftray merge --adapter a --adapter b --weights 0.7,0.3 --combination ties --density 0.5 --output merged\n"
+        "ftray merge --adapter runs/one/train/checkpoint_000003 --form adapter --output adapter",
+    ),
+    "config": Command(
+        "print the reference of all configuration; with flags or a file, the configuration that they make",
+        DATA,
+        "ftray config\nftray config --config run.yaml --training.epochs 3 > resolved.yaml",
+        "reference",
     ),
 }
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
+EXIT_CODES = (
+    "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `ftray` console command."""
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+        complete()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return run_command(argv[0], argv[1:])
@@ -79,7 +135,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run the command and turn what it raises into an exit code."""
     try:
         config = parse(name, sys.argv[1:] if argv is None else argv)
-        return importlib.import_module(f"ftray.{name}").run(config) or 0
+        return importlib.import_module(f"ftray.{COMMANDS[name].module or name}").run(config) or 0
     except UserError as error:
         print(f"ftray {name}: error: {error}", file=sys.stderr)
         return 2
@@ -94,20 +150,7 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     Raises:
         UserError: unknown flag or field, bad value, or a YAML file that can't be read.
     """
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(
-        prog=f"ftray {name}",
-        description=command.summary,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"any field: --section.key value (sections: {', '.join(_sections())})\n\nexample:\n  {command.example}",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the sections")
-    for flag, field in command.flags.items():
-        parser.add_argument(f"--{flag}", dest=field, help=_description(field), metavar=flag.upper())
-    for flag, field in SWITCHES.items():
-        parser.add_argument(f"--{flag}", dest=field, action="store_true", default=None, help=_description(field))
+    parser = parser_of(name)
     try:
         known, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -116,10 +159,67 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     for field, value in vars(known).items():
         if field != "config" and value is not None:
             _assign(values, field, value)
-    flags = [*command.flags, *SWITCHES, "config"]
+    flags = [*COMMANDS[name].flags, *SWITCHES, "config"]
     for field, text in _pairs(rest, flags):
         _assign(values, field, yaml.safe_load(text))
     return build(values)
+
+
+def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """The command's own flags, `--config` and switches; added to `parser` if one is given."""
+    command = COMMANDS[name]
+    parser = parser or argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    examples = "\n".join(f"  {line}" for line in command.example.splitlines())
+    parser.prog, parser.description = f"ftray {name}", command.summary
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        f"any field: --section.key value (sections: {', '.join(_sections())}; see ftray config)\n\n"
+        f"examples:\n{examples}\n\n{EXIT_CODES}"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the sections")
+    for flag, field in {**command.flags, **SWITCHES}.items():
+        annotation = _field(field).annotation
+        if annotation is bool:
+            parser.add_argument(
+                f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
+            )
+            continue
+        several = field == "adapters"
+        parser.add_argument(
+            f"--{flag}",
+            dest=field,
+            action="append" if several else "store",
+            help=describe(field).replace("%", "%%") + ("; again for each further one" if several else ""),
+            metavar=flag.upper(),
+        )
+    return parser
+
+
+def complete() -> None:
+    """Answer the shell with commands, flags, every field and the values of those that are choices; then exit."""
+    import argcomplete
+    from argcomplete.completers import ChoicesCompleter
+
+    parser = argparse.ArgumentParser(prog="ftray", allow_abbrev=False)
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        own = parser_of(name, commands.add_parser(name, help=command.summary, allow_abbrev=False))
+        for field in fields():
+            if field not in ("resume", "verbose", "output", "adapters", "plan"):
+                own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
+        for action in own._actions:
+            if choices := _choices(action.dest):
+                action.completer = ChoicesCompleter(choices)  # type: ignore
+    argcomplete.autocomplete(parser)
+
+
+def fields() -> list[str]:
+    """The dotted name of every field of :class:`~ftray.config.Config`."""
+    names = []
+    for name, field in Config.model_fields.items():
+        model: Any = field.annotation
+        names += [f"{name}.{key}" for key in model.model_fields] if _is_model(model) else [name]
+    return names
 
 
 def build(values: dict[str, Any]) -> Config:
@@ -147,7 +247,7 @@ def _pairs(rest: list[str], flags: list[str]) -> list[tuple[str, str]]:
         name, equals, value = rest[i].partition("=")
         if not name.startswith("--"):
             raise UserError(f"unexpected argument {rest[i]!r}: options start with --")
-        if "." not in name:
+        if "." not in name and name.removeprefix("--") not in Config.model_fields:
             raise UserError(f"unknown option {name}{near(name.removeprefix('--'), flags)}")
         if not equals:
             i += 1
@@ -191,6 +291,21 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def _field(field: str) -> FieldInfo:
+    *sections, key = field.split(".")
+    return _model_at(sections).model_fields[key]
+
+
+def _choices(field: str) -> list[str]:
+    if field not in fields():
+        return []
+    annotation = _field(field).annotation
+    if bool in (annotation, *get_args(annotation)):
+        return ["true", "false"]
+    parts = [annotation, *get_args(annotation)]
+    return [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
+
+
 def _model_at(path: list[str]) -> type[BaseModel]:
     model: Any = Config
     for part in path:
@@ -198,8 +313,8 @@ def _model_at(path: list[str]) -> type[BaseModel]:
     return model
 
 
-def _description(field: str) -> str:
-    *sections, key = field.split(".")
-    info = _model_at(sections).model_fields[key]
-    default = "" if info.default in (None, False) else f" (default: {info.default})"
-    return f"{info.description or key.replace('_', ' ')}{default}".replace("%", "%%")
+def describe(field: str) -> str:
+    """What a field means, and its default."""
+    info = _field(field)
+    default = "" if info.default in (None, False, []) or info.is_required() else f" (default: {info.default})"
+    return f"{info.description or field.rsplit('.', 1)[-1].replace('_', ' ')}{default}"

@@ -6,9 +6,9 @@ A value comes from the first of: the command line (``--section.key value``), the
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 
 class UserError(Exception):
@@ -20,6 +20,13 @@ def near(name: str, known: Iterable[str]) -> str:
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _comma_separated(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 
 
 class Section(BaseModel):
@@ -36,6 +43,8 @@ class ModelConfig(Section):
         "auto", description="auto: bf16 on a GPU or CPU with native bf16 arithmetic, else fp32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes storage of the base")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="of 4bit: normal quantiles, or floating point")
+    double_quantization: bool = Field(True, description="of 4bit: quantise the scales too")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -69,7 +78,7 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    method: str = Field("lora", description="lora, adalora, ia3, oft; its parameters stand beside it")
+    method: str = Field("lora", description="see docs/methods.md; its parameters stand beside it")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -140,14 +149,57 @@ class SearchConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How the best adapter is held against the base model."""
+    """How adapters are held against the base model."""
 
+    split: Literal["test", "validation", "train", "all"] = Field("test", description="which records `evaluate` scores")
     records: PositiveInt | None = Field(None, description="test records to score (default: all)")
     generate: bool = Field(True, description="also generate, for exact match and error rates")
     max_new_tokens: PositiveInt = Field(64)
     batch_size: PositiveInt = Field(32, description="records decoded at once")
     bootstrap: PositiveInt = Field(1000, description="resamples behind the 95 % interval")
     samples: int = Field(5, ge=0, description="before/after examples shown")
+
+
+class GenerationConfig(Section):
+    """What `infer` asks, and how it draws the answer."""
+
+    prompt: str | None = Field(None, description="the one prompt to answer")
+    file: str | None = Field(None, description="prompts: records in .jsonl, or one a line in .txt")
+    chat: bool | None = Field(
+        None, description="render by the tokenizer's chat template (default: in a conversation, and records of turns)"
+    )
+    system: str | None = Field(None, description="system turn of a conversation")
+    max_new_tokens: PositiveInt = Field(256)
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that have this share")
+    top_k: int = Field(0, ge=0, description="draw from this many tokens; 0: from all")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: what was said is less likely to be said again")
+    seed: int = Field(0, description="of the draws")
+
+
+class MergeConfig(Section):
+    """What `merge` makes of one adapter or of several."""
+
+    weights: Annotated[list[float] | None, CommaSeparated] = Field(
+        None, description="one an adapter, comma-separated (default: equal, summing to 1)"
+    )
+    combination: Literal[
+        "cat",
+        "linear",
+        "svd",
+        "ties",
+        "ties_svd",
+        "dare_linear",
+        "dare_linear_svd",
+        "dare_ties",
+        "dare_ties_svd",
+        "magnitude_prune",
+        "magnitude_prune_svd",
+    ] = Field("cat", description="PEFT's combination_type of several LoRAs; cat is their exact weighted sum")
+    density: float | None = Field(None, gt=0, le=1, description="share of values that ties, dare and pruning keep")
+    rank: PositiveInt | None = Field(None, description="of the result of svd (default: the highest of the adapters)")
+    seed: int = Field(0, description="of what dare drops")
+    form: Literal["model", "adapter"] = Field("model", description="a plain model directory, or an adapter")
 
 
 class Config(Section):
@@ -160,9 +212,21 @@ class Config(Section):
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    merge: MergeConfig = Field(default_factory=MergeConfig)
     task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
         Field("auto", description="what is learnt; auto: told from the first record and the model")
     )
-    output: str = Field("runs/latest", description="directory for everything a command leaves")
+    adapters: Annotated[list[str], CommaSeparated] = Field([], description="adapter directories, or what a run left")
+    output: str = Field("runs/latest", description="where a command leaves what it makes")
     resume: bool = Field(False, description="go on with what is in output")
+    plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from ftray.cli import run_command
+
+    sys.exit(run_command("config"))

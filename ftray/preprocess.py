@@ -1,7 +1,8 @@
 """Tokenize a data set into cached shards and show what came of it."""
 
 import sys
-from itertools import islice
+from itertools import groupby, islice, repeat
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -10,9 +11,11 @@ from ftray.cli import run_command
 from ftray.config import Config
 from ftray.data import TokenizedData, stream
 
+MASKED, LEARNT = "cyan", "bold green"
+
 
 def run(cfg: Config) -> int:
-    """The command: statistics of every split, and one record as the model sees it, the masked part dimmed.
+    """The command: statistics of every split, and one record as the model sees it, the masked part in its own colour.
 
     Raises:
         UserError: anything wrong with the data.
@@ -22,7 +25,6 @@ def run(cfg: Config) -> int:
     if not cfg.verbose:
         quiet()
     from ftray.data import check, prepare
-    from ftray.data.tokens import IGNORE
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.tasks.choose import resolve
@@ -34,18 +36,25 @@ def run(cfg: Config) -> int:
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(describe(data))
-    row = data.rows("train", 1)[0]
-    sample = Text("sample: ")
-    if data.task.name in ("CAUSAL_LM", "TOKEN_CLS"):  # a label a token
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            sample.append(tokenizer.decode([token]), style="dim" if label == IGNORE else "bold green")
-    else:
-        sample.append(tokenizer.decode(row["input_ids"]), style="dim")
-    if data.task.name != "CAUSAL_LM":
-        sample.append(f" -> {row['target']}", style="bold green")
-    Console().print(sample)
+    console = Console()
+    console.print(Text.assemble("a record, ", ("as context", MASKED), " and ", ("to be learnt", LEARNT), ":"))
+    console.print(rendered(data.rows("train", 1)[0], tokenizer, data.task.name), soft_wrap=True)
     print(f"shards {data.directory}")
     return 0
+
+
+def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Text:
+    """The tokens of a row as text: those without loss in one colour, those that bear it in another.
+
+    Where labels aren't one a token of the text, the text is all context, and what is to be learnt follows it.
+    """
+    from ftray.data.tokens import IGNORE
+
+    text, one_a_token = Text(), task in ("CAUSAL_LM", "TOKEN_CLS")
+    pairs = zip(row["input_ids"], row["labels"] if one_a_token else repeat(IGNORE), strict=one_a_token)
+    for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
+        text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
+    return text if task == "CAUSAL_LM" else text.append(f" -> {row['target']}", style=LEARNT)
 
 
 def describe(data: TokenizedData) -> str:

@@ -17,7 +17,7 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.methods import peft_config
+    from ftray.adapters.limits import try_on
     from ftray.data import check, prepare
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
@@ -31,7 +31,7 @@ def run(cfg: Config) -> int:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     cfg = resolve(cfg, model_path)
     task = check(cfg.data, tokenizer, cfg.task)
-    peft_config(cfg.adapter, load_skeleton(cfg.model, model_path, task), 100)
+    try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
 
     from ray.train import TrainingFailedError
@@ -59,7 +59,7 @@ def run(cfg: Config) -> int:
         shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
         print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
     best, _ = min(result.best_checkpoints, key=lambda pair: sign * pair[1][metric])
-    save_best_adapter(best.path, "", tokenizer, data.task, output / "adapter")
+    save_best_adapter(best.path, "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")
     return 0
 

@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config
+from ftray.config import AdapterConfig, Config, UserError
 from ftray.tasks import TaskSpec
 
 
 def run(cfg: Config) -> int:
     """The command, from first check to last line; the README lists what it leaves in `output`.
+
+    With `--plan`, only what that would come to.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.
@@ -29,7 +31,7 @@ def run(cfg: Config) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe
-    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import search
     from ftray.search.outcome import (
@@ -42,6 +44,8 @@ def run(cfg: Config) -> int:
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
 
+    if cfg.plan:
+        return show_plan(cfg, space, model_path)
     write_definition(cfg, space, output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
@@ -71,12 +75,8 @@ def run(cfg: Config) -> int:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    save_best_adapter(
-        best["checkpoint"], model_card(cfg, best, None), tokenizer, data.task, output / "best" / "adapter"
-    )
-    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    task = ray.remote(prove_and_merge).options(num_cpus=cpus, num_gpus=min(1, job.gpus_per_worker))
-    proving = task.remote(job, output.absolute())
+    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+    proving = on_hardware(cfg, prove_and_merge, job, output.absolute())
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago
     proof = ray.get(proving)
@@ -91,13 +91,36 @@ def run(cfg: Config) -> int:
     return 0
 
 
+def show_plan(cfg: Config, space: Any, model_path: str) -> int:
+    """What `--plan` prints; nothing is left in `output`."""
+    import json
+
+    import yaml
+
+    from ftray.data import prepare
+    from ftray.preprocess import describe
+    from ftray.search.cluster import connect, gpus_per_worker
+    from ftray.search.plan import plan
+    from ftray.search.plan import show as show_estimates
+    from ftray.search.solo import Job
+
+    connect(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
+    print(describe(data), flush=True)
+    result = plan(Job(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
+    show_estimates(result, console())
+    print(f"plan     {json.dumps(result)}")
+    return 0
+
+
 def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     """All that can be found wrong without Ray, weights or a GPU.
 
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
-    from ftray.adapters.methods import peft_config
+    from ftray.adapters.limits import try_on
     from ftray.data import check as check_data
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
@@ -117,8 +140,8 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     task = check_data(cfg.data, tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
-        peft_config(AdapterConfig(**corner["adapter"]), skeleton, 100)
         settings = cfg.training.model_copy(update=corner["training"])
+        try_on(AdapterConfig(**corner["adapter"]), skeleton, cfg.model, settings)
         accumulation_steps(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
 
@@ -127,7 +150,8 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `samples` of generated text, and `merged`: its `path`
+        and, where the base was quantised and it is not, its own `loss`; or the `reason` why there is none.
     """
     import torch
     from peft import PeftModel
@@ -154,9 +178,19 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
     del model, base
-    save_merged(cfg.model, job.model_path, adapter, output / "best" / "merged", data.task)
+    merged: dict[str, Any] = {"path": str(output / "best" / "merged")}
+    try:
+        save_merged(cfg.model, job.model_path, adapter, merged["path"], data.task)
+    except UserError as error:
+        merged = {"reason": str(error)}
+    if cfg.model.quantization != "none" and "path" in merged:
+        whole = load_base(cfg.model.model_copy(update={"quantization": "none"}), merged["path"], data.task)
+        whole = whole.cuda() if torch.cuda.is_available() else whole
+        quick = cfg.evaluation.model_copy(update={"generate": False})
+        merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
+        "merged": merged,
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
     }
@@ -186,10 +220,14 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
         print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
-    print(f"adapter  {output / 'best' / 'adapter'}\nmerged   {output / 'best' / 'merged'}")
+    print(f"adapter  {output / 'best' / 'adapter'}")
+    merged = proof["merged"]
+    loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
+    print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    shown = TaskSpec(cfg.task).load().shown.format(path=output / "best" / "merged")
-    print(f"{'serve' if shown.startswith('transformers serve') else 'use'.ljust(5)}    {shown}")
+    if "path" in merged:
+        shown = TaskSpec(cfg.task).load().shown.format(path=merged["path"])
+        print(f"{'serve' if shown.startswith('transformers serve') else 'use'.ljust(5)}    {shown}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 
 

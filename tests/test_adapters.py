@@ -98,21 +98,33 @@ def test_initialisation_depends_on_the_seed_alone(tiny_llama):
     assert not torch.equal(first(3), first(4))
 
 
-def test_merged_directory_is_full_precision_even_from_a_quantised_base(tiny_llama, tmp_path):
+@pytest.mark.parametrize("settings", [{"quantization": "4bit"}, {"quantization": "8bit"}], ids=str)
+def test_merging_dequantises_and_says_so(tiny_llama, tmp_path, settings, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cfg = ModelConfig(dtype="fp32", quantization="4bit")
+    cfg = ModelConfig(dtype="fp32", **settings)
     model = attach(load_base(cfg, tiny_llama), AdapterConfig(method="lora", target_modules="all-linear"), 10, 0)
     losses = train(model)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "adapter")
     save_merged(cfg, tiny_llama, tmp_path / "adapter", tmp_path / "merged")
+    assert "base is dequantised first" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32
     assert not hasattr(merged.config, "quantization_config")
-    full = PeftModel.from_pretrained(load_base(FP32, tiny_llama), tmp_path / "adapter")
-    torch.testing.assert_close(merged(ids()).logits, full(ids()).logits, rtol=1e-4, atol=1e-4)
+    again, trained = merged(ids()).logits, model.eval()(ids()).logits
+    # what bitsandbytes' own products of rounded activations differ from plain ones
+    assert (again - trained).abs().max() < 0.01 * trained.abs().max()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_4bit_settings_reach_the_base(tiny_llama):
+    states = [
+        load_base(ModelConfig(quantization="4bit", **own), tiny_llama).model.layers[0].mlp.up_proj.weight.quant_state
+        for own in ({}, {"quant_type": "fp4", "double_quantization": False})
+    ]
+    assert [state.quant_type for state in states] == ["nf4", "fp4"]
+    assert [state.nested for state in states] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +161,15 @@ def test_all_linear_is_every_linear_layer_but_the_head(model):
     adapted = get_peft_model(base, LoraConfig(target_modules=resolve_targets(base, "all-linear")))
     assert {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")} == inside
     assert not any("head" in n for n in inside)
+
+
+def test_blocks_are_chosen_by_number():
+    assert resolve_targets(llama(), "attention-qv", [1]) == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    with pytest.raises(UserError, match="none of the target modules is in a block 2"):
+        resolve_targets(llama(), "attention", [0, 2])
 
 
 def test_unknown_names_are_refused_with_near_ones():

@@ -1,17 +1,104 @@
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
+import yaml
 
-from ftray.cli import COMMANDS, main, parse
-from ftray.reference import reference
+from ftray.cli import COMMANDS, EXIT_CODES, _choices, _field, fields, main, parse
+from ftray.config import Config
+from ftray.reference import commands, reference
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_reference_in_docs_is_what_the_models_say():
+def test_the_references_in_docs_are_what_the_code_says(capsys):
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
+    assert (ROOT / "docs" / "commands.md").read_text() == commands()
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out == reference()
+
+
+SPECIAL = {"data.template": "ask {prompt}", "adapter.method": "ia3", "data.max_length": 77, "search.space": "lora"}
+
+
+def another(field: str):
+    """A valid value that is not the default."""
+    info = _field(field)
+    kinds = {info.annotation, *get_args(info.annotation)}
+    if field in SPECIAL:
+        return SPECIAL[field]
+    if choices := _choices(field):
+        value = next(c for c in choices if c != str(info.default).lower())
+        return yaml.safe_load(value) if value in ("true", "false") or value.isdigit() else value
+    if any(get_origin(kind) is list for kind in kinds):
+        return [0.25, 0.75] if field == "merge.weights" else ["one", "two"]
+    if float in kinds:
+        return 0.5 if info.default != 0.5 else 0.25
+    if any(kind is int or get_args(kind)[:1] == (int,) for kind in kinds):
+        return (info.default or 0) + 3 if not isinstance(info.default, str) else 3
+    assert str in kinds, field
+    return "something"
+
+
+def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, capsys):
+    default = Config().model_dump()
+    for field in fields():
+        value, (*section, key) = another(field), field.split(".")
+        more = {"training.offload": {"zero_stage": 2}}.get(field, {})
+        nested = {section[0]: {key: value, **more}} if section else {key: value}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(nested))
+        given = [f"--{field}"] if field in ("resume", "verbose") else [f"--{field}={json.dumps(value)}"]
+        given += [f"--{section[0]}.{name}={other}" for name, other in more.items()]
+        for arguments in (["--config", str(path)], given):
+            got = parse("config", arguments).model_dump()
+            got = got[section[0]] if section else got
+            assert got[key] == value, field
+            assert got[key] != (default[section[0]] if section else default)[key], field
+    # what `config` resolves is a configuration file
+    assert main(["config", "--training.epochs", "3", "--adapter.rank", "4"]) == 0
+    path.write_text(capsys.readouterr().out)
+    again = parse("train", ["--config", str(path)])
+    assert again.training.epochs == 3
+    assert again.adapter.parameters == {"rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("ftray ev", "ftray evaluate "),
+        ("ftray tune --pl", "ftray tune --plan "),
+        ("ftray evaluate --split va", "ftray evaluate --split validation "),
+        ("ftray train --training.learn", "ftray train --training.learning_rate "),
+        ("ftray merge --merge.combination dare_linear_", "ftray merge --merge.combination dare_linear_svd "),
+    ],
+)
+def test_bash_completes(bash, typed, wanted):
+    bash.sendline(f"{typed}\t'")  # what comes after the quotation mark keeps it from being run
+    bash.sendline("'")
+    bash.expect_exact(wanted)
+
+
+@pytest.fixture(scope="module")
+def bash():
+    """A real one on a real terminal, with what the documentation puts into its start-up file."""
+    import pexpect
+
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PS1": "$ ", "TERM": "dumb"}
+    child = pexpect.spawn(
+        "bash --norc --noprofile", env=environment, encoding="utf-8", timeout=30, dimensions=(50, 200)
+    )
+    (line,) = [x for x in (ROOT / "docs" / "commands.md").read_text().splitlines() if x.startswith("| bash")]
+    child.sendline(line.split("`")[3])
+    child.sendline("echo ready")
+    child.expect("\r\nready")
+    yield child
+    child.close()
 
 
 def test_values_come_from_command_line_then_yaml_then_defaults(tmp_path):
@@ -35,7 +122,9 @@ def test_help_shows_flags_and_an_example(name):
     for command in ([sys.executable, "-m", f"ftray.{name}"], [str(Path(sys.executable).parent / "ftray"), name]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert COMMANDS[name].example in done.stdout
+        assert len(COMMANDS[name].example.splitlines()) >= 2
+        assert all(f"  {line}\n" in done.stdout for line in COMMANDS[name].example.splitlines())
+        assert EXIT_CODES in done.stdout
         assert all(f"--{flag}" in done.stdout for flag in COMMANDS[name].flags)
 
 

@@ -24,7 +24,9 @@ def study(seed: int = 0) -> optuna.Study:
 
 
 def test_the_promised_spaces_are_there():
-    assert {"quick", "lora", "adalora", "ia3", "oft", "methods", "qlora"} <= set(BUNDLED)
+    assert {"quick", "lora", "adalora", "ia3", "oft", "methods", "qlora", "variants", "prompts", "compact"} <= set(
+        BUNDLED
+    )
 
 
 @pytest.mark.parametrize("name", BUNDLED)

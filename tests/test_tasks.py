@@ -27,9 +27,9 @@ STEPS = 120
 
 
 def sequence_labels(draw: random.Random) -> dict:
-    """Which of two letters comes more often."""
-    most = draw.choice("ab")
-    return {"text": " ".join([*most * 6, *draw.choices("ab", k=3)]), "label": f"many {most}"}
+    """Which of four letters comes most often."""
+    most = draw.choice("abcd")
+    return {"text": " ".join([*most * 6, *draw.choices("abcd", k=3)]), "label": f"many {most}"}
 
 
 def token_labels(draw: random.Random) -> dict:

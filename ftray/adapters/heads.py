@@ -13,18 +13,18 @@ from ftray.tasks import task_of
 def for_task(config: Any, model: Any) -> Any:
     """Set `task_type` and, for PEFT to train and save, the modules that the base model came without."""
     config.task_type = task_of(model).name
-    if new := getattr(model, "new_modules", None):
-        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *new]
+    new = getattr(model, "new_modules", [])
+    if new and hasattr(config, "modules_to_save"):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
     return config
 
 
-def exact_heads(model: PeftModel) -> PeftModel:
+def exact_heads(model: PeftModel) -> None:
     """Hold the trained heads of `model` in float32, whatever the base is in, and give them float32."""
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             wrapper.modules_to_save.float()
             wrapper.register_forward_pre_hook(_to_float32)
-    return model
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,11 +3,13 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ftray.config import ModelConfig
+from ftray.adapters.methods import METHODS
+from ftray.config import ModelConfig, UserError
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
 from ftray.tasks import CAUSAL, TaskSpec
 
@@ -16,8 +18,12 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """Fold the adapter into the base's weights.
 
     Raises:
+        UserError: the method leaves the weights as they are, so there is nothing to fold.
         ValueError: the merged weights hold NaN (PEFT's `safe_merge`).
     """
+    method = model.active_peft_config.peft_type.value.lower()
+    if method in METHODS and METHODS[method].merge_tolerance is None:
+        raise UserError(f"{method} adds to the model's input and changes no weight: serve the adapter itself")
     return model.merge_and_unload(safe_merge=True)
 
 
@@ -26,15 +32,24 @@ def save_merged(
 ) -> None:
     """Merge the adapter directory into the base and write a plain transformers directory with tokenizer.
 
-    The base is read in full precision even if training held it quantised; the sum is made in float32 and stored in
-    the dtype of :func:`choose_dtype`. The directory appears whole or not at all.
+    A quantised base is dequantised first: the adapter was trained on what rounding left of the weights. The sum is
+    made in float32 and stored in the dtype of :func:`choose_dtype`. The directory appears whole or not at all.
     """
-    full = cfg.model_copy(update={"quantization": "none", "dtype": "fp32"})
-    merged = merge(PeftModel.from_pretrained(load_base(full, base_path, task), str(adapter)))
-    merged.config.use_cache = True
+    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), base_path, task)
+    if cfg.quantization != "none":
+        print(f"merge: the {cfg.quantization} base is dequantised first; the merged model is in full precision")
+        base = base.dequantize().float()
+        base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
+    merged = merge(PeftModel.from_pretrained(base, str(adapter)))
+    save_model(merged, load_tokenizer(base_path, cfg.trust_remote_code), cfg, output)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output: str | Path) -> None:
+    """Write `model`, in the dtype of :func:`choose_dtype`, as a plain transformers directory, whole or not at all."""
+    model.config.use_cache = True
     output = Path(output)
     aside = output.with_name(f".{output.name}.{os.getpid()}")
-    merged.to(choose_dtype(cfg)).save_pretrained(aside)
-    load_tokenizer(base_path, cfg.trust_remote_code).save_pretrained(aside)
+    model.to(choose_dtype(cfg)).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
     shutil.rmtree(output, ignore_errors=True)
     aside.rename(output)

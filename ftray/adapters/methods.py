@@ -3,26 +3,30 @@
 Adding a method is one entry in `METHODS`.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
+from ftray.adapters import layers, prompts
+from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
 from ftray.config import AdapterConfig, UserError, near
 
-Targets = str | list[str]
+INITS = {
+    "default": "no update at first",
+    "gaussian": "the same, A normally distributed",
+    "orthogonal": "orthogonal factors whose product is zero",
+    "pissa": "principal singular vectors, https://arxiv.org/abs/2404.02948",
+    r"pissa_niter_\d+": "the same by so many iterations of a fast decomposition",
+    "olora": "a QR decomposition, https://arxiv.org/abs/2406.01775",
+    "loftq": "what quantisation has rounded off, https://arxiv.org/abs/2310.08659",
+    "eva": "principal components of the data's activations, https://arxiv.org/abs/2410.07170",
+}
+INIT_LORA_WEIGHTS: dict[str, Any] = {"default": True, "loftq": True}  # where PEFT has another name for it
 
 
-class Parameters(BaseModel):
-    """What every method takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    target_modules: Targets = Field("attention-qv", description="groups, names or a regular expression")
-
-
-class LoraParameters(Parameters):
+class LoraParameters(LayerParameters):
     """Low-rank adaptation, https://arxiv.org/abs/2106.09685."""
 
     rank: PositiveInt = 8
@@ -30,9 +34,19 @@ class LoraParameters(Parameters):
     dropout: float = Field(0.05, ge=0, lt=1)
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
     use_dora: bool = Field(False, description="learn magnitudes apart, https://arxiv.org/abs/2402.09353")
+    init: str = Field(
+        "default",
+        pattern=rf"^({'|'.join(INITS)})$",
+        description="; ".join(f"{name}: {what}" for name, what in INITS.items()),
+    )
+    rate_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: B's learning rate, in multiples of A's, https://arxiv.org/abs/2402.12354"
+    )
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="ranks of single layers, by name")
+    alpha_pattern: dict[str, float] = Field({}, description="alphas of single layers, by name")
 
 
-class AdaLoraParameters(Parameters):
+class AdaLoraParameters(LayerParameters):
     """LoRA whose ranks are allotted by importance, https://arxiv.org/abs/2303.10512."""
 
     initial_rank: PositiveInt = Field(12, description="rank of every module at the start")
@@ -45,13 +59,13 @@ class AdaLoraParameters(Parameters):
     orthogonality: float = Field(0.5, ge=0, description="weight of the orthogonality penalty")
 
 
-class IA3Parameters(Parameters):
+class IA3Parameters(LayerParameters):
     """Learned rescaling of activations, https://arxiv.org/abs/2205.05638."""
 
     target_modules: Targets = Field(["attention-kv", "mlp-down"], description="groups, names or a regular expression")
 
 
-class OFTParameters(Parameters):
+class OFTParameters(LayerParameters):
     """Orthogonal rotation of weights, https://arxiv.org/abs/2306.07280."""
 
     block_size: PositiveInt = Field(32, description="size of the rotated blocks; must divide the layers' inputs")
@@ -60,25 +74,15 @@ class OFTParameters(Parameters):
     eps: float = Field(6e-5, gt=0)
 
 
-@dataclass(frozen=True)
-class Method:
-    """One registry entry.
-
-    Attributes:
-        parameters: pydantic model of the method's own parameters.
-        build: makes the PEFT configuration from (parameters, target module names, base model, total steps).
-        merge_tolerance: greatest difference of fp32 logits between adapter and merged model, relative to the
-            greatest logit.
-    """
-
-    parameters: type[Parameters]
-    build: Callable[[Any, list[str], Any, int], Any]
-    merge_tolerance: float
-
-
 def _lora(p: LoraParameters, targets: list[str], model: Any, steps: int) -> Any:
     from peft import LoraConfig
 
+    names = [n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
+    for field, pattern in (("rank_pattern", p.rank_pattern), ("alpha_pattern", p.alpha_pattern)):
+        for key in pattern:
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):  # as PEFT matches them
+                known = {name.rsplit(".", 1)[-1] for name in names}
+                raise UserError(f"adapter.{field}: {key!r} matches no target module{near(key, sorted(known))}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=p.rank,
@@ -86,8 +90,11 @@ def _lora(p: LoraParameters, targets: list[str], model: Any, steps: int) -> Any:
         lora_dropout=p.dropout,
         use_rslora=p.use_rslora,
         use_dora=p.use_dora,
+        init_lora_weights=INIT_LORA_WEIGHTS.get(p.init, p.init),
+        rank_pattern=p.rank_pattern,
+        alpha_pattern=p.alpha_pattern,
         target_modules=targets,
-        fan_in_fan_out=_stores_transposed(model, targets),
+        fan_in_fan_out=stores_transposed(model, targets),
     )
 
 
@@ -109,7 +116,7 @@ def _adalora(p: AdaLoraParameters, targets: list[str], model: Any, steps: int) -
         orth_reg_weight=p.orthogonality,
         total_step=steps,
         target_modules=targets,
-        fan_in_fan_out=_stores_transposed(model, targets),
+        fan_in_fan_out=stores_transposed(model, targets),
     )
 
 
@@ -123,14 +130,14 @@ def _ia3(p: IA3Parameters, targets: list[str], model: Any, steps: int) -> Any:
         task_type="CAUSAL_LM",
         target_modules=targets,
         feedforward_modules=[t for t in targets if t in down],
-        fan_in_fan_out=_stores_transposed(model, targets),
+        fan_in_fan_out=stores_transposed(model, targets),
     )
 
 
 def _oft(p: OFTParameters, targets: list[str], model: Any, steps: int) -> Any:
     from peft import OFTConfig
 
-    if _stores_transposed(model, targets):
+    if stores_transposed(model, targets):
         raise UserError(f"oft: PEFT can't rotate the Conv1D layers of {type(model).__name__}: use lora, adalora or ia3")
     return OFTConfig(
         task_type="CAUSAL_LM",
@@ -143,10 +150,12 @@ def _oft(p: OFTParameters, targets: list[str], model: Any, steps: int) -> Any:
 
 
 METHODS: dict[str, Method] = {
-    "lora": Method(LoraParameters, _lora, merge_tolerance=1e-5),
-    "adalora": Method(AdaLoraParameters, _adalora, merge_tolerance=1e-5),
-    "ia3": Method(IA3Parameters, _ia3, merge_tolerance=1e-5),
-    "oft": Method(OFTParameters, _oft, merge_tolerance=1e-4),
+    "lora": Method(LoraParameters, _lora, merge_tolerance=1e-5, quantized=("8bit", "4bit")),
+    "adalora": Method(AdaLoraParameters, _adalora, merge_tolerance=1e-5, quantized=("8bit", "4bit")),
+    "ia3": Method(IA3Parameters, _ia3, merge_tolerance=1e-5, quantized=("8bit", "4bit")),
+    "oft": Method(OFTParameters, _oft, merge_tolerance=1e-4, quantized=("8bit", "4bit")),
+    **layers.METHODS,
+    **prompts.METHODS,
 }
 
 
@@ -180,25 +189,49 @@ def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     from ftray.adapters.targets import resolve_targets
 
     settings = parameters(adapter)
-    targets = resolve_targets(model, settings.target_modules)
+    targets: list[str] = []
+    if isinstance(settings, LayerParameters):
+        targets = resolve_targets(model, settings.target_modules, settings.layers_to_transform)
     return for_task(METHODS[adapter.method].build(settings, targets, model, steps), model)
 
 
-def attach(model: Any, adapter: AdapterConfig, steps: int, seed: int) -> Any:
-    """Wrap the frozen `model` as a `peft.PeftModel` whose adapter is float32 and initialised from `seed` alone."""
+def attach(
+    model: Any, adapter: AdapterConfig, steps: int, seed: int, samples: Callable[[], list[Any]] | None = None
+) -> Any:
+    """Wrap the frozen `model` as a `peft.PeftModel` whose adapter is float32 and initialised from `seed` alone.
+
+    The base's parameters are left as they are: what an initialisation changes, it changes in a copy.
+
+    Args:
+        samples: gives some training batches, for `init: eva`; every rank's are rank 0's.
+
+    Raises:
+        UserError: as :func:`peft_config`, or PEFT can't adapt such a model.
+    """
     import torch
     from peft import get_peft_model
 
+    from ftray.adapters import start
     from ftray.adapters.heads import exact_heads
 
-    config = peft_config(adapter, model, steps)
+    config, settings = peft_config(adapter, model, steps), parameters(adapter)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return exact_heads(get_peft_model(model, config, autocast_adapter_dtype=True))
-
-
-def _stores_transposed(model: Any, targets: list[str]) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    named = (m for n, m in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets))
-    return any(isinstance(module, Conv1D) for module in named)
+        start.before(model, config)
+        try:
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
+        start.after(adapted, getattr(settings, "init", ""), samples)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if "lora_B" in name:
+                parameter.rate = getattr(settings, "rate_ratio", 1.0)
+    if METHODS[adapter.method].autocast and dtype != torch.float32:
+        adapted.forward = torch.autocast(model.device.type, dtype)(adapted.forward)
+    else:
+        exact_heads(adapted)
+    return adapted

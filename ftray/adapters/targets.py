@@ -18,21 +18,25 @@ GROUPS = {
     "mlp": "every linear layer of the feed-forward blocks",
     "mlp-down": "the feed-forward layer that projects back to the hidden size",
     "all-linear": "every linear layer of the blocks; never the head",
+    "norms": "every normalisation layer",
 }
 
 
-def resolve_targets(model: nn.Module, spec: str | Iterable[str]) -> list[str]:
+def resolve_targets(model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None = None) -> list[str]:
     """Names that PEFT's `target_modules` matches to just the modules meant by `spec`.
 
     Args:
         model: the base model; the meta device will do.
         spec: groups (see `GROUPS`) and module names, or one regular expression for whole module names.
+        blocks: numbers of the blocks whose layers are meant; None: all.
 
     Raises:
-        UserError: a part of `spec` matches no linear layer of the model.
+        UserError: a part of `spec` matches no linear or normalisation layer of the model, or there is no such block.
     """
+    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    groups = _groups(model, linears)
+    groups = _groups(model, linears) | {"norms": norms}
+    linears += norms
     selected: set[str] = set()
     for part in [spec] if isinstance(spec, str) else spec:
         found = groups.get(part) or _matching(part, linears)
@@ -44,6 +48,11 @@ def resolve_targets(model: nn.Module, spec: str | Iterable[str]) -> list[str]:
                 f"target_modules: {part!r} matches no linear layer; {hint} (layers: {', '.join(leaves[:12])})"
             )
         selected.update(found)
+    for block in blocks or ():
+        if not any(f".{block}." in name for name in selected):
+            raise UserError(f"layers_to_transform: none of the target modules is in a block {block}")
+    if blocks is not None:
+        selected = {name for name in selected if any(f".{block}." in name for block in blocks)}
     return _short_names(selected, linears)
 
 

@@ -91,8 +91,7 @@ class TokenizedData:
         """Read the manifest."""
         manifest = json.loads((Path(directory) / "manifest.json").read_text())
         splits = {name: Split(**split) for name, split in manifest["splits"].items()}
-        task = TaskSpec(**manifest["task"] | {"labels": tuple(manifest["task"]["labels"])})
-        return cls(str(directory), manifest["fingerprint"], splits, task)
+        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]))
 
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
@@ -110,7 +109,13 @@ class TokenizedData:
         return rows[:limit]
 
 
-def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: str = "CAUSAL_LM") -> TokenizedData:
+def prepare(
+    cfg: DataConfig,
+    model: str,
+    trust_remote_code: bool = False,
+    task: str = "CAUSAL_LM",
+    labels: tuple[str, ...] = (),
+) -> TokenizedData:
     """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised.
 
     The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
@@ -121,7 +126,8 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: 
         cfg: source, lengths, fractions, seed.
         model: directory of the base model, for its tokenizer.
         trust_remote_code: run Python code that comes with the tokenizer.
-        task: one of `ftray.tasks.TASKS`; its labels are those of the training records.
+        task: one of `ftray.tasks.TASKS`.
+        labels: its classes; none: those of the training records.
 
     Raises:
         UserError: as :func:`ftray.data.splits.check`, for what lies beyond the part that it reads.
@@ -131,7 +137,7 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: 
 
     sources = find_sources(cfg)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    fingerprint = _fingerprint(cfg, sources, tokenizer, task)
+    fingerprint = _fingerprint(cfg, sources, tokenizer, task, labels)
     root = Path(cfg.cache).expanduser() if cfg.cache else cache_root() / "data"
     target = root / fingerprint
     if target.is_dir():
@@ -141,8 +147,7 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: 
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root))
     try:
-        labels = _labels(sources["train"][0], task)
-        spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0)
+        spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
         splits = _write(cfg, sources, (model, trust_remote_code), aside, spec)
         manifest = {
             "fingerprint": fingerprint,
@@ -161,11 +166,11 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False, task: 
     return TokenizedData.load(target)
 
 
-def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str) -> str:
+def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "version": VERSION,
-        "task": task,
+        "task": [task, *labels],
         "content": {name: content_stamp(chunks) for name, (chunks, _) in sources.items()},
         "settings": cfg.model_dump(exclude={"cache"}),
         "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),

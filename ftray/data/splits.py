@@ -54,13 +54,16 @@ def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
 
-def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM") -> TaskSpec:
+def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
     """Find what is wrong with the data before anything expensive starts.
 
     Sources up to 64 MiB are read in full, of larger ones the first 1000 records.
 
+    Args:
+        labels: the classes of the task; none: those of the training records.
+
     Returns:
-        The task with the labels of the records that were read.
+        The task with the labels of the records that were read, or the given ones.
 
     Raises:
         UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
@@ -68,7 +71,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM") -> TaskSpec:
     """
     found: dict[str, int] = dict.fromkeys(SPLITS, 0)
     total, complete = 0, True
-    of = TaskSpec(task, pad=tokenizer.pad_token_id or 0).load()
+    of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
     for name, (chunks, local) in find_sources(cfg).items():
         keyed = []
         for place, record in read_for_check(chunks):
@@ -76,7 +79,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM") -> TaskSpec:
             keyed.append((order_key(record, cfg.seed), split_of(record, local, name), example))
         if not keyed:
             raise UserError(f"data {local.source}: holds no record")
-        if name == "train" and of.has_labels:
+        if name == "train" and of.has_labels and not labels:
             seen = Counter(label for _, _, example in keyed for label in of.labels(example))
             if is_small(chunks):
                 refuse_labels(seen, [example for _, _, example in keyed], of, local)

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
 from ftray.data.stream import collate
 from ftray.data.tokens import IGNORE
 from ftray.evaluation.metrics import Scores
+from ftray.training.loss import token_losses
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
 
@@ -33,12 +33,8 @@ def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, n
             n: t.to(model.device)
             for n, t in collate({k: [r[k] for r in part] for k in ("input_ids", "labels")}).items()
         }
-        targets = batch["labels"][0, 1:]
-        positions = (targets != IGNORE).nonzero().squeeze(1)
-        logits = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=positions
-        ).logits[0]
-        each = F.cross_entropy(logits.float(), targets[positions], reduction="none").double()
+        positions = (batch["labels"][0, 1:] != IGNORE).nonzero().squeeze(1)
+        each = token_losses(model, batch).double()
         record = torch.repeat_interleave(
             torch.arange(len(part), device=each.device),
             torch.tensor([len(r["input_ids"]) for r in part], device=each.device),
@@ -49,8 +45,11 @@ def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, n
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> list[str]:
-    """Greedy continuations in the order of `rows`, decoded in batches of like length, padded on the left."""
+def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
+    """Continuations in the order of `rows`, decoded in batches of like length, padded on the left.
+
+    Greedy, unless `sampling` holds other arguments for transformers' `generate`.
+    """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
@@ -64,10 +63,10 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig)
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=cfg.max_new_tokens,
-            do_sample=False,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False} | sampling,
         )
         for i, text in zip(part, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
             texts[i] = text

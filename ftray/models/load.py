@@ -70,6 +70,9 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():  # bitsandbytes repacks weights in a validation: then no gradient gets through
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     new = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     model.new_modules = sorted({key.rpartition(".")[0] for key in new})
     model.task = task
@@ -101,9 +104,9 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
 def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:
     if cfg.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(  # QLoRA's own choice, https://arxiv.org/abs/2305.14314
+    return BitsAndBytesConfig(  # the defaults are QLoRA's, https://arxiv.org/abs/2305.14314
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=cfg.quant_type,
+        bnb_4bit_use_double_quant=cfg.double_quantization,
         bnb_4bit_compute_dtype=choose_dtype(cfg),
     )

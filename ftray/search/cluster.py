@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from ftray.config import Config
 
@@ -44,3 +46,11 @@ def gpus_per_worker(cfg: Config) -> float:
     if cfg.scaling.gpus_per_worker is not None:
         return cfg.scaling.gpus_per_worker
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference."""
+    import ray
+
+    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return ray.remote(function).options(num_cpus=cpus, num_gpus=min(1, gpus_per_worker(cfg))).remote(*args)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ FREE = {
     "scaling.gpus_per_worker",
     "scaling.address",
 }
-FREE_SECTIONS = {"evaluation", "adapter"}  # the space says what the adapters are
+FREE_SECTIONS = {"evaluation", "adapter", "generation", "merge"}  # the space says what the adapters are
 _AGAIN = "take that, or name another --output"
 
 
@@ -60,14 +61,13 @@ def check_output(cfg: Config, space: Space) -> None:
         if not (output / CONFIG).exists() or not (output / SPACE).exists():
             raise UserError(f"output {output} holds no search to resume")
         _refuse_another(cfg, space, output)
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise UserError(f"output {output}: can't write there ({error.strerror})") from None
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(there).free
     if free < 2**30:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a search needs at least 1 GiB")
 

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
-from ftray.tasks import TaskSpec
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
@@ -112,13 +110,13 @@ def write_yaml(value: Any, path: Path) -> None:
 
 def write_config(cfg: Config, output: Path) -> None:
     """Print the resolved configuration, and keep it in `output/config.yaml`."""
-    resolved = cfg.model_dump(exclude={"resume", "verbose"})
+    resolved = cfg.model_dump(exclude={"resume", "plan", "verbose"})
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     write_yaml(resolved, output / "config.yaml")
 
 
-def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, task: TaskSpec, directory: Path) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer, card and `task.json`, whole or not."""
+def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Path) -> None:
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all."""
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))
@@ -126,7 +124,6 @@ def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, task: TaskSpec
     pyarrow.fs.copy_files(f"{root}/adapter", str(aside), source_filesystem=source)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card)
-    write_json(asdict(task), aside / "task.json")  # PEFT itself doesn't keep the labels
     shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
 

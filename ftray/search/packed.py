@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,19 @@ class Group:
         self.held: list[Any] | None = None  # the validation batches, if they are few
 
     def size_up(self) -> None:
-        """Measure a probe step, set the tokens of a pass, and tell the board how many trials fit."""
+        """Tell the board how many trials fit."""
+        capacity = self.measured_capacity()
+        if self.trainer.rank == 0:
+            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+
+    def measured_capacity(self) -> int:
+        """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
         search = self.place.job.config.search
         probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
         fit = self.trainer.fit_memory(probe, next(iter(self._batches(probe, 0))))
         useful = -(-search.trials // 2)  # the other half is suggested in the light of these
         useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
-        capacity = search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
-        if self.trainer.rank == 0:
-            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+        return search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
 
     def train(self) -> None:
         """Until the board closes."""
@@ -163,11 +168,14 @@ class Group:
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:
         """Bring a trial in; returns why it can't be, on whichever rank."""
+        from ftray.adapters.start import SAMPLES
+
         name, reason = str(number), None
         try:
             run = self.place.job.run(config["adapter"], config["training"])
             kept = checkpoints(self.place.experiment / trial_name(number))
-            apart = self.trainer.join(name, run, kept[-1][1] if kept else None)
+            first = partial(self._batches, run, 0)
+            apart = self.trainer.join(name, run, kept[-1][1] if kept else None, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {number} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]

@@ -141,21 +141,24 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs; returns all `reports`, and the `failure` that no restart would mend (None: finished)."""
     import torch
 
+    from ftray.adapters.start import SAMPLES
     from ftray.training.loop import Batch, Diverged, Trainer  # here: the trial that starts the trainer needs none of it
 
     run: Run = config["run"]
-    trainer = Trainer(run)
+    micro_batch = micro_batch_size(run.training, train.get_context().get_world_size())
+    collate = run.task.load().collate
+
+    def batches(name: str) -> Iterable[Batch]:
+        shard = train.get_dataset_shard(name)
+        return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
+
+    trainer = Trainer(run, lambda: list(islice(batches("train"), SAMPLES)))
     trainer.measure = config["job"].measure()
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             trainer.restore(directory)
         for past in trainer.history.reports:  # whoever listens now may have heard none of them
             train.report(past)
-    micro_batch = micro_batch_size(run.training, trainer.world_size)
-
-    def batches(name: str) -> Iterable[Batch]:
-        shard = train.get_dataset_shard(name)
-        return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=trainer.task.collate, prefetch_batches=2)
 
     def report(metrics: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:

@@ -5,8 +5,13 @@ Adding a task is one entry in `TASKS`: a module here that holds a `Task`, a subc
 """
 
 import importlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
 
 # PEFT's name of the task -> module
 TASKS = {
@@ -32,6 +37,21 @@ class TaskSpec:
     name: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     pad: int = 0
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "TaskSpec":
+        """From its fields as JSON gives them."""
+        return cls(**{**fields, "labels": tuple(fields["labels"])})
+
+    @classmethod
+    def read(cls, adapter: Path) -> "TaskSpec | None":
+        """What :meth:`save` left in an adapter directory; None: nothing."""
+        path = adapter / FILE
+        return cls.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def save(self, adapter: Path) -> None:
+        """Write it into an adapter directory."""
+        (adapter / FILE).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2), encoding="utf-8")
 
     def load(self) -> Any:
         """The :class:`ftray.tasks.task.Task` itself."""

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from ftray.adapters import start
+from ftray.config import ModelConfig, UserError
+from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 
 TAG = "state"
@@ -42,6 +46,79 @@ def save_adapter(engine: Any, model: Any, directory: Path) -> None:
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
             aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-            model.save_pretrained(str(aside), save_embedding_layers=False)
+            start.save(model, aside)
             shutil.rmtree(directory, ignore_errors=True)
             aside.rename(directory)
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether `directory` holds DeepSpeed's state, ours or one by its own name for it."""
+    return (Path(directory) / TAG).is_dir() or (Path(directory) / "latest").is_file()
+
+
+def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    """What was trained, in float32, by name: put together from all ranks' shards, in one process.
+
+    Raises:
+        UserError: a shard is missing, or it isn't a checkpoint that DeepSpeed can read.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    tag = TAG if (Path(directory) / TAG).is_dir() else (Path(directory) / "latest").read_text().strip()
+    state = Path(directory) / tag
+    try:
+        if any(state.glob("*zero_pp_rank_*")):
+            # the frozen base is not in it (see save_checkpoint): nothing else can be asked for
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag, exclude_frozen_parameters=True)
+        else:  # stage 0: rank 0 holds all
+            weights = torch.load(state / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"checkpoint {directory}: {str(error).splitlines()[0]}") from None
+    # a pack's engines know parameters by names without dots
+    return {name.replace("/", "."): weight.float() for name, weight in weights.items()}
+
+
+def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path, task: TaskSpec, output: Path) -> Path:
+    """Write a checkpoint's weights as a PEFT directory with the configuration of the adapter directory `like`.
+
+    Raises:
+        UserError: as :func:`trained_weights`, or what was trained is not that adapter.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    from ftray.models.load import load_skeleton
+
+    config = PeftConfig.from_pretrained(str(like))
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
+    config.inference_mode = False
+    with torch.device("meta"):
+        model = get_peft_model(load_skeleton(cfg, base, task), config)
+    weights = trained_weights(checkpoint)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if wanted != weights.keys():
+        odd = sorted(wanted ^ weights.keys())
+        raise UserError(f"checkpoint {checkpoint}: not of the adapter {like}: {odd[0]} is in one of them only")
+    config.inference_mode = True
+    model.save_pretrained(str(output), state_dict=weights, save_embedding_layers=False)
+    task.save(output)
+    return output
+
+
+def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSpec = CAUSAL) -> Any:
+    """The base model with a checkpoint of full fine-tuning in place of its weights, in float32.
+
+    Raises:
+        UserError: as :func:`trained_weights`, or weights that the base has no place for.
+    """
+    from ftray.models.load import load_base
+
+    weights = trained_weights(checkpoint)
+    model = load_base(cfg.model_copy(update={"quantization": "none", "dtype": "fp32"}), base, task)
+    try:
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {checkpoint}: not of {base}: {str(error).splitlines()[-1].strip()}") from None
+    if unexpected:
+        raise UserError(f"checkpoint {checkpoint}: not of {base}, which has no {unexpected[0]}")
+    return model

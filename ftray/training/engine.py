@@ -60,8 +60,7 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int) -> Any:
     Returns:
         A `deepspeed.DeepSpeedEngine` with its optimiser and learning-rate schedule.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(trainable, cfg)
+    optimizer = _optimizer(_groups(model, cfg.learning_rate), cfg)
     schedule = get_scheduler(SCHEDULES[cfg.schedule], optimizer, round(cfg.warmup * steps), steps)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -87,16 +86,25 @@ def _register_dictionaries(model: nn.Module) -> None:
                     deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def _optimizer(parameters: list[nn.Parameter], cfg: TrainingConfig) -> torch.optim.Optimizer:
+def _groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """One parameter group a learning rate: `rate` of a parameter is in multiples of the run's (LoRA+)."""
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rates.setdefault(getattr(parameter, "rate", 1.0), []).append(parameter)
+    return [{"params": own, "lr": learning_rate * rate} for rate, own in rates.items()]
+
+
+def _optimizer(groups: list[dict[str, Any]], cfg: TrainingConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
         "lr": cfg.learning_rate,
         "betas": (cfg.beta1, cfg.beta2),
         "weight_decay": cfg.weight_decay,
     }
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     if not torch.cuda.is_available():
         raise UserError(f"training.optimizer {cfg.optimizer} needs a GPU: use adamw")
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    return (AdamW8bit if cfg.optimizer == "adamw_8bit" else PagedAdamW8bit)(parameters, **settings)
+    return (AdamW8bit if cfg.optimizer == "adamw_8bit" else PagedAdamW8bit)(groups, **settings)

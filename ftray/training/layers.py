@@ -1,5 +1,6 @@
 """A linear layer that many adapters share: its weight multiplies once, then each adapter changes its own rows."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ftray.training.dropout import Draws, Dropout
+from ftray.training.low_rank import AddLowRank, Grid, Update, grids
 
 
 class Rows:
@@ -20,6 +22,18 @@ class Rows:
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
+        self._grids: dict[tuple[tuple[int, int], ...], list[Grid]] = {}
+
+    def set(self, spans: list[tuple[str, int, int]]) -> None:
+        """The batch at hand is another one."""
+        self.spans = spans
+        self._grids.clear()
+
+    def grids(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[Grid]:
+        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with the same places."""
+        if places not in self._grids:
+            self._grids[places] = grids(places, x.shape[1], x.device)
+        return self._grids[places]
 
 
 class SharedLinear(nn.Module):
@@ -38,7 +52,7 @@ class SharedLinear(nn.Module):
     def join(self, name: str, layer: BaseTunerLayer, draws: Draws) -> None:
         """Let `layer`, PEFT's own, have the rows of adapter `name`."""
         self.members[name] = layer, draws
-        if _low_rank(layer):  # adds to the layer's output
+        if _update(layer.eval(), draws, 0):  # adds to the layer's output
             return
         base: Any = layer.get_base_layer()
         weight = base.weight
@@ -48,7 +62,7 @@ class SharedLinear(nn.Module):
         row = torch.zeros(1, 1, inputs, device=weight.device, dtype=dtype)
         with torch.no_grad():
             answer = _Answer(base, row, self.base(row))
-            layer.eval()(row)
+            layer(row)
         if answer.end():
             self.multiplies.add(name)
 
@@ -59,50 +73,44 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1, T, in] to [1, T, out], for the spans that `rows` holds now."""
-        spans = [(self.members.get(name), name, first, end) for name, first, end in self.rows.spans]
-        if all(member is None for member, *_ in spans):
-            return self.base(x)
-        updates = [_low_rank(member[0]) if member else () for member, *_ in spans]
-        if all(update is not None for update in updates):
-            return self._add_low_rank(x, spans, updates)
-        return self._call_each(x, spans)
-
-    def _call_each(self, x: torch.Tensor, spans: list[tuple[Any, str, int, int]]) -> torch.Tensor:
-        sizes = [end - first for *_, first, end in spans]
+        spans = self.rows.spans
+        updates, own = {}, []
+        for i, (name, first, end) in enumerate(spans):
+            if member := self.members.get(name):
+                if update := _update(*member, end - first):
+                    updates[i] = update
+                else:
+                    own.append(i)
+        if not own:
+            return self._multiply(x, {i: spans[i][1:] for i in updates}, updates)
+        sizes = [end - first for _, first, end in spans]
         inputs = x.split(sizes, dim=1)
-        shared = [i for i, (_, name, *_) in enumerate(spans) if name not in self.multiplies]
+        kept = [i for i, (name, *_) in enumerate(spans) if name not in self.multiplies]
         multiplied: dict[int, torch.Tensor] = {}
-        if shared:
-            together = x if len(shared) == len(spans) else torch.cat([inputs[i] for i in shared], 1)
-            # copies: some methods add to what they are given in place
-            results = self.base(together).split([sizes[i] for i in shared], dim=1)
-            multiplied = {i: result.clone() for i, result in zip(shared, results, strict=True)}
-        outputs = []
-        for i, ((member, *_), part) in enumerate(zip(spans, inputs, strict=True)):
-            if member is None:
-                outputs.append(multiplied[i])
-                continue
-            answer = _Answer(member[0].get_base_layer(), part, multiplied.get(i))
-            outputs.append(member[0](part))
+        if kept:
+            together = x if len(kept) == len(spans) else torch.cat([inputs[i] for i in kept], 1)
+            ends = list(accumulate(sizes[i] for i in kept))
+            places = {i: (end - sizes[i], end) for i, end in zip(kept, ends, strict=True) if i in updates}
+            results = self._multiply(together, places, updates).split([sizes[i] for i in kept], dim=1)
+            multiplied = dict(zip(kept, results, strict=True))
+        for i in own:
+            layer, _ = self.members[spans[i][0]]
+            # a copy: some methods add to what they are given in place
+            answer = _Answer(layer.get_base_layer(), inputs[i], multiplied[i].clone() if i in multiplied else None)
+            multiplied[i] = layer(inputs[i])
             answer.end()
-        return torch.cat(outputs, dim=1)
+        return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
 
-    def _add_low_rank(
-        self, x: torch.Tensor, spans: list[tuple[Any, str, int, int]], updates: list[Any]
+    def _multiply(
+        self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, Update]
     ) -> torch.Tensor:
-        places, factors = [], []
-        for (member, _, first, end), update in zip(spans, updates, strict=True):
-            if not update:
-                continue
-            layer, draws = member
-            a, b, scaling, dropout = update
-            mask = None
-            if isinstance(dropout, Dropout) and layer.training:
-                draws.begin(layer)
-                mask = dropout.mask(torch.Size([end - first, x.shape[-1]]), x.device)
-            places.append((first, end, scaling, mask))
-            factors += [a, b]
-        return AddLowRank.apply(x, self.base(x), places, *factors)
+        """The shared weight times `x`, and to the rows at `places` what the low-rank `updates` add."""
+        result = self.base(x)
+        if not updates:
+            return result
+        ordered = [updates[i] for i in places]
+        factors = [factor for update in ordered for factor in (update.a, update.b)]
+        return AddLowRank.apply(result, x, self.rows.grids(tuple(places.values()), x), ordered, *factors)
 
 
 class _Answer:
@@ -124,8 +132,8 @@ class _Answer:
         return self.multiplied
 
 
-def _low_rank(layer: BaseTunerLayer) -> tuple[torch.Tensor, torch.Tensor, float, nn.Module] | None:
-    """Factors A [rank, in] and B [out, rank], scaling and dropout of a plain LoRA or AdaLoRA layer; None for others."""
+def _update(layer: BaseTunerLayer, draws: Draws, rows: int) -> Update | None:
+    """What a plain LoRA or AdaLoRA layer adds, with its dropout drawn for `rows`; None for other layers."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
@@ -136,42 +144,8 @@ def _low_rank(layer: BaseTunerLayer) -> tuple[torch.Tensor, torch.Tensor, float,
         scaling = layer.scaling[name] / float(layer.ranknum[name] + 1e-5)
     else:
         return None
-    return a, b, scaling, layer.lora_dropout[name]
-
-
-class AddLowRank(torch.autograd.Function):
-    """Adds each adapter's `scaling * dropout(x) Aᵀ Bᵀ`, in float32 as PEFT does, to its rows of `y`.
-
-    One node of the graph for all adapters, which works in place: slices of `x` and `y` would each be filled up again
-    in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, places: list[Any], *factors: torch.Tensor) -> torch.Tensor:
-        hidden = []
-        for (first, end, scaling, mask), a, b in zip(places, factors[::2], factors[1::2], strict=True):
-            given = x[0, first:end].float()  # by slices, which stay in the processor's cache
-            hidden.append((given if mask is None else given * mask) @ a.T)
-            y[0, first:end].add_(hidden[-1] @ b.T, alpha=scaling)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, *hidden, *factors)
-        ctx.places = places
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        hidden, factors = saved[: len(ctx.places)], saved[len(ctx.places) :]
-        inner = None
-        if ctx.needs_input_grad[0]:
-            whole = sum(end - first for first, end, *_ in ctx.places) == x.shape[1]
-            inner = torch.empty_like(x) if whole else torch.zeros_like(x)
-        gradients: list[torch.Tensor] = []
-        for (first, end, scaling, mask), h, a, b in zip(ctx.places, hidden, factors[::2], factors[1::2], strict=True):
-            given, outer = x[0, first:end].float(), gradient[0, first:end].float()
-            dh = (outer @ b).mul_(scaling)
-            gradients += [dh.T @ (given if mask is None else given * mask), outer.T @ (h * scaling)]
-            if inner is not None:
-                part = dh @ a
-                inner[0, first:end] = part if mask is None else part.mul_(mask)
-        return inner, gradient, None, *gradients
+    dropout, mask = layer.lora_dropout[name], None
+    if isinstance(dropout, Dropout) and layer.training:
+        draws.begin(layer)
+        mask = dropout.mask(torch.Size([rows, a.shape[1]]), a.device)
+    return Update(a, b, scaling, mask)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ftray.adapters.limits import refuse
 from ftray.adapters.methods import attach
 from ftray.models.load import load_base
 from ftray.training.adalora import RankAllocation
@@ -33,7 +34,9 @@ class Trainer:
 
     measure: Callable[[Any], dict[str, float]] | None = None
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, samples: Callable[[], list[Batch]] | None = None):
+        """`samples` are for :func:`ftray.adapters.methods.attach`."""
+        refuse(run.adapter, run.model, run.training)
         join_process_group()
         self.run, self.task = run, run.task.load()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -44,7 +47,7 @@ class Trainer:
             # while this object lives, from_pretrained loads the base already partitioned over the workers
             self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size))
         base = load_base(run.model, run.model_path, run.task)
-        model = attach(base, run.adapter, run.steps, run.training.seed)
+        model = attach(base, run.adapter, run.steps, run.training.seed, samples)
         if run.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()

@@ -8,13 +8,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ftray.tasks import task_of
@@ -171,7 +171,7 @@ class Pack:
         draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
         if not apart:
             try:
-                layers = tuner_layers(model)
+                layers = tuner_layers(model, self.base)
             except Unshareable as error:
                 apart = str(error)
         for path, layer in layers.items():
@@ -217,8 +217,9 @@ class Pack:
                 self.tokens //= 2
         local = []
         for name in names:
-            norms = [norm.double() for norm in torch._foreach_norm(gradients[name])] if gradients[name] else []
-            local += [losses[name], sum(float(norm) ** 2 for norm in norms), float(name in exhausted)]
+            norms = torch._foreach_norm(gradients[name]) if gradients[name] else [torch.zeros(1)]
+            square = torch.stack(list(norms)).double().square().sum().item()
+            local += [losses[name], square, float(name in exhausted)]
         stepped = {}
         for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
             member, failure = self.members[name], None
@@ -304,15 +305,12 @@ class Pack:
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
         if self.members[units[0][0]].apart:
-            loss = _loss_apart(self.members[units[0][0]].model, units[0][2], self.task, self.base.device)
+            rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
+            loss = self.task.loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
-        first = 0
-        self._rows.spans = []
-        for name, _, batch in units:
-            end = first + batch["input_ids"].numel()
-            self._rows.spans.append((name, first, end))
-            first = end
+        ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
+        self._rows.set([(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)])
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
@@ -342,8 +340,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
-    """The adapted layers of `model`, by their path in the base model.
+def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
+    """The adapted layers of `model`, by their path in the base model `shared`.
 
     Raises:
         Unshareable: it trains more than adapters of linear layers in front of the head.
@@ -360,19 +358,10 @@ def tuner_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
         base = layer.get_base_layer()
         if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
             raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
+        weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
+        if any(own is not theirs for own, theirs in weights):
+            raise Unshareable(f"{method} starts from a changed copy of {path}")
     return layers
-
-
-def _loss_apart(model: PeftModel, batch: Batch, task: Any, device: torch.device) -> torch.Tensor:
-    """The task's loss; where a method adds tokens to each record of a packed row, they lie side by side and padded."""
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if not (task.packed and model.active_peft_config.is_prompt_learning):
-        return task.loss(model, batch)
-    starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
-    lengths = [end - first for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True)]
-    padded = {k: pad_sequence(batch[k][0].split(lengths), True, v) for k, v in (("input_ids", 0), ("labels", IGNORE))}
-    mask = pad_sequence([torch.ones(n, dtype=torch.int64, device=device) for n in lengths], True)
-    return model(**padded, attention_mask=mask).loss * supervised_tokens(batch)  # PEFT shifts the labels for us
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:

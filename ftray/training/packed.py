@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ftray.adapters.limits import refuse
 from ftray.adapters.methods import attach
 from ftray.config import ModelConfig, TrainingConfig
 from ftray.models.load import load_base
@@ -116,15 +117,23 @@ class PackTrainer:
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum)
         self.trials: dict[str, Trial] = {}
 
-    def join(self, name: str, run: Run, checkpoint: str | None = None) -> str | None:
+    def join(
+        self,
+        name: str,
+        run: Run,
+        checkpoint: str | None = None,
+        samples: Callable[[], list[Batch]] | None = None,
+    ) -> str | None:
         """Let a trial take part, from the start or from where `checkpoint`, written by :meth:`save`, left it.
 
-        Its `batches` have to be set before it can :meth:`step`.
+        Its `batches` have to be set before it can :meth:`step`; `samples` are for
+        :func:`ftray.adapters.methods.attach`.
 
         Returns:
             Why it can't share a batch with others, if so: see :meth:`ftray.training.pack.Pack.add`.
         """
-        model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed)
+        refuse(run.adapter, run.model, run.training)
+        model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed, samples)
         update, history = EngineUpdate(model, run.training, run.steps), History(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))

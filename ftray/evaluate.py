@@ -1,0 +1,143 @@
+"""Score a base model and any number of adapters on the same records."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ftray.cli import run_command
+from ftray.config import Config, UserError
+
+FILE = "evaluation.json"
+
+
+def run(cfg: Config) -> int:
+    """The command: a table, with 95 % intervals of each adapter's difference to the base.
+
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), or, where none is given,
+    is the last line. The base is `--model`, else the one that the first adapter names; what `train` or `tune` left
+    stands for the adapter in it. `--split all` scores every record of a file that was held out as a whole.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts or weights are read.
+    """
+    from ftray.search.cluster import quiet
+
+    if not cfg.verbose:
+        quiet()
+    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
+    from ftray.data import check, prepare
+    from ftray.models.load import load_tokenizer
+    from ftray.tasks.choose import resolve
+
+    adapters = [find_adapter(name) for name in cfg.adapters]
+    model_path = base_of(cfg, adapters)
+    data_cfg = data_settings(cfg, adapters[0] if adapters else None)
+    task = saved_task(cfg, adapters)
+    cfg = resolve(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
+    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, task.labels)
+    place = output_file(cfg)
+
+    import ray
+
+    from ftray.search.cluster import connect, on_hardware
+    from ftray.search.outcome import write_json
+
+    connect(cfg)
+    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, task.labels)
+    split = cfg.evaluation.split
+    if split != "all" and not data.splits[split].records:
+        raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")
+    named = dict(zip(cfg.adapters, [str(adapter.resolve()) for adapter in adapters], strict=True))
+    result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
+    show(result)
+    if place is None:
+        print(json.dumps(result), flush=True)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(result, place)
+        print(f"evaluation {place}", flush=True)
+    return 0
+
+
+def output_file(cfg: Config) -> Path | None:
+    """Where the JSON goes: `output` if it ends in .json, else `evaluation.json` in it; None where it isn't given."""
+    if "output" not in cfg.model_fields_set:
+        return None
+    output = Path(cfg.output)
+    if output.suffix != ".json" and output.is_file():
+        raise UserError(f"output {output}: is a file: name one that ends in .json, or a directory")
+    return output if output.suffix == ".json" else output / FILE
+
+
+def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) -> dict[str, Any]:
+    """Score the base, then each adapter over it; runs where the hardware is.
+
+    Args:
+        data: directory of the tokenized shards.
+        adapters: name -> directory.
+
+    Returns:
+        `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
+        :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
+    """
+    import torch
+    from peft import PeftModel
+
+    from ftray.data import TokenizedData
+    from ftray.evaluation.metrics import compare
+    from ftray.models.load import load_base, load_tokenizer
+    from ftray.training.pack import share
+
+    shards, split = TokenizedData.load(data), cfg.evaluation.split
+    task, base = shards.task.load(), load_base(cfg.model, model_path, shards.task)
+    if torch.cuda.is_available() and cfg.model.quantization == "none":
+        base = base.cuda()
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
+    rows = [row for name in splits for row in shards.rows(name)][: cfg.evaluation.records]
+    before = task.score(base, tokenizer, rows, cfg.evaluation)
+    after = {}
+    for name, directory in adapters.items():
+        # a structure of its own over the one resident base: any two methods go side by side
+        model = PeftModel.from_pretrained(share(base), directory)
+        after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
+    texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
+    samples = [
+        {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
+        for i, row in enumerate(rows[: cfg.evaluation.samples if before.generated else 0])
+    ]
+    return {
+        "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
+        "data": cfg.data.source,
+        "split": split,
+        "task": shards.task.name,
+        "records": len(rows),
+        "base": {name: m["base"] for name, m in compare(before, before, 1).items()},
+        "adapters": {name: compare(before, scores, cfg.evaluation.bootstrap) for name, scores in after.items()},
+        "samples": samples,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """A row a metric, a column for the base and one for each adapter with the interval of its difference to it."""
+    from ftray.tune import console
+
+    table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
+    for name, value in result["base"].items():
+        cells = []
+        for metrics in result["adapters"].values():
+            low, high = metrics[name]["interval"]
+            cells.append(f"{metrics[name]['best']:.4g}  ({low:+.4g} to {high:+.4g})")
+        table.add_row(name, f"{value:.4g}", *cells)
+    console().print(table)
+    if result["adapters"]:
+        print("in brackets: 95 % interval of the difference to the base")
+    for sample in result["samples"]:
+        print("  " + ", ".join(f"{name} {' '.join(text.split())[:80]!r}" for name, text in sample.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("evaluate"))

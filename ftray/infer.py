@@ -1,0 +1,271 @@
+"""Generate: one prompt, a file of prompts, or a conversation on the terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftray.cli import run_command
+from ftray.config import Config, DataConfig, UserError
+
+HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def run(cfg: Config) -> int:
+    """The command. Answers stream as they come; those to a `--file` go to `output`, or as JSONL to standard output.
+
+    A prompt is rendered as in training: records of turns by the tokenizer's chat template, others by `data.template`,
+    the one of the run that left the adapter where none is given. With neither prompt nor file, a conversation begins:
+    each answer is given in the light of what was said before, or, by `--generation.chat false`, of its line alone.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read.
+    """
+    from ftray.search.cluster import quiet
+
+    if not cfg.verbose:
+        quiet()
+    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
+    from ftray.models.load import load_tokenizer
+
+    asked = cfg.generation
+    if asked.prompt is not None and asked.file is not None:
+        raise UserError("infer: --prompt and --file don't go together")
+    if len(cfg.adapters) > 1:
+        raise UserError("infer: takes one adapter: combine several with ftray merge, compare them with ftray evaluate")
+    adapters = [find_adapter(name) for name in cfg.adapters]
+    if (task := saved_task(cfg, adapters).name) != "CAUSAL_LM":
+        raise UserError(f"infer: only CAUSAL_LM answers prompts, this is for {task}: take ftray evaluate, or merge it")
+    model_path = base_of(cfg, adapters)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    if asked.chat and not tokenizer.chat_template:
+        raise UserError(f"generation.chat: the tokenizer of {model_path} has no chat template")
+    data = data_settings(cfg, adapters[0] if adapters else None)
+    renderer = Renderer(tokenizer, data, asked.system)
+    records = prompts = None
+    if asked.file is not None:
+        records = list(read_records(asked.file))
+        prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in records]
+    generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
+    if records is not None and prompts is not None:
+        answer_file(cfg, generator, records, prompts)
+    elif asked.prompt is not None:
+        generator.stream(renderer.turns([("user", asked.prompt)]) if asked.chat else renderer.plain(asked.prompt))
+    else:
+        converse(cfg, generator, renderer)
+    return 0
+
+
+class Renderer:
+    """From what is asked to token ids, by the very rules that training records are rendered with."""
+
+    def __init__(self, tokenizer: Any, data: DataConfig, system: str | None):
+        self.tokenizer, self.system = tokenizer, system
+        self.data = data.model_copy(update={"max_length": sys.maxsize, "train_on_prompt": False})
+
+    def plain(self, prompt: str) -> list[int]:
+        """A prompt in the data template."""
+        return self.record("prompt", {"prompt": prompt}, False)
+
+    def turns(self, turns: list[tuple[str, str]]) -> list[int]:
+        """A conversation in the tokenizer's chat template, ready for the assistant's turn."""
+        return self.record("prompt", {"messages": [{"role": role, "content": text} for role, text in turns]}, True)
+
+    def record(self, where: Any, record: dict[str, Any], chat: bool) -> list[int]:
+        """A record of any shape that training takes; it may lack its answer, and one that it has is not looked at.
+
+        Raises:
+            UserError: not such a record; says where.
+        """
+        from ftray.data.formats import parse
+        from ftray.data.tokens import tokenize
+
+        if "text" in record and len(record) == 1:  # to be continued, not answered
+            ids = tokenize([parse(record, where)], self.tokenizer, self.data)[0].input_ids  # type: ignore[union-attr]
+            return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        example = parse(_with_answer(record), where)
+        if chat and example.messages is None:
+            example = parse(_with_answer({"messages": [{"role": "user", "content": example.prompt}]}), where)
+        if self.system and example.messages is not None and example.messages[0][0] != "system":
+            example = replace(example, messages=(("system", self.system), *example.messages))
+        tokens = tokenize([example], self.tokenizer, self.data)[0]
+        assert tokens is not None  # it has an answer and no limit of length
+        return tokens.input_ids[: tokens.prompt_tokens]
+
+
+def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with an answer that is never shown, so that it parses as the training record it would be."""
+    for turns, role, text, assistant in (
+        ("messages", "role", "content", "assistant"),
+        ("conversations", "from", "value", "gpt"),
+    ):
+        if isinstance(record.get(turns), list) and record[turns]:
+            asked = list(record[turns])
+            if isinstance(asked[-1], dict) and asked[-1].get(role) in ("assistant", "gpt", "model"):
+                asked.pop()
+            return {**record, turns: [*asked, {role: assistant, text: "."}]}
+    if "prompt" in record:
+        return {**record, "completion": "."}
+    return {**record, "output": "."} if "input" in record or "instruction" in record else record
+
+
+def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
+
+    Raises:
+        UserError: no such file, nothing in it, or a line that is no record.
+    """
+    path = Path(name).expanduser()
+    if path.suffix not in (".jsonl", ".txt"):
+        raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f"file {name}: holds no prompt")
+    for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield where, {"prompt": line}
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a record must be a JSON object, not {type(record).__name__}")
+        yield where, record
+
+
+class Generator:
+    """The model with its adapter, on a GPU if there is one."""
+
+    def __init__(self, cfg: Config, model_path: str, adapter: Path | None, tokenizer: Any):
+        import torch
+        from peft import PeftModel
+        from transformers import set_seed
+
+        from ftray.models.load import load_base
+
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.model = load_base(cfg.model, model_path)
+        if torch.cuda.is_available() and cfg.model.quantization == "none":
+            self.model = self.model.cuda()
+        if adapter:
+            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+        self.model.eval()
+        asked = cfg.generation
+        self.sampling: dict[str, Any] = {
+            "do_sample": asked.temperature > 0,
+            "repetition_penalty": asked.repetition_penalty,
+        }
+        if asked.temperature > 0:
+            self.sampling |= {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
+        set_seed(asked.seed)
+
+    def stream(self, prompt: list[int]) -> str:
+        """Print the answer as it comes; Ctrl-C ends it. Returns its text."""
+        import torch
+        from transformers import TextStreamer
+
+        streamer, said = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Kept()
+        ids = torch.tensor([prompt], device=self.model.device)
+        try:
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.cfg.generation.max_new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                streamer=streamer,
+                stopping_criteria=[said],
+                **self.sampling,
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+            if not sys.stdin.isatty() or self.cfg.generation.prompt is not None:
+                raise
+        return self.tokenizer.decode(said.ids[len(prompt) :], skip_special_tokens=True)
+
+    def batch(self, prompts: list[list[int]]) -> list[str]:
+        """The answers, in the order of `prompts`, decoded `evaluation.batch_size` at once."""
+        from ftray.evaluation.score import generate
+
+        settings = self.cfg.evaluation.model_copy(update={"max_new_tokens": self.cfg.generation.max_new_tokens})
+        rows = [{"input_ids": prompt, "prompt_tokens": len(prompt)} for prompt in prompts]
+        return generate(self.model, self.tokenizer, rows, settings, **self.sampling)
+
+
+class Kept:
+    """A stopping criterion that never stops: it keeps the tokens so far, for when somebody else does."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        self.ids = input_ids[0].tolist()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def answer_file(
+    cfg: Config, generator: Generator, records: list[tuple[str, dict[str, Any]]], prompts: list[list[int]]
+) -> None:
+    """Each record with its answer as `generated`: into `output`, whole or not at all, or to standard output."""
+    texts = generator.batch(prompts)
+    lines = [
+        json.dumps({**record, "generated": text}, ensure_ascii=False) + "\n"
+        for (_, record), text in zip(records, texts, strict=True)
+    ]
+    if "output" not in cfg.model_fields_set:
+        print("".join(lines), end="", flush=True)
+        return
+    output = Path(cfg.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    aside.write_text("".join(lines), encoding="utf-8")
+    aside.rename(output)
+    print(f"generated {output}")
+
+
+def converse(cfg: Config, generator: Generator, renderer: Renderer) -> None:
+    """A line in, an answer out, until the input ends.
+
+    With a chat template each answer is given in the light of what was said before, else each line is a plain prompt.
+    """
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  # lets input() edit lines and recall them
+
+        print(HELP, flush=True)
+    chat = cfg.generation.chat if cfg.generation.chat is not None else bool(generator.tokenizer.chat_template)
+    turns: list[tuple[str, str]] = []
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line.strip() == "/exit":
+            return
+        if line.strip() == "/reset":
+            turns.clear()
+        elif line.strip() and chat:
+            turns.append(("user", line))
+            turns.append(("assistant", generator.stream(renderer.turns(turns))))
+        elif line.strip():
+            generator.stream(renderer.plain(line))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("infer"))

@@ -1,0 +1,94 @@
+"""Turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from ftray.cli import run_command
+from ftray.config import Config, UserError
+
+
+def run(cfg: Config) -> int:
+    """The command: leaves a plain transformers directory in `output`, or, by `--form adapter`, a PEFT directory.
+
+    `--adapter` is a PEFT directory, what `train` or `tune` left, or a checkpoint with DeepSpeed's shards, which are put
+    together in one process. The base is `--model`, else the one that the first adapter names; it is read in full
+    precision. Several adapters (LoRA, or IA3 by linear) are combined by PEFT; `--combination cat` is exact.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read.
+    """
+    from ftray.search.cluster import quiet
+
+    if not cfg.verbose:
+        quiet()
+    from ftray.adapters.combine import check_combination, combine
+    from ftray.adapters.merge import save_merged, save_model
+    from ftray.adapters.saved import base_of, find_adapter, saved_task
+    from ftray.models.find import find
+    from ftray.models.load import load_tokenizer
+    from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
+
+    output = _output(cfg)
+    if not cfg.adapters:
+        raise UserError("merge: give --adapter DIR, once or several times")
+    if [name for name in cfg.adapters if is_checkpoint(name) and not _has_adapter(name)]:
+        if len(cfg.adapters) > 1 or cfg.merge.form == "adapter" or "name" not in cfg.model.model_fields_set:
+            raise UserError(
+                f"{cfg.adapters[0]}: a checkpoint without adapter_config.json holds a whole model: "
+                "give it alone, with --model and --form model"
+            )
+        base = find(cfg.model.name)
+        tokenizer = load_tokenizer(base, cfg.model.trust_remote_code)
+        save_model(model_from(cfg.model, base, cfg.adapters[0], saved_task(cfg, [])), tokenizer, cfg.model, output)
+        print(f"model {output}")
+        return 0
+    adapters = [find_adapter(name, with_weights=not is_checkpoint(name)) for name in cfg.adapters]
+    base, task = base_of(cfg, adapters), saved_task(cfg, adapters)
+    if len(adapters) > 1:
+        check_combination(cfg, base, adapters, task)
+    elif cfg.merge.weights:
+        raise UserError("merge.weights: are for several adapters: give --adapter again")
+
+    with tempfile.TemporaryDirectory(prefix=".ftray-merge.", dir=output.parent) as scratch:
+        for i, name in enumerate(cfg.adapters):
+            if is_checkpoint(name):
+                adapters[i] = adapter_from(cfg.model, base, name, adapters[i], task, Path(scratch, str(i)))
+        one = combine(cfg, base, adapters, task, Path(scratch, "combined")) if len(adapters) > 1 else adapters[0]
+        if cfg.merge.form == "model":
+            save_merged(cfg.model, base, one, output, task)
+        else:
+            aside = Path(scratch, "output")
+            shutil.copytree(one, aside)
+            load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(aside)
+            os.rename(aside, output)
+    print(f"{cfg.merge.form} {output}")
+    return 0
+
+
+def _output(cfg: Config) -> Path:
+    if "output" not in cfg.model_fields_set:
+        raise UserError("merge: give --output DIR")
+    output = Path(cfg.output).absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {cfg.output}: exists: name another")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {cfg.output}: can't write there ({error.strerror})") from None
+    return output
+
+
+def _has_adapter(name: str) -> bool:
+    from ftray.adapters.saved import find_adapter
+
+    try:
+        return bool(find_adapter(name, with_weights=False))
+    except UserError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("merge"))

@@ -1,0 +1,148 @@
+"""The low-rank products of many adapters at once: LoRA's and AdaLoRA's `dropout(x) Aᵀ Bᵀ`, batched over adapters.
+
+Ranks are filled up with zeros to the greatest, rows to the longest of adapters with about as many (see S-LoRA,
+arXiv 2311.03285, for the problem). One product for all then takes the place of two small ones an adapter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter adds to a layer: `scaling * (mask * x) Aᵀ Bᵀ`.
+
+    Attributes:
+        a, b: [rank, in] and [out, rank], float32.
+        mask: dropout of the adapter's rows, float32 [rows, in]; None: nothing is dropped.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of K adapters of like numbers, laid out as [K, L].
+
+    Attributes:
+        members: which of the adapters.
+        lengths: rows of each, at most L.
+        rows: int64 [R], those rows in the batch; None: all rows of the batch, in order.
+        places: int64 [R], where each lies in the grid, whose other places are zero; None: the grid is full.
+    """
+
+    members: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rows: torch.Tensor | None
+    places: torch.Tensor | None
+
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, n] to float32 [K, L, n]."""
+        chosen = x if self.rows is None else x.index_select(0, self.rows)
+        size = len(self.lengths), max(self.lengths), x.shape[1]
+        if self.places is None:
+            return chosen.float().view(size)
+        grid = torch.zeros(size[0] * size[1], size[2], device=x.device)
+        return grid.index_copy_(0, self.places, chosen.float()).view(size)
+
+    def collect(self, grid: torch.Tensor) -> torch.Tensor:
+        """[K, L, n] to [R, n]."""
+        flat = grid.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+def grids(spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[Grid]:
+    """The grids for adapters that have the `spans` (first row, end) of a batch of `rows`."""
+    alike: dict[int, list[int]] = {}
+    for i, (first, end) in enumerate(spans):
+        alike.setdefault((end - first).bit_length(), []).append(i)
+    found = []
+    for members in alike.values():
+        lengths = tuple(spans[i][1] - spans[i][0] for i in members)
+        whole = sum(lengths) == rows  # spans don't overlap and come in order
+        chosen = None if whole else torch.cat([torch.arange(*spans[i]) for i in members]).to(device)
+        places = None
+        if len(set(lengths)) > 1:
+            starts = range(0, len(lengths) * max(lengths), max(lengths))
+            places = torch.cat([torch.arange(n) + at for n, at in zip(lengths, starts, strict=True)]).to(device)
+        found.append(Grid(tuple(members), lengths, chosen, places))
+    return found
+
+
+class AddLowRank(torch.autograd.Function):
+    """Adds each adapter's update, made in float32 as PEFT does, to its rows of `y`.
+
+    One node of the graph for all adapters, which works in place: slices of `x` and `y` would each be filled up again
+    in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, layout: list[Grid], updates: list[Update], *factors: torch.Tensor
+    ) -> torch.Tensor:
+        """`y` [1, T, out] and `x` [1, T, in]; `factors` are A and B of each of the `updates`, in turn.
+
+        What is changed in place has to come first: it may be a view (PyTorch's CopySlices).
+        """
+        saved: list[torch.Tensor] = []
+        for grid in layout:
+            mine = [updates[i] for i in grid.members]
+            a = pad_sequence([u.a.detach() for u in mine], True)  # [K, R, in]
+            b = pad_sequence([u.b.detach().T * u.scaling for u in mine], True)  # [K, R, out]
+            hidden = _given(x[0], grid, mine) @ a.transpose(1, 2)
+            added = grid.collect(hidden @ b)
+            if grid.rows is None:
+                y[0].add_(added)
+            else:
+                y[0].index_copy_(0, grid.rows, (y[0].index_select(0, grid.rows) + added).to(y.dtype))
+            saved += [a, b, hidden]
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *saved)
+        ctx.layout, ctx.updates = layout, updates
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        inner: torch.Tensor | None = None
+        gradients: list[Any] = [None] * (2 * len(ctx.updates))
+        for grid, a, b, hidden in zip(ctx.layout, saved[::3], saved[1::3], saved[2::3], strict=True):
+            mine = [ctx.updates[i] for i in grid.members]
+            outer = grid.lay_out(gradient[0])
+            dh = outer @ b.transpose(1, 2)
+            da = dh.transpose(1, 2) @ _given(x[0], grid, mine)
+            db = outer.transpose(1, 2) @ hidden
+            for k, (i, update) in enumerate(zip(grid.members, mine, strict=True)):
+                rank = len(update.a)
+                gradients[2 * i] = da[k, :rank]
+                gradients[2 * i + 1] = db[k, :, :rank] * update.scaling
+            if ctx.needs_input_grad[0]:
+                part = dh @ a
+                _drop(part, mine)
+                if grid.rows is None:
+                    inner = grid.collect(part).to(x.dtype)
+                else:
+                    inner = torch.zeros_like(x[0]) if inner is None else inner
+                    inner.index_copy_(0, grid.rows, grid.collect(part).to(x.dtype))
+        return gradient, inner if inner is None else inner[None], None, None, *gradients
+
+
+def _given(x: torch.Tensor, grid: Grid, updates: list[Update]) -> torch.Tensor:
+    given = grid.lay_out(x)
+    if any(update.mask is not None for update in updates) and given.data_ptr() == x.data_ptr():
+        given = given.clone()
+    _drop(given, updates)
+    return given
+
+
+def _drop(grid: torch.Tensor, updates: list[Update]) -> None:
+    for rows, update in zip(grid, updates, strict=True):
+        if update.mask is not None:
+            rows[: len(update.mask)].mul_(update.mask)

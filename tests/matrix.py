@@ -1,0 +1,189 @@
+"""Every method in every precision, trained on a tiny Llama: `python tests/matrix.py docs/matrix.md` runs all cells.
+
+A cell trains with the trainer, saves, reloads with plain PEFT on the base as it was, and merges.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from conftest import llama, make_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ftray.adapters.limits import refuse
+from ftray.adapters.merge import save_merged
+from ftray.adapters.methods import METHODS, attach
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.data.stream import collate
+from ftray.models.load import load_base
+from ftray.training.loop import Trainer
+from ftray.training.loss import token_losses
+from ftray.training.pack import Pack, PlainUpdate, share, trainable
+from ftray.training.run import Run
+
+STEPS = 12
+LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
+# name: the adapter, its learning rate
+VARIANTS = {
+    "lora": (LORA, 1e-2),
+    "lora, rsLoRA": ({**LORA, "use_rslora": True}, 1e-2),
+    "lora, DoRA": ({**LORA, "use_dora": True}, 1e-2),
+    "lora, LoRA+": ({**LORA, "rate_ratio": 4.0}, 5e-3),
+    "lora, one block": ({**LORA, "layers_to_transform": [1], "target_modules": "all-linear"}, 1e-2),
+    "lora, patterns": ({**LORA, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 32}}, 1e-2),
+    "lora, gaussian": ({**LORA, "init": "gaussian"}, 1e-2),
+    "lora, orthogonal": ({**LORA, "init": "orthogonal"}, 1e-2),
+    "lora, PiSSA": ({**LORA, "init": "pissa"}, 1e-2),
+    "lora, fast PiSSA": ({**LORA, "init": "pissa_niter_4"}, 1e-2),
+    "lora, OLoRA": ({**LORA, "init": "olora"}, 1e-2),
+    "lora, EVA": ({**LORA, "init": "eva"}, 1e-2),
+    "lora, LoftQ": ({**LORA, "init": "loftq"}, 1e-2),
+    "adalora": ({"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}, 2e-2),
+    "ia3": ({"method": "ia3"}, 1e-1),
+    "oft": ({"method": "oft", "block_size": 16}, 1e-2),
+    "boft": ({"method": "boft", "block_size": 8, "factors": 2}, 1e-2),
+    "loha": ({"method": "loha", "rank": 4}, 1e-2),
+    "lokr": ({"method": "lokr", "rank": 4}, 1e-2),
+    "vera": ({"method": "vera", "rank": 16}, 5e-2),
+    "hra": ({"method": "hra"}, 1e-2),
+    "miss": ({"method": "miss", "rank": 8}, 1e-2),
+    "fourierft": ({"method": "fourierft"}, 1e-1),
+    "randlora": ({"method": "randlora", "rank": 8}, 1e-2),
+    "delora": ({"method": "delora"}, 3e-2),
+    "road": ({"method": "road", "group_size": 16}, 5e-2),
+    "ln_tuning": ({"method": "ln_tuning"}, 1e-1),
+    "full": ({"method": "full"}, 1e-3),
+    "prompt_tuning": ({"method": "prompt_tuning", "virtual_tokens": 5}, 3e-1),
+    "p_tuning": ({"method": "p_tuning", "virtual_tokens": 5}, 2e-2),
+    "prefix_tuning": ({"method": "prefix_tuning", "virtual_tokens": 5}, 3e-1),
+    "adaption_prompt": ({"method": "adaption_prompt", "length": 4, "layers": 2}, 1e-1),
+}
+# name: the base, the greatest difference of a token's loss between the trained adapter and the reloaded one
+PRECISIONS = {
+    "fp32": (ModelConfig(dtype="fp32"), 1e-5),
+    "bf16": (ModelConfig(dtype="bf16"), 1e-1),  # 8 bits of fraction: 0.4 % of a logit
+    "fp16": (ModelConfig(dtype="fp16"), 2e-2),
+    "8bit": (ModelConfig(dtype="fp32", quantization="8bit"), 1e-5),
+    "4bit": (ModelConfig(dtype="fp32", quantization="4bit"), 1e-5),
+}
+MERGED = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2, "8bit": 1e-1, "4bit": 1e-3}  # the same, merged
+
+
+@dataclass
+class Cell:
+    """What came of a cell: mean loss (nats a token) before and after, and the greatest differences a token."""
+
+    before: float
+    after: float
+    reloaded: float
+    merged: float | None
+
+
+def records() -> dict[str, torch.Tensor]:
+    """Eight random records of 5 to 12 tokens in one row."""
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 300, (n,), generator=draw).tolist() for n in range(5, 13)]
+    return collate({"input_ids": ids, "labels": ids})
+
+
+def run(variant: str, precision: str, path: str, **training) -> Run:
+    """A run of `STEPS` steps that sees all records in each."""
+    adapter, rate = VARIANTS[variant]
+    settings = TrainingConfig(batch_size=8, learning_rate=rate, schedule="constant", warmup=0.0, **training)
+    return Run(PRECISIONS[precision][0], path, AdapterConfig(**adapter), settings, STEPS)
+
+
+def cell(variant: str, precision: str, path: str, directory: Path, **training) -> Cell:
+    """Train, save, reload and merge.
+
+    Raises:
+        UserError: the registry refuses it.
+    """
+    wanted, batch = run(variant, precision, path, **training), records()
+    trainer = Trainer(wanted, lambda: [batch])
+    before = trainer.evaluate([batch])["validation_loss"]
+    reports: list[dict[str, float]] = []
+    trainer.fit(repeat(batch), lambda: [batch], reports.append)
+    trainer.save(str(directory))
+    trained = losses(trainer.engine, batch)
+    del trainer  # ZeRO 3 would load the next base sharded too
+    again = losses(PeftModel.from_pretrained(load_base(wanted.model, path), directory / "adapter"), batch)
+    merged = None
+    if METHODS[wanted.adapter.method].merge_tolerance is not None:
+        save_merged(wanted.model, path, directory / "adapter", directory / "merged")
+        whole = AutoModelForCausalLM.from_pretrained(directory / "merged", dtype="auto")
+        merged = difference(losses(whole, batch), trained)
+    return Cell(before, reports[-1]["validation_loss"], difference(again, trained), merged)
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each token's loss."""
+    model.eval()
+    return token_losses(model, batch)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The greatest."""
+    return (one - other).abs().max().item()
+
+
+def packed(variant: str, path: str) -> str:
+    """How the method takes part in a pack: `shares the batch`, or why it doesn't."""
+    wanted = run(variant, "fp32", path)
+    base = load_base(wanted.model, path)
+    model = attach(share(base), wanted.adapter, STEPS, 0, lambda: [records()])
+    update = PlainUpdate(model, torch.optim.AdamW(trainable(model)))
+    return Pack(base).add("one", model, update) or "shares the batch"
+
+
+def document() -> str:
+    """Markdown of all cells; a cell that can't be had, or fails, says so."""
+    lines = ["# What was trained", "", f"Generated by `{__doc__.split('`')[1]}`.", ""]
+    lines += [
+        f"Mean loss before and after {STEPS} steps on a 2-layer Llama. Each cell was saved, reloaded with plain PEFT "
+        "and gave the same token losses, and unless marked *unmerged* so did the merged model (tolerances: "
+        "`tests/matrix.py`). *no*: refused before training, see [methods](methods.md).",
+        "",
+        f"| method | {' | '.join(PRECISIONS)} | in a pack |",
+        f"| --- |{' --- |' * len(PRECISIONS)} --- |",
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "llama"
+        llama().save_pretrained(path)
+        make_tokenizer().save_pretrained(path)
+        for variant in VARIANTS:
+            row = [variant]
+            for precision in PRECISIONS:
+                try:
+                    result = cell(variant, precision, str(path), Path(directory) / "cell")
+                    check(result, precision)
+                    unmerged = " *unmerged*" if result.merged is None else ""
+                    row.append(f"{result.before:.2f} → {result.after:.2f}{unmerged}")
+                except UserError:
+                    row.append("no")
+                except Exception as error:
+                    row.append(f"**fails**: {type(error).__name__}")
+                    print(f"{variant}, {precision}: {error}", file=sys.stderr)
+            try:
+                refuse(AdapterConfig(**VARIANTS[variant][0]), PRECISIONS["fp32"][0], TrainingConfig())
+                row.append(packed(variant, str(path)))
+            except UserError:
+                row.append("")
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def check(result: Cell, precision: str) -> None:
+    """What every cell must be like."""
+    assert result.after < result.before - 0.03, result
+    assert result.reloaded <= PRECISIONS[precision][1], result
+    assert result.merged is None or result.merged <= MERGED[precision], result
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(document())

@@ -1,0 +1,479 @@
+"""The commands that work on what training left: evaluate, infer, merge."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ftray.cli import main
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """Commands keep the logs of the libraries quiet; not those of the tests to come."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def make_adapter(base: str, directory: Path, seed: int, method: str = "lora", **changes) -> str:
+    """A random adapter that makes a difference."""
+    torch.manual_seed(seed)
+    if method == "lora":
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | changes)
+    else:
+        config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    if method == "ia3":
+        for name, parameter in model.named_parameters():
+            if "ia3" in name:
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_llama) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "a": make_adapter(tiny_llama, root / "a", 1),
+        "b": make_adapter(tiny_llama, root / "b", 2, use_rslora=True),
+        "ia3": make_adapter(tiny_llama, root / "ia3", 3, "ia3"),
+    }
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """Of the same shape with other weights, and of another shape."""
+    root = tmp_path_factory.mktemp("others")
+    same = llama()
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter.mul_(1.1)
+    same.save_pretrained(root / "same")
+    llama(num_hidden_layers=3).save_pretrained(root / "deeper")
+    llama(hidden_size=32).save_pretrained(root / "narrower")
+    for name in ("same", "deeper", "narrower"):
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("same", "deeper", "narrower")}
+
+
+def flags(*given: str, words: str = "", cache: Path | None = None) -> list[str]:
+    return [*given, "--data", words, "--data.cache", str(cache), "--model.dtype", "fp32", "--data.max_length", "64"]
+
+
+def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
+    cluster, tmp_path, capsys, words, tiny_llama, adapters
+):
+    from ftray.config import EvaluationConfig
+    from ftray.data import TokenizedData
+    from ftray.evaluation.score import score
+    from ftray.models.load import load_tokenizer
+
+    file = tmp_path / "scores.json"
+    named = [part for name in ("a", "ia3") for part in ("--adapter", adapters[name])]
+    common = flags("--evaluation.max_new_tokens", "6", words=words, cache=tmp_path / "shards")
+    assert main(["evaluate", "--model", tiny_llama, *named, *common, "--output", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"evaluation {file}"
+    result = json.loads(file.read_text())
+    shards = TokenizedData.load(next((tmp_path / "shards").glob("*/manifest.json")).parent)
+    rows = shards.rows("test")
+    assert result["records"] == len(rows)
+    for name in ("a", "ia3"):
+        metrics = result["adapters"][adapters[name]]
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapters[name])
+        alone = score(model, load_tokenizer(tiny_llama), rows, EvaluationConfig(generate=False))
+        assert metrics["loss"]["best"] == pytest.approx(alone.loss.sum() / alone.tokens.sum(), rel=1e-5)
+        assert metrics["loss"]["base"] == result["base"]["loss"]
+        assert metrics["loss"]["interval"][0] < metrics["loss"]["difference"] < metrics["loss"]["interval"][1]
+        assert {"perplexity", "exact_match", "token_error_rate", "character_error_rate"} < set(metrics)
+        assert f"{metrics['loss']['best']:.4g}" in out
+
+    # a model alone, the result on the last line of the output
+    assert main(["evaluate", "--model", tiny_llama, *common, "--split", "all", "--evaluation.generate", "false"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["records"] == 120
+    assert alone["adapters"] == {}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "infer", "merge"])
+def test_an_adapter_for_another_base_is_refused(command, tmp_path, capsys, words, adapters, other_base):
+    reasons = {"same": "was made for another base, ", "deeper": "another base", "narrower": "another base"}
+    for name, reason in reasons.items():
+        asked = {
+            "evaluate": flags(words=words, cache=tmp_path),
+            "infer": ["--prompt", "a"],
+            "merge": ["--output", str(tmp_path / "merged")],
+        }
+        assert main([command, "--model", other_base[name], "--adapter", adapters["a"], *asked[command]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert adapters["a"] in line
+
+
+def test_where_the_base_was_moved_shapes_tell_it_apart(tmp_path, capsys, tiny_llama, adapters, other_base):
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters["a"], moved)
+    path = moved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/gone/away"}))
+    for name, reason in {"deeper": "layers.2", "narrower": "size mismatch"}.items():
+        assert main(["infer", "--model", other_base[name], "--adapter", str(moved), "--prompt", "a"]) == 2
+        assert reason in capsys.readouterr().err
+    assert main(["infer", "--adapter", str(moved), "--prompt", "a"]) == 2
+    assert "its base can't be found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda d: None, "no such directory"),
+        (lambda d: d.mkdir(), "holds no adapter_config.json"),
+        (lambda d: (d.mkdir(), (d / "adapter_config.json").write_text("{}")), "holds no weights"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "give it as --model"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(tmp_path, capsys, make, reason):
+    make(tmp_path / "it")
+    assert main(["evaluate", "--adapter", str(tmp_path / "it")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys, tiny_llama, tokenizer, adapters):
+    """The rendered prompt is the one of the training records, in the template of the run that left the adapter."""
+    run = tmp_path / "run"
+    shutil.copytree(adapters["a"], run / "adapter")
+    (run / "config.yaml").write_text("data: {template: 'spell {prompt} :'}\n")
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    records = [
+        {"input": "a b"},
+        {"input": "the cat sat", "output": "known"},
+        {"instruction": "do", "input": "it"},
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"text": "the cat"},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    common = ["--adapter", str(run), "--model.dtype", "fp32", "--generation.max_new_tokens", "8"]
+    assert main(["infer", *common, "--file", str(file), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"generated {output}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl", "run"]
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{k: v for k, v in a.items() if k != "generated"} for a in answers] == records
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapters["a"]).eval()
+    asked = ["spell a b :", "spell the cat sat :", "spell do\nit :", "<|user|>hi<|end|><|assistant|>", "the cat"]
+    wanted = []
+    for text in asked:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            whole = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=1)
+        wanted.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+    assert [a["generated"] for a in answers] == wanted
+    assert main(["infer", *common, "--prompt", "a b"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted[0].rstrip("\n")
+
+    sampled = set()
+    for seed in ("1", "1", "2"):
+        sampling = ["--generation.temperature", "5", "--generation.seed", seed]
+        assert main(["infer", *common, *sampling, "--prompt", "a b"]) == 0
+        sampled.add(capsys.readouterr().out)
+    assert len(sampled) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("p.jsonl", '{"input": "a"}\n[1]\n', "p.jsonl:2: a record must be"),
+        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: record with keys question"),
+        ("p.txt", "\n", "holds no prompt"),
+        ("p.docx", "a", "must end in .jsonl"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, tiny_llama, name, content, reason):
+    (tmp_path / name).write_text(content)
+    assert main(["infer", "--model", tiny_llama, "--file", str(tmp_path / name)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_conversation_on_a_terminal(tiny_llama, adapters):
+    """A real pseudo-terminal: the answer streams, Ctrl-C stops one, the next turn follows, Ctrl-D ends."""
+    import sys
+
+    import pexpect
+
+    arguments = ["-m", "ftray.infer", "--adapter", adapters["a"], "--generation.max_new_tokens", "20000"]
+    child = pexpect.spawn(sys.executable, [*arguments, "--model.dtype", "fp32"], encoding="utf-8", timeout=120)
+    child.expect("Ctrl-D ends.*\r\n> ")
+    child.sendline("hello")
+    child.expect("hello\r\n")
+    child.expect(r"\S{3}")  # it has begun to answer
+    child.sendintr()
+    child.expect("> ")
+    child.sendline("/reset")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def weights(directory: str | Path, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """Of a model, after merging `adapter` by PEFT alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(("combination", "more"), [("cat", []), ("svd", ["--merge.rank", "8"])])
+def test_combined_adapters_are_the_weighted_sum_of_their_updates(
+    tmp_path, capsys, tiny_llama, adapters, combination, more
+):
+    """Exact for `cat` and for `svd` of the full rank; the second adapter is scaled by the root of its rank."""
+    two = ["--adapter", adapters["b"], "--adapter", adapters["a"], "--weights", "0.7,0.3", "--combination", combination]
+    assert main(["merge", *two, *more, "--model.dtype", "fp32", "--output", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"model {tmp_path / 'merged'}"
+    base, a, b = weights(tiny_llama), weights(tiny_llama, adapters["a"]), weights(tiny_llama, adapters["b"])
+    for name, weight in weights(tmp_path / "merged").items():
+        wanted = base[name] + 0.3 * (a[name] - base[name]) + 0.7 * (b[name] - base[name])
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=2e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        (["a"], []),
+        (["ia3"], []),
+        (["ia3", "ia3"], ["--combination", "linear", "--weights", "0.5,0.5"]),
+        (["a", "b"], ["--combination", "linear"]),
+        (["a", "b"], ["--combination", "ties", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "dare_linear", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "dare_ties_svd", "--density", "0.5"]),
+        (["a", "b"], ["--combination", "magnitude_prune", "--density", "0.5"]),
+    ],
+)
+def test_merged_models_and_adapters_are_the_same_model(tmp_path, tiny_llama, adapters, names, more):
+    given = [part for name in names for part in ("--adapter", adapters[name])]
+    common = [*given, *more, "--model.dtype", "fp32", "--output"]
+    assert main(["merge", *common, str(tmp_path / "model")]) == 0
+    assert main(["merge", *common, str(tmp_path / "adapter"), "--form", "adapter"]) == 0
+    merged, whole = weights(tmp_path / "model"), weights(tiny_llama, str(tmp_path / "adapter"))
+    assert any((merged[name] - weight).abs().max() > 1e-3 for name, weight in weights(tiny_llama).items())
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
+def test_combinations_that_peft_can_not_make_are_refused_with_the_reason(
+    tmp_path, capsys, monkeypatch, tiny_llama, adapters
+):
+    monkeypatch.setattr("ftray.models.load.load_base", lambda *a: pytest.fail("the base was loaded"))
+    made = {
+        "dora": make_adapter(tiny_llama, tmp_path / "dora", 4, use_dora=True),
+        "rank": make_adapter(tiny_llama, tmp_path / "rank", 5, r=2),
+        "regex": make_adapter(tiny_llama, tmp_path / "regex", 6, target_modules=r".*\.(q|v)_proj"),
+        **adapters,
+    }
+    capsys.readouterr()
+    asked = {
+        ("a", "ia3"): ([], "of one method only, these are LORA and IA3"),
+        ("ia3", "ia3"): ([], "by linear only"),
+        ("a", "dora"): ([], "use_dora"),
+        ("a", "rank"): (["--combination", "linear"], "same r value"),
+        ("a", "regex"): ([], "same target modules type"),
+        ("a", "b"): (["--combination", "ties"], "needs --density"),
+        ("b", "a"): (["--weights", "1"], "1 for 2 adapters"),
+        ("b", "b"): (["--merge.rank", "3"], "only svd"),
+        ("a",): (["--weights", "1"], "several adapters"),
+    }
+    for names, (more, reason) in asked.items():
+        given = [part for name in names for part in ("--adapter", made[name])]
+        assert main(["merge", *given, *more, "--output", str(tmp_path / "out")]) == 2, names
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert not (tmp_path / "out").exists()
+    assert main(["merge", "--adapter", adapters["a"], "--output", str(tmp_path)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def assert_same_adapter(directory: Path, other: Path, tolerance: float = 0) -> None:
+    from safetensors.torch import load_file
+
+    got, wanted = (load_file(d / "adapter_model.safetensors") for d in (directory, other))
+    assert got.keys() == wanted.keys()
+    assert any(weight.abs().max() > 0 for name, weight in wanted.items() if "lora_B" in name or "lora_E" in name)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=tolerance)
+
+
+def keep_configuration_only(checkpoint: Path, aside: Path) -> None:
+    """Move the adapter that lies in the checkpoint aside, but for its configuration."""
+    shutil.move(checkpoint / "adapter", aside)
+    (checkpoint / "adapter").mkdir()
+    shutil.copy(aside / "adapter_config.json", checkpoint / "adapter")
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_zero_checkpoint_becomes_the_adapter_that_was_trained(tmp_path, tiny_llama, data, stage, method):
+    from test_training import ADALORA, LORA, make_run, with_trainer
+
+    run = make_run(tiny_llama, {"lora": LORA, "adalora": ADALORA}[method], zero_stage=stage)
+    checkpoint = tmp_path / "checkpoint"
+    with_trainer(run, data, save_at=(8, str(checkpoint)))
+    keep_configuration_only(checkpoint, tmp_path / "trained")
+    merge = ["merge", "--adapter", str(checkpoint), "--model.dtype", "fp32", "--output"]
+    assert main([*merge, str(tmp_path / "adapter"), "--form", "adapter"]) == 0
+    assert_same_adapter(tmp_path / "adapter", tmp_path / "trained")
+    assert main([*merge, str(tmp_path / "model")]) == 0
+    whole = weights(tiny_llama, str(tmp_path / "trained"))
+    for name, weight in weights(tmp_path / "model").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
+def test_a_zero_checkpoint_of_full_fine_tuning_becomes_a_model(tmp_path, capsys, tiny_llama, other_base):
+    """DeepSpeed's own layout: shards in `global_step1`, named by `latest`, and no adapter."""
+    from ftray.config import TrainingConfig
+    from ftray.training.engine import build_engine, join_process_group
+
+    join_process_group()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    engine = build_engine(model, TrainingConfig(batch_size=1, learning_rate=1e-2, zero_stage=2, warmup=0), 2)
+    ids = torch.randint(5, 300, (1, 12))
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(tmp_path / "checkpoint"))
+    merge = ["merge", "--adapter", str(tmp_path / "checkpoint"), "--model.dtype", "fp32", "--output"]
+    assert main([*merge, str(tmp_path / "out")]) == 2
+    assert "give it alone, with --model" in capsys.readouterr().err
+    assert main([*merge, str(tmp_path / "out"), "--model", other_base["narrower"]]) == 2
+    assert "size mismatch" in capsys.readouterr().err
+    assert main([*merge, str(tmp_path / "out"), "--model", tiny_llama]) == 0
+    before = weights(tiny_llama)
+    for name, weight in weights(tmp_path / "out").items():
+        torch.testing.assert_close(weight, dict(model.state_dict())[name].float(), rtol=0, atol=0)
+        assert not torch.equal(weight, before[name])
+
+
+def two_workers(tiny_llama: str, data, root: Path, stage: int) -> Path:
+    """The last checkpoint of a run under Ray Train."""
+    from test_training import LORA, make_run
+
+    from ftray.config import Config
+    from ftray.search.solo import Job, trainer
+
+    run = make_run(tiny_llama, LORA, zero_stage=stage, micro_batch=2)
+    config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
+    result = trainer(Job(config, tiny_llama, data.directory, 0.0), run, "two", str(root)).fit()
+    return Path(result.checkpoint.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_of_two_ray_train_workers_becomes_the_adapter(tmp_path, capsys, tiny_llama, data, stage):
+    checkpoint = two_workers(tiny_llama, data, tmp_path, stage)
+    assert len(list((checkpoint / "state").glob("*optim_states.pt"))) == 2
+    keep_configuration_only(checkpoint, tmp_path / "trained")
+    merge = ["merge", "--adapter", str(checkpoint), "--model.dtype", "fp32", "--form", "adapter", "--output"]
+    assert main([*merge, str(tmp_path / "adapter")]) == 0
+    assert_same_adapter(tmp_path / "adapter", tmp_path / "trained")
+    next((checkpoint / "state").glob("*rank_1*optim_states.pt")).unlink()
+    capsys.readouterr()
+    assert main([*merge, str(tmp_path / "again")]) == 2
+    assert "but found 1 files" in capsys.readouterr().err.splitlines()[-1]
+
+
+SPACE = """
+method: {choice: [lora, ia3]}
+lora: {rank: {choice: [2, 4]}, target_modules: all-linear, learning_rate: {log: [1.0e-3, 1.0e-2]}}
+ia3: {learning_rate: {log: [1.0e-2, 1.0e-1]}}
+"""
+
+
+def planned(capsys, tmp_path: Path, words: str, tiny_llama: str, *more: str) -> dict:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    named = ["--model", tiny_llama, "--space", str(tmp_path / "space.yaml"), "--output", str(tmp_path / "out" / "run")]
+    common = flags("--trials", "9", "--training.steps", "9", words=words, cache=tmp_path / "shards")
+    assert main(["tune", "--plan", *named, *common, *more]) == 0
+    assert not (tmp_path / "out").exists()
+    return json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("plan     "))
+
+
+def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words, tiny_llama):
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig
+
+    plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2")
+    assert plan["rungs"] == [{"records": 8, "trials": 9}, {"records": 24, "trials": 3}, {"records": 72, "trials": 1}]
+    largest = AdapterConfig(method="lora", rank=4, target_modules="all-linear")
+    model = attach(AutoModelForCausalLM.from_pretrained(tiny_llama), largest, 9, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan["methods"]["lora"]["parameters"] == trained
+    assert plan["methods"]["ia3"]["runs"] == "in a pack, together with others"
+    assert plan["memory"]["base"] == sum(p.numel() * 4 for p in llama().parameters())
+    assert plan["memory"]["adapters"] == 2 * 16 * trained
+    assert plan["probe"]["trials"] == 2
+    # 9 trials to the first rung, of 3 the second part, of 1 the third
+    length = plan["tokens"]["at_most"] / (9 * 72)
+    assert plan["tokens"]["expected"] == (9 * 8 + 3 * 16 + 48) * length
+    assert plan["seconds"] > 9 * 8 * length / plan["probe"]["tokens"] * plan["probe"]["step"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_llama, checkpointing):
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig, ModelConfig
+    from ftray.models.load import load_base, load_skeleton
+    from ftray.search.plan import _kept, measure
+
+    cfg, adapter = ModelConfig(dtype="fp32"), {"method": "oft", "block_size": 16, "target_modules": "all-linear"}
+    shapes = measure(load_skeleton(cfg, tiny_llama), {"adapter": adapter, "training": {}}, 20, checkpointing)
+    model = attach(load_base(cfg, tiny_llama), AdapterConfig(**adapter), 9, 0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    assert 50 * shapes.activations + shapes.fixed == pytest.approx(_kept(model.train(), 50), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--pack", "off"], ["--training.zero_stage", "3", "--scaling.workers", "2"]])
+def test_a_plan_of_trials_with_workers_of_their_own(cluster, tmp_path, capsys, words, tiny_llama, more):
+    plan = planned(capsys, tmp_path, words, tiny_llama, *more)
+    assert plan["probe"]["trials"] == 1
+    assert plan["probe"]["step"] > 0
+    assert plan["methods"]["lora"]["runs"].startswith("workers of its own")
+
+
+def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_characters(tokenizer):
+    import io
+
+    from rich.console import Console
+
+    from ftray.config import DataConfig
+    from ftray.data.formats import parse
+    from ftray.data.tokens import tokenize
+    from ftray.preprocess import rendered
+
+    turns = [{"role": "user", "content": "wie [bold]groß?"}, {"role": "assistant", "content": "ganz groß €"}]
+    tokens = tokenize([parse({"messages": turns}, "")], tokenizer, DataConfig())[0]
+    text = rendered({"input_ids": tokens.input_ids, "labels": tokens.labels}, tokenizer)
+    shown = io.StringIO()
+    Console(file=shown, force_terminal=True, color_system="standard").print(text, soft_wrap=True)
+    asked, answered = "<|user|>wie [bold]groß?<|end|><|assistant|>", "ganz groß €<|end|>"
+    assert shown.getvalue() == f"\x1b[36m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
+
+
+def test_a_conversation_is_asked_with_all_that_was_said_before(tokenizer):
+    from ftray.config import DataConfig
+    from ftray.infer import Renderer
+
+    ids = Renderer(tokenizer, DataConfig(), "be kind").turns([("user", "a"), ("assistant", "b"), ("user", "c")])
+    said = "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    assert tokenizer.decode(ids) == said

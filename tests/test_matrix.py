@@ -1,0 +1,154 @@
+"""Every method, precision and ZeRO stage: see `matrix.py`, which also writes docs/matrix.md."""
+
+from itertools import repeat
+from pathlib import Path
+
+import matrix
+import pytest
+import torch
+from peft import PeftType
+
+from ftray.adapters.limits import NOT_COVERED, document, refuse, try_on
+from ftray.adapters.methods import METHODS, attach
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.models.load import load_base, load_skeleton
+from ftray.training.loop import Trainer
+from ftray.training.loss import token_losses
+from ftray.training.pack import Pack, PlainUpdate, share, trainable
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
+QUICK = {
+    "bf16": ("lora", "full", "adaption_prompt"),
+    "fp16": ("lora",),
+    "8bit": ("lora",),
+    "4bit": ("lora", "lora, LoftQ"),
+}
+APART = {
+    **dict.fromkeys(("lora, PiSSA", "lora, fast PiSSA", "lora, OLoRA"), "starts from a changed copy of"),
+    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), "adds tokens or activations"),
+    **dict.fromkeys(("adaption_prompt", "full"), "trains parameters outside of the layers"),
+}
+CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in matrix.VARIANTS]
+
+
+def test_every_method_of_the_installed_peft_is_covered_or_has_a_reason():
+    known = {kind.value for kind in PeftType}
+    covered = {name.upper() for name in METHODS} - {"FULL"}  # PEFT has no type for it
+    assert covered <= known
+    assert covered.isdisjoint(NOT_COVERED)
+    assert covered | set(NOT_COVERED) == known
+    assert {adapter["method"] for adapter, _ in matrix.VARIANTS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [
+        pytest.param(v, p, marks=() if p == "fp32" or v in QUICK.get(p, ()) else pytest.mark.slow, id=f"{v}-{p}")
+        for v, p in CELLS
+    ],
+)
+def test_trains_saves_reloads_and_merges(variant, precision, tiny_llama, tmp_path):
+    wanted = matrix.run(variant, precision, tiny_llama)
+    try:
+        refuse(wanted.adapter, wanted.model, wanted.training)
+    except UserError:
+        with pytest.raises(UserError):
+            matrix.cell(variant, precision, tiny_llama, tmp_path)
+        return
+    matrix.check(matrix.cell(variant, precision, tiny_llama, tmp_path), precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("variant", [v for v in matrix.VARIANTS if v != "lora, LoftQ"])
+def test_trains_saves_reloads_and_merges_under_zero(variant, stage, tiny_llama, tmp_path):
+    try:
+        result = matrix.cell(variant, "fp32", tiny_llama, tmp_path, zero_stage=stage)
+    except UserError:
+        assert stage == 3
+    else:
+        matrix.check(result, "fp32")
+
+
+def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
+    variants = [v for v in matrix.VARIANTS if v not in ("lora, LoftQ", "adalora")]  # 4-bit; in test_pack.py
+    base = load_base(matrix.PRECISIONS["fp32"][0], tiny_llama)
+    untouched = {name: p.clone() for name, p in base.named_parameters()}
+    batch, pack, apart = matrix.records(), Pack(base), {}
+
+    def adapted(model, variant):
+        model = attach(model, AdapterConfig(**matrix.VARIANTS[variant][0]), 3, 1, lambda: [batch])
+        rate = matrix.VARIANTS[variant][1]
+        return model, PlainUpdate(model, torch.optim.AdamW(trainable(model), lr=rate, eps=1e-3))
+
+    for variant in variants:
+        model, update = adapted(share(base), variant)
+        if reason := pack.add(variant, model, update):
+            apart[variant] = reason
+    for _ in range(3):
+        stepped = pack.step({variant: [batch] for variant in variants})
+        assert all(s.failure is None for s in stepped.values())
+    assert all(torch.equal(p, untouched[name]) for name, p in base.named_parameters())
+    assert set(apart) == set(APART)
+    for variant, reason in apart.items():
+        assert APART[variant] in reason
+    for variant in variants:
+        model, update = adapted(load_base(matrix.PRECISIONS["fp32"][0], tiny_llama), variant)
+        model.train()
+        for step in range(3):
+            loss = token_losses(model, batch).mean()
+            update.apply(list(torch.autograd.grad(loss, trainable(model))), step)
+        alone, packed = matrix.losses(model, batch), matrix.losses(pack.remove(variant), batch)
+        assert matrix.difference(alone, packed) < 1e-4, variant
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_lora_plus_is_that_of_peft(stage, tiny_llama):
+    from peft.optimizers import create_loraplus_optimizer
+
+    wanted = matrix.run("lora, LoRA+", "fp32", tiny_llama, clip_norm=0.0, zero_stage=stage)
+    batch, trainer = matrix.records(), Trainer(wanted)
+    trainer.fit(repeat(batch), lambda: [batch], lambda metrics: None)
+    model = attach(load_base(wanted.model, tiny_llama), wanted.adapter, wanted.steps, 0)
+    rate, ratio = wanted.training.learning_rate, wanted.adapter.parameters["rate_ratio"]
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=ratio)
+    for _ in range(wanted.steps):
+        token_losses(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert matrix.difference(matrix.losses(trainer.engine, batch), matrix.losses(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("variant", matrix.VARIANTS)
+def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
+    wanted = matrix.run(variant, "4bit" if "LoftQ" in variant else "fp32", tiny_llama)
+    try_on(wanted.adapter, load_skeleton(wanted.model, tiny_llama), wanted.model, wanted.training)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "training", "reason"),
+    [
+        ({"method": "hra"}, {"quantization": "4bit"}, {}, "hra with model.quantization 4bit"),
+        ({"method": "full"}, {"quantization": "8bit"}, {}, "full with model.quantization 8bit"),
+        ({"method": "lora", "init": "pissa"}, {"quantization": "4bit"}, {}, "take loftq"),
+        ({"method": "lora", "init": "loftq"}, {}, {}, "set model.quantization"),
+        ({"method": "lora", "init": "olora"}, {}, {"zero_stage": 3}, "take stage 2"),
+        ({"method": "lora", "init": "eva"}, {}, {"zero_stage": 3}, "take stage 2"),
+        ({"method": "lora", "init": "pissa", "use_dora": True}, {}, {}, "magnitudes"),
+        ({"method": "lora", "init": "orthogonal", "rank": 3}, {}, {}, "even"),
+        ({"method": "prefix_tuning"}, {}, {"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"method": "lora"}, {"quantization": "4bit"}, {"zero_stage": 3}, "bitsandbytes"),
+        ({"method": "road", "group_size": 24}, {}, {}, "PEFT refuses.* divisible by group_size"),
+        ({"method": "adaption_prompt", "layers": 9}, {}, {}, "LlamaForCausalLM has 2"),
+        ({"method": "lora", "rank_pattern": {"q_prj": 4}}, {}, {}, "did you mean q_proj"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_one_line(adapter, model, training, reason, tiny_llama):
+    model, training = ModelConfig(**model), TrainingConfig(**training)
+    with pytest.raises(UserError, match=reason) as refused:
+        try_on(AdapterConfig(**adapter), load_skeleton(model, tiny_llama), model, training)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_list_of_methods_and_refusals_is_up_to_date():
+    assert DOCUMENT.read_text() == document()
