@@ -108,6 +108,20 @@ COMMANDS = {
         "ftray config\nftray config --config run.yaml --training.epochs 3 > resolved.yaml",
         "reference",
     ),
+    "serve": Command(
+        "answer over HTTP as OpenAI does: one base model, many adapters",
+        {
+            "run": "serving.run",
+            "adapter": "adapters",
+            "merged": "serving.merged",
+            "model": "model.name",
+            "host": "serving.host",
+            "port": "serving.port",
+        },
+        "ftray serve --run runs/search\n"
+        "ftray serve --model path/to/model --adapter terse=runs/a/adapter --adapter kind=runs/b/adapter\n"
+        "ftray serve --run runs/search --merged --port 9000",
+    ),
 }
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (

@@ -202,6 +202,31 @@ class MergeConfig(Section):
     form: Literal["model", "adapter"] = Field("model", description="a plain model directory, or an adapter")
 
 
+class ServingConfig(Section):
+    """The endpoint: what it offers, to whom, and how much of it."""
+
+    run: str | None = Field(None, description="output of a search: serve its base, its best adapter and its trials")
+    merged: bool = Field(False, description="serve the merged model of `run` alone")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=1, le=65535)
+    api_key_file: str | None = Field(None, description="file with the bearer token (default: $FTRAY_API_KEY)")
+    anonymous: bool = Field(False, description="listen beyond this machine without a token")
+    adapter_sources: list[str] = Field(
+        [], description="directories and URI prefixes that POST /v1/adapters may name (default: `run`)"
+    )
+    max_adapters: PositiveInt = Field(16, description="adapters a replica holds; the least recently used goes first")
+    slots: PositiveInt = Field(16, description="answers that a replica gives at once")
+    max_queue: PositiveInt = Field(128, description="requests under way; above, 429")
+    max_prompt_tokens: PositiveInt = Field(8192)
+    max_output_tokens: PositiveInt = Field(2048, description="of one request, over all its answers")
+    max_body_bytes: PositiveInt = Field(2**20)
+    request_seconds: float = Field(300, gt=0, description="a request that takes longer is given up")
+    min_replicas: PositiveInt = Field(1)
+    max_replicas: PositiveInt = Field(1, description="copies of base model and engine, by load")
+    target_ongoing: float = Field(16, gt=0, description="requests a replica; more add replicas, fewer take them away")
+    drain_seconds: float = Field(30, gt=0, description="time for answers under way when a replica goes")
+
+
 class Config(Section):
     """All sections, and what belongs to none."""
 
@@ -214,10 +239,13 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
     task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
         Field("auto", description="what is learnt; auto: told from the first record and the model")
     )
-    adapters: Annotated[list[str], CommaSeparated] = Field([], description="adapter directories, or what a run left")
+    adapters: Annotated[list[str], CommaSeparated] = Field(
+        [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
+    )
     output: str = Field("runs/latest", description="where a command leaves what it makes")
     resume: bool = Field(False, description="go on with what is in output")
     plan: bool = Field(False, description="print what `tune` would run, and stop")

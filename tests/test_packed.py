@@ -1,5 +1,8 @@
 """Trials in a pack, each with its DeepSpeed engine, against the trainer of one trial."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -72,3 +75,11 @@ def test_one_that_diverges_says_so_and_the_others_go_on(tiny_llama, data):
     for _ in islice(iter(int, 1), STEPS - trainer.trials["sound"].history.step):
         assert trainer.step(["sound"]) == {}
     assert trainer.trials["sound"].history.over
+
+
+def test_deepspeed_compiles_nothing(tmp_path):
+    """A process that is killed while it compiles leaves a lock behind for which all later ones wait."""
+    code = "from ftray.training.engine import join_process_group; join_process_group()"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120, capture_output=True)
+    assert not list(tmp_path.iterdir())

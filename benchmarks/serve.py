@@ -1,0 +1,215 @@
+"""16 clients over 4 adapters of SmolLM2-135M: `ftray serve` beside a server that calls generate for each request.
+
+    python -m benchmarks.serve [--quick]
+
+The peer is what one writes by hand: FastAPI, one PEFT model that holds all adapters, `set_adapter` and
+`transformers.generate` with a streamer for each request in turn. Both answer the same prompts with the same number of
+tokens, streamed, greedy, in the precision that ftray picks here. Also shown: the 95th percentile of the time to the
+first text, and the resident memory of ftray's replica with four adapters over that with one.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+
+from benchmarks.measure import machine, show, versions
+
+MODEL = "smollm2-135m"
+RANKS = (4, 8, 16, 32)
+CLIENTS = 16
+WORDS = ["time", "river", "stone", "light", "house", "green", "train", "music", "paper", "water", "north", "glass"]
+
+
+def make_adapters(directory: Path) -> list[str]:
+    """One LoRA adapter of each rank on all linear layers, its update not zero; returns their names."""
+    from peft import LoraConfig, get_peft_model
+
+    from ftray.config import ModelConfig
+    from ftray.models.find import find
+    from ftray.models.load import load_base
+
+    for rank in RANKS:
+        torch.manual_seed(rank)
+        base = load_base(ModelConfig(), find(MODEL))
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.002)
+        model.save_pretrained(directory / f"rank-{rank}")
+    return [f"rank-{rank}" for rank in RANKS]
+
+
+def peer(directory: str, port: int) -> None:
+    """The usual server."""
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.responses import StreamingResponse
+    from peft import PeftModel
+    from transformers import TextIteratorStreamer
+
+    from ftray.config import ModelConfig
+    from ftray.models.find import find
+    from ftray.models.load import load_base, load_tokenizer
+
+    base, tokenizer = load_base(ModelConfig(), find(MODEL)), load_tokenizer(find(MODEL))
+    base.config.use_cache = True
+    names = [f"rank-{rank}" for rank in RANKS]
+    model = PeftModel.from_pretrained(base, f"{directory}/{names[0]}", adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(f"{directory}/{name}", name)
+    model.eval()
+    app, one_at_a_time = FastAPI(), threading.Lock()
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> StreamingResponse:
+        asked = await request.json()
+
+        def stream() -> Any:
+            with one_at_a_time:
+                model.set_adapter(asked["model"])
+                inputs = tokenizer(asked["prompt"], return_tensors="pt")
+                streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+                most = asked["max_tokens"]
+                settings = {"do_sample": False, "min_new_tokens": most, "max_new_tokens": most, "streamer": streamer}
+                thread = threading.Thread(target=model.generate, kwargs={**inputs, **settings})
+                thread.start()
+                for text in streamer:
+                    yield f"data: {json.dumps({'choices': [{'text': text}]})}\n\n"
+                thread.join()
+            yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': most}})}\n\ndata: [DONE]\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def started(command: list[str], port: int) -> subprocess.Popen[bytes]:
+    """A server that is up."""
+    environment = {k: v for k, v in os.environ.items() if k != "FTRAY_API_KEY"}
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=environment)
+    while process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return process
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+
+
+async def ask(client: httpx.AsyncClient, name: str, prompt: str, tokens: int) -> tuple[float, int]:
+    """Seconds to the first text, and tokens of the answer."""
+    body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    began, first, count = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}) as got:
+        got.raise_for_status()
+        async for line in got.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            part = json.loads(line[6:])
+            if not first and any(choice["text"] for choice in part["choices"]):
+                first = time.perf_counter() - began
+            count = (part.get("usage") or {}).get("completion_tokens", count)
+    return first, count
+
+
+def load(port: int, names: list[str], requests: int, tokens: int) -> dict[str, float]:
+    """All clients at once, each `requests` after one another: tokens a second, and seconds to the first text."""
+    draw = random.Random(0)
+
+    async def one(client: httpx.AsyncClient, index: int, prompts: list[str]) -> list[tuple[float, int]]:
+        return [await ask(client, names[(index + i) % len(names)], prompt, tokens) for i, prompt in enumerate(prompts)]
+
+    async def everyone() -> list[list[tuple[float, int]]]:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+            prompts = [
+                [" ".join(draw.choices(WORDS, k=draw.choice((8, 24, 60, 120)))) for _ in range(requests)]
+                for _ in range(CLIENTS)
+            ]
+            return await asyncio.gather(*(one(client, i, own) for i, own in enumerate(prompts)))
+
+    began = time.perf_counter()
+    answers = [answer for own in asyncio.run(everyone()) for answer in own]
+    seconds = time.perf_counter() - began
+    firsts = sorted(first for first, _ in answers)
+    count = sum(count for _, count in answers)
+    return {"speed": count / seconds, "first": firsts[int(0.95 * (len(firsts) - 1))], "tokens": count}
+
+
+def replica_memory() -> int:
+    """Resident bytes of the replica process."""
+    found = [
+        p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:ftray:replica" in " ".join(p.info["cmdline"] or ())
+    ]
+    return sum(process.memory_info().rss for process in found)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.serve", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one request a client instead of two")
+    parser.add_argument("--peer", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        peer(args.peer[0], int(args.peer[1]))
+        return
+    requests, tokens = (1, 32) if args.quick else (2, 48)
+    print(f"serve on {machine()} with {versions()}", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        names, port = make_adapters(Path(directory)), free_port()
+        given = [f"--adapter={name}={directory}/{name}" for name in names]
+        process = started(["ftray.serve", "--model", MODEL, "--port", str(port), *given], port)
+        try:
+            load(port, names[:1], 1, 8)  # warm
+            memory = replica_memory()
+            load(port, names, 1, 8)
+            grown = replica_memory() / memory
+            ours = load(port, names, requests, tokens)
+        finally:
+            process.terminate()
+            process.wait()
+        print(f"  ours {ours}", flush=True)
+        process = started(["benchmarks.serve", "--peer", directory, str(port)], port)
+        try:
+            asyncio.run(_warm(port, names))
+            usual = load(port, names, requests, tokens)
+        finally:
+            process.terminate()
+            process.wait()
+        print(f"  peer {usual}", flush=True)
+    also = {"p95_first_ours": ours["first"], "p95_first_peer": usual["first"], "memory_4_over_1": grown}
+    show("serve", ours["speed"], usual["speed"], ours["speed"] / usual["speed"], "output tokens/s", also)
+
+
+async def _warm(port: int, names: list[str]) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+        for name in names:
+            await ask(client, name, "a warm day", 8)
+
+
+if __name__ == "__main__":
+    main()

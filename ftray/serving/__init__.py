@@ -1,0 +1,1 @@
+"""From a request to its answer: one base model, many adapters, one batch."""

@@ -1,0 +1,117 @@
+"""An adapter directory made fit to serve: looked at before it is read, and never more than tensors are read from it."""
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from ftray.config import UserError
+from ftray.training.pack import share
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+WEIGHTS = "adapter_model.safetensors"
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations; a shared base must stay as it is
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can be an adapter's.
+
+    Raises:
+        UserError: it can't.
+    """
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"adapter name {name[:80]!r}: at most 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+    return name
+
+
+@contextmanager
+def fetched(source: str) -> Iterator[Path]:
+    """The adapter of a directory or URI (anything pyarrow reads) as a local directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "://" not in source:
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="ftray-adapter-") as directory:
+        try:
+            filesystem, root = pyarrow.fs.FileSystem.from_uri(source)
+            for name in ("adapter_config.json", WEIGHTS):
+                pyarrow.fs.copy_files(f"{root}/{name}", f"{directory}/{name}", source_filesystem=filesystem)
+        except (OSError, ValueError) as error:
+            raise UserError(f"adapter {source}: can't be read: {str(error).splitlines()[0]}") from None
+        yield Path(directory)
+
+
+def check_adapter(directory: Path, base_path: str) -> dict[str, Any]:
+    """The adapter's configuration, if the adapter is of `base_path` and holds safetensors.
+
+    Raises:
+        UserError: it does not fit; the message says why.
+    """
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        made_for, task = config.get("base_model_name_or_path") or "", config.get("task_type")
+    except OSError as error:
+        raise UserError(f"adapter {directory}: no PEFT adapter: adapter_config.json: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"adapter {directory}: adapter_config.json is not valid: {error}") from None
+    if not (directory / WEIGHTS).is_file():
+        raise UserError(f"adapter {directory}: has no {WEIGHTS}; other formats can run code and are not read")
+    if task != "CAUSAL_LM":
+        raise UserError(f"adapter {directory}: its task is {task}, not CAUSAL_LM")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(REWRITES_BASE):
+        raise UserError(f"adapter {directory}: {init} changes the base's own weights: merge it and serve that model")
+    if made_for and Path(made_for).name != Path(base_path).name:
+        raise UserError(
+            f"adapter {directory}: made for the base model {made_for}, not for {base_path} "
+            "(if they are one model, mend base_model_name_or_path in its adapter_config.json)"
+        )
+    return config
+
+
+def load_adapter(base: PreTrainedModel, source: str) -> PeftModel:
+    """The adapter in `source` on a :func:`~ftray.training.pack.share` of the frozen `base`, adapter in float32.
+
+    Raises:
+        UserError: `source` holds no adapter of this base.
+    """
+    with fetched(source) as directory:
+        check_adapter(directory, base.name_or_path)
+        try:
+            config = PeftConfig.from_pretrained(str(directory))
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                # as if to train it: only so does the model tell which of its parameters are the adapter's
+                trained = not config.is_prompt_learning
+                model = PeftModel.from_pretrained(
+                    share(base), str(directory), config=config, is_trainable=trained, use_safetensors=True
+                )
+        except Exception as error:  # whatever PEFT makes of a directory that does not fit
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise UserError(
+                f"adapter {source}: does not fit {base.name_or_path}: {' '.join(lines[:2])[:300]}"
+            ) from None
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            stray = {key for key in file.keys() if prefix in key} - set(get_peft_model_state_dict(model))  # noqa: SIM118
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if stray or missing:
+        reason = missing[0] if missing else f"the model has no place for {sorted(stray)[0]}"
+        raise UserError(f"adapter {source}: does not fit {base.name_or_path}: {reason[:200]}")
+    return model.to(base.device).eval()

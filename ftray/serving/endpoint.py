@@ -1,0 +1,338 @@
+"""The HTTP side: who may ask for what, in OpenAI's words; a Ray Serve deployment in front of the replicas.
+
+It holds no model: it checks a request, hands it to a replica that has the adapter loaded if there is one (Serve's
+multiplexing), and words the answer. See https://docs.ray.io/en/latest/serve/model-multiplexing.html.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from ftray.config import Config, UserError
+from ftray.serving.offers import leaderboard
+from ftray.serving.protocol import Asked, Chat, Completion, NewAdapter, Refused, parsed
+from ftray.serving.replica import Job, Part, Parts
+from ftray.serving.wording import ChatWording, CompletionWording, event, usage
+
+ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+api = FastAPI(title="ftray", openapi_url=None)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An adapter on offer: `id` is unique to this name and source."""
+
+    id: str
+    source: str
+    created: int
+
+
+@api.exception_handler(Refused)
+async def _refused(request: Request, error: Refused) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+@api.exception_handler(HTTPException)
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+    refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(refused.body, error.status_code, error.headers)
+
+
+class Usage:
+    """What is counted for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("ftray_requests", "Requests answered", ["model", "status"], registry=self.registry)
+        self.prompt = Counter("ftray_prompt_tokens", "Prompt tokens read", ["model"], registry=self.registry)
+        self.output = Counter("ftray_output_tokens", "Tokens generated", ["model"], registry=self.registry)
+        self.first = Histogram(
+            "ftray_first_part_seconds", "Time to the first part of an answer", ["model"], registry=self.registry
+        )
+        self.under_way = Gauge("ftray_requests_under_way", "Requests not answered yet", registry=self.registry)
+
+
+@serve.ingress(api)
+class Endpoint:
+    """The deployment.
+
+    Args:
+        settings: the configuration, as plain data.
+        base: name of the base model.
+        adapters: directory or URI of each adapter that is on offer from the start.
+        key: SHA-256 of the bearer token, hexadecimal; None: anyone may ask.
+        replicas: those of :class:`ftray.serving.replica.Replica`.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        base: str,
+        adapters: dict[str, str],
+        key: str | None,
+        replicas: DeploymentHandle,
+    ):
+        self.cfg = Config.model_validate(settings).serving
+        self.base, self.key, self.replicas, self.started = base, key, replicas, int(time.time())
+        self.offers = {name: Offer(name, source, self.started) for name, source in adapters.items()}
+        self.usage, self.under_way = Usage(), 0
+
+    @api.get("/health")
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/")
+    async def page(self) -> Response:
+        return FileResponse(Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @api.get("/v1/run")
+    async def run(self, request: Request) -> dict[str, Any]:
+        """The search that is served: its metric, its trials, best first, and how prompts were rendered in training."""
+        self._authorize(request)
+        return await asyncio.to_thread(leaderboard, self.cfg.run)
+
+    @api.get("/metrics")
+    async def metrics(self, request: Request) -> Response:
+        self._authorize(request)
+        self.usage.under_way.set(self.under_way)
+        return Response(generate_latest(self.usage.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @api.get("/v1/models")
+    async def models(self, request: Request) -> dict[str, Any]:
+        self._authorize(request)
+        return {"object": "list", "data": [self._model(name) for name in (self.base, *self.offers)]}
+
+    @api.get("/v1/models/{name}")
+    async def model(self, request: Request, name: str) -> dict[str, Any]:
+        self._authorize(request)
+        self._offer(name)
+        return self._model(name)
+
+    @api.post("/v1/adapters")
+    async def add_adapter(self, request: Request) -> dict[str, Any]:
+        from ftray.serving.adapters import check_name
+
+        self._authorize(request)
+        new = parsed(NewAdapter, await self._body(request))
+        try:
+            check_name(new.name)
+        except UserError as error:
+            raise Refused(400, str(error), "name", "invalid_value") from None
+        if new.name == self.base or new.name in self.offers:
+            raise Refused(409, f"there is a model {new.name!r} already", "name", "exists")
+        offer = Offer(f"{new.name}@{uuid.uuid4().hex[:8]}", self._allowed(new.source), int(time.time()))
+        handle = self.replicas.options(multiplexed_model_id=offer.id)
+        if reason := await handle.load.remote(offer.id, offer.source):
+            raise Refused(400, reason, "source", "bad_adapter")
+        self.offers[new.name] = offer
+        return self._model(new.name)
+
+    @api.delete("/v1/adapters/{name}")
+    async def remove_adapter(self, request: Request, name: str) -> dict[str, Any]:
+        self._authorize(request)
+        if name not in self.offers:
+            raise Refused(404, f"there is no adapter {name[:80]!r}", code="not_found")
+        del self.offers[name]  # replicas forget it as the least recently used; answers under way go on
+        return {"id": name, "object": "model", "deleted": True}
+
+    @api.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        self._authorize(request)
+        asked = parsed(Completion, await self._body(request))
+        if asked.max_tokens == 0 and not asked.echo:
+            raise Refused(400, "max_tokens: 0 makes sense with echo alone", "max_tokens", "invalid_value")
+        if not asked.prompt or len(asked.prompts) > 256:
+            raise Refused(400, "prompt: from 1 to 256 prompts that are not empty", "prompt", "invalid_value")
+        sampling = self._sampling(asked, asked.max_tokens, asked.logprobs, asked.echo)
+        return await self._respond(asked, self._job(asked, asked.prompts, None, sampling))
+
+    @api.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Response:
+        self._authorize(request)
+        asked = parsed(Chat, await self._body(request))
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        most = asked.max_completion_tokens or asked.max_tokens
+        job = self._job(asked, [], [m.plain for m in asked.messages], self._sampling(asked, most, logprobs, False))
+        return await self._respond(asked, job)
+
+    def _authorize(self, request: Request) -> None:
+        if self.key is None:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = hashlib.sha256(token.strip().encode()).hexdigest()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.key):
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "a valid API key is needed: Authorization: Bearer KEY", None, "invalid_api_key", headers)
+
+    async def _body(self, request: Request) -> bytes:
+        limit, body = self.cfg.max_body_bytes, b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise Refused(413, f"the body has more than {limit} bytes", code="too_large")
+        return body
+
+    def _allowed(self, source: str) -> str:
+        """`source`, made absolute, if it lies where adapters may come from."""
+        roots = self.cfg.adapter_sources or ([self.cfg.run] if self.cfg.run else [])
+        for root in roots:
+            if "://" in root:
+                if source.startswith(root.rstrip("/") + "/") and ".." not in source:
+                    return source
+            elif "://" not in source:
+                path = Path(os.path.realpath(source))
+                if path.is_relative_to(os.path.realpath(root)):
+                    return str(path)
+        where = ", ".join(roots) or "nowhere, as serving.adapter_sources is empty"
+        raise Refused(403, f"adapters may come from: {where}", "source", "forbidden_source")
+
+    def _offer(self, name: str) -> Offer | None:
+        """The adapter of that name; None: the base model."""
+        if name == self.base:
+            return None
+        if name not in self.offers:
+            raise Refused(404, f"there is no model {name[:80]!r}: see /v1/models", "model", "model_not_found")
+        return self.offers[name]
+
+    def _model(self, name: str) -> dict[str, Any]:
+        offer = self.offers.get(name)
+        created = offer.created if offer else self.started
+        return {"id": name, "object": "model", "created": created, "owned_by": "ftray", "parent": offer and self.base}
+
+    def _sampling(self, asked: Asked, max_tokens: int | None, logprobs: int | None, echo: bool) -> dict[str, Any]:
+        return {
+            "max_tokens": max_tokens,
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "seed": asked.seed,
+            "stop": asked.stops,
+            "logprobs": logprobs,
+            "echo": echo,
+        }
+
+    def _job(self, asked: Asked, prompts: Any, messages: Any, sampling: dict[str, Any]) -> Job:
+        offer, cfg = self._offer(asked.model), self.cfg
+        return Job(
+            prompts=prompts,
+            messages=messages,
+            n=asked.n,
+            adapter=offer.id if offer else None,
+            source=offer.source if offer else None,
+            sampling=sampling,
+            stream=asked.stream,
+            max_prompt_tokens=cfg.max_prompt_tokens,
+            max_output_tokens=cfg.max_output_tokens,
+        )
+
+    async def _respond(self, asked: Asked, job: Job) -> Response:
+        if self.under_way >= self.cfg.max_queue:
+            headers = {"Retry-After": "1"}
+            raise Refused(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
+        wording = ChatWording(asked) if isinstance(asked, Chat) else CompletionWording(asked)
+        if asked.stream:
+            events = self._parts(asked.model, job)
+            first = await anext(events)  # so that what is refused gets its status
+            return StreamingResponse(self._streamed(asked, wording, first, events), media_type="text/event-stream")
+        parts: list[Part] = []
+        prompt_tokens = 0
+        async for got in self._parts(asked.model, job):
+            prompt_tokens = got.prompt_tokens or prompt_tokens
+            parts += got.parts
+        count = sum(part.count for part in parts)
+        whole = wording.whole(parts, len(job.prompts or [0]) * job.n)
+        return JSONResponse(whole | {"usage": usage(prompt_tokens, count)})
+
+    async def _streamed(
+        self, asked: Asked, wording: Any, first: Parts, events: AsyncIterator[Parts]
+    ) -> AsyncIterator[str]:
+        count, with_usage = 0, bool(asked.stream_options and asked.stream_options.include_usage)
+        try:
+            async for got in events:
+                for part in got.parts:
+                    count += part.count
+                    if (part.finish or "").startswith("error"):
+                        raise Refused(500, part.finish or "", code="model_error")
+                for chunk in wording.chunks(got.parts):
+                    yield event(chunk | ({"usage": None} if with_usage else {}))
+            if with_usage:
+                yield event(wording.chunk([]) | {"usage": usage(first.prompt_tokens or 0, count)})
+            yield "data: [DONE]\n\n"
+        except Refused as error:
+            yield f"event: error\n{event(error.body)}"
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def _parts(self, model: str, job: Job) -> AsyncIterator[Parts]:
+        """What a replica answers; on another one if it dies, unless something has been given away.
+
+        Raises:
+            Refused: the replica refuses the request, all that were tried have died, or it takes too long.
+        """
+        self.under_way += 1
+        status, began = "499", time.monotonic()
+        announced = given = False
+        try:
+            for attempt in range(ATTEMPTS):
+                try:
+                    async for got in self._once(job, began + self.cfg.request_seconds):
+                        if got.refused:
+                            code, message, param = got.refused
+                            raise Refused(code, message, param, "invalid_value")
+                        if got.prompt_tokens is not None:
+                            if announced:  # by a replica that died
+                                continue
+                            announced = True
+                            self.usage.prompt.labels(model).inc(got.prompt_tokens)
+                        elif not given:
+                            given = True
+                            self.usage.first.labels(model).observe(time.monotonic() - began)
+                        self.usage.output.labels(model).inc(sum(part.count for part in got.parts))
+                        yield got
+                    break
+                except RayActorError:
+                    if given:
+                        raise Refused(500, "the replica that gave this answer has died", code="replica_died") from None
+                    if attempt == ATTEMPTS - 1:
+                        raise Refused(503, "replicas keep dying", code="replica_died") from None
+                    await asyncio.sleep(0.1 * 2**attempt)
+            status = "200"
+        except TimeoutError:
+            status = "504"
+            raise Refused(504, f"took more than {self.cfg.request_seconds:g} s", code="timeout") from None
+        except Refused as error:
+            status = str(error.status)
+            raise
+        finally:
+            self.under_way -= 1
+            self.usage.requests.labels(model, status).inc()
+
+    async def _once(self, job: Job, deadline: float) -> AsyncIterator[Parts]:
+        handle = self.replicas.options(stream=True, multiplexed_model_id=job.adapter or "")
+        answer = handle.answer.remote(job)
+        parts, done = aiter(answer), False
+        try:
+            while True:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    got = await anext(parts)
+                yield got
+        except StopAsyncIteration:
+            done = True
+        finally:
+            if not done:
+                answer.cancel()

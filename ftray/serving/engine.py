@@ -1,0 +1,392 @@
+"""Continuous batching over one base model and many adapters; imports no Ray.
+
+Every step runs one flat row of tokens, as a training pack does (:mod:`ftray.training.layers`): the next token of each
+sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie sorted by
+adapter, so that each adapter has one span. transformers' own continuous batching knows no adapters. See Orca
+(OSDI 2022), Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
+
+from ftray.serving import cache
+from ftray.serving.layers import ServedLinear, ServedRows
+from ftray.serving.sampling import Sampling, Text, Token, choose, scored
+from ftray.training.dropout import Draws
+from ftray.training.pack import Unshareable, share, tuner_layers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step adds to an answer.
+
+    Attributes:
+        text: that is certain now.
+        tokens: chosen in this step; with `echo` those of the prompt come before the first.
+        echoed: how many of `tokens` are the prompt's.
+        finish: "stop", "length" or, of a sequence that could not go on, "error"; None: it goes on.
+        error: why it could not.
+    """
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+    echoed: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making.
+
+    Attributes:
+        adapter: its name; None: the base model.
+        emit: called with each piece, in the thread that steps.
+        ids: prompt and what has been chosen so far.
+        cached: tokens of `ids` whose keys and values are kept.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    emit: Callable[[Piece], None]
+    adapter: str | None = None
+    ids: list[int] = field(init=False)
+    cached: int = 0
+    text: Text = field(init=False)
+    generator: torch.Generator | None = None
+    past: Any = None  # cache of a sequence that can't share a batch
+    echoed: list[Token] = field(default_factory=list)
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+
+
+@dataclass
+class Adapter:
+    """One adapter that can be asked.
+
+    Attributes:
+        layers: its adapted layers, by their path in the base model.
+        apart: why its sequences run by themselves; None: they share the batch.
+        users: sequences that are not done.
+    """
+
+    model: PeftModel
+    layers: dict[str, Any]
+    apart: str | None
+    users: int = 0
+    leaving: bool = False
+
+
+class Engine:
+    """Answers sequences, many at a time. One thread calls it; only :meth:`prepare` may run in others.
+
+    Args:
+        base: frozen causal language model; it is not changed.
+        tokenizer: a fast one.
+        slots: sequences answered at once; further ones wait.
+        prompt_tokens: of all prompts, read in one step; answers that are being given go on between.
+
+    Attributes:
+        apart: why no sequence of this base can share a batch; None: they can.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: Any, slots: int = 16, prompt_tokens: int = 256):
+        self.base, self.tokenizer, self.slots, self.prompt_tokens = base.eval(), tokenizer, slots, prompt_tokens
+        self.adapters: dict[str, Adapter] = {}
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # each in the slot of its place here
+        self.alone: list[Sequence] = []
+        ends = getattr(base.generation_config, "eos_token_id", None)
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+        self._rows, self._step = ServedRows(), []  # type: tuple[ServedRows, list[cache.Step]]
+        self.host = share(base)
+        config = copy.deepcopy(base.config)
+        config._attn_implementation = cache.NAME
+        for module in self.host.modules():
+            if getattr(module, "config", None) is self.host.config and module is not self.host:
+                module.config = config
+            module.__dict__["step"] = self._step
+        self.host.config = config
+        self._cache = cache.slotted_cache(config.get_text_config().num_hidden_layers, slots, self._step)
+        self.apart = self._obstacle()
+
+    @torch.no_grad()
+    def _obstacle(self) -> str | None:
+        """Read one prompt by the model's own attention and head, and by ours: what makes the difference, if any."""
+        name = type(self.base).__name__
+        kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if kinds - {"full_attention", "sliding_attention"}:
+            return f"{name} has layers of {', '.join(sorted(kinds))}"
+        ids = list(range(1, 6))
+        whole = self.base(torch.tensor([ids], device=self.base.device), use_cache=False).logits[0].float()
+        probe = Sequence(ids, Sampling(), lambda piece: None)
+        try:
+            parts = []
+            for first, end in ((0, 3), (3, 5)):
+                parts.append(self._hidden([(probe, 0, ids[first:end])]))
+                probe.cached = end
+        except NotImplementedError as error:
+            return f"{name} uses {error}"
+        ours = self.host.get_output_embeddings()(torch.cat(parts)).float()
+        if (
+            ours.shape != whole.shape
+            or (ours - whole).abs().max() > 64 * torch.finfo(self.base.dtype).eps * whole.abs().max()
+        ):
+            return f"{name} does more than causal attention and a linear head"
+        return None
+
+    def prepare(self, model: PeftModel) -> Adapter:
+        """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.training.pack.share` of the base."""
+        if self.apart:
+            return Adapter(model, {}, self.apart)
+        try:
+            return Adapter(model, tuner_layers(model, self.base), None)
+        except Unshareable as error:
+            return Adapter(model, {}, str(error))
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Let sequences ask for `name` from now on."""
+        draws = Draws(adapter.model, 0)
+        for path, layer in adapter.layers.items():
+            place = self.host.get_submodule(path)
+            if not isinstance(place, ServedLinear):
+                place = ServedLinear(place, self._rows)
+                self.host.set_submodule(path, place)
+            place.join(name, layer, draws)
+        self.adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter as soon as the last sequence that asked for it is done."""
+        adapter = self.adapters[name]
+        adapter.leaving = True
+        if adapter.users == 0:
+            for path in adapter.layers:
+                self.host.get_submodule(path).leave(name)
+            del self.adapters[name]
+
+    def submit(self, sequence: Sequence) -> None:
+        """Put a sequence in line.
+
+        Raises:
+            KeyError: its adapter is not here.
+            ValueError: prompt and answer are too long for the model, or the prompt is empty.
+        """
+        if not sequence.prompt:
+            raise ValueError("the prompt has no tokens")
+        if len(sequence.prompt) + sequence.sampling.max_tokens > self.max_length:
+            raise ValueError(
+                f"{len(sequence.prompt)} prompt tokens and {sequence.sampling.max_tokens} of the answer are more than "
+                f"the model's {self.max_length}"
+            )
+        if sequence.adapter is not None:
+            self.adapters[sequence.adapter].users += 1
+        sequence.text = Text(self.tokenizer, sequence.prompt, sequence.sampling.stop)
+        if sequence.sampling.temperature > 0:
+            sequence.generator = torch.Generator(self.base.device)
+            if sequence.sampling.seed is None:
+                sequence.generator.seed()
+            else:
+                sequence.generator.manual_seed(sequence.sampling.seed)
+        self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Stop answering; its slot is free from the next step on."""
+        if not sequence.done:
+            self._finish(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Is there anything to do?"""
+        return bool(self.waiting or self.running or self.alone)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The next token of every sequence that has a slot and whose prompt is read."""
+        while self.waiting and len(self.running) + len(self.alone) < self.slots:
+            sequence = self.waiting.popleft()
+            adapter = self.adapters.get(sequence.adapter or "")
+            (self.alone if (adapter.apart if adapter else self.apart) else self.running).append(sequence)
+        if self.running:
+            self._shared_step()
+        for sequence in list(self.alone):
+            try:
+                self._step_alone(sequence)
+            except Exception as error:  # a method that fails harms its own sequences alone
+                self._finish(sequence, Piece(finish="error", error=f"{type(error).__name__}: {error}"))
+
+    def _shared_step(self) -> None:
+        budget, plan = self.prompt_tokens, []
+        for slot, sequence in enumerate(self.running):
+            left = len(sequence.ids) - sequence.cached
+            count = min(left, max(1, budget))
+            budget -= count if left > 1 else 0
+            plan.append((sequence, slot, sequence.ids[sequence.cached : sequence.cached + count]))
+        plan.sort(key=lambda part: part[0].adapter or "")
+        hidden = self._hidden(plan)
+        positions, first = [], 0
+        for sequence, _, ids in plan:
+            whole = (
+                sequence.sampling.echo
+                and sequence.sampling.logprobs is not None
+                and len(sequence.ids) == len(sequence.prompt)
+            )
+            end = first + len(ids)
+            sequence.cached += len(ids)
+            if whole:
+                positions.append(range(first, end))
+            elif sequence.cached == len(sequence.ids):
+                positions.append(range(end - 1, end))
+            else:
+                positions.append(range(0))
+            first = end
+        chosen = [place for places in positions for place in places]
+        if not chosen:
+            return
+        logits = self.host.get_output_embeddings()(hidden[torch.tensor(chosen, device=hidden.device)]).float()
+        rows = logits.split([len(places) for places in positions])
+        self._advance([(sequence, part) for (sequence, *_), part in zip(plan, rows, strict=True) if len(part)])
+
+    def _advance(self, rows: list[tuple[Sequence, torch.Tensor]]) -> None:
+        """Choose a token for each sequence that is read to its end; `rows` holds the logits of its newest tokens."""
+        for sequence, logits in rows:
+            if sequence.sampling.echo and len(sequence.ids) == len(sequence.prompt):
+                self._echo(sequence, logits)
+        ready = [(s, logits[-1:]) for s, logits in rows if s.cached == len(s.ids)]
+        for sequence, logits in ready:
+            if not logits.sum().isfinite():
+                if sequence in self.running:
+                    slot = self.running.index(sequence)
+                    self._clear(slice(slot, slot + 1))
+                self._finish(sequence, Piece(finish="error", error="the model's output is not finite"))
+                self._clear(slice(len(self.running), None))
+        ready = [(s, logits) for s, logits in ready if not s.done]
+        if not ready:
+            return
+        sequences = [s for s, _ in ready]
+        last = torch.cat([logits for _, logits in ready])
+        chosen = choose(last, [s.sampling for s in sequences], [s.generator for s in sequences])
+        for sequence, logits, token in zip(sequences, last.split(1), chosen, strict=True):
+            wanted = sequence.sampling.logprobs
+            self._take(sequence, Token(token) if wanted is None else scored(logits, [token], wanted)[0])
+
+    def _echo(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        prompt, wanted = sequence.prompt, sequence.sampling.logprobs
+        if wanted is None:
+            sequence.echoed = [Token(token) for token in prompt]
+            return
+        if not sequence.echoed:
+            sequence.echoed = [Token(prompt[0])]
+        following = prompt[
+            len(sequence.echoed) : len(sequence.echoed) + len(logits)
+        ]  # the last row predicts the answer
+        if following:
+            sequence.echoed += scored(logits[: len(following)], following, wanted)
+
+    def _take(self, sequence: Sequence, token: Token) -> None:
+        before, sequence.echoed = sequence.echoed, []
+
+        def piece(text: str = "", finish: str | None = None, new: tuple[Token, ...] = (token,)) -> Piece:
+            return Piece(text, [*before, *new], finish, echoed=len(before))
+
+        if sequence.sampling.max_tokens == 0:
+            self._finish(sequence, piece(finish="length", new=()))
+            return
+        sequence.ids.append(token.id)
+        if token.id in self.ends:
+            self._finish(sequence, piece(sequence.text.end(), "stop"))
+            return
+        text = sequence.text.add(token.id)
+        if not sequence.text.stopped and len(sequence.ids) - len(sequence.prompt) == sequence.sampling.max_tokens:
+            text += sequence.text.end()
+            self._finish(sequence, piece(text, "stop" if sequence.text.stopped else "length"))
+        elif sequence.text.stopped:
+            self._finish(sequence, piece(text, "stop"))
+        else:
+            sequence.emit(piece(text))
+
+    def _finish(self, sequence: Sequence, piece: Piece | None = None) -> None:
+        sequence.done, sequence.past = True, None
+        if sequence in self.running:
+            slot, last = self.running.index(sequence), len(self.running) - 1
+            if slot != last:  # slots in use stay side by side
+                mover = self.running[slot] = self.running[last]
+                for layer in self._cache.layers:
+                    if layer.is_initialized:
+                        layer.move(last, slot, mover.cached)
+            self.running.pop()
+        elif sequence in self.alone:
+            self.alone.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence.adapter is not None:
+            adapter = self.adapters[sequence.adapter]
+            adapter.users -= 1
+            if adapter.leaving:
+                self.remove(sequence.adapter)
+        if piece:
+            sequence.emit(piece)
+
+    def _clear(self, slots: slice) -> None:
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.clear(slots)
+
+    def _hidden(self, plan: list[tuple[Sequence, int, list[int]]]) -> torch.Tensor:
+        """What the head is given, [T, hidden size], for the new tokens of each (sequence, slot)."""
+        device = self.base.device
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        prompts: list[tuple[int, int, int, int]] = []
+        last, lengths = [0] * len(plan), [0] * len(plan)
+        spans: list[tuple[str, int, int]] = []
+        for sequence, slot, new in plan:
+            first, end = len(ids), len(ids) + len(new)
+            name = sequence.adapter or ""  # the base model's name: no layer has a member of that
+            if spans and spans[-1][0] == name:
+                spans[-1] = (name, spans[-1][1], end)
+            else:
+                spans.append((name, first, end))
+            if len(new) > 1:
+                prompts.append((slot, first, end, sequence.cached))
+            ids += new
+            slots += [slot] * len(new)
+            positions += range(sequence.cached, sequence.cached + len(new))
+            last[slot], lengths[slot] = end - 1, sequence.cached + len(new)
+        self._rows.set(spans)
+        where = torch.tensor(positions, device=device)
+        self._step[:] = [
+            cache.Step(
+                torch.tensor(slots, device=device),
+                where,
+                prompts,
+                torch.tensor(last, device=device),
+                torch.tensor(lengths, device=device),
+                max(lengths),
+            )
+        ]
+        inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}
+        return self.host.base_model(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
+
+    def _step_alone(self, sequence: Sequence) -> None:
+        """As a shared step, by the adapter's own model and with a cache of its own."""
+        model: Any = self.adapters[sequence.adapter].model if sequence.adapter else self.base
+        new = torch.tensor([sequence.ids[sequence.cached :]], device=self.base.device)
+        if sequence.cached and isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            model = model.get_base_model()  # virtual tokens are in the cache already
+        past = (
+            sequence.past if sequence.cached or isinstance(model, PeftModel) else DynamicCache(config=self.base.config)
+        )
+        out = model(input_ids=new, past_key_values=past, use_cache=True)
+        sequence.past, sequence.cached = out.past_key_values, len(sequence.ids)
+        self._advance([(sequence, out.logits[0, -new.shape[1] :].float())])

@@ -1,0 +1,62 @@
+"""The shared linear layer where nothing is trained: low-rank factors don't change, so they are put together once."""
+
+import torch
+
+from ftray.training.layers import Rows, SharedLinear
+from ftray.training.low_rank import Update
+
+Places = tuple[tuple[int, int], ...]
+
+
+class ServedRows(Rows):
+    """Rows that also know which of the ranks side by side are a row's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: dict[tuple[int, Places, tuple[int, ...]], torch.Tensor] = {}
+
+    def set(self, spans: list[tuple[str, int, int]]) -> None:
+        super().set(spans)
+        self._own.clear()
+
+    def own(self, places: Places, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the adapter at that place, else 0."""
+        key = x.shape[1], places, ranks
+        if key not in self._own:
+            own = torch.zeros(x.shape[1], sum(ranks), device=x.device)
+            at = 0
+            for (first, end), rank in zip(places, ranks, strict=True):
+                own[first:end, at : at + rank] = 1
+                at += rank
+            self._own[key] = own
+        return self._own[key]
+
+
+class ServedLinear(SharedLinear):
+    """Two products for the low-rank updates of all adapters, whatever their ranks (see S-LoRA, arXiv 2311.03285)."""
+
+    rows: ServedRows
+
+    def __init__(self, base: torch.nn.Module, rows: ServedRows):
+        super().__init__(base, rows)
+        self._together: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
+
+    def leave(self, name: str) -> None:
+        super().leave(name)
+        self._together = None
+
+    def _multiply(
+        self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, Update]
+    ) -> torch.Tensor:
+        result = self.base(x)
+        if not updates:
+            return result
+        mine = [updates[i] for i in places]
+        names = tuple(self.rows.spans[i][0] for i in places)
+        if self._together is None or self._together[0] != names:
+            a = torch.cat([update.a for update in mine])
+            self._together = names, a, torch.cat([update.b.T * update.scaling for update in mine])
+        _, a, b = self._together
+        own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in mine), x)
+        result[0].add_((x[0].float() @ a.T).mul_(own) @ b)
+        return result

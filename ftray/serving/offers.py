@@ -1,0 +1,88 @@
+"""What is on offer: a base model, named adapters, and the search that they come from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray.config import Config, UserError
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What is served: the base model's name and directory, and where each adapter is."""
+
+    base: str
+    model_path: str
+    adapters: dict[str, str]
+
+
+def offered(cfg: Config) -> Offered:
+    """Look at all that is to be served, without reading weights.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    from ftray.models.find import find
+    from ftray.serving.adapters import check_adapter, check_name
+
+    run = Path(cfg.serving.run).absolute() if cfg.serving.run else None
+    if run and not (run / "summary.json").is_file():
+        raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
+    if cfg.serving.max_replicas < cfg.serving.min_replicas:
+        raise UserError("serving.max_replicas: must not be below serving.min_replicas")
+    if cfg.serving.merged:
+        if run is None or cfg.adapters:
+            raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
+        return Offered("best", find(str(run / "best" / "merged")), {})
+    path = find(cfg.model.name)
+    adapters = {} if run is None else _of_run(run)
+    for given in cfg.adapters:
+        name, equals, source = given.partition("=")
+        if not equals or not source:
+            raise UserError(f"--adapter {given!r}: must be NAME=DIRECTORY or NAME=URI")
+        adapters[check_name(name)] = source if "://" in source else str(Path(source).expanduser().absolute())
+    base = Path(cfg.model.name).name.removesuffix(".gguf")
+    if base in adapters:
+        raise UserError(f"adapter {base}: the base model has that name")
+    for source in adapters.values():
+        if "://" not in source:
+            check_adapter(Path(source), path)
+    return Offered(base, path, adapters)
+
+
+def _of_run(run: Path) -> dict[str, str]:
+    """The best adapter of a search, and those of all trials that have a checkpoint."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    trials = {f"trial-{row['trial']}": row["checkpoint"] for row in summary["trials"] if row["checkpoint"]}
+    found = {"best": str(run / "best" / "adapter")} if (run / "best" / "adapter").is_dir() else {}
+    kept = {name: f"{checkpoint}/adapter" for name, checkpoint in trials.items()}
+    return found | {name: source for name, source in kept.items() if "://" in source or Path(source).is_dir()}
+
+
+def model_of_run(cfg: Config) -> Config:
+    """With the base model that the run was made with, where a run is served."""
+    if not cfg.serving.run:
+        return cfg
+    try:
+        written = yaml.safe_load((Path(cfg.serving.run) / "config.yaml").read_text(encoding="utf-8"))
+        return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
+    except OSError as error:
+        raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {error.strerror}") from None
+
+
+def leaderboard(run: str | None) -> dict[str, Any]:
+    """What the page shows of a search; no trials if there is none. `template` renders plain prompts."""
+    from ftray.search.progress import describe
+
+    if run is None:
+        return {"metric": None, "template": None, "trials": []}
+    summary = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
+    written = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+    trials = [
+        {**{name: row[name] for name in ("trial", "value", "status")}, "configuration": describe(row["config"])}
+        for row in summary["trials"]
+    ]
+    return {"metric": summary["metric"], "template": written["data"]["template"], "trials": trials}

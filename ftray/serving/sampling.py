@@ -1,0 +1,112 @@
+"""How the next token is chosen, and how chosen tokens become text that ends at a stop string."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks of the tokens, as the OpenAI reference defines it.
+
+    Attributes:
+        temperature: 0: the likeliest token.
+        seed: of the sequence's own generator; None: at random.
+        stop: texts that end the answer and are no part of it.
+        logprobs: likeliest alternatives given with each token; None: no log-probabilities at all.
+        echo: give the prompt's tokens too, with their log-probabilities if those are asked for.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its log-probability (None: not asked for, or nothing before it) and the likeliest in its place."""
+
+    id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+def choose(logits: torch.Tensor, samplings: list[Sampling], generators: list[torch.Generator | None]) -> list[int]:
+    """The next token of each row of float32 `logits` [N, vocabulary]; rows of like settings are warped together."""
+    chosen = logits.argmax(-1).tolist()
+    groups: dict[tuple[float, float], list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature > 0:
+            groups.setdefault((sampling.temperature, sampling.top_p), []).append(row)
+    for (temperature, top_p), rows in groups.items():
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        probabilities = torch.softmax(warpers(None, logits[rows]), -1)
+        for row, p in zip(rows, probabilities, strict=True):
+            chosen[row] = int(torch.multinomial(p, 1, generator=generators[row]))
+    return chosen
+
+
+def scored(logits: torch.Tensor, ids: list[int], alternatives: int) -> list[Token]:
+    """Each token of `ids` with its log-probability by its row of float32 `logits` [N, vocabulary], before warping."""
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, places = logprobs.topk(alternatives)
+    tops = [list(zip(p, v, strict=True)) for p, v in zip(places.tolist(), values.tolist(), strict=True)]
+    return [Token(*token) for token in zip(ids, own, tops, strict=True)]
+
+
+class Text:
+    """The growing text of one answer.
+
+    Args:
+        tokenizer: a fast one.
+        prompt: token ids before the answer; some tokenizers decode a token by those before it.
+        stop: texts to stop at.
+
+    Attributes:
+        stopped: a stop string was met.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]):
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self._stream = DecodeStream(ids=prompt[-8:], skip_special_tokens=True)
+        self._held = ""  # may be the start of a stop string
+        self._waiting: list[int] = []  # tokens that are no whole character yet
+
+    def add(self, token: int) -> str:
+        """The text that is certain now."""
+        self._waiting.append(token)
+        new = self._stream.step(self.tokenizer.backend_tokenizer, token)
+        if new is None:
+            return ""
+        self._waiting = []
+        return self._release(self._held + new, last=False)
+
+    def end(self) -> str:
+        """What was held back; half a character becomes U+FFFD."""
+        if self.stopped:
+            return ""
+        rest = self.tokenizer.decode(self._waiting, skip_special_tokens=True) if self._waiting else ""
+        return self._release(self._held + rest, last=True)
+
+    def _release(self, text: str, last: bool) -> str:
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0
+        if not last:
+            for stop in self.stop:
+                lengths = (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+                keep = max(keep, next(lengths, 0))
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

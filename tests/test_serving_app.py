@@ -1,0 +1,395 @@
+"""The real command with a tiny model, asked by the real openai client. One start of Serve for all tests."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+import yaml
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from test_pack import Trial
+from test_serving_engine import generated
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+KEY = "correct horse battery"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`python -m ftray.serve --run` and the models that it should answer like."""
+
+    def __init__(self, tiny_llama, directory, extra=()):
+        self.directory, self.url = directory, f"http://127.0.0.1:{free_port()}"
+        self.base, self.tokenizer = os.path.basename(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).requires_grad_(False)
+        self.models = {self.base: base}
+        run, kept = directory / "run", directory / "run" / "tune" / "trial-3" / "checkpoint_000001"
+        places = {"best": run / "best/adapter", "trial-3": kept / "adapter", "lora": directory / "lora"}
+        methods = {"best": "lora", "trial-3": "ia3", "lora": "lora", "extra": "oft"}
+        for seed, (name, method) in enumerate(methods.items()):
+            self.models[name] = Trial(method, seed=seed).model(base).eval()
+            self.models[name].save_pretrained(places.get(name, directory / name))
+        config = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.01}}
+        row = {"trial": 3, "status": "finished", "value": 1.25, "config": config, "checkpoint": str(kept)}
+        gone = {**row, "trial": 4, "checkpoint": str(kept) + "-gone", "value": None, "status": "failed"}
+        (run / "summary.json").write_text(json.dumps({"metric": "validation_loss", "trials": [row, gone]}))
+        written = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"template": "say {prompt}:"}}
+        (run / "config.yaml").write_text(yaml.safe_dump(written))
+        command = [sys.executable, "-m", "ftray.serve", "--run", str(run), f"--adapter=lora={directory / 'lora'}"]
+        command += ["--port", self.url.rpartition(":")[2], "--serving.adapter_sources", f"[{directory}]"]
+        command += ["--serving.max_output_tokens", "480", "--serving.max_queue", "8", "--serving.slots", "4"]
+        command += ["--serving.max_body_bytes", "20000", "--serving.max_prompt_tokens", "300"]
+        command += ["--serving.max_adapters", "2", *extra]
+        with open(directory / "log", "w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "FTRAY_API_KEY": KEY}
+            )
+        for _ in range(1200):
+            if "endpoint http" in (directory / "log").read_text():
+                break
+            assert self.process.poll() is None, (directory / "log").read_text()
+            time.sleep(0.1)
+        else:
+            raise AssertionError((directory / "log").read_text())
+
+    def wanted(self, name, ids, max_tokens):
+        new = generated(self.models[name], ids, max_tokens)
+        return self.tokenizer.decode(new, skip_special_tokens=True), new
+
+    def client(self, kind=openai.OpenAI):
+        return kind(base_url=self.url + "/v1", api_key=KEY, max_retries=0, timeout=120)
+
+    def post(self, path, **kwargs):
+        headers = {"Authorization": f"Bearer {KEY}", **kwargs.pop("headers", {})}
+        return httpx.post(self.url + path, headers=headers, timeout=120, **kwargs)
+
+    def metric(self, name):
+        text = httpx.get(self.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama, tmp_path_factory):
+    server = Server(tiny_llama, tmp_path_factory.mktemp("adapters"))
+    yield server
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+
+
+MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the cat sat"}]
+
+
+def chat_ids(server):
+    rendered = server.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    return server.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_models_are_the_base_and_every_adapter(server):
+    assert {m.id for m in server.client().models.list()} == {server.base, "best", "trial-3", "lora"}
+    assert server.client().models.retrieve("lora").id == "lora"
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("name", ["lora", "trial-3", None, "best"])  # more than a replica may hold
+def test_answers_are_those_of_generate(server, name):
+    name, client = name or server.base, server.client()
+    ids = server.tokenizer("the cat sat on")["input_ids"]
+    text, new = server.wanted(name, ids, 12)
+    got = client.completions.create(model=name, prompt="the cat sat on", max_tokens=12, temperature=0)
+    assert got.choices[0].text == text
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (len(ids), len(new))
+    assert got.choices[0].finish_reason == ("stop" if new[-1] == 0 else "length")
+    text, _ = server.wanted(name, chat_ids(server), 12)
+    got = client.chat.completions.create(model=name, messages=MESSAGES, max_completion_tokens=12, temperature=0)
+    assert got.choices[0].message.content == text
+
+
+def test_streams_say_the_same(server):
+    client = server.client()
+    text, new = server.wanted("lora", chat_ids(server), 12)
+    chunks = list(
+        client.chat.completions.create(
+            model="lora",
+            messages=MESSAGES,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage.completion_tokens == len(new)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    ids = server.tokenizer("a b c")["input_ids"]
+    parts = client.completions.create(model="trial-3", prompt="a b c", max_tokens=12, temperature=0, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == server.wanted("trial-3", ids, 12)[0]
+
+
+def test_many_at_once_over_all_adapters(server):
+    async def ask(client, name, prompt):
+        got = await client.completions.create(model=name, prompt=prompt, max_tokens=10, temperature=0)
+        return got.choices[0].text
+
+    async def all_of_them():
+        async with server.client(openai.AsyncOpenAI) as client:
+            return await asyncio.gather(*(ask(client, *case) for case in cases))
+
+    names = [server.base, "lora", "trial-3", "lora", server.base, "trial-3"]
+    cases = [(name, "the cat " * (i + 1)) for i, name in enumerate(names)]
+    wanted = [server.wanted(name, server.tokenizer(prompt)["input_ids"], 10)[0] for name, prompt in cases]
+    assert asyncio.run(all_of_them()) == wanted
+
+
+def test_several_prompts_several_answers_seeds_and_stops(server):
+    client = server.client()
+    settings = {"model": "lora", "max_tokens": 8, "temperature": 1.2, "top_p": 0.95, "seed": 4}
+    got = client.completions.create(prompt=["a b", "the cat"], n=2, **settings)
+    assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
+    again = client.completions.create(prompt=["a b", "the cat"], n=2, **settings)
+    assert [c.text for c in again.choices] == [c.text for c in got.choices]
+    assert got.choices[0].text != got.choices[1].text
+    whole = client.completions.create(model="lora", prompt="a b", max_tokens=20, temperature=0).choices[0].text
+    stop = whole[3:5]
+    cut = client.completions.create(model="lora", prompt="a b", max_tokens=20, temperature=0, stop=[stop]).choices[0]
+    assert cut.text == whole[: whole.find(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_likelihoods_as_an_evaluation_harness_reads_them(server):
+    prompts = [server.tokenizer("the cat sat")["input_ids"], server.tokenizer("a b c d")["input_ids"]]
+    got = server.client().completions.create(
+        model="lora", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1
+    )
+    for choice, ids in zip(got.choices, prompts, strict=True):
+        logits = server.models["lora"](torch.tensor([ids])).logits[0].float()
+        wanted = torch.log_softmax(logits, -1)
+        lp = choice.logprobs
+        assert lp.token_logprobs[0] is None
+        assert lp.top_logprobs[0] is None
+        assert len(lp.tokens) == len(lp.text_offset) == len(ids) + 1
+        for place, token in enumerate(ids[1:]):
+            assert lp.token_logprobs[place + 1] == pytest.approx(wanted[place, token].item(), abs=1e-4)
+            assert max(lp.top_logprobs[place + 1].values()) == pytest.approx(wanted[place].max().item(), abs=1e-4)
+        assert choice.text.startswith(server.tokenizer.decode(ids))
+    chat = server.client().chat.completions.create(
+        model="lora", messages=MESSAGES, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    entries = chat.choices[0].logprobs.content
+    assert all(len(e.top_logprobs) == 2 and e.logprob == e.top_logprobs[0].logprob for e in entries)
+    assert bytes(entries[0].bytes).decode() == entries[0].token
+
+
+OK = {"model": "lora", "prompt": "a", "max_tokens": 2}
+SAY = {"model": "lora", "messages": MESSAGES, "max_tokens": 2}
+MALFORMED = [
+    ("completions", b"", 400, "JSON"),
+    ("completions", b"{", 400, "JSON"),
+    ("completions", b"[1]", 400, "object"),
+    ("completions", b"\xff\xfe", 400, "JSON"),
+    ("completions", b"[" * 10000, 400, "JSON"),
+    ("completions", b'"' + b"x" * 30000 + b'"', 413, "bytes"),
+    ("completions", {}, 400, "model"),
+    ("completions", {"model": "lora"}, 400, "prompt"),
+    ("completions", {**OK, "model": 3}, 400, "model"),
+    ("completions", {**OK, "model": "nobody"}, 404, "no model"),
+    ("completions", {**OK, "model": "../lora"}, 404, "no model"),
+    ("completions", {**OK, "prompt": ""}, 400, "prompt"),
+    ("completions", {**OK, "prompt": []}, 400, "prompt"),
+    ("completions", {**OK, "prompt": [[]]}, 400, "prompt"),
+    ("completions", {**OK, "prompt": {"a": 1}}, 400, "prompt"),
+    ("completions", {**OK, "prompt": ["a", 1]}, 400, "prompt"),
+    ("completions", {**OK, "prompt": [-1]}, 400, "prompt"),
+    ("completions", {**OK, "prompt": [10**6]}, 400, "prompt"),
+    ("completions", {**OK, "prompt": ["a"] * 300}, 400, "prompt"),
+    ("completions", {**OK, "prompt": "a b " * 400}, 400, "300 are allowed"),
+    ("completions", {**OK, "max_tokens": -1}, 400, "max_tokens"),
+    ("completions", {**OK, "max_tokens": "many"}, 400, "max_tokens"),
+    ("completions", {**OK, "max_tokens": 0}, 400, "max_tokens"),
+    ("completions", {**OK, "max_tokens": 481}, 400, "max_tokens"),
+    ("completions", {**OK, "max_tokens": 300, "n": 2}, 400, "max_tokens"),
+    ("completions", {**OK, "prompt": [5] * 290, "max_tokens": 300}, 400, "max_tokens"),
+    ("completions", {**OK, "temperature": -0.1}, 400, "temperature"),
+    ("completions", {**OK, "temperature": float("nan")}, 400, "temperature"),
+    ("completions", {**OK, "top_p": 0}, 400, "top_p"),
+    ("completions", {**OK, "n": 0}, 400, "n"),
+    ("completions", {**OK, "n": 17}, 400, "n"),
+    ("completions", {**OK, "stop": ["a"] * 5}, 400, "stop"),
+    ("completions", {**OK, "stop": ""}, 400, "stop"),
+    ("completions", {**OK, "logprobs": 21}, 400, "logprobs"),
+    ("completions", {**OK, "best_of": 3}, 400, "best_of"),
+    ("completions", {**OK, "suffix": "b"}, 400, "unsupported field 'suffix'"),
+    ("completions", {**OK, "presence_penalty": 1.0}, 400, "presence_penalty"),
+    ("completions", {**OK, "stream": "perhaps"}, 400, "stream"),
+    ("completions", {**OK, "seed": 2**64}, 400, "seed"),
+    ("chat/completions", {**SAY, "messages": []}, 400, "messages"),
+    ("chat/completions", {**SAY, "messages": [{"role": "king", "content": "a"}]}, 400, "role"),
+    ("chat/completions", {**SAY, "messages": [{"role": "user"}]}, 400, "content"),
+    ("chat/completions", {**SAY, "messages": "hello"}, 400, "messages"),
+    ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "unsupported field 'tools'"),
+    ("chat/completions", {**SAY, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs"),
+    ("chat/completions", {**SAY, "prompt": "a"}, 400, "unsupported field 'prompt'"),
+    ("adapters", {"name": "../x", "source": "/tmp"}, 400, "adapter name"),
+    ("adapters", {"name": "x", "source": "/etc"}, 403, "may come from"),
+    ("adapters", {"name": "x", "source": "s3://bucket/x"}, 403, "may come from"),
+    ("adapters", {"name": "lora", "source": "/tmp"}, 409, "already"),
+    ("nothing", {}, 404, "Not Found"),
+]
+
+
+def test_malformed_requests_get_a_clear_answer_and_harm_nothing(server):
+    assert len(MALFORMED) >= 40
+    for path, body, status, reason in MALFORMED:
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        got = server.post(f"/v1/{path}", content=sent)
+        case = f"{path} {sent[:100]!r}: {got.status_code} {got.text[:300]}"
+        assert got.status_code == status, case
+        error = got.json()["error"]
+        assert reason in error["message"] or reason == error["param"], case
+        assert set(error) == {"message", "type", "param", "code"}, case
+        assert "Traceback" not in got.text, case
+    assert server.client().completions.create(**OK).choices[0].text is not None
+    with pytest.raises(openai.BadRequestError, match="top_k"):
+        server.client().completions.create(**OK, extra_body={"top_k": 3})
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}])
+def test_without_the_key_nothing_is_told(server, header):
+    for path in ("/v1/models", "/metrics", "/v1/models/lora"):
+        got = httpx.get(server.url + path, headers=header)
+        assert (got.status_code, got.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert httpx.post(server.url + "/v1/completions", headers=header, json=OK).status_code == 401
+
+
+def test_adapters_come_and_go(server):
+    body = {"name": "late", "source": str(server.directory / "extra")}
+    with pytest.raises(openai.NotFoundError):
+        server.client().completions.create(**{**OK, "model": "late"})
+    assert server.post("/v1/adapters", json=body).json()["id"] == "late"
+    ids = server.tokenizer("the cat")["input_ids"]
+    ask = {"model": "late", "prompt": "the cat", "max_tokens": 9, "temperature": 0}
+    assert server.client().completions.create(**ask).choices[0].text == server.wanted("extra", ids, 9)[0]
+    gone = httpx.delete(server.url + "/v1/adapters/late", headers={"Authorization": f"Bearer {KEY}"})
+    assert gone.json() == {"id": "late", "object": "model", "deleted": True}
+    with pytest.raises(openai.NotFoundError):
+        server.client().completions.create(**ask)
+    other = server.directory / "other"
+    other.mkdir()
+    config = json.loads((server.directory / "lora" / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere/b"}))
+    (other / "adapter_model.safetensors").write_bytes(
+        (server.directory / "lora/adapter_model.safetensors").read_bytes()
+    )
+    refused = server.post("/v1/adapters", json={"name": "other", "source": str(other)})
+    assert refused.status_code == 400
+    assert "made for the base model elsewhere/b" in refused.json()["error"]["message"]
+
+
+def test_a_client_that_goes_away_frees_its_slot(server):
+    ask = {"model": "lora", "prompt": "a", "max_tokens": 400, "stop": ["never to be said"], "temperature": 2.0}
+    before = server.metric("ftray_requests_total")
+    for seed in range(6):  # more than there are slots
+        stream = server.client().completions.create(**ask, seed=seed, stream=True)
+        next(iter(stream))
+        stream.close()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/v1/completions", headers={"Authorization": f"Bearer {KEY}"}, json=ask, timeout=0.3)
+    for _ in range(100):
+        if server.metric("ftray_requests_under_way") == 0:
+            break
+        time.sleep(0.1)
+    assert server.metric("ftray_requests_under_way") == 0
+    assert server.metric("ftray_requests_total") == before + 7
+    assert server.client().completions.create(**OK).usage.completion_tokens > 0
+
+
+def test_what_is_too_much_is_told_to_come_again(server):
+    async def ask(client):
+        body = {"model": "trial-3", "prompt": "a", "max_tokens": 200, "temperature": 2.0}
+        return await client.post(server.url + "/v1/completions", json=body, timeout=300)
+
+    async def flood():
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(20)))
+
+    got = asyncio.run(flood())
+    refused = [response for response in got if response.status_code == 429]
+    assert 0 < len(refused) <= 12
+    assert all(response.headers["retry-after"] == "1" for response in refused)
+    assert all(response.status_code == 200 for response in got if response not in refused)
+
+
+def test_the_page_shows_two_models_side_by_side(server, tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += f" disable-component-update disable-sync user-data-dir={tmp_path} window-size=1100,1000"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.binary_location = shutil.which("chromium")
+    with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        browser.get(server.url)
+
+        def at(name):
+            return browser.find_element("id", name)
+
+        wait = WebDriverWait(browser, 30)
+        wait.until(lambda _: at("key").is_displayed())
+        at("key").send_keys(KEY + Keys.TAB)
+        wait.until(lambda _: at("leaderboard").is_displayed())
+        assert "1.2500" in at("leaderboard").text
+        assert at("template").get_attribute("value") == "say {prompt}:"
+        assert at("model-1").get_attribute("value") == "best"
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        at("prompt").send_keys("the <b>cat</b>", Keys.CONTROL + Keys.ENTER)  # no mouse needed
+        wait.until(lambda _: "tokens/s" in at("speed-0").text and "tokens/s" in at("speed-1").text)
+        ids = server.tokenizer("say the <b>cat</b>:")["input_ids"]
+        for side, name in enumerate((server.base, "best")):
+            shown = at(f"answer-{side}").get_attribute("textContent")
+            assert shown == server.wanted(name, ids, 64)[0]
+        browser.save_screenshot(os.environ.get("FTRAY_SCREENSHOT", str(tmp_path / "wide.png")))
+        browser.set_window_size(500, 900)
+        left, right = at("answer-0").rect, at("answer-1").rect
+        assert left["y"] + left["height"] <= right["y"]  # one above the other
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert not [
+            entry
+            for entry in browser.get_log("browser")
+            if entry["level"] == "SEVERE" and "401" not in entry["message"]
+        ]
+
+
+def test_the_readme_examples_run(server, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text().replace("http://127.0.0.1:8000", server.url)
+    (curl,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
+    monkeypatch.setenv("FTRAY_API_KEY", KEY)
+    wanted = server.wanted("best", server.tokenizer("f o x\n")["input_ids"], 16)[0]
+    done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"] == wanted
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == wanted
+
+
+def test_prometheus_is_told_what_was_done(server):
+    assert server.metric('ftray_output_tokens_total{model="lora"}') > 0
+    assert server.metric('ftray_prompt_tokens_total{model="lora"}') > 0
+    assert server.metric('ftray_first_part_seconds_count{model="lora"}') > 0

@@ -1,0 +1,100 @@
+"""What the endpoint makes of replicas that are slow or die, with replicas that do so on purpose."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from ftray.config import ServingConfig
+from ftray.serving.endpoint import ATTEMPTS, Endpoint, Usage
+from ftray.serving.protocol import Refused
+from ftray.serving.replica import Part, Parts
+
+WHOLE = [Parts(prompt_tokens=3), Parts([Part(0, "ab", count=2)]), Parts([Part(0, "c", count=1, finish="stop")])]
+
+
+class Answer:
+    """What a handle gives: parts, numbers of seconds to wait, errors."""
+
+    def __init__(self, script):
+        self.script, self.cancelled = iter(script), False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        for what in self.script:
+            if isinstance(what, Parts):
+                return what
+            if isinstance(what, Exception):
+                raise what
+            await asyncio.sleep(what)
+        raise StopAsyncIteration
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Replicas:
+    """A handle whose answers follow `scripts`, one after another."""
+
+    def __init__(self, scripts):
+        self.answers = [Answer(script) for script in scripts]
+        self.asked, self.answer = 0, self
+
+    def options(self, **kwargs):
+        return self
+
+    def remote(self, job):
+        self.asked += 1
+        return self.answers[self.asked - 1]
+
+
+def ask(*scripts, seconds=5.0):
+    """The parts, the error if there is one, the replicas and the endpoint."""
+    replicas = Replicas(scripts)
+    endpoint = SimpleNamespace(
+        cfg=ServingConfig(request_seconds=seconds), replicas=replicas, usage=Usage(), under_way=0
+    )
+    endpoint._once = lambda job, deadline: Endpoint._once(endpoint, job, deadline)
+    parts = []
+
+    async def collect():
+        async for got in Endpoint._parts(endpoint, "m", SimpleNamespace(adapter=None)):
+            parts.append(got)
+
+    try:
+        asyncio.run(collect())
+        error = None
+    except Refused as refused:
+        error = refused
+    assert endpoint.under_way == 0
+    return parts, error, replicas
+
+
+def test_a_replica_that_dies_before_it_gives_anything_is_replaced():
+    parts, error, replicas = ask([WHOLE[0], ActorDiedError()], [ActorDiedError()], WHOLE)
+    assert (parts, error, replicas.asked) == (WHOLE, None, 3)
+
+
+def test_what_was_given_is_not_given_twice():
+    parts, error, replicas = ask([*WHOLE[:2], ActorDiedError()], WHOLE)
+    assert (parts, error.status, error.code, replicas.asked) == (WHOLE[:2], 500, "replica_died", 1)
+
+
+def test_replicas_that_keep_dying_are_told():
+    _, error, replicas = ask(*([ActorDiedError()] for _ in range(ATTEMPTS)))
+    assert (error.status, replicas.asked) == (503, ATTEMPTS)
+
+
+@pytest.mark.parametrize("script", [[60], [WHOLE[0], 60], [*WHOLE[:2], 60]])
+def test_a_request_that_takes_too_long_is_given_up_and_cancelled(script):
+    _, error, replicas = ask(script, seconds=0.2)
+    assert (error.status, error.code) == (504, "timeout")
+    assert replicas.answers[0].cancelled
+
+
+def test_what_a_replica_refuses_names_the_field():
+    _, error, _ = ask([Parts(refused=(400, "too long", "prompt"))])
+    assert (error.status, error.param, error.message) == (400, "prompt", "too long")

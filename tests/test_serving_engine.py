@@ -1,0 +1,250 @@
+"""Many sequences of many adapters answered together, against transformers.generate for each alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import gpt2, llama, make_tokenizer
+from test_pack import APART, CONFIGS, TARGETS, Trial
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from ftray.config import UserError
+from ftray.serving.adapters import check_name, load_adapter
+from ftray.serving.engine import Engine, Piece, Sequence
+from ftray.serving.sampling import Sampling
+
+SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, head_dim=16, attn_implementation="eager"))
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**SMALL, **HEADS, sliding_window=8))
+
+
+def engine_of(base, methods=(), targets=TARGETS[2], **settings):
+    engine = Engine(base.requires_grad_(False), make_tokenizer(), **settings)
+    for i, method in enumerate(methods):
+        engine.add(method, engine.prepare(Trial(method, targets=targets, seed=i).model(base).eval()))
+    return engine
+
+
+def asked(prompt, adapter=None, **sampling):
+    pieces: list[Piece] = []
+    sequence = Sequence(list(prompt), Sampling(**{"temperature": 0.0, **sampling}), pieces.append, adapter)
+    sequence.pieces = pieces
+    return sequence
+
+
+def run(engine, sequences, at=()):
+    """Submit each sequence at its step (default: at once) and step until all are done."""
+    due = list(zip(at or [0] * len(sequences), sequences, strict=True))
+    for step in range(1000):
+        for when, sequence in due:
+            if when == step:
+                engine.submit(sequence)
+        engine.step()
+        if all(s.done for s in sequences):
+            return [s.ids[len(s.prompt) :] for s in sequences]
+    raise AssertionError("not done")
+
+
+def generated(model, prompt, max_tokens):
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, use_cache=True, pad_token_id=1
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def prompts(count, longest=40):
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
+    return [torch.randint(2, 300, (n,), generator=draw).tolist() for n in lengths]
+
+
+def assert_as_alone(engine, names, at=(), longest=40, max_tokens=12):
+    given = prompts(len(names), longest)
+    sequences = [asked(p, name, max_tokens=max_tokens) for p, name in zip(given, names, strict=True)]
+    got = run(engine, sequences, at)
+    for name, prompt, tokens in zip(names, given, got, strict=True):
+        model = engine.adapters[name].model if name else engine.base
+        assert tokens == generated(model, prompt, max_tokens), name
+    assert not engine.busy
+
+
+def test_every_method_beside_the_others_joining_at_different_times():
+    engine = engine_of(llama(), CONFIGS, slots=5, prompt_tokens=16)
+    names = [None, *CONFIGS, "lora", None, "oft", "dora"]
+    assert not any(adapter.apart for adapter in engine.adapters.values())
+    assert_as_alone(engine, names, at=[0, 0, 0, 2, 3, 3, 5, 9, 9, 9, 14, 20, 20])
+
+
+def test_what_cannot_share_a_batch_is_answered_by_itself():
+    engine = engine_of(llama(), [*APART, "lora"])
+    assert [a.apart is None for a in engine.adapters.values()] == [False] * len(APART) + [True]
+    assert_as_alone(engine, [*APART, "lora", None, *APART])
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"), [(gpt2, ["c_attn", "c_proj"]), (mistral, TARGETS[2]), (gemma2, TARGETS[2])]
+)
+def test_other_models(make, targets):
+    if make is gpt2:
+        targets = ["c_attn", "mlp.c_proj"]
+    engine = engine_of(make(), ["lora"], targets, prompt_tokens=10)
+    assert bool(engine.apart) == (make is gemma2)
+    assert_as_alone(engine, ["lora", None, "lora"], at=[0, 1, 4])
+
+
+def test_slots_grow_with_what_they_hold():
+    engine = engine_of(llama(), ["lora"], slots=3)
+    assert_as_alone(engine, ["lora", None, "lora", None, "lora"], longest=400, max_tokens=30)
+
+
+def test_who_goes_away_frees_the_slot():
+    engine = engine_of(llama(), ["lora"], slots=1)
+    first, second = asked([5, 6, 7], "lora", max_tokens=400), asked([5, 6, 7], "lora", max_tokens=5)
+    engine.submit(first)
+    engine.submit(second)
+    engine.step()
+    assert not second.pieces
+    engine.cancel(first)
+    engine.remove("lora")  # goes with the last that asked for it
+    while engine.busy:
+        engine.step()
+    assert sum(len(p.tokens) for p in second.pieces) == 5
+    assert second.pieces[-1].finish in ("length", "stop")
+    assert not engine.adapters
+    assert_as_alone(engine, [None])
+
+
+def test_an_adapter_that_is_not_finite_ends_its_own_answers_alone():
+    engine = engine_of(llama(), ["lora", "ia3"])
+    for parameter in engine.adapters["ia3"].model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(float("nan"))
+    bad, good = asked([7] * 50, "ia3"), asked([5, 6], "lora", max_tokens=20)
+    got = run(engine, [bad, good])
+    assert "not finite" in bad.pieces[-1].error
+    assert got[1] == generated(engine.adapters["lora"].model, [5, 6], 20)
+    assert_as_alone(engine, ["lora", None, "lora"], longest=60)
+
+
+def test_seeds_decide_whatever_else_is_in_the_batch():
+    engine = engine_of(llama(), ["lora"])
+    settings = {"temperature": 1.3, "top_p": 0.9, "max_tokens": 10}
+    alone = run(engine, [asked([9, 8, 7], "lora", seed=3, **settings)])[0]
+    crowd = [asked([9, 8, 7], "lora", seed=seed, **settings) for seed in (1, 3, 3, None)]
+    got = run(engine, [*crowd, asked([4, 4], None, max_tokens=8)])
+    assert got[1] == got[2] == alone
+    assert got[0] != alone
+
+
+def test_top_p_leaves_the_unlikely_out():
+    engine = engine_of(llama())
+    sure = asked([9, 8, 7], temperature=1.0, top_p=1e-6, max_tokens=6)
+    assert run(engine, [sure])[0] == generated(engine.base, [9, 8, 7], 6)
+
+
+@pytest.mark.parametrize("prompt_tokens", [256, 4])
+def test_echoed_log_probabilities_are_the_models(prompt_tokens):
+    engine = engine_of(llama(), ["lora", "prompt tuning"], prompt_tokens=prompt_tokens)
+    prompt = prompts(1)[0]
+    for name in ("lora", "prompt tuning"):
+        sequence = asked(prompt, name, max_tokens=3, echo=True, logprobs=2)
+        run(engine, [sequence])
+        tokens = [t for piece in sequence.pieces for t in piece.tokens]
+        assert [t.id for t in tokens] == sequence.ids
+        logits = engine.adapters[name].model(torch.tensor([sequence.ids])).logits[0, -len(tokens) :].float()
+        wanted = torch.log_softmax(logits, -1)
+        assert tokens[0].logprob is None
+        for place, token in enumerate(tokens[1:]):
+            assert token.logprob == pytest.approx(wanted[place, token.id].item(), abs=1e-4)
+            assert [t for t, _ in token.top] == wanted[place].topk(2).indices.tolist()
+    nothing_more = asked(prompt, "lora", max_tokens=0, echo=True, logprobs=0)
+    run(engine, [nothing_more])
+    assert [t.id for p in nothing_more.pieces for t in p.tokens] == prompt
+    assert nothing_more.pieces[-1].finish == "length"
+
+
+def text_of(sequence):
+    return "".join(piece.text for piece in sequence.pieces)
+
+
+def test_text_ends_before_a_stop_string_that_may_cross_tokens():
+    engine, tokenizer = engine_of(llama()), make_tokenizer()
+    free = asked([9, 8, 7], max_tokens=30)
+    ids = run(engine, [free])[0]
+    assert text_of(free) == tokenizer.decode(ids, skip_special_tokens=True)
+    whole = text_of(free)
+    for first in range(3, len(whole) - 3, 4):
+        stop = whole[first : first + 3]
+        stopped = asked([9, 8, 7], max_tokens=30, stop=("never this", stop))
+        run(engine, [stopped])
+        assert text_of(stopped) == whole[: whole.find(stop)]
+        assert stopped.pieces[-1].finish == "stop"
+
+
+@pytest.mark.parametrize("method", ["lora", "lora and head", "prompt tuning"])
+def test_an_adapter_is_read_from_its_directory(tmp_path, method):
+    base = llama().requires_grad_(False)
+    base.name_or_path = "models/a"
+    model = Trial(method).model(base)
+    model.save_pretrained(tmp_path / "good")
+    engine = engine_of(base)
+    engine.add("good", engine.prepare(load_adapter(base, str(tmp_path / "good"))))
+    engine.add("uri", engine.prepare(load_adapter(base, f"file://{tmp_path}/good")))
+    assert [bool(adapter.apart) for adapter in engine.adapters.values()] == [method != "lora"] * 2
+    for name in ("good", "uri"):
+        assert run(engine, [asked([4, 5, 6], name, max_tokens=9)])[0] == generated(model.eval(), [4, 5, 6], 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "can run code"),
+        (lambda d: (d / "adapter_config.json").unlink(), "no PEFT adapter"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "not valid"),
+        (lambda d: edit(d, '"models/a"', '"models/other"'), "made for the base model models/other"),
+        (lambda d: edit(d, '"CAUSAL_LM"', '"SEQ_CLS"'), "its task is SEQ_CLS"),
+        (lambda d: edit(d, '"r": 4', '"r": 5'), "does not fit"),
+        (lambda d: edit(d, '"q_proj"', '"nowhere"'), "does not fit"),
+        (lambda d: edit(d, '"init_lora_weights": true', '"init_lora_weights": "pissa"'), "merge it"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 64), "does not fit"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(tmp_path, change, reason):
+    base = llama().requires_grad_(False)
+    base.name_or_path = "models/a"
+    Trial("lora", targets=["q_proj", "o_proj"]).model(base).save_pretrained(tmp_path)
+    before = [p.clone() for p in base.parameters()]
+    change(tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_adapter(base, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True))
+
+
+def edit(directory, old, new):
+    path = directory / "adapter_config.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a..b", "", ".a", "a b", "x" * 65, "a\n", "ü"])
+def test_names_that_are_paths_are_refused(name):
+    with pytest.raises(UserError, match="adapter name"):
+        check_name(name)
+    assert check_name("trial-3_v1.0") == "trial-3_v1.0"
+
+
+def test_the_engine_imports_no_ray():
+    code = "import sys, ftray.serving.engine; print({m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not eval(done.stdout) & {"ray", "deepspeed", "optuna", "fastapi"}

@@ -1,0 +1,78 @@
+"""What the serve command makes of its configuration before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftray.cli import parse, run_command
+from ftray.config import Config, ServingConfig, UserError
+from ftray.serving.app import build, key_digest
+from ftray.serving.offers import offered
+
+CLUSTER = Path(__file__).parent.parent / "cluster"
+
+
+def test_the_deploy_files_make_the_application(tiny_llama, monkeypatch):
+    from ray.serve.schema import ServeDeploySchema
+
+    monkeypatch.setenv("FTRAY_API_KEY", "k")
+    written = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+    (app,) = ServeDeploySchema.model_validate(written).applications
+    assert app.import_path == f"{build.__module__}:{build.__name__}"
+    args = {**app.args, "model": {"name": tiny_llama}, "serving": {**app.args["serving"], "run": None}}
+    monkeypatch.setattr("ftray.search.cluster.gpus_per_worker", lambda cfg: 0.0)  # would ask a cluster
+    made = build(args)
+    (replicas,) = [d for d in made._bound_deployment.init_args if hasattr(d, "_bound_deployment")]
+    assert replicas._bound_deployment.name == "replica"
+    service = yaml.safe_load((CLUSTER / "rayservice.yaml").read_text())
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == written
+
+
+def serving(**settings):
+    return Config(serving=ServingConfig(**settings))
+
+
+def test_no_key_no_listening_beyond_this_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv("FTRAY_API_KEY", raising=False)
+    assert key_digest(serving()) is None
+    assert key_digest(serving(host="0.0.0.0", anonymous=True)) is None
+    with pytest.raises(UserError, match="others could ask without a key"):
+        key_digest(serving(host="0.0.0.0"))
+    file = tmp_path / "key"
+    with pytest.raises(UserError, match="No such file"):
+        key_digest(serving(api_key_file=str(file)))
+    file.write_text(" \n")
+    with pytest.raises(UserError, match="is empty"):
+        key_digest(serving(api_key_file=str(file)))
+    file.write_text("secret\n")
+    digest = key_digest(serving(host="0.0.0.0", api_key_file=str(file)))
+    monkeypatch.setenv("FTRAY_API_KEY", "secret")
+    assert digest == key_digest(serving())
+    assert "secret" not in digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"run": "nowhere"}, "no finished search"),
+        ({"adapters": ["nameless"]}, "must be NAME=DIRECTORY"),
+        ({"adapters": ["../up=x"]}, "adapter name"),
+        ({"adapters": ["a=nowhere"]}, "no PEFT adapter"),
+        ({"adapters": ["tiny-llama0=x"]}, "the base model has that name"),
+    ],
+)
+def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reason):
+    cfg = serving(run=settings.get("run"))
+    cfg.adapters = settings.get("adapters", [])
+    cfg.model.name = tiny_llama
+    with pytest.raises(UserError, match=reason):
+        offered(cfg)
+
+
+def test_flags_of_the_command(capsys):
+    cfg = parse("serve", ["--adapter", "a=x", "--adapter", "b=y", "--model", "m", "--port", "9"])
+    assert (cfg.adapters, cfg.model.name, cfg.serving.port) == (["a=x", "b=y"], "m", 9)
+    assert parse("serve", ["--run", "r", "--merged"]).serving.merged
+    assert run_command("serve", ["--merged"]) == 2
+    assert "name a --run" in capsys.readouterr().err
