@@ -219,7 +219,7 @@ def complete() -> None:
     for name, command in COMMANDS.items():
         own = parser_of(name, commands.add_parser(name, help=command.summary, allow_abbrev=False))
         for field in fields():
-            if field not in ("resume", "verbose", "output", "adapters", "plan"):
+            if "." in field:  # the others are flags of the commands that take them
                 own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
         for action in own._actions:
             if choices := _choices(action.dest):
