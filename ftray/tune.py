@@ -150,8 +150,9 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `samples` of generated text, and `merged`: its `path`
-        and, where the base was quantised and it is not, its own `loss`; or the `reason` why there is none.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `new_modules` that the base came without, `samples` of
+        generated text, and `merged`: its `path` and, where the base was quantised and it is not, its own `loss`; or the
+        `reason` why there is none.
     """
     import torch
     from peft import PeftModel
@@ -177,6 +178,7 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
+    new = base.new_modules
     del model, base
     merged: dict[str, Any] = {"path": str(output / "best" / "merged")}
     try:
@@ -190,6 +192,7 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
+        "new_modules": new,
         "merged": merged,
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],

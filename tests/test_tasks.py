@@ -127,6 +127,22 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
         torch.testing.assert_close(task.loss(merged, batch), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp_path):
+    cfg = build({"data": {"source": write(tmp_path / "data.jsonl", token_labels), "cache": str(tmp_path)}})
+    data = prepare(cfg.data, tiny_bert, task="TOKEN_CLS")
+    adapter = AdapterConfig(method="lora", dropout=0.0)
+    losses = []
+    for rows in (16, 4):
+        training = TrainingConfig(batch_size=16, micro_batch=rows, learning_rate=1e-2)
+        trainer = Trainer(Run(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
+        reports = []
+        trainer.fit(batches(data, 0, 0, rows), lambda: batches_in_order(data, "validation", 16), reports.append)
+        losses.append([report[name] for report in reports for name in ("train_loss", "validation_loss")])
+    words = {int((b["labels"] != -100).sum()) for b, _ in zip(batches(data, 0, 0, 4), range(4), strict=False)}
+    assert len(words) > 1  # a mean of means would be another number
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 LOAD = """
 import json, sys, torch, transformers
 from peft import PeftModel

@@ -29,6 +29,7 @@ from ftray.data.splits import (
     needed,
     order_key,
     refuse_empty,
+    refuse_mixture,
     refuse_unsupervised,
     split_of,
 )
@@ -273,6 +274,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
 def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
     rows, of = table.to_pylist(), task.load()
     examples = [of.parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    refuse_mixture(examples, of)
     tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
     return pa.table(
         {

@@ -71,6 +71,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tupl
     """
     found: dict[str, int] = dict.fromkeys(SPLITS, 0)
     total, complete = 0, True
+    known: list[Any] = []
     of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
     for name, (chunks, local) in find_sources(cfg).items():
         keyed = []
@@ -79,6 +80,8 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tupl
             keyed.append((order_key(record, cfg.seed), split_of(record, local, name), example))
         if not keyed:
             raise UserError(f"data {local.source}: holds no record")
+        known = [*known[:1], *(example for _, _, example in keyed)]
+        refuse_mixture(known, of)
         if name == "train" and of.has_labels and not labels:
             seen = Counter(label for _, _, example in keyed for label in of.labels(example))
             if is_small(chunks):
@@ -107,6 +110,17 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tupl
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Class names sorted; numbers by their size."""
     return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
+
+
+def refuse_mixture(examples: list[Any], task: Any) -> None:
+    """Raise the UserError about records of two shapes, if there are any."""
+    first = examples[0]
+    for example in examples:
+        if task.shape(example) != task.shape(first):
+            raise UserError(
+                f"{example.where}: has {task.shape(example)}, but {first.where} has {task.shape(first)}: "
+                "all records must be alike"
+            )
 
 
 def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataConfig) -> None:

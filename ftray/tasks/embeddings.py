@@ -62,6 +62,9 @@ class Task(task.PaddedTask):
             raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
         return Example(texts, float(score), where)
 
+    def shape(self, example: Example) -> str:
+        return "no score" if example.score is None else "a score"
+
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         encoded, cut = encode([text for e in examples for text in e.texts], None, tokenizer, cfg)
         result: list[Tokens | None] = []

@@ -44,8 +44,11 @@ class Task(task.PaddedTask):
     def labels(self, example: Example) -> list[str]:
         return [example.label]
 
+    def shape(self, example: Example) -> str:
+        return "no text_pair" if example.pair is None else "a text_pair"
+
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
-        pairs = [e.pair or "" for e in examples] if any(e.pair for e in examples) else None
+        pairs = [e.pair for e in examples] if examples[0].pair is not None else None
         encoded, cut = encode([e.text for e in examples], pairs, tokenizer, cfg)
         result: list[Tokens | None] = []
         for i, (example, too_long) in enumerate(zip(examples, cut, strict=True)):

@@ -62,6 +62,10 @@ class Task(ABC):
         """The class names in what :meth:`parse` gave."""
         return ()
 
+    def shape(self, example: Any) -> str:
+        """What :meth:`parse` found there to be; all records must be alike in it."""
+        return ""
+
     @abstractmethod
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         """Token ids and labels; None where a record is too long or has nothing left to learn.
