@@ -29,7 +29,8 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
     from ftray.data import check, prepare
-    from ftray.models.load import load_tokenizer
+    from ftray.models.load import load_tokenizer, own_labels
+    from ftray.tasks import TaskSpec
     from ftray.tasks.choose import resolve
 
     adapters = [find_adapter(name) for name in cfg.adapters]
@@ -37,7 +38,8 @@ def run(cfg: Config) -> int:
     data_cfg = data_settings(cfg, adapters[0] if adapters else None)
     task = saved_task(cfg, adapters)
     cfg = resolve(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
-    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, task.labels)
+    labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
+    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
     place = output_file(cfg)
 
     import ray
@@ -46,7 +48,7 @@ def run(cfg: Config) -> int:
     from ftray.search.outcome import write_json
 
     connect(cfg)
-    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, task.labels)
+    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
     split = cfg.evaluation.split
     if split != "all" and not data.splits[split].records:
         raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")

@@ -49,9 +49,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
     result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
     """
     config = _config(cfg, path, task)
-    dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
-    for name in dropout:
-        setattr(config, name, 0.0)
+    dropout = _without_dropout(config)
     kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg), "attn_implementation": "sdpa"}
     if cfg.quantization != "none":
         kwargs["quantization_config"] = _quantization(cfg)
@@ -81,10 +79,21 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
 
 def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
+    config = _config(cfg, path, task)
+    _without_dropout(config)
     with torch.device("meta"):
-        model = _auto_class(task).from_config(_config(cfg, path, task), trust_remote_code=cfg.trust_remote_code)
+        model = _auto_class(task).from_config(config, trust_remote_code=cfg.trust_remote_code)
     model.task = task
     return model
+
+
+def own_labels(path: str, task: TaskSpec, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """The classes of a model that has the head of `task` already; none of another one."""
+    config, of = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), task.load()
+    head = of.auto_class.removeprefix("AutoModel")
+    if not of.has_labels or not any(kind.endswith(head) for kind in config.architectures or []):
+        return ()
+    return tuple(config.id2label[i] for i in range(config.num_labels))
 
 
 def _auto_class(task: TaskSpec) -> Any:
@@ -99,6 +108,14 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
     if task.name != "CAUSAL_LM" and config.pad_token_id is None:
         config.pad_token_id = task.pad  # a decoder finds the last token of a text by it
     return config
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Turn it off; returns what it was."""
+    dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+    for name in dropout:
+        setattr(config, name, 0.0)
+    return dropout
 
 
 def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:

@@ -118,9 +118,10 @@ class Task(task.PaddedTask):
         return None  # no window holds the whole answer
 
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """[records, 2, tokens]: start and end, -inf at padding."""
+        """[records, 2, tokens]: start and end, -inf at padding; without the tokens that a method puts before them."""
         output = model(**self.inputs(batch))
         logits = torch.stack([output.start_logits, output.end_logits], 1).float()
+        logits = logits[..., -batch["input_ids"].shape[1] :]
         return logits.masked_fill(batch["attention_mask"][:, None] == 0, -torch.inf)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -104,6 +104,7 @@ class Task(task.PaddedTask):
     def embed(self, model: Any, batch: Batch) -> torch.Tensor:
         """Float32 [texts, hidden size], each of length 1: the mean of the last hidden states over the text's tokens."""
         hidden = model(**self.inputs(batch)).last_hidden_state.float()
+        hidden = hidden[:, -batch["input_ids"].shape[1] :]  # without the tokens that a method puts before them
         mask = batch["attention_mask"][..., None].float()
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

@@ -50,15 +50,19 @@ class Task(task.PaddedTask):
     def inputs(self, batch: Any) -> Batch:
         return super().inputs(batch) | {"labels": batch["labels"], "use_cache": False}
 
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
+        return model(**self.inputs(batch)).logits[:, -batch["labels"].shape[1] :].float()
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = model(**self.inputs(batch)).logits.float()
+        logits = self._logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         loss, tokens, texts = np.zeros(len(rows)), np.zeros(len(rows)), [""] * len(rows)
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            logits = model(**self.inputs(batch)).logits.float()
+            logits = self._logits(model, batch)
             each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").double()
             loss[part] = each.sum(1).cpu().numpy()
             tokens[part] = (batch["labels"] != IGNORE).sum(1).cpu().numpy()

@@ -83,8 +83,12 @@ class Task(task.PaddedTask):
             result.append(None if not kept or (too_long and cfg.overlong == "drop") else tokens)
         return result
 
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[records, tokens, classes], without the tokens that a method puts before them."""
+        return model(**self.inputs(batch)).logits[:, -batch["labels"].shape[1] :].float()
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = model(**self.inputs(batch)).logits.float()
+        logits = self._logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
@@ -93,7 +97,7 @@ class Task(task.PaddedTask):
         loss, words, right = np.zeros(count), np.zeros(count), np.zeros(count)
         tags: list[list[str]] = [[] for _ in rows]
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            logits, labels = model(**self.inputs(batch)).logits.float(), batch["labels"]
+            logits, labels = self._logits(model, batch), batch["labels"]
             each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double()
             predicted, first = logits.argmax(-1), labels != IGNORE
             loss[part] = each.sum(1).cpu().numpy()
