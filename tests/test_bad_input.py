@@ -73,12 +73,12 @@ TASKS = {
     "pairs and single texts": (
         lines(*TEXTS, {"text": "t", "text_pair": "u", "label": "a"}),
         [],
-        "data.jsonl:41: has a text_pair, but data.jsonl:1 has no text_pair: all records must be alike",
+        "data.jsonl:1 has no text_pair: all records must be alike",
     ),
     "scored and other pairs": (
         lines(PAIR | {"score": 0.5}, {"anchor": "a", "positive": "b"}),
         [],
-        "data.jsonl:2: has no score, but data.jsonl:1 has a score",
+        "data.jsonl:1 has a score: all records must be alike",
     ),
     "label only once": (lines(*TEXTS, {"text": "t", "label": "c"}), [], "data.jsonl:41: label 'c' occurs only once"),
     "unknown label": (

@@ -455,7 +455,8 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     shapes = measure(load_skeleton(cfg, path, spec), {"adapter": adapter, "training": {}}, 20, False)
     model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
     assert shapes.apart == f"{task} pads its records"
-    assert 50 * shapes.activations + shapes.fixed == pytest.approx(_kept(model.train(), 50), rel=0.1)
+    # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
+    assert 0.9 < (50 * shapes.activations + shapes.fixed) / _kept(model.train(), 50) < 1.25
 
 
 def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):

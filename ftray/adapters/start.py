@@ -70,7 +70,8 @@ def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
     if first:
         if samples is None:
             raise UserError("init eva needs training data to look at")
-        batches = [{k: v for k, v in b.items() if k in ("input_ids", "position_ids")} for b in samples()]
+        names = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
+        batches = [{k: v for k, v in b.items() if k in names} for b in samples()]
         ranks = max([config.r, *config.rank_pattern.values()])
         batches = [b for b in batches if b["input_ids"].numel() >= ranks]  # fewer tokens have no such many components
         if not batches:

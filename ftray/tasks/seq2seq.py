@@ -47,12 +47,12 @@ class Task(task.PaddedTask):
             result.append(None if too_long and cfg.overlong == "drop" else tokens)
         return result
 
-    def inputs(self, batch: Any) -> Batch:
-        return super().inputs(batch) | {"labels": batch["labels"], "use_cache": False}
-
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
-        return model(**self.inputs(batch)).logits[:, -batch["labels"].shape[1] :].float()
+        adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+        shifted = adapted.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        logits = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
+        return logits[:, -shifted.shape[1] :].float()
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         logits = self._logits(model, batch)
