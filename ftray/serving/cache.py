@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ftray.training.attention import refuse_unknown
+
 NAME = "ftray_serving"
 GROWTH = 256  # tokens that a slot first has room for; then it doubles
 
@@ -135,8 +137,7 @@ def attention(
     Raises:
         NotImplementedError: the model wants more than that.
     """
-    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    refuse_unknown(kwargs)
     step: Step = module.__dict__["step"][0]
     heads, groups, size = query.shape[1], key.shape[1], query.shape[3]
     output = query.new_empty(query.shape[2], heads, value.shape[3])

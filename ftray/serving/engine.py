@@ -6,7 +6,6 @@ adapter, so that each adapter has one span. transformers' own continuous batchin
 (OSDI 2022), Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
-import copy
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ftray.serving import cache
 from ftray.serving.layers import ServedLinear, ServedRows
 from ftray.serving.sampling import Sampling, Text, Token, choose, scored
 from ftray.training.dropout import Draws
-from ftray.training.pack import Unshareable, share, tuner_layers
+from ftray.training.pack import Unshareable, does_more, host, tuner_layers
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,8 @@ class Engine:
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
         self._rows, self._step = ServedRows(), []  # type: tuple[ServedRows, list[cache.Step]]
-        self.host = share(base)
-        config = copy.deepcopy(base.config)
-        config._attn_implementation = cache.NAME
-        for module in self.host.modules():
-            if getattr(module, "config", None) is self.host.config and module is not self.host:
-                module.config = config
-            module.__dict__["step"] = self._step
-        self.host.config = config
-        self._cache = cache.slotted_cache(config.get_text_config().num_hidden_layers, slots, self._step)
+        self.host = host(base, cache.NAME, step=self._step)
+        self._cache = cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
         self.apart = self._obstacle()
 
     @torch.no_grad()
@@ -137,13 +129,7 @@ class Engine:
                 probe.cached = end
         except NotImplementedError as error:
             return f"{name} uses {error}"
-        ours = self.host.get_output_embeddings()(torch.cat(parts)).float()
-        if (
-            ours.shape != whole.shape
-            or (ours - whole).abs().max() > 64 * torch.finfo(self.base.dtype).eps * whole.abs().max()
-        ):
-            return f"{name} does more than causal attention and a linear head"
-        return None
+        return does_more(self.host, torch.cat(parts), whole)
 
     def prepare(self, model: PeftModel) -> Adapter:
         """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.training.pack.share` of the base."""

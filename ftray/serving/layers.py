@@ -45,18 +45,14 @@ class ServedLinear(SharedLinear):
         super().leave(name)
         self._together = None
 
-    def _multiply(
-        self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, Update]
+    def _add(
+        self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[Update]
     ) -> torch.Tensor:
-        result = self.base(x)
-        if not updates:
-            return result
-        mine = [updates[i] for i in places]
         names = tuple(self.rows.spans[i][0] for i in places)
         if self._together is None or self._together[0] != names:
-            a = torch.cat([update.a for update in mine])
-            self._together = names, a, torch.cat([update.b.T * update.scaling for update in mine])
+            a = torch.cat([update.a for update in updates])
+            self._together = names, a, torch.cat([update.b.T * update.scaling for update in updates])
         _, a, b = self._together
-        own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in mine), x)
+        own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
         result[0].add_((x[0].float() @ a.T).mul_(own) @ b)
         return result

@@ -3,6 +3,7 @@
 Registered with transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,7 @@ def attention(
     Raises:
         NotImplementedError: the model wants more than that (soft capping, sinks, attention in both directions).
     """
-    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    refuse_unknown(kwargs)
     if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
         raise NotImplementedError("attention in both directions")
     lay: Layout = module.__dict__["layout"][0]
@@ -118,6 +118,12 @@ def attention(
             )
         attended.append(out.transpose(1, 2).reshape(records * length, *q.shape[1:]))
     return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], lay.places)[None], None
+
+
+def refuse_unknown(wishes: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError if the model wants more of attention than plain products (soft capping, sinks)."""
+    if unknown := [name for name in ("softcap", "s_aux") if wishes.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
 
 
 def _attend(

@@ -106,11 +106,14 @@ class SharedLinear(nn.Module):
     ) -> torch.Tensor:
         """The shared weight times `x`, and to the rows at `places` what the low-rank `updates` add."""
         result = self.base(x)
-        if not updates:
-            return result
-        ordered = [updates[i] for i in places]
-        factors = [factor for update in ordered for factor in (update.a, update.b)]
-        return AddLowRank.apply(result, x, self.rows.grids(tuple(places.values()), x), ordered, *factors)
+        return self._add(result, x, places, [updates[i] for i in places]) if updates else result
+
+    def _add(
+        self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[Update]
+    ) -> torch.Tensor:
+        """`result` with the `updates` of the spans that are the keys of `places`, in that order."""
+        factors = [factor for update in updates for factor in (update.a, update.b)]
+        return AddLowRank.apply(result, x, self.rows.grids(tuple(places.values()), x), updates, *factors)
 
 
 class _Answer:

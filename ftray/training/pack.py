@@ -126,16 +126,10 @@ class Pack:
         self._sum = sum_over_ranks
         self._rows = Rows()
         self._layout: list[attention.Layout] = []  # one, of the row at hand
-        self.host = share(base)
-        config = copy.deepcopy(base.config)
-        config._attn_implementation = attention.NAME
+        self.host = host(base, attention.NAME, layout=self._layout)
         for module in self.host.modules():
-            if getattr(module, "config", None) is self.host.config and module is not self.host:
-                module.config = config
-            module.__dict__["layout"] = self._layout
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
-        self.host.config = config
         self.apart = self._obstacle()
 
     @torch.no_grad()
@@ -148,11 +142,7 @@ class Pack:
             hidden = self._hidden(ids, positions)
         except NotImplementedError as error:
             return f"{type(self.base).__name__} uses {error}"
-        ours = self.host.get_output_embeddings()(hidden).float()
-        tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
-        if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
-            return f"{type(self.base).__name__} does more than causal attention and a linear head"
-        return None
+        return does_more(self.host, hidden, whole)
 
     def add(self, name: str, model: PeftModel, update: Update, seed: int = 0, step: int = 0) -> str | None:
         """Let an adapter join.
@@ -331,6 +321,32 @@ class Pack:
 def share(model: nn.Module) -> Any:
     """A copy of the module structure whose parameters and buffers are those of `model` itself."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def host(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
+    """A :func:`share` of the base that runs the rows of many adapters.
+
+    Args:
+        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
+    """
+    shared = share(base)
+    config = copy.deepcopy(base.config)
+    config._attn_implementation = implementation
+    for module in shared.modules():
+        if getattr(module, "config", None) is shared.config and module is not shared:
+            module.config = config
+        module.__dict__.update(at_hand)
+    shared.config = config
+    return shared
+
+
+def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
+    """Why a :func:`host` can't stand for its base, of whose float32 logits `whole` it should make, from `hidden`."""
+    ours = shared.get_output_embeddings()(hidden).float()
+    tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
+    if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
+        return f"{type(shared).__name__} does more than causal attention and a linear head"
+    return None
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
