@@ -80,18 +80,15 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
         `model`, `split`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
         :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
     """
-    import torch
     from peft import PeftModel
 
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
     from ftray.evaluation.score import score
-    from ftray.models.load import load_base, load_tokenizer
+    from ftray.models.load import load_on_device, load_tokenizer
     from ftray.training.pack import share
 
-    base = load_base(cfg.model, model_path)
-    if torch.cuda.is_available() and cfg.model.quantization == "none":
-        base = base.cuda()
+    base = load_on_device(cfg.model, model_path)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     shards, split = TokenizedData.load(data), cfg.evaluation.split
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]

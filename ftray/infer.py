@@ -145,16 +145,13 @@ class Generator:
     """The model with its adapter, on a GPU if there is one."""
 
     def __init__(self, cfg: Config, model_path: str, adapter: Path | None, tokenizer: Any):
-        import torch
         from peft import PeftModel
         from transformers import set_seed
 
-        from ftray.models.load import load_base
+        from ftray.models.load import load_on_device
 
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.model = load_base(cfg.model, model_path)
-        if torch.cuda.is_available() and cfg.model.quantization == "none":
-            self.model = self.model.cuda()
+        self.model = load_on_device(cfg.model, model_path)
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()

@@ -150,20 +150,17 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `samples` of generated text, and `merged`: its `path`
         and, where the base was quantised and it is not, its own `loss`; or the `reason` why there is none.
     """
-    import torch
     from peft import PeftModel
 
     from ftray.adapters.merge import save_merged
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
     from ftray.evaluation.score import score
-    from ftray.models.load import load_base, load_tokenizer
+    from ftray.models.load import load_on_device, load_tokenizer
 
     cfg: Config = job.config
     adapter = output / "best" / "adapter"
-    base = load_base(cfg.model, job.model_path)
-    if torch.cuda.is_available() and cfg.model.quantization == "none":
-        base = base.cuda()
+    base = load_on_device(cfg.model, job.model_path)
     model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
     rows = TokenizedData.load(job.data).rows("test", cfg.evaluation.records)
@@ -181,8 +178,7 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     except UserError as error:
         merged = {"reason": str(error)}
     if cfg.model.quantization != "none" and "path" in merged:
-        whole = load_base(cfg.model.model_copy(update={"quantization": "none"}), merged["path"])
-        whole = whole.cuda() if torch.cuda.is_available() else whole
+        whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), merged["path"])
         ratios = score(whole, tokenizer, rows, cfg.evaluation.model_copy(update={"generate": False})).ratios()
         merged["loss"] = float(ratios["loss"][0].sum() / ratios["loss"][1].sum())
     return {

@@ -66,6 +66,12 @@ def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+def load_on_device(cfg: ModelConfig, path: str) -> PreTrainedModel:
+    """As :func:`load_base`, on the GPU where there is one."""
+    base = load_base(cfg, path)
+    return base.cuda() if torch.cuda.is_available() and cfg.quantization == "none" else base
+
+
 def load_skeleton(cfg: ModelConfig, path: str) -> PreTrainedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)

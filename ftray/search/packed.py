@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import train
+from ray.train.torch import TorchTrainer
 
 from ftray.config import UserError
 from ftray.data import TokenizedData
@@ -72,16 +73,21 @@ def packs_that_fit(job: Job) -> int:
     return max(1, sum(node["Alive"] for node in ray.nodes()) // workers)
 
 
-def _run(place: Place) -> None:
-    job = place.job
+def pack_trainer(
+    job: Job, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: str
+) -> TorchTrainer:
+    """A `TorchTrainer` whose workers, with a pack's share of the CPUs each, run `worker(config)`."""
     have = ray.cluster_resources()["CPU"] / packs_that_fit(job) / job.config.scaling.workers
     cpus = job.config.scaling.cpus_per_worker or max(1, int(have))
+    seed = job.config.training.seed
+    datasets = {"validation": plans(TokenizedData.load(job.data), seed, 0)["validation"]}
+    return group_trainer(job, worker, config, cpus, datasets, seed, name, storage)
+
+
+def _run(place: Place) -> None:
     name = f"pack-{place.index}"
     shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
-    data = TokenizedData.load(job.data)
-    seed = job.config.training.seed
-    datasets = {"validation": plans(data, seed, 0)["validation"]}
-    trainer = group_trainer(job, pack_worker, {"place": place}, cpus, datasets, seed, name, str(place.experiment))
+    trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, str(place.experiment))
     try:
         trainer.fit()
     except Exception as error:

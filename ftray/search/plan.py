@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from rich.table import Table
 from torch import nn
@@ -15,19 +14,17 @@ from ftray.adapters.limits import without_weights
 from ftray.adapters.methods import attach
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
-from ftray.data.feed import plans
 from ftray.models.load import choose_dtype, load_skeleton
 from ftray.search.definition import packable
 from ftray.search.experiment import trials_that_fit
-from ftray.search.packed import Group, Place, packs_that_fit
+from ftray.search.packed import Group, Place, pack_trainer, packs_that_fit
 from ftray.search.sampler import BASELINE
-from ftray.search.solo import Job, group_trainer, rung_records, trainer
+from ftray.search.solo import Job, rung_records, trainer
 from ftray.search.space import Space
 from ftray.training.pack import Unshareable, share, tuner_layers
-from ftray.training.packed import MOST_TOKENS
+from ftray.training.packed import MOST_TOKENS, STATE_BYTES
 from ftray.training.run import micro_batch_size
 
-OPTIMIZER_BYTES = 16  # float32 weight and gradient, two moments, of each trained parameter
 FOUR_BIT = 0.5 + 0.127 / 8  # bytes a weight of nf4 with doubly quantised scales, arXiv 2305.14314
 Corner = dict[str, dict[str, Any]]
 
@@ -92,7 +89,7 @@ def plan(job: Job, space: Space) -> dict[str, Any]:
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
         "base": base_bytes(cfg.model, skeleton) / (workers if cfg.training.zero_stage == 3 else 1),
-        "adapters": OPTIMIZER_BYTES * largest.parameters * (probe.trials if shared else 1),
+        "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
         "activations": max(rows * s.activations + probe.trials * s.fixed for s in methods.values()),
     }
     return {
@@ -161,13 +158,9 @@ def base_bytes(cfg: ModelConfig, skeleton: Any) -> float:
 
 def probe_pack(job: Job, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
-    have = ray.cluster_resources()["CPU"] / packs_that_fit(job) / job.config.scaling.workers
-    cpus = job.config.scaling.cpus_per_worker or max(1, int(have))
-    seed = job.config.training.seed
-    datasets = {"validation": plans(TokenizedData.load(job.data), seed, 0)["validation"]}
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
         config = {"job": job, "corner": corner}
-        result = group_trainer(job, _probe_worker, config, cpus, datasets, seed, "plan", scratch).fit()
+        result = pack_trainer(job, _probe_worker, config, "plan", scratch).fit()
     return Probe(**result.return_value)
 
 

@@ -81,14 +81,12 @@ class Replica:
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
         import torch
 
-        from ftray.models.load import load_base, load_tokenizer
+        from ftray.models.load import load_on_device, load_tokenizer
         from ftray.serving.engine import Engine
 
         cfg = Config.model_validate(settings)
         torch.set_num_threads(threads)
-        base = load_base(cfg.model, model_path)
-        if torch.cuda.is_available() and cfg.model.quantization == "none":
-            base = base.cuda()
+        base = load_on_device(cfg.model, model_path)
         self.tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
         self.engine = Engine(base, self.tokenizer, cfg.serving.slots)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

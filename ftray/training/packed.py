@@ -27,6 +27,8 @@ from ftray.training.run import Run, accumulation_steps
 
 MOST_TOKENS = 16384  # of a pass: beyond, more rows don't make the products faster
 
+STATE_BYTES = 16  # float32 weight and gradient, two moments, of each trained parameter
+
 
 class Adapter(nn.Module):
     """The trained parameters of a PEFT model and nothing else: what an engine has to know of it."""
@@ -194,7 +196,7 @@ class PackTrainer:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             self.pack.step({"probe": [batch]})
         weights = sum(p.numel() for p in self.trials["probe"].update.parameters)
-        state = 16 * weights  # bytes of weight, gradient and two moments
+        state = STATE_BYTES * weights
         self.leave("probe")
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
         share = free / (1 if torch.cuda.is_available() else self.local_workers)
