@@ -107,6 +107,18 @@ def prepare(cache: str, limit: int) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def listener(heard: list[tuple[float, float]]) -> Any:
+    """A Tune callback that notes when each held-out loss was reported."""
+    from ray import tune
+
+    class Listener(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if "validation_loss" in result:
+                heard.append((time.time(), result["validation_loss"]))
+
+    return Listener()
+
+
 def ours(args: argparse.Namespace) -> None:
     """The search as `ftray tune` runs it, up to the last trial's end."""
     import yaml
@@ -114,7 +126,6 @@ def ours(args: argparse.Namespace) -> None:
     from ftray.search.cluster import quiet
 
     quiet()
-    from ray import tune
 
     from ftray.config import Config
     from ftray.models.find import find
@@ -134,15 +145,10 @@ def ours(args: argparse.Namespace) -> None:
         }
     )
     heard: list[tuple[float, float]] = []
-
-    class Hear(tune.Callback):
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            heard.append((time.time(), result["validation_loss"]))
-
     path = find(cfg.model.name)
     connect(cfg)
     job = Job(cfg, path, shards(args.cache), gpus_per_worker(cfg))
-    search(job, load_space(str(output / "space.yaml")), output, [Hear()])
+    search(job, load_space(str(output / "space.yaml")), output, [listener(heard)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 
@@ -216,12 +222,6 @@ def peer(args: argparse.Namespace) -> None:
         trainer.fit()
 
     heard: list[tuple[float, float]] = []
-
-    class Hear(tune.Callback):
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            if "validation_loss" in result:
-                heard.append((time.time(), result["validation_loss"]))
-
     tuner = tune.Tuner(
         tune.with_resources(driver, {"memory": 1}),  # the CPUs belong to the training workers
         tune_config=tune.TuneConfig(
@@ -231,7 +231,7 @@ def peer(args: argparse.Namespace) -> None:
             num_samples=args.trials,
             max_concurrent_trials=cpus,
         ),
-        run_config=tune.RunConfig(storage_path=os.path.abspath(args.output), name="tune", callbacks=[Hear()]),
+        run_config=tune.RunConfig(storage_path=os.path.abspath(args.output), name="tune", callbacks=[listener(heard)]),
     )
     tuner.fit()
     Path(f"{args.output}.json").write_text(json.dumps(heard))

@@ -116,6 +116,8 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: no such file, nothing in it, or a line that is no record.
     """
+    from ftray.data.sources import parse_json
+
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
@@ -132,13 +134,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if path.suffix == ".txt":
             yield where, {"prompt": line}
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a record must be a JSON object, not {type(record).__name__}")
-        yield where, record
+        yield where, parse_json(line, where)
 
 
 class Generator:

@@ -52,6 +52,15 @@ def adapter_config(adapter: Path) -> Any:
         raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason}") from None
 
 
+def weightless_config(adapter: Path) -> Any:
+    """As :func:`adapter_config`, to make the adapter anew, on a base without weights: it holds what is trained then."""
+    config = adapter_config(adapter)
+    config.inference_mode = False
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
+    return config
+
+
 def base_of(cfg: Config, adapters: list[Path]) -> str:
     """The base model's directory or hub id: `model.name` where it is given, else what the first adapter names.
 
@@ -128,11 +137,7 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
 
     from ftray.models.load import load_skeleton
 
-    config = adapter_config(adapter)
-    config.inference_mode = False  # what is trained then shows what an adapter must hold
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
-    skeleton = load_skeleton(cfg.model, base)
+    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base)
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)

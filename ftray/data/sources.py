@@ -220,11 +220,16 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
         while file.tell() < chunk.end and (line := file.readline()):
             if line.strip():
                 place = Place(chunk.path, number, True, start)
-                yield place, _parse(line, place)
+                yield place, parse_json(line, place)
             number += 1
 
 
-def _parse(line: bytes, place: Place) -> dict[str, Any]:
+def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
+    """The record in a line of JSON; `str(place)` says where it stands.
+
+    Raises:
+        UserError: not valid JSON, or no object.
+    """
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

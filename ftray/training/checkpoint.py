@@ -83,14 +83,12 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
     Raises:
         UserError: as :func:`trained_weights`, or what was trained is not that adapter.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
+    from ftray.adapters.saved import weightless_config
     from ftray.models.load import load_skeleton
 
-    config = PeftConfig.from_pretrained(str(like))
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
-    config.inference_mode = False
+    config = weightless_config(like)
     with torch.device("meta"):
         model = get_peft_model(load_skeleton(cfg, base), config)
     weights = trained_weights(checkpoint)
