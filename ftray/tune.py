@@ -119,7 +119,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
-    from ftray.adapters.limits import try_on
+    from ftray.adapters.limits import refuse, try_on
     from ftray.data import check as check_data
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
@@ -136,9 +136,14 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     check_data(cfg.data, tokenizer)
     skeleton = load_skeleton(cfg.model, model_path)
+    tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
-        settings = cfg.training.model_copy(update=corner["training"])
-        try_on(AdapterConfig(**corner["adapter"]), skeleton, cfg.model, settings)
+        adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
+        if adapter in tried:  # corners may differ in their training settings alone: PEFT knows the adapter already
+            refuse(adapter, cfg.model, settings)
+        else:
+            try_on(adapter, skeleton, cfg.model, settings)
+            tried.append(adapter)
         accumulation_steps(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
 
