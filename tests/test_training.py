@@ -197,7 +197,7 @@ def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, st
     assert result.return_value["failure"] is None
     wanted = plain_loop(run, data)
     last = (result.metrics["step"], result.metrics["train_loss"], result.metrics["validation_loss"])
-    assert_same([last], wanted[-1:], 1e-4)
+    assert_same([last], wanted[-1:], 1e-5)
     adapter_dir = f"{result.checkpoint.path}/adapter"
     assert json.loads(Path(adapter_dir, "adapter_config.json").read_text())["peft_type"] == adapter["method"].upper()
 
