@@ -178,9 +178,17 @@ def train_one(config: dict[str, Any]) -> None:
     ray.train.report({"validation_loss": usual.held_out_loss(trainer)})
 
 
+def peer_space(trial: Any) -> None:
+    """SPACE, as Optuna's users write it."""
+    trial.suggest_categorical("rank", [8, 16, 32])
+    trial.suggest_categorical("multiple", [1, 2])
+    trial.suggest_categorical("target_modules", list(GROUPS))
+    trial.suggest_float("learning_rate", 5e-4, 5e-3, log=True)
+    trial.suggest_float("dropout", 0.0, 0.05)
+
+
 def peer(args: argparse.Namespace) -> None:
     """Ray Tune over trials, each a TorchTrainer of one worker, as Ray's documentation shows."""
-    import optuna
     import ray
     import ray.train
     from ray import tune
@@ -196,13 +204,6 @@ def peer(args: argparse.Namespace) -> None:
     path, dtype = find("smollm2-135m"), str(choose_dtype(ModelConfig())).removeprefix("torch.")
     fixed = {"path": path, "dtype": dtype, "data": shards(args.cache), "steps": args.steps}
     cpus = int(ray.cluster_resources()["CPU"])
-
-    def space(trial: optuna.Trial) -> None:
-        for name in ("rank", "multiple", "target_modules"):
-            choices: Any = {"rank": [8, 16, 32], "multiple": [1, 2], "target_modules": list(GROUPS)}[name]
-            trial.suggest_categorical(name, choices)
-        trial.suggest_float("learning_rate", 5e-4, 5e-3, log=True)
-        trial.suggest_float("dropout", 0.0, 0.05)
 
     def driver(config: dict[str, Any]) -> None:
         settings = config | {
@@ -227,7 +228,7 @@ def peer(args: argparse.Namespace) -> None:
         tune_config=tune.TuneConfig(
             metric="validation_loss",
             mode="min",
-            search_alg=OptunaSearch(space, metric="validation_loss", mode="min", seed=0),
+            search_alg=OptunaSearch(peer_space, metric="validation_loss", mode="min", seed=0),
             num_samples=args.trials,
             max_concurrent_trials=cpus,
         ),
