@@ -2,6 +2,9 @@
 
 Ranks are filled up with zeros to the greatest, rows to the longest of adapters with about as many (see S-LoRA,
 arXiv 2311.03285, for the problem). One product for all then takes the place of two small ones an adapter.
+
+Over a bfloat16 base the products are made in bfloat16 too, as under torch.autocast: what they are added to is no more
+exact. The factors and their gradients stay in float32. Over any other base they are made in float32, as PEFT does.
 """
 
 from collections.abc import Sequence
@@ -44,13 +47,12 @@ class Grid:
     places: torch.Tensor | None
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, n] to float32 [K, L, n]."""
-        chosen = x if self.rows is None else x.index_select(0, self.rows)
+        """[T, n] to [K, L, n], in :func:`precision`."""
+        chosen = (x if self.rows is None else x.index_select(0, self.rows)).to(precision(x))
         size = len(self.lengths), max(self.lengths), x.shape[1]
         if self.places is None:
-            return chosen.float().view(size)
-        grid = torch.zeros(size[0] * size[1], size[2], device=x.device)
-        return grid.index_copy_(0, self.places, chosen.float()).view(size)
+            return chosen.view(size)
+        return chosen.new_zeros(size[0] * size[1], size[2]).index_copy_(0, self.places, chosen).view(size)
 
     def collect(self, grid: torch.Tensor) -> torch.Tensor:
         """[K, L, n] to [R, n]."""
@@ -76,8 +78,13 @@ def grids(spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> 
     return found
 
 
+def precision(x: torch.Tensor) -> torch.dtype:
+    """In which the products over `x` are made."""
+    return x.dtype if x.dtype is torch.bfloat16 else torch.float32
+
+
 class AddLowRank(torch.autograd.Function):
-    """Adds each adapter's update, made in float32 as PEFT does, to its rows of `y`.
+    """Adds each adapter's update to its rows of `y`.
 
     One node of the graph for all adapters, which works in place: slices of `x` and `y` would each be filled up again
     in the backward pass.
@@ -94,14 +101,16 @@ class AddLowRank(torch.autograd.Function):
         saved: list[torch.Tensor] = []
         for grid in layout:
             mine = [updates[i] for i in grid.members]
-            a = pad_sequence([u.a.detach() for u in mine], True)  # [K, R, in]
-            b = pad_sequence([u.b.detach().T * u.scaling for u in mine], True)  # [K, R, out]
+            a = pad_sequence([u.a.detach().to(precision(x)) for u in mine], True)  # [K, R, in]
+            b = pad_sequence([(u.b.detach().T * u.scaling).to(precision(x)) for u in mine], True)  # [K, R, out]
             hidden = _given(x[0], grid, mine) @ a.transpose(1, 2)
-            added = grid.collect(hidden @ b)
-            if grid.rows is None:
-                y[0].add_(added)
+            if grid.rows is None and grid.places is None and y.dtype is torch.bfloat16:
+                y[0].view(*hidden.shape[:2], -1).baddbmm_(hidden, b)
+            elif grid.rows is None:
+                y[0].add_(grid.collect(hidden @ b))
             else:
-                y[0].index_copy_(0, grid.rows, (y[0].index_select(0, grid.rows) + added).to(y.dtype))
+                added = y[0].index_select(0, grid.rows) + grid.collect(hidden @ b)
+                y[0].index_copy_(0, grid.rows, added.to(y.dtype))
             saved += [a, b, hidden]
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, *saved)
@@ -121,8 +130,8 @@ class AddLowRank(torch.autograd.Function):
             db = outer.transpose(1, 2) @ hidden
             for k, (i, update) in enumerate(zip(grid.members, mine, strict=True)):
                 rank = len(update.a)
-                gradients[2 * i] = da[k, :rank]
-                gradients[2 * i + 1] = db[k, :, :rank] * update.scaling
+                gradients[2 * i] = da[k, :rank].float()
+                gradients[2 * i + 1] = db[k, :, :rank].float() * update.scaling
             if ctx.needs_input_grad[0]:
                 part = dh @ a
                 _drop(part, mine)
