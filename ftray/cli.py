@@ -28,7 +28,13 @@ class Command:
     module: str = ""  # ftray/<module>.py holds its `run(config)`; default: of the command's own name
 
 
-DATA = {"data": "data.source", "validation-data": "data.validation", "test-data": "data.test", "model": "model.name"}
+DATA = {
+    "data": "data.source",
+    "validation-data": "data.validation",
+    "test-data": "data.test",
+    "model": "model.name",
+    "task": "task",
+}
 COMMANDS = {
     "preprocess": Command(
         "tokenize a data set into cached shards and show statistics and a sample",
@@ -213,7 +219,7 @@ def complete() -> None:
     for name, command in COMMANDS.items():
         own = parser_of(name, commands.add_parser(name, help=command.summary, allow_abbrev=False))
         for field in fields():
-            if field not in ("resume", "verbose", "output", "adapters", "plan"):
+            if "." in field:  # the others are flags of the commands that take them
                 own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
         for action in own._actions:
             if choices := _choices(action.dest):

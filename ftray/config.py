@@ -140,8 +140,8 @@ class SearchConfig(Section):
     )
     concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
-    metric: Literal["validation_loss", "validation_perplexity"] = "validation_loss"
-    direction: Literal["min", "max"] = "min"
+    metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
+    direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
     scheduler: Literal["asha", "hyperband", "none"] = Field("asha", description="what stops weak trials early")
     reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
     rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
@@ -240,6 +240,9 @@ class Config(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
+    task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
+        Field("auto", description="what is learnt; auto: told from the first record and the model")
+    )
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
     )

@@ -27,14 +27,19 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, data_settings, find_adapter
+    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
     from ftray.data import check, prepare
-    from ftray.models.load import load_tokenizer
+    from ftray.models.load import load_tokenizer, own_labels
+    from ftray.tasks import TaskSpec
+    from ftray.tasks.choose import resolve
 
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
     data_cfg = data_settings(cfg, adapters[0] if adapters else None)
-    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code))
+    task = saved_task(cfg, adapters)
+    cfg = resolve(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
+    labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
+    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
     place = output_file(cfg)
 
     import ray
@@ -43,7 +48,7 @@ def run(cfg: Config) -> int:
     from ftray.search.outcome import write_json
 
     connect(cfg)
-    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code)
+    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
     split = cfg.evaluation.split
     if split != "all" and not data.splits[split].records:
         raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")
@@ -77,37 +82,37 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
         adapters: name -> directory.
 
     Returns:
-        `model`, `split`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
+        `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
         :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
     """
     from peft import PeftModel
 
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
-    from ftray.evaluation.score import score
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.training.pack import share
 
-    base = load_on_device(cfg.model, model_path)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     shards, split = TokenizedData.load(data), cfg.evaluation.split
+    task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name)][: cfg.evaluation.records]
-    before = score(base, tokenizer, rows, cfg.evaluation)
+    before = task.score(base, tokenizer, rows, cfg.evaluation)
     after = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
         model = PeftModel.from_pretrained(share(base), directory)
-        after[name] = score(model, tokenizer, rows, cfg.evaluation)
+        after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
         {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
-        for i, row in enumerate(rows[: cfg.evaluation.samples if cfg.evaluation.generate else 0])
+        for i, row in enumerate(rows[: cfg.evaluation.samples if before.generated else 0])
     ]
     return {
         "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
         "data": cfg.data.source,
         "split": split,
+        "task": shards.task.name,
         "records": len(rows),
         "base": {name: m["base"] for name, m in compare(before, before, 1).items()},
         "adapters": {name: compare(before, scores, cfg.evaluation.bootstrap) for name, scores in after.items()},

@@ -28,7 +28,7 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, data_settings, find_adapter
+    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
     from ftray.models.load import load_tokenizer
 
     asked = cfg.generation
@@ -37,6 +37,8 @@ def run(cfg: Config) -> int:
     if len(cfg.adapters) > 1:
         raise UserError("infer: takes one adapter: combine several with ftray merge, compare them with ftray evaluate")
     adapters = [find_adapter(name) for name in cfg.adapters]
+    if (task := saved_task(cfg, adapters).name) != "CAUSAL_LM":
+        raise UserError(f"infer: only CAUSAL_LM answers prompts, this is for {task}: take ftray evaluate, or merge it")
     model_path = base_of(cfg, adapters)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     if asked.chat and not tokenizer.chat_template:

@@ -26,7 +26,7 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.adapters.combine import check_combination, combine
     from ftray.adapters.merge import save_merged, save_model
-    from ftray.adapters.saved import base_of, find_adapter
+    from ftray.adapters.saved import base_of, find_adapter, saved_task
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
@@ -42,23 +42,23 @@ def run(cfg: Config) -> int:
             )
         base = find(cfg.model.name)
         tokenizer = load_tokenizer(base, cfg.model.trust_remote_code)
-        save_model(model_from(cfg.model, base, cfg.adapters[0]), tokenizer, cfg.model, output)
+        save_model(model_from(cfg.model, base, cfg.adapters[0], saved_task(cfg, [])), tokenizer, cfg.model, output)
         print(f"model {output}")
         return 0
     adapters = [find_adapter(name, with_weights=not is_checkpoint(name)) for name in cfg.adapters]
-    base = base_of(cfg, adapters)
+    base, task = base_of(cfg, adapters), saved_task(cfg, adapters)
     if len(adapters) > 1:
-        check_combination(cfg, base, adapters)
+        check_combination(cfg, base, adapters, task)
     elif cfg.merge.weights:
         raise UserError("merge.weights: are for several adapters: give --adapter again")
 
     with tempfile.TemporaryDirectory(prefix=".ftray-merge.", dir=output.parent) as scratch:
         for i, name in enumerate(cfg.adapters):
             if is_checkpoint(name):
-                adapters[i] = adapter_from(cfg.model, base, name, adapters[i], Path(scratch, str(i)))
-        one = combine(cfg, base, adapters, Path(scratch, "combined")) if len(adapters) > 1 else adapters[0]
+                adapters[i] = adapter_from(cfg.model, base, name, adapters[i], task, Path(scratch, str(i)))
+        one = combine(cfg, base, adapters, task, Path(scratch, "combined")) if len(adapters) > 1 else adapters[0]
         if cfg.merge.form == "model":
-            save_merged(cfg.model, base, one, output)
+            save_merged(cfg.model, base, one, output, task)
         else:
             aside = Path(scratch, "output")
             shutil.copytree(one, aside)

@@ -1,7 +1,7 @@
 """Tokenize a data set into cached shards and show what came of it."""
 
 import sys
-from itertools import groupby
+from itertools import groupby, islice, repeat
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.data import TokenizedData
+from ftray.data import TokenizedData, stream
 
 MASKED, LEARNT = "cyan", "bold green"
 
@@ -27,29 +27,34 @@ def run(cfg: Config) -> int:
     from ftray.data import check, prepare
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
+    from ftray.tasks.choose import resolve
 
     model_path = find(cfg.model.name)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    check(cfg.data, tokenizer)
+    cfg = resolve(cfg, model_path)
+    check(cfg.data, tokenizer, cfg.task)
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(describe(data))
     console = Console()
     console.print(Text.assemble("a record, ", ("as context", MASKED), " and ", ("to be learnt", LEARNT), ":"))
-    console.print(rendered(data.rows("train", 1)[0], tokenizer), soft_wrap=True)
+    console.print(rendered(data.rows("train", 1)[0], tokenizer, data.task.name), soft_wrap=True)
     print(f"shards {data.directory}")
     return 0
 
 
-def rendered(row: dict[str, Any], tokenizer: Any) -> Text:
-    """The tokens of a row as text: those without loss in one colour, those that bear it in another."""
+def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Text:
+    """The tokens of a row as text: those without loss in one colour, those that bear it in another.
+
+    Where labels aren't one a token of the text, the text is all context, and what is to be learnt follows it.
+    """
     from ftray.data.tokens import IGNORE
 
-    text = Text()
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    text, one_a_token = Text(), task in ("CAUSAL_LM", "TOKEN_CLS")
+    pairs = zip(row["input_ids"], row["labels"] if one_a_token else repeat(IGNORE), strict=one_a_token)
     for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
         text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
-    return text
+    return text if task == "CAUSAL_LM" else text.append(f" -> {row['target']}", style=LEARNT)
 
 
 def describe(data: TokenizedData) -> str:
@@ -61,7 +66,19 @@ def describe(data: TokenizedData) -> str:
             f"{name}: {split.records} records, {split.tokens} tokens ({split.supervised_tokens} supervised), "
             f"lengths at 0/50/90/99/100 %: {percentiles}, {split.dropped} dropped, {split.truncated} truncated"
         )
-    return "\n".join([*lines, "padding: 0 % (records are packed into rows without any)"])
+    if data.task.labels:
+        lines.append(f"labels: {', '.join(data.task.labels)}")
+    return "\n".join([*lines, _padding(data)])
+
+
+def _padding(data: TokenizedData, rows: int = 8) -> str:
+    """The share of padding in batches of `rows` records."""
+    task = data.task.load()
+    if task.packed:
+        return "padding: 0 % (records are packed into rows without any)"
+    batches = [*islice(stream.batches(data, 0, 0, rows), 32)]
+    share = 1 - sum(task.tokens(b) for b in batches) / sum(b["input_ids"].numel() for b in batches)
+    return f"padding: {share:.0%} in batches of {rows} records"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def run(cfg: Config) -> int:
     from ftray.data import check, prepare
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.tasks.choose import resolve
     from ftray.training.run import accumulation_steps
 
     output = Path(cfg.output)
@@ -28,8 +29,9 @@ def run(cfg: Config) -> int:
         raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
     model_path = find(cfg.model.name)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    check(cfg.data, tokenizer)
-    try_on(cfg.adapter, load_skeleton(cfg.model, model_path), cfg.model, cfg.training)
+    cfg = resolve(cfg, model_path)
+    task = check(cfg.data, tokenizer, cfg.task)
+    try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
 
     from ray.train import TrainingFailedError
@@ -42,7 +44,7 @@ def run(cfg: Config) -> int:
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
     write_config(cfg, output)
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
         result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", str(output.resolve())).fit()
@@ -52,12 +54,11 @@ def run(cfg: Config) -> int:
     if failure:
         print(f"ftray train: failed: {failure}", file=sys.stderr)
         return 1
+    metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
     for report in result.return_value["reports"]:
-        print(
-            f"step {report['step']}: train_loss {report['train_loss']:.4f}, "
-            f"validation_loss {report['validation_loss']:.4f}, {report['tokens_per_second']:.0f} tokens/s"
-        )
-    best, _ = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
+        shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
+        print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
+    best, _ = min(result.best_checkpoints, key=lambda pair: sign * pair[1][metric])
     save_best_adapter(best.path, "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")
     return 0

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, UserError
+from ftray.tasks import TaskSpec
 
 
 def run(cfg: Config) -> int:
@@ -47,7 +48,7 @@ def run(cfg: Config) -> int:
         return show_plan(cfg, space, model_path)
     write_definition(cfg, space, output)
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
@@ -104,7 +105,7 @@ def show_plan(cfg: Config, space: Any, model_path: str) -> int:
     from ftray.search.solo import Job
 
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
     result = plan(Job(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
@@ -126,16 +127,18 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.search.definition import check_output, packable
     from ftray.search.sampler import BASELINE
     from ftray.search.space import load_space
+    from ftray.tasks.choose import resolve
     from ftray.training.engine import accumulation_steps
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     packable(cfg, space)
-    check_output(cfg, space)
     model_path = find(cfg.model.name)
+    cfg = resolve(cfg, model_path)
+    check_output(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    check_data(cfg.data, tokenizer)
-    skeleton = load_skeleton(cfg.model, model_path)
+    task = check_data(cfg.data, tokenizer, cfg.task)
+    skeleton = load_skeleton(cfg.model, model_path, task)
     tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
         adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
@@ -152,42 +155,45 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `samples` of generated text, and `merged`: its `path`
-        and, where the base was quantised and it is not, its own `loss`; or the `reason` why there is none.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `new_modules` that the base came without, `samples` of
+        generated text, and `merged`: its `path` and, where the base was quantised and it is not, its own `loss`; or the
+        `reason` why there is none.
     """
     from peft import PeftModel
 
     from ftray.adapters.merge import save_merged
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
-    from ftray.evaluation.score import score
     from ftray.models.load import load_on_device, load_tokenizer
 
     cfg: Config = job.config
     adapter = output / "best" / "adapter"
-    base = load_on_device(cfg.model, job.model_path)
+    data = TokenizedData.load(job.data)
+    task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
     model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
-    rows = TokenizedData.load(job.data).rows("test", cfg.evaluation.records)
+    rows = data.rows("test", cfg.evaluation.records)
     with model.disable_adapter():
-        before = score(model, tokenizer, rows, cfg.evaluation)
-    after = score(model, tokenizer, rows, cfg.evaluation)
+        before = task.score(model, tokenizer, rows, cfg.evaluation)
+    after = task.score(model, tokenizer, rows, cfg.evaluation)
     samples = [
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
+    new = base.new_modules
     del model, base
     merged: dict[str, Any] = {"path": str(output / "best" / "merged")}
     try:
-        save_merged(cfg.model, job.model_path, adapter, merged["path"])
+        save_merged(cfg.model, job.model_path, adapter, merged["path"], data.task)
     except UserError as error:
         merged = {"reason": str(error)}
     if cfg.model.quantization != "none" and "path" in merged:
-        whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), merged["path"])
-        ratios = score(whole, tokenizer, rows, cfg.evaluation.model_copy(update={"generate": False})).ratios()
-        merged["loss"] = float(ratios["loss"][0].sum() / ratios["loss"][1].sum())
+        whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), merged["path"], data.task)
+        quick = cfg.evaluation.model_copy(update={"generate": False})
+        merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
+        "new_modules": new,
         "merged": merged,
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
@@ -223,7 +229,10 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
     loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
     print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    print(f"serve    ftray serve --run {output}")
+    generates = cfg.task == "CAUSAL_LM"  # served as it is, merged or not
+    if generates or "path" in merged:
+        use = TaskSpec(cfg.task).load().shown.format(run=output, path=output / "best" / "merged")
+        print(f"{'serve' if generates else 'use  '}    {use}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 
 

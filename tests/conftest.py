@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -75,9 +76,16 @@ def bert() -> BertLMHeadModel:
 
 
 def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    )
+    torch.manual_seed(0)
+    config = {"vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    special = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**config, **special))
+
+
+def encoder() -> BertModel:
+    torch.manual_seed(0)
+    config = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(**config, intermediate_size=128, pad_token_id=1))
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +107,24 @@ def tiny_gpt2(tmp_path_factory, tokenizer) -> str:
     """Directory of a 2-layer GPT-2 (Conv1D layers, learned positions)."""
     directory = tmp_path_factory.mktemp("tiny-gpt2")
     gpt2().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory, tokenizer) -> str:
+    """Directory of a 2-layer BERT without a head."""
+    directory = tmp_path_factory.mktemp("tiny-bert")
+    encoder().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory, tokenizer) -> str:
+    """Directory of a 2-layer T5."""
+    directory = tmp_path_factory.mktemp("tiny-t5")
+    t5().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
 

@@ -44,7 +44,6 @@ DATA = {
     "broken json": (GOOD * 2 + '{"input": "a", "output": \n', [], "data.jsonl:3: not valid JSON"),
     "not an object": (GOOD + "[1, 2]\n", [], "data.jsonl:2: a record must be a JSON object, not list"),
     "unknown shape": (lines({"question": "q", "reply": "a"}), [], "keys question, reply; known shapes: input/output"),
-    "other task": (lines({"text": "t", "label": 1}), [], "task not supported yet: classification"),
     "wrong type": (lines({"input": "a", "output": 5}), [], "data.jsonl:1: output must be text, not int"),
     "empty target": (lines({"input": "a", "output": " "}), [], "output is empty"),
     "empty chat": (lines({"messages": []}), [], "messages must be a list of turns"),
@@ -57,6 +56,65 @@ DATA = {
     "folder without data": (None, ["--data", "empty"], "the folder holds no .jsonl"),
     "csv with ragged rows": (None, ["--data", "ragged.csv"], "ragged.csv:3: not as many fields"),
     "not a parquet": (None, ["--data", "fake.parquet"], "can't be read"),
+}
+TEXTS = [{"text": f"t {i}", "label": "ab"[i % 2]} for i in range(40)]
+PAIR = {"sentence1": "a", "sentence2": "b"}
+QUESTION = {"question": "q", "context": "a b"}
+# the same for other tasks than text that goes on
+TASKS = {
+    "no label": (lines(*TEXTS, {"text": "t"}), [], "data.jsonl:41: label is missing"),
+    "label is a list": (
+        lines(*TEXTS, {"text": "t", "label": []}),
+        [],
+        ":41: label must be text or a whole number, not",
+    ),
+    "text is a number": (lines({"text": 3, "label": 1}), [], "data.jsonl:1: text must be text, not int"),
+    "one label": (lines(*TEXTS[::2]), [], "'a' is the only label: there is nothing to tell apart"),
+    "pairs and single texts": (
+        lines(*TEXTS, {"text": "t", "text_pair": "u", "label": "a"}),
+        [],
+        "data.jsonl:1 has no text_pair: all records must be alike",
+    ),
+    "scored and other pairs": (
+        lines(PAIR | {"score": 0.5}, {"anchor": "a", "positive": "b"}),
+        [],
+        "data.jsonl:1 has a score: all records must be alike",
+    ),
+    "label only once": (lines(*TEXTS, {"text": "t", "label": "c"}), [], "data.jsonl:41: label 'c' occurs only once"),
+    "unknown label": (
+        lines(*TEXTS),
+        ["--validation-data", "other.jsonl"],
+        ":1: label 'aa' is in no training record; did",
+    ),
+    "fewer tags": (lines({"tokens": ["a", "b"], "tags": ["O"]}), [], "data.jsonl:1: 2 tokens, but 1 tags"),
+    "no tags": (lines({"tokens": ["a"], "tags": []}), [], "data.jsonl:1: tags must be a list that isn't empty"),
+    "token is a number": (lines({"tokens": [1], "tags": ["O"]}), [], "tokens[0] must be text"),
+    "no such answer": (lines(QUESTION | {"answers": ["c"]}), [], "data.jsonl:1: the answer 'c' is not in the context"),
+    "answer elsewhere": (
+        lines(QUESTION | {"answers": {"text": ["b"], "answer_start": [0]}}),
+        [],
+        "the answer 'b' is not in the context at character 0",
+    ),
+    "answer without start": (lines(QUESTION | {"answers": {"text": ["b"]}}), [], "text and answer_start, two lists of"),
+    "long question": (
+        lines({"question": "a b c d e f g h", "context": "a", "answers": ["a"]}),
+        ["--data.max_length", "8"],
+        "max_length 8: the question 'a b c d e f g h' alone is as long",
+    ),
+    "no positive": (lines({"anchor": "a", "positive": None}), [], "data.jsonl:1: positive is missing"),
+    "score out of range": (lines(PAIR | {"score": 5}), [], "data.jsonl:1: score must be a number from -1 to 1"),
+    "chat for an encoder and a decoder": (
+        chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}),
+        ["--task", "SEQ_2_SEQ_LM"],
+        "SEQ_2_SEQ_LM learns one text from another: records must hold input/output",
+    ),
+    "records of another task": (
+        GOOD,
+        ["--task", "SEQ_CLS"],
+        "text is missing; records of this task hold text and label",
+    ),
+    "unknown task": (GOOD, ["--task", "NER"], "task: Input should be 'auto', 'CAUSAL_LM'"),
+    "metric of another task": (lines(*TEXTS), ["--search.metric", "entity_f1"], "SEQ_CLS has no such metric"),
 }
 RESUME = ["--resume", "--output", "begun"]
 CONFIG = {
@@ -103,7 +161,7 @@ SPACE = {
 
 def begin(directory: Path, model: str) -> None:
     """What a search writes first."""
-    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}})
+    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}, "task": "CAUSAL_LM"})
     write_definition(cfg, load_space("quick"), directory)
 
 
@@ -111,6 +169,7 @@ def run(tmp_path, monkeypatch, capsys, model: str, words: str, arguments: list[s
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.jsonl").write_text(Path(words).read_text())
     (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "other.jsonl").write_text(lines({"text": "t", "label": "aa"}))
     (tmp_path / "ragged.csv").write_text("input,output\na,A\nb\n")
     (tmp_path / "fake.parquet").write_text("not parquet")
     (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
@@ -136,13 +195,18 @@ def run(tmp_path, monkeypatch, capsys, model: str, words: str, arguments: list[s
     return message
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", [*DATA, *TASKS])
 def test_data(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
-    content, arguments, what = DATA[name]
+    content, arguments, what = (DATA | TASKS)[name]
     if content is not None:
         (tmp_path / "data.jsonl").write_text(content)
         arguments = ["--data", "data.jsonl", *arguments]
     assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+def test_a_task_that_cannot_be_told(tmp_path, monkeypatch, capsys, tiny_bert, words):
+    told = run(tmp_path, monkeypatch, capsys, tiny_bert, words, [])
+    assert "task: can't be told from records with input, output and a BertModel: give --task, one of" in told
 
 
 @pytest.mark.parametrize("name", CONFIG)

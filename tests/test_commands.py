@@ -442,6 +442,71 @@ def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_l
     assert 50 * shapes.activations + shapes.fixed == pytest.approx(_kept(model.train(), 50), rel=0.1)
 
 
+@pytest.mark.parametrize(("fixture", "task"), [("tiny_bert", "TOKEN_CLS"), ("tiny_t5", "SEQ_2_SEQ_LM")])
+def test_activations_of_tasks_that_pad(request, fixture, task):
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig, ModelConfig
+    from ftray.models.load import load_base, load_skeleton
+    from ftray.search.plan import _kept, measure
+    from ftray.tasks import TaskSpec
+
+    path, spec = request.getfixturevalue(fixture), TaskSpec(task, ("a", "b") if task == "TOKEN_CLS" else ())
+    cfg, adapter = ModelConfig(dtype="fp32"), {"method": "lora"}
+    shapes = measure(load_skeleton(cfg, path, spec), {"adapter": adapter, "training": {}}, 20, False)
+    model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
+    assert shapes.apart == f"{task} pads its records"
+    # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
+    assert 0.9 < (50 * shapes.activations + shapes.fixed) / _kept(model.train(), 50) < 1.25
+
+
+def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):
+    from ftray.adapters import start
+    from ftray.adapters.methods import attach
+    from ftray.config import AdapterConfig, ModelConfig
+    from ftray.models.load import load_base
+    from ftray.tasks import TaskSpec
+
+    records = [{"text": f"{word} {i}", "label": "bad" if i % 3 else "good"} for i in range(60) for word in ("a", "cat")]
+    # of three classes, in an order of their own, of which the records hold two
+    spec = TaskSpec("SEQ_CLS", ("ugly", "good", "bad"), 1)
+    model = attach(load_base(ModelConfig(dtype="fp32"), tiny_bert, spec), AdapterConfig(method="lora"), 1, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    (tmp_path / "adapter").mkdir()
+    start.save(model, tmp_path / "adapter")
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    adapter, given = (
+        ["--adapter", str(tmp_path / "adapter")],
+        flags(words=str(tmp_path / "words.jsonl"), cache=tmp_path),
+    )
+
+    def evaluated(*which: str) -> dict:
+        assert main(["evaluate", *which, "--split", "all", *given]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    found = evaluated(*adapter)
+    assert found["task"] == "SEQ_CLS"
+    assert found["records"] == len(records)
+    (metrics,) = found["adapters"].values()
+    assert metrics["loss"]["best"] != pytest.approx(metrics["loss"]["base"])
+    assert "perplexity" not in metrics
+    assert main(["merge", *adapter, "--output", str(tmp_path / "merged"), "--model.dtype", "fp32"]) == 0
+    assert evaluated("--model", str(tmp_path / "merged"))["base"] == pytest.approx(
+        {name: metric["best"] for name, metric in metrics.items()}, abs=1e-4
+    )
+    for arguments, reason in (
+        (["infer", *adapter, "--prompt", "a"], "infer: only CAUSAL_LM answers prompts, this is for SEQ_CLS"),
+        (["evaluate", *adapter, "--task", "TOKEN_CLS", *given], "adapter is for SEQ_CLS"),
+        (["merge", *adapter, *adapter, "--output", str(tmp_path / "both")], "modules_to_save"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--pack", "off"], ["--training.zero_stage", "3", "--scaling.workers", "2"]])
 def test_a_plan_of_trials_with_workers_of_their_own(cluster, tmp_path, capsys, words, tiny_llama, more):

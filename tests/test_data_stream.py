@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 
 from ftray.data.stream import batches, batches_in_order, collate, plan, plan_in_order, read
 from ftray.data.tokens import IGNORE
+from ftray.tasks import TaskSpec
 
 
 class InMemory:
     """Shards of one split whose record n is `lengths[n]` tokens of value n: what `read` needs, without files."""
+
+    task = TaskSpec()
 
     def __init__(self, windows: list[int]):
         self.starts = np.cumsum([0, *windows])

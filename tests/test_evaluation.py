@@ -5,8 +5,10 @@ from conftest import llama
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
-from ftray.evaluation.metrics import Scores, compare
+from ftray.evaluation.metrics import Scores, chrf, compare, macro_f1, spearman
 from ftray.evaluation.score import generate, score
+from ftray.tasks.answers import Window, best_span, normalised, word_f1
+from ftray.tasks.token_labels import entities
 
 
 def scores(loss, generated=(), targets=()) -> Scores:
@@ -41,6 +43,57 @@ def test_interval_shrinks_to_nothing_for_equal_models():
         assert metric["difference"] == 0
         assert metric["interval"] == [0, 0]
     assert metrics["perplexity"]["base"] == pytest.approx(np.exp(2))
+
+
+def over_all(metric, records: int) -> float:
+    return float(metric(np.ones((1, records), int))[0])
+
+
+def test_metrics_of_drawn_records_equal_the_libraries_on_these_records():
+    from sacrebleu.metrics import CHRF
+    from scipy.stats import spearmanr
+    from sklearn.metrics import f1_score
+
+    wanted, predicted = ["the cat sat", "on the mat", "F R IH1 S"], ["the cat sits", "on a mat", "F R IH1 S"]
+    draws = np.array([[1, 1, 1], [2, 0, 1]])
+    given = [CHRF().corpus_score(predicted, [wanted]).score]
+    given += [CHRF().corpus_score([predicted[i] for i in (0, 0, 2)], [[wanted[i] for i in (0, 0, 2)]]).score]
+    assert chrf(wanted, predicted)(draws) == pytest.approx(given)
+    assert over_all(chrf(wanted, wanted), 3) == pytest.approx(100)
+
+    scores_, cosines = np.array([0.1, 0.5, 0.5, 0.9]), np.array([0.2, 0.1, 0.6, 0.7])
+    assert over_all(spearman(scores_, cosines), 4) == pytest.approx(spearmanr(scores_, cosines).statistic)
+    assert over_all(spearman(scores_, -cosines), 4) == pytest.approx(-spearmanr(scores_, cosines).statistic)
+    assert over_all(spearman(np.ones(4), cosines), 4) == 0
+
+    classes, guesses = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    by_hand = (2 / 3 + 1 / 2 + 0) / 3  # class 0: 1 of 1 and 1 of 2; class 1: 1 of 3 and 1 of 1; class 2: none
+    assert over_all(macro_f1(classes, guesses), 4) == pytest.approx(by_hand)
+    assert f1_score(classes, guesses, average="macro") == pytest.approx(by_hand)
+
+
+def test_entities_follow_their_scheme():
+    assert entities(["B-A", "I-A", "O", "B-B"]) == {("A", 0, 1), ("B", 3, 3)}
+    assert entities(["B-A", "B-A"]) == {("A", 0, 0), ("A", 1, 1)}
+    assert entities(["B-A", "I-B"]) == {("A", 0, 0), ("B", 1, 1)}
+    assert entities(["noun", "O", "noun"]) == {("noun", 0, 0), ("noun", 2, 2)}  # no scheme: an entity a word
+
+
+def test_answers_compare_as_in_squad():
+    assert normalised("The  Eiffel-Tower, a tower!") == "eiffeltower tower"
+    assert word_f1("the cat sat", "a cat sat down") == pytest.approx(2 * 2 / (2 + 3))  # articles don't count
+    assert word_f1("cat cat", "cat") == pytest.approx(2 / 3)
+    assert word_f1("dog", "cat") == 0
+    assert word_f1("", "the") == 1
+    assert word_f1("", "cat") == 0
+
+
+def test_the_best_span_ends_where_it_starts_or_later():
+    window = Window([0] * 4, [], [None, (0, 1), (2, 3), (4, 5)])
+    logits = np.array([[9.0, 0.0, 1.0, 5.0], [9.0, 4.0, 2.0, 0.0]])
+    assert best_span(window, logits) == (5.0, (4, 5))  # 5 + 4 would end before it starts, 9 + 9 isn't of the context
+    logits[0, 3] = 0.0
+    assert best_span(window, logits) == (4.0, (0, 1))
 
 
 @pytest.fixture(scope="module")

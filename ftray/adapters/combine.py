@@ -8,12 +8,13 @@ from typing import Any
 
 from ftray.adapters.saved import adapter_config
 from ftray.config import Config, UserError
+from ftray.tasks import TaskSpec
 
 COMBINED = "combined"
 NEED_DENSITY = ("ties", "dare", "magnitude_prune")
 
 
-def check_combination(cfg: Config, base: str, adapters: list[Path]) -> None:
+def check_combination(cfg: Config, base: str, adapters: list[Path], task: TaskSpec) -> None:
     """Find out whether PEFT can combine the adapters, on an architecture without weights.
 
     Raises:
@@ -43,18 +44,19 @@ def check_combination(cfg: Config, base: str, adapters: list[Path]) -> None:
         raise UserError(f"merge.rank: only svd combinations choose a rank, {asked.combination} doesn't")
     try:
         with torch.device("meta"):
-            _combined(cfg, load_skeleton(cfg.model, base), adapters)
+            _combined(cfg, load_skeleton(cfg.model, base, task), adapters)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"merge.combination {asked.combination}: {str(error).strip().splitlines()[0]}") from None
 
 
-def combine(cfg: Config, base: str, adapters: list[Path], output: Path) -> Path:
+def combine(cfg: Config, base: str, adapters: list[Path], task: TaskSpec, output: Path) -> Path:
     """Write the combination of the adapters as a PEFT directory below `output`; returns where."""
     from ftray.models.load import load_base
 
     full = cfg.model.model_copy(update={"quantization": "none", "dtype": "fp32"})
-    model = _combined(cfg, load_base(full, base), adapters)
+    model = _combined(cfg, load_base(full, base, task), adapters)
     model.save_pretrained(str(output), selected_adapters=[COMBINED])
+    task.save(output / COMBINED)
     return output / COMBINED
 
 

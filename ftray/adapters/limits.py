@@ -20,6 +20,7 @@ class Wish:
     own: Any  # the method's parameters
     model: ModelConfig
     training: TrainingConfig
+    base: Any = None  # the model, where it is known
 
     @property
     def init(self) -> str:
@@ -101,6 +102,16 @@ REFUSALS = [
         lambda w: w.method == "delora" and w.training.zero_stage == 3,
     ),
     Refusal(
+        "lora.init eva with an encoder and a decoder",
+        "PEFT masks what the decoder reads by the encoder's padding: take pissa",
+        lambda w: w.init == "eva" and bool(w.base) and w.base.config.is_encoder_decoder,
+    ),
+    Refusal(
+        "prompt_tuning or p_tuning with SEQ_CLS on a model that generates",
+        "where it is given embeddings, transformers can't tell the last token from padding: take prefix_tuning",
+        lambda w: w.method in ("prompt_tuning", "p_tuning") and hasattr(w.base, "score"),
+    ),
+    Refusal(
         "prefix_tuning with training.gradient_checkpointing",
         "recomputing drops the keys and values that it trains: take prompt_tuning, or no checkpointing",
         lambda w: w.method == "prefix_tuning" and w.training.gradient_checkpointing,
@@ -143,13 +154,13 @@ NOT_COVERED = {
 }
 
 
-def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig) -> None:
+def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig, base: Any = None) -> None:
     """Check a run's settings against :data:`REFUSALS`.
 
     Raises:
         UserError: one of them applies, or as :func:`ftray.adapters.methods.parameters`.
     """
-    wish = Wish(adapter.method, parameters(adapter), model, training)
+    wish = Wish(adapter.method, parameters(adapter), model, training, base)
     for refusal in REFUSALS:
         if refusal.applies(wish):
             raise UserError(f"{refusal.what}: {refusal.reason}")
@@ -161,7 +172,7 @@ def try_on(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: 
     Raises:
         UserError: it can't be had, or as :func:`ftray.adapters.methods.attach`.
     """
-    refuse(adapter, model, training)
+    refuse(adapter, model, training, skeleton)
     attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig, UserError
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
+from ftray.tasks import CAUSAL, TaskSpec
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -26,13 +27,15 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True)
 
 
-def save_merged(cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path) -> None:
+def save_merged(
+    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path, task: TaskSpec = CAUSAL
+) -> None:
     """Merge the adapter directory into the base and write a plain transformers directory with tokenizer.
 
     A quantised base is dequantised first: the adapter was trained on what rounding left of the weights. The sum is
     made in float32 and stored in the dtype of :func:`choose_dtype`. The directory appears whole or not at all.
     """
-    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), base_path)
+    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), base_path, task)
     if cfg.quantization != "none":
         print(f"merge: the {cfg.quantization} base is dequantised first; the merged model is in full precision")
         base = base.dequantize().float()

@@ -185,15 +185,14 @@ def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     Raises:
         UserError: as :func:`parameters`, or target modules that the model lacks.
     """
+    from ftray.adapters.heads import for_task
     from ftray.adapters.targets import resolve_targets
 
     settings = parameters(adapter)
     targets: list[str] = []
     if isinstance(settings, LayerParameters):
         targets = resolve_targets(model, settings.target_modules, settings.layers_to_transform)
-    config = METHODS[adapter.method].build(settings, targets, model, steps)
-    config.task_type = config.task_type or "CAUSAL_LM"
-    return config
+    return for_task(METHODS[adapter.method].build(settings, targets, model, steps), model)
 
 
 def attach(
@@ -213,6 +212,7 @@ def attach(
     from peft import get_peft_model
 
     from ftray.adapters import start
+    from ftray.adapters.heads import exact_heads
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -232,4 +232,6 @@ def attach(
                 parameter.rate = getattr(settings, "rate_ratio", 1.0)
     if METHODS[adapter.method].autocast and dtype != torch.float32:
         adapted.forward = torch.autocast(model.device.type, dtype)(adapted.forward)
+    else:
+        exact_heads(adapted)
     return adapted

@@ -9,6 +9,7 @@ import yaml
 
 from ftray.config import Config, DataConfig, UserError
 from ftray.models.find import find
+from ftray.tasks import CAUSAL, FILE, TaskSpec
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint keep theirs
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
@@ -80,6 +81,28 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
     return base
 
 
+def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:
+    """The task that all of `adapters` are for; without any, what `cfg.task` says.
+
+    Raises:
+        UserError: they are for different ones, or for another than `cfg.task`, or one doesn't say its labels.
+    """
+    specs = [_task(adapter) for adapter in adapters]
+    for adapter, spec in zip(adapters, specs, strict=True):
+        if cfg.task not in ("auto", spec.name):
+            raise UserError(f"task {cfg.task}: the adapter {adapter} is for {spec.name}")
+        if spec != specs[0]:
+            raise UserError(f"adapter {adapter}: is for another task or other labels than {adapters[0]}")
+    return specs[0] if specs else TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+
+
+def _task(adapter: Path) -> TaskSpec:
+    spec = TaskSpec.read(adapter)
+    if spec is None and (name := adapter_config(adapter).task_type or CAUSAL.name) != CAUSAL.name:
+        raise UserError(f"adapter {adapter}: is for {name}, but holds no {FILE} as ftray writes it, with its labels")
+    return spec or CAUSAL
+
+
 def data_settings(cfg: Config, adapter: Path | None) -> DataConfig:
     """How prompts are rendered: as `cfg.data` says, where it says nothing as in the run that left `adapter`.
 
@@ -137,7 +160,7 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
 
     from ftray.models.load import load_skeleton
 
-    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base)
+    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base, _task(adapter))
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftray.config import UserError
+from ftray.tasks import task_of
 
 SAMPLES = 16  # batches that EVA goes over until the components no longer change
 
@@ -46,10 +47,11 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write the adapter as a PEFT directory for the base as it was."""
+    """Write the adapter as a PEFT directory for the base as it was, and beside it what task it is for."""
     begun = getattr(model, "start", None)
     further = {"path_initial_model_for_weight_conversion": begun.name} if begun else {}
     model.save_pretrained(str(directory), save_embedding_layers=False, **further)
+    task_of(model.get_base_model()).save(directory)
 
 
 def _save_start(model: Any, directory: Path) -> None:
@@ -68,7 +70,8 @@ def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
     if first:
         if samples is None:
             raise UserError("init eva needs training data to look at")
-        batches = [{k: v for k, v in b.items() if k in ("input_ids", "position_ids")} for b in samples()]
+        names = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
+        batches = [{k: v for k, v in b.items() if k in names} for b in samples()]
         ranks = max([config.r, *config.rank_pattern.values()])
         batches = [b for b in batches if b["input_ids"].numel() >= ranks]  # fewer tokens have no such many components
         if not batches:

@@ -95,11 +95,6 @@ SHAPES: list[tuple[tuple[str, ...], Parser]] = [
     (("messages",), _messages),
     (("conversations",), _sharegpt),
 ]
-OTHER_TASKS = {
-    ("text", "label"): "classification",
-    ("tokens", "tags"): "token classification",
-    ("question", "context", "answers"): "extractive question answering",
-}
 KNOWN = "input/output, instruction/input/output, prompt/completion, messages, conversations, text"
 
 
@@ -112,11 +107,6 @@ def parse(record: dict[str, Any], where: object) -> Example:
     for keys, parser in SHAPES:
         if all(key in record for key in keys):
             return replace(parser(record, where), where=where)
-    for keys, task in OTHER_TASKS.items():
-        if all(key in record for key in keys):
-            raise UserError(
-                f"{where}: task not supported yet: {task} ({'+'.join(keys)}); causal language modelling needs {KNOWN}"
-            )
     if "text" in record:
         return replace(_only_text(record, where), where=where)
     raise UserError(f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes: {KNOWN}")

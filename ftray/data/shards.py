@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,23 +20,25 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from ftray.config import DataConfig, UserError
-from ftray.data.formats import parse
 from ftray.data.sources import Chunk, Located, Place, content_stamp, read_chunk
 from ftray.data.splits import (
     SPLITS,
     Sources,
     find_sources,
+    in_order,
     needed,
     order_key,
     refuse_empty,
+    refuse_mixture,
     refuse_unsupervised,
     split_of,
 )
-from ftray.data.tokens import IGNORE, tokenize
+from ftray.data.tokens import IGNORE
+from ftray.tasks import CAUSAL, TaskSpec
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the rules that make tokens from records: raise it when they change
+VERSION = 2  # of the rules that make tokens from records: raise it when they change
 WINDOW = 1024  # rows of a Parquet row group, the unit that is read and shuffled as a whole
 WINDOWS_PER_FILE = 64
 SCHEMA = pa.schema(
@@ -46,6 +49,10 @@ SCHEMA = pa.schema(
         "prompt": pa.string(),
         "target": pa.string(),
         "prompt_tokens": pa.int32(),
+        "token_type_ids": pa.list_(pa.int32()),
+        "lengths": pa.list_(pa.int32()),
+        "score": pa.float32(),
+        "extra": pa.string(),
     }
 )
 
@@ -78,13 +85,14 @@ class TokenizedData:
     directory: str
     fingerprint: str
     splits: dict[str, Split]
+    task: TaskSpec = CAUSAL
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
         """Read the manifest."""
         manifest = json.loads((Path(directory) / "manifest.json").read_text())
         splits = {name: Split(**split) for name, split in manifest["splits"].items()}
-        return cls(str(directory), manifest["fingerprint"], splits)
+        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]))
 
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
@@ -102,7 +110,13 @@ class TokenizedData:
         return rows[:limit]
 
 
-def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> TokenizedData:
+def prepare(
+    cfg: DataConfig,
+    model: str,
+    trust_remote_code: bool = False,
+    task: str = "CAUSAL_LM",
+    labels: tuple[str, ...] = (),
+) -> TokenizedData:
     """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised.
 
     The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
@@ -113,6 +127,8 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> Tok
         cfg: source, lengths, fractions, seed.
         model: directory of the base model, for its tokenizer.
         trust_remote_code: run Python code that comes with the tokenizer.
+        task: one of `ftray.tasks.TASKS`.
+        labels: its classes; none: those of the training records.
 
     Raises:
         UserError: as :func:`ftray.data.splits.check`, for what lies beyond the part that it reads.
@@ -121,7 +137,8 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> Tok
     from ftray.models.load import load_tokenizer
 
     sources = find_sources(cfg)
-    fingerprint = _fingerprint(cfg, sources, load_tokenizer(model, trust_remote_code))
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    fingerprint = _fingerprint(cfg, sources, tokenizer, task, labels)
     root = Path(cfg.cache).expanduser() if cfg.cache else cache_root() / "data"
     target = root / fingerprint
     if target.is_dir():
@@ -131,8 +148,13 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> Tok
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root))
     try:
-        splits = _write(cfg, sources, (model, trust_remote_code), aside)
-        manifest = {"fingerprint": fingerprint, "splits": {name: asdict(split) for name, split in splits.items()}}
+        spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
+        splits = _write(cfg, sources, (model, trust_remote_code), aside, spec)
+        manifest = {
+            "fingerprint": fingerprint,
+            "task": asdict(spec),
+            "splits": {name: asdict(split) for name, split in splits.items()},
+        }
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         aside.chmod(0o755)  # mkdtemp's 0700 would keep the shards from others who share the cache
         try:
@@ -145,10 +167,11 @@ def prepare(cfg: DataConfig, model: str, trust_remote_code: bool = False) -> Tok
     return TokenizedData.load(target)
 
 
-def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any) -> str:
+def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "version": VERSION,
+        "task": [task, *labels],
         "content": {name: content_stamp(chunks) for name, (chunks, _) in sources.items()},
         "settings": cfg.model_dump(exclude={"cache"}),
         "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
@@ -157,10 +180,31 @@ def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _write(cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], directory: Path) -> dict[str, Split]:
+def _labels(chunks: list[Chunk], task: str) -> tuple[str, ...]:
+    """All class names in a source, sorted; whole numbers by their size."""
+    import ray.data
+
+    if not TaskSpec(task).load().has_labels:
+        return ()
+    data = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
+    with _mistakes():
+        return in_order(data.flat_map(_read_labels, fn_kwargs={"task": task}, num_cpus=0.5).unique("label"))
+
+
+def _read_labels(chunk: dict[str, Any], task: str) -> Iterator[dict[str, str]]:
+    of = TaskSpec(task).load()
+    for label in {
+        label for place, record in read_chunk(Chunk(**chunk)) for label in of.labels(of.parse(record, place))
+    }:
+        yield {"label": label}
+
+
+def _write(
+    cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], directory: Path, task: TaskSpec
+) -> dict[str, Split]:
     writers = {name: _SplitWriter(directory, name) for name in SPLITS}
     for name, (chunks, local) in sources.items():
-        for table in _pipeline(chunks, local, name, tokenizer):
+        for table in _pipeline(chunks, local, name, tokenizer, task):
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
     splits = {name: writer.close() for name, writer in writers.items()}
@@ -172,11 +216,12 @@ def _write(cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], direc
     return splits
 
 
-def _pipeline(chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool]) -> Iterator[pa.Table]:
+def _pipeline(
+    chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool], task: TaskSpec
+) -> Iterator[pa.Table]:
     """Read -> sort by key -> tokenize, as tables in key order."""
     import ray
     import ray.data
-    from ray.exceptions import RayTaskError
 
     light = {"num_cpus": 0.5}
     data = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
@@ -184,11 +229,19 @@ def _pipeline(chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tupl
     data = data.flat_map(_read, fn_kwargs={"cfg": cfg, "source": source}, **light).sort("key")
     if cfg.limit:
         data = data.limit(cfg.limit)
-    data = data.map_batches(
-        _tokenize, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"cfg": cfg, "tokenizer": tokenizer}, **light
-    )
-    try:
+    fixed = {"cfg": cfg, "tokenizer": tokenizer, "task": task}
+    data = data.map_batches(_tokenize, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs=fixed, **light)
+    with _mistakes():
         yield from data.iter_batches(batch_size=WINDOW, batch_format="pyarrow")
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Turn a UserError that a task of Ray Data raised back into one."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
     except RayTaskError as error:
         # Ray wraps what a task raised more than once, and keeps only the text of the innermost error
         if mistake := re.search(r"ftray\.config\.UserError: (.*)", str(error)):
@@ -218,10 +271,11 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
     return load_tokenizer(model, trust_remote_code)
 
 
-def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool]) -> pa.Table:
-    rows = table.to_pylist()
-    examples = [parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
-    tokens = tokenize(examples, _tokenizer(*tokenizer), cfg)
+def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
+    rows, of = table.to_pylist(), task.load()
+    examples = [of.parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    refuse_mixture(examples, of)
+    tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
     return pa.table(
         {
             "key": pa.array([row["key"] + 2**63 for row in rows], pa.uint64()),
@@ -230,6 +284,10 @@ def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool]) -> 
             "prompt": pa.array([t.prompt if t else "" for t in tokens], pa.string()),
             "target": pa.array([t.target if t else "" for t in tokens], pa.string()),
             "prompt_tokens": pa.array([t.prompt_tokens if t else 0 for t in tokens], pa.int32()),
+            "token_type_ids": pa.array([t.token_type_ids if t else [] for t in tokens], pa.list_(pa.int32())),
+            "lengths": pa.array([t.lengths if t else [] for t in tokens], pa.list_(pa.int32())),
+            "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
+            "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": [row["split"] for row in rows],
             "truncated": [bool(t and t.truncated) for t in tokens],
         }

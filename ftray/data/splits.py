@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ftray.config import DataConfig, UserError
-from ftray.data.formats import parse
 from ftray.data.sources import Chunk, find_chunks, is_small, read_for_check
-from ftray.data.tokens import tokenize
+from ftray.tasks import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 Sources = dict[str, tuple[list[Chunk], DataConfig]]
@@ -52,24 +54,39 @@ def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
 
-def check(cfg: DataConfig, tokenizer: Any) -> None:
+def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
     """Find what is wrong with the data before anything expensive starts.
 
     Sources up to 64 MiB are read in full, of larger ones the first 1000 records.
 
+    Args:
+        labels: the classes of the task; none: those of the training records.
+
+    Returns:
+        The task with the labels of the records that were read, or the given ones.
+
     Raises:
-        UserError: see :mod:`ftray.data.sources`, :mod:`ftray.data.formats` and :mod:`ftray.data.tokens`; also an
-            empty split, or no supervised token within `max_length`, where the whole source was read.
+        UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
+            supervised token within `max_length`, where the whole source was read.
     """
     found: dict[str, int] = dict.fromkeys(SPLITS, 0)
     total, complete = 0, True
+    known: list[Any] = []
+    of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
     for name, (chunks, local) in find_sources(cfg).items():
         keyed = []
         for place, record in read_for_check(chunks):
-            example = parse(record, place)
+            example = of.parse(record, place)
             keyed.append((order_key(record, cfg.seed), split_of(record, local, name), example))
         if not keyed:
             raise UserError(f"data {local.source}: holds no record")
+        known = [*known[:1], *(example for _, _, example in keyed)]
+        refuse_mixture(known, of)
+        if name == "train" and of.has_labels and not labels:
+            seen = Counter(label for _, _, example in keyed for label in of.labels(example))
+            if is_small(chunks):
+                refuse_labels(seen, [example for _, _, example in keyed], of, local)
+            of = replace(of.spec, labels=in_order(seen)).load()
         keyed.sort(key=lambda entry: entry[0])
         examples: dict[str, list[Any]] = {split: [] for split in SPLITS}
         for _, split, example in keyed[: local.limit]:
@@ -81,12 +98,41 @@ def check(cfg: DataConfig, tokenizer: Any) -> None:
         learned = examples[name] or [example for _, _, example in keyed]
         # in small helpings, for as a rule the first one has something to learn
         helpings = (learned[at : at + 64] for at in range(0, len(learned), 64))
-        if not any(any(tokenize(helping, tokenizer, local)) for helping in helpings) and is_small(chunks):
+        if not any(any(of.tokenize(helping, tokenizer, local)) for helping in helpings) and is_small(chunks):
             refuse_unsupervised(local)
     if complete:
         for split in needed(cfg):
             if not found[split]:
                 refuse_empty(split, total, cfg)
+    return of.spec
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names sorted; numbers by their size."""
+    return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
+
+
+def refuse_mixture(examples: list[Any], task: Any) -> None:
+    """Raise the UserError about records of two shapes, if there are any."""
+    first = examples[0]
+    for example in examples:
+        if task.shape(example) != task.shape(first):
+            raise UserError(
+                f"{example.where}: has {task.shape(example)}, but {first.where} has {task.shape(first)}: "
+                "all records must be alike"
+            )
+
+
+def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataConfig) -> None:
+    """Raise the UserError about labels that can't be learnt, if there are any."""
+    if len(seen) < 2:
+        raise UserError(f"data {cfg.source}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
+    rare = next((label for label, count in seen.items() if count < task.least), None)
+    if rare is not None:
+        where = next(example.where for example in examples if rare in task.labels(example))
+        raise UserError(
+            f"{where}: label {rare!r} occurs only once: it can't be learnt and validated; give more such records"
+        )
 
 
 def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:

@@ -16,8 +16,7 @@ import torch
 
 from ftray.data.shards import TokenizedData
 from ftray.data.tokens import IGNORE
-
-COLUMNS = ["input_ids", "labels"]
+from ftray.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,14 @@ def plan_in_order(data: TokenizedData, split: str) -> Iterator[Reading]:
 
 
 def read(data: TokenizedData, split: str, reading: Reading, seed: int, rank: int, world_size: int) -> pa.Table:
-    """The rows of one window that are `rank`'s, in the run's order; columns `input_ids` and `labels`."""
+    """The rows of one window that are `rank`'s, in the run's order; the columns that its task takes."""
     size = data.splits[split].windows[reading.window]
     order = np.arange(size)
     if reading.epoch >= 0:
         order = np.random.default_rng([seed, reading.epoch, reading.window]).permutation(size)
     offset = (rank - reading.position - reading.start) % world_size
     mine = order[reading.start : reading.stop][offset::world_size]
-    return data.window(split, reading.window, COLUMNS).take(pa.array(mine))
+    return data.window(split, reading.window, list(data.task.load().columns)).take(pa.array(mine))
 
 
 def batches(
@@ -79,31 +78,27 @@ def batches(
     """Endless micro-batches of `rows` records from position `first` on, in one process and without Ray."""
     records = sum(data.splits["train"].windows)
     readings = (r for at in count(first, records) for r in plan(data, seed, at, at + records))
-    return _batched((read(data, "train", r, seed, rank, world_size) for r in readings), rows)
+    return _batched((read(data, "train", r, seed, rank, world_size) for r in readings), rows, data.task)
 
 
 def batches_in_order(
     data: TokenizedData, split: str, rows: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
     """A rank's share of a split once, in stored order; the last batch may hold fewer records."""
-    return _batched((read(data, split, r, 0, rank, world_size) for r in plan_in_order(data, split)), rows)
+    return _batched((read(data, split, r, 0, rank, world_size) for r in plan_in_order(data, split)), rows, data.task)
 
 
-def _batched(tables: Iterator[pa.Table], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batched(tables: Iterator[pa.Table], rows: int, task: TaskSpec) -> Iterator[dict[str, torch.Tensor]]:
+    collate = task.load().collate
     rest: pa.Table | None = None
     for table in tables:
         table = pa.concat_tables([rest, table]) if rest else table
         full = table.num_rows // rows * rows
         for at in range(0, full, rows):
-            yield collate_table(table.slice(at, rows))
+            yield collate(table.slice(at, rows).to_pydict())
         rest = table.slice(full)
     if rest:
-        yield collate_table(rest)
-
-
-def collate_table(table: pa.Table) -> dict[str, torch.Tensor]:
-    """As :func:`collate`, for a table with list columns."""
-    return collate({name: table[name].to_pylist() for name in COLUMNS})
+        yield collate(rest.to_pydict())
 
 
 def collate(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """From examples to token ids and labels."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.config import DataConfig, UserError
@@ -22,6 +22,10 @@ class Tokens:
         prompt_tokens: how many tokens come before the (last) target: what generation must be given.
         target: the text that should follow.
         truncated: tokens were cut off.
+        token_type_ids: as the tokenizer gives them, for tasks that hand them on.
+        lengths: of the texts that lie one after another in `input_ids`, where there are several.
+        score: that a model is to give, where a task has one.
+        extra: JSON of what else scoring needs.
     """
 
     input_ids: list[int]
@@ -30,6 +34,10 @@ class Tokens:
     target: str
     prompt_tokens: int
     truncated: bool = False
+    token_type_ids: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    score: float = 0.0
+    extra: str = ""
 
 
 def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:

@@ -1,11 +1,13 @@
-"""Corpus metrics of generated text, and bootstrap intervals of their differences."""
+"""Corpus metrics of predictions, and bootstrap intervals of their differences."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+
+# Of `draws`, how often each record is drawn ([resamples, records]), the metric of each resample ([resamples]).
+Metric = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -18,7 +20,10 @@ class Scores:
         token_edits, token_length: edit distance over white-space separated tokens (words, phonemes), and how many
             the target has.
         character_edits, character_length: the same over characters.
-        generated: the generated texts; empty lists throughout if nothing was generated.
+        rouge: ROUGE-L F measure (https://aclanthology.org/W04-1013), on lower-cased words without stemming.
+        generated: the generated texts, or predictions as text; empty lists throughout if nothing was generated.
+        metrics: those that a task has of its own.
+        of_text: whether the loss is that of text, so that its exponential is a perplexity.
     """
 
     loss: np.ndarray
@@ -28,10 +33,15 @@ class Scores:
     token_length: np.ndarray = field(default_factory=lambda: np.zeros(0))
     character_edits: np.ndarray = field(default_factory=lambda: np.zeros(0))
     character_length: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    rouge: np.ndarray = field(default_factory=lambda: np.zeros(0))
     generated: list[str] = field(default_factory=list)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    of_text: bool = True
 
     def add_generated(self, generated: Sequence[str], targets: Sequence[str]) -> None:
-        """Fill in the counts that compare text; distances by RapidFuzz."""
+        """Fill in the counts that compare text; distances by RapidFuzz, ROUGE-L by rouge-score, chrF by sacreBLEU."""
+        from rouge_score.rouge_scorer import RougeScorer
+
         self.generated = list(generated)
         pairs = [(g.strip(), t.strip()) for g, t in zip(generated, targets, strict=True)]
         self.exact = np.array([g == t for g, t in pairs], float)
@@ -39,17 +49,74 @@ class Scores:
         self.token_length = np.array([len(t.split()) for _, t in pairs], float)
         self.character_edits = np.array([Levenshtein.distance(g, t) for g, t in pairs], float)
         self.character_length = np.array([len(t) for _, t in pairs], float)
+        scorer = RougeScorer(["rougeL"])
+        self.rouge = np.array([scorer.score(t, g)["rougeL"].fmeasure for g, t in pairs], float)
+        self.metrics["chrf"] = chrf([t for _, t in pairs], [g for g, _ in pairs])
 
     def ratios(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Every metric as (numerator, denominator) of corpus sums."""
         ratios = {"loss": (self.loss, self.tokens)}
-        if self.generated:
+        if self.generated and len(self.exact):
             ratios |= {
                 "exact_match": (self.exact, np.ones_like(self.exact)),
                 "token_error_rate": (self.token_edits, self.token_length),
                 "character_error_rate": (self.character_edits, self.character_length),
+                "rouge_l": (self.rouge, np.ones_like(self.rouge)),
             }
         return ratios
+
+    def all_metrics(self) -> dict[str, Metric]:
+        """Every metric, as a function of the records that are drawn."""
+        found = {name: ratio(*sums) for name, sums in self.ratios().items()}
+        if self.of_text:
+            loss = found["loss"]
+            found["perplexity"] = lambda draws: np.exp(np.minimum(loss(draws), 700))
+        return found | self.metrics
+
+    def values(self) -> dict[str, float]:
+        """Every metric over all records."""
+        everything = np.ones((1, len(self.loss)), int)
+        return {name: float(metric(everything)[0]) for name, metric in self.all_metrics().items()}
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray) -> Metric:
+    """A ratio of sums over records; 0 where there is nothing to divide by."""
+
+    def metric(draws: np.ndarray) -> np.ndarray:
+        tops, bottoms = draws @ top, draws @ bottom
+        return np.divide(tops, bottoms, out=np.zeros(len(draws)), where=bottoms != 0)
+
+    return metric
+
+
+def macro_f1(wanted: np.ndarray, predicted: np.ndarray) -> Metric:
+    """Mean over classes of F1, by scikit-learn; a class that is neither drawn nor predicted counts as 0."""
+    from sklearn.metrics import f1_score
+
+    def metric(draws: np.ndarray) -> np.ndarray:
+        return np.array([f1_score(wanted, predicted, sample_weight=d, average="macro", zero_division=0) for d in draws])
+
+    return metric
+
+
+def chrf(wanted: Sequence[str], predicted: Sequence[str]) -> Metric:
+    """Character n-gram F score (https://aclanthology.org/W15-3049) from 0 to 100, by sacreBLEU."""
+    from sacrebleu.metrics import CHRF
+
+    scorer = CHRF()
+    counts = np.array(scorer._extract_corpus_statistics(list(predicted), [list(wanted)]))
+    return lambda draws: np.array([scorer._compute_score_from_stats(list(total)).score for total in draws @ counts])
+
+
+def spearman(wanted: np.ndarray, predicted: np.ndarray) -> Metric:
+    """Rank correlation, by SciPy; 0 where it isn't defined, since all values are equal."""
+    from scipy.stats import rankdata
+
+    def one(draw: np.ndarray) -> float:
+        a, b = (rankdata(np.repeat(values, draw)) for values in (wanted, predicted))
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+    return lambda draws: np.array([one(draw) for draw in draws])
 
 
 def compare(base: Scores, best: Scores, resamples: int, seed: int = 0) -> dict[str, dict[str, float | list[float]]]:
@@ -62,17 +129,11 @@ def compare(base: Scores, best: Scores, resamples: int, seed: int = 0) -> dict[s
     records = len(base.loss)
     # how often each record is drawn, one row a resample
     draws = np.random.default_rng(seed).multinomial(records, np.full(records, 1 / records), size=resamples)
-    result: dict[str, dict[str, float | list[float]]] = {}
-    for name, (top, bottom) in base.ratios().items():
-        other_top, other_bottom = best.ratios()[name]
-        before, after = top.sum() / bottom.sum(), other_top.sum() / other_bottom.sum()
-        drawn = ((draws @ top) / (draws @ bottom), (draws @ other_top) / (draws @ other_bottom))
-        result[name] = _entry(before, after, drawn[1] - drawn[0])
-        if name == "loss":
-            exponentials = [np.exp(np.minimum(d, 700)) for d in drawn]
-            perplexities = math.exp(min(before, 700)), math.exp(min(after, 700))
-            result["perplexity"] = _entry(*perplexities, exponentials[1] - exponentials[0])
-    return result
+    metrics, others = base.all_metrics(), best.all_metrics()
+    values, other_values = base.values(), best.values()
+    return {
+        name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws)) for name in metrics
+    }
 
 
 def _entry(base: float, best: float, differences: np.ndarray) -> dict[str, float | list[float]]:

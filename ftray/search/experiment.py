@@ -16,6 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 
 from ftray.config import Config
+from ftray.data import TokenizedData
 from ftray.search.definition import packable
 from ftray.search.exchange import Leaving, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
@@ -91,6 +92,8 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
         _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past)
         return
+    if not TokenizedData.load(job.data).task.load().packed:
+        print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
     with packs(job, experiment) as (board, capacity):
         trainable = tune.with_parameters(StandIn, board=board)
         _tune(trainable, capacity, job, space, output, [*callbacks, Leaving(board)], past)

@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
+from ftray.tasks import TaskSpec
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
@@ -116,7 +117,7 @@ def write_config(cfg: Config, output: Path) -> None:
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Path) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and model card, whole or not at all."""
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all."""
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))
@@ -150,6 +151,23 @@ def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) 
         for name, m in proof["metrics"].items():
             low, high = m["interval"]
             lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+        if proof["new_modules"]:
+            lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
+    task = TaskSpec(cfg.task).load()
+    labels = ", id2label=dict(enumerate(labels))" if task.has_labels else ""
+    lines += [
+        "",
+        "```python",
+        *(["import json", ""] if labels else []),
+        "from peft import PeftConfig, PeftModel",
+        f"from transformers import {task.auto_class}",
+        "",
+        *(['labels = json.load(open("task.json"))["labels"]'] if labels else []),
+        'path = PeftConfig.from_pretrained(".").base_model_name_or_path  # in this directory',
+        f"base = {task.auto_class}.from_pretrained(path{labels})",
+        'model = PeftModel.from_pretrained(base, ".")',
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 

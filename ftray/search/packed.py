@@ -18,7 +18,6 @@ from ray.train.torch import TorchTrainer
 from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
-from ftray.data.stream import collate
 from ftray.search.exchange import Board
 from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_json
 from ftray.search.progress import last_line, training_failure
@@ -100,7 +99,11 @@ def pack_worker(config: dict[str, Any]) -> None:
 
     place: Place = config["place"]
     settings = place.job.config
-    pack = Group(place, PackTrainer(settings.model, place.job.model_path, settings.training.gradient_checkpointing))
+    task = TokenizedData.load(place.job.data).task
+    checkpointing = settings.training.gradient_checkpointing
+    trainer = PackTrainer(settings.model, place.job.model_path, checkpointing, task)
+    trainer.measure = place.job.measure()
+    pack = Group(place, trainer)
     pack.size_up()
     pack.train()
 
@@ -111,6 +114,7 @@ class Group:
     def __init__(self, place: Place, trainer: Any):
         self.place, self.trainer = place, trainer
         self.data = TokenizedData.load(place.job.data)
+        self.collate = self.data.task.load().collate
         self.held: list[Any] | None = None  # the validation batches, if they are few
 
     def size_up(self) -> None:
@@ -196,14 +200,15 @@ class Group:
         plan = plans(self.data, seed, run.steps * run.training.batch_size)["train"]
         stream = feed.stream("train", plan, self.trainer.rank, self.trainer.world_size).iterator()
         seen = step * run.training.batch_size // (rows * self.trainer.world_size)
-        return islice(stream.iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2), seen, None)
+        batches = stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
+        return islice(batches, seen, None)
 
     def _validation(self) -> Iterable[Any]:
         if self.held is not None:
             return self.held
         rows = self.place.job.config.training.batch_size
         shard = train.get_dataset_shard("validation")
-        batches = shard.iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2)
+        batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
         if len(self.data.splits["validation"].windows) > 1:
             return batches
         self.held = list(batches)

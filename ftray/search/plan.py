@@ -21,6 +21,7 @@ from ftray.search.packed import Group, Place, pack_trainer, packs_that_fit
 from ftray.search.sampler import BASELINE
 from ftray.search.solo import Job, rung_records, trainer
 from ftray.search.space import Space
+from ftray.tasks import task_of
 from ftray.training.pack import Unshareable, share, tuner_layers
 from ftray.training.packed import MOST_TOKENS, STATE_BYTES
 from ftray.training.run import micro_batch_size
@@ -64,8 +65,9 @@ def plan(job: Job, space: Space) -> dict[str, Any]:
         `methods`, `rungs` (records and expected trials), `tokens`, `memory` (bytes a worker) and `seconds`.
     """
     cfg, shared = job.config, packable(job.config, space) and job.config.search.pack != "off"
-    data = TokenizedData.load(job.data).splits
-    skeleton = load_skeleton(cfg.model, job.model_path).to(choose_dtype(cfg.model))
+    tokenized = TokenizedData.load(job.data)
+    data = tokenized.splits
+    skeleton = load_skeleton(cfg.model, job.model_path, tokenized.task).to(choose_dtype(cfg.model))
     length = max(2, round(data["train"].tokens / data["train"].records))
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
@@ -120,11 +122,12 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         once, twice = (_kept(model.train(), tokens) for tokens in (length, 2 * length))
+    task = task_of(skeleton)
+    apart = None if task.load().packed else f"{task.name} pads its records"
     try:
         tuner_layers(model, skeleton)
-        apart = None
     except Unshareable as error:
-        apart = str(error)
+        apart = apart or str(error)
     return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), apart)
 
 
@@ -141,8 +144,13 @@ def _kept(model: Any, length: int) -> int:
 
     # a whole mask: none has to be made from values, of which there are none
     ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, 1, length, length, dtype=torch.bool)
+    further: dict[str, Any] = (
+        {"use_cache": False, "logits_to_keep": 1} if task_of(model.get_base_model()).load().packed else {}
+    )
+    if model.config.is_encoder_decoder:
+        further = {"use_cache": False, "decoder_input_ids": ids, "decoder_attention_mask": mask}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, **further)
     return sum(storage.nbytes() for storage in held.values())
 
 
@@ -169,7 +177,9 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     job: Job = config["job"]
     cfg, run = job.config, job.run(config["corner"]["adapter"], config["corner"]["training"])
-    trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing)
+    task = TokenizedData.load(job.data).task
+    trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing, task)
+    trainer.measure = job.measure()
     group = Group(Place(job, None, 0, Path()), trainer)
     names = [str(n) for n in range(group.measured_capacity())]
     for name in names:
@@ -184,7 +194,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     batch = next(iter(group._validation()))
     started = time.monotonic()
     trainer.validate([name for name in names if name not in failed], [batch])
-    share = batch["labels"].numel() * trainer.world_size / group.data.splits["validation"].tokens
+    share = trainer.pack.task.tokens(batch) * trainer.world_size / group.data.splits["validation"].tokens
     validation = (time.monotonic() - started) / min(1.0, share)
     return {"trials": len(names), "tokens": tokens, "step": seconds, "validation": validation}
 

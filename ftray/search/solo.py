@@ -18,8 +18,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
-from ftray.data.stream import collate
 from ftray.training.run import Run, micro_batch_size
+
+LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,24 @@ class Job:
         steps = max(1, round(budget / settings.batch_size))
         rungs = rung_records(budget, self.config)
         at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
-        return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at))
+        task = TokenizedData.load(self.data).task
+        return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task)
+
+    def measure(self) -> Callable[[Any], dict[str, float]] | None:
+        """Gives the metrics of the task (`validation_<name>`) over the validation split; None where the loss is all."""
+        from ftray.models.load import load_tokenizer
+
+        cfg, data = self.config, TokenizedData.load(self.data)
+        if cfg.search.metric in LOSSES:
+            return None
+        task, rows = data.task.load(), data.rows("validation")
+        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code)
+
+        def measure(model: Any) -> dict[str, float]:
+            values = task.score(model, tokenizer, rows, cfg.evaluation).values()
+            return {f"validation_{k}": v for k, v in values.items() if f"validation_{k}" not in LOSSES}
+
+        return measure
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
@@ -79,7 +97,7 @@ def trainer(job: Job, run: Run, name: str, storage: str, callbacks: list[Any] | 
     seed = run.training.seed
     datasets = plans(TokenizedData.load(job.data), seed, run.steps * run.training.batch_size)
     cpus = job.config.scaling.cpus_per_worker or 1
-    return group_trainer(job, train_worker, {"run": run}, cpus, datasets, seed, name, storage, callbacks)
+    return group_trainer(job, train_worker, {"run": run, "job": job}, cpus, datasets, seed, name, storage, callbacks)
 
 
 def group_trainer(
@@ -128,12 +146,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     run: Run = config["run"]
     micro_batch = micro_batch_size(run.training, train.get_context().get_world_size())
+    collate = run.task.load().collate
 
     def batches(name: str) -> Iterable[Batch]:
         shard = train.get_dataset_shard(name)
         return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
 
     trainer = Trainer(run, lambda: list(islice(batches("train"), SAMPLES)))
+    trainer.measure = config["job"].measure()
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             trainer.restore(directory)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ftray.adapters import start
 from ftray.config import ModelConfig, UserError
+from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 
 TAG = "state"
@@ -77,7 +78,7 @@ def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return {name.replace("/", "."): weight.float() for name, weight in weights.items()}
 
 
-def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path, output: Path) -> Path:
+def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path, task: TaskSpec, output: Path) -> Path:
     """Write a checkpoint's weights as a PEFT directory with the configuration of the adapter directory `like`.
 
     Raises:
@@ -90,7 +91,7 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
 
     config = weightless_config(like)
     with torch.device("meta"):
-        model = get_peft_model(load_skeleton(cfg, base), config)
+        model = get_peft_model(load_skeleton(cfg, base, task), config)
     weights = trained_weights(checkpoint)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wanted != weights.keys():
@@ -98,10 +99,11 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
         raise UserError(f"checkpoint {checkpoint}: not of the adapter {like}: {odd[0]} is in one of them only")
     config.inference_mode = True
     model.save_pretrained(str(output), state_dict=weights, save_embedding_layers=False)
+    task.save(output)
     return output
 
 
-def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path) -> Any:
+def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSpec = CAUSAL) -> Any:
     """The base model with a checkpoint of full fine-tuning in place of its weights, in float32.
 
     Raises:
@@ -110,7 +112,7 @@ def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path) -> Any:
     from ftray.models.load import load_base
 
     weights = trained_weights(checkpoint)
-    model = load_base(cfg.model_copy(update={"quantization": "none", "dtype": "fp32"}), base)
+    model = load_base(cfg.model_copy(update={"quantization": "none", "dtype": "fp32"}), base, task)
     try:
         unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:

@@ -16,15 +16,9 @@ from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.dropout import Draws
 from ftray.training.engine import build_engine, deepspeed_config, join_process_group, sum_over_ranks
 from ftray.training.history import History, validation_metrics
-from ftray.training.loss import IGNORE, supervised_loss, supervised_tokens
 from ftray.training.run import Run, accumulation_steps
 
 Batch = dict[str, torch.Tensor]
-EMPTY: Batch = {
-    "input_ids": torch.zeros(1, 2, dtype=torch.int64),
-    "position_ids": torch.arange(2)[None],
-    "labels": torch.full((1, 2), IGNORE),
-}
 
 
 class Diverged(RuntimeError):
@@ -32,13 +26,19 @@ class Diverged(RuntimeError):
 
 
 class Trainer:
-    """Base model, adapter and DeepSpeed engine of one run, in one process of `world_size`."""
+    """Base model, adapter and DeepSpeed engine of one run, in one process of `world_size`.
+
+    Attributes:
+        measure: gives further metrics of the model at each validation, the same on all ranks; None: the loss is all.
+    """
+
+    measure: Callable[[Any], dict[str, float]] | None = None
 
     def __init__(self, run: Run, samples: Callable[[], list[Batch]] | None = None):
         """`samples` are for :func:`ftray.adapters.methods.attach`."""
         refuse(run.adapter, run.model, run.training)
         join_process_group()
-        self.run = run
+        self.run, self.task = run, run.task.load()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.accumulation = accumulation_steps(run.training, self.world_size)
         if run.training.zero_stage == 3:
@@ -46,7 +46,7 @@ class Trainer:
 
             # while this object lives, from_pretrained loads the base already partitioned over the workers
             self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size))
-        base = load_base(run.model, run.model_path)
+        base = load_base(run.model, run.model_path, run.task)
         model = attach(base, run.adapter, run.steps, run.training.seed, samples)
         if run.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,7 +74,7 @@ class Trainer:
         """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
 
         Args:
-            batches: this rank's micro-batches from `history.step` on, as :func:`supervised_loss` takes them.
+            batches: this rank's micro-batches from `history.step` on, as the task collates them.
             validation: gives this rank's share of the validation batches anew at each call.
             report: called on every rank with the same metrics, in natural units (loss in nats per token).
 
@@ -97,15 +97,15 @@ class Trainer:
         step = self.history.step
         self.engine.train()
         counts = self._sum(
-            [sum(supervised_tokens(b) for b in micro_batches), sum(b["labels"].numel() for b in micro_batches)]
+            [sum(self.task.items(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
         )
         supervised, tokens = int(counts[0]), int(counts[1])
         total = torch.zeros((), device=self.device)
         for micro_batch, batch in enumerate(micro_batches):
             self.draws.step, self.draws.micro_batch = step, micro_batch
-            loss = supervised_loss(self.engine, self._to_device(batch))
+            loss = self.task.loss(self.engine, self._to_device(batch))
             total += loss.detach()
-            # DeepSpeed averages gradients over workers: undo it, so that the mean is over all supervised tokens
+            # DeepSpeed averages gradients over workers: undo it, so that the mean is over all supervised items
             loss = loss * (self.world_size / supervised) + self.allocation.penalty() / self.accumulation
             self.engine.backward(loss, scale_wrt_gas=False)
             if batch is micro_batches[-1]:
@@ -119,7 +119,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss (nats per supervised token) and perplexity over all ranks' `batches`.
+        """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` gives.
 
         Raises:
             Diverged: the loss is not finite.
@@ -131,13 +131,13 @@ class Trainer:
             # under ZeRO 3 a forward pass is a collective: ranks that ran out go along with an empty batch
             if not self._sum([float(batch is not None)])[0]:
                 break
-            batch = batch or EMPTY
-            loss += float(supervised_loss(self.engine, self._to_device(batch)))
-            supervised += supervised_tokens(batch)
+            batch = batch or self.task.empty()
+            loss += float(self.task.loss(self.engine, self._to_device(batch)))
+            supervised += self.task.items(batch)
         loss, supervised = self._sum([loss, supervised])
         if not math.isfinite(loss):
             raise Diverged(f"validation loss is {loss} after step {self.history.step}")
-        return validation_metrics(loss, supervised)
+        return validation_metrics(loss, supervised) | (self.measure(self.engine.module) if self.measure else {})
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -17,11 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ftray.tasks import task_of
 from ftray.training import attention
 from ftray.training.adalora import orthogonality
 from ftray.training.dropout import Draws
 from ftray.training.layers import Rows, SharedLinear
-from ftray.training.loss import IGNORE, HeadLoss, supervised_loss, supervised_tokens
+from ftray.training.loss import IGNORE, HeadLoss, supervised_tokens
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
@@ -104,7 +105,7 @@ class Pack:
     """The adapters that train together on `base`.
 
     Args:
-        base: frozen causal language model; its parameters are shared, it is not changed itself.
+        base: frozen model, its parameters are shared, it is not changed itself.
         tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: element-wise.
@@ -122,6 +123,7 @@ class Pack:
         sum_over_ranks: Callable[[list[float]], list[float]] = list,
     ):
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
+        self.task = task_of(base).load()
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
         self._rows = Rows()
@@ -130,7 +132,7 @@ class Pack:
         for module in self.host.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
-        self.apart = self._obstacle()
+        self.apart = self._obstacle() if self.task.packed else f"{self.task.spec.name} pads its records"
 
     @torch.no_grad()
     def _obstacle(self) -> str | None:
@@ -183,7 +185,7 @@ class Pack:
         """One optimiser step of every adapter in `batches`.
 
         Args:
-            batches: this rank's micro-batches of each, as :func:`ftray.training.loss.supervised_loss` takes them. An
+            batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
                 adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
 
         Returns:
@@ -193,7 +195,7 @@ class Pack:
         Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails.
         """
         names = list(batches)
-        local = [float(n) for name in names for n in _count(batches[name])]
+        local = [float(n) for name in names for n in _count(self.task, batches[name])]
         counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
         # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
         weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
@@ -294,7 +296,7 @@ class Pack:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
         if self.members[units[0][0]].apart:
             rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
-            loss = supervised_loss(self.members[units[0][0]].model, rows)
+            loss = self.task.loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
@@ -389,8 +391,8 @@ def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, named, strict=True)]
 
 
-def _count(micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    return sum(supervised_tokens(b) for b in micro_batches), sum(b["labels"].numel() for b in micro_batches)
+def _count(task: Any, micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    return sum(task.items(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
 
 
 def _columns(values: list[float], width: int) -> list[list[float]]:

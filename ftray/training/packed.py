@@ -17,11 +17,11 @@ from ftray.adapters.limits import refuse
 from ftray.adapters.methods import attach
 from ftray.config import ModelConfig, TrainingConfig
 from ftray.models.load import load_base
+from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.engine import build_engine, join_process_group, sum_over_ranks
 from ftray.training.history import History, validation_metrics
-from ftray.training.loss import supervised_tokens
 from ftray.training.pack import Batch, Pack, share, trainable
 from ftray.training.run import Run, accumulation_steps
 
@@ -95,14 +95,23 @@ class PackTrainer:
 
     Attributes:
         trials: by name.
+        measure: see :class:`ftray.training.loop.Trainer`.
     """
 
-    def __init__(self, model: ModelConfig, model_path: str, gradient_checkpointing: bool = False):
+    measure: Callable[[Any], dict[str, float]] | None = None
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        model_path: str,
+        gradient_checkpointing: bool = False,
+        task: TaskSpec = CAUSAL,
+    ):
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        base = load_base(model, model_path)
+        base = load_base(model, model_path, task)
         if model.quantization == "none":
             base = base.to(self.device)
         if gradient_checkpointing:
@@ -161,13 +170,18 @@ class PackTrainer:
         started, losses, supervised = time.monotonic(), [0.0] * len(names), 0.0
         for batch in batches:
             losses = [a + b for a, b in zip(losses, self.pack.losses(names, batch), strict=True)]
-            supervised += supervised_tokens(batch)
+            supervised += self.pack.task.items(batch)
         *losses, supervised = self._sum([*losses, supervised])
         seconds, failures = time.monotonic() - started, {}
         for name, loss in zip(names, losses, strict=True):
             history, engine = self.trials[name].history, self.trials[name].update.engine
             if math.isfinite(loss):
-                history.report(engine.lr_scheduler.get_last_lr()[0], validation_metrics(loss, supervised), seconds)
+                started = time.monotonic()
+                metrics = validation_metrics(loss, supervised)
+                if self.measure:
+                    metrics |= self.measure(self.pack.members[name].model)
+                took = seconds + time.monotonic() - started
+                history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took)
             else:
                 failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
         return failures

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.tasks import CAUSAL, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Run:
     training: TrainingConfig
     steps: int
     evaluate_at: tuple[int, ...] = ()  # steps after which validation runs; the last step always does
+    task: TaskSpec = CAUSAL
 
 
 def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:

@@ -1,0 +1,31 @@
+"""The head that a task puts on a base model: trained beside the adapter, and saved with it."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ftray.tasks import task_of
+
+
+def for_task(config: Any, model: Any) -> Any:
+    """Set `task_type` and, for PEFT to train and save, the modules that the base model came without."""
+    config.task_type = task_of(model).name
+    new = getattr(model, "new_modules", [])
+    if new and hasattr(config, "modules_to_save"):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
+    return config
+
+
+def exact_heads(model: PeftModel) -> None:
+    """Hold the trained heads of `model` in float32, whatever the base is in, and give them float32."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper.modules_to_save.float()
+            wrapper.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)

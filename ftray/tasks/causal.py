@@ -1,0 +1,51 @@
+"""CAUSAL_LM: text that goes on from a prompt; records lie packed in one row."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from ftray.config import DataConfig, EvaluationConfig
+from ftray.data import formats
+from ftray.data.stream import collate
+from ftray.data.tokens import IGNORE, Tokens, tokenize
+from ftray.evaluation.metrics import Scores
+from ftray.evaluation.score import score
+from ftray.tasks import task
+from ftray.tasks.task import Batch, Row
+from ftray.training.loss import supervised_loss, supervised_tokens
+
+
+class Task(task.Task):
+    """See :mod:`ftray.data.tokens`, :func:`ftray.data.stream.collate` and :mod:`ftray.training.loss`."""
+
+    auto_class = "AutoModelForCausalLM"
+    packed = True
+    metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    needs = formats.KNOWN
+    shown = "ftray serve --run {run}"
+
+    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
+        return formats.parse(record, where)
+
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        return tokenize(examples, tokenizer, cfg)
+
+    def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
+        return collate(columns)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        return supervised_loss(model, batch)
+
+    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+        return supervised_tokens(batch)
+
+    def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:
+        return batch["labels"].numel()
+
+    def empty(self) -> Batch:
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        return {"input_ids": ids, "position_ids": torch.arange(2)[None], "labels": torch.full_like(ids, IGNORE)}
+
+    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+        return score(model, tokenizer, rows, cfg)

@@ -1,0 +1,77 @@
+"""SEQ_2_SEQ_LM: from one text to another, by an encoder and a decoder."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ftray.config import DataConfig, EvaluationConfig, UserError
+from ftray.data import formats
+from ftray.data.tokens import IGNORE, Tokens
+from ftray.evaluation.metrics import Scores
+from ftray.tasks import task
+from ftray.tasks.task import Batch, Row, encode, types_of
+
+
+class Task(task.PaddedTask):
+    """Cross-entropy of the decoder's next token; one item a target token, its end included."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    needs = "input/output, instruction/input/output or prompt/completion"
+    shown = (
+        "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
+        "m = t.AutoModelForSeq2SeqLM.from_pretrained('{path}'); "
+        "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
+    )
+
+    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
+        example = formats.parse(record, where)
+        if example.messages is not None or not example.prompt:
+            raise UserError(f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.needs}")
+        return example
+
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        # white space around the prompt marks where a decoder goes on: here it would only be noise
+        prompts = [cfg.template.replace("{prompt}", e.prompt).strip() for e in examples]
+        given, cut = encode(prompts, None, tokenizer, cfg)
+        wanted, cut_too = encode(None, None, tokenizer, cfg, text_target=[e.target for e in examples])
+        end, result = tokenizer.eos_token_id, []
+        for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+            ids, labels, too_long = list(given["input_ids"][i]), list(wanted["input_ids"][i]), cut[i] or cut_too[i]
+            if end is not None and labels[-1:] != [end] and not cut_too[i]:
+                labels.append(end)  # not every tokenizer puts it
+            tokens = Tokens(ids, labels, prompt, example.target, len(ids), too_long, types_of(given, i))
+            result.append(None if too_long and cfg.overlong == "drop" else tokens)
+        return result
+
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
+        adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+        shifted = adapted.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        logits = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
+        return logits[:, -shifted.shape[1] :].float()
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits = self._logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    @torch.inference_mode()
+    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+        loss, tokens, texts = np.zeros(len(rows)), np.zeros(len(rows)), [""] * len(rows)
+        for part, batch in self.batches(model, rows, cfg.batch_size):
+            logits = self._logits(model, batch)
+            each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").double()
+            loss[part] = each.sum(1).cpu().numpy()
+            tokens[part] = (batch["labels"] != IGNORE).sum(1).cpu().numpy()
+            if cfg.generate:
+                source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                output = model.generate(**source, max_new_tokens=cfg.max_new_tokens, do_sample=False, use_cache=True)
+                for i, text in zip(part, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+                    texts[i] = text
+        scores = Scores(loss, tokens)
+        if cfg.generate:
+            scores.add_generated(texts, [row["target"] for row in rows])
+        return scores

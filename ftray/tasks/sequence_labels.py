@@ -1,0 +1,120 @@
+"""SEQ_CLS: a label for a text, or for a pair of texts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ftray.config import DataConfig, EvaluationConfig, UserError, near
+from ftray.data.tokens import Tokens
+from ftray.evaluation.metrics import Scores, macro_f1, ratio
+from ftray.tasks import task
+from ftray.tasks.task import Batch, Row, encode, types_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record: its text, the second one of a pair, and its label."""
+
+    text: str
+    pair: str | None
+    label: str
+    where: object
+
+
+class Task(task.PaddedTask):
+    """Cross-entropy of a linear layer over the model's summary of the text; one item a record."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
+    metric = "macro_f1"
+    has_labels = True
+    least = 2
+    needs = "text and label (and text_pair for pairs)"
+    shown = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
+
+    def parse(self, record: dict[str, Any], where: object) -> Example:
+        text = text_of(record, "text", where, self)
+        pair = text_of(record, "text_pair", where, self) if record.get("text_pair") is not None else None
+        return Example(text, pair, label_of(record.get("label"), "label", where), where)
+
+    def labels(self, example: Example) -> list[str]:
+        return [example.label]
+
+    def shape(self, example: Example) -> str:
+        return "no text_pair" if example.pair is None else "a text_pair"
+
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        pairs = [e.pair for e in examples] if examples[0].pair is not None else None
+        encoded, cut = encode([e.text for e in examples], pairs, tokenizer, cfg)
+        result: list[Tokens | None] = []
+        for i, (example, too_long) in enumerate(zip(examples, cut, strict=True)):
+            label = index(example.label, self.spec.labels, example.where)
+            ids, shown = list(encoded["input_ids"][i]), f"{example.text}\n{example.pair or ''}".strip()
+            tokens = Tokens(ids, [label], shown, example.label, len(ids), too_long, types_of(encoded, i))
+            result.append(None if too_long and cfg.overlong == "drop" else tokens)
+        return result
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits = model(**self.inputs(batch)).logits.float()
+        return F.cross_entropy(logits, batch["labels"][:, 0], reduction="sum")
+
+    @torch.inference_mode()
+    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+        loss, predicted = np.zeros(len(rows)), np.zeros(len(rows), int)
+        for part, batch in self.batches(model, rows, cfg.batch_size):
+            logits = model(**self.inputs(batch)).logits.float()
+            loss[part] = F.cross_entropy(logits, batch["labels"][:, 0], reduction="none").double().cpu().numpy()
+            predicted[part] = logits.argmax(-1).cpu().numpy()
+        wanted = np.array([row["labels"][0] for row in rows])
+        each = np.ones(len(rows))
+        metrics = {
+            "accuracy": ratio((predicted == wanted).astype(float), each),
+            "macro_f1": macro_f1(wanted, predicted),
+        }
+        return Scores(loss, each, generated=[self.spec.labels[i] for i in predicted], metrics=metrics, of_text=False)
+
+
+def text_of(record: dict[str, Any], key: str, where: object, needing: task.Task) -> str:
+    """A field that must hold text.
+
+    Raises:
+        UserError: it is missing, of another type, or empty.
+    """
+    if record.get(key) is None:
+        raise UserError(f"{where}: {key} is missing; records of this task hold {needing.needs}")
+    if not isinstance(record[key], str):
+        raise UserError(f"{where}: {key} must be text, not {type(record[key]).__name__}")
+    if not record[key].strip():
+        raise UserError(f"{where}: {key} is empty")
+    return record[key]
+
+
+def label_of(value: Any, key: str, where: object) -> str:
+    """A class name: text or a whole number.
+
+    Raises:
+        UserError: it is missing or something else.
+    """
+    if value is None or value == "":
+        raise UserError(f"{where}: {key} is missing")
+    if isinstance(value, float) and value.is_integer():  # as CSV and JSON readers may give it
+        value = int(value)
+    if not isinstance(value, str | int):
+        raise UserError(f"{where}: {key} must be text or a whole number, not {type(value).__name__}")
+    return str(value)
+
+
+def index(label: str, labels: tuple[str, ...], where: object) -> int:
+    """The class of a label.
+
+    Raises:
+        UserError: it is none of the training records'.
+    """
+    try:
+        return labels.index(label)
+    except ValueError:
+        raise UserError(f"{where}: label {label!r} is in no training record{near(label, labels)}") from None

@@ -1,0 +1,159 @@
+"""What a task has to say, in the order in which a record goes through it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ftray.config import DataConfig, EvaluationConfig
+from ftray.data.tokens import IGNORE, Tokens
+from ftray.evaluation.metrics import Scores
+from ftray.tasks import TaskSpec
+
+Batch = dict[str, torch.Tensor]
+Row = dict[str, Any]  # a row of the shards
+TEXT = {"loss": "min", "perplexity": "min", "exact_match": "max", "rouge_l": "max", "chrf": "max"}
+
+
+class Task(ABC):
+    """One task.
+
+    Attributes:
+        auto_class: of transformers, that loads the model with the right head.
+        columns: of the shards, that :meth:`collate` takes.
+        packed: whether records lie one after another in a single row, without padding.
+        metrics: what may be searched for (as `validation_<name>`), and which way is better.
+        metric: that is searched for unless the user says otherwise.
+        has_labels: whether records name classes; :meth:`labels` then gives them.
+        least: how often a class must occur in all records.
+        needs: the keys of a record, for messages.
+        shown: how the result is used, a line of shell; {path} is the merged model's directory, {run} the search's.
+    """
+
+    auto_class: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    packed: ClassVar[bool] = False
+    metrics: ClassVar[Mapping[str, str]]
+    metric: ClassVar[str] = "loss"
+    has_labels: ClassVar[bool] = False
+    least: ClassVar[int] = 1
+    needs: ClassVar[str]
+    shown: ClassVar[str]
+
+    def __init__(self, spec: TaskSpec):
+        self.spec = spec
+
+    def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
+        """`metrics` and `metric` for records like this first one."""
+        return self.metrics, self.metric
+
+    @abstractmethod
+    def parse(self, record: dict[str, Any], where: object) -> Any:
+        """What a record says.
+
+        Raises:
+            UserError: it doesn't say what the task needs; names the place.
+        """
+
+    def labels(self, example: Any) -> Sequence[str]:
+        """The class names in what :meth:`parse` gave."""
+        return ()
+
+    def shape(self, example: Any) -> str:
+        """What :meth:`parse` found there to be; all records must be alike in it."""
+        return ""
+
+    @abstractmethod
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        """Token ids and labels; None where a record is too long or has nothing left to learn.
+
+        Raises:
+            UserError: a label that isn't among the spec's.
+        """
+
+    @abstractmethod
+    def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
+        """A micro-batch of the records whose `columns` are given, a sequence of lists or numbers each."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
+
+    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """Supervised items (tokens, words, records) in `batch`: the loss of a step is the mean over all of them."""
+        return int((batch["labels"] != IGNORE).sum())
+
+    def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """Tokens in `batch`, but for padding."""
+        return int(batch["attention_mask"].sum())
+
+    @abstractmethod
+    def empty(self) -> Batch:
+        """A batch without a supervised item, for a worker that only goes along."""
+
+    @abstractmethod
+    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+        """Losses, predictions and metrics of `rows`."""
+
+
+class PaddedTask(Task):
+    """A task whose records lie below one another, the shorter ones filled up on the right.
+
+    A batch holds `input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, int64 of shape
+    [records, longest], and `labels`, int64 of shape [records, most labels], filled up with -100.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "token_type_ids", "labels")
+    # labels of :meth:`empty`
+    nothing: ClassVar[list[int]] = [IGNORE]
+
+    def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
+        batch = {
+            "input_ids": _padded(columns["input_ids"], self.spec.pad),
+            "attention_mask": _padded([np.ones(len(record)) for record in columns["input_ids"]], 0),
+            "labels": _padded(columns["labels"], IGNORE),
+        }
+        if len(columns["token_type_ids"][0]):
+            batch["token_type_ids"] = _padded(columns["token_type_ids"], 0)
+        return batch
+
+    def empty(self) -> Batch:
+        return self.collate({"input_ids": [[0, 0]], "token_type_ids": [[]], "labels": [self.nothing]})
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """What the model is given."""
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return {name: batch[name] for name in names if name in batch}
+
+    def batches(self, model: Any, rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
+        """`rows` in batches of like length on the model's device, each with the indices of its rows."""
+        model.eval()
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        for at in range(0, len(order), size):
+            part = order[at : at + size]
+            batch = self.collate({name: [rows[i][name] for i in part] for name in self.columns})
+            yield part, {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def encode(
+    texts: list[Any] | None, pairs: list[Any] | None, tokenizer: Any, cfg: DataConfig, **settings: Any
+) -> tuple[Any, list[bool]]:
+    """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and which of them are cut."""
+    longest = min(cfg.max_length, tokenizer.model_max_length)
+    types = "token_type_ids" in tokenizer.model_input_names
+    common = {"return_attention_mask": False, "return_token_type_ids": types, **settings}
+    whole = tokenizer(texts, pairs, **common)
+    cut = [len(ids) > longest for ids in whole["input_ids"]]
+    return (tokenizer(texts, pairs, truncation=True, max_length=longest, **common) if any(cut) else whole), cut
+
+
+def types_of(encoded: Any, i: int) -> list[int]:
+    """`token_type_ids` of text i; empty if the tokenizer makes none."""
+    return list(encoded["token_type_ids"][i]) if "token_type_ids" in encoded else []
+
+
+def _padded(lists: Sequence[Any], fill: int) -> torch.Tensor:
+    return pad_sequence([torch.from_numpy(np.array(part, np.int64)) for part in lists], True, fill)

@@ -1,0 +1,207 @@
+"""Each task from file to gradient to a plain model: the loss falls, metrics rise, plain PEFT gives the same outputs."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from ftray.adapters.merge import save_merged
+from ftray.cli import build
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from ftray.data import check, prepare
+from ftray.data.stream import batches, batches_in_order
+from ftray.models.load import load_tokenizer
+from ftray.tasks import TaskSpec
+from ftray.tasks.choose import resolve
+from ftray.training.loop import Trainer
+from ftray.training.run import Run
+
+FP32 = ModelConfig(dtype="fp32")
+STEPS = 120
+
+
+def sequence_labels(draw: random.Random) -> dict:
+    """Which of four letters comes most often."""
+    most = draw.choice("abcd")
+    return {"text": " ".join([*most * 6, *draw.choices("abcd", k=3)]), "label": f"many {most}"}
+
+
+def token_labels(draw: random.Random) -> dict:
+    """Capitals are names, of which G is a place."""
+    words = draw.choices(["the", "cat", "sat", "on", "a", "F", "G"], k=draw.randint(3, 9))
+    return {"tokens": words, "tags": [{"F": "B-NAME", "G": "B-PLACE"}.get(word, "O") for word in words]}
+
+
+def prompt_and_answer(draw: random.Random) -> dict:
+    """The letter that the text is made of, in capitals."""
+    letter = draw.choice("abcd")
+    return {"input": " ".join(letter * draw.randint(2, 5)), "output": letter.upper()}
+
+
+def question(draw: random.Random) -> dict:
+    """What stands there in capitals."""
+    words = draw.choices("abcdef", k=8)
+    at = draw.randrange(8)
+    words[at] = words[at].upper()
+    answers = {"text": [words[at]], "answer_start": [2 * at]}
+    return {"question": "which", "context": " ".join(words), "answers": answers}
+
+
+def pair(draw: random.Random) -> dict:
+    """A word and the same in capitals."""
+    word = draw.choices("abcdefg", k=4)
+    return {"anchor": " ".join(word), "positive": " ".join(word).upper()}
+
+
+def scored(draw: random.Random) -> dict:
+    """How many of four letters two texts share."""
+    a, b = draw.choices("ab", k=4), draw.choices("ab", k=4)
+    return {
+        "sentence1": " ".join(a),
+        "sentence2": " ".join(b),
+        "score": sum(x == y for x, y in zip(a, b, strict=True)) / 4,
+    }
+
+
+# task: (model, a record, learning rate, the metric that rises, what it must come to)
+CASES = {
+    "SEQ_CLS": ("tiny_bert", sequence_labels, 1e-2, "macro_f1", 0.8),
+    "SEQ_CLS decoder": ("tiny_llama", sequence_labels, 1e-2, "accuracy", 0.8),
+    "TOKEN_CLS": ("tiny_bert", token_labels, 1e-2, "entity_f1", 0.9),
+    "SEQ_2_SEQ_LM": ("tiny_t5", prompt_and_answer, 3e-2, "exact_match", 0.5),
+    "QUESTION_ANS": ("tiny_bert", question, 1e-2, "squad_f1", 0.5),
+    "FEATURE_EXTRACTION": ("tiny_bert", pair, 1e-2, "mrr", 0.3),
+    "FEATURE_EXTRACTION scored": ("tiny_bert", scored, 1e-2, "spearman", 0.3),
+}
+
+
+def write(path: Path, record, count: int = 200) -> str:
+    draw = random.Random(0)
+    path.write_text("".join(json.dumps(record(draw)) + "\n" for _ in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp_path):
+    fixture, record, rate, metric, least = CASES[name]
+    model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
+    name = name.split()[0]
+    cfg = resolve(build({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
+    assert cfg.task == name
+    tokenizer = load_tokenizer(model)
+    data = prepare(cfg.data, model, task=name)
+    assert data.task == check(cfg.data, tokenizer, name)
+
+    adapter = AdapterConfig(method="lora", rank=8, target_modules="all-linear", dropout=0.0)
+    training = TrainingConfig(batch_size=16, learning_rate=rate)
+    trainer = Trainer(Run(FP32, model, adapter, training, STEPS, (1,), data.task))
+    task, rows = data.task.load(), data.rows("test")
+    before = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
+    reports = []
+    trainer.fit(batches(data, 0, 0, 16), lambda: batches_in_order(data, "validation", 16), reports.append)
+    after = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
+    assert reports[-1]["validation_loss"] < 0.8 * reports[0]["validation_loss"]
+    assert after.values()[metric] > max(least, before.values()[metric])
+    assert set(task.choices(record(random.Random(0)))[0]) <= set(after.values())
+    assert len(after.generated) == len(rows)
+
+    trainer.save(str(tmp_path / "checkpoint"))
+    save_merged(FP32, model, tmp_path / "checkpoint" / "adapter", tmp_path / "merged", data.task)
+    auto = getattr(transformers, task.auto_class)
+    labels = {"id2label": dict(enumerate(data.task.labels))} if data.task.labels else {}
+    torch.manual_seed(1)  # the head that the base lacks comes from the adapter
+    base = auto.from_pretrained(model, dtype=torch.float32, **labels)
+    again = PeftModel.from_pretrained(base, tmp_path / "checkpoint" / "adapter").eval()
+    merged = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not data.task.labels or merged.config.id2label == labels["id2label"]
+    batch = next(batches_in_order(data, "validation", 4))
+    with torch.no_grad():
+        wanted = task.loss(trainer.engine.module.eval(), batch)
+        torch.testing.assert_close(task.loss(again, batch), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(task.loss(merged, batch), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp_path):
+    cfg = build({"data": {"source": write(tmp_path / "data.jsonl", token_labels), "cache": str(tmp_path)}})
+    data = prepare(cfg.data, tiny_bert, task="TOKEN_CLS")
+    adapter = AdapterConfig(method="lora", dropout=0.0)
+    losses = []
+    for rows in (16, 4):
+        training = TrainingConfig(batch_size=16, micro_batch=rows, learning_rate=1e-2)
+        trainer = Trainer(Run(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
+        reports = []
+        trainer.fit(batches(data, 0, 0, rows), lambda: batches_in_order(data, "validation", 16), reports.append)
+        losses.append([report[name] for report in reports for name in ("train_loss", "validation_loss")])
+    words = {int((b["labels"] != -100).sum()) for b, _ in zip(batches(data, 0, 0, 4), range(4), strict=False)}
+    assert len(words) > 1  # a mean of means would be another number
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+LOAD = """
+import json, sys, torch, transformers
+from peft import PeftModel
+auto, base, best, labels = sys.argv[1:]
+labels = json.loads(labels)
+kwargs = {"id2label": dict(enumerate(labels))} if labels else {}
+kind = getattr(transformers, auto)
+adapted = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **kwargs), best + "/adapter").eval()
+merged = kind.from_pretrained(best + "/merged", dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(best + "/merged")
+inputs = tokenizer("a b c", return_tensors="pt")
+if merged.config.is_encoder_decoder:
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+with torch.no_grad():
+    for a, m in zip(adapted(**inputs).to_tuple(), merged(**inputs).to_tuple()):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, m, rtol=0, atol=1e-4 * a.abs().max().item())
+assert "ftray" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "SEQ_CLS" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_a_search_from_records_to_a_plain_model(name, request, tmp_path):
+    fixture, record, _, metric, _ = CASES[name]
+    model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record, 400)
+    space = tmp_path / "space.yaml"
+    space.write_text("method: lora\nlearning_rate: {log: [5.0e-3, 2.0e-2]}\nlora: {target_modules: all-linear}\n")
+    output = tmp_path / "out"
+    flags = ["--data", source, "--model", model, "--space", str(space), "--output", str(output), "--trials", "3"]
+    settings = [
+        "--data.cache",
+        str(tmp_path),
+        "--training.steps",
+        "60",
+        "--model.dtype",
+        "fp32",
+        "--data.max_length",
+        "64",
+    ]
+    if name == "SEQ_2_SEQ_LM":
+        settings += ["--evaluation.max_new_tokens", "8"]
+    command = [sys.executable, "-m", "ftray.tune", *flags, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    proof = summary["proof"]["metrics"]
+    task = name.split()[0]
+    assert f"one trial a pass: {task} pads its records" in done.stdout
+    assert {t["status"] for t in summary["trials"]} <= {"finished", "stopped early"}
+    usual = TaskSpec(task).load().choices(record(random.Random(0)))[1]
+    assert summary["metric"] == f"validation_{usual}"
+    assert summary["best"]["value"] == (min if usual == "loss" else max)(t["value"] for t in summary["trials"])
+    assert proof[metric]["best"] > proof[metric]["base"]
+    low, high = proof[metric]["interval"]
+    assert low <= proof[metric]["difference"] <= high
+    labels = json.loads((output / "best" / "adapter" / "task.json").read_text())["labels"]
+    auto = TaskSpec(task).load().auto_class
+    arguments = [auto, model, str(output / "best"), json.dumps(labels)]
+    loaded = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, cwd=output)
+    assert loaded.returncode == 0, loaded.stderr
