@@ -26,6 +26,7 @@ class Command:
     flags: dict[str, str]  # short flag -> dotted field of Config
     example: str  # one a line
     module: str = ""  # ftray/<module>.py holds its `run(config)`; default: of the command's own name
+    argument: str = ""  # the field that is given without a flag
 
 
 DATA = {
@@ -66,6 +67,23 @@ COMMANDS = {
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
+    ),
+    "status": Command(
+        "show how far a search is, from any terminal that sees its output",
+        {"run": "output"},
+        "ftray status --run runs/search\nftray status --run /shared/runs/search",
+    ),
+    "stop": Command(
+        "end a trial of a running search; what it has reached counts",
+        {"run": "output"},
+        "ftray stop 3 --run runs/search",
+        argument="request.trial",
+    ),
+    "add": Command(
+        "let a running search try a configuration of yours next",
+        {"run": "output"},
+        "ftray add '{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}' --run runs/search",
+        argument="request.configuration",
     ),
     "evaluate": Command(
         "score a base model and any number of adapters on the same records",
@@ -190,6 +208,8 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
         f"any field: --section.key value (sections: {', '.join(_sections())}; see ftray config)\n\n"
         f"examples:\n{examples}\n\n{EXIT_CODES}"
     )
+    if given := command.argument:
+        parser.add_argument(given, nargs="?", metavar=given.rpartition(".")[2].upper(), help=describe(given))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the sections")
     for flag, field in {**command.flags, **SWITCHES}.items():
         annotation = _field(field).annotation

@@ -227,6 +227,15 @@ class ServingConfig(Section):
     drain_seconds: float = Field(30, gt=0, description="time for answers under way when a replica goes")
 
 
+class RequestConfig(Section):
+    """What is asked of a search that runs."""
+
+    trial: int | None = Field(None, ge=0, description="number of the trial that `stop` is about")
+    configuration: str | None = Field(
+        None, description="YAML or JSON of adapter and training, as summary.json has them, that `add` is about"
+    )
+
+
 class Config(Section):
     """All sections, and what belongs to none."""
 
@@ -240,6 +249,7 @@ class Config(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
+    request: RequestConfig = Field(default_factory=RequestConfig)
     task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
         Field("auto", description="what is learnt; auto: told from the first record and the model")
     )

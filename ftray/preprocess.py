@@ -12,6 +12,7 @@ from ftray.config import Config
 from ftray.data import TokenizedData, stream
 
 MASKED, LEARNT = "cyan", "bold green"
+ROWS = 8  # of a batch whose padding is told
 
 
 def run(cfg: Config) -> int:
@@ -68,17 +69,17 @@ def describe(data: TokenizedData) -> str:
         )
     if data.task.labels:
         lines.append(f"labels: {', '.join(data.task.labels)}")
-    return "\n".join([*lines, _padding(data)])
+    where = "records are packed into rows without any" if data.task.load().packed else f"in batches of {ROWS} records"
+    return "\n".join([*lines, f"padding: {padding_share(data):.0%} ({where})"])
 
 
-def _padding(data: TokenizedData, rows: int = 8) -> str:
+def padding_share(data: TokenizedData, rows: int = ROWS) -> float:
     """The share of padding in batches of `rows` records."""
     task = data.task.load()
     if task.packed:
-        return "padding: 0 % (records are packed into rows without any)"
+        return 0.0
     batches = [*islice(stream.batches(data, 0, 0, rows), 32)]
-    share = 1 - sum(task.tokens(b) for b in batches) / sum(b["input_ids"].numel() for b in batches)
-    return f"padding: {share:.0%} in batches of {rows} records"
+    return 1 - sum(task.tokens(b) for b in batches) / sum(b["input_ids"].numel() for b in batches)
 
 
 if __name__ == "__main__":

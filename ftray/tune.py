@@ -25,15 +25,25 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    started, output = time.monotonic(), Path(cfg.output)
     cfg, space, model_path, tokenizer = check(cfg)
+    if cfg.plan:
+        return show_plan(cfg, space, model_path)
+    from ftray.search.definition import sole_driver
+
+    with sole_driver(Path(cfg.output)):
+        return drive(cfg, space, model_path, tokenizer)
+
+
+def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
+    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code."""
     import ray
 
     from ftray.data import prepare
-    from ftray.preprocess import describe
+    from ftray.preprocess import describe, padding_share
     from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import search
+    from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
         save_best_adapter,
@@ -44,8 +54,7 @@ def run(cfg: Config) -> int:
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
 
-    if cfg.plan:
-        return show_plan(cfg, space, model_path)
+    started, output = time.monotonic(), Path(cfg.output)
     write_definition(cfg, space, output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
@@ -55,7 +64,8 @@ def run(cfg: Config) -> int:
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     budget = job.budget()
     past = trial_rows(cfg, output)
-    search(job, space, output, [Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)])
+    progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
+    search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
 
     rows = trial_rows(cfg, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)

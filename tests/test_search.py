@@ -83,7 +83,7 @@ def test_a_search_leaves_what_it_promises(searched):
     output, done = searched
     names = {p.name for p in output.iterdir()}
     assert {"summary.json", "leaderboard.csv", "best", "study.log", "tune", "config.yaml"} <= names
-    assert not [p for p in output.rglob(".*") if p.suffix != ".crc" and "tune" not in p.parts]
+    assert {p.name for p in output.rglob(".*") if p.suffix != ".crc" and "tune" not in p.parts} == {".lock"}
     summary = json.loads((output / "summary.json").read_text())
     values = [t["value"] for t in summary["trials"]]
     assert len(values) == 4

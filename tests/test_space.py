@@ -8,8 +8,8 @@ from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.search.experiment import scheduler
 from ftray.search.outcome import trial_rows
+from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE, Sampler, past_trials
-from ftray.search.solo import rung_records
 from ftray.search.space import DIRECTORY, load_space
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))

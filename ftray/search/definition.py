@@ -1,13 +1,17 @@
 """What defines a search: written into its output when it begins, compared when it goes on."""
 
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from ftray.config import Config, UserError
 from ftray.data import TokenizedData
@@ -15,7 +19,7 @@ from ftray.search.outcome import write_config, write_json, write_yaml
 from ftray.search.space import Space
 
 STATE = ("tune", "study.log", "summary.json")  # any of these shows that a directory holds a search
-CONFIG, SPACE, DATA = "config.yaml", "space.yaml", "data.json"
+CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 # what may change when a search goes on: how long and where it runs, and how its best is proven
 FREE = {
     "data.cache",
@@ -28,7 +32,14 @@ FREE = {
     "scaling.gpus_per_worker",
     "scaling.address",
 }
-FREE_SECTIONS = {"evaluation", "adapter", "generation", "merge"}  # the space says what the adapters are
+FREE_SECTIONS = {
+    "evaluation",
+    "adapter",
+    "generation",
+    "merge",
+    "serving",
+    "request",
+}  # the space says what the adapters are
 _AGAIN = "take that, or name another --output"
 
 
@@ -45,6 +56,39 @@ def packable(cfg: Config, space: Space) -> bool:
             "take zero_stage 0, 1 or 2, or pack off"
         )
     return 3 not in stages
+
+
+@contextmanager
+def sole_driver(output: Path) -> Iterator[None]:
+    """Hold the output directory; the system lets go of it when this process ends, however it ends.
+
+    Raises:
+        UserError: a search that runs holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=1)  # longer than a `status` looks at it
+    except Timeout:
+        raise UserError(f"output {output}: a search is running there; see ftray status --run {output}") from None
+    try:
+        os.utime(output / LOCK)  # since when it runs, for whoever asks
+        yield
+    finally:
+        lock.release()
+
+
+def running_since(output: Path) -> float | None:
+    """When the driver that holds the output directory began, in seconds since 1970; None: nobody holds it."""
+    if not (output / LOCK).exists():
+        return None
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return (output / LOCK).stat().st_mtime
+    lock.release()
+    return None
 
 
 def check_output(cfg: Config, space: Space) -> None:

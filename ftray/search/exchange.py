@@ -24,12 +24,14 @@ class Entry:
         pack: index of the pack that trains it; None while it waits.
         reports: all so far; the last one is marked `done`.
         wanted: reports that Tune has asked for: the trial may train until it has made them.
+        hurried: whether its next report is due at once.
     """
 
     config: dict[str, Any]
     pack: int | None = None
     reports: list[dict[str, Any]] = field(default_factory=list)
     wanted: int = 0
+    hurried: bool = False
     failure: str | None = None
 
 
@@ -70,6 +72,12 @@ class Board:
                 return entry.reports[heard]
             return {"failure": entry.failure or self.closed or "it is over"}
 
+    async def hurry(self, number: int) -> None:
+        """The trial reports after its next step, wherever that is."""
+        async with self._changed:
+            if number in self.entries:
+                self.entries[number].hurried = True
+
     async def leave(self, number: int, for_good: bool) -> None:
         """A trial is over, or put aside until it enters again."""
         async with self._changed:
@@ -106,13 +114,14 @@ class Board:
         """What a pack is to do next, once it has said what came of the last orders.
 
         Returns:
-            `join` (number to configuration), `leave` (numbers), `run` (those of its trials that may train on) and
-            `close`. It waits a while for something to do.
+            `join` (number to configuration), `leave` (numbers), `run` (those of its trials that may train on), `report`
+            (those of them that report after one step) and `close`. It waits a while for something to do.
         """
         async with self._changed:
             for number in reports.keys() & self.entries.keys():
                 entry = self.entries[number]
                 entry.reports += reports[number][len(entry.reports) :]
+                entry.hurried = False
             for number in failures.keys() & self.entries.keys():
                 self.entries[number].failure = failures[number]
             self._changed.notify_all()
@@ -129,6 +138,7 @@ class Board:
                 "join": {number: entry.config for number, entry in join.items()},
                 "leave": leave,
                 "run": run,
+                "report": [number for number in run if (mine | join)[number].hurried],
                 "close": self.closed is not None,
             }
 

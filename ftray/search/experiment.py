@@ -22,8 +22,10 @@ from ftray.search.exchange import Leaving, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
 from ftray.search.progress import failure_reason, training_failure
+from ftray.search.requests import Requests
+from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler, past_trials
-from ftray.search.solo import Job, release, rung_records, trainer
+from ftray.search.solo import Job, release, trainer
 from ftray.search.space import Space
 
 
@@ -90,13 +92,13 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
         print("one trainer a trial: ZeRO 3 shares the base model out over its workers", flush=True)
     if cfg.search.pack == "off" or not shared:
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
-        _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past)
+        _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
     with packs(job, experiment) as (board, capacity):
         trainable = tune.with_parameters(StandIn, board=board)
-        _tune(trainable, capacity, job, space, output, [*callbacks, Leaving(board)], past)
+        _tune(trainable, capacity, job, space, output, [*callbacks, Leaving(board)], past, board)
 
 
 def _tune(
@@ -107,9 +109,11 @@ def _tune(
     output: Path,
     callbacks: list[tune.Callback],
     past: list[FrozenTrial],
+    board: Any | None,
 ) -> None:
     cfg = job.config
     sampler = Sampler(space, cfg, job.budget(), output / JOURNAL)
+    requests = Requests(sampler, board)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
@@ -126,7 +130,8 @@ def _tune(
             name=EXPERIMENT,
             storage_path=str(output.resolve()),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
-            callbacks=[*callbacks, TrialEnd(sampler)],
+            callbacks=[*callbacks, TrialEnd(sampler), requests],
+            stop=requests,
             verbose=0,
         ),
     )

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
 from ftray.search.exchange import Board
+from ftray.search.metrics import PackMetrics
 from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_json
 from ftray.search.progress import last_line, training_failure
 from ftray.search.sampler import BASELINE
@@ -116,6 +118,8 @@ class Group:
         self.data = TokenizedData.load(place.job.data)
         self.collate = self.data.task.load().collate
         self.held: list[Any] | None = None  # the validation batches, if they are few
+        first = trainer.rank == 0
+        self.metrics = PackMetrics(place.job.config.output, place.index) if first else None
 
     def size_up(self) -> None:
         """Tell the board how many trials fit."""
@@ -154,8 +158,12 @@ class Group:
             active = [name for name in active if int(name) not in reports]
             if not active:
                 continue
+            before, started = self._tokens(), time.monotonic()
             failed = self.trainer.step(active)
-            due = [name for name in active if name not in failed and trials[name].history.due]
+            if self.metrics:
+                self.metrics.step(len(trials), self._tokens() - before, time.monotonic() - started)
+            hurried = {str(number) for number in orders["report"]}
+            due = [n for n in active if n not in failed and (trials[n].history.due or n in hurried)]
             if due:
                 failed |= self.trainer.validate(due, self._validation())
             for name in due:
@@ -165,6 +173,9 @@ class Group:
             for name, reason in failed.items():
                 self.trainer.leave(name)
                 failures[int(name)] = reason
+
+    def _tokens(self) -> int:
+        return sum(trial.history.tokens for trial in self.trainer.trials.values())
 
     def _orders(self, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
         orders = None

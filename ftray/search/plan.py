@@ -18,8 +18,9 @@ from ftray.models.load import choose_dtype, load_skeleton
 from ftray.search.definition import packable
 from ftray.search.experiment import trials_that_fit
 from ftray.search.packed import Group, Place, pack_trainer, packs_that_fit
+from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE
-from ftray.search.solo import Job, rung_records, trainer
+from ftray.search.solo import Job, trainer
 from ftray.search.space import Space
 from ftray.tasks import task_of
 from ftray.training.pack import Unshareable, share, tuner_layers

@@ -40,6 +40,15 @@ def past_trials(journal: Path) -> list[FrozenTrial]:
     return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)
 
 
+def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with every parameter of its method and every training setting, as :meth:`Space.locate` wants."""
+    adapter = configuration["adapter"]
+    return {
+        "adapter": adapter | parameters(AdapterConfig(**adapter)).model_dump(),
+        "training": cfg.training.model_dump() | configuration["training"],
+    }
+
+
 class Sampler(OptunaSearch):
     """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
 
@@ -52,11 +61,8 @@ class Sampler(OptunaSearch):
     """
 
     def __init__(self, space: Space, cfg: Config, budget: int, journal: Path):
-        self.space_of_methods, self.budget = space, budget
-        self.baseline = {
-            "adapter": BASELINE | parameters(AdapterConfig(**BASELINE)).model_dump(),
-            "training": cfg.training.model_dump(),
-        }
+        self.space_of_methods, self.budget, self.cfg = space, budget, cfg
+        self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         known = past_trials(journal)
         self._unfinished = [trial for trial in known if trial.state is TrialState.RUNNING]
         sampler = optuna.samplers.TPESampler(
@@ -79,7 +85,7 @@ class Sampler(OptunaSearch):
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
-        Trials that the journal holds as running come first: whoever ran them is gone.
+        Trials that the journal holds as running come first: whoever ran them is gone. Then those that were added.
         """
         study = self._ot_study
         if self._unfinished:
@@ -89,8 +95,11 @@ class Sampler(OptunaSearch):
             if inside and not study.get_trials(deepcopy=False):
                 study.enqueue_trial(inside)
             trial = study.ask()
-        if trial.number == 0:
-            configuration: dict[str, Any] = {"adapter": BASELINE, "training": {}}
+        if configuration := trial.user_attrs.get("added"):
+            if self.space_of_methods.locate(whole(self.cfg, configuration)):
+                self.space_of_methods.suggest(trial)  # TPE learns from it
+        elif trial.number == 0:
+            configuration = {"adapter": BASELINE, "training": {}}
             if self.space_of_methods.locate(self.baseline):
                 self.space_of_methods.suggest(trial)
         else:

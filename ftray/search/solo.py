@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
+from ftray.search.rungs import budget, rung_records
 from ftray.training.run import Run, micro_batch_size
 
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
@@ -40,9 +41,8 @@ class Job:
             training: fields of TrainingConfig that differ from the job's own.
         """
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
-        budget = self.budget()
-        steps = max(1, round(budget / settings.batch_size))
-        rungs = rung_records(budget, self.config)
+        steps = max(1, round(self.budget() / settings.batch_size))
+        rungs = rung_records(self.budget(), self.config)
         at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
         task = TokenizedData.load(self.data).task
         return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task)
@@ -65,20 +65,7 @@ class Job:
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
-        training = self.config.training
-        if training.steps:
-            return training.steps * training.batch_size
-        return max(training.batch_size, round(training.epochs * TokenizedData.load(self.data).splits["train"].records))
-
-
-def rung_records(budget: int, cfg: Config) -> list[int]:
-    """Records seen at each rung, last one `budget`: geometric, as ASHA (arXiv 1810.05934) wants them."""
-    if cfg.search.scheduler == "none":
-        n = cfg.training.evaluations
-        return [max(1, round(budget * k / n)) for k in range(1, n + 1)]
-    factor = cfg.search.reduction_factor
-    first = max(1, budget // factor ** (cfg.search.rungs - 1))
-    return sorted({min(budget, first * factor**k) for k in range(cfg.search.rungs - 1)} | {budget})
+        return budget(self.config, TokenizedData.load(self.data).splits["train"].records)
 
 
 class SoloTrainer(TorchTrainer):

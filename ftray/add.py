@@ -1,0 +1,72 @@
+"""Let a search try a configuration of the user's next."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray.cli import build, run_command
+from ftray.config import AdapterConfig, Config, UserError
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: the configuration can't be read, or could not be trained; the search has not begun.
+    """
+    from ftray.search.cluster import quiet
+
+    quiet()
+    configuration = parsed(cfg.request.configuration)
+    from ftray.adapters.methods import try_on
+    from ftray.models.find import find
+    from ftray.models.load import load_skeleton
+    from ftray.search.definition import SPACE, running_since
+    from ftray.search.outcome import JOURNAL
+    from ftray.search.requests import ask_to_add
+    from ftray.search.space import load_space
+    from ftray.status import searched
+    from ftray.tasks import TaskSpec
+
+    output = Path(cfg.output)
+    of = searched(output)
+    if not (output / JOURNAL).exists():
+        raise UserError(f"output {output}: the search has not come to its first trial yet")
+    settings = build({"training": of.training.model_dump() | configuration["training"]}).training
+    skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
+    try_on(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
+    space = load_space(str(output / SPACE))
+    trial = ask_to_add(output / JOURNAL, of, space, configuration)
+    if trial.number >= of.search.trials:
+        more = f"--resume --trials {trial.number + 1}"
+        print(f"trial {trial.number} waits: all {of.search.trials} of the search have begun; {more} goes on with it")
+    elif running_since(output) is None:
+        print(f"trial {trial.number} is the next to begin when the search goes on: --resume")
+    else:
+        print(f"trial {trial.number} is the next to begin")
+    return 0
+
+
+def parsed(text: str | None) -> dict[str, Any]:
+    """`adapter` and `training`, as far as they are given.
+
+    Raises:
+        UserError: it is something else.
+    """
+    example = "{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}"
+    if not text:
+        raise UserError(f"which configuration? For example '{example}'")
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not given.get("adapter") or given.keys() - {"adapter", "training"}:
+        raise UserError(f"not a configuration: {text[:80]!r}; it looks like {example}")
+    build(given)
+    return {"adapter": given["adapter"], "training": given.get("training") or {}}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("add"))

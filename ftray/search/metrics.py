@@ -1,0 +1,88 @@
+"""A search in numbers for Prometheus, by Ray's own exporter on every node (see cluster/observability)."""
+
+from collections import Counter as Counts
+from typing import Any
+
+import psutil
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.util.metrics import Counter, Gauge
+
+from ftray.config import Config
+from ftray.search.progress import STATUS
+
+EVERY = 2.0  # seconds
+
+
+class Metrics(tune.Callback):
+    """What Tune's driver knows: trials by state, the best value, tokens a second, records trained at each rung.
+
+    Ray puts `ray_` before the names.
+    """
+
+    def __init__(self, cfg: Config, padding: float):
+        self.cfg, self.padding = cfg, padding
+        self._gauges: dict[str, Any] = {}
+        self._records: dict[str, int] = {}  # seen by each trial
+        self._best: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_gauges": {}}
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Make the metrics; all bear the name of the search's output."""
+        search = {"search": self.cfg.output}
+        made = {
+            "trials": Gauge("ftray_trials", "trials by state", ("search", "state")),
+            "best": Gauge("ftray_best", "best value of the search's metric so far", ("search", "metric")),
+            "speed": Gauge("ftray_tokens_per_second", "tokens trained a second, by all trials that run", ("search",)),
+            "padding": Gauge("ftray_padding_share", "share of a batch that is padding", ("search",)),
+            "rungs": Counter("ftray_rung_records_total", "records trained to reach a rung", ("search", "rung")),
+        }
+        for metric in made.values():
+            metric.set_default_tags(search)
+        made["padding"].set(self.padding)
+        self._gauges = made
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Count the trials by state."""
+        counts = Counts(STATUS.get(trial.status, trial.status) for trial in trials)
+        for state in STATUS.values():
+            self._gauges["trials"].set(counts[state], {"state": state})
+        running = [t.last_result or {} for t in trials if t.status == Trial.RUNNING]
+        self._gauges["speed"].set(sum(result.get("tokens_per_second", 0.0) for result in running))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A rung is reached."""
+        more = result["records"] - self._records.get(trial.trial_id, 0)
+        self._records[trial.trial_id] = result["records"]
+        if more > 0:
+            self._gauges["rungs"].inc(more, {"rung": str(result["training_iteration"])})
+        metric, best = self.cfg.search.metric, min if self.cfg.search.direction == "min" else max
+        self._best = result[metric] if self._best is None else best(self._best, result[metric])
+        self._gauges["best"].set(self._best, {"metric": metric})
+
+
+class PackMetrics:
+    """What a pack's first worker knows: how many trials it holds, how fast it is, what memory it takes."""
+
+    def __init__(self, search: str, pack: int):
+        tags = {"search": search, "pack": str(pack)}
+        self.trials = Gauge("ftray_pack_trials", "trials that train together", tuple(tags))
+        self.speed = Gauge("ftray_pack_tokens_per_second", "tokens trained a second, by the pack", tuple(tags))
+        self.memory = Gauge("ftray_pack_memory_bytes", "taken by the pack's first worker", (*tags, "device"))
+        for metric in (self.trials, self.speed, self.memory):
+            metric.set_default_tags(tags)
+        self._process = psutil.Process()
+
+    def step(self, trials: int, tokens: int, seconds: float) -> None:
+        """One step of all of them was made."""
+        import torch
+
+        self.trials.set(trials)
+        self.speed.set(tokens / seconds)
+        self.memory.set(self._process.memory_info().rss, {"device": "cpu"})
+        if torch.cuda.is_available():
+            self.memory.set(torch.cuda.memory_allocated(), {"device": "gpu"})

@@ -1,0 +1,37 @@
+"""End one trial of a search that runs; what it has reached counts."""
+
+import sys
+from pathlib import Path
+
+from ftray.cli import run_command
+from ftray.config import Config, UserError
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: no trial is named, or it does not run.
+    """
+    from ftray.search.cluster import quiet
+
+    quiet()
+    from ftray.search.definition import running_since
+    from ftray.search.outcome import JOURNAL
+    from ftray.search.requests import ask_to_stop
+    from ftray.status import searched
+
+    number, output = cfg.request.trial, Path(cfg.output)
+    if number is None:
+        raise UserError("which trial? ftray status shows their numbers")
+    pack = searched(output).search.pack
+    if running_since(output) is None:
+        raise UserError(f"output {output}: no search is running there")
+    ask_to_stop(output / JOURNAL, number)
+    when = "at its next rung" if pack == "off" else "after its next step, with a report of what it has reached"
+    print(f"trial {number} stops {when}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("stop"))

@@ -1,0 +1,107 @@
+"""What a user asks of a search that runs, from other processes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from test_search import command, environment, run, study
+
+from ftray.cli import main
+from ftray.status import read
+
+SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
+STEPS = 3000
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.3)
+    return found
+
+
+def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
+    output = tmp_path / "out"
+    flags = ["--trials", "4", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "30"]
+    arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    on = ["--run", str(output)]
+    try:
+        assert main(["status", *on]) == 2
+        wait_for(lambda: (output / "study.log").exists() and (output / "data.json").exists(), process)
+
+        def both_report():
+            seen = read(output)
+            return seen if sum(t["rung"] > 0 for t in seen.trials) == 2 else None
+
+        seen = wait_for(both_report, process)
+        assert [t["state"] for t in seen.trials] == ["runs", "runs"]
+        assert (seen.total, seen.rungs, seen.budget) == (4, 30, STEPS * 16)
+        assert all(t["tokens_per_second"] > 0 for t in seen.trials)
+        capsys.readouterr()
+        assert main(["status", *on]) == 0
+        assert "0/4 trials over, best validation_loss" in capsys.readouterr().out
+
+        again = run([*arguments, "--resume"])
+        assert again.returncode == 2
+        assert "a search is running there" in again.stderr
+        assert again.stderr.count("\n") == 1
+
+        added = '{"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.05}}'
+        assert main(["add", added, *on]) == 0
+        assert capsys.readouterr().out == "trial 2 is the next to begin\n"
+        assert main(["add", added, *on]) == 2
+        assert "trial 2 has this configuration already" in capsys.readouterr().err
+        assert [t["state"] for t in read(output).trials] == ["runs", "runs", "waits"]
+        assert main(["stop", "2", *on]) == 2
+        assert "it does not run (waiting)" in capsys.readouterr().err
+
+        for number in range(4):
+            wait_for(lambda n=number: any(t["trial"] == n and t["rung"] for t in read(output).trials), process)
+            assert main(["stop", str(number), *on]) == 0
+        output_text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output_text
+    finally:
+        process.kill()
+    trials = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
+    assert {t["status"] for t in trials.values()} == {"stopped early"}
+    assert all(0 < t["records"] < STEPS * 16 for t in trials.values())
+    assert any(t["records"] % (STEPS * 16 // 30) for t in trials.values())  # not only at a rung
+    assert trials[2]["config"] == json.loads(added)
+    assert [t.state.name for t in study(output).get_trials()] == ["PRUNED"] * 4
+    capsys.readouterr()
+    assert main(["status", *on]) == 0
+    assert "4/4 trials over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["status"], "holds no search: name one by --run"),
+        (["stop"], "which trial?"),
+        (["stop", "one"], "request.trial"),
+        (["stop", "1"], "holds no search"),
+        (["add"], "which configuration?"),
+        (["add", "rank: 3"], "not a configuration: 'rank: 3'"),
+        (["add", "adapter: {method: lorra}"], "lorra"),
+        (["add", "adapter: {method: lora}"], "holds no search"),
+    ],
+)
+def test_what_can_not_be_asked(arguments, reason, tmp_path, capsys):
+    assert main([*arguments, "--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+def test_the_module_is_a_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ftray.status", "--run", str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
