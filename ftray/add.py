@@ -20,7 +20,7 @@ def run(cfg: Config) -> int:
 
     quiet()
     configuration = parsed(cfg.request.configuration)
-    from ftray.adapters.methods import try_on
+    from ftray.adapters.limits import try_on
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.search.definition import SPACE, running_since

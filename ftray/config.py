@@ -124,6 +124,9 @@ class ScalingConfig(Section):
     """Where and how widely it runs."""
 
     workers: PositiveInt = Field(1, description="data-parallel training workers a trial")
+    packs: PositiveInt | None = Field(
+        None, description="packs at once, each with a base model (default: as many as fit now); more let a cluster grow"
+    )
     cpus_per_worker: float | None = Field(None, gt=0, description="default: 1 a trial; in a pack, all of its share")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has a GPU, else 0")
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")

@@ -28,6 +28,7 @@ FREE = {
     "search.time_budget",
     "search.concurrency",
     "search.max_failures",
+    "scaling.packs",
     "scaling.cpus_per_worker",
     "scaling.gpus_per_worker",
     "scaling.address",

@@ -99,16 +99,20 @@ class Board:
             self._changed.notify_all()
 
     async def capacity(self, packs: int) -> int:
-        """Trials that all packs take together, as soon as they are ready.
+        """Trials that all packs will take together, as soon as one is ready: the cluster may yet have to grow.
 
         Raises:
             RuntimeError: the packs can't be had; the message says why.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self.capacities) == packs or self.closed)
+            await self._changed.wait_for(lambda: self.capacities or self.closed)
             if self.closed:
                 raise RuntimeError(self.closed)
-            return sum(self.capacities.values())
+            return packs * max(self.capacities.values())
+
+    async def ready_packs(self) -> list[int]:
+        """Those that could take trials."""
+        return list(self.capacities)
 
     async def orders(self, pack: int, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
         """What a pack is to do next, once it has said what came of the last orders.

@@ -50,7 +50,8 @@ def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
     """
     count = packs_that_fit(job)
     board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
-    groups = [threading.Thread(target=_run, args=(Place(job, board, i, experiment),)) for i in range(count)]
+    places = [Place(job, board, i, experiment) for i in range(count)]
+    groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
     for group in groups:
         group.start()
     try:
@@ -62,15 +63,17 @@ def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
         yield board, capacity
     finally:
         ray.get(board.close.remote("the search is over"))
-        for group in groups:
-            group.join()
+        for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
+            groups[index].join()
 
 
 def packs_that_fit(job: Job) -> int:
-    """Worker groups that the cluster has room for: by GPUs where it has any, else one for `workers` nodes."""
+    """As configured, else those that the cluster has room for: by GPUs where it has any, or `workers` nodes each."""
     workers = job.config.scaling.workers
+    if job.config.scaling.packs:
+        return job.config.scaling.packs
     if job.gpus_per_worker:
-        return max(1, int(ray.cluster_resources()["GPU"] / (workers * job.gpus_per_worker)))
+        return max(1, int(ray.cluster_resources().get("GPU", 0) / (workers * job.gpus_per_worker)))
     return max(1, sum(node["Alive"] for node in ray.nodes()) // workers)
 
 
@@ -78,7 +81,7 @@ def pack_trainer(
     job: Job, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: str
 ) -> TorchTrainer:
     """A `TorchTrainer` whose workers, with a pack's share of the CPUs each, run `worker(config)`."""
-    have = ray.cluster_resources()["CPU"] / packs_that_fit(job) / job.config.scaling.workers
+    have = ray.cluster_resources().get("CPU", 0) / packs_that_fit(job) / job.config.scaling.workers
     cpus = job.config.scaling.cpus_per_worker or max(1, int(have))
     seed = job.config.training.seed
     datasets = {"validation": plans(TokenizedData.load(job.data), seed, 0)["validation"]}
