@@ -19,7 +19,6 @@ def run(cfg: Config) -> int:
     from ftray.search.cluster import quiet
 
     quiet()
-    configuration = parsed(cfg.request.configuration)
     from ftray.adapters.limits import try_on
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
@@ -30,7 +29,7 @@ def run(cfg: Config) -> int:
     from ftray.status import searched
     from ftray.tasks import TaskSpec
 
-    output = Path(cfg.output)
+    configuration, output = parsed(cfg.request.configuration), Path(cfg.output)
     of = searched(output)
     if not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
@@ -55,6 +54,8 @@ def parsed(text: str | None) -> dict[str, Any]:
     Raises:
         UserError: it is something else.
     """
+    from ftray.adapters.methods import parameters
+
     example = "{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}"
     if not text:
         raise UserError(f"which configuration? For example '{example}'")
@@ -64,7 +65,7 @@ def parsed(text: str | None) -> dict[str, Any]:
         given = None
     if not isinstance(given, dict) or not given.get("adapter") or given.keys() - {"adapter", "training"}:
         raise UserError(f"not a configuration: {text[:80]!r}; it looks like {example}")
-    build(given)
+    parameters(build(given).adapter)
     return {"adapter": given["adapter"], "training": given.get("training") or {}}
 
 

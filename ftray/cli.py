@@ -76,13 +76,14 @@ COMMANDS = {
     "stop": Command(
         "end a trial of a running search; what it has reached counts",
         {"run": "output"},
-        "ftray stop 3 --run runs/search",
+        "ftray stop 3 --run runs/search\nftray stop 12 --run /shared/runs/search",
         argument="request.trial",
     ),
     "add": Command(
         "let a running search try a configuration of yours next",
         {"run": "output"},
-        "ftray add '{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}' --run runs/search",
+        "ftray add '{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}' --run runs/search\n"
+        'ftray add \'{"adapter": {"method": "ia3"}}\' --run runs/search',
         argument="request.configuration",
     ),
     "evaluate": Command(

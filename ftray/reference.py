@@ -74,8 +74,8 @@ def commands() -> str:
         does = inspect.getdoc(importlib.import_module(f"ftray.{command.module or name}").run) or ""
         does = does.split("\n\nRaises:")[0].removeprefix("The command").lstrip(":,. ")
         lines += ["", f"## {name}", "", f"{command.summary[0].upper()}{command.summary[1:]}."]
+        lines += [f"{does[0].upper()}{does[1:]}"] if does else []
         lines += [
-            f"{does[0].upper()}{does[1:]}",
             "",
             "```sh",
             command.example,
@@ -87,6 +87,8 @@ def commands() -> str:
         flags = command.flags | {
             flag: field for flag, field in SWITCHES.items() if name in ("train", "tune") and flag == "resume"
         }
+        if given := command.argument:
+            lines += [f"| {given.rpartition('.')[2].upper()} | `{given}` | {describe(given)} |"]
         lines += [f"| `--{flag}` | `{field}` | {describe(field)} |" for flag, field in flags.items()]
     codes = EXIT_CODES.removeprefix("exit codes: ").split(", ")
     table = [f"| {code.split(' ', 1)[0]} | {code.split(' ', 1)[1]} |" for code in codes]

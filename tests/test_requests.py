@@ -42,7 +42,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
 
         seen = wait_for(both_report, process)
         assert [t["state"] for t in seen.trials] == ["runs", "runs"]
-        assert (seen.total, seen.rungs, seen.budget) == (4, 30, STEPS * 16)
+        assert (seen.total, seen.rungs, seen.budget) == (4, 30, STEPS * 8)
         assert all(t["tokens_per_second"] > 0 for t in seen.trials)
         capsys.readouterr()
         assert main(["status", *on]) == 0
@@ -71,8 +71,8 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         process.kill()
     trials = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
     assert {t["status"] for t in trials.values()} == {"stopped early"}
-    assert all(0 < t["records"] < STEPS * 16 for t in trials.values())
-    assert any(t["records"] % (STEPS * 16 // 30) for t in trials.values())  # not only at a rung
+    assert all(0 < t["records"] < STEPS * 8 for t in trials.values())
+    assert any(t["records"] % (STEPS * 8 // 30) for t in trials.values())  # not only at a rung
     assert trials[2]["config"] == json.loads(added)
     assert [t.state.name for t in study(output).get_trials()] == ["PRUNED"] * 4
     capsys.readouterr()
