@@ -12,7 +12,7 @@ from ftray.cli import main
 from ftray.status import read
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
-STEPS = 3000
+STEPS = 10000
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
@@ -26,7 +26,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
 
 def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
     output = tmp_path / "out"
-    flags = ["--trials", "4", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "30"]
+    flags = ["--trials", "4", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "100"]
     arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
@@ -42,7 +42,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
 
         seen = wait_for(both_report, process)
         assert [t["state"] for t in seen.trials] == ["runs", "runs"]
-        assert (seen.total, seen.rungs, seen.budget) == (4, 30, STEPS * 8)
+        assert (seen.total, seen.rungs, seen.budget) == (4, 100, STEPS * 8)
         assert all(t["tokens_per_second"] > 0 for t in seen.trials)
         capsys.readouterr()
         assert main(["status", *on]) == 0
@@ -72,7 +72,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
     trials = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
     assert {t["status"] for t in trials.values()} == {"stopped early"}
     assert all(0 < t["records"] < STEPS * 8 for t in trials.values())
-    assert any(t["records"] % (STEPS * 8 // 30) for t in trials.values())  # not only at a rung
+    assert any(t["records"] % (STEPS * 8 // 100) for t in trials.values())  # not only at a rung
     assert trials[2]["config"] == json.loads(added)
     assert [t.state.name for t in study(output).get_trials()] == ["PRUNED"] * 4
     capsys.readouterr()

@@ -1,0 +1,164 @@
+"""A search submitted to a cluster that grows for it: Ray's own job server and autoscaler, each node a raylet here."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from test_search import SPACE, command
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class GrowingCluster:
+    """A head without CPUs, and nodes of two CPUs that come when they are asked for and go when they are idle."""
+
+    def __init__(self, directory: Path):
+        self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
+        config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
+        config["provider"]["gcs_address"] = f"127.0.0.1:{self.port}"
+        config["idle_timeout_minutes"] = 0.1
+        config["available_node_types"]["cpu"]["min_workers"] = 0
+        (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "0123456789abcdef" * 2,
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_metrics_report_interval_ms": "1000",
+        }
+        flags = {
+            "--node-ip-address": "127.0.0.1",
+            "--port": self.port,
+            "--num-cpus": 0,
+            "--num-gpus": 0,
+            "--autoscaling-config": directory / "cluster.yaml",
+            "--dashboard-host": "127.0.0.1",
+            "--dashboard-port": self.dashboard,
+            "--metrics-export-port": self.metrics,
+            "--ray-client-server-port": free_port(),
+            "--temp-dir": directory / "ray",
+            "--object-store-memory": 200_000_000,
+        }
+        start = [RAY, "start", "--head", "--block", *(f"{flag}={value}" for flag, value in flags.items())]
+        self.log = directory / "log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+        self.wait_for(lambda: self.status().count("ray.head.default") == 1, 90)
+
+    def status(self) -> str:
+        """What `ray status` says; nothing while the head does not answer."""
+        done = subprocess.run([RAY, "status"], capture_output=True, text=True, env=self.environment, check=False)
+        return done.stdout
+
+    def nodes(self) -> int:
+        """Those that run beside the head."""
+        found = re.search(r"^ (\d+) cpu$", self.status().partition("Pending:")[0], re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def wait_for(self, condition, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.status() + self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+
+    def submit(self, entrypoint: list[str], *more: str) -> subprocess.Popen:
+        """The job, as a user submits it."""
+        where = ["--address", f"http://127.0.0.1:{self.dashboard}", *more]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([RAY, "job", "submit", *where, "--", *entrypoint], env=self.environment, **pipes)
+
+    def measured(self) -> dict[str, float]:
+        """ftray's own metrics as the head exports them, summed up by name and by state."""
+        try:
+            text = httpx.get(f"http://127.0.0.1:{self.metrics}/metrics").text
+        except httpx.HTTPError:
+            return {}
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_ftray_"):
+                    name = sample.name.removeprefix("ray_ftray_")
+                    name += "." + sample.labels["state"] if "state" in sample.labels else ""
+                    found[name] = found.get(name, 0.0) + sample.value
+        return found
+
+    def stop(self) -> None:
+        """The head, and all that it started."""
+        everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        mine = [
+            p for p in psutil.process_iter(["cmdline"]) if str(self.log.parent) in " ".join(p.info["cmdline"] or [])
+        ]
+        for process in [*everything, *mine]:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def growing():
+    with tempfile.TemporaryDirectory(
+        prefix="ray", dir="/tmp", ignore_cleanup_errors=True
+    ) as directory:  # short: sockets
+        cluster = GrowingCluster(Path(directory))
+        yield cluster
+        cluster.stop()
+
+
+def test_a_submitted_search_makes_nodes_appear_uses_them_and_lets_them_go(growing, tmp_path, words, tiny_llama):
+    assert growing.nodes() == 0
+    entrypoint = command(tmp_path / "out", words, tiny_llama, "--trials", "3", space=SPACE, steps=60)
+    entrypoint[0] = "python"
+    entrypoint[entrypoint.index("--output") + 1] = str(tmp_path / "out")  # the job runs in another directory
+    job = growing.submit(entrypoint)
+    most, seen = 0, {}
+    while job.poll() is None:
+        most = max(most, growing.nodes())
+        seen |= growing.measured()
+        time.sleep(1)
+    log = job.stdout.read()
+    assert job.returncode == 0, log
+    assert most == 1
+    assert "3/3 trials over" in log
+    lines = [line for line in log.splitlines() if line.startswith("summary ")]
+    assert lines == [f"summary  {tmp_path / 'out' / 'summary.json'}"]
+    assert (tmp_path / "out" / "best" / "merged" / "config.json").exists()
+    assert seen["trials.runs"] + seen["trials.done"] > 0
+    assert seen["best"] > 0
+    assert seen["rung_records_total"] > 0
+    growing.wait_for(lambda: growing.nodes() == 0, 60)
+
+
+def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):
+    entrypoint = ["python", "-m", "ftray.tune", "--data", str(tmp_path / "nothing.jsonl")]
+    job = growing.submit(entrypoint, "--working-dir", str(ROOT))  # from a clone
+    log, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    (line,) = [line for line in log.splitlines() if "error:" in line and line.startswith("ftray tune")]
+    assert "nothing.jsonl" in line
+    assert growing.nodes() == 0
