@@ -42,7 +42,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     from ftray.preprocess import describe, padding_share
     from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
-    from ftray.search.experiment import search
+    from ftray.search.experiment import Broken, search
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
@@ -65,7 +65,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     budget = job.budget()
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
-    search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
+    try:
+        search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
+    except Broken as error:
+        print(f"ftray tune: {error}; the same command with --resume goes on", file=sys.stderr)
+        return 1
 
     rows = trial_rows(cfg, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)

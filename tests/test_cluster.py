@@ -1,13 +1,17 @@
 """A search submitted to a cluster that grows for it: Ray's own job server and autoscaler, each node a raylet here."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -31,6 +35,7 @@ class GrowingCluster:
     """A head without CPUs, and nodes of two CPUs that come when they are asked for and go when they are idle."""
 
     def __init__(self, directory: Path):
+        self.directory = directory
         self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
         config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
         config["provider"]["gcs_address"] = f"127.0.0.1:{self.port}"
@@ -103,6 +108,31 @@ class GrowingCluster:
                     found[name] = found.get(name, 0.0) + sample.value
         return found
 
+    @contextmanager
+    def prometheus(self) -> Iterator[Callable[[str], list[dict]]]:
+        """Debian's Prometheus with the repository's configuration; yields what answers an expression."""
+        written = (ROOT / "cluster" / "observability" / "prometheus.yaml").read_text()
+        found = str(self.directory / "ray" / "prom_metrics_service_discovery.json")
+        config = self.directory / "prometheus.yaml"
+        config.write_text(written.replace("/tmp/ray/prom_metrics_service_discovery.json", found).replace("10s", "1s"))
+        assert found in config.read_text()
+        port = free_port()
+        where = [f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}"]
+        process = subprocess.Popen(["prometheus", *where, f"--storage.tsdb.path={self.directory / 'tsdb'}"])
+
+        def ask(expression: str) -> list[dict]:
+            try:
+                got = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression})
+            except httpx.HTTPError:
+                return []
+            return got.json()["data"]["result"] if got.status_code == 200 else []
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.wait()
+
     def stop(self) -> None:
         """The head, and all that it started."""
         everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
@@ -152,6 +182,29 @@ def test_a_submitted_search_makes_nodes_appear_uses_them_and_lets_them_go(growin
     assert seen["best"] > 0
     assert seen["rung_records_total"] > 0
     growing.wait_for(lambda: growing.nodes() == 0, 60)
+
+
+def test_prometheus_scrapes_what_a_dashboard_shows(growing, tmp_path, words, tiny_llama):
+    if not shutil.which("prometheus"):
+        pytest.skip("needs Debian's prometheus")
+    dashboard = json.loads((ROOT / "cluster" / "observability" / "grafana.json").read_text())
+    asked = {panel["title"]: panel["targets"][0]["expr"].replace("$search", ".*") for panel in dashboard["panels"]}
+    entrypoint = command(tmp_path / "out", words, tiny_llama, "--trials", "3", space=SPACE, steps=300)
+    entrypoint[0] = "python"
+    entrypoint[entrypoint.index("--output") + 1] = str(tmp_path / "out")
+    answered: dict[str, list[dict]] = {}
+    with growing.prometheus() as ask:
+        job = growing.submit(entrypoint)
+        while job.poll() is None:
+            answered |= {title: found for title, expression in asked.items() if (found := ask(expression))}
+            time.sleep(1)
+    assert job.returncode == 0, job.stdout.read()
+    assert answered.keys() == asked.keys()
+    states = {series["metric"]["state"] for series in answered["Trials by state"]}
+    assert {"runs", "done"} <= states
+    (best,) = answered["Best value of the metric"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert float(best["value"][1]) >= summary["best"]["value"] * 0.999  # the last report may have come after it
 
 
 def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):

@@ -318,3 +318,12 @@ def test_the_search_in_the_comments_is_one_that_the_command_takes(name, monkeypa
     assert config.output.startswith("/")  # the job has a directory of its own
     asks = config.scaling.gpus_per_worker
     assert asks == (None if name in ("onprem", "local") else 1)
+
+
+def test_the_grafana_dashboard_asks_for_metrics_that_there_are():
+    made = set(re.findall(r'"(ftray_\w+)"', (REPOSITORY / "ftray" / "search" / "metrics.py").read_text()))
+    dashboard = json.loads((CLUSTER / "observability" / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert {name for expression in asked for name in re.findall(r"ray_(ftray_\w+)", expression)} == made
+    runbook = (REPOSITORY / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"`ray_(ftray_\w+)`", runbook)) == made

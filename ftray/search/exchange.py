@@ -15,6 +15,10 @@ class TrialFailed(RuntimeError):
     """A trial gives no result, however often it is run again; the message is the reason."""
 
 
+class PacksGone(RuntimeError):
+    """No pack trains any more; the trial is not over: a search that goes on takes it up. The message is the reason."""
+
+
 @dataclass
 class Entry:
     """A trial from its entry to its end.
@@ -58,7 +62,10 @@ class Board:
             self._changed.notify_all()
 
     async def next(self, number: int, heard: int) -> dict[str, Any]:
-        """The trial's report after the first `heard`; it may train until it has it. Or the `failure` that ended it."""
+        """The trial's report after the first `heard`; it may train until it has it.
+
+        Or the `failure` that ended it, or the reason why all is `closed`.
+        """
         async with self._changed:
             entry = self.entries.get(number)
             if entry is None:
@@ -70,7 +77,9 @@ class Board:
             )
             if len(entry.reports) > heard:
                 return entry.reports[heard]
-            return {"failure": entry.failure or self.closed or "it is over"}
+            if self.closed and not entry.failure:
+                return {"closed": self.closed}
+            return {"failure": entry.failure or "it is over"}
 
     async def hurry(self, number: int) -> None:
         """The trial reports after its next step, wherever that is."""
@@ -184,15 +193,24 @@ class StandIn(tune.Trainable):
 
     def _enter(self, config: dict[str, Any]) -> None:
         self.number, self.heard = config["number"], 0
-        ray.get(self.board.enter.remote(self.number, config))
+        self._ask(self.board.enter.remote(self.number, config))
 
     def step(self) -> dict[str, Any]:
         """The trial's next report."""
-        report = ray.get(self.board.next.remote(self.number, self.heard))
+        report = self._ask(self.board.next.remote(self.number, self.heard))
+        if "closed" in report:
+            raise PacksGone(report["closed"])
         if "failure" in report:
             raise TrialFailed(report["failure"])
         self.heard += 1
         return report
+
+    @staticmethod
+    def _ask(answer: Any) -> Any:
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayActorError:
+            raise PacksGone("the process between the trials and the packs has died") from None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial has this process."""
@@ -201,7 +219,7 @@ class StandIn(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A scheduler puts the trial aside: the pack's own checkpoint has its weights."""
-        ray.get(self.board.leave.remote(self.number, for_good=False))
+        self._ask(self.board.leave.remote(self.number, for_good=False))
         return {"heard": self.heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:

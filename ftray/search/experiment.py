@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 from ftray.config import Config
 from ftray.data import TokenizedData
 from ftray.search.definition import packable
-from ftray.search.exchange import Leaving, StandIn, TrialFailed
+from ftray.search.exchange import Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
 from ftray.search.progress import failure_reason, training_failure
@@ -60,28 +60,46 @@ def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
     return result.return_value
 
 
+class Broken(RuntimeError):
+    """The search can't go on in this process, but from its journal; the message says why."""
+
+
 class TrialEnd(tune.Callback):
     """Frees the workers of a trial soon after it was stopped, and says why a failed one failed."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
         self._released = 0.0
+        self._gone = ""
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Tune goes through this many times a second."""
+        """Tune goes through this many times a second.
+
+        Raises:
+            Broken: no pack trains any more.
+        """
+        if self._gone:
+            raise Broken(self._gone)
         if time.monotonic() - self._released > 1:
             release()
             self._released = time.monotonic()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It failed."""
-        self.sampler.fail(trial.trial_id, failure_reason(trial))
+        """It failed; or the packs did, and it is left as it is in the journal."""
+        reason = failure_reason(trial)
+        if f"{PacksGone.__name__}: " in reason:
+            self._gone = reason.rpartition(": ")[2]
+        else:
+            self.sampler.fail(trial.trial_id, reason)
 
 
 def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback]) -> None:
     """Run, or go on with, the search whose journal lies in `output`, until `search.trials` are over.
 
     Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
+
+    Raises:
+        Broken: what trains the trials is gone.
     """
     cfg, experiment, journal = job.config, output.resolve() / EXPERIMENT, output / JOURNAL
     past = [trial for trial in past_trials(journal) if trial.state.is_finished()]

@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -62,9 +62,10 @@ def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
         print(f"packed: {count} worker group(s), {capacity} trials at once", flush=True)
         yield board, capacity
     finally:
-        ray.get(board.close.remote("the search is over"))
-        for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
-            groups[index].join()
+        with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
+            ray.get(board.close.remote("the search is over"))
+            for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
+                groups[index].join()
 
 
 def packs_that_fit(job: Job) -> int:
@@ -90,12 +91,23 @@ def pack_trainer(
 
 def _run(place: Place) -> None:
     name = f"pack-{place.index}"
-    shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
-    trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, str(place.experiment))
-    try:
-        trainer.fit()
-    except Exception as error:
-        ray.get(place.board.close.remote(training_failure(error)))
+    for left in reversed(range(place.job.config.search.max_failures + 1)):
+        shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
+        trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, str(place.experiment))
+        try:
+            trainer.fit()
+            break
+        except ray.exceptions.RayActorError as error:  # what watches over the workers has died: not for Train to mend
+            if not left:
+                _close(place, last_line(error))
+        except Exception as error:
+            _close(place, training_failure(error))
+            break
+
+
+def _close(place: Place, reason: str) -> None:
+    with suppress(ray.exceptions.RayActorError):  # nobody is left to be told
+        ray.get(place.board.close.remote(reason))
 
 
 def pack_worker(config: dict[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""What bounds `benchmarks.pack`: its step beside nothing but the base model's own matrix products for the same tokens.
+
+    python -m benchmarks.floor [--quick]
+
+Any trainer of adapters over a frozen base multiplies each token by each weight once forward and once back (the head at
+the positions that bear loss). The ratio is the share of a step that these products alone take.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import compare
+from benchmarks.pack import TOKENS, adapter, load, record
+from ftray.training.pack import Pack
+
+
+def products(base: Any, tokens: int, supervised: int) -> Any:
+    """A function that makes the products, on random activations of the base's precision."""
+    head = base.get_output_embeddings()
+    work = []
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            rows = supervised if module is head else tokens
+            weight = module.weight
+            work.append((weight, weight.new_empty(rows, weight.shape[1]).normal_()))
+
+    @torch.no_grad()
+    def run() -> None:
+        for weight, x in work:
+            y = x @ weight.T
+            y @ weight
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.floor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=8, metavar="K")
+    parser.add_argument("--size", choices=["135m", "1b"], default="135m")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
+    args = parser.parse_args()
+    base = load(args.size, args.dtype)
+    pack, batches = Pack(base), {}
+    for index in range(args.trials):
+        pack.add(str(index), *adapter(base, index))
+        batches[str(index)] = [record(index, base.device)]
+    tokens = args.trials * TOKENS
+    print(f"{args.trials} adapters, {tokens} tokens, base {base.dtype}; the peer is the base's matrix products alone")
+    floor = products(base, tokens, tokens // 2)
+    compare("floor", lambda: pack.step(batches), floor, tokens, "tokens/s", 3 if args.quick else 7)
+
+
+if __name__ == "__main__":
+    main()
