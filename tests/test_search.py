@@ -157,6 +157,23 @@ def test_the_printed_command_serves_the_best(searched):
     assert answer["usage"]["completion_tokens"] > 0
 
 
+def test_the_merged_model_is_served_alone(searched):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output, _ = searched
+    with server("ftray", "serve", "--run", str(output), "--merged") as url:
+        assert shown(f"{url}/health") == {"status": "ok"}
+        assert [model["id"] for model in shown(f"{url}/v1/models")["data"]] == ["best"]
+        body = {"model": "best", "prompt": "a b c\n", "max_tokens": 8, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        answer = shown(urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers))
+    merged = output / "best" / "merged"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    inputs = tokenizer(body["prompt"], return_tensors="pt")
+    wanted = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(wanted, skip_special_tokens=True)
+
+
 @contextmanager
 def server(program: str, *arguments: str) -> Iterator[str]:
     """A program of this environment that listens on a port of its own; gives its address."""

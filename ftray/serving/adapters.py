@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ftray.config import UserError
+from ftray.tasks import CAUSAL, FILE, TaskSpec
 from ftray.training.pack import share
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -49,15 +50,16 @@ def fetched(source: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ftray-adapter-") as directory:
         try:
             filesystem, root = pyarrow.fs.FileSystem.from_uri(source)
-            for name in ("adapter_config.json", WEIGHTS):
+            there = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root))}
+            for name in ("adapter_config.json", WEIGHTS, *({FILE} & there)):
                 pyarrow.fs.copy_files(f"{root}/{name}", f"{directory}/{name}", source_filesystem=filesystem)
         except (OSError, ValueError) as error:
             raise UserError(f"adapter {source}: can't be read: {str(error).splitlines()[0]}") from None
         yield Path(directory)
 
 
-def check_adapter(directory: Path, base_path: str) -> dict[str, Any]:
-    """The adapter's configuration, if the adapter is of `base_path` and holds safetensors.
+def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> dict[str, Any]:
+    """The adapter's configuration, if the adapter is of `base_path` and for `spec`, and holds safetensors.
 
     Raises:
         UserError: it does not fit; the message says why.
@@ -72,8 +74,10 @@ def check_adapter(directory: Path, base_path: str) -> dict[str, Any]:
         raise UserError(f"adapter {directory}: adapter_config.json is not valid: {error}") from None
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"adapter {directory}: has no {WEIGHTS}; other formats can run code and are not read")
-    if task != "CAUSAL_LM":
-        raise UserError(f"adapter {directory}: its task is {task}, not CAUSAL_LM")
+    if task != spec.name:
+        raise UserError(f"adapter {directory}: its task is {task}, not {spec.name}")
+    if spec.labels and (TaskSpec.read(directory) or spec).labels != spec.labels:
+        raise UserError(f"adapter {directory}: it has other labels than {', '.join(spec.labels)}"[:300])
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(REWRITES_BASE):
         raise UserError(f"adapter {directory}: {init} changes the base's own weights: merge it and serve that model")
@@ -85,14 +89,14 @@ def check_adapter(directory: Path, base_path: str) -> dict[str, Any]:
     return config
 
 
-def load_adapter(base: PreTrainedModel, source: str) -> PeftModel:
+def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> PeftModel:
     """The adapter in `source` on a :func:`~ftray.training.pack.share` of the frozen `base`, adapter in float32.
 
     Raises:
         UserError: `source` holds no adapter of this base.
     """
     with fetched(source) as directory:
-        check_adapter(directory, base.name_or_path)
+        check_adapter(directory, base.name_or_path, spec)
         try:
             config = PeftConfig.from_pretrained(str(directory))
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")

@@ -39,11 +39,12 @@ def key_digest(cfg: Config) -> str | None:
 def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: float) -> serve.Application:
     """The application; each replica reserves `cpus` and `gpus`."""
     from ftray.serving.endpoint import Endpoint
+    from ftray.serving.reader import Reader
     from ftray.serving.replica import Replica
 
-    settings, s = cfg.model_dump(), cfg.serving
-    replicas = serve.deployment(
-        Replica,
+    settings, s, generates = cfg.model_dump(), cfg.serving, what.task.name == "CAUSAL_LM"
+    replicas: Any = serve.deployment(
+        Replica if generates else Reader,
         name="replica",
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=max(4 * s.slots, s.max_queue),  # the engine keeps its own line
@@ -62,8 +63,9 @@ def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: 
         max_ongoing_requests=4 * s.max_queue,  # it refuses what is too much itself, with 429
         graceful_shutdown_timeout_s=s.drain_seconds,
     )
-    handle: DeploymentHandle = replicas.bind(settings, what.model_path, max(1, int(cpus)))
-    return endpoint.bind(settings, what.base, what.adapters, key, handle)
+    own = () if generates else (what.task,)
+    handle: DeploymentHandle = replicas.bind(settings, what.model_path, max(1, int(cpus)), *own)
+    return endpoint.bind(settings, what.base, what.adapters, key, handle, what.task.name)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -10,6 +10,8 @@ import hmac
 import os
 import time
 import uuid
+from array import array
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,12 @@ from starlette.exceptions import HTTPException
 
 from ftray.config import Config, UserError
 from ftray.serving.offers import leaderboard
-from ftray.serving.protocol import Asked, Chat, Completion, NewAdapter, Refused, parsed
+from ftray.serving.protocol import Asked, Chat, Classification, Completion, Embeddings, NewAdapter, Refused, parsed
+from ftray.serving.reader import READS, Read, Texts
 from ftray.serving.replica import Job, Part, Parts
 from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 
+MOST_TEXTS = 2048  # of one request, as OpenAI has it
 ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 api = FastAPI(title="ftray", openapi_url=None)
@@ -77,7 +81,8 @@ class Endpoint:
         base: name of the base model.
         adapters: directory or URI of each adapter that is on offer from the start.
         key: SHA-256 of the bearer token, hexadecimal; None: anyone may ask.
-        replicas: those of :class:`ftray.serving.replica.Replica`.
+        replicas: those of :class:`ftray.serving.replica.Replica`, or of :class:`ftray.serving.reader.Reader`.
+        task: what they do.
     """
 
     def __init__(
@@ -87,9 +92,11 @@ class Endpoint:
         adapters: dict[str, str],
         key: str | None,
         replicas: DeploymentHandle,
+        task: str = "CAUSAL_LM",
     ):
         self.cfg = Config.model_validate(settings).serving
         self.base, self.key, self.replicas, self.started = base, key, replicas, int(time.time())
+        self.task = task
         self.offers = {name: Offer(name, source, self.started) for name, source in adapters.items()}
         self.usage, self.under_way = Usage(), 0
 
@@ -171,6 +178,84 @@ class Endpoint:
         job = self._job(asked, [], [m.plain for m in asked.messages], self._sampling(asked, most, logprobs, False))
         return await self._respond(asked, job)
 
+    @api.post("/v1/embeddings")
+    async def embeddings(self, request: Request) -> dict[str, Any]:
+        self._authorize(request)
+        asked = parsed(Embeddings, await self._body(request))
+        read = await self._read("FEATURE_EXTRACTION", asked, None)
+        as_asked = (
+            (lambda v: b64encode(array("f", v).tobytes()).decode()) if asked.encoding_format == "base64" else list
+        )
+        data = [{"object": "embedding", "index": i, "embedding": as_asked(v)} for i, v in enumerate(read.values)]
+        return {"object": "list", "model": asked.model, "data": data, "usage": usage(read.tokens, 0)}
+
+    @api.post("/v1/classify")
+    async def classify(self, request: Request) -> dict[str, Any]:
+        self._authorize(request)
+        asked = parsed(Classification, await self._body(request))
+        if asked.pairs is not None and len(asked.pairs) != len(asked.texts):
+            raise Refused(400, "pair: as many as there are in input", "pair", "invalid_value")
+        read = await self._read("SEQ_CLS", asked, asked.pairs)
+        data = [
+            {"index": i, "label": read.labels[p.index(max(p))], "probs": p, "num_classes": len(p)}
+            for i, p in enumerate(read.values)
+        ]
+        more = {"labels": read.labels, "usage": usage(read.tokens, 0)}
+        return {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "model": asked.model, "data": data} | more
+
+    async def _read(self, task: str, asked: Embeddings | Classification, pairs: list[str] | None) -> Read:
+        """What a replica makes of the texts; on another one if it dies.
+
+        Raises:
+            Refused: it refuses them, too many requests are under way, or it takes too long.
+        """
+        self._answers(task)
+        if not asked.texts or not all(asked.texts) or len(asked.texts) > MOST_TEXTS:
+            raise Refused(400, f"input: from 1 to {MOST_TEXTS} texts that are not empty", "input", "invalid_value")
+        self._room()
+        offer, most = self._offer(asked.model), self.cfg.max_prompt_tokens
+        job = Texts(asked.texts, pairs, offer.id if offer else None, offer.source if offer else None, most)
+        handle = self.replicas.options(multiplexed_model_id=job.adapter or "")
+        self.under_way += 1
+        status = "500"
+        try:
+            async with asyncio.timeout(self.cfg.request_seconds):
+                for attempt in range(ATTEMPTS):
+                    try:
+                        read: Read = await handle.read.remote(job)
+                        break
+                    except RayActorError:
+                        await asyncio.sleep(0.1 * 2**attempt)
+                else:
+                    raise Refused(503, "replicas keep dying", code="replica_died")
+            if read.refused:
+                code, message, param = read.refused
+                raise Refused(code, message, param, "invalid_value")
+            self.usage.prompt.labels(asked.model).inc(read.tokens)
+            status = "200"
+            return read
+        except TimeoutError:
+            status = "504"
+            raise Refused(504, f"took more than {self.cfg.request_seconds:g} s", code="timeout") from None
+        except Refused as error:
+            status = str(error.status)
+            raise
+        finally:
+            self.under_way -= 1
+            self.usage.requests.labels(asked.model, status).inc()
+
+    def _answers(self, task: str) -> None:
+        """Refuse what the models here aren't for."""
+        if task != self.task:
+            route = READS.get(self.task, "/v1/completions and /v1/chat/completions")
+            raise Refused(400, f"the models here are for {self.task}: use {route}", None, "wrong_task")
+
+    def _room(self) -> None:
+        """Refuse what is too much."""
+        if self.under_way >= self.cfg.max_queue:
+            headers = {"Retry-After": "1"}
+            raise Refused(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
+
     def _authorize(self, request: Request) -> None:
         if self.key is None:
             return
@@ -241,9 +326,8 @@ class Endpoint:
         )
 
     async def _respond(self, asked: Asked, job: Job) -> Response:
-        if self.under_way >= self.cfg.max_queue:
-            headers = {"Retry-After": "1"}
-            raise Refused(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
+        self._answers("CAUSAL_LM")
+        self._room()
         wording = ChatWording(asked) if isinstance(asked, Chat) else CompletionWording(asked)
         if asked.stream:
             events = self._parts(asked.model, job)

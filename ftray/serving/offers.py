@@ -8,15 +8,18 @@ from typing import Any
 import yaml
 
 from ftray.config import Config, UserError
+from ftray.serving.reader import READS
+from ftray.tasks import CAUSAL, TaskSpec
 
 
 @dataclass(frozen=True)
 class Offered:
-    """What is served: the base model's name and directory, and where each adapter is."""
+    """What is served: the base model's name and directory, where each adapter is, and what all of them do."""
 
     base: str
     model_path: str
     adapters: dict[str, str]
+    task: TaskSpec = CAUSAL
 
 
 def offered(cfg: Config) -> Offered:
@@ -36,7 +39,7 @@ def offered(cfg: Config) -> Offered:
     if cfg.serving.merged:
         if run is None or cfg.adapters:
             raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
-        return Offered("best", find(str(run / "best" / "merged")), {})
+        return Offered("best", find(str(run / "best" / "merged")), {}, _served(cfg, run, {}, ""))
     path = find(cfg.model.name)
     adapters = {} if run is None else _of_run(run)
     for given in cfg.adapters:
@@ -47,10 +50,29 @@ def offered(cfg: Config) -> Offered:
     base = Path(cfg.model.name).name.removesuffix(".gguf")
     if base in adapters:
         raise UserError(f"adapter {base}: the base model has that name")
+    task = _served(cfg, run, adapters, path)
     for source in adapters.values():
         if "://" not in source:
-            check_adapter(Path(source), path)
-    return Offered(base, path, adapters)
+            check_adapter(Path(source), path, task)
+    return Offered(base, path, adapters, task)
+
+
+def _served(cfg: Config, run: Path | None, adapters: dict[str, str], path: str) -> TaskSpec:
+    """The task that the run's best adapter is for, else the first given one, else the model by itself.
+
+    Raises:
+        UserError: no replica does it.
+    """
+    from ftray.models.load import own_labels
+
+    places = [*([run / "best" / "adapter"] if run else []), *(Path(s) for s in adapters.values() if "://" not in s)]
+    spec = next((found for place in places if (found := TaskSpec.read(place))), None)
+    if spec is None:
+        named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+        spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
+    if spec.name not in ("CAUSAL_LM", *READS):
+        raise UserError(f"serve: no route answers {spec.name}; the merged model is a plain transformers directory")
+    return spec
 
 
 def _of_run(run: Path) -> dict[str, str]:

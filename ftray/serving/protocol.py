@@ -86,8 +86,7 @@ class Completion(Asked):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """All prompts, as text or tokens."""
-        single = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
-        return [self.prompt] if single else self.prompt  # type: ignore[return-value]
+        return alike(self.prompt)
 
 
 class Part(Model):
@@ -123,11 +122,49 @@ class Chat(Asked):
         return self
 
 
+class Embeddings(Model):
+    """POST /v1/embeddings"""
+
+    model: str = Field(max_length=200)
+    input: Annotated[str, Field(strict=True)] | list[int] | list[str] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str] | list[list[int]]:
+        """All texts, as text or tokens."""
+        return alike(self.input)
+
+
+class Classification(Model):
+    """POST /v1/classify, as vLLM words it; `pair` holds the second text of each, for models that compare two."""
+
+    model: str = Field(max_length=200)
+    input: Annotated[str, Field(strict=True)] | list[str]
+    pair: Annotated[str, Field(strict=True)] | list[str] | None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts."""
+        return alike(self.input)
+
+    @property
+    def pairs(self) -> list[str] | None:
+        """All second texts."""
+        return None if self.pair is None else alike(self.pair)
+
+
 class NewAdapter(Model):
     """POST /v1/adapters"""
 
     name: str
     source: str = Field(min_length=1, max_length=1000)
+
+
+def alike(given: Any) -> Any:
+    """One text, or the tokens of one, as a list of one; a list of several as it is."""
+    return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
 
 
 def parsed(kind: type[Kind], body: bytes) -> Kind:

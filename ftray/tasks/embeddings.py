@@ -101,7 +101,7 @@ class Task(task.PaddedTask):
         none: dict[str, Any] = {"labels": [self.nothing], "lengths": [[2, 2]], "score": [float("nan")]}
         return self.collate({"input_ids": [[0] * 4], "token_type_ids": [[]], **none})
 
-    def embed(self, model: Any, batch: Batch) -> torch.Tensor:
+    def read(self, model: Any, batch: Batch) -> torch.Tensor:
         """Float32 [texts, hidden size], each of length 1: the mean of the last hidden states over the text's tokens."""
         hidden = model(**self.inputs(batch)).last_hidden_state.float()
         hidden = hidden[:, -batch["input_ids"].shape[1] :]  # without the tokens that a method puts before them
@@ -109,14 +109,14 @@ class Task(task.PaddedTask):
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        return (_losses(self.embed(model, batch), batch["score"]) * (batch["labels"][:, 0] == 0)).sum()
+        return (_losses(self.read(model, batch), batch["score"]) * (batch["labels"][:, 0] == 0)).sum()
 
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         count, loss = len(rows), np.zeros(len(rows))
         vectors: list[list[np.ndarray]] = [[] for _ in rows]
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            embedded = self.embed(model, batch)
+            embedded = self.read(model, batch)
             loss[part] = _losses(embedded, batch["score"]).double().cpu().numpy()
             texts = iter(embedded.cpu().numpy())
             for k in range(3):

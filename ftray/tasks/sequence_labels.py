@@ -62,6 +62,10 @@ class Task(task.PaddedTask):
         logits = model(**self.inputs(batch)).logits.float()
         return F.cross_entropy(logits, batch["labels"][:, 0], reduction="sum")
 
+    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Float32 [texts, classes]: the probability of each class."""
+        return torch.softmax(model(**self.inputs(batch)).logits.float(), -1)
+
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         loss, predicted = np.zeros(len(rows)), np.zeros(len(rows), int)

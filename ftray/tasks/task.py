@@ -123,6 +123,11 @@ class PaddedTask(Task):
     def empty(self) -> Batch:
         return self.collate({"input_ids": [[0, 0]], "token_type_ids": [[]], "labels": [self.nothing]})
 
+    def below(self, input_ids: Sequence[Any], token_type_ids: Sequence[Any]) -> Batch:
+        """A batch of texts alone, one below the other, without labels."""
+        columns = {"input_ids": input_ids, "token_type_ids": token_type_ids, "labels": [self.nothing] * len(input_ids)}
+        return PaddedTask.collate(self, columns)
+
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """What the model is given."""
         names = ("input_ids", "attention_mask", "token_type_ids")

@@ -1,0 +1,157 @@
+"""Classes and vectors over HTTP: the real command with a tiny encoder, beside what PEFT makes of the same texts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from base64 import b64decode
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from test_serving_app import free_port
+from transformers import AutoTokenizer
+
+from ftray.adapters import start
+from ftray.adapters.merge import save_merged
+from ftray.adapters.methods import attach
+from ftray.cli import parse
+from ftray.config import AdapterConfig, ModelConfig, UserError
+from ftray.models.load import load_base
+from ftray.serving.offers import offered
+from ftray.tasks import TaskSpec
+
+FP32 = ModelConfig(dtype="fp32")
+TEXTS = ["the cat sat", "a dog", "the cat sat on the mat and the dog did not"]
+
+
+def adapter(model: str, spec: TaskSpec, directory: Path, seed: int) -> Path:
+    """An adapter with random weights, as a search leaves it."""
+    trained = attach(load_base(FP32, model, spec), AdapterConfig(method="lora"), 1, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    directory.mkdir(parents=True)
+    start.save(trained, directory)
+    return directory
+
+
+def decoded(vector: str) -> list[float]:
+    return list(array("f", b64decode(vector)))
+
+
+@contextmanager
+def endpoint(directory: Path, *flags: str):
+    port = free_port()
+    command = [sys.executable, "-m", "ftray.serve", *flags, "--port", str(port), "--model.dtype", "fp32"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "FTRAY_API_KEY")}
+    with open(directory / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        for _ in range(1200):
+            if "endpoint http" in (directory / "log").read_text():
+                break
+            assert process.poll() is None, (directory / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def alone(model: str, spec: TaskSpec, directory: Path | None, texts: list[str], pairs: list[str] | None = None):
+    """What the task itself makes of each text by itself."""
+    base, tokenizer = load_base(FP32, model, spec).eval(), AutoTokenizer.from_pretrained(model)
+    adapted = PeftModel.from_pretrained(base, str(directory)).eval() if directory else base
+    rows = []
+    for i, text in enumerate(texts):
+        inputs = tokenizer(text, pairs[i] if pairs else None, return_tensors="pt")
+        with torch.no_grad():
+            output = adapted(**inputs)
+        if spec.name == "SEQ_CLS":
+            rows.append(torch.softmax(output.logits[0], -1))
+        else:
+            rows.append(torch.nn.functional.normalize(output.last_hidden_state[0].mean(0), dim=-1))
+    return torch.stack(rows)
+
+
+def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
+    spec = TaskSpec("SEQ_CLS", ("ugly", "good", "bad"), 1)
+    run = tmp_path / "run"
+    best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
+    more = adapter(tiny_bert, spec, tmp_path / "more", 2)
+    (run / "summary.json").write_text(json.dumps({"metric": "validation_macro_f1", "trials": []}))
+    (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{}}\ntask: SEQ_CLS\n")
+    with endpoint(tmp_path, "--run", str(run), f"--adapter=more={more}") as url:
+        for name, directory in (("best", best), ("more", more)):
+            got = httpx.post(f"{url}/v1/classify", json={"model": name, "input": TEXTS}, timeout=60).json()
+            wanted = alone(tiny_bert, spec, directory, TEXTS)
+            assert got["labels"] == list(spec.labels)
+            torch.testing.assert_close(torch.tensor([d["probs"] for d in got["data"]]), wanted, rtol=1e-4, atol=1e-5)
+            assert [d["label"] for d in got["data"]] == [spec.labels[i] for i in wanted.argmax(1)]
+            assert got["usage"]["prompt_tokens"] == got["usage"]["total_tokens"] > len(TEXTS)
+        pair = {"model": "best", "input": TEXTS[0], "pair": TEXTS[1]}
+        (of_pair,) = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["data"]
+        wanted = alone(tiny_bert, spec, best, TEXTS[:1], TEXTS[1:2])
+        torch.testing.assert_close(torch.tensor([of_pair["probs"]]), wanted, rtol=1e-4, atol=1e-5)
+        for path, body, field, reason in (
+            ("classify", {"model": Path(tiny_bert).name, "input": "a"}, "model", "of its own: name an adapter"),
+            ("classify", {"model": "best", "input": []}, "input", "not empty"),
+            ("classify", {"model": "best", "input": ["a"], "pair": ["a", "b"]}, "pair", "as many as"),
+            ("classify", {"model": "best", "input": "a " * 9000}, "input", "are allowed"),
+            ("classify", {"model": "best", "input": "a", "top": 3}, "top", "unsupported"),
+            ("embeddings", {"model": "best", "input": "a"}, None, "use /v1/classify"),
+            ("completions", {"model": "best", "prompt": "a"}, None, "use /v1/classify"),
+        ):
+            refused = httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (400, field), error
+            assert reason in error["message"]
+        assert 'ftray_requests_total{model="best",status="200"} 2.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
+    spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
+    run = tmp_path / "run"
+    best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
+    (run / "summary.json").write_text(json.dumps({"metric": "validation_mrr", "trials": []}))
+    (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{}}\n")
+    save_merged(FP32, tiny_bert, best, run / "best" / "merged", spec)
+    with endpoint(tmp_path, "--run", str(run)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        for name, directory in (("best", best), (Path(tiny_bert).name, None)):
+            wanted = alone(tiny_bert, spec, directory, TEXTS)
+            for form in ("float", "base64"):
+                got = client.embeddings.create(model=name, input=TEXTS, encoding_format=form)
+                assert [d.index for d in got.data] == [0, 1, 2]
+                read = [d.embedding if form == "float" else decoded(d.embedding) for d in got.data]
+                torch.testing.assert_close(torch.tensor(read), wanted, rtol=1e-4, atol=1e-5)
+            by_default = client.embeddings.create(model=name, input=TEXTS[0])  # the client asks for base64 and decodes
+            torch.testing.assert_close(torch.tensor([by_default.data[0].embedding]), wanted[:1], rtol=1e-4, atol=1e-5)
+        ids = AutoTokenizer.from_pretrained(tiny_bert)(TEXTS[1])["input_ids"]
+        of_tokens = client.embeddings.create(model="best", input=ids)
+        wanted = alone(tiny_bert, spec, best, TEXTS[1:2])
+        torch.testing.assert_close(torch.tensor([of_tokens.data[0].embedding]), wanted, rtol=1e-4, atol=1e-5)
+    with endpoint(tmp_path, "--run", str(run), "--merged") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        got = torch.tensor([d.embedding for d in client.embeddings.create(model="best", input=TEXTS).data])
+        torch.testing.assert_close(got, alone(tiny_bert, spec, best, TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):
+    tags = adapter(tiny_bert, TaskSpec("TOKEN_CLS", ("O", "B-X"), 1), tmp_path / "tags", 1)
+    with pytest.raises(UserError, match="no route answers TOKEN_CLS"):
+        offered(parse("serve", ["--model", tiny_bert, f"--adapter=tags={tags}"]))
+    one = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "b"), 1), tmp_path / "one", 1)
+    other = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "c"), 1), tmp_path / "other", 1)
+    with pytest.raises(UserError, match="it has other labels than a, b"):
+        offered(parse("serve", ["--model", tiny_bert, f"--adapter=one={one}", f"--adapter=other={other}"]))
