@@ -3,7 +3,7 @@
 import torch
 
 from ftray.training.layers import Rows, SharedLinear
-from ftray.training.low_rank import Update
+from ftray.training.low_rank import Update, precision
 
 Places = tuple[tuple[int, int], ...]
 
@@ -20,10 +20,10 @@ class ServedRows(Rows):
         self._own.clear()
 
     def own(self, places: Places, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
-        """Float32 [T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the adapter at that place, else 0."""
+        """[T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the adapter at that place, else 0."""
         key = x.shape[1], places, ranks
         if key not in self._own:
-            own = torch.zeros(x.shape[1], sum(ranks), device=x.device)
+            own = torch.zeros(x.shape[1], sum(ranks), device=x.device, dtype=precision(x))
             at = 0
             for (first, end), rank in zip(places, ranks, strict=True):
                 own[first:end, at : at + rank] = 1
@@ -50,9 +50,9 @@ class ServedLinear(SharedLinear):
     ) -> torch.Tensor:
         names = tuple(self.rows.spans[i][0] for i in places)
         if self._together is None or self._together[0] != names:
-            a = torch.cat([update.a for update in updates])
-            self._together = names, a, torch.cat([update.b.T * update.scaling for update in updates])
+            a, b = (torch.cat(part) for part in ([u.a for u in updates], [u.b.T * u.scaling for u in updates]))
+            self._together = names, a.to(precision(x)), b.to(precision(x))
         _, a, b = self._together
         own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
-        result[0].add_((x[0].float() @ a.T).mul_(own) @ b)
+        result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
         return result
