@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.search.experiment import scheduler
 from ftray.search.outcome import trial_rows
 from ftray.search.rungs import rung_records
-from ftray.search.sampler import BASELINE, Sampler, past_trials
+from ftray.search.sampler import BASELINE, Sampler, open_journal, past_trials
 from ftray.search.space import DIRECTORY, load_space
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))
@@ -158,6 +162,17 @@ def test_a_driver_that_died_in_the_middle_of_a_suggestion_costs_nothing(tmp_path
     second = again.suggest("b")
     assert second["number"] == 1
     assert second["adapter"]["method"] in load_space("quick").methods
+
+
+@pytest.mark.slow  # Optuna gives a lock 30 seconds
+def test_a_lock_left_by_a_killed_process_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import os; from pathlib import Path; from ftray.search.sampler import open_journal; "
+    code += "open_journal(Path('study.log'))._backend._lock.acquire(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert Path("study.log.lock").is_symlink()
+    optuna.create_study(study_name="ftray", storage=open_journal(Path("study.log")))
+    assert optuna.study.get_all_study_names(open_journal(Path("study.log"))) == ["ftray"]
 
 
 def test_asha_remembers_the_trials_of_a_search_that_goes_on(tmp_path):

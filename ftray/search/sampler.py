@@ -25,8 +25,11 @@ BASELINE: dict[str, Any] = {
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The study's storage, a file that several processes may append to."""
-    return JournalStorage(JournalFileBackend(str(path)))
+    """The study's storage, a file that several processes may append to.
+
+    Its lock is a link to the path: only from an absolute one can another process see that whoever made it is dead.
+    """
+    return JournalStorage(JournalFileBackend(str(path.absolute())))
 
 
 def past_trials(journal: Path) -> list[FrozenTrial]:
