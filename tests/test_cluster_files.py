@@ -285,7 +285,7 @@ def test_rays_version_is_the_one_of_the_image(name):
 
 
 def test_files_that_are_named_exist():
-    for file in CLUSTER.iterdir():
+    for file in (path for path in CLUSTER.rglob("*") if path.is_file()):
         named = re.findall(r"\b(?:cluster|examples|docs)/[\w.-]+\w", file.read_text())
         assert [path for path in named if not (REPOSITORY / path).exists()] == []
 

@@ -45,7 +45,7 @@ def test_a_board_gives_room_away_and_takes_it_back():
         reading.append(asyncio.create_task(board.next(3, 0)))
         await board.close("over")
         assert (await board.orders(0, {}, {}))["close"]
-        assert await reading[3] == {"failure": "over"}
+        assert await reading[3] == {"closed": "over"}
 
     asyncio.run(play())
 
