@@ -6,15 +6,13 @@ Any trainer of adapters over a frozen base multiplies each token by each weight 
 the positions that bear loss). The ratio is the share of a step that these products alone take.
 """
 
-import argparse
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.measure import compare
-from benchmarks.pack import TOKENS, adapter, load, record
-from ftray.training.pack import Pack
+from benchmarks.pack import TOKENS, arguments, load, packed
 
 
 def products(base: Any, tokens: int, supervised: int) -> Any:
@@ -37,17 +35,9 @@ def products(base: Any, tokens: int, supervised: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.floor", description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=8, metavar="K")
-    parser.add_argument("--size", choices=["135m", "1b"], default="135m")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
-    args = parser.parse_args()
+    args = arguments("floor", __doc__)
     base = load(args.size, args.dtype)
-    pack, batches = Pack(base), {}
-    for index in range(args.trials):
-        pack.add(str(index), *adapter(base, index))
-        batches[str(index)] = [record(index, base.device)]
+    pack, batches = packed(base, args.trials)
     tokens = args.trials * TOKENS
     print(f"{args.trials} adapters, {tokens} tokens, base {base.dtype}; the peer is the base's matrix products alone")
     floor = products(base, tokens, tokens // 2)

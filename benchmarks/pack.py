@@ -65,20 +65,31 @@ def record(index: int, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in row.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.pack", description=__doc__.partition("\n")[0])
+def arguments(name: str, description: str) -> argparse.Namespace:
+    """What the command line says of a pack."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=description.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=8, metavar="K")
     parser.add_argument("--size", choices=["135m", "1b"], default="135m")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
-    args = parser.parse_args()
-    base = load(args.size, args.dtype)
-    print(f"{args.trials} adapters of ranks {RANKS} on all linear layers, {TOKENS} tokens each, base {base.dtype}")
+    return parser.parse_args()
+
+
+def packed(base: Any, trials: int) -> tuple[Pack, dict[str, list[dict[str, torch.Tensor]]]]:
+    """A pack of that many adapters, and a micro-batch for each."""
     pack, batches = Pack(base), {}
-    alone = [adapter(base, index) for index in range(args.trials)]
-    for index in range(args.trials):
+    for index in range(trials):
         pack.add(str(index), *adapter(base, index))
         batches[str(index)] = [record(index, base.device)]
+    return pack, batches
+
+
+def main() -> None:
+    args = arguments("pack", __doc__)
+    base = load(args.size, args.dtype)
+    print(f"{args.trials} adapters of ranks {RANKS} on all linear layers, {TOKENS} tokens each, base {base.dtype}")
+    alone = [adapter(base, index) for index in range(args.trials)]
+    pack, batches = packed(base, args.trials)
 
     def one_after_another() -> None:
         for (model, update), (batch,) in zip(alone, batches.values(), strict=True):

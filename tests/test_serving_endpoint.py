@@ -58,6 +58,7 @@ def ask(*scripts, seconds=5.0):
         cfg=ServingConfig(request_seconds=seconds), replicas=replicas, usage=Usage(), under_way=0
     )
     endpoint._once = lambda job, deadline: Endpoint._once(endpoint, job, deadline)
+    endpoint._counted = lambda model, otherwise: Endpoint._counted(endpoint, model, otherwise)
     parts = []
 
     async def collect():

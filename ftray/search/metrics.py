@@ -1,5 +1,6 @@
 """A search in numbers for Prometheus, by Ray's own exporter on every node (see cluster/observability)."""
 
+import time
 from collections import Counter as Counts
 from typing import Any
 
@@ -25,6 +26,7 @@ class Metrics(tune.Callback):
         self._gauges: dict[str, Any] = {}
         self._records: dict[str, int] = {}  # seen by each trial
         self._best: float | None = None
+        self._counted = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_gauges": {}}
@@ -45,7 +47,16 @@ class Metrics(tune.Callback):
         self._gauges = made
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Count the trials by state."""
+        """Count the trials now and then: Tune goes through this many times a second."""
+        if time.monotonic() - self._counted >= EVERY:
+            self._counted = time.monotonic()
+            self._count(trials)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Count them as they end."""
+        self._count(trials)
+
+    def _count(self, trials: list[Trial]) -> None:
         counts = Counts(STATUS.get(trial.status, trial.status) for trial in trials)
         for state in STATUS.values():
             self._gauges["trials"].set(counts[state], {"state": state})

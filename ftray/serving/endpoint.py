@@ -12,7 +12,8 @@ import time
 import uuid
 from array import array
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,7 @@ class Endpoint:
         offer, most = self._offer(asked.model), self.cfg.max_prompt_tokens
         job = Texts(asked.texts, pairs, offer.id if offer else None, offer.source if offer else None, most)
         handle = self.replicas.options(multiplexed_model_id=job.adapter or "")
-        self.under_way += 1
-        status = "500"
-        try:
+        with self._counted(asked.model, "500"):
             async with asyncio.timeout(self.cfg.request_seconds):
                 for attempt in range(ATTEMPTS):
                     try:
@@ -232,8 +231,20 @@ class Endpoint:
                 code, message, param = read.refused
                 raise Refused(code, message, param, "invalid_value")
             self.usage.prompt.labels(asked.model).inc(read.tokens)
-            status = "200"
             return read
+
+    @contextmanager
+    def _counted(self, model: str, otherwise: str) -> Iterator[None]:
+        """A request is under way; how it ended is counted, as `otherwise` where nothing was answered.
+
+        Raises:
+            Refused: what was in it took too long.
+        """
+        self.under_way += 1
+        status = otherwise
+        try:
+            yield
+            status = "200"
         except TimeoutError:
             status = "504"
             raise Refused(504, f"took more than {self.cfg.request_seconds:g} s", code="timeout") from None
@@ -242,7 +253,7 @@ class Endpoint:
             raise
         finally:
             self.under_way -= 1
-            self.usage.requests.labels(asked.model, status).inc()
+            self.usage.requests.labels(model, status).inc()
 
     def _answers(self, task: str) -> None:
         """Refuse what the models here aren't for."""
@@ -368,10 +379,9 @@ class Endpoint:
         Raises:
             Refused: the replica refuses the request, all that were tried have died, or it takes too long.
         """
-        self.under_way += 1
-        status, began = "499", time.monotonic()
+        began = time.monotonic()
         announced = given = False
-        try:
+        with self._counted(model, "499"):
             for attempt in range(ATTEMPTS):
                 try:
                     async for got in self._once(job, began + self.cfg.request_seconds):
@@ -395,16 +405,6 @@ class Endpoint:
                     if attempt == ATTEMPTS - 1:
                         raise Refused(503, "replicas keep dying", code="replica_died") from None
                     await asyncio.sleep(0.1 * 2**attempt)
-            status = "200"
-        except TimeoutError:
-            status = "504"
-            raise Refused(504, f"took more than {self.cfg.request_seconds:g} s", code="timeout") from None
-        except Refused as error:
-            status = str(error.status)
-            raise
-        finally:
-            self.under_way -= 1
-            self.usage.requests.labels(model, status).inc()
 
     async def _once(self, job: Job, deadline: float) -> AsyncIterator[Parts]:
         handle = self.replicas.options(stream=True, multiplexed_model_id=job.adapter or "")
