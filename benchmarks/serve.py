@@ -4,8 +4,8 @@
 
 The peer is what one writes by hand: FastAPI, one PEFT model that holds all adapters, `set_adapter` and
 `transformers.generate` with a streamer for each request in turn. Both answer the same prompts with the same number of
-tokens, streamed, greedy, in the precision that ftray picks here. Also shown: the 95th percentile of the time to the
-first text, and the resident memory of ftray's replica with four adapters over that with one.
+tokens, in turns, streamed, greedy, in the precision that ftray picks here. Also shown: the 95th percentile of the time
+to the first text, and the resident memory of ftray's replica with four adapters over that with one.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +103,17 @@ def peer(directory: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def started(command: list[str], port: int) -> subprocess.Popen[bytes]:
-    """A server that is up."""
+def start(running: ExitStack, command: list[str], port: int) -> int:
+    """Start a server, which ends with `running`, and wait until it is up; returns its process id."""
     environment = {k: v for k, v in os.environ.items() if k != "FTRAY_API_KEY"}
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=environment)
+    process = running.enter_context(
+        subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=environment)
+    )
+    running.callback(process.terminate)
     while process.poll() is None:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                return process
+                return process.pid
         except httpx.TransportError:
             pass
         time.sleep(0.2)
@@ -131,34 +136,46 @@ async def ask(client: httpx.AsyncClient, name: str, prompt: str, tokens: int) ->
     return first, count
 
 
-def load(port: int, names: list[str], requests: int, tokens: int) -> dict[str, float]:
-    """All clients at once, each `requests` after one another: tokens a second, and seconds to the first text."""
-    draw = random.Random(0)
+@dataclass
+class Load:
+    """What a server has done: tokens, seconds, and seconds to the first text of each request."""
 
-    async def one(client: httpx.AsyncClient, index: int, prompts: list[str]) -> list[tuple[float, int]]:
-        return [await ask(client, names[(index + i) % len(names)], prompt, tokens) for i, prompt in enumerate(prompts)]
+    tokens: int = 0
+    seconds: float = 0.0
+    firsts: list[float] = field(default_factory=list)
 
-    async def everyone() -> list[list[tuple[float, int]]]:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-            prompts = [
-                [" ".join(draw.choices(WORDS, k=draw.choice((8, 24, 60, 120)))) for _ in range(requests)]
-                for _ in range(CLIENTS)
-            ]
-            return await asyncio.gather(*(one(client, i, own) for i, own in enumerate(prompts)))
+    @property
+    def speed(self) -> float:
+        """Output tokens a second."""
+        return self.tokens / self.seconds
 
-    began = time.perf_counter()
-    answers = [answer for own in asyncio.run(everyone()) for answer in own]
-    seconds = time.perf_counter() - began
-    firsts = sorted(first for first, _ in answers)
-    count = sum(count for _, count in answers)
-    return {"speed": count / seconds, "first": firsts[int(0.95 * (len(firsts) - 1))], "tokens": count}
+    @property
+    def first(self) -> float:
+        """95th percentile of the seconds to the first text."""
+        return sorted(self.firsts)[int(0.95 * (len(self.firsts) - 1))]
+
+    def ask(self, port: int, names: list[str], tokens: int, seed: int = 0) -> None:
+        """All clients at once, one request each; the same prompts for the same `seed`."""
+        draw = random.Random(seed)
+        prompts = [" ".join(draw.choices(WORDS, k=draw.choice((8, 24, 60, 120)))) for _ in range(CLIENTS)]
+
+        async def everyone() -> list[tuple[float, int]]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+                return await asyncio.gather(
+                    *(ask(client, names[i % len(names)], prompt, tokens) for i, prompt in enumerate(prompts))
+                )
+
+        began = time.perf_counter()
+        answers = asyncio.run(everyone())
+        self.seconds += time.perf_counter() - began
+        self.tokens += sum(count for _, count in answers)
+        self.firsts += [first for first, _ in answers]
 
 
-def replica_memory() -> int:
-    """Resident bytes of the replica process."""
-    found = [
-        p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:ftray:replica" in " ".join(p.info["cmdline"] or ())
-    ]
+def replica_memory(server: int) -> int:
+    """Resident bytes of the replica that the process `server` has started."""
+    below = psutil.Process(server).children(recursive=True)
+    found = [process for process in below if "ServeReplica:ftray:replica" in " ".join(process.cmdline())]
     return sum(process.memory_info().rss for process in found)
 
 
@@ -171,38 +188,32 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one request a client instead of two")
+    parser.add_argument("--quick", action="store_true", help="one turn instead of three, shorter answers")
     parser.add_argument("--peer", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         peer(args.peer[0], int(args.peer[1]))
         return
-    requests, tokens = (1, 32) if args.quick else (2, 48)
+    turns, tokens = (1, 32) if args.quick else (3, 48)
     print(f"serve on {machine()} with {versions()}", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        names, port = make_adapters(Path(directory)), free_port()
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as running:
+        names, ports = make_adapters(Path(directory)), (free_port(), free_port())
         given = [f"--adapter={name}={directory}/{name}" for name in names]
-        process = started(["ftray.serve", "--model", MODEL, "--port", str(port), *given], port)
-        try:
-            load(port, names[:1], 1, 8)  # warm
-            memory = replica_memory()
-            load(port, names, 1, 8)
-            grown = replica_memory() / memory
-            ours = load(port, names, requests, tokens)
-        finally:
-            process.terminate()
-            process.wait()
-        print(f"  ours {ours}", flush=True)
-        process = started(["benchmarks.serve", "--peer", directory, str(port)], port)
-        try:
-            asyncio.run(_warm(port, names))
-            usual = load(port, names, requests, tokens)
-        finally:
-            process.terminate()
-            process.wait()
-        print(f"  peer {usual}", flush=True)
-    also = {"p95_first_ours": ours["first"], "p95_first_peer": usual["first"], "memory_4_over_1": grown}
-    show("serve", ours["speed"], usual["speed"], ours["speed"] / usual["speed"], "output tokens/s", also)
+        server = start(running, ["ftray.serve", "--model", MODEL, "--port", str(ports[0]), *given], ports[0])
+        start(running, ["benchmarks.serve", "--peer", directory, str(ports[1])], ports[1])
+        Load().ask(ports[0], names[:1], 8)
+        memory = replica_memory(server)
+        Load().ask(ports[0], names, 8)
+        grown = replica_memory(server) / memory
+        asyncio.run(_warm(ports[1], names))
+        ours, usual = Load(), Load()
+        for turn in range(turns):
+            for load, port in zip((ours, usual), ports, strict=True):
+                load.ask(port, names, tokens, turn)
+            print(f"  ours {ours.speed:.1f} tokens/s, peer {usual.speed:.1f} tokens/s so far", flush=True)
+    also = {"p95_first_ours": ours.first, "p95_first_peer": usual.first, "memory_4_over_1": grown}
+    print(f"first text, p95: ours {ours.first:.1f} s, peer {usual.first:.1f} s; memory with 4 adapters {grown:.2f}x")
+    show("serve", ours.speed, usual.speed, ours.speed / usual.speed, "output tokens/s", also)
 
 
 async def _warm(port: int, names: list[str]) -> None:

@@ -217,6 +217,9 @@ class ServingConfig(Section):
     adapter_sources: list[str] = Field(
         [], description="directories and URI prefixes that POST /v1/adapters may name (default: `run`)"
     )
+    registry: str | None = Field(
+        None, description="file that keeps what was added and removed over HTTP (default: serving.json in `run`)"
+    )
     max_adapters: PositiveInt = Field(16, description="adapters a replica holds; the least recently used goes first")
     slots: PositiveInt = Field(16, description="answers that a replica gives at once")
     max_queue: PositiveInt = Field(128, description="requests under way; above, 429")

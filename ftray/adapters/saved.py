@@ -133,13 +133,20 @@ def _weights(adapter: Path) -> bool:
     return any(adapter.glob(f"{WEIGHTS}*"))
 
 
-def _known_to_differ(named: str, base: str) -> bool:
-    """Whether weights differ for sure; a base that was moved or is known by another name may be the same one."""
+def same_base(named: str, base: str) -> bool:
+    """Whether an adapter made for `named` is one for `base`: by the weights where both are here, else by the names."""
     here, there = Path(base), Path(named)
     if here.is_dir() and there.is_dir():
-        return _samples(here) != _samples(there)
+        return _samples(here) == _samples(there)
+    return here.name == there.name
+
+
+def _known_to_differ(named: str, base: str) -> bool:
+    """Whether weights differ for sure; a base that was moved or is known by another name may be the same one."""
+    if Path(base).is_dir() and Path(named).is_dir():
+        return not same_base(named, base)
     is_hub_id = named.count("/") == 1 and not named.startswith((".", "/", "~"))
-    return is_hub_id and not here.exists() and named != base
+    return is_hub_id and not Path(base).exists() and named != base
 
 
 def _samples(model: Path) -> list[tuple[int, str]]:

@@ -1,13 +1,11 @@
 """An adapter directory made fit to serve: looked at before it is read, and never more than tensors are read from it."""
 
-import json
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -15,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from ftray.adapters.saved import CONFIG, adapter_config, same_base
 from ftray.config import UserError
 from ftray.tasks import CAUSAL, FILE, TaskSpec
 from ftray.training.pack import share
@@ -51,40 +50,36 @@ def fetched(source: str) -> Iterator[Path]:
         try:
             filesystem, root = pyarrow.fs.FileSystem.from_uri(source)
             there = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root))}
-            for name in ("adapter_config.json", WEIGHTS, *({FILE} & there)):
+            for name in (CONFIG, WEIGHTS, *({FILE} & there)):
                 pyarrow.fs.copy_files(f"{root}/{name}", f"{directory}/{name}", source_filesystem=filesystem)
         except (OSError, ValueError) as error:
             raise UserError(f"adapter {source}: can't be read: {str(error).splitlines()[0]}") from None
         yield Path(directory)
 
 
-def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> dict[str, Any]:
+def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> PeftConfig:
     """The adapter's configuration, if the adapter is of `base_path` and for `spec`, and holds safetensors.
 
     Raises:
         UserError: it does not fit; the message says why.
     """
-    path = directory / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        made_for, task = config.get("base_model_name_or_path") or "", config.get("task_type")
-    except OSError as error:
-        raise UserError(f"adapter {directory}: no PEFT adapter: adapter_config.json: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"adapter {directory}: adapter_config.json is not valid: {error}") from None
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"adapter {directory}: no PEFT adapter: it has no {CONFIG}")
+    config = adapter_config(directory)
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"adapter {directory}: has no {WEIGHTS}; other formats can run code and are not read")
-    if task != spec.name:
-        raise UserError(f"adapter {directory}: its task is {task}, not {spec.name}")
+    if config.task_type != spec.name:
+        raise UserError(f"adapter {directory}: its task is {config.task_type}, not {spec.name}")
     if spec.labels and (TaskSpec.read(directory) or spec).labels != spec.labels:
         raise UserError(f"adapter {directory}: it has other labels than {', '.join(spec.labels)}"[:300])
-    init = str(config.get("init_lora_weights")).lower()
+    init = str(getattr(config, "init_lora_weights", None)).lower()
     if init.startswith(REWRITES_BASE):
         raise UserError(f"adapter {directory}: {init} changes the base's own weights: merge it and serve that model")
-    if made_for and Path(made_for).name != Path(base_path).name:
+    named = config.base_model_name_or_path or base_path
+    if not same_base(named, base_path):
         raise UserError(
-            f"adapter {directory}: made for the base model {made_for}, not for {base_path} "
-            "(if they are one model, mend base_model_name_or_path in its adapter_config.json)"
+            f"adapter {directory}: made for the base model {named}, not for {base_path} "
+            f"(if they are one model, mend base_model_name_or_path in its {CONFIG})"
         )
     return config
 
@@ -96,9 +91,8 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
         UserError: `source` holds no adapter of this base.
     """
     with fetched(source) as directory:
-        check_adapter(directory, base.name_or_path, spec)
+        config = check_adapter(directory, base.name_or_path, spec)
         try:
-            config = PeftConfig.from_pretrained(str(directory))
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -7,14 +7,12 @@ multiplexing), and words the answer. See https://docs.ray.io/en/latest/serve/mod
 import asyncio
 import hashlib
 import hmac
-import os
 import time
 import uuid
 from array import array
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -30,27 +29,26 @@ from ftray.config import Config, UserError
 from ftray.serving.offers import leaderboard
 from ftray.serving.protocol import Asked, Chat, Classification, Completion, Embeddings, NewAdapter, Refused, parsed
 from ftray.serving.reader import READS, Read, Texts
+from ftray.serving.registry import Offer, Registry, allowed, roots
 from ftray.serving.replica import Job, Part, Parts
 from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 
 MOST_TEXTS = 2048  # of one request, as OpenAI has it
+DROP_SECONDS = 30
 ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 api = FastAPI(title="ftray", openapi_url=None)
 
 
-@dataclass(frozen=True)
-class Offer:
-    """An adapter on offer: `id` is unique to this name and source."""
-
-    id: str
-    source: str
-    created: int
-
-
 @api.exception_handler(Refused)
 async def _refused(request: Request, error: Refused) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
+
+
+@api.exception_handler(OSError)
+async def _not_remembered(request: Request, error: OSError) -> JSONResponse:
+    refused = Refused(500, f"can't be remembered: {error.filename}: {error.strerror}", code="not_remembered")
+    return JSONResponse(refused.body, refused.status)
 
 
 @api.exception_handler(HTTPException)
@@ -96,9 +94,8 @@ class Endpoint:
         task: str = "CAUSAL_LM",
     ):
         self.cfg = Config.model_validate(settings).serving
-        self.base, self.key, self.replicas, self.started = base, key, replicas, int(time.time())
-        self.task = task
-        self.offers = {name: Offer(name, source, self.started) for name, source in adapters.items()}
+        self.base, self.key, self.replicas, self.task = base, key, replicas, task
+        self.registry = Registry(self.cfg, adapters)
         self.usage, self.under_way = Usage(), 0
 
     @api.get("/health")
@@ -124,7 +121,7 @@ class Endpoint:
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
         self._authorize(request)
-        return {"object": "list", "data": [self._model(name) for name in (self.base, *self.offers)]}
+        return {"object": "list", "data": [self._model(name) for name in (self.base, *self.registry.offers)]}
 
     @api.get("/v1/models/{name}")
     async def model(self, request: Request, name: str) -> dict[str, Any]:
@@ -142,21 +139,28 @@ class Endpoint:
             check_name(new.name)
         except UserError as error:
             raise Refused(400, str(error), "name", "invalid_value") from None
-        if new.name == self.base or new.name in self.offers:
+        if new.name == self.base or new.name in self.registry.offers:
             raise Refused(409, f"there is a model {new.name!r} already", "name", "exists")
-        offer = Offer(f"{new.name}@{uuid.uuid4().hex[:8]}", self._allowed(new.source), int(time.time()))
+        source = allowed(self.cfg, new.source)
+        if source is None:
+            where = ", ".join(roots(self.cfg)) or "nowhere, as serving.adapter_sources is empty"
+            raise Refused(403, f"adapters may come from: {where}", "source", "forbidden_source")
+        offer = self.registry.new(new.name, source)
         handle = self.replicas.options(multiplexed_model_id=offer.id)
         if reason := await handle.load.remote(offer.id, offer.source):
             raise Refused(400, reason, "source", "bad_adapter")
-        self.offers[new.name] = offer
+        self.registry.add(new.name, offer)
         return self._model(new.name)
 
     @api.delete("/v1/adapters/{name}")
     async def remove_adapter(self, request: Request, name: str) -> dict[str, Any]:
         self._authorize(request)
-        if name not in self.offers:
+        if name not in self.registry.offers:
             raise Refused(404, f"there is no adapter {name[:80]!r}", code="not_found")
-        del self.offers[name]  # replicas forget it as the least recently used; answers under way go on
+        offer = self.registry.remove(name)
+        with suppress(RayServeException, TimeoutError):  # without a replica there is nothing to free
+            dropped = self.replicas.broadcast("drop", offer.id)
+            await dropped.results_async(timeout_s=DROP_SECONDS, return_exceptions=True)
         return {"id": name, "object": "model", "deleted": True}
 
     @api.post("/v1/completions")
@@ -284,31 +288,17 @@ class Endpoint:
                 raise Refused(413, f"the body has more than {limit} bytes", code="too_large")
         return body
 
-    def _allowed(self, source: str) -> str:
-        """`source`, made absolute, if it lies where adapters may come from."""
-        roots = self.cfg.adapter_sources or ([self.cfg.run] if self.cfg.run else [])
-        for root in roots:
-            if "://" in root:
-                if source.startswith(root.rstrip("/") + "/") and ".." not in source:
-                    return source
-            elif "://" not in source:
-                path = Path(os.path.realpath(source))
-                if path.is_relative_to(os.path.realpath(root)):
-                    return str(path)
-        where = ", ".join(roots) or "nowhere, as serving.adapter_sources is empty"
-        raise Refused(403, f"adapters may come from: {where}", "source", "forbidden_source")
-
     def _offer(self, name: str) -> Offer | None:
         """The adapter of that name; None: the base model."""
         if name == self.base:
             return None
-        if name not in self.offers:
+        if name not in self.registry.offers:
             raise Refused(404, f"there is no model {name[:80]!r}: see /v1/models", "model", "model_not_found")
-        return self.offers[name]
+        return self.registry.offers[name]
 
     def _model(self, name: str) -> dict[str, Any]:
-        offer = self.offers.get(name)
-        created = offer.created if offer else self.started
+        offer = self.registry.offers.get(name)
+        created = offer.created if offer else self.registry.started
         return {"id": name, "object": "model", "created": created, "owned_by": "ftray", "parent": offer and self.base}
 
     def _sampling(self, asked: Asked, max_tokens: int | None, logprobs: int | None, echo: bool) -> dict[str, Any]:

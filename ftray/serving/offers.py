@@ -9,6 +9,7 @@ import yaml
 
 from ftray.config import Config, UserError
 from ftray.serving.reader import READS
+from ftray.serving.registry import Registry
 from ftray.tasks import CAUSAL, TaskSpec
 
 
@@ -54,6 +55,7 @@ def offered(cfg: Config) -> Offered:
     for source in adapters.values():
         if "://" not in source:
             check_adapter(Path(source), path, task)
+    Registry(cfg.serving, adapters)  # can be read
     return Offered(base, path, adapters, task)
 
 

@@ -3,14 +3,17 @@
 import asyncio
 import threading
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ray import serve
 
-from ftray.config import Config, UserError
+from ftray.config import UserError
+from ftray.serving.host import Host, Loaded
 from ftray.tasks import TaskSpec
 
 READS = {"SEQ_CLS": "/v1/classify", "FEATURE_EXTRACTION": "/v1/embeddings"}
+WAIT = 0.005  # seconds that a request waits for others to be read with it
 
 
 @dataclass(frozen=True)
@@ -40,35 +43,29 @@ class Read:
     refused: tuple[int, str, str | None] | None = None  # status, reason, field
 
 
-class Reader:
-    """The deployment.
+@dataclass(frozen=True)
+class _Encoded:
+    """Token ids and token types of each text, and the model that is to read them."""
 
-    Args:
-        settings: the configuration, as plain data.
-        model_path: of the base model.
-        threads: of torch.
-        task: one of those in `READS`.
-    """
+    model: Any
+    ids: list[list[int]]
+    types: list[list[int]]
+
+
+class Reader(Host):
+    """The deployment; see :class:`Host`. Requests that come at almost the same time are read together."""
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int, task: TaskSpec):
-        import torch
-
-        from ftray.models.load import load_on_device, load_tokenizer
-
-        self.cfg = Config.model_validate(settings)
-        torch.set_num_threads(threads)
+        super().__init__(settings, model_path, threads, task)
         self.task = task.load()
-        self.base = load_on_device(self.cfg.model, model_path, task).eval()
-        self.tokenizer = load_tokenizer(model_path, self.cfg.model.trust_remote_code)
-        self._sources: dict[str, str] = {}
+        size = self.cfg.evaluation.batch_size
+        self._batched = serve.batch(self._read_all, max_batch_size=size, batch_wait_timeout_s=WAIT)
         self._alone = threading.Lock()  # the models share their parameters, and a processor
 
-        async def load(adapter: str) -> Any:
-            return await asyncio.to_thread(self._adapted, self._sources[adapter])
+    async def _load(self, source: str) -> Loaded:
+        return Loaded(await asyncio.to_thread(self._adapter, source), lambda model: None)
 
-        self._loaded = serve.multiplexed(load, max_num_models_per_replica=self.cfg.serving.max_adapters)
-
-    def _adapted(self, source: str) -> Any:
+    def _adapter(self, source: str) -> Any:
         from ftray.adapters.heads import exact_heads
         from ftray.serving.adapters import load_adapter
 
@@ -76,44 +73,39 @@ class Reader:
         exact_heads(model)
         return model.requires_grad_(False)
 
-    async def load(self, adapter: str, source: str) -> str | None:
-        """Load an adapter; returns why it can't be."""
-        self._sources[adapter] = source
-        try:
-            await self._loaded(adapter)
-        except UserError as error:
-            return str(error)
-        return None
-
     async def read(self, job: Texts) -> Read:
         """The class probabilities or the vector of each text."""
         try:
-            model = self.base
-            if job.adapter is not None:
-                self._sources[job.adapter] = job.source or ""
-                model = await self._loaded(job.adapter)
-            elif self.base.new_modules:
-                raise UserError(
-                    f"the base model has no {self.base.new_modules[0]} of its own: name an adapter", "model"
-                )
-            return await asyncio.to_thread(self._read, model, job)
+            if job.adapter is None and self.base.new_modules:
+                reason = f"the base model has no {self.base.new_modules[0]} of its own: name an adapter"
+                raise UserError(reason, "model")
+            ids, types = self._tokens(job)
+            model = self.base if job.adapter is None else await self.adapted(job.adapter, job.source)
         except UserError as error:
             return Read([], (), 0, (400, *(*error.args, None)[:2]))
+        values = await self._batched(_Encoded(model, ids, types))
+        return Read(values, self.task.spec.labels, sum(map(len, ids)))
 
-    def _read(self, model: Any, job: Texts) -> Read:
+    async def _read_all(self, asked: list[_Encoded]) -> list[list[list[float]]]:
+        return await asyncio.to_thread(self._read, asked)
+
+    def _read(self, asked: list[_Encoded]) -> list[list[list[float]]]:
+        """The rows of each request, texts of like length side by side; Serve gives requests of one adapter."""
         import torch
 
-        ids, types = self._tokens(job)
+        model, size = asked[0].model, self.cfg.evaluation.batch_size
+        ids = [text for one in asked for text in one.ids]
+        types = [text for one in asked for text in one.types]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         values: list[Any] = [None] * len(ids)
-        size = self.cfg.evaluation.batch_size
         with self._alone, torch.inference_mode():
             for part in (order[at : at + size] for at in range(0, len(order), size)):
                 batch = self.task.below([ids[i] for i in part], [types[i] for i in part])
                 read = self.task.read(model, {name: tensor.to(self.base.device) for name, tensor in batch.items()})
                 for i, row in zip(part, read.float().cpu().tolist(), strict=True):
                     values[i] = row
-        return Read(values, self.task.spec.labels, sum(map(len, ids)))
+        rows = iter(values)
+        return [list(islice(rows, len(one.ids))) for one in asked]
 
     def _tokens(self, job: Texts) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and token types of each text.

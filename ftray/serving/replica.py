@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray import serve
-
-from ftray.config import Config, UserError
+from ftray.config import UserError
+from ftray.serving.host import Host, Loaded
 
 
 @dataclass(frozen=True)
@@ -57,47 +56,17 @@ class Parts:
     refused: tuple[int, str, str | None] | None = None  # status, reason, field
 
 
-class Loaded:
-    """An adapter in the engine; Serve calls `__del__` when it is the least recently used of too many."""
-
-    def __init__(self, key: str, forget: Callable[[str], None]):
-        self.key, self._forget, self._gone = key, forget, False
-
-    def __del__(self) -> None:
-        if not self._gone:
-            self._gone = True
-            self._forget(self.key)
-
-
-class Replica:
-    """The deployment.
-
-    Args:
-        settings: the configuration, as plain data.
-        model_path: of the base model.
-        threads: of torch.
-    """
+class Replica(Host):
+    """The deployment; see :class:`Host`. What answers for an adapter is its name in the engine."""
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
-        import torch
-
-        from ftray.models.load import load_on_device, load_tokenizer
         from ftray.serving.engine import Engine
 
-        cfg = Config.model_validate(settings)
-        torch.set_num_threads(threads)
-        base = load_on_device(cfg.model, model_path)
-        self.tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-        self.engine = Engine(base, self.tokenizer, cfg.serving.slots)
+        super().__init__(settings, model_path, threads)
+        self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: dict[Callable[[list[Part]], None], list[Part]] = {}
-        self._sources: dict[str, str] = {}
         self._keys = itertools.count()
-
-        async def load(adapter: str) -> Loaded:
-            return await self._load(adapter)
-
-        self._loaded = serve.multiplexed(load, max_num_models_per_replica=cfg.serving.max_adapters)
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def _run(self) -> None:
@@ -132,23 +101,13 @@ class Replica:
         self._inbox.put(call)
         return await done
 
-    async def _load(self, adapter: str) -> Loaded:
+    async def _load(self, source: str) -> Loaded:
         from ftray.serving.adapters import load_adapter
 
-        source = self._sources[adapter]
-        model = await asyncio.to_thread(load_adapter, self.engine.base, source)
-        key = f"{adapter} {next(self._keys)}"  # one that comes again is another
+        model = await asyncio.to_thread(load_adapter, self.base, source)
+        key = f"{source} {next(self._keys)}"  # one that comes again is another
         await self._in_engine(self.engine.add, key, self.engine.prepare(model))
         return Loaded(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
-
-    async def load(self, adapter: str, source: str) -> str | None:
-        """Load an adapter; returns why it can't be."""
-        self._sources[adapter] = source
-        try:
-            await self._loaded(adapter)
-        except UserError as error:
-            return str(error)
-        return None
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -174,8 +133,7 @@ class Replica:
                 try:
                     key = None
                     if job.adapter is not None:
-                        self._sources[job.adapter] = job.source or ""
-                        key = (await self._loaded(job.adapter)).key
+                        key = await self.adapted(job.adapter, job.source)
                     sequences += await self._in_engine(self._submit, job, prompts, most, key, deliver)
                     break
                 except KeyError:  # others have pushed it out again
@@ -214,7 +172,7 @@ class Replica:
             except TemplateError as error:
                 raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
             return [self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
-        words = self.engine.base.get_input_embeddings().num_embeddings
+        words = self.base.get_input_embeddings().num_embeddings
         result = []
         for prompt in job.prompts:
             ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
