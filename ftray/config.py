@@ -230,6 +230,8 @@ class ServingConfig(Section):
     min_replicas: PositiveInt = Field(1)
     max_replicas: PositiveInt = Field(1, description="copies of base model and engine, by load")
     target_ongoing: float = Field(16, gt=0, description="requests a replica; more add replicas, fewer take them away")
+    scale_up_seconds: float = Field(30, ge=0, description="how long there must be more before replicas come")
+    scale_down_seconds: float = Field(600, ge=0, description="how long there must be fewer before replicas go")
     drain_seconds: float = Field(30, gt=0, description="time for answers under way when a replica goes")
 
 

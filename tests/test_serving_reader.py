@@ -1,10 +1,12 @@
 """Classes and vectors over HTTP: the real command with a tiny encoder, beside what PEFT makes of the same texts."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from base64 import b64decode
@@ -16,6 +18,7 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
+from ray import serve
 from test_serving_app import free_port
 from transformers import AutoTokenizer
 
@@ -23,9 +26,10 @@ from ftray.adapters import start
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import attach
 from ftray.cli import parse
-from ftray.config import AdapterConfig, ModelConfig, UserError
+from ftray.config import AdapterConfig, Config, ModelConfig, UserError
 from ftray.models.load import load_base
 from ftray.serving.offers import offered
+from ftray.serving.reader import Reader, Texts
 from ftray.tasks import TaskSpec
 
 FP32 = ModelConfig(dtype="fp32")
@@ -147,10 +151,55 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
         torch.testing.assert_close(got, alone(tiny_bert, spec, best, TEXTS), rtol=1e-4, atol=1e-4)
 
 
+def test_a_tag_of_each_word(tiny_bert, tmp_path):
+    spec = TaskSpec("TOKEN_CLS", ("O", "B-X", "I-X"), 1)
+    tags = adapter(tiny_bert, spec, tmp_path / "tags", 1)
+    with endpoint(tmp_path, "--model", tiny_bert, f"--adapter=tags={tags}") as url:
+        got = httpx.post(f"{url}/v1/classify", json={"model": "tags", "input": TEXTS}, timeout=60).json()
+        pair = {"model": "tags", "input": "a", "pair": "b"}
+        refused = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["error"]
+    assert (refused["param"], refused["message"]) == ("pair", "the models here read one text")
+    base, tokenizer = load_base(FP32, tiny_bert, spec).eval(), AutoTokenizer.from_pretrained(tiny_bert)
+    model = PeftModel.from_pretrained(base, str(tags)).eval()
+    for text, read in zip(TEXTS, got["data"], strict=True):
+        encoded = tokenizer(text.split(), is_split_into_words=True, return_tensors="pt")
+        with torch.no_grad():
+            probs = torch.softmax(model(**encoded).logits[0], -1)
+        wanted = probs[[encoded.word_ids().index(word) for word in range(len(text.split()))]]
+        torch.testing.assert_close(torch.tensor(read["probs"]), wanted, rtol=1e-4, atol=1e-5)
+        assert read["words"] == text.split()
+        assert read["tags"] == [spec.labels[i] for i in wanted.argmax(1)]
+
+
+class Counting(Reader):
+    """A reader without Serve that keeps how many texts it was given at a time."""
+
+    def __init__(self, model, spec):
+        self.base, self.tokenizer = load_base(FP32, model, spec).eval(), AutoTokenizer.from_pretrained(model)
+        self.cfg, self.task, self._alone, self.read_together = Config(), spec.load(), threading.Lock(), []
+        self._batched = serve.batch(self._read_all, max_batch_size=self.cfg.evaluation.batch_size)
+
+    async def _read_all(self, asked):
+        self.read_together.append(len(asked))
+        return await super()._read_all(asked)
+
+
+def test_requests_of_several_clients_are_read_together(tiny_bert):
+    spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
+    reader = Counting(tiny_bert, spec)
+    jobs = [Texts(TEXTS[:2], None, None, None, 99), Texts(TEXTS[2:], None, None, None, 99)]
+
+    async def both():
+        return await asyncio.gather(*(reader.read(job) for job in jobs))
+
+    got = [row for read in asyncio.run(both()) for row in read.values]
+    torch.testing.assert_close(torch.tensor(got), alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
+    assert reader.read_together == [2]
+
+
 def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):
-    tags = adapter(tiny_bert, TaskSpec("TOKEN_CLS", ("O", "B-X"), 1), tmp_path / "tags", 1)
-    with pytest.raises(UserError, match="no route answers TOKEN_CLS"):
-        offered(parse("serve", ["--model", tiny_bert, f"--adapter=tags={tags}"]))
+    with pytest.raises(UserError, match="no route answers QUESTION_ANS"):
+        offered(parse("serve", ["--model", tiny_bert, "--task", "QUESTION_ANS"]))
     one = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "b"), 1), tmp_path / "one", 1)
     other = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "c"), 1), tmp_path / "other", 1)
     with pytest.raises(UserError, match="it has other labels than a, b"):

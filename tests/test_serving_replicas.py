@@ -1,13 +1,151 @@
-"""Two replicas, one of which is killed while it answers."""
+"""Replicas that come, go and are killed while they answer, and an endpoint that is killed."""
 
 import asyncio
+import json
 import os
 import signal
+import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from test_serving_app import KEY, Server
+from ray import serve
+from test_pack import Trial
+from test_serving_app import KEY, Server, free_port
+from transformers import AutoModelForCausalLM
+
+from ftray.config import Config
+from ftray.serving.app import application
+from ftray.serving.offers import offered
+
+
+def processes(of: str, below: int | None = None) -> list[psutil.Process]:
+    """Those of a deployment, below this process."""
+    found = psutil.Process(below).children(recursive=True)
+    return [p for p in found if f"ServeReplica:ftray:{of}" in " ".join(p.cmdline())]
+
+
+def until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+class App:
+    """The application in a cluster of this process, which sees what becomes of its replicas."""
+
+    def __init__(self, tiny_llama, directory):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+        Trial("lora", seed=1).model(base).save_pretrained(directory / "lora")
+        self.base, self.source, self.url = os.path.basename(tiny_llama), str(directory / "lora"), ""
+        self.serving = {
+            "adapter_sources": [str(directory)],
+            "registry": str(directory / "registry.json"),
+            "min_replicas": 1,
+            "max_replicas": 3,
+            "target_ongoing": 2,
+            "scale_up_seconds": 1,
+            "scale_down_seconds": 3,
+        }
+        self.model = {"name": tiny_llama, "dtype": "fp32"}
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        self.url = f"http://127.0.0.1:{port}"
+        self.deploy()
+
+    def deploy(self, **changes):
+        cfg = Config.model_validate({"model": self.model, "serving": {**self.serving, **changes}})
+        serve.run(application(cfg, offered(cfg), None, 1, 0), name="ftray")
+
+    def running(self) -> int:
+        return serve.status().applications["ftray"].deployments["replica"].replica_states.get("RUNNING", 0)
+
+    def names(self) -> list[str]:
+        try:
+            got = httpx.get(f"{self.url}/v1/models", timeout=60)
+            return [model["id"] for model in got.json()["data"]] if got.status_code == 200 else []
+        except httpx.TransportError:
+            return []
+
+
+@pytest.fixture(scope="module")
+def app(cluster, tiny_llama, tmp_path_factory):
+    yield App(tiny_llama, tmp_path_factory.mktemp("app"))
+    serve.shutdown()
+
+
+@pytest.mark.slow
+def test_replicas_come_with_load_and_go_without_and_no_answer_is_cut(app):
+    ended, clients = [], {"wanted": 9, "running": 0}
+    ask = {"model": app.base, "prompt": "the cat", "max_tokens": 400, "temperature": 1.5, "stream": True}
+
+    async def keep_asking(client, number):
+        while number < clients["wanted"]:
+            clients["running"] += 1
+            got = await client.post(f"{app.url}/v1/completions", json=ask, timeout=300)
+            ended.append(got.status_code == 200 and got.text.endswith("data: [DONE]\n\n") and "error" not in got.text)
+            clients["running"] -= 1
+
+    async def wait_for(condition):
+        await asyncio.to_thread(until, condition, 200)
+
+    async def scenario():
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
+            asking = [asyncio.create_task(keep_asking(client, number)) for number in range(clients["wanted"])]
+            await wait_for(lambda: app.running() == 3)
+            clients["wanted"] = 3  # for which two are enough
+            await wait_for(lambda: app.running() < 3)
+            before = {p.pid for p in processes("replica")}
+            await asyncio.to_thread(app.deploy, slots=8)
+            await wait_for(lambda: not before & {p.pid for p in processes("replica")})
+            answered = len(ended)
+            await wait_for(lambda: len(ended) > answered + 3)
+            clients["wanted"] = 0
+            await asyncio.gather(*asking)
+
+    asyncio.run(scenario())
+    until(lambda: app.running() == 1)
+    assert len(ended) > 12
+    assert all(ended)
+
+
+@pytest.mark.slow
+def test_a_killed_endpoint_remembers_the_adapters_and_a_removed_one_is_freed(app):
+    def kill():
+        (endpoint,) = processes("endpoint")
+        endpoint.kill()
+        until(lambda: processes("endpoint") and processes("endpoint")[0].pid != endpoint.pid)
+        until(app.names)
+
+    def answer():
+        ask = {"model": "late", "prompt": "the cat", "max_tokens": 8, "temperature": 0}
+        return httpx.post(f"{app.url}/v1/completions", json=ask, timeout=60)
+
+    def drop(adapter):
+        replicas = serve.get_deployment_handle("replica", "ftray")
+        return any(replicas.broadcast("drop", adapter).results(timeout_s=60))
+
+    new = {"name": "late", "source": app.source}
+    assert httpx.post(f"{app.url}/v1/adapters", json=new, timeout=60).status_code == 200
+    text = answer().json()["choices"][0]["text"]
+    kill()
+    assert app.names() == [app.base, "late"]
+    assert answer().json()["choices"][0]["text"] == text
+    (kept,) = [offer["id"] for offer in _registry(app)["added"].values()]
+    assert httpx.delete(f"{app.url}/v1/adapters/late", timeout=60).json()["deleted"]
+    assert not drop(kept)  # it has been
+    assert answer().status_code == 404
+    kill()
+    assert app.names() == [app.base]
+    assert httpx.post(f"{app.url}/v1/adapters", json=new, timeout=60).status_code == 200
+    (kept,) = [offer["id"] for offer in _registry(app)["added"].values()]
+    assert drop(kept)  # it was there
+
+
+def _registry(app):
+    return json.loads(Path(app.serving["registry"]).read_text())
 
 
 @pytest.mark.slow
@@ -26,11 +164,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
             tasks = [asyncio.create_task(one(client, stream, i)) for i, stream in enumerate(kinds)]
             await asyncio.sleep(0.7)
-            victims = [
-                p
-                for p in psutil.Process(server.process.pid).children(recursive=True)
-                if "ServeReplica:ftray:replica" in " ".join(p.cmdline())
-            ]
+            victims = processes("replica", server.process.pid)
             assert len(victims) == 2
             os.kill(victims[0].pid, signal.SIGKILL)
             assert not all(task.done() for task in tasks)

@@ -52,6 +52,8 @@ def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: 
             "min_replicas": s.min_replicas,
             "max_replicas": s.max_replicas,
             "target_ongoing_requests": s.target_ongoing,
+            "upscale_delay_s": s.scale_up_seconds,
+            "downscale_delay_s": s.scale_down_seconds,
         },
         graceful_shutdown_timeout_s=s.drain_seconds,
         health_check_period_s=5,

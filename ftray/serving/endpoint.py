@@ -35,6 +35,7 @@ from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 
 MOST_TEXTS = 2048  # of one request, as OpenAI has it
 DROP_SECONDS = 30
+CLASSIFY = ("SEQ_CLS", "TOKEN_CLS")
 ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 api = FastAPI(title="ftray", openapi_url=None)
@@ -108,9 +109,9 @@ class Endpoint:
 
     @api.get("/v1/run")
     async def run(self, request: Request) -> dict[str, Any]:
-        """The search that is served: its metric, its trials, best first, and how prompts were rendered in training."""
+        """What the models are for; the search's metric, its trials, best first, and how prompts were rendered in it."""
         self._authorize(request)
-        return await asyncio.to_thread(leaderboard, self.cfg.run)
+        return {"task": self.task, **await asyncio.to_thread(leaderboard, self.cfg.run)}
 
     @api.get("/metrics")
     async def metrics(self, request: Request) -> Response:
@@ -200,11 +201,14 @@ class Endpoint:
         asked = parsed(Classification, await self._body(request))
         if asked.pairs is not None and len(asked.pairs) != len(asked.texts):
             raise Refused(400, "pair: as many as there are in input", "pair", "invalid_value")
-        read = await self._read("SEQ_CLS", asked, asked.pairs)
-        data = [
-            {"index": i, "label": read.labels[p.index(max(p))], "probs": p, "num_classes": len(p)}
-            for i, p in enumerate(read.values)
-        ]
+        read = await self._read(self.task if self.task in CLASSIFY else "SEQ_CLS", asked, asked.pairs)
+        data: list[dict[str, Any]] = [{"index": i, "probs": probs} for i, probs in enumerate(read.values)]
+        for entry, text in zip(data, asked.texts, strict=True):
+            probs = entry["probs"]
+            if self.task == "SEQ_CLS":
+                entry |= {"label": read.labels[probs.index(max(probs))], "num_classes": len(probs)}
+            else:
+                entry |= {"words": text.split(), "tags": [read.labels[p.index(max(p))] for p in probs]}
         more = {"labels": read.labels, "usage": usage(read.tokens, 0)}
         return {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "model": asked.model, "data": data} | more
 

@@ -1,8 +1,9 @@
-"""A replica for tasks that read and don't generate: the class of a text, or its vector."""
+"""A replica for tasks that read and don't generate: the class of a text or of its words, or its vector."""
 
 import asyncio
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from ftray.config import UserError
 from ftray.serving.host import Host, Loaded
 from ftray.tasks import TaskSpec
 
-READS = {"SEQ_CLS": "/v1/classify", "FEATURE_EXTRACTION": "/v1/embeddings"}
+READS = {"SEQ_CLS": "/v1/classify", "TOKEN_CLS": "/v1/classify", "FEATURE_EXTRACTION": "/v1/embeddings"}
 WAIT = 0.005  # seconds that a request waits for others to be read with it
 
 
@@ -35,9 +36,12 @@ class Texts:
 
 @dataclass(frozen=True)
 class Read:
-    """A row a text in `values`: probabilities of the `labels`, or a vector of length 1. Or what `refused` it."""
+    """A row a text in `values`: probabilities of the `labels` (TOKEN_CLS: for each word), or a vector of length 1.
 
-    values: list[list[float]]
+    Or what `refused` it.
+    """
+
+    values: list[Any]
     labels: tuple[str, ...]
     tokens: int
     refused: tuple[int, str, str | None] | None = None  # status, reason, field
@@ -45,11 +49,16 @@ class Read:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Token ids and token types of each text, and the model that is to read them."""
+    """Token ids and token types of each text, and the model that is to read them.
 
-    model: Any
+    Attributes:
+        words: the first token of each word, where that has a class.
+    """
+
     ids: list[list[int]]
     types: list[list[int]]
+    words: list[list[int]]
+    model: Any = None
 
 
 class Reader(Host):
@@ -79,23 +88,24 @@ class Reader(Host):
             if job.adapter is None and self.base.new_modules:
                 reason = f"the base model has no {self.base.new_modules[0]} of its own: name an adapter"
                 raise UserError(reason, "model")
-            ids, types = self._tokens(job)
+            encoded = self._tokens(job)
             model = self.base if job.adapter is None else await self.adapted(job.adapter, job.source)
         except UserError as error:
             return Read([], (), 0, (400, *(*error.args, None)[:2]))
-        values = await self._batched(_Encoded(model, ids, types))
-        return Read(values, self.task.spec.labels, sum(map(len, ids)))
+        values = await self._batched(replace(encoded, model=model))
+        return Read(values, self.task.spec.labels, sum(map(len, encoded.ids)))
 
-    async def _read_all(self, asked: list[_Encoded]) -> list[list[list[float]]]:
+    async def _read_all(self, asked: list[_Encoded]) -> list[list[Any]]:
         return await asyncio.to_thread(self._read, asked)
 
-    def _read(self, asked: list[_Encoded]) -> list[list[list[float]]]:
+    def _read(self, asked: list[_Encoded]) -> list[list[Any]]:
         """The rows of each request, texts of like length side by side; Serve gives requests of one adapter."""
         import torch
 
         model, size = asked[0].model, self.cfg.evaluation.batch_size
         ids = [text for one in asked for text in one.ids]
         types = [text for one in asked for text in one.types]
+        words = [text for one in asked for text in one.words]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         values: list[Any] = [None] * len(ids)
         with self._alone, torch.inference_mode():
@@ -103,25 +113,34 @@ class Reader(Host):
                 batch = self.task.below([ids[i] for i in part], [types[i] for i in part])
                 read = self.task.read(model, {name: tensor.to(self.base.device) for name, tensor in batch.items()})
                 for i, row in zip(part, read.float().cpu().tolist(), strict=True):
-                    values[i] = row
+                    values[i] = [row[first] for first in words[i]] if words else row
         rows = iter(values)
         return [list(islice(rows, len(one.ids))) for one in asked]
 
-    def _tokens(self, job: Texts) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and token types of each text.
+    def _tokens(self, job: Texts) -> _Encoded:
+        """The texts as tokens.
 
         Raises:
             UserError: one has none, too many, or such as the model doesn't know.
         """
-        if job.texts and isinstance(job.texts[0], str):
-            encoded = self.tokenizer(job.texts, job.pairs)
-            ids = encoded["input_ids"]
-            types = encoded.get("token_type_ids", [[] for _ in ids])
-        else:
+        ids: list[Any]
+        types: list[list[int]]
+        words: list[list[int]] = []
+        if not (job.texts and isinstance(job.texts[0], str)):
             ids, types = list(job.texts), [[] for _ in job.texts]
             if "token_type_ids" in self.tokenizer.model_input_names:
                 types = [[0] * len(own) for own in ids]
-        words = self.base.get_input_embeddings().num_embeddings
+        else:
+            if self.task.spec.name == "TOKEN_CLS":
+                if job.pairs is not None:
+                    raise UserError("the models here read one text", "pair")
+                encoded = self.tokenizer([text.split() for text in job.texts], is_split_into_words=True)
+                words = [first_tokens(encoded.word_ids(i)) for i in range(len(job.texts))]
+            else:
+                encoded = self.tokenizer(job.texts, job.pairs)
+            ids = encoded["input_ids"]
+            types = encoded.get("token_type_ids", [[] for _ in ids])
+        known = self.base.get_input_embeddings().num_embeddings
         room = getattr(self.base.config, "max_position_embeddings", None) or job.max_tokens
         allowed = min(job.max_tokens, self.tokenizer.model_max_length, room)
         for own in ids:
@@ -129,6 +148,11 @@ class Reader(Host):
                 raise UserError("a text has no tokens", "input")
             if len(own) > allowed:
                 raise UserError(f"a text has {len(own)} tokens; {allowed} are allowed", "input")
-            if any(not 0 <= token < words for token in own):
-                raise UserError(f"tokens must be from 0 to {words - 1}", "input")
-        return ids, types
+            if any(not 0 <= token < known for token in own):
+                raise UserError(f"tokens must be from 0 to {known - 1}", "input")
+        return _Encoded(ids, types, words)
+
+
+def first_tokens(words: Sequence[int | None]) -> list[int]:
+    """Where each word begins, by the word that each token belongs to."""
+    return [at for at, word in enumerate(words) if word is not None and (at == 0 or word != words[at - 1])]

@@ -91,6 +91,11 @@ class Task(task.PaddedTask):
         logits = self._logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
+    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Float32 [texts, tokens, classes]: the probability of each class."""
+        logits = model(**self.inputs(batch)).logits[:, -batch["input_ids"].shape[1] :]
+        return torch.softmax(logits.float(), -1)
+
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         count = len(rows)
