@@ -133,13 +133,15 @@ COMMANDS = {
             "run": "serving.run",
             "adapter": "adapters",
             "merged": "serving.merged",
+            "engine": "serving.engine",
             "model": "model.name",
             "host": "serving.host",
             "port": "serving.port",
         },
         "ftray serve --run runs/search\n"
         "ftray serve --model path/to/model --adapter terse=runs/a/adapter --adapter kind=runs/b/adapter\n"
-        "ftray serve --run runs/search --merged --port 9000",
+        "ftray serve --run runs/search --merged --port 9000\n"
+        "ftray serve --run runs/search --engine vllm",
     ),
 }
 SWITCHES = {"resume": "resume", "verbose": "verbose"}

@@ -19,11 +19,11 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.serving.app import application, key_digest
-    from ftray.serving.offers import model_of_run, offered
+    from ftray.serving.app import application, checked, key_digest
+    from ftray.serving.offers import model_of_run
 
     cfg = model_of_run(cfg)
-    key, what = key_digest(cfg), offered(cfg)
+    key, what = key_digest(cfg), checked(cfg)
     _check_port(cfg.serving.host, cfg.serving.port)
 
     import ray

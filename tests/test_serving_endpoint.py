@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError
 
 from ftray.config import ServingConfig
 from ftray.serving.endpoint import ATTEMPTS, Endpoint, Usage
+from ftray.serving.job import Part, Parts
 from ftray.serving.protocol import Refused
-from ftray.serving.replica import Part, Parts
 
 WHOLE = [Parts(prompt_tokens=3), Parts([Part(0, "ab", count=2)]), Parts([Part(0, "c", count=1, finish="stop")])]
 

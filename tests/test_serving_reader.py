@@ -19,7 +19,9 @@ import pytest
 import torch
 from peft import PeftModel
 from ray import serve
-from test_serving_app import free_port
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_serving_app import chromium, free_port
 from transformers import AutoTokenizer
 
 from ftray.adapters import start
@@ -107,6 +109,21 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
         (of_pair,) = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["data"]
         wanted = alone(tiny_bert, spec, best, TEXTS[:1], TEXTS[1:2])
         torch.testing.assert_close(torch.tensor([of_pair["probs"]]), wanted, rtol=1e-4, atol=1e-5)
+        with chromium(url, tmp_path / "profile") as browser:
+            wait = WebDriverWait(browser, 30)
+            prompt, right = (browser.find_element("id", name) for name in ("prompt", "model-1"))
+            wait.until(lambda _: right.get_attribute("value") == "best")
+            assert not browser.find_element("id", "generation").is_displayed()
+            Select(browser.find_element("id", "model-0")).select_by_visible_text("more")
+            prompt.send_keys(TEXTS[2], Keys.CONTROL + Keys.ENTER)
+            wait.until(
+                lambda _: browser.find_element("id", "speed-1").text and browser.find_element("id", "speed-0").text
+            )
+            for side, directory in enumerate((more, best)):
+                probs = alone(tiny_bert, spec, directory, TEXTS[2:])[0].tolist()
+                wanted = sorted(zip(probs, spec.labels, strict=True), reverse=True)
+                shown = browser.find_element("id", f"answer-{side}").text
+                assert shown.splitlines() == [f"{100 * share:.1f} %  {label}" for share, label in wanted]
         for path, body, field, reason in (
             ("classify", {"model": Path(tiny_bert).name, "input": "a"}, "model", "of its own: name an adapter"),
             ("classify", {"model": "best", "input": []}, "input", "not empty"),
@@ -120,7 +137,7 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
             error = refused.json()["error"]
             assert (refused.status_code, error["param"]) == (400, field), error
             assert reason in error["message"]
-        assert 'ftray_requests_total{model="best",status="200"} 2.0' in httpx.get(f"{url}/metrics").text
+        assert 'ftray_requests_total{model="best",status="200"} 3.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
@@ -141,6 +158,18 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
                 torch.testing.assert_close(torch.tensor(read), wanted, rtol=1e-4, atol=1e-5)
             by_default = client.embeddings.create(model=name, input=TEXTS[0])  # the client asks for base64 and decodes
             torch.testing.assert_close(torch.tensor([by_default.data[0].embedding]), wanted[:1], rtol=1e-4, atol=1e-5)
+        with chromium(url, tmp_path / "profile") as browser:
+            wait = WebDriverWait(browser, 30)
+            prompt, right = (browser.find_element("id", name) for name in ("prompt", "model-1"))
+            wait.until(lambda _: right.get_attribute("value") == "best")
+            prompt.send_keys("\n".join(TEXTS), Keys.CONTROL + Keys.ENTER)
+            wait.until(
+                lambda _: browser.find_element("id", "speed-1").text and browser.find_element("id", "speed-0").text
+            )
+            for side, directory in enumerate((None, best)):
+                vectors = alone(tiny_bert, spec, directory, TEXTS)
+                shown = browser.find_element("id", f"answer-{side}").text.splitlines()
+                assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
         ids = AutoTokenizer.from_pretrained(tiny_bert)(TEXTS[1])["input_ids"]
         of_tokens = client.embeddings.create(model="best", input=ids)
         wanted = alone(tiny_bert, spec, best, TEXTS[1:2])

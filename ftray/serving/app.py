@@ -38,26 +38,35 @@ def key_digest(cfg: Config) -> str | None:
 
 def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: float) -> serve.Application:
     """The application; each replica reserves `cpus` and `gpus`."""
+    from ftray.serving import vllm
     from ftray.serving.endpoint import Endpoint
     from ftray.serving.reader import Reader
     from ftray.serving.replica import Replica
 
-    settings, s, generates = cfg.model_dump(), cfg.serving, what.task.name == "CAUSAL_LM"
-    replicas: Any = serve.deployment(
-        Replica if generates else Reader,
-        name="replica",
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        max_ongoing_requests=max(4 * s.slots, s.max_queue),  # the engine keeps its own line
-        autoscaling_config={
+    s = cfg.serving
+    options = {
+        "max_ongoing_requests": max(4 * s.slots, s.max_queue),  # the engine keeps its own line
+        "autoscaling_config": {
             "min_replicas": s.min_replicas,
             "max_replicas": s.max_replicas,
             "target_ongoing_requests": s.target_ongoing,
             "upscale_delay_s": s.scale_up_seconds,
             "downscale_delay_s": s.scale_down_seconds,
         },
-        graceful_shutdown_timeout_s=s.drain_seconds,
-        health_check_period_s=5,
-    )
+        "graceful_shutdown_timeout_s": s.drain_seconds,
+        "health_check_period_s": 5,
+    }
+    handle: DeploymentHandle
+    if s.engine == "vllm":
+        handle = vllm.server(cfg, what, options)
+    else:
+        generates = what.task.name == "CAUSAL_LM"
+        actor = {"num_cpus": cpus, "num_gpus": gpus}
+        replicas: Any = serve.deployment(
+            Replica if generates else Reader, name="replica", ray_actor_options=actor, **options
+        )
+        own = () if generates else (what.task,)
+        handle = replicas.bind(cfg.model_dump(), what.model_path, max(1, int(cpus)), *own)
     endpoint: Any = serve.deployment(
         Endpoint,
         name="endpoint",
@@ -65,9 +74,21 @@ def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: 
         max_ongoing_requests=4 * s.max_queue,  # it refuses what is too much itself, with 429
         graceful_shutdown_timeout_s=s.drain_seconds,
     )
-    own = () if generates else (what.task,)
-    handle: DeploymentHandle = replicas.bind(settings, what.model_path, max(1, int(cpus)), *own)
-    return endpoint.bind(settings, what.base, what.adapters, key, handle, what.task.name)
+    return endpoint.bind(cfg.model_dump(), what.base, what.adapters, key, handle, what.task.name)
+
+
+def checked(cfg: Config) -> Offered:
+    """What is to be served, if the engine can.
+
+    Raises:
+        UserError: it can't, or something is missing or does not fit.
+    """
+    from ftray.serving import vllm
+
+    what = offered(cfg)
+    if cfg.serving.engine == "vllm":
+        vllm.check(cfg, what)
+    return what
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -76,4 +97,4 @@ def build(args: dict[str, Any]) -> serve.Application:
     from ftray.search.cluster import gpus_per_worker
 
     cfg = model_of_run(cli.build(args))
-    return application(cfg, offered(cfg), key_digest(cfg), cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg))
+    return application(cfg, checked(cfg), key_digest(cfg), cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg))

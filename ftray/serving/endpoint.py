@@ -26,11 +26,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from ftray.config import Config, UserError
+from ftray.serving.job import Job, Part, Parts
 from ftray.serving.offers import leaderboard
 from ftray.serving.protocol import Asked, Chat, Classification, Completion, Embeddings, NewAdapter, Refused, parsed
 from ftray.serving.reader import READS, Read, Texts
 from ftray.serving.registry import Offer, Registry, allowed, roots
-from ftray.serving.replica import Job, Part, Parts
 from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 
 MOST_TEXTS = 2048  # of one request, as OpenAI has it

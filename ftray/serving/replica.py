@@ -5,55 +5,11 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ftray.config import UserError
 from ftray.serving.host import Host, Loaded
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request as a replica takes it.
-
-    Attributes:
-        prompts: text or tokens of each prompt; or one conversation.
-        n: answers to each prompt; answer i of prompt p is choice p * n + i.
-        adapter, source: id and place of the adapter; None: the base model.
-        sampling: as :class:`ftray.serving.sampling.Sampling`; `max_tokens` None: as many as may be.
-        stream: give parts as they come, not all at the end.
-        max_prompt_tokens, max_output_tokens: what is more is refused.
-    """
-
-    prompts: list[str] | list[list[int]]
-    messages: list[dict[str, str]] | None
-    n: int
-    adapter: str | None
-    source: str | None
-    sampling: dict[str, Any]
-    stream: bool
-    max_prompt_tokens: int
-    max_output_tokens: int
-
-
-@dataclass
-class Part:
-    """What is new of one choice. Tokens are (text, log-probability, likeliest (text, log-probability))."""
-
-    choice: int
-    text: str = ""
-    tokens: list[tuple[str, float | None, list[tuple[str, float]]]] = field(default_factory=list)
-    count: int = 0  # tokens of the answer
-    finish: str | None = None
-
-
-@dataclass
-class Parts:
-    """What a replica sends: first the prompts' tokens, then parts; or why there is nothing to expect."""
-
-    parts: list[Part] = field(default_factory=list)
-    prompt_tokens: int | None = None
-    refused: tuple[int, str, str | None] | None = None  # status, reason, field
+from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
 
 
 class Replica(Host):
@@ -117,8 +73,8 @@ class Replica(Host):
     async def answer(self, job: Job) -> AsyncIterator[Parts]:
         """The answers to `job`; whoever closes this iterator frees their slots."""
         try:
-            prompts = self._tokens(job)
-            most = self._limit(job, prompts)
+            prompts = prompt_tokens(job, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            most = output_tokens(job, prompts, self.engine.max_length)
         except UserError as error:
             yield Parts(refused=(400, *error.args))
             return
@@ -160,55 +116,6 @@ class Replica(Host):
     def _cancel(self, sequences: list[Any]) -> None:
         for sequence in sequences:
             self.engine.cancel(sequence)
-
-    def _tokens(self, job: Job) -> list[list[int]]:
-        from jinja2 import TemplateError
-
-        if job.messages is not None:
-            if not self.tokenizer.chat_template:
-                raise UserError("the model has no chat template: use /v1/completions", "messages")
-            try:
-                rendered = self.tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
-            except TemplateError as error:
-                raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
-            return [self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
-        words = self.base.get_input_embeddings().num_embeddings
-        result = []
-        for prompt in job.prompts:
-            ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
-            if not ids:
-                raise UserError("a prompt has no tokens", "prompt")
-            if any(not 0 <= token < words for token in ids):
-                raise UserError(f"prompt tokens must be from 0 to {words - 1}", "prompt")
-            result.append(ids)
-        return result
-
-    def _limit(self, job: Job, prompts: list[list[int]]) -> int:
-        """How many tokens each answer may have.
-
-        Raises:
-            UserError: more than there may be.
-        """
-        where = "prompt" if job.messages is None else "messages"
-        longest, answers = max(map(len, prompts)), len(prompts) * job.n
-        allowed = min(job.max_prompt_tokens, self.engine.max_length)
-        if longest > allowed:
-            raise UserError(f"the prompt has {longest} tokens; {allowed} are allowed", where)
-        room, share = self.engine.max_length - longest, job.max_output_tokens // answers
-        most = job.sampling["max_tokens"]
-        if most is None:
-            most = min(room, share)
-        if most > share:
-            raise UserError(
-                f"max_tokens {most} for each of {answers} answers: {job.max_output_tokens} are allowed in all",
-                "max_tokens",
-            )
-        if most > room:
-            raise UserError(
-                f"{longest} prompt tokens and {most} of the answer are more than the model's {self.engine.max_length}",
-                "max_tokens",
-            )
-        return most
 
     def _submit(
         self, job: Job, prompts: list[list[int]], most: int, key: str | None, deliver: Callable[[list[Part]], None]

@@ -5,8 +5,8 @@ import time
 import uuid
 from typing import Any
 
+from ftray.serving.job import Part
 from ftray.serving.protocol import Asked, Refused
-from ftray.serving.replica import Part
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

@@ -1,0 +1,239 @@
+"""vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models, on GPUs.
+
+The endpoint asks a :class:`Bridge`, which asks Serve LLM's server; that one loads adapters by way of :class:`Adapters`.
+See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from ftray.config import Config, UserError
+from ftray.serving.adapters import check_adapter, fetched
+from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
+from ftray.serving.offers import Offered
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels are made for
+
+
+def check(cfg: Config, what: Offered) -> None:
+    """Whether vLLM can serve all that.
+
+    Raises:
+        UserError: it can't; the message says why.
+    """
+    import torch
+
+    if what.task.name != "CAUSAL_LM":
+        raise UserError(f"serving.engine vllm: generates; the models here are for {what.task.name}: take builtin")
+    if cfg.model.quantization != "none":
+        raise UserError("serving.engine vllm: takes the model as it is: leave model.quantization out")
+    rank_of(what)
+    if not torch.cuda.is_available() and not cfg.scaling.gpus_per_worker:
+        raise UserError(
+            "serving.engine vllm: no GPU here: take builtin, or on a cluster that has GPUs --scaling.gpus_per_worker 1"
+        )
+    if find_spec("vllm") is None:
+        raise UserError('serving.engine vllm: vLLM is not installed: pip install "ftray[serve,vllm]", or take builtin')
+
+
+def rank_of(what: Offered) -> int:
+    """The rank that vLLM makes room for: what the adapters at hand need.
+
+    Raises:
+        UserError: it can't run one of them.
+    """
+    local = [Path(source) for source in what.adapters.values() if "://" not in source]
+    needed = max((lora_rank(source, what.model_path) for source in local), default=RANKS[1])
+    return next(rank for rank in RANKS if rank >= needed)
+
+
+def lora_rank(directory: Path, base: str) -> int:
+    """The greatest rank in an adapter.
+
+    Raises:
+        UserError: it is none of `base`, or none that vLLM can run.
+    """
+    config: Any = check_adapter(directory, base)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    extras = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(config, name, None)]
+    if kind != "LORA" or extras or config.bias != "none":
+        what = kind if kind != "LORA" else f"LoRA with {extras[0] if extras else 'bias'}"
+        raise UserError(f"adapter {directory}: vLLM runs plain LoRA, and this is {what}: take builtin, or --merged")
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > RANKS[-1]:
+        raise UserError(f"adapter {directory}: vLLM runs ranks up to {RANKS[-1]}, and this has {rank}: take builtin")
+    return rank
+
+
+def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `ray.serve.llm.LLMConfig`, for a server with the options `deployment`."""
+    dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[cfg.model.dtype]
+    engine = {
+        "dtype": dtype,
+        "trust_remote_code": cfg.model.trust_remote_code,
+        "max_num_seqs": cfg.serving.slots,
+        "max_logprobs": 20,
+        "generation_config": "vllm",  # requests say how tokens are chosen, not the model's file
+    }
+    lora = None
+    if not cfg.serving.merged:
+        most = cfg.serving.max_adapters
+        engine |= {"enable_lora": True, "max_lora_rank": rank_of(what), "max_loras": most, "max_cpu_loras": most}
+        lora = {"max_num_adapters_per_replica": most}
+    return {
+        "model_loading_config": {"model_id": what.base, "model_source": what.model_path},
+        "engine_kwargs": engine,
+        "lora_config": lora,
+        "deployment_config": deployment,
+    }
+
+
+def server(cfg: Config, what: Offered, deployment: dict[str, Any]) -> Any:
+    """Bridge and server, bound."""
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    config = LLMConfig(**llm_config(cfg, what, deployment))
+    llm = build_llm_deployment(config, bind_kwargs={"model_downloader": Adapters})
+    bridge: Any = serve.deployment(
+        Bridge, name="replica", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4 * cfg.serving.max_queue
+    )
+    return bridge.bind(what.base, what.model_path, cfg.model.trust_remote_code, rank_of(what), llm)
+
+
+class Adapters:
+    """Takes the place of Serve LLM's loader, which reads from clouds alone: an adapter's id ends with its source."""
+
+    def __init__(self, **settings: Any):
+        self._fetched = ExitStack()  # vLLM may read an adapter again at any time
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
+        """Where vLLM finds the adapter."""
+        from ray.llm._internal.common.models import global_id_manager
+        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+
+        directory = self._fetched.enter_context(fetched(lora_model_id.partition("|")[2]))
+        return DiskMultiplexConfig(
+            model_id=lora_model_id,
+            max_total_tokens=None,
+            local_path=str(directory),
+            lora_assigned_int_id=global_id_manager.next(),
+        )
+
+
+class Bridge:
+    """The deployment that the endpoint asks; it holds a tokenizer and no model.
+
+    Args:
+        base: name of the base model.
+        model_path: where it is.
+        rank: of the adapters, at most.
+        llm: Serve LLM's server.
+    """
+
+    def __init__(self, base: str, model_path: str, trust_remote_code: bool, rank: int, llm: DeploymentHandle):
+        from transformers import AutoConfig
+
+        from ftray.models.load import load_tokenizer
+
+        self.base, self.model_path, self.rank, self.llm = base, model_path, rank, llm
+        self.tokenizer = load_tokenizer(model_path, trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
+        self.words, self.max_length = config.vocab_size, int(config.max_position_embeddings)
+
+    async def load(self, adapter: str, source: str) -> str | None:
+        """Why an adapter can't be served; it is loaded with the first request for it."""
+        try:
+            with fetched(source) as directory:
+                rank = lora_rank(directory, self.model_path)
+        except UserError as error:
+            return str(error)
+        return None if rank <= self.rank else f"adapter {source}: has rank {rank}; {self.rank} are provided for"
+
+    async def drop(self, adapter: str) -> bool:
+        """Nothing to do: vLLM forgets the least recently used of too many."""
+        return False
+
+    async def answer(self, job: Job) -> AsyncIterator[Parts]:
+        """The answers to `job`; whoever closes this iterator ends them."""
+        from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
+
+        try:
+            prompts = prompt_tokens(job, self.tokenizer, self.words)
+            most = output_tokens(job, prompts, self.max_length)
+        except UserError as error:
+            yield Parts(refused=(400, *error.args))
+            return
+        yield Parts(prompt_tokens=sum(map(len, prompts)))
+        model = model_id(job) or self.base
+        request = CompletionRequest(**completion(job, prompts, most, model))
+        llm = self.llm.options(stream=True, multiplexed_model_id=model_id(job))
+        stream, whole, last = llm.completions.remote(request), list[Part](), list[Part]()
+        try:
+            async for chunks in stream:
+                for chunk in chunks if isinstance(chunks, list) else [chunks]:
+                    got, count = read(chunk)
+                    if count is not None and last:  # usage comes at the very end
+                        last[-1].count = count
+                    last += [part for part in got if part.finish]
+                    going = [part for part in got if not part.finish]
+                    if going and job.stream:
+                        yield Parts(going)
+                    else:
+                        whole += going
+            yield Parts(whole + last)
+        finally:
+            stream.cancel()
+
+
+def model_id(job: Job) -> str:
+    """What vLLM knows an adapter by; empty: the base model."""
+    return "" if job.adapter is None else f"{job.adapter}|{job.source}"
+
+
+def completion(job: Job, prompts: list[list[int]], most: int, model: str) -> dict[str, Any]:
+    """The fields of vLLM's request: always plain tokens, streamed, with the count of tokens at the end."""
+    own = {name: job.sampling[name] for name in ("temperature", "top_p", "seed", "logprobs", "echo")}
+    return own | {
+        "model": model,
+        "prompt": prompts,
+        "n": job.n,
+        "max_tokens": most,
+        "stop": list(job.sampling["stop"]),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def read(chunk: Any) -> tuple[list[Part], int | None]:
+    """The parts in what Serve LLM streams, text as server-sent events or an error; and the tokens of all answers."""
+    if not isinstance(chunk, str):
+        return [Part(0, finish=f"error: {chunk.error.message}")], None
+    parts: list[Part] = []
+    count = None
+    for event in chunk.split("\n\n"):
+        data = event.removeprefix("data: ").strip()
+        if not data or data == "[DONE]":
+            continue
+        body = json.loads(data)
+        if "error" in body:
+            parts.append(Part(0, finish=f"error: {body['error']['message']}"))
+            continue
+        count = (body.get("usage") or {}).get("completion_tokens", count)
+        for choice in body["choices"]:
+            tokens, finish = _tokens(choice.get("logprobs")), choice.get("finish_reason")
+            parts.append(Part(choice["index"], choice["text"], tokens, finish=finish))
+    return parts, count
+
+
+def _tokens(logprobs: dict[str, Any] | None) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
+    if not logprobs:
+        return []
+    tops = [list((top or {}).items()) for top in logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])]
+    return list(zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True))
