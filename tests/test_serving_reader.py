@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from ray import serve
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import WebDriverWait
 from test_serving_app import chromium, free_port
 from transformers import AutoTokenizer
 
@@ -90,6 +90,22 @@ def alone(model: str, spec: TaskSpec, directory: Path | None, texts: list[str], 
     return torch.stack(rows)
 
 
+def page(url: str, directory: Path, text: str, left: str) -> list[list[str]]:
+    """The lines that the page shows of the model `left` and, beside it, of `best`; by keyboard alone."""
+    with chromium(url, directory / "profile") as browser:
+
+        def at(name: str):
+            return browser.find_element("id", name)
+
+        wait = WebDriverWait(browser, 30)
+        wait.until(lambda _: at("model-1").get_attribute("value") == "best")
+        assert not at("generation").is_displayed()
+        at("model-0").send_keys(left)
+        at("prompt").send_keys(text, Keys.CONTROL + Keys.ENTER)
+        wait.until(lambda _: at("speed-0").text and at("speed-1").text)
+        return [at(f"answer-{side}").get_attribute("textContent").splitlines() for side in (0, 1)]
+
+
 def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
     spec = TaskSpec("SEQ_CLS", ("ugly", "good", "bad"), 1)
     run = tmp_path / "run"
@@ -109,21 +125,6 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
         (of_pair,) = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["data"]
         wanted = alone(tiny_bert, spec, best, TEXTS[:1], TEXTS[1:2])
         torch.testing.assert_close(torch.tensor([of_pair["probs"]]), wanted, rtol=1e-4, atol=1e-5)
-        with chromium(url, tmp_path / "profile") as browser:
-            wait = WebDriverWait(browser, 30)
-            prompt, right = (browser.find_element("id", name) for name in ("prompt", "model-1"))
-            wait.until(lambda _: right.get_attribute("value") == "best")
-            assert not browser.find_element("id", "generation").is_displayed()
-            Select(browser.find_element("id", "model-0")).select_by_visible_text("more")
-            prompt.send_keys(TEXTS[2], Keys.CONTROL + Keys.ENTER)
-            wait.until(
-                lambda _: browser.find_element("id", "speed-1").text and browser.find_element("id", "speed-0").text
-            )
-            for side, directory in enumerate((more, best)):
-                probs = alone(tiny_bert, spec, directory, TEXTS[2:])[0].tolist()
-                wanted = sorted(zip(probs, spec.labels, strict=True), reverse=True)
-                shown = browser.find_element("id", f"answer-{side}").text
-                assert shown.splitlines() == [f"{100 * share:.1f} %  {label}" for share, label in wanted]
         for path, body, field, reason in (
             ("classify", {"model": Path(tiny_bert).name, "input": "a"}, "model", "of its own: name an adapter"),
             ("classify", {"model": "best", "input": []}, "input", "not empty"),
@@ -137,7 +138,13 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
             error = refused.json()["error"]
             assert (refused.status_code, error["param"]) == (400, field), error
             assert reason in error["message"]
-        assert 'ftray_requests_total{model="best",status="200"} 3.0' in httpx.get(f"{url}/metrics").text
+        assert 'ftray_requests_total{model="best",status="200"} 2.0' in httpx.get(f"{url}/metrics").text
+        for name, directory, shown in zip(
+            ("more", "best"), (more, best), page(url, tmp_path, TEXTS[2], "more"), strict=True
+        ):
+            probs = alone(tiny_bert, spec, directory, TEXTS[2:])[0].tolist()
+            wanted = sorted(zip(probs, spec.labels, strict=True), reverse=True)
+            assert shown == [f"{100 * share:.1f} %  {label}" for share, label in wanted], name
 
 
 def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
@@ -158,18 +165,6 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
                 torch.testing.assert_close(torch.tensor(read), wanted, rtol=1e-4, atol=1e-5)
             by_default = client.embeddings.create(model=name, input=TEXTS[0])  # the client asks for base64 and decodes
             torch.testing.assert_close(torch.tensor([by_default.data[0].embedding]), wanted[:1], rtol=1e-4, atol=1e-5)
-        with chromium(url, tmp_path / "profile") as browser:
-            wait = WebDriverWait(browser, 30)
-            prompt, right = (browser.find_element("id", name) for name in ("prompt", "model-1"))
-            wait.until(lambda _: right.get_attribute("value") == "best")
-            prompt.send_keys("\n".join(TEXTS), Keys.CONTROL + Keys.ENTER)
-            wait.until(
-                lambda _: browser.find_element("id", "speed-1").text and browser.find_element("id", "speed-0").text
-            )
-            for side, directory in enumerate((None, best)):
-                vectors = alone(tiny_bert, spec, directory, TEXTS)
-                shown = browser.find_element("id", f"answer-{side}").text.splitlines()
-                assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
         ids = AutoTokenizer.from_pretrained(tiny_bert)(TEXTS[1])["input_ids"]
         of_tokens = client.embeddings.create(model="best", input=ids)
         wanted = alone(tiny_bert, spec, best, TEXTS[1:2])
@@ -177,7 +172,10 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
     with endpoint(tmp_path, "--run", str(run), "--merged") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         got = torch.tensor([d.embedding for d in client.embeddings.create(model="best", input=TEXTS).data])
-        torch.testing.assert_close(got, alone(tiny_bert, spec, best, TEXTS), rtol=1e-4, atol=1e-4)
+        vectors = alone(tiny_bert, spec, best, TEXTS)
+        torch.testing.assert_close(got, vectors, rtol=1e-4, atol=1e-4)
+        for shown in page(url, tmp_path, "\n".join(TEXTS), "best"):
+            assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
 
 
 def test_a_tag_of_each_word(tiny_bert, tmp_path):
