@@ -1,31 +1,29 @@
 """The HTTP side: who may ask for what, in OpenAI's words; a Ray Serve deployment in front of the replicas.
 
-It holds no model: it checks a request, hands it to a replica that has the adapter loaded if there is one (Serve's
-multiplexing), and words the answer. See https://docs.ray.io/en/latest/serve/model-multiplexing.html.
+It holds no model: it checks a request, has a replica answer it, and words the answer.
 """
 
 import asyncio
 import hashlib
 import hmac
-import time
 import uuid
 from array import array
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from ftray.config import Config, UserError
+from ftray.serving.dispatch import Dispatch
 from ftray.serving.job import Job, Part, Parts
 from ftray.serving.offers import leaderboard
 from ftray.serving.protocol import Asked, Chat, Classification, Completion, Embeddings, NewAdapter, Refused, parsed
@@ -36,7 +34,6 @@ from ftray.serving.wording import ChatWording, CompletionWording, event, usage
 MOST_TEXTS = 2048  # of one request, as OpenAI has it
 DROP_SECONDS = 30
 CLASSIFY = ("SEQ_CLS", "TOKEN_CLS")
-ATTEMPTS = 4  # replicas that a request is tried on, if they die under it
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 api = FastAPI(title="ftray", openapi_url=None)
 
@@ -56,20 +53,6 @@ async def _not_remembered(request: Request, error: OSError) -> JSONResponse:
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(refused.body, error.status_code, error.headers)
-
-
-class Usage:
-    """What is counted for Prometheus."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("ftray_requests", "Requests answered", ["model", "status"], registry=self.registry)
-        self.prompt = Counter("ftray_prompt_tokens", "Prompt tokens read", ["model"], registry=self.registry)
-        self.output = Counter("ftray_output_tokens", "Tokens generated", ["model"], registry=self.registry)
-        self.first = Histogram(
-            "ftray_first_part_seconds", "Time to the first part of an answer", ["model"], registry=self.registry
-        )
-        self.under_way = Gauge("ftray_requests_under_way", "Requests not answered yet", registry=self.registry)
 
 
 @serve.ingress(api)
@@ -97,7 +80,7 @@ class Endpoint:
         self.cfg = Config.model_validate(settings).serving
         self.base, self.key, self.replicas, self.task = base, key, replicas, task
         self.registry = Registry(self.cfg, adapters)
-        self.usage, self.under_way = Usage(), 0
+        self.dispatch = Dispatch(self.cfg, replicas)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
@@ -116,8 +99,9 @@ class Endpoint:
     @api.get("/metrics")
     async def metrics(self, request: Request) -> Response:
         self._authorize(request)
-        self.usage.under_way.set(self.under_way)
-        return Response(generate_latest(self.usage.registry), media_type=CONTENT_TYPE_LATEST)
+        usage = self.dispatch.usage
+        usage.under_way.set(self.dispatch.under_way)
+        return Response(generate_latest(usage.registry), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
@@ -221,59 +205,16 @@ class Endpoint:
         self._answers(task)
         if not asked.texts or not all(asked.texts) or len(asked.texts) > MOST_TEXTS:
             raise Refused(400, f"input: from 1 to {MOST_TEXTS} texts that are not empty", "input", "invalid_value")
-        self._room()
+        self.dispatch.room()
         offer, most = self._offer(asked.model), self.cfg.max_prompt_tokens
         job = Texts(asked.texts, pairs, offer.id if offer else None, offer.source if offer else None, most)
-        handle = self.replicas.options(multiplexed_model_id=job.adapter or "")
-        with self._counted(asked.model, "500"):
-            async with asyncio.timeout(self.cfg.request_seconds):
-                for attempt in range(ATTEMPTS):
-                    try:
-                        read: Read = await handle.read.remote(job)
-                        break
-                    except RayActorError:
-                        await asyncio.sleep(0.1 * 2**attempt)
-                else:
-                    raise Refused(503, "replicas keep dying", code="replica_died")
-            if read.refused:
-                code, message, param = read.refused
-                raise Refused(code, message, param, "invalid_value")
-            self.usage.prompt.labels(asked.model).inc(read.tokens)
-            return read
-
-    @contextmanager
-    def _counted(self, model: str, otherwise: str) -> Iterator[None]:
-        """A request is under way; how it ended is counted, as `otherwise` where nothing was answered.
-
-        Raises:
-            Refused: what was in it took too long.
-        """
-        self.under_way += 1
-        status = otherwise
-        try:
-            yield
-            status = "200"
-        except TimeoutError:
-            status = "504"
-            raise Refused(504, f"took more than {self.cfg.request_seconds:g} s", code="timeout") from None
-        except Refused as error:
-            status = str(error.status)
-            raise
-        finally:
-            self.under_way -= 1
-            self.usage.requests.labels(model, status).inc()
+        return await self.dispatch.read(asked.model, job)
 
     def _answers(self, task: str) -> None:
         """Refuse what the models here aren't for."""
         if task != self.task:
             route = READS.get(self.task, "/v1/completions and /v1/chat/completions")
             raise Refused(400, f"the models here are for {self.task}: use {route}", None, "wrong_task")
-
-    def _room(self) -> None:
-        """Refuse what is too much."""
-        if self.under_way >= self.cfg.max_queue:
-            headers = {"Retry-After": "1"}
-            raise Refused(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
 
     def _authorize(self, request: Request) -> None:
         if self.key is None:
@@ -332,15 +273,15 @@ class Endpoint:
 
     async def _respond(self, asked: Asked, job: Job) -> Response:
         self._answers("CAUSAL_LM")
-        self._room()
+        self.dispatch.room()
         wording = ChatWording(asked) if isinstance(asked, Chat) else CompletionWording(asked)
         if asked.stream:
-            events = self._parts(asked.model, job)
+            events = self.dispatch.parts(asked.model, job)
             first = await anext(events)  # so that what is refused gets its status
             return StreamingResponse(self._streamed(asked, wording, first, events), media_type="text/event-stream")
         parts: list[Part] = []
         prompt_tokens = 0
-        async for got in self._parts(asked.model, job):
+        async for got in self.dispatch.parts(asked.model, job):
             prompt_tokens = got.prompt_tokens or prompt_tokens
             parts += got.parts
         count = sum(part.count for part in parts)
@@ -366,51 +307,3 @@ class Endpoint:
             yield f"event: error\n{event(error.body)}"
         finally:
             await events.aclose()  # type: ignore[attr-defined]
-
-    async def _parts(self, model: str, job: Job) -> AsyncIterator[Parts]:
-        """What a replica answers; on another one if it dies, unless something has been given away.
-
-        Raises:
-            Refused: the replica refuses the request, all that were tried have died, or it takes too long.
-        """
-        began = time.monotonic()
-        announced = given = False
-        with self._counted(model, "499"):
-            for attempt in range(ATTEMPTS):
-                try:
-                    async for got in self._once(job, began + self.cfg.request_seconds):
-                        if got.refused:
-                            code, message, param = got.refused
-                            raise Refused(code, message, param, "invalid_value")
-                        if got.prompt_tokens is not None:
-                            if announced:  # by a replica that died
-                                continue
-                            announced = True
-                            self.usage.prompt.labels(model).inc(got.prompt_tokens)
-                        elif not given:
-                            given = True
-                            self.usage.first.labels(model).observe(time.monotonic() - began)
-                        self.usage.output.labels(model).inc(sum(part.count for part in got.parts))
-                        yield got
-                    break
-                except RayActorError:
-                    if given:
-                        raise Refused(500, "the replica that gave this answer has died", code="replica_died") from None
-                    if attempt == ATTEMPTS - 1:
-                        raise Refused(503, "replicas keep dying", code="replica_died") from None
-                    await asyncio.sleep(0.1 * 2**attempt)
-
-    async def _once(self, job: Job, deadline: float) -> AsyncIterator[Parts]:
-        handle = self.replicas.options(stream=True, multiplexed_model_id=job.adapter or "")
-        answer = handle.answer.remote(job)
-        parts, done = aiter(answer), False
-        try:
-            while True:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    got = await anext(parts)
-                yield got
-        except StopAsyncIteration:
-            done = True
-        finally:
-            if not done:
-                answer.cancel()

@@ -7,7 +7,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ftray.config import ServingConfig
-from ftray.serving.endpoint import ATTEMPTS, Endpoint, Usage
+from ftray.serving.dispatch import ATTEMPTS, Dispatch
 from ftray.serving.job import Part, Parts
 from ftray.serving.protocol import Refused
 
@@ -52,17 +52,13 @@ class Replicas:
 
 
 def ask(*scripts, seconds=5.0):
-    """The parts, the error if there is one, the replicas and the endpoint."""
+    """The parts, the error if there is one, and the replicas."""
     replicas = Replicas(scripts)
-    endpoint = SimpleNamespace(
-        cfg=ServingConfig(request_seconds=seconds), replicas=replicas, usage=Usage(), under_way=0
-    )
-    endpoint._once = lambda job, deadline: Endpoint._once(endpoint, job, deadline)
-    endpoint._counted = lambda model, otherwise: Endpoint._counted(endpoint, model, otherwise)
+    dispatch = Dispatch(ServingConfig(request_seconds=seconds), replicas)
     parts = []
 
     async def collect():
-        async for got in Endpoint._parts(endpoint, "m", SimpleNamespace(adapter=None)):
+        async for got in dispatch.parts("m", SimpleNamespace(adapter=None)):
             parts.append(got)
 
     try:
@@ -70,7 +66,7 @@ def ask(*scripts, seconds=5.0):
         error = None
     except Refused as refused:
         error = refused
-    assert endpoint.under_way == 0
+    assert dispatch.under_way == 0
     return parts, error, replicas
 
 
