@@ -52,7 +52,7 @@ class Server:
         row = {"trial": 3, "status": "finished", "value": 1.25, "config": config, "checkpoint": str(kept)}
         gone = {**row, "trial": 4, "checkpoint": str(kept) + "-gone", "value": None, "status": "failed"}
         (run / "summary.json").write_text(json.dumps({"metric": "validation_loss", "trials": [row, gone]}))
-        written = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"template": "say {prompt}:"}}
+        written = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"template": "say {prompt}:\n"}}
         (run / "config.yaml").write_text(yaml.safe_dump(written))
         command = [sys.executable, "-m", "ftray.serve", "--run", str(run), f"--adapter=lora={directory / 'lora'}"]
         command += ["--port", self.url.rpartition(":")[2], "--serving.adapter_sources", f"[{directory}]"]
@@ -374,12 +374,12 @@ def test_the_page_shows_two_models_side_by_side(server, tmp_path):
         at("key").send_keys(KEY + Keys.TAB)
         wait.until(lambda _: at("leaderboard").is_displayed())
         assert "1.2500" in at("leaderboard").text
-        assert at("template").get_attribute("value") == "say {prompt}:"
+        assert at("template").get_attribute("value") == "say {prompt}:\n"
         assert at("model-1").get_attribute("value") == "best"
         browser.switch_to.active_element.send_keys(Keys.TAB)
         at("prompt").send_keys("the <b>cat</b>", Keys.CONTROL + Keys.ENTER)  # no mouse needed
         wait.until(lambda _: "tokens/s" in at("speed-0").text and "tokens/s" in at("speed-1").text)
-        ids = server.tokenizer("say the <b>cat</b>:")["input_ids"]
+        ids = server.tokenizer("say the <b>cat</b>:\n")["input_ids"]
         for side, name in enumerate((server.base, "best")):
             shown = at(f"answer-{side}").get_attribute("textContent")
             assert shown == server.wanted(name, ids, 64)[0]
