@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from array import array
 from base64 import b64decode
@@ -98,8 +97,8 @@ def page(url: str, directory: Path, text: str, left: str) -> list[list[str]]:
             return browser.find_element("id", name)
 
         wait = WebDriverWait(browser, 30)
-        wait.until(lambda _: at("model-1").get_attribute("value") == "best")
-        assert not at("generation").is_displayed()
+        wait.until(lambda _: not at("generation").is_displayed())
+        assert at("model-1").get_attribute("value") == "best"
         at("model-0").send_keys(left)
         at("prompt").send_keys(text, Keys.CONTROL + Keys.ENTER)
         wait.until(lambda _: at("speed-0").text and at("speed-1").text)
@@ -112,7 +111,9 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
     best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
     more = adapter(tiny_bert, spec, tmp_path / "more", 2)
     (run / "summary.json").write_text(json.dumps({"metric": "validation_macro_f1", "trials": []}))
-    (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{}}\ntask: SEQ_CLS\n")
+    (run / "config.yaml").write_text(
+        f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{template: null}}\ntask: SEQ_CLS\n"
+    )
     with endpoint(tmp_path, "--run", str(run), f"--adapter=more={more}") as url:
         for name, directory in (("best", best), ("more", more)):
             got = httpx.post(f"{url}/v1/classify", json={"model": name, "input": TEXTS}, timeout=60).json()
@@ -152,7 +153,7 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
     run = tmp_path / "run"
     best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
     (run / "summary.json").write_text(json.dumps({"metric": "validation_mrr", "trials": []}))
-    (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{}}\n")
+    (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{template: null}}\n")
     save_merged(FP32, tiny_bert, best, run / "best" / "merged", spec)
     with endpoint(tmp_path, "--run", str(run)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -198,30 +199,28 @@ def test_a_tag_of_each_word(tiny_bert, tmp_path):
         assert read["tags"] == [spec.labels[i] for i in wanted.argmax(1)]
 
 
-class Counting(Reader):
-    """A reader without Serve that keeps how many texts it was given at a time."""
+def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
+    class Counting(Reader):
+        """Says how many requests it reads at a time."""
 
-    def __init__(self, model, spec):
-        self.base, self.tokenizer = load_base(FP32, model, spec).eval(), AutoTokenizer.from_pretrained(model)
-        self.cfg, self.task, self._alone, self.read_together = Config(), spec.load(), threading.Lock(), []
-        self._batched = serve.batch(self._read_all, max_batch_size=self.cfg.evaluation.batch_size)
+        async def _read_all(self, asked):
+            self.together = len(asked)
+            return await super()._read_all(asked)
 
-    async def _read_all(self, asked):
-        self.read_together.append(len(asked))
-        return await super()._read_all(asked)
+        async def at_once(self, jobs):
+            return await asyncio.gather(*(self.read(job) for job in jobs)), self.together
 
-
-def test_requests_of_several_clients_are_read_together(tiny_bert):
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
-    reader = Counting(tiny_bert, spec)
+    settings = Config(model=FP32).model_dump()
+    handle = serve.run(serve.deployment(Counting).bind(settings, tiny_bert, 1, spec), name="reader", route_prefix=None)
     jobs = [Texts(TEXTS[:2], None, None, None, 99), Texts(TEXTS[2:], None, None, None, 99)]
-
-    async def both():
-        return await asyncio.gather(*(reader.read(job) for job in jobs))
-
-    got = [row for read in asyncio.run(both()) for row in read.values]
-    torch.testing.assert_close(torch.tensor(got), alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
-    assert reader.read_together == [2]
+    try:
+        reads, together = handle.at_once.remote(jobs).result()
+    finally:
+        serve.delete("reader")
+    rows = torch.tensor([row for read in reads for row in read.values])
+    torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
+    assert together == 2
 
 
 def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):
