@@ -40,17 +40,10 @@ class ServedLinear(SharedLinear):
     def __init__(self, base: torch.nn.Module, rows: ServedRows):
         super().__init__(base, rows)
         self._together: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
-        self._updates: dict[str, Update | None] = {}
 
     def leave(self, name: str) -> None:
         super().leave(name)
         self._together = None
-        self._updates.pop(name, None)
-
-    def _update(self, name: str, rows: int) -> Update | None:
-        if name not in self._updates:
-            self._updates[name] = super()._update(name, rows)
-        return self._updates[name]
 
     def _add(
         self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[Update]
@@ -61,9 +54,5 @@ class ServedLinear(SharedLinear):
             self._together = names, a.to(precision(x)), b.to(precision(x))
         _, a, b = self._together
         own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
-        hidden = (x[0].to(a.dtype) @ a.T).mul_(own)
-        if result.dtype is b.dtype:
-            result[0].addmm_(hidden, b)
-        else:
-            result[0].add_(hidden @ b)
+        result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
         return result

@@ -76,8 +76,8 @@ class SharedLinear(nn.Module):
         spans = self.rows.spans
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):
-            if name in self.members:
-                if update := self._update(name, end - first):
+            if member := self.members.get(name):
+                if update := _update(*member, end - first):
                     updates[i] = update
                 else:
                     own.append(i)
@@ -100,10 +100,6 @@ class SharedLinear(nn.Module):
             multiplied[i] = layer(inputs[i])
             answer.end()
         return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
-
-    def _update(self, name: str, rows: int) -> Update | None:
-        """What adapter `name` adds to `rows` of the layer's output; None: it does something else."""
-        return _update(*self.members[name], rows)
 
     def _multiply(
         self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, Update]
