@@ -102,6 +102,11 @@ REFUSALS = [
         lambda w: w.method == "delora" and w.training.zero_stage == 3,
     ),
     Refusal(
+        "loha with training.zero_stage 3",
+        "PEFT sizes it by the weights, which ZeRO 3 shares out over the workers: take lokr, or stage 2",
+        lambda w: w.method == "loha" and w.training.zero_stage == 3,
+    ),
+    Refusal(
         "lora.init eva with an encoder and a decoder",
         "PEFT masks what the decoder reads by the encoder's padding: take pissa",
         lambda w: w.init == "eva" and bool(w.base) and w.base.config.is_encoder_decoder,
