@@ -48,13 +48,12 @@ class Refusal:
 REFUSALS = [
     *(
         Refusal(
-            f"method {name} with model.quantization {bits}",
+            f"method {name} with model.quantization {' or '.join(lacks)}",
             "it changes the base's weights as such, and PEFT does so for floating point alone: take lora, or none",
-            lambda w, name=name, bits=bits: (w.method, w.model.quantization) == (name, bits),  # type: ignore[misc]
+            lambda w, name=name, lacks=lacks: w.method == name and w.model.quantization in lacks,  # type: ignore[misc]
         )
         for name, method in METHODS.items()
-        for bits in ("8bit", "4bit")
-        if bits not in method.quantized
+        if (lacks := [bits for bits in ("8bit", "4bit") if bits not in method.quantized])
     ),
     Refusal(
         "lora.init pissa or olora with model.quantization",
