@@ -16,14 +16,14 @@ from peft import PeftModel
 from test_tasks import CASES, write
 from transformers import AutoModelForCausalLM
 
-from ftray.adapters.limits import refuse
+from ftray.adapters.limits import refuse, try_on
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import METHODS, attach
 from ftray.cli import build
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
 from ftray.data import prepare
 from ftray.data.stream import batches, collate
-from ftray.models.load import load_base
+from ftray.models.load import load_base, load_skeleton
 from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.loop import Trainer
 from ftray.training.loss import token_losses
@@ -45,6 +45,10 @@ VARIANTS = {
     "lora, PiSSA": ({**LORA, "init": "pissa"}, 1e-2),
     "lora, fast PiSSA": ({**LORA, "init": "pissa_niter_4"}, 1e-2),
     "lora, OLoRA": ({**LORA, "init": "olora"}, 1e-2),
+    "lora, PiSSA, rsLoRA, patterns": (
+        {**LORA, "init": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 32}},
+        1e-2,
+    ),
     "lora, EVA": ({**LORA, "init": "eva"}, 1e-2),
     "lora, LoftQ": ({**LORA, "init": "loftq"}, 1e-2),
     "adalora": ({"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}, 2e-2),
@@ -83,6 +87,7 @@ TASKS = {  # other than CAUSAL_LM: the model
     "QUESTION_ANS": encoder,
     "FEATURE_EXTRACTION": encoder,
 }
+TASK_RATES = {"adalora": 6e-2, "prompt_tuning": 3e-2}  # where the rate is another for them
 MERGED = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2, "8bit": 1e-1, "4bit": 1e-3}  # the same, merged
 
 
@@ -114,7 +119,9 @@ def task_records(task: str, path: str, directory: Path) -> tuple[TaskSpec, dict[
 def run(variant: str, precision: str, path: str, task: TaskSpec = CAUSAL, **training) -> Run:
     """A run of `STEPS` steps that sees all records in each."""
     adapter, rate = VARIANTS[variant]
-    rows = 8 if task == CAUSAL else 16
+    rows = 8
+    if task != CAUSAL:
+        rows, rate = 16, TASK_RATES.get(variant, rate)
     settings = TrainingConfig(batch_size=rows, learning_rate=rate, schedule="constant", warmup=0.0, **training)
     return Run(PRECISIONS[precision][0], path, AdapterConfig(**adapter), settings, STEPS, task=task)
 
@@ -126,6 +133,7 @@ def cell(wanted: Run, batch: dict[str, torch.Tensor], directory: Path) -> Cell:
         UserError: the registry refuses it.
     """
     path, task = wanted.model_path, wanted.task
+    try_on(wanted.adapter, load_skeleton(wanted.model, path, task), wanted.model, wanted.training)
     trainer = Trainer(wanted, lambda: [batch])
     before = trainer.evaluate([batch])["validation_loss"]
     reports: list[dict[str, float]] = []
@@ -236,7 +244,7 @@ def outcome(wanted: Run, batch: dict[str, torch.Tensor], precision: str, directo
     """One cell in words."""
     try:
         result = cell(wanted, batch, directory)
-        check(result, precision)
+        check(result, precision, wanted.task)
     except UserError:
         return "no"
     except Exception as error:
@@ -254,9 +262,10 @@ def packs(variant: str, path: str) -> str:
     return packed(variant, path)
 
 
-def check(result: Cell, precision: str) -> None:
+def check(result: Cell, precision: str, task: TaskSpec = CAUSAL) -> None:
     """What every cell must be like."""
-    assert result.after < result.before - 0.03, result
+    least = 0.03 if task == CAUSAL else 0.005  # a few virtual tokens don't move what a random encoder makes of a text
+    assert result.after < result.before - least, result
     assert result.reloaded <= PRECISIONS[precision][1], result
     assert result.merged is None or result.merged <= MERGED[precision], result
 

@@ -76,11 +76,6 @@ REFUSALS = [
         lambda w: w.takes_from_base and w.own.use_dora,
     ),
     Refusal(
-        "lora.init pissa or olora with lora.use_rslora and rank_pattern or alpha_pattern",
-        "PEFT can't convert these to an adapter of the unchanged base",
-        lambda w: w.takes_from_base and w.own.use_rslora and bool(w.own.rank_pattern or w.own.alpha_pattern),
-    ),
-    Refusal(
         "lora.use_dora with model.quantization 8bit",
         "PEFT reads DoRA's magnitudes from weights that bitsandbytes has not packed yet: take 4bit",
         lambda w: w.method == "lora" and w.own.use_dora and w.model.quantization == "8bit",
