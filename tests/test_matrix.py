@@ -24,9 +24,18 @@ QUICK = {
     "4bit": ("lora", "lora, LoftQ"),
 }
 APART = {
-    **dict.fromkeys(("lora, PiSSA", "lora, fast PiSSA", "lora, OLoRA"), "starts from a changed copy of"),
+    **dict.fromkeys(
+        ("lora, PiSSA", "lora, fast PiSSA", "lora, PiSSA, rsLoRA, patterns", "lora, OLoRA"),
+        "starts from a changed copy of",
+    ),
     **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), "adds tokens or activations"),
     **dict.fromkeys(("adaption_prompt", "full"), "trains parameters outside of the layers"),
+}
+QUICK_TASKS = ("ia3", "prefix_tuning")
+NO_TASK = {
+    *(("adaption_prompt", task) for task in matrix.TASKS if not task.endswith("decoder")),
+    *((v, task) for v in matrix.VARIANTS if "patterns" in v for task in matrix.TASKS if not task.endswith("decoder")),
+    ("lora, EVA", "SEQ_2_SEQ_LM"),
 }
 CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in matrix.VARIANTS]
 
@@ -53,9 +62,9 @@ def test_trains_saves_reloads_and_merges(variant, precision, tiny_llama, tmp_pat
         refuse(wanted.adapter, wanted.model, wanted.training)
     except UserError:
         with pytest.raises(UserError):
-            matrix.cell(variant, precision, tiny_llama, tmp_path)
+            matrix.cell(wanted, matrix.records(), tmp_path)
         return
-    matrix.check(matrix.cell(variant, precision, tiny_llama, tmp_path), precision)
+    matrix.check(matrix.cell(wanted, matrix.records(), tmp_path), precision)
 
 
 @pytest.mark.slow
@@ -63,11 +72,34 @@ def test_trains_saves_reloads_and_merges(variant, precision, tiny_llama, tmp_pat
 @pytest.mark.parametrize("variant", [v for v in matrix.VARIANTS if v != "lora, LoftQ"])
 def test_trains_saves_reloads_and_merges_under_zero(variant, stage, tiny_llama, tmp_path):
     try:
-        result = matrix.cell(variant, "fp32", tiny_llama, tmp_path, zero_stage=stage)
+        result = matrix.cell(matrix.run(variant, "fp32", tiny_llama, zero_stage=stage), matrix.records(), tmp_path)
     except UserError:
         assert stage == 3
     else:
         matrix.check(result, "fp32")
+
+
+@pytest.fixture(scope="module")
+def given(cluster, tiny_bert, tiny_llama, tiny_t5, tmp_path_factory):
+    """For each task: the model's directory, the task, a batch."""
+    paths = {"encoder": tiny_bert, "llama": tiny_llama, "t5": tiny_t5}
+    found = {task: paths[make.__name__] for task, make in matrix.TASKS.items()}
+    return {t: (path, *matrix.task_records(t, path, tmp_path_factory.mktemp("task"))) for t, path in found.items()}
+
+
+@pytest.mark.parametrize("task", matrix.TASKS)
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in QUICK_TASKS else pytest.param(v, marks=pytest.mark.slow) for v in matrix.VARIANTS if v != "lora, LoftQ"],
+)
+def test_trains_saves_reloads_and_merges_for_every_task(variant, task, given, tmp_path):
+    path, spec, batch = given[task]
+    wanted = matrix.run(variant, "fp32", path, spec)
+    if (variant, task) in NO_TASK:
+        with pytest.raises(UserError):
+            matrix.cell(wanted, batch, tmp_path)
+        return
+    matrix.check(matrix.cell(wanted, batch, tmp_path), "fp32", spec)
 
 
 def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
@@ -128,8 +160,8 @@ def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
 @pytest.mark.parametrize(
     ("adapter", "model", "training", "reason"),
     [
-        ({"method": "hra"}, {"quantization": "4bit"}, {}, "hra with model.quantization 4bit"),
-        ({"method": "full"}, {"quantization": "8bit"}, {}, "full with model.quantization 8bit"),
+        ({"method": "hra"}, {"quantization": "4bit"}, {}, "hra with model.quantization 8bit or 4bit"),
+        ({"method": "full"}, {"quantization": "8bit"}, {}, "full with model.quantization 8bit or 4bit"),
         ({"method": "lora", "init": "pissa"}, {"quantization": "4bit"}, {}, "take loftq"),
         ({"method": "lora", "init": "loftq"}, {}, {}, "set model.quantization"),
         ({"method": "lora", "init": "olora"}, {}, {"zero_stage": 3}, "take stage 2"),

@@ -251,6 +251,22 @@ def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path, word
     assert [t.state.name for t in study(output).trials] == ["COMPLETE", "FAIL"]
 
 
+@pytest.mark.slow
+def test_the_best_of_a_quantised_search_is_merged_in_full_precision(tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    space = "method: lora\nlearning_rate: {log: [5.0e-3, 1.0e-2]}\n"
+    flags = ["--trials", "2", "--model.quantization", "4bit"]
+    done = run(command(output, words, tiny_llama, *flags, space=space))
+    assert done.returncode == 0, done.stdout + done.stderr
+    proof = json.loads((output / "summary.json").read_text())["proof"]
+    metrics = proof["metrics"]["loss"]
+    assert metrics["best"] < metrics["base"]
+    # the base that the adapter was trained on is the rounded one, so the merged model is that one too
+    assert proof["merged"]["loss"] == pytest.approx(metrics["best"], abs=1e-3)
+    assert f"loss {proof['merged']['loss']:.4g} without quantisation" in done.stdout
+    assert "quantization_config" not in json.loads((output / "best" / "merged" / "config.json").read_text())
+
+
 def test_a_time_budget_leaves_a_usable_result(tmp_path, words, tiny_gpt2):
     output = tmp_path / "out"
     more = ["--trials", "40", "--time-budget", "60", "--search.scheduler", "hyperband", "--pack", "off"]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from ftray.adapters.methods import attach
+from ftray.adapters.start import SAMPLES
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig, UserError
 from ftray.data.stream import batches, batches_in_order
 from ftray.models.load import load_base
@@ -22,6 +23,7 @@ from ftray.training.run import Run, accumulation_steps
 
 FP32 = ModelConfig(dtype="fp32")
 LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
+EVA = {**LORA, "init": "eva"}
 ADALORA = {"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}
 STEPS, AT = 8, (2, 5, 8)
 
@@ -40,10 +42,10 @@ def orthogonality(model) -> torch.Tensor | float:
     return 0.5 * sum((g - torch.eye(len(g))).pow(2).sum().sqrt() for g in left) / len(left)
 
 
-def plain_loop(run: Run, data) -> list[tuple[int, float, float]]:
+def plain_loop(run: Run, data, samples=None) -> list[tuple[int, float, float]]:
     """The reference: full logits, one padded-free row a step, torch's AdamW, no DeepSpeed, nothing of the trainer."""
     cfg = run.training
-    model = attach(load_base(run.model, run.model_path), run.adapter, run.steps, cfg.seed)
+    model = attach(load_base(run.model, run.model_path), run.adapter, run.steps, cfg.seed, samples)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
@@ -183,6 +185,7 @@ def test_training_imports_no_ray():
                 (3, LORA, "optimizer"),
                 (3, LORA, "all"),
                 (2, ADALORA, "none"),
+                (2, EVA, "none"),
             )
         ),
     ],
@@ -195,7 +198,8 @@ def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, st
     job = Job(config, tiny_llama, data.directory, 0.0)
     result = trainer(job, run, "two", str(tmp_path)).fit()
     assert result.return_value["failure"] is None
-    wanted = plain_loop(run, data)
+    # EVA looks at the first batches of rank 0
+    wanted = plain_loop(run, data, lambda: list(islice(batches(data, run.training.seed, 0, 2, 0, 2), SAMPLES)))
     last = (result.metrics["step"], result.metrics["train_loss"], result.metrics["validation_loss"])
     assert_same([last], wanted[-1:], 1e-5)
     adapter_dir = f"{result.checkpoint.path}/adapter"
@@ -203,11 +207,8 @@ def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, st
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="each worker's peak grows, from 1.3 to 2.6-3.0 GB: loading still reads all of it"
-)
 def test_zero_3_shares_the_base_out(tmp_path, tokenizer):
-    """Peak resident memory of each of two processes that train on a base of 0.8 GB."""
+    """Peak memory of each of two processes that train on a base of 0.7 GB: a third of the base less, at the least."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
     llama(**sizes).save_pretrained(tmp_path / "model", max_shard_size="100MB")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -222,4 +223,5 @@ def test_zero_3_shares_the_base_out(tmp_path, tokenizer):
         return found
 
     whole, shared = peaks(0), peaks(3)
-    assert max(shared) < min(whole) - 0.25 * 2**30, (whole, shared)
+    # without sharding one of them has the base mapped from its file, the other a copy of its own
+    assert max(shared) < max(whole) - 0.22 * 2**30, (whole, shared)

@@ -48,13 +48,12 @@ class Refusal:
 REFUSALS = [
     *(
         Refusal(
-            f"method {name} with model.quantization {bits}",
+            f"method {name} with model.quantization {' or '.join(lacks)}",
             "it changes the base's weights as such, and PEFT does so for floating point alone: take lora, or none",
-            lambda w, name=name, bits=bits: (w.method, w.model.quantization) == (name, bits),  # type: ignore[misc]
+            lambda w, name=name, lacks=lacks: w.method == name and w.model.quantization in lacks,  # type: ignore[misc]
         )
         for name, method in METHODS.items()
-        for bits in ("8bit", "4bit")
-        if bits not in method.quantized
+        if (lacks := [bits for bits in ("8bit", "4bit") if bits not in method.quantized])
     ),
     Refusal(
         "lora.init pissa or olora with model.quantization",
@@ -77,11 +76,6 @@ REFUSALS = [
         lambda w: w.takes_from_base and w.own.use_dora,
     ),
     Refusal(
-        "lora.init pissa or olora with lora.use_rslora and rank_pattern or alpha_pattern",
-        "PEFT can't convert these to an adapter of the unchanged base",
-        lambda w: w.takes_from_base and w.own.use_rslora and bool(w.own.rank_pattern or w.own.alpha_pattern),
-    ),
-    Refusal(
         "lora.use_dora with model.quantization 8bit",
         "PEFT reads DoRA's magnitudes from weights that bitsandbytes has not packed yet: take 4bit",
         lambda w: w.method == "lora" and w.own.use_dora and w.model.quantization == "8bit",
@@ -100,6 +94,11 @@ REFUSALS = [
         "delora with training.zero_stage 3",
         "it starts from norms of whole weights, which ZeRO 3 shares out over the workers: take stage 2",
         lambda w: w.method == "delora" and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "loha with training.zero_stage 3",
+        "PEFT sizes it by the weights, which ZeRO 3 shares out over the workers: take lokr, or stage 2",
+        lambda w: w.method == "loha" and w.training.zero_stage == 3,
     ),
     Refusal(
         "lora.init eva with an encoder and a decoder",

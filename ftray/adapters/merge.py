@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
@@ -24,7 +25,12 @@ def merge(model: PeftModel) -> PreTrainedModel:
     method = model.active_peft_config.peft_type.value.lower()
     if method in METHODS and METHODS[method].merge_tolerance is None:
         raise UserError(f"{method} adds to the model's input and changes no weight: serve the adapter itself")
-    return model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True)
+    for name, module in list(merged.named_modules()):  # a head that ln_tuning leaves wrapped
+        if isinstance(module, ModulesToSaveWrapper):
+            whole = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            merged.set_submodule(name, whole)
+    return merged
 
 
 def save_merged(

@@ -210,13 +210,15 @@ def attach(
     """
     import torch
     from peft import get_peft_model
+    from peft.utils.integrations import gather_params_ctx
 
     from ftray.adapters import start
     from ftray.adapters.heads import exact_heads
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    with torch.random.fork_rng():
+    norms = [p for p in model.parameters() if len(getattr(p, "ds_shape", ())) == 1]  # PEFT copies them for ln_tuning
+    with torch.random.fork_rng(), gather_params_ctx(norms):
         torch.manual_seed(seed)
         start.before(model, config)
         try:

@@ -4,13 +4,16 @@ PiSSA and OLoRA start with a part of the weights, which the base then has less o
 weights that it takes from, and is saved as the difference to its start: as a plain LoRA for the base as it was.
 """
 
-import tempfile
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,8 +41,8 @@ def before(model: nn.Module, config: Any) -> None:
 def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> None:
     """Finish the initialisation of a fresh PEFT model."""
     if takes_from_base(model.active_peft_config):
-        model.start = tempfile.TemporaryDirectory(prefix="ftray-start-")  # goes with the model
-        _save_start(model, Path(model.start.name))
+        tensors = get_peft_model_state_dict(model).items()
+        model.start = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors if "lora_" in name}
     elif init == "eva":
         _eva(model, samples)
     elif init == "loftq":
@@ -48,17 +51,29 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
 
 def save(model: Any, directory: Path) -> None:
     """Write the adapter as a PEFT directory for the base as it was, and beside it what task it is for."""
-    begun = getattr(model, "start", None)
-    further = {"path_initial_model_for_weight_conversion": begun.name} if begun else {}
-    model.save_pretrained(str(directory), save_embedding_layers=False, **further)
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    if begun := getattr(model, "start", None):
+        _take_start_away(directory, begun)
     task_of(model.get_base_model()).save(directory)
 
 
-def _save_start(model: Any, directory: Path) -> None:
-    config = model.active_peft_config
-    kept, config.init_lora_weights = config.init_lora_weights, True  # PEFT then loads it without taking anything
-    model.save_pretrained(str(directory))
-    config.init_lora_weights = kept
+def _take_start_away(directory: Path, start: dict[str, torch.Tensor]) -> None:
+    """Make the saved LoRA B A one of twice the rank that is B A - B0 A0, which the unchanged base wants.
+
+    PEFT's own conversion leaves out what is trained besides (`modules_to_save`).
+    """
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(file)
+    for name, begun in start.items():
+        side, sign = (0, 1) if "lora_A" in name else (1, -1)
+        tensors[name] = torch.cat([tensors[name], sign * begun], side)
+    save_file(tensors, file, {"format": "pt"})
+    config = PeftConfig.from_pretrained(str(directory))
+    factor = math.sqrt(2) if config.use_rslora else 2  # alpha is divided by the rank, or by its root
+    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+    config.save_pretrained(str(directory))
 
 
 def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:

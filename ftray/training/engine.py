@@ -1,6 +1,8 @@
 """A PEFT model inside a DeepSpeed engine: optimiser, schedule, ZeRO partitioning, gradient reduction."""
 
+import ctypes
 import os
+import sys
 from typing import Any
 
 import deepspeed
@@ -34,8 +36,8 @@ def sum_over_ranks(values: list[float], device: torch.device | str) -> list[floa
     return total.tolist()
 
 
-def deepspeed_config(cfg: TrainingConfig, workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration (https://www.deepspeed.ai/docs/config-json) of one run.
+def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration (https://www.deepspeed.ai/docs/config-json) of one run on a base of `parameters`.
 
     Neither bf16 nor fp16 is switched on: the base keeps the dtype it was loaded in and the adapter stays in
     float32, so there is no second master copy of the weights.
@@ -43,6 +45,14 @@ def deepspeed_config(cfg: TrainingConfig, workers: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": cfg.zero_stage}
     if cfg.zero_stage and cfg.offload in ("optimizer", "all"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if cfg.zero_stage == 3:
+        # DeepSpeed's own limits, a billion parameters, leave most bases whole on every worker
+        live = min(10**9, parameters // 32)  # about one block of a 7B model
+        zero |= {
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+            "stage3_prefetch_bucket_size": min(5 * 10**7, live),
+        }
     if cfg.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -63,18 +73,29 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int) -> Any:
     Returns:
         A `deepspeed.DeepSpeedEngine` with its optimiser and learning-rate schedule.
     """
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of a partitioned one
     optimizer = _optimizer(_groups(model, cfg.learning_rate), cfg)
     schedule = get_scheduler(SCHEDULES[cfg.schedule], optimizer, round(cfg.warmup * steps), steps)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=deepspeed_config(cfg, dist.get_world_size()),
+        config=deepspeed_config(cfg, dist.get_world_size(), parameters),
         dist_init_required=False,
     )
     if cfg.zero_stage == 3:
         _register_dictionaries(model)
     return engine
+
+
+def return_freed_memory() -> None:
+    """Have glibc give tensors of 1 MiB and more back to the system at once, instead of keeping them for later ones.
+
+    ZeRO 3 gathers and frees parameters of many sizes in turn, and what is kept of them grows past the whole base.
+    """
+    if sys.platform == "linux":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD, https://man7.org/linux/man-pages/man3/mallopt.3.html
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 def _register_dictionaries(model: nn.Module) -> None:

@@ -10,11 +10,17 @@ import torch.distributed as dist
 
 from ftray.adapters.limits import refuse
 from ftray.adapters.methods import attach
-from ftray.models.load import load_base
+from ftray.models.load import load_base, load_skeleton
 from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.dropout import Draws
-from ftray.training.engine import build_engine, deepspeed_config, join_process_group, sum_over_ranks
+from ftray.training.engine import (
+    build_engine,
+    deepspeed_config,
+    join_process_group,
+    return_freed_memory,
+    sum_over_ranks,
+)
 from ftray.training.history import History, validation_metrics
 from ftray.training.run import Run, accumulation_steps
 
@@ -44,8 +50,10 @@ class Trainer:
         if run.training.zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
+            return_freed_memory()
+            parameters = load_skeleton(run.model, run.model_path, run.task).num_parameters()
             # while this object lives, from_pretrained loads the base already partitioned over the workers
-            self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size))
+            self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size, parameters))
         base = load_base(run.model, run.model_path, run.task)
         model = attach(base, run.adapter, run.steps, run.training.seed, samples)
         if run.training.gradient_checkpointing:
