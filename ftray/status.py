@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ftray.cli import build, run_command
 from ftray.config import Config, UserError
+from ftray.storage import Location, located
 
 STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
 
@@ -25,7 +25,7 @@ def run(cfg: Config) -> int:
     from ftray.search.cluster import quiet
 
     quiet()
-    search = read(Path(cfg.output))
+    search = read(located(cfg.output))
     console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table("trial", "configuration", "state", "rung", "records", search.metric, "tokens/s")
     for row in search.trials:
@@ -77,7 +77,7 @@ class Search:
         return ", ".join(parts)
 
 
-def read(output: Path) -> Search:
+def read(output: Location) -> Search:
     """What the output directory of a search says.
 
     Raises:
@@ -121,7 +121,7 @@ def read(output: Path) -> Search:
     return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
 
 
-def searched(output: Path) -> Config:
+def searched(output: Location) -> Config:
     """The configuration of the search in `output`.
 
     Raises:
