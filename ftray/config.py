@@ -149,6 +149,9 @@ class SearchConfig(Section):
     reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
     rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
     seed: int = Field(0, description="of the sampler")
+    trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
+        ["tensorboard"], description="what the trials' curves are shown to, comma-separated; mlflow, wandb: extras"
+    )
 
 
 class EvaluationConfig(Section):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ftray.cli import build, run_command
 from ftray.config import Config, UserError
-from ftray.storage import Location, located
+from ftray.storage import Location
 
 STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
 
@@ -25,7 +25,9 @@ def run(cfg: Config) -> int:
     from ftray.search.cluster import quiet
 
     quiet()
-    search = read(located(cfg.output))
+    from ftray.search.jobs import output_of
+
+    search = read(output_of(cfg))
     console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table("trial", "configuration", "state", "rung", "records", search.metric, "tokens/s")
     for row in search.trials:

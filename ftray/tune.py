@@ -54,6 +54,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import Broken, search
+    from ftray.search.jobs import announce
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
@@ -64,9 +65,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     )
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
+    from ftray.search.trackers import trackers
 
     started = time.monotonic()
     write_definition(cfg, space, output)
+    announce(output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
@@ -77,7 +80,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
     try:
-        search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
+        search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
     except Broken as error:
         print(f"ftray tune: {error}; {GO_ON}", file=sys.stderr)
         return 1
@@ -152,12 +155,14 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.search.definition import check_output, packable
     from ftray.search.sampler import BASELINE
     from ftray.search.space import load_space
+    from ftray.search.trackers import check_trackers
     from ftray.tasks.choose import resolve
     from ftray.training.engine import accumulation_steps
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     packable(cfg, space)
+    check_trackers(cfg)
     model_path = find(cfg.model.name)
     cfg = resolve(cfg, model_path)
     check_output(cfg, space)

@@ -29,6 +29,7 @@ FREE = {
     "search.time_budget",
     "search.concurrency",
     "search.max_failures",
+    "search.trackers",
     "scaling.packs",
     "scaling.cpus_per_worker",
     "scaling.gpus_per_worker",

@@ -131,7 +131,7 @@ class Sampler(OptunaSearch):
             configuration = self.space_of_methods.suggest(trial)  # a trial taken up again keeps what was drawn
         self._ot_trials[trial_id] = trial
         trial.set_user_attr("config", configuration)
-        self._keep()
+        self.keep()
         return {"number": trial.number, **configuration}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Sampler(OptunaSearch):
             report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
             trial.set_user_attr("reports", [*reports, report])
             trial.report(result[self.metric], result["records"])
-            self._keep()
+            self.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna: complete, or stopped early (pruned: TPE ranks it by its last report).
@@ -163,9 +163,9 @@ class Sampler(OptunaSearch):
     def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
         self._ot_study.tell(self._ot_trials[trial_id], value, state=state)
         self._completed_trials.add(trial_id)
-        self._keep()
+        self.keep()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """What was written goes to the store, if the journal is there, before anything comes of it."""
         backend = self._storage._backend
         if isinstance(backend, StoredJournal):
