@@ -62,7 +62,9 @@ class DataConfig(Section):
     train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
     template: str = Field("{prompt}\n", description="how a plain prompt is rendered; must hold {prompt}")
     seed: int = Field(0, description="of the split and of the choice under limit")
-    cache: str | None = Field(None, description="where tokenized shards are kept (default: ~/.cache/ftray/data)")
+    cache: str | None = Field(
+        None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
+    )
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":

@@ -62,6 +62,7 @@ def store():
 
 def asked(tmp_path: Path, words: str, model: str, output: str, *more: str, steps: int = 18) -> list[str]:
     """As `test_search.command`, with `output` in the store and no directory of this machine but caches."""
+    tmp_path.mkdir(exist_ok=True)
     arguments = command(tmp_path / "out", words, model, *more, space=SPACE, steps=steps)
     arguments[arguments.index("--output") + 1] = output
     return arguments
@@ -141,6 +142,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
     data.write_bytes(Path(words).read_bytes())
     output = f"s3://runs/{pack}"
     more = ["--pack", pack, "--trials", "3", "--search.scheduler", "none", "--concurrency", "1"]
+    more += ["--data.cache", "s3://runs/shards"]
     first = asked(tmp_path / "one", str(data), tiny_llama, output, *more, steps=150)
     search = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
