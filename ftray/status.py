@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ftray.cli import build, run_command
 from ftray.config import Config, UserError
-from ftray.storage import Location
+from ftray.storage import Location, reason
 
 STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
 
@@ -133,7 +133,11 @@ def searched(output: Location) -> Config:
 
     from ftray.search.definition import CONFIG, SPACE
 
-    if not (output / CONFIG).exists() or not (output / SPACE).exists():
+    try:
+        there = (output / CONFIG).exists() and (output / SPACE).exists()
+    except OSError as error:  # of an object store
+        raise UserError(f"output {output}: can't be read ({reason(error)})") from None
+    if not there:
         raise UserError(f"output {output} holds no search: name one by --run")
     return build(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
 

@@ -13,10 +13,13 @@ import boto3
 import pytest
 from test_search import command, environment
 
+from ftray.adapters.saved import data_settings, find_adapter
 from ftray.cli import main
-from ftray.config import UserError
+from ftray.config import Config, ServingConfig, UserError
 from ftray.search.definition import refuse_unreachable, running_since, sole_driver
 from ftray.search.sampler import past_trials
+from ftray.serving.adapters import fetched
+from ftray.serving.offers import leaderboard, model_of_run, offered
 from ftray.status import read
 from ftray.storage import Stored, located
 
@@ -171,6 +174,15 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
     assert not (Stored(output) / ".lock").exists()
     assert read(Stored(output)).summary().startswith("3/3 trials over")
     assert f"summary  {output}/summary.json" in done.stdout
+
+    offer = offered(model_of_run(Config(serving=ServingConfig(run=output))))
+    assert {"best", "trial-0", "trial-1", "trial-2"} == offer.adapters.keys()
+    with fetched(offer.adapters["best"]) as directory:
+        assert (directory / "adapter_model.safetensors").is_file()
+    assert [trial["status"] for trial in leaderboard(output)["trials"]] == ["finished"] * 3
+    adapter = find_adapter(output)
+    assert data_settings(Config(), adapter).template == "{prompt}\n"
+    assert (adapter / "adapter_model.safetensors").stat().st_size > 0
 
 
 def test_a_store_that_goes_away_stops_the_search_and_one_that_comes_back_resumes_it(store, tmp_path, words, tiny_llama):
