@@ -185,7 +185,7 @@ def test_a_submitted_search_makes_nodes_appear_uses_them_and_lets_them_go(growin
 
 
 def test_a_job_is_seen_and_led_by_its_id(growing, tmp_path, words, tiny_llama):
-    entrypoint = command(tmp_path / "out", words, tiny_llama, "--trials", "2", space=SPACE, steps=3000)
+    entrypoint = command(tmp_path / "out", words, tiny_llama, "--trials", "2", space=SPACE, steps=900)
     entrypoint[0] = "python"
     entrypoint[entrypoint.index("--output") + 1] = str(tmp_path / "out")
     job = growing.submit(entrypoint, "--submission-id", "raysubmit_seen")
@@ -196,7 +196,7 @@ def test_a_job_is_seen_and_led_by_its_id(growing, tmp_path, words, tiny_llama):
         return subprocess.run(asked, capture_output=True, text=True, env=growing.environment | where, check=False)
 
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while "best validation_loss" not in (seen := ask("status")).stdout:
             assert time.monotonic() < deadline, seen.stdout + seen.stderr
             assert job.poll() is None, job.stdout.read()

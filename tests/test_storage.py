@@ -17,7 +17,9 @@ from ftray.adapters.saved import data_settings, find_adapter
 from ftray.cli import main
 from ftray.config import Config, ServingConfig, UserError
 from ftray.search.definition import refuse_unreachable, running_since, sole_driver
-from ftray.search.sampler import past_trials
+from ftray.search.requests import Requests, ask_to_add, ask_to_stop
+from ftray.search.sampler import Sampler, past_trials
+from ftray.search.space import load_space
 from ftray.serving.adapters import fetched
 from ftray.serving.offers import leaderboard, model_of_run, offered
 from ftray.status import read
@@ -207,3 +209,33 @@ def test_a_store_that_goes_away_stops_the_search_and_one_that_comes_back_resumes
     done = run([*arguments, "--resume"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert states(output) == ["COMPLETE"] * 3
+
+
+def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path):
+    output = Stored("s3://runs/asked")
+    cfg = Config.model_validate({"search": {"trials": 4}})
+    (tmp_path / "space.yaml").write_text(SPACE)
+    space = load_space(str(tmp_path / "space.yaml"))
+    journal = output / "study.log"
+    sampler = Sampler(space, cfg, 100, journal)
+    assert sampler.suggest("a")["number"] == 0
+    ask_to_stop(journal, 0)
+    added = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.002}}
+    assert ask_to_add(journal, cfg, space, added) == 1
+    with pytest.raises(UserError, match="none of that number"):
+        ask_to_stop(journal, 5)
+    driver = Requests(sampler, None)
+    driver._looked = -10.0
+    driver.on_step_begin(0, [])
+    assert driver.stopping == {0}
+    assert {"number": 1, **added} == sampler.suggest("b")
+    assert not (output / "requests").glob("*.json")
+    with pytest.raises(UserError, match="trial 1 has this configuration already"):
+        ask_to_add(journal, cfg, space, added)  # as another process reads it
+    assert not sampler.broken
+    store.process.send_signal(signal.SIGSTOP)
+    try:
+        sampler.suggest("c")
+        assert "s3://runs/asked/study.log can't be written" in sampler.broken
+    finally:
+        store.process.send_signal(signal.SIGCONT)
