@@ -89,7 +89,7 @@ def sampler(trials: int, directory: Path) -> list[dict[str, float]]:
 
     journal = directory / "study.log"
     made = Sampler(load_space("methods"), settings(trials), BUDGET, journal)
-    marks = sorted({trials // 20, trials // 4, trials // 2, trials})
+    marks = sorted({max(16, trials // part) for part in (20, 4, 2, 1)})
     rows, suggestions, reports, running = [], [], [], []
     for number in range(trials):
         suggestions.append(timed(lambda n=number: made.suggest(str(n))))
