@@ -264,7 +264,9 @@ class Config(Section):
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
     )
-    output: str = Field("runs/latest", description="where a command leaves what it makes")
+    output: str = Field(
+        "runs/latest", description="where a command leaves what it makes; `tune`, `train`: a directory or URI"
+    )
     resume: bool = Field(False, description="go on with what is in output")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
