@@ -1,7 +1,6 @@
 """Let a search try a configuration of the user's next."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,13 +22,14 @@ def run(cfg: Config) -> int:
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.search.definition import SPACE, running_since
+    from ftray.search.jobs import output_of
     from ftray.search.outcome import JOURNAL
     from ftray.search.requests import ask_to_add
     from ftray.search.space import load_space
     from ftray.status import searched
     from ftray.tasks import TaskSpec
 
-    configuration, output = parsed(cfg.request.configuration), Path(cfg.output)
+    configuration, output = parsed(cfg.request.configuration), output_of(cfg)
     of = searched(output)
     if not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
@@ -37,14 +37,14 @@ def run(cfg: Config) -> int:
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
     try_on(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
-    trial = ask_to_add(output / JOURNAL, of, space, configuration)
-    if trial.number >= of.search.trials:
-        more = f"--resume --trials {trial.number + 1}"
-        print(f"trial {trial.number} waits: all {of.search.trials} of the search have begun; {more} goes on with it")
+    number = ask_to_add(output / JOURNAL, of, space, configuration)
+    if number >= of.search.trials:
+        more = f"--resume --trials {number + 1}"
+        print(f"trial {number} waits: all {of.search.trials} of the search have begun; {more} goes on with it")
     elif running_since(output) is None:
-        print(f"trial {trial.number} is the next to begin when the search goes on: --resume")
+        print(f"trial {number} is the next to begin when the search goes on: --resume")
     else:
-        print(f"trial {trial.number} is the next to begin")
+        print(f"trial {number} is the next to begin")
     return 0
 
 

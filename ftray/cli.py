@@ -69,9 +69,10 @@ COMMANDS = {
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
     ),
     "status": Command(
-        "show how far a search is, from any terminal that sees its output",
+        "show how far a search is, from any terminal that sees its output or its cluster",
         {"run": "output"},
-        "ftray status --run runs/search\nftray status --run /shared/runs/search",
+        "ftray status --run runs/search\nftray status --run s3://bucket/runs/search\n"
+        "ftray status --run raysubmit_8tdZtxgNQxRVWq3f",
     ),
     "stop": Command(
         "end a trial of a running search; what it has reached counts",

@@ -62,7 +62,9 @@ class DataConfig(Section):
     train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
     template: str = Field("{prompt}\n", description="how a plain prompt is rendered; must hold {prompt}")
     seed: int = Field(0, description="of the split and of the choice under limit")
-    cache: str | None = Field(None, description="where tokenized shards are kept (default: ~/.cache/ftray/data)")
+    cache: str | None = Field(
+        None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
+    )
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
@@ -149,6 +151,9 @@ class SearchConfig(Section):
     reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
     rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
     seed: int = Field(0, description="of the sampler")
+    trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
+        ["tensorboard"], description="what the trials' curves are shown to, comma-separated; mlflow, wandb: extras"
+    )
 
 
 class EvaluationConfig(Section):
@@ -267,7 +272,9 @@ class Config(Section):
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
     )
-    output: str = Field("runs/latest", description="where a command leaves what it makes")
+    output: str = Field(
+        "runs/latest", description="where a command leaves what it makes; `tune`, `train`: a directory or URI"
+    )
     resume: bool = Field(False, description="go on with what is in output")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")

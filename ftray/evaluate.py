@@ -52,7 +52,8 @@ def run(cfg: Config) -> int:
     split = cfg.evaluation.split
     if split != "all" and not data.splits[split].records:
         raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")
-    named = dict(zip(cfg.adapters, [str(adapter.resolve()) for adapter in adapters], strict=True))
+    where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
+    named = dict(zip(cfg.adapters, where, strict=True))
     result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
     show(result)
     if place is None:
@@ -79,7 +80,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
     Args:
         data: directory of the tokenized shards.
-        adapters: name -> directory.
+        adapters: name -> directory or URI.
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
@@ -87,6 +88,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     """
     from peft import PeftModel
 
+    from ftray.adapters.saved import find_adapter
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
     from ftray.models.load import load_on_device, load_tokenizer
@@ -101,7 +103,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     after = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
-        model = PeftModel.from_pretrained(share(base), directory)
+        model = PeftModel.from_pretrained(share(base), str(find_adapter(directory)))
         after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ftray.cli import build, run_command
 from ftray.config import Config, UserError
+from ftray.storage import Location, reason
 
 STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
 
@@ -25,7 +25,9 @@ def run(cfg: Config) -> int:
     from ftray.search.cluster import quiet
 
     quiet()
-    search = read(Path(cfg.output))
+    from ftray.search.jobs import output_of
+
+    search = read(output_of(cfg))
     console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table("trial", "configuration", "state", "rung", "records", search.metric, "tokens/s")
     for row in search.trials:
@@ -77,7 +79,7 @@ class Search:
         return ", ".join(parts)
 
 
-def read(output: Path) -> Search:
+def read(output: Location) -> Search:
     """What the output directory of a search says.
 
     Raises:
@@ -121,7 +123,7 @@ def read(output: Path) -> Search:
     return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
 
 
-def searched(output: Path) -> Config:
+def searched(output: Location) -> Config:
     """The configuration of the search in `output`.
 
     Raises:
@@ -131,7 +133,11 @@ def searched(output: Path) -> Config:
 
     from ftray.search.definition import CONFIG, SPACE
 
-    if not (output / CONFIG).exists() or not (output / SPACE).exists():
+    try:
+        there = (output / CONFIG).exists() and (output / SPACE).exists()
+    except OSError as error:  # of an object store
+        raise UserError(f"output {output}: can't be read ({reason(error)})") from None
+    if not there:
         raise UserError(f"output {output} holds no search: name one by --run")
     return build(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
 

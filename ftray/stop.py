@@ -1,7 +1,6 @@
 """End one trial of a search that runs; what it has reached counts."""
 
 import sys
-from pathlib import Path
 
 from ftray.cli import run_command
 from ftray.config import Config, UserError
@@ -17,13 +16,15 @@ def run(cfg: Config) -> int:
 
     quiet()
     from ftray.search.definition import running_since
+    from ftray.search.jobs import output_of
     from ftray.search.outcome import JOURNAL
     from ftray.search.requests import ask_to_stop
     from ftray.status import searched
 
-    number, output = cfg.request.trial, Path(cfg.output)
+    number = cfg.request.trial
     if number is None:
         raise UserError("which trial? ftray status shows their numbers")
+    output = output_of(cfg)
     pack = searched(output).search.pack
     if running_since(output) is None:
         raise UserError(f"output {output}: no search is running there")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ftray.cli import run_command
 from ftray.config import Config, UserError
+from ftray.storage import Stored, located
 
 
 def run(cfg: Config) -> int:
@@ -21,10 +22,13 @@ def run(cfg: Config) -> int:
     from ftray.data import check, prepare
     from ftray.models.find import find
     from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.search.definition import refuse_unreachable
     from ftray.tasks.choose import resolve
     from ftray.training.run import accumulation_steps
 
-    output = Path(cfg.output)
+    output = located(cfg.output)
+    if isinstance(output, Stored):
+        refuse_unreachable(output)
     if (output / "train").exists() and not cfg.resume:
         raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
     model_path = find(cfg.model.name)
@@ -47,7 +51,7 @@ def run(cfg: Config) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
-        result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", str(output.resolve())).fit()
+        result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", output).fit()
         failure = result.return_value["failure"]
     except TrainingFailedError as error:
         failure = last_line(error)
@@ -59,7 +63,7 @@ def run(cfg: Config) -> int:
         shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
         print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
     best, _ = min(result.best_checkpoints, key=lambda pair: sign * pair[1][metric])
-    save_best_adapter(best.path, "", tokenizer, output / "adapter")
+    save_best_adapter(str(output / "train" / Path(best.path).name), "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")
     return 0
 

@@ -10,7 +10,10 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, UserError
+from ftray.storage import Location, fetched, located, reason, written
 from ftray.tasks import TaskSpec
+
+GO_ON = "the same command with --resume goes on"
 
 
 def run(cfg: Config) -> int:
@@ -30,11 +33,19 @@ def run(cfg: Config) -> int:
         return show_plan(cfg, space, model_path)
     from ftray.search.definition import sole_driver
 
-    with sole_driver(Path(cfg.output)):
-        return drive(cfg, space, model_path, tokenizer)
+    output = located(cfg.output)
+    if isinstance(output, Path):
+        with sole_driver(output):
+            return drive(cfg, space, model_path, tokenizer, output)
+    try:
+        with sole_driver(output):
+            return drive(cfg, space, model_path, tokenizer, output)
+    except OSError as error:
+        print(f"ftray tune: {output}: {reason(error)}; {GO_ON}", file=sys.stderr)
+        return 1
 
 
-def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
+def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Location) -> int:
     """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code."""
     import ray
 
@@ -43,6 +54,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     from ftray.search.cluster import connect, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import Broken, search
+    from ftray.search.jobs import announce
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
@@ -53,9 +65,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     )
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
+    from ftray.search.trackers import trackers
 
-    started, output = time.monotonic(), Path(cfg.output)
+    started = time.monotonic()
     write_definition(cfg, space, output)
+    announce(output)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
@@ -66,9 +80,9 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
     try:
-        search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
+        search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
     except Broken as error:
-        print(f"ftray tune: {error}; the same command with --resume goes on", file=sys.stderr)
+        print(f"ftray tune: {error}; {GO_ON}", file=sys.stderr)
         return 1
 
     rows = trial_rows(cfg, output)
@@ -90,7 +104,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
-    proving = on_hardware(cfg, prove_and_merge, job, output.absolute())
+    proving = on_hardware(cfg, prove_and_merge, job, output.absolute() if isinstance(output, Path) else output)
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago
     proof = ray.get(proving)
@@ -141,12 +155,14 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.search.definition import check_output, packable
     from ftray.search.sampler import BASELINE
     from ftray.search.space import load_space
+    from ftray.search.trackers import check_trackers
     from ftray.tasks.choose import resolve
     from ftray.training.engine import accumulation_steps
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     packable(cfg, space)
+    check_trackers(cfg)
     model_path = find(cfg.model.name)
     cfg = resolve(cfg, model_path)
     check_output(cfg, space)
@@ -165,7 +181,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     return cfg, space, model_path, tokenizer
 
 
-def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
+def prove_and_merge(job: Any, output: Location) -> dict[str, Any]:
     """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
 
     Returns:
@@ -173,6 +189,11 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
         generated text, and `merged`: its `path` and, where the base was quantised and it is not, its own `loss`; or the
         `reason` why there is none.
     """
+    with fetched(output / "best" / "adapter") as adapter:
+        return _prove(job, adapter, output / "best" / "merged")
+
+
+def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     from peft import PeftModel
 
     from ftray.adapters.merge import save_merged
@@ -181,7 +202,6 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     from ftray.models.load import load_on_device, load_tokenizer
 
     cfg: Config = job.config
-    adapter = output / "best" / "adapter"
     data = TokenizedData.load(job.data)
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
     model = PeftModel.from_pretrained(base, str(adapter))
@@ -196,15 +216,16 @@ def prove_and_merge(job: Any, output: Path) -> dict[str, Any]:
     ]
     new = base.new_modules
     del model, base
-    merged: dict[str, Any] = {"path": str(output / "best" / "merged")}
+    merged: dict[str, Any] = {"path": str(place)}
     try:
-        save_merged(cfg.model, job.model_path, adapter, merged["path"], data.task)
+        with written(place) as made:
+            save_merged(cfg.model, job.model_path, adapter, made, data.task)
+            if cfg.model.quantization != "none":
+                whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
+                quick = cfg.evaluation.model_copy(update={"generate": False})
+                merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     except UserError as error:
         merged = {"reason": str(error)}
-    if cfg.model.quantization != "none" and "path" in merged:
-        whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), merged["path"], data.task)
-        quick = cfg.evaluation.model_copy(update={"generate": False})
-        merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
         "new_modules": new,
@@ -226,7 +247,7 @@ def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
     console().print(table)
 
 
-def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Path) -> None:
+def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Location) -> None:
     """Leaderboard, proof, samples, where everything lies and how to serve it."""
     print_leaderboard(rows, cfg)
     table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")

@@ -184,6 +184,45 @@ def test_a_submitted_search_makes_nodes_appear_uses_them_and_lets_them_go(growin
     growing.wait_for(lambda: growing.nodes() == 0, 60)
 
 
+def test_a_job_is_seen_and_led_by_its_id(growing, tmp_path, words, tiny_llama):
+    entrypoint = command(tmp_path / "out", words, tiny_llama, "--trials", "2", space=SPACE, steps=900)
+    entrypoint[0] = "python"
+    entrypoint[entrypoint.index("--output") + 1] = str(tmp_path / "out")
+    job = growing.submit(entrypoint, "--submission-id", "raysubmit_seen")
+    where = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{growing.dashboard}"}
+
+    def ask(*words: str) -> subprocess.CompletedProcess:
+        asked = [sys.executable, "-m", f"ftray.{words[0]}", *words[1:], "--run", "raysubmit_seen"]
+        return subprocess.run(asked, capture_output=True, text=True, env=growing.environment | where, check=False)
+
+    try:
+        deadline = time.monotonic() + 400
+        while "best validation_loss" not in (seen := ask("status")).stdout:
+            assert time.monotonic() < deadline, seen.stdout + seen.stderr
+            assert job.poll() is None, job.stdout.read()
+            assert seen.returncode in (0, 2)
+        assert re.search(r"0/2 trials over, best validation_loss [\d.]+ \(trial \d\), \d+ tokens/s", seen.stdout)
+        for number in range(2):
+            while (stopped := ask("stop", str(number))).returncode:
+                assert time.monotonic() < deadline, stopped.stderr
+        log, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, log
+    finally:
+        job.kill()
+    assert "2/2 trials over, best" in ask("status").stdout
+    unknown = subprocess.run(
+        [sys.executable, "-m", "ftray.status", "--run", "raysubmit_none"],
+        capture_output=True,
+        text=True,
+        env=growing.environment | where,
+        check=False,
+    )
+    assert (unknown.returncode, unknown.stderr) == (
+        2,
+        "ftray status: error: job raysubmit_none: no job of that id (ray job list)\n",
+    )
+
+
 def test_prometheus_scrapes_what_a_dashboard_shows(growing, tmp_path, words, tiny_llama):
     if not shutil.which("prometheus"):
         pytest.skip("needs Debian's prometheus")

@@ -1,7 +1,11 @@
 """Adapter directories that others wrote: finding them, and whether they fit a base model, without weights or a GPU."""
 
+import atexit
 import difflib
 import hashlib
+import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import yaml
 
 from ftray.config import Config, DataConfig, UserError
 from ftray.models.find import find
+from ftray.storage import Stored, fetched, reason
 from ftray.tasks import CAUSAL, FILE, TaskSpec
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint keep theirs
@@ -19,9 +24,13 @@ SAMPLE = 2**20  # bytes at the end of a weight file by which two models are told
 def find_adapter(name: str, with_weights: bool = True) -> Path:
     """The adapter directory `name`, or the one inside of it if `name` is what `tune` or `train` left.
 
+    What a URI names is copied into a directory that goes when this process ends.
+
     Raises:
         UserError: there is none, or it lacks weights and should have them.
     """
+    if "://" in name:
+        return _copied(name)
     path = Path(name).expanduser()
     for place in (path, *(path / inside for inside in INSIDE)):
         if (place / CONFIG).is_file():
@@ -36,6 +45,24 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
     near = difflib.get_close_matches(path.name, siblings, 2, 0.6)
     hint = f"; did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
     raise UserError(f"adapter {name}: no such directory{hint}")
+
+
+@lru_cache
+def _copied(uri: str) -> Path:
+    for inside in ("", *INSIDE):
+        source = Stored(uri, inside)
+        try:
+            if not (source / CONFIG).is_file():
+                continue
+            directory = Path(tempfile.mkdtemp(prefix="ftray-adapter-"))
+            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+            if (Stored(uri) / "config.yaml").is_file():  # see data_settings
+                (directory / "config.yaml").write_bytes((Stored(uri) / "config.yaml").read_bytes())
+            with fetched(source) as local:
+                return Path(shutil.copytree(local, directory / (inside or "adapter")))
+        except OSError as error:
+            raise UserError(f"adapter {uri}: can't be read ({reason(error)})") from None
+    raise UserError(f"adapter {uri}: holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
 
 
 def adapter_config(adapter: Path) -> Any:

@@ -34,6 +34,7 @@ from ftray.data.splits import (
     split_of,
 )
 from ftray.data.tokens import IGNORE
+from ftray.storage import Stored, located
 from ftray.tasks import CAUSAL, TaskSpec
 
 log = logging.getLogger(__name__)
@@ -90,14 +91,16 @@ class TokenizedData:
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
         """Read the manifest."""
-        manifest = json.loads((Path(directory) / "manifest.json").read_text())
+        manifest = json.loads((located(str(directory)) / "manifest.json").read_text())
         splits = {name: Split(**split) for name, split in manifest["splits"].items()}
         return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]))
 
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
-        path = Path(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
-        return pq.ParquetFile(path).read_row_group(index % WINDOWS_PER_FILE, columns)
+        path = located(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
+        source = path.filesystem.open_input_file(path.path) if isinstance(path, Stored) else path
+        with pq.ParquetFile(source) as file:
+            return file.read_row_group(index % WINDOWS_PER_FILE, columns)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in stored order, in memory: for scoring test records."""
@@ -121,7 +124,7 @@ def prepare(
 
     The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
     cluster: rows are sorted by a seeded hash of the record, so any row group is a random sample of the data. On a
-    cluster, `cfg.cache` must be a path that all nodes share.
+    cluster, `cfg.cache` must be a path that all nodes share, or a URI.
 
     Args:
         cfg: source, lengths, fractions, seed.
@@ -139,14 +142,16 @@ def prepare(
     sources = find_sources(cfg)
     tokenizer = load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(cfg, sources, tokenizer, task, labels)
-    root = Path(cfg.cache).expanduser() if cfg.cache else cache_root() / "data"
+    root = located(cfg.cache) if cfg.cache else cache_root() / "data"
+    root = root.expanduser() if isinstance(root, Path) else root
     target = root / fingerprint
-    if target.is_dir():
+    if (target / "manifest.json").exists():
         log.info("reusing the tokenized shards in %s", target)
-        return TokenizedData.load(target)
+        return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.source, target)
-    root.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root))
+    if isinstance(root, Path):
+        root.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root if isinstance(root, Path) else None))
     try:
         spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
         splits = _write(cfg, sources, (model, trust_remote_code), aside, spec)
@@ -155,6 +160,10 @@ def prepare(
             "task": asdict(spec),
             "splits": {name: asdict(split) for name, split in splits.items()},
         }
+        if isinstance(target, Stored):
+            target.upload(aside)
+            (target / "manifest.json").write_text(json.dumps(manifest, indent=1))  # last: it says that all is there
+            return TokenizedData.load(str(target))
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         aside.chmod(0o755)  # mkdtemp's 0700 would keep the shards from others who share the cache
         try:

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,11 +14,13 @@ from filelock import FileLock, Timeout
 
 from ftray.config import Config, UserError
 from ftray.data import TokenizedData
+from ftray.search.lease import held, since
 from ftray.search.outcome import write_config, write_json, write_yaml
 from ftray.search.space import Space
+from ftray.storage import Location, Stored, located, reason
 
 STATE = ("tune", "study.log", "summary.json")  # any of these shows that a directory holds a search
-CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
+CONFIG, SPACE, DATA, LOCK, PROBE = "config.yaml", "space.yaml", "data.json", ".lock", ".probe"
 # what may change when a search goes on: how long and where it runs, and how its best is proven
 FREE = {
     "data.cache",
@@ -28,6 +29,7 @@ FREE = {
     "search.time_budget",
     "search.concurrency",
     "search.max_failures",
+    "search.trackers",
     "scaling.packs",
     "scaling.cpus_per_worker",
     "scaling.gpus_per_worker",
@@ -60,12 +62,16 @@ def packable(cfg: Config, space: Space) -> bool:
 
 
 @contextmanager
-def sole_driver(output: Path) -> Iterator[None]:
-    """Hold the output directory; the system lets go of it when this process ends, however it ends.
+def sole_driver(output: Location) -> Iterator[None]:
+    """Hold the output; the system lets go of a directory when this process ends, however it ends.
 
     Raises:
         UserError: a search that runs holds it.
     """
+    if isinstance(output, Stored):
+        with held(output / LOCK):
+            yield
+        return
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK)
     try:
@@ -79,8 +85,10 @@ def sole_driver(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def running_since(output: Path) -> float | None:
+def running_since(output: Location) -> float | None:
     """When the driver that holds the output directory began, in seconds since 1970; None: nobody holds it."""
+    if isinstance(output, Stored):
+        return since(output / LOCK)
     if not (output / LOCK).exists():
         return None
     lock = FileLock(output / LOCK)
@@ -98,32 +106,49 @@ def check_output(cfg: Config, space: Space) -> None:
     Raises:
         UserError: one of these; for `--resume`, also a configuration or space that would make it another search.
     """
-    output = Path(cfg.output)
-    held = [name for name in STATE if (output / name).exists()]
-    if held and not cfg.resume:
-        raise UserError(f"output {output} already holds a search ({held[0]}): add --resume to go on, or name another")
+    output = located(cfg.output)
+    if isinstance(output, Stored):
+        refuse_unreachable(output)
+    there = [name for name in STATE if (output / name).exists()]
+    if there and not cfg.resume:
+        raise UserError(f"output {output} already holds a search ({there[0]}): add --resume to go on, or name another")
     if cfg.resume:
         if not (output / CONFIG).exists() or not (output / SPACE).exists():
             raise UserError(f"output {output} holds no search to resume")
         _refuse_another(cfg, space, output)
-    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if isinstance(output, Stored):
+        return
+    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise UserError(f"output {output}: can't write there ({error.strerror})") from None
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest).free
     if free < 2**30:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a search needs at least 1 GiB")
 
 
-def write_definition(cfg: Config, space: Space, output: Path) -> None:
+def refuse_unreachable(output: Stored) -> None:
+    """Try an object store.
+
+    Raises:
+        UserError: it can't be written to; the message says why.
+    """
+    try:
+        (output / PROBE).write_bytes(b"")
+        (output / PROBE).unlink()
+    except OSError as error:
+        raise UserError(f"output {output}: can't write there ({reason(error)})") from None
+
+
+def write_definition(cfg: Config, space: Space, output: Location) -> None:
     """Print and keep the configuration, and keep the space."""
     write_config(cfg, output)
     write_yaml(space.content, output / SPACE)
 
 
-def write_data(data: TokenizedData, output: Path) -> None:
+def write_data(data: TokenizedData, output: Location) -> None:
     """Keep each split's counts of records and tokens.
 
     Raises:
@@ -136,7 +161,7 @@ def write_data(data: TokenizedData, output: Path) -> None:
     write_json(counts, path)
 
 
-def _refuse_another(cfg: Config, space: Space, output: Path) -> None:
+def _refuse_another(cfg: Config, space: Space, output: Location) -> None:
     stored, given = _fields(_read(output / CONFIG)), _fields(cfg.model_dump(mode="json"))
     for field in given:
         if field not in FREE and stored.get(field) != given[field]:
@@ -151,5 +176,5 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"task": config.get("task", "CAUSAL_LM"), **fields}
 
 
-def _read(path: Path) -> Any:
+def _read(path: Location) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
 """The search itself: Ray Tune over Optuna's suggestions, weak trials stopped early, everything resumable."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler, past_trials
 from ftray.search.solo import Job, release, trainer
 from ftray.search.space import Space
+from ftray.storage import Location, for_ray, remove
 
 
-def run_trial(config: dict[str, Any], job: Job, experiment: Path) -> None:
+def run_trial(config: dict[str, Any], job: Job, experiment: Location) -> None:
     """A Tune trial: one `TorchTrainer`, whose reports go on to Tune.
 
     What it came to is written down before Tune hears of it: a driver that died in between asks again, and is answered
@@ -44,9 +44,10 @@ def run_trial(config: dict[str, Any], job: Job, experiment: Path) -> None:
     else:
         run = job.run(config["adapter"], config["training"])
         if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        outcome = _outcome(trainer(job, run, directory.name, str(experiment), [TuneReportCallback()]))
+            remove(directory)
+        if isinstance(directory, Path):
+            directory.mkdir(parents=True, exist_ok=True)
+        outcome = _outcome(trainer(job, run, trial_name(config["number"]), experiment, [TuneReportCallback()]))
         write_json(outcome, outcome_file)
     if outcome["failure"]:
         raise TrialFailed(outcome["failure"])
@@ -76,10 +77,10 @@ class TrialEnd(tune.Callback):
         """Tune goes through this many times a second.
 
         Raises:
-            Broken: no pack trains any more.
+            Broken: no pack trains any more, or the journal can't be written.
         """
-        if self._gone:
-            raise Broken(self._gone)
+        if gone := self._gone or self.sampler.broken:
+            raise Broken(gone)
         if time.monotonic() - self._released > 1:
             release()
             self._released = time.monotonic()
@@ -93,7 +94,7 @@ class TrialEnd(tune.Callback):
             self.sampler.fail(trial.trial_id, reason)
 
 
-def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback]) -> None:
+def search(job: Job, space: Space, output: Location, callbacks: list[tune.Callback]) -> None:
     """Run, or go on with, the search whose journal lies in `output`, until `search.trials` are over.
 
     Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
@@ -101,7 +102,8 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
     Raises:
         Broken: what trains the trials is gone.
     """
-    cfg, experiment, journal = job.config, output.resolve() / EXPERIMENT, output / JOURNAL
+    output = output.resolve() if isinstance(output, Path) else output
+    cfg, experiment, journal = job.config, output / EXPERIMENT, output / JOURNAL
     past = [trial for trial in past_trials(journal) if trial.state.is_finished()]
     if len(past) >= cfg.search.trials:
         return
@@ -124,7 +126,7 @@ def _tune(
     fit: int,
     job: Job,
     space: Space,
-    output: Path,
+    output: Location,
     callbacks: list[tune.Callback],
     past: list[FrozenTrial],
     board: Any | None,
@@ -146,7 +148,7 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name=EXPERIMENT,
-            storage_path=str(output.resolve()),
+            **for_ray(output),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
             callbacks=[*callbacks, TrialEnd(sampler), requests],
             stop=requests,

@@ -1,13 +1,13 @@
 """What a search leaves behind: leaderboard, summary, the best adapter and its model card."""
 
 import csv
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import yaml
 from optuna.trial import TrialState
 from ray.train import Result
@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
+from ftray.storage import Location, Stored, fetched, located, written
 from ftray.tasks import TaskSpec
 
 EXPERIMENT = "tune"  # directory of the trials
@@ -34,20 +35,25 @@ def trial_name(number: int) -> str:
     return f"trial-{number}"
 
 
-def checkpoints(directory: Path) -> list[tuple[dict[str, Any], str]]:
+def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
     """The report and the path of every checkpoint that a trial still has, newest last; none if its list is broken."""
-    written = directory.resolve().glob(f"checkpoint_*/{PACKED_REPORT}")
-    packed = [(json.loads(path.read_text()), str(path.parent)) for path in written]
+    directory = directory if isinstance(directory, Stored) else directory.resolve()
+    reports = directory.glob(f"checkpoint_*/{PACKED_REPORT}")
+    packed = [(json.loads(path.read_text()), str(path.parent)) for path in reports]
     if packed:
         return sorted(packed, key=lambda kept: kept[0]["step"])
     try:
-        best = Result.from_path(str(directory.resolve())).best_checkpoints
+        if isinstance(directory, Stored):
+            best = Result.from_path(directory.path, directory.filesystem).best_checkpoints
+        else:
+            best = Result.from_path(str(directory)).best_checkpoints
     except (RuntimeError, ValueError, CheckpointManagerInitializationError):
         return []
-    return sorted(((m, c.path) for c, m in best or [] if m), key=lambda kept: kept[0]["step"])
+    kept = [(metrics, str(directory / Path(checkpoint.path).name)) for checkpoint, metrics in best or [] if metrics]
+    return sorted(kept, key=lambda pair: pair[0]["step"])
 
 
-def trial_rows(cfg: Config, output: Path) -> list[dict[str, Any]]:
+def trial_rows(cfg: Config, output: Location) -> list[dict[str, Any]]:
     """One dict a trial, best first: trial, status, value, records, tokens, seconds, config, checkpoint, reason.
 
     `value` is the best of the trial's reports and `checkpoint` the one written with it. A trial that failed keeps
@@ -82,7 +88,7 @@ def trial_rows(cfg: Config, output: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (r["status"] == "failed", worst if r["value"] is None else sign * r["value"]))
 
 
-def write_leaderboard(rows: list[dict[str, Any]], path: Path, metric: str) -> None:
+def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -> None:
     """One line a trial, best first; every setting that any trial has is a column."""
     flat = [{**r["config"]["adapter"], **r["config"]["training"]} for r in rows]
     settings = list(dict.fromkeys(key for f in flat for key in f))
@@ -98,35 +104,31 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Path, metric: str) -> No
     _write_aside(path, write)
 
 
-def write_json(value: Any, path: Path) -> None:
+def write_json(value: Any, path: Location) -> None:
     """Pretty JSON, whole or not at all."""
     _write_aside(path, lambda file: json.dump(value, file, indent=2, default=str))
 
 
-def write_yaml(value: Any, path: Path) -> None:
+def write_yaml(value: Any, path: Location) -> None:
     """YAML, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _write_aside(path, lambda file: yaml.safe_dump(value, file, sort_keys=False))
 
 
-def write_config(cfg: Config, output: Path) -> None:
+def write_config(cfg: Config, output: Location) -> None:
     """Print the resolved configuration, and keep it in `output/config.yaml`."""
     resolved = cfg.model_dump(exclude={"resume", "plan", "verbose"})
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     write_yaml(resolved, output / "config.yaml")
 
 
-def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Path) -> None:
+def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
     """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all."""
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))
-    aside.mkdir(parents=True)
-    pyarrow.fs.copy_files(f"{root}/adapter", str(aside), source_filesystem=source)
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(card)
-    shutil.rmtree(directory, ignore_errors=True)
-    aside.rename(directory)
+    with fetched(located(checkpoint) / "adapter") as adapter, written(directory) as made:
+        shutil.copytree(adapter, made, dirs_exist_ok=True)
+        tokenizer.save_pretrained(made)
+        (made / "README.md").write_text(card)
 
 
 def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) -> str:
@@ -171,7 +173,12 @@ def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) 
     return "\n".join(lines) + "\n"
 
 
-def _write_aside(path: Path, write: Any) -> None:
+def _write_aside(path: Location, write: Any) -> None:
+    if isinstance(path, Stored):
+        text = io.StringIO(newline="")
+        write(text)
+        path.write_text(text.getvalue())
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8", newline="") as file:
         write(file)

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,6 +26,7 @@ from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_j
 from ftray.search.progress import last_line, training_failure
 from ftray.search.sampler import BASELINE
 from ftray.search.solo import Job, group_trainer
+from ftray.storage import Location, Stored, fetched, located, remove
 from ftray.training.run import Run, micro_batch_size
 
 MOST_TRIALS = 32  # that a pack takes by itself
@@ -38,11 +40,11 @@ class Place:
     job: Job
     board: Any
     index: int
-    experiment: Path
+    experiment: Location
 
 
 @contextmanager
-def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
+def packs(job: Job, experiment: Location) -> Iterator[tuple[Any, int]]:
     """The board of as many packs as the cluster has room for, and the trials that they take at once.
 
     Raises:
@@ -79,7 +81,7 @@ def packs_that_fit(job: Job) -> int:
 
 
 def pack_trainer(
-    job: Job, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: str
+    job: Job, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
 ) -> TorchTrainer:
     """A `TorchTrainer` whose workers, with a pack's share of the CPUs each, run `worker(config)`."""
     have = ray.cluster_resources().get("CPU", 0) / packs_that_fit(job) / job.config.scaling.workers
@@ -92,8 +94,8 @@ def pack_trainer(
 def _run(place: Place) -> None:
     name = f"pack-{place.index}"
     for left in reversed(range(place.job.config.search.max_failures + 1)):
-        shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
-        trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, str(place.experiment))
+        remove(place.experiment / name)  # trials keep their own checkpoints
+        trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, place.experiment)
         try:
             trainer.fit()
             break
@@ -200,24 +202,30 @@ class Group:
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:
         """Bring a trial in; returns why it can't be, on whichever rank."""
+        name, reason = str(number), None
+        kept = checkpoints(self.place.experiment / trial_name(number))
+        with ExitStack() as stack:  # a store that can't be reached is not the trial's fault
+            last = str(stack.enter_context(fetched(located(kept[-1][1])))) if kept else None
+            reason = self._bring(name, number, config, last)
+        reason = self.trainer.first_of_ranks(reason)
+        if reason and name in self.trainer.trials:
+            self.trainer.leave(name)
+        return reason
+
+    def _bring(self, name: str, number: int, config: dict[str, Any], last: str | None) -> str | None:
         from ftray.adapters.start import SAMPLES
 
-        name, reason = str(number), None
         try:
             run = self.place.job.run(config["adapter"], config["training"])
-            kept = checkpoints(self.place.experiment / trial_name(number))
             first = partial(self._batches, run, 0)
-            apart = self.trainer.join(name, run, kept[-1][1] if kept else None, lambda: list(islice(first(), SAMPLES)))
+            apart = self.trainer.join(name, run, last, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {number} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
             trial.batches = iter(self._batches(run, trial.history.step))
         except Exception as error:  # of one trial: its mates go on
-            reason = last_line(error)
-        reason = self.trainer.first_of_ranks(reason)
-        if reason and name in self.trainer.trials:
-            self.trainer.leave(name)
-        return reason
+            return last_line(error)
+        return None
 
     def _batches(self, run: Run, step: int) -> Iterable[Any]:
         """This rank's micro-batches from `step` on, streamed by Ray Data."""
@@ -241,27 +249,47 @@ class Group:
         return self.held
 
     def _save(self, name: str) -> None:
-        """Write a trial's checkpoint, aside and renamed; its best one and this one are kept."""
+        """Write a trial's checkpoint, whole or not at all; its best one and this one are kept."""
         directory = self.place.experiment / trial_name(int(name))
-        history, aside = self.trainer.trials[name].history, directory / ".checkpoint"
+        history = self.trainer.trials[name].history
+        target = directory / f"checkpoint_{history.step:08d}"
+        if isinstance(target, Stored):
+            self._upload(name, target)
+        else:
+            self._rename(name, target)
+        if self.trainer.rank:
+            return
+        search = self.place.job.config.search
+        sign = 1 if search.direction == "min" else -1
+        best = min(history.reports, key=lambda report: sign * report[search.metric])
+        for old in directory.glob(f"checkpoint_*/{PACKED_REPORT}"):
+            if json.loads(old.read_text())["step"] not in (best["step"], history.step):
+                remove(old.parent)
+
+    def _rename(self, name: str, target: Path) -> None:
+        aside = target.with_name(".checkpoint")
         if self.trainer.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.trainer.wait_for_all()
         self.trainer.save(name, str(aside))
         self.trainer.wait_for_all()
-        if self.trainer.rank:
-            return
-        write_json(history.reports[-1], aside / PACKED_REPORT)
-        place = directory / f"checkpoint_{history.step:08d}"
-        shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
-        search = self.place.job.config.search
-        sign = 1 if search.direction == "min" else -1
-        best = min(history.reports, key=lambda report: sign * report[search.metric])
-        for old in directory.glob(f"checkpoint_*/{PACKED_REPORT}"):
-            if json.loads(old.read_text())["step"] not in (best["step"], history.step):
-                shutil.rmtree(old.parent)
+        if self.trainer.rank == 0:
+            write_json(self.trainer.trials[name].history.reports[-1], aside / PACKED_REPORT)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+
+    def _upload(self, name: str, target: Stored) -> None:
+        """Every rank uploads what it wrote; the report comes last, and without it there is no checkpoint."""
+        if self.trainer.rank == 0:
+            remove(target)
+        self.trainer.wait_for_all()
+        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+            self.trainer.save(name, directory)
+            target.upload(Path(directory))
+        self.trainer.wait_for_all()
+        if self.trainer.rank == 0:
+            write_json(self.trainer.trials[name].history.reports[-1], target / PACKED_REPORT)
 
 
 def _marked(trial: Any) -> list[dict[str, Any]]:

@@ -169,7 +169,7 @@ def probe_pack(job: Job, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
         config = {"job": job, "corner": corner}
-        result = pack_trainer(job, _probe_worker, config, "plan", scratch).fit()
+        result = pack_trainer(job, _probe_worker, config, "plan", Path(scratch)).fit()
     return Probe(**result.return_value)
 
 
@@ -207,7 +207,7 @@ def probe_solo(job: Job, corner: Corner) -> Probe:
     run = Job(short, job.model_path, job.data, job.gpus_per_worker).run(corner["adapter"], corner["training"])
     run = replace(run, evaluate_at=(1, 2, 5))
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
-        first, second, last = trainer(job, run, "plan", scratch).fit().return_value["reports"]
+        first, second, last = trainer(job, run, "plan", Path(scratch)).fit().return_value["reports"]
     one, three = second["seconds"] - first["seconds"], last["seconds"] - second["seconds"]
     step = max(1e-3, (three - one) / 2)
     return Probe(1, (last["tokens"] - second["tokens"]) // 3, step, max(0.0, one - step))

@@ -1,5 +1,6 @@
 """Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.space import Space
+from ftray.storage import Location, Stored, reason
 
 STUDY = "ftray"
 REPORTED = ("step", "records", "tokens", "supervised", "seconds", "tokens_per_second")
@@ -24,15 +26,34 @@ BASELINE: dict[str, Any] = {
 }
 
 
-def open_journal(path: Path) -> JournalStorage:
+class StoredJournal(JournalFileBackend):
+    """A journal in an object store, where nothing can be appended to: a local copy, put there again by :meth:`push`.
+
+    Only the driver that holds the output may push.
+    """
+
+    def __init__(self, stored: Stored):
+        self.stored, self._directory = stored, tempfile.TemporaryDirectory(prefix="ftray-")
+        self._local = Path(self._directory.name) / "journal"
+        if stored.exists():
+            self._local.write_bytes(stored.read_bytes())
+        super().__init__(str(self._local))
+
+    def push(self) -> None:
+        """Put all that was written into the store; raises an OSError if that can't be done."""
+        self.stored.write_bytes(self._local.read_bytes())
+
+
+def open_journal(path: Location) -> JournalStorage:
     """The study's storage, a file that several processes may append to.
 
     Its lock is a link to the path: only from an absolute one can another process see that whoever made it is dead.
     """
-    return JournalStorage(JournalFileBackend(str(path.absolute())))
+    backend = StoredJournal(path) if isinstance(path, Stored) else JournalFileBackend(str(path.absolute()))
+    return JournalStorage(backend)
 
 
-def past_trials(journal: Path) -> list[FrozenTrial]:
+def past_trials(journal: Location) -> list[FrozenTrial]:
     """All trials of the study in `journal`, by number; none if there is no study yet.
 
     Their user attributes are `config`, `reports` (one dict a rung, see REPORTED) and, if they failed, `reason`.
@@ -63,9 +84,10 @@ class Sampler(OptunaSearch):
     learns from it; otherwise it is in the study without parameters.
     """
 
-    def __init__(self, space: Space, cfg: Config, budget: int, journal: Path):
+    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location):
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
+        self.journal, self.broken = journal, ""
         known = past_trials(journal)
         self._unfinished = [trial for trial in known if trial.state is TrialState.RUNNING]
         sampler = optuna.samplers.TPESampler(
@@ -109,6 +131,7 @@ class Sampler(OptunaSearch):
             configuration = self.space_of_methods.suggest(trial)  # a trial taken up again keeps what was drawn
         self._ot_trials[trial_id] = trial
         trial.set_user_attr("config", configuration)
+        self.keep()
         return {"number": trial.number, **configuration}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -119,6 +142,7 @@ class Sampler(OptunaSearch):
             report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
             trial.set_user_attr("reports", [*reports, report])
             trial.report(result[self.metric], result["records"])
+            self.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna: complete, or stopped early (pruned: TPE ranks it by its last report).
@@ -139,6 +163,16 @@ class Sampler(OptunaSearch):
     def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
         self._ot_study.tell(self._ot_trials[trial_id], value, state=state)
         self._completed_trials.add(trial_id)
+        self.keep()
+
+    def keep(self) -> None:
+        """What was written goes to the store, if the journal is there, before anything comes of it."""
+        backend = self._storage._backend
+        if isinstance(backend, StoredJournal):
+            try:
+                backend.push()
+            except OSError as error:
+                self.broken = f"{self.journal} can't be written: {reason(error)}"
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the journal is all the state there is."""

@@ -19,6 +19,7 @@ from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
 from ftray.search.rungs import budget, rung_records
+from ftray.storage import Location, for_ray
 from ftray.training.run import Run, micro_batch_size
 
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
@@ -79,7 +80,7 @@ class SoloTrainer(TorchTrainer):
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
-def trainer(job: Job, run: Run, name: str, storage: str, callbacks: list[Any] | None = None) -> TorchTrainer:
+def trainer(job: Job, run: Run, name: str, storage: Location, callbacks: list[Any] | None = None) -> TorchTrainer:
     """A `TorchTrainer` for `run`; one of the same name and storage goes on from its last checkpoint."""
     seed = run.training.seed
     datasets = plans(TokenizedData.load(job.data), seed, run.steps * run.training.batch_size)
@@ -95,7 +96,7 @@ def group_trainer(
     datasets: dict[str, Any],
     seed: int,
     name: str,
-    storage: str,
+    storage: Location,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
     """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`, each with its rows of `datasets`."""
@@ -112,7 +113,7 @@ def group_trainer(
         ),
         run_config=train.RunConfig(
             name=name,
-            storage_path=storage,
+            **for_ray(storage),
             failure_config=train.FailureConfig(max_failures=job.config.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,

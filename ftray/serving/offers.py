@@ -10,6 +10,7 @@ import yaml
 from ftray.config import Config, UserError
 from ftray.serving.reader import READS
 from ftray.serving.registry import Registry
+from ftray.storage import Location, Stored, located, reason
 from ftray.tasks import CAUSAL, TaskSpec
 
 
@@ -32,7 +33,8 @@ def offered(cfg: Config) -> Offered:
     from ftray.models.find import find
     from ftray.serving.adapters import check_adapter, check_name
 
-    run = Path(cfg.serving.run).absolute() if cfg.serving.run else None
+    run = located(cfg.serving.run) if cfg.serving.run else None
+    run = run.absolute() if isinstance(run, Path) else run
     if run and not (run / "summary.json").is_file():
         raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
     if cfg.serving.max_replicas < cfg.serving.min_replicas:
@@ -40,6 +42,8 @@ def offered(cfg: Config) -> Offered:
     if cfg.serving.merged:
         if run is None or cfg.adapters:
             raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
+        if isinstance(run, Stored):
+            raise UserError(f"serving.merged: copy {run / 'best' / 'merged'} to a directory, and give that as --model")
         return Offered("best", find(str(run / "best" / "merged")), {}, _served(cfg, run, {}, ""))
     path = find(cfg.model.name)
     adapters = {} if run is None else _of_run(run)
@@ -59,7 +63,7 @@ def offered(cfg: Config) -> Offered:
     return Offered(base, path, adapters, task)
 
 
-def _served(cfg: Config, run: Path | None, adapters: dict[str, str], path: str) -> TaskSpec:
+def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: str) -> TaskSpec:
     """The task that the run's best adapter is for, else the first given one, else the model by itself.
 
     Raises:
@@ -67,8 +71,8 @@ def _served(cfg: Config, run: Path | None, adapters: dict[str, str], path: str) 
     """
     from ftray.models.load import own_labels
 
-    places = [*([run / "best" / "adapter"] if run else []), *(Path(s) for s in adapters.values() if "://" not in s)]
-    spec = next((found for place in places if (found := TaskSpec.read(place))), None)
+    places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
+    spec = next((found for place in places if (found := _task(place))), None)
     if spec is None:
         named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
         spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
@@ -77,12 +81,20 @@ def _served(cfg: Config, run: Path | None, adapters: dict[str, str], path: str) 
     return spec
 
 
-def _of_run(run: Path) -> dict[str, str]:
+def _task(source: str) -> TaskSpec | None:
+    from ftray.serving.adapters import fetched
+
+    with fetched(source) as directory:
+        return TaskSpec.read(directory)
+
+
+def _of_run(run: Location) -> dict[str, str]:
     """The best adapter of a search, and those of all trials that have a checkpoint."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     trials = {f"trial-{row['trial']}": row["checkpoint"] for row in summary["trials"] if row["checkpoint"]}
-    found = {"best": str(run / "best" / "adapter")} if (run / "best" / "adapter").is_dir() else {}
-    kept = {name: f"{checkpoint}/adapter" for name, checkpoint in trials.items()}
+    best = run / "best" / "adapter"
+    found = {"best": str(best)} if (best / "adapter_config.json").is_file() else {}
+    kept = {name: str(located(checkpoint) / "adapter") for name, checkpoint in trials.items()}
     return found | {name: source for name, source in kept.items() if "://" in source or Path(source).is_dir()}
 
 
@@ -91,10 +103,11 @@ def model_of_run(cfg: Config) -> Config:
     if not cfg.serving.run:
         return cfg
     try:
-        written = yaml.safe_load((Path(cfg.serving.run) / "config.yaml").read_text(encoding="utf-8"))
+        written = yaml.safe_load((located(cfg.serving.run) / "config.yaml").read_text(encoding="utf-8"))
         return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
     except OSError as error:
-        raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {error.strerror}") from None
+        why = error.strerror or reason(error)
+        raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {why}") from None
 
 
 def leaderboard(run: str | None) -> dict[str, Any]:
@@ -103,8 +116,8 @@ def leaderboard(run: str | None) -> dict[str, Any]:
 
     if run is None:
         return {"metric": None, "template": None, "trials": []}
-    summary = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
-    written = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+    summary = json.loads((located(run) / "summary.json").read_text(encoding="utf-8"))
+    written = yaml.safe_load((located(run) / "config.yaml").read_text(encoding="utf-8"))
     trials = [
         {**{name: row[name] for name in ("trial", "value", "status")}, "configuration": describe(row["config"])}
         for row in summary["trials"]

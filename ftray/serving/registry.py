@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftray.config import ServingConfig, UserError
+from ftray.storage import Location, Stored, located
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Registry:
 
     def __init__(self, cfg: ServingConfig, given: dict[str, str]):
         self.given, self.started = given, int(time.time())
-        place = cfg.registry or (str(Path(cfg.run) / "serving.json") if cfg.run and not cfg.merged else None)
-        self.file = Path(place).absolute() if place else None
+        self.file: Location | None = None
+        if cfg.registry:
+            self.file = located(cfg.registry)
+        elif cfg.run and not cfg.merged:
+            self.file = located(cfg.run) / "serving.json"
         added, self.removed = self._read()
         kept = {n: source for n, source in given.items() if self.removed.get(n) != source}
         self.offers = {n: Offer(n, source, self.started) for n, source in kept.items()}
@@ -77,9 +81,13 @@ class Registry:
         """First in the file: what a client is told lasts."""
         if self.file:
             added = {name: asdict(offer) for name, offer in offers.items() if offer.id != name}
-            new = self.file.with_name(f"{self.file.name}.new")
-            new.write_text(json.dumps({"added": added, "removed": removed}, indent=2), encoding="utf-8")
-            os.replace(new, self.file)
+            text = json.dumps({"added": added, "removed": removed}, indent=2)
+            if isinstance(self.file, Stored):
+                self.file.write_text(text)
+            else:
+                new = self.file.with_name(f"{self.file.name}.new")
+                new.write_text(text, encoding="utf-8")
+                os.replace(new, self.file)
         self.offers, self.removed = offers, removed
 
 

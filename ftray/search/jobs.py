@@ -1,0 +1,50 @@
+"""From what `--run` names to the output of a search: a directory, a URI, or the id of the Ray job that drives it."""
+
+import os
+import re
+from pathlib import Path
+
+from ftray.config import Config, UserError
+from ftray.storage import Location, Stored, located
+
+SAYS = "output   "  # how the driver's log names its output
+
+
+def announce(output: Location) -> None:
+    """Say in the job's log where the search is."""
+    print(f"{SAYS}{output if isinstance(output, Stored) else output.absolute()}", flush=True)
+
+
+def output_of(cfg: Config) -> Location:
+    """The output that `--run` names.
+
+    A job is asked for at `scaling.address`, else as Ray's own commands do (`RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`).
+
+    Raises:
+        UserError: there is no such job, its search has not begun, or this machine does not see its output.
+    """
+    name = cfg.output
+    known = cfg.scaling.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    is_job = re.fullmatch(r"raysubmit_\w+", name) or (known and re.fullmatch(r"[\w-]+", name))
+    if not is_job or Path(name).exists():
+        return located(name)
+    log = _log(name, cfg.scaling.address)
+    found = re.search(rf"^{SAYS}(.+)$", log, re.MULTILINE)
+    if not found:
+        raise UserError(f"job {name}: its search has not begun yet, or it is another program's")
+    output = located(found[1])
+    if isinstance(output, Path) and not output.exists():
+        raise UserError(f"job {name}: its output {output} is not on this machine: ask on one that sees it")
+    return output
+
+
+def _log(job: str, address: str | None) -> str:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address).get_job_logs(job)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "does not exist" in str(error):
+            why = "no job of that id (ray job list)"
+        raise UserError(f"job {job}: {why}") from None
