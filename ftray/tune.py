@@ -40,25 +40,30 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
-    from ftray.search.cluster import connect, gpus_per_worker, on_hardware
+    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
     from ftray.search.experiment import Broken, search
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
         save_best_adapter,
+        say_damaged,
         trial_rows,
         write_json,
         write_leaderboard,
     )
+    from ftray.search.preemption import end_on_sigterm
     from ftray.search.progress import Progress
     from ftray.search.solo import Job, release
 
     started, output = time.monotonic(), Path(cfg.output)
     write_definition(cfg, space, output)
     connect(cfg)
+    end_on_sigterm()
+    end_with_ray("tune")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
+    say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
@@ -72,11 +77,18 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
         return 1
 
     rows = trial_rows(cfg, output)
+    best = None
+    while best is None and (best := next((r for r in rows if r["checkpoint"]), None)):
+        try:
+            save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+        except UserError as error:  # the next best, then
+            print(f"trial {best['trial']}: {error}", flush=True)
+            best["checkpoint"], best = None, None
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
         "direction": cfg.search.direction,
-        "best": next((r for r in rows if r["checkpoint"]), None),
+        "best": best,
         "base": None,
         "proof": None,
         "trials": rows,
@@ -84,12 +96,10 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
         "seconds": time.monotonic() - started,
     }
     write_json(summary, output / "summary.json")
-    best = summary["best"]
     if best is None:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
     proving = on_hardware(cfg, prove_and_merge, job, output.absolute())
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago

@@ -21,11 +21,12 @@ from ftray.search.definition import packable
 from ftray.search.exchange import Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
+from ftray.search.preemption import notice
 from ftray.search.progress import failure_reason, training_failure
 from ftray.search.requests import Requests
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler, past_trials
-from ftray.search.solo import Job, release, trainer
+from ftray.search.solo import CUT_OFF, Job, release, trainer
 from ftray.search.space import Space
 
 
@@ -46,7 +47,9 @@ def run_trial(config: dict[str, Any], job: Job, experiment: Path) -> None:
         if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
-        outcome = _outcome(trainer(job, run, directory.name, str(experiment), [TuneReportCallback()]))
+        outcome = {CUT_OFF: True}
+        while outcome[CUT_OFF]:
+            outcome = _outcome(trainer(job, run, directory.name, str(experiment), [Reports()]))
         write_json(outcome, outcome_file)
     if outcome["failure"]:
         raise TrialFailed(outcome["failure"])
@@ -56,8 +59,17 @@ def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        return {"failure": training_failure(error), "reports": []}
+        return {"failure": training_failure(error), "reports": [], CUT_OFF: False}
     return result.return_value
+
+
+class Reports(TuneReportCallback):
+    """Hands the workers' reports on to Tune."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """What only brings a checkpoint is none."""
+        if CUT_OFF not in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
 
 
 class Broken(RuntimeError):
@@ -100,6 +112,7 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
 
     Raises:
         Broken: what trains the trials is gone.
+        Terminated: by SIGTERM, after checkpoints.
     """
     cfg, experiment, journal = job.config, output.resolve() / EXPERIMENT, output / JOURNAL
     past = [trial for trial in past_trials(journal) if trial.state.is_finished()]
@@ -110,7 +123,8 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
         print("one trainer a trial: ZeRO 3 shares the base model out over its workers", flush=True)
     if cfg.search.pack == "off" or not shared:
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
-        _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
+        with notice():
+            _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)

@@ -14,6 +14,7 @@ from ray.train import Result
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
 from ftray.config import Config
+from ftray.manifest import check, damage, publish
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
 from ftray.tasks import TaskSpec
@@ -44,7 +45,22 @@ def checkpoints(directory: Path) -> list[tuple[dict[str, Any], str]]:
         best = Result.from_path(str(directory.resolve())).best_checkpoints
     except (RuntimeError, ValueError, CheckpointManagerInitializationError):
         return []
-    return sorted(((m, c.path) for c, m in best or [] if m), key=lambda kept: kept[0]["step"])
+    return sorted(((m, c.path) for c, m in best or [] if m and "step" in m), key=lambda kept: kept[0]["step"])
+
+
+def newest_whole(directory: Path) -> str | None:
+    """The checkpoint that a trial of a pack goes on from; None: it begins anew."""
+    newest_first = sorted(directory.resolve().glob("checkpoint_*"), reverse=True)
+    return next((str(path) for path in newest_first if damage(path) is None), None)
+
+
+def say_damaged(output: Path) -> None:
+    """Name the checkpoints that a search which goes on can't take up."""
+    for trial in past_trials(output / JOURNAL):
+        if trial.state is TrialState.RUNNING:
+            for path in sorted((output / EXPERIMENT / trial_name(trial.number)).glob("checkpoint_*")):
+                if reason := damage(path):
+                    print(f"trial {trial.number}: {path} is damaged ({reason}): it goes on from before", flush=True)
 
 
 def trial_rows(cfg: Config, output: Path) -> list[dict[str, Any]]:
@@ -117,16 +133,20 @@ def write_config(cfg: Config, output: Path) -> None:
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Path) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all."""
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all.
+
+    Raises:
+        UserError: it is damaged.
+    """
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     source, root = pyarrow.fs.FileSystem.from_uri(checkpoint if "://" in checkpoint else os.path.abspath(checkpoint))
     aside.mkdir(parents=True)
     pyarrow.fs.copy_files(f"{root}/adapter", str(aside), source_filesystem=source)
+    check(aside, f"adapter {checkpoint}/adapter")
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card)
-    shutil.rmtree(directory, ignore_errors=True)
-    aside.rename(directory)
+    publish(aside, directory)
 
 
 def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) -> str:

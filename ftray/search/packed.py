@@ -1,6 +1,5 @@
 """Packs under Ray Train: resident worker groups, each with one base model, that train the trials of a search."""
 
-import json
 import shutil
 import threading
 import time
@@ -19,9 +18,11 @@ from ray.train.torch import TorchTrainer
 from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
+from ftray.manifest import publish
 from ftray.search.exchange import Board
 from ftray.search.metrics import PackMetrics
-from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_json
+from ftray.search.outcome import PACKED_REPORT, newest_whole, trial_name, write_json
+from ftray.search.preemption import noticed
 from ftray.search.progress import last_line, training_failure
 from ftray.search.sampler import BASELINE
 from ftray.search.solo import Job, group_trainer
@@ -90,16 +91,19 @@ def pack_trainer(
 
 
 def _run(place: Place) -> None:
-    name = f"pack-{place.index}"
-    for left in reversed(range(place.job.config.search.max_failures + 1)):
+    name, left = f"pack-{place.index}", place.job.config.search.max_failures
+    while True:
         shutil.rmtree(place.experiment / name, ignore_errors=True)  # trials keep their own checkpoints
         trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, str(place.experiment))
         try:
-            trainer.fit()
-            break
+            if trainer.fit().return_value:
+                break
+            print(f"pack {place.index}: its node goes away; it starts again from checkpoints", flush=True)
         except ray.exceptions.RayActorError as error:  # what watches over the workers has died: not for Train to mend
             if not left:
                 _close(place, last_line(error))
+                break
+            left -= 1
         except Exception as error:
             _close(place, training_failure(error))
             break
@@ -110,8 +114,8 @@ def _close(place: Place, reason: str) -> None:
         ray.get(place.board.close.remote(reason))
 
 
-def pack_worker(config: dict[str, Any]) -> None:
-    """What each worker of a pack runs until the search is over."""
+def pack_worker(config: dict[str, Any]) -> bool:
+    """What each worker of a pack runs until the search is over (true), or the node goes away (false)."""
     from ftray.training.packed import PackTrainer  # here: the driver needs none of it
 
     place: Place = config["place"]
@@ -122,7 +126,7 @@ def pack_worker(config: dict[str, Any]) -> None:
     trainer.measure = place.job.measure()
     pack = Group(place, trainer)
     pack.size_up()
-    pack.train()
+    return pack.train()
 
 
 class Group:
@@ -151,18 +155,25 @@ class Group:
         useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
         return search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
 
-    def train(self) -> None:
-        """Until the board closes."""
+    def train(self) -> bool:
+        """Until the board closes (true), or a rank's process has not long to live (false).
+
+        Trials that are not over then leave a checkpoint of where they are.
+        """
         reports: dict[int, list[Any]] = {}
         failures: dict[int, str] = {}
         while True:
             orders = self._orders(reports, failures)
             reports, failures = {}, {}
-            if orders["close"]:
-                return
+            cut_off = self.trainer.any_rank(noticed())
             for number in orders["leave"]:
                 if str(number) in self.trainer.trials:
                     self.trainer.leave(str(number))
+            if orders["close"] or cut_off:
+                for name, trial in self.trainer.trials.items():
+                    if trial.history.step and not trial.history.over:
+                        self._save(name)
+                return not cut_off
             for number, config in orders["join"].items():
                 if reason := self._join(number, config):
                     failures[number] = reason
@@ -205,9 +216,9 @@ class Group:
         name, reason = str(number), None
         try:
             run = self.place.job.run(config["adapter"], config["training"])
-            kept = checkpoints(self.place.experiment / trial_name(number))
+            kept = self.trainer.from_first_rank(newest_whole(self.place.experiment / trial_name(number)))
             first = partial(self._batches, run, 0)
-            apart = self.trainer.join(name, run, kept[-1][1] if kept else None, lambda: list(islice(first(), SAMPLES)))
+            apart = self.trainer.join(name, run, kept, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {number} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
@@ -241,7 +252,10 @@ class Group:
         return self.held
 
     def _save(self, name: str) -> None:
-        """Write a trial's checkpoint, aside and renamed; its best one and this one are kept."""
+        """Write a trial's checkpoint, aside and renamed; its best one and this one are kept.
+
+        One from between two rungs bears no report: it is there to go on from.
+        """
         directory = self.place.experiment / trial_name(int(name))
         history, aside = self.trainer.trials[name].history, directory / ".checkpoint"
         if self.trainer.rank == 0:
@@ -252,16 +266,18 @@ class Group:
         self.trainer.wait_for_all()
         if self.trainer.rank:
             return
-        write_json(history.reports[-1], aside / PACKED_REPORT)
-        place = directory / f"checkpoint_{history.step:08d}"
-        shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
         search = self.place.job.config.search
         sign = 1 if search.direction == "min" else -1
-        best = min(history.reports, key=lambda report: sign * report[search.metric])
-        for old in directory.glob(f"checkpoint_*/{PACKED_REPORT}"):
-            if json.loads(old.read_text())["step"] not in (best["step"], history.step):
-                shutil.rmtree(old.parent)
+        best = min(history.reports, key=lambda report: sign * report[search.metric], default=None)
+        if best and history.reports[-1]["step"] == history.step:
+            write_json(history.reports[-1], aside / PACKED_REPORT)
+        places = {
+            step: directory / f"checkpoint_{step:08d}" for step in (history.step, *([best["step"]] if best else []))
+        }
+        publish(aside, places[history.step])
+        for old in directory.glob("checkpoint_*"):
+            if old not in places.values():
+                shutil.rmtree(old)
 
 
 def _marked(trial: Any) -> list[dict[str, Any]]:

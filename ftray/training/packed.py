@@ -234,6 +234,10 @@ class PackTrainer:
         dist.all_gather_object(values, value)
         return next((v for v in values if v is not None), None)
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return self._sum([float(flag)])[0] > 0
+
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""
         dist.barrier()
