@@ -95,7 +95,11 @@ def notice() -> Iterator[None]:
 @contextmanager
 def listening() -> Iterator[None]:
     """In a worker: :func:`noticed` hears of the driver's end too, which waits for this to be over."""
-    actor, worker = ray.get_actor(_name()), ray.get_runtime_context().get_worker_id()
+    try:
+        actor, worker = ray.get_actor(_name()), ray.get_runtime_context().get_worker_id()
+    except ValueError:  # the driver gives no notice
+        yield
+        return
 
     def wait() -> None:
         with suppress(ray.exceptions.RayError):  # the search is over, and the actor with it

@@ -133,10 +133,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Or `cut_off`: it had to end before its last step, and its trainer will go on from there.
     """
-    import torch
-
     from ftray.adapters.start import SAMPLES
     from ftray.training.loop import Batch, Diverged, Trainer  # here: the trial that starts the trainer needs none of it
+    from ftray.training.pack import out_of_memory
 
     run: Run = config["run"]
     micro_batch = micro_batch_size(run.training, train.get_context().get_world_size())
@@ -167,8 +166,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 report({CUT_OFF: trainer.history.step})
     except Diverged as error:
         failure = f"diverged: {error}"
-    except torch.OutOfMemoryError as error:
-        if trainer.world_size > 1:
+    except RuntimeError as error:
+        if not out_of_memory(error) or trainer.world_size > 1:
             raise  # the other ranks wait in a collective: only the end of the whole group frees them
         failure = f"out of memory: {str(error).splitlines()[0]}"
     cut_off = not failure and not trainer.history.over
