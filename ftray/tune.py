@@ -28,23 +28,40 @@ def run(cfg: Config) -> int:
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
-    from ftray.search.definition import sole_driver
+    from ftray.search.definition import is_full, sole_driver
+    from ftray.search.experiment import Broken
 
-    with sole_driver(Path(cfg.output)):
-        return drive(cfg, space, model_path, tokenizer)
+    output = Path(cfg.output)
+    with sole_driver(output):
+        try:
+            return drive(cfg, space, model_path, tokenizer)
+        except Exception as error:
+            if is_full(output, error):
+                reason = f"output {output}: its disk is full: make room, then"
+            elif isinstance(error, Broken):
+                reason = f"{error};"
+            else:
+                raise
+            print(f"ftray tune: {reason} the same command with --resume goes on", file=sys.stderr)
+            return 1
 
 
 def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
-    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code."""
+    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
+
+    Raises:
+        Broken: see :func:`ftray.search.experiment.search`.
+    """
     import ray
 
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
     from ftray.search.cluster import connect, end_with_ray, gpus_per_worker, on_hardware
     from ftray.search.definition import write_data, write_definition
-    from ftray.search.experiment import Broken, search
+    from ftray.search.experiment import search
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
+        JOURNAL,
         model_card,
         save_best_adapter,
         say_damaged,
@@ -54,9 +71,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     )
     from ftray.search.preemption import end_on_sigterm
     from ftray.search.progress import Progress
+    from ftray.search.sampler import mend
     from ftray.search.solo import Job, release
 
     started, output = time.monotonic(), Path(cfg.output)
+    mend(output / JOURNAL)
     write_definition(cfg, space, output)
     connect(cfg)
     end_on_sigterm()
@@ -70,11 +89,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
     budget = job.budget()
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
-    try:
-        search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
-    except Broken as error:
-        print(f"ftray tune: {error}; the same command with --resume goes on", file=sys.stderr)
-        return 1
+    search(job, space, output, [progress, Metrics(cfg, padding_share(data))])
 
     rows = trial_rows(cfg, output)
     best = None

@@ -110,7 +110,7 @@ def test_a_damaged_adapter_is_refused_everywhere(adapter, tiny_llama):
         lambda: check_adapter(adapter, tiny_llama),  # serve
         lambda: fetched(f"file://{adapter}").__enter__(),  # serve, from a URI
     ):
-        with pytest.raises(UserError, match="adapter_model.safetensors is not as it was written"):
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was written"):
             use()
 
 

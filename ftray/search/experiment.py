@@ -17,7 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 
 from ftray.config import Config
 from ftray.data import TokenizedData
-from ftray.search.definition import packable
+from ftray.search.definition import is_full, packable
 from ftray.search.exchange import Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
@@ -50,6 +50,8 @@ def run_trial(config: dict[str, Any], job: Job, experiment: Path) -> None:
         outcome = {CUT_OFF: True}
         while outcome[CUT_OFF]:
             outcome = _outcome(trainer(job, run, directory.name, str(experiment), [Reports()]))
+        if outcome["failure"] and is_full(experiment, RuntimeError(outcome["failure"])):
+            raise PacksGone(outcome["failure"])
         write_json(outcome, outcome_file)
     if outcome["failure"]:
         raise TrialFailed(outcome["failure"])

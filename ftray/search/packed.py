@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config import UserError
 from ftray.data import TokenizedData
@@ -50,7 +51,9 @@ def packs(job: Job, experiment: Path) -> Iterator[tuple[Any, int]]:
         UserError: they did not start; the message says why.
     """
     count = packs_that_fit(job)
-    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
+    # beside the driver: then no other node's loss ends the search
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
     places = [Place(job, board, i, experiment) for i in range(count)]
     groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
     for group in groups:
