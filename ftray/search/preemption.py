@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config import Terminated
 
@@ -81,7 +82,9 @@ def _name() -> str:
 @contextmanager
 def notice() -> Iterator[None]:
     """In the driver: workers of this job that :func:`listening` finish their checkpoints if it is terminated."""
-    actor = ray.remote(Notice).options(name=_name(), num_cpus=0, max_concurrency=1000).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": _name(), "num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    actor = ray.remote(Notice).options(**options).remote()
     try:
         yield
     except Terminated:
