@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -354,6 +355,24 @@ def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, table, nodes
         process.kill()
     assert search.end() == 0, search.text
     table["node of the pack lost"].append(("the search goes on", compare(output, undisturbed, set(undisturbed))))
+
+
+@pytest.mark.slow
+def test_a_drained_node_is_left_in_time(undisturbed, table, nodes, tmp_path, words, tiny_llama):
+    """As a spot instance's is that gets notice: no failure is counted, no step is lost."""
+    cluster, others = nodes
+    output = tmp_path / "out"
+    flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", "0"]
+    search = Search(output, words, tiny_llama, *flags, address=cluster.address)
+    search.wait_for(lambda: reports(output) >= 2)
+    (drained,) = [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    drain = [ray, "drain-node", "--address", cluster.address, "--node-id", drained.node_id, *why]
+    subprocess.run(drain, check=True, capture_output=True, env=environment())
+    assert search.end() == 0, search.text
+    assert "pack 0: its node goes away" in search.text
+    table["node of the pack drained"].append(("the search goes on", compare(output, undisturbed, set(undisturbed))))
 
 
 @pytest.mark.slow

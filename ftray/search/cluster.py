@@ -70,9 +70,10 @@ def end_with_ray(command: str) -> None:
                     seen[name] = time.monotonic()
                 elif time.monotonic() - seen[name] > patience and ray.is_initialized():
                     sys.stdout.flush()
-                    line = f"ftray {command}: Ray's {name} process is gone; the same command with --resume goes on"
-                    print(line, file=sys.stderr, flush=True)
-                    os._exit(1)  # a normal end would wait for Ray
+                    if threading.main_thread().is_alive():  # else it has said why it ends, and waits for Ray
+                        line = f"Ray's {name} process is gone; the same command with --resume goes on"
+                        print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
+                    os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
