@@ -46,7 +46,7 @@ class Fault:
     pack: str = "auto"
     sent: int = signal.SIGKILL
     code: int = 1
-    seconds: float = 240
+    seconds: float = 600
     failures: int = 3
 
 
@@ -84,14 +84,16 @@ class Search:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(self.arguments, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 240) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 600) -> None:
         """Or until it is over."""
         deadline = time.monotonic() + seconds
         while not condition() and self.process.poll() is None:
-            assert time.monotonic() < deadline, self.log.read_text()
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"in {seconds} s: {self.log.read_text()}")
             time.sleep(0.05)
 
-    def end(self, seconds: float = 240) -> int:
+    def end(self, seconds: float = 600) -> int:
         """Wait for its exit code."""
         try:
             return self.process.wait(seconds)
@@ -108,7 +110,7 @@ class Search:
     def resume(self) -> subprocess.CompletedProcess:
         """The same command; what was finished is not touched."""
         before = finished(self.output)
-        done = run([*self.arguments, "--resume"])
+        done = run([*self.arguments, "--resume"], timeout=600)
         assert done.returncode == 0, self.text + done.stdout + done.stderr
         after = finished(self.output)
         assert {path: after[path] for path in before} == before
