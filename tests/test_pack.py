@@ -325,8 +325,8 @@ def test_memory_that_is_refused_to_one_changes_nothing_for_its_mates(where):
             assert pack.losses(["0", "2"], batch) == pytest.approx([losses[0], losses[2]], rel=1e-6)
     assert pack.tokens == tokens
     for got, model in zip([models[0], models[2]], wanted, strict=True):
-        for a, b in zip(trainable(got), trainable(model), strict=True):
-            assert torch.equal(a, b)
+        # it was in one pass with them, until it left: sums of other shapes round differently
+        assert_same_weights(got, model, 0 if where == "pass" else 1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -193,14 +193,20 @@ class Pack:
             before this step and is no member any more.
 
         Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails,
-        and passes are as large as before. So does one whose update is too much, where there is one process.
+        and the others step as if it had not been there. So does one whose update is too much, in a single process.
         """
         names = list(batches)
         local = [float(n) for name in names for n in _count(self.task, batches[name])]
         counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
         # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
         weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
-        losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights), lambda made: made[2])
+        before = self.tokens
+        losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights))
+        if exhausted and self.tokens < before:  # they were the reason: the others step as if those were not there
+            self.tokens = before
+            others = {name: own for name, own in batches.items() if name not in exhausted}
+            again = self._in_memory(lambda: self._gradients(others, weights))
+            losses, gradients, exhausted = losses | again[0], gradients | again[1], exhausted | again[2]
         local = []
         for name in names:
             norms = torch._foreach_norm(gradients[name]) if gradients[name] else [torch.zeros(1)]
@@ -228,25 +234,17 @@ class Pack:
             stepped[name] = Stepped(loss, *counts[name], failure)
         return stepped
 
-    def _in_memory(self, attempt: Callable[[], Any], too_much: Callable[[Any], Any]) -> Any:
-        """What `attempt` makes, in passes of as many tokens as the memory has room for.
-
-        Passes stay smaller, unless `too_much` finds that an adapter alone was the reason.
-        """
-        before = self.tokens
+    def _in_memory(self, attempt: Callable[[], Any]) -> Any:
+        """What `attempt` makes, in passes of as many tokens as the memory has room for."""
         while True:
             try:
-                made = attempt()
-                break
+                return attempt()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
             self.tokens //= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if too_much(made):
-            self.tokens = before
-        return made
 
     def _gradients(
         self, batches: Mapping[str, Sequence[Batch]], weights: Mapping[str, float]
@@ -308,7 +306,11 @@ class Pack:
                     found.append(None)
             return found
 
-        return self._in_memory(attempt, lambda made: None in made)
+        before = self.tokens
+        found = self._in_memory(attempt)
+        if None in found:
+            self.tokens = before
+        return found
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
         """All units, in order, as many to a pass as its tokens allow; never two of one adapter, none with one apart."""
