@@ -37,7 +37,7 @@ def run(cfg: Config) -> int:
     from ray.train import TrainingFailedError
 
     from ftray.search.outcome import save_best_adapter, write_config
-    from ftray.search.preemption import end_on_sigterm, notice
+    from ftray.search.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line
     from ftray.search.solo import CUT_OFF, Job, trainer
 
@@ -45,12 +45,11 @@ def run(cfg: Config) -> int:
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
     write_config(cfg, output)
     connect(cfg)
-    end_on_sigterm()
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
-        with notice():
+        with ending_on_sigterm(), notice():
             cut_off = True
             while cut_off:
                 result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", str(output.resolve())).fit()

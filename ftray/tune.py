@@ -28,13 +28,22 @@ def run(cfg: Config) -> int:
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
-    from ftray.search.definition import is_full, sole_driver
+    from ftray.search.cluster import connect, end_with_ray
+    from ftray.search.definition import is_full, sole_driver, write_definition
     from ftray.search.experiment import Broken
+    from ftray.search.outcome import JOURNAL
+    from ftray.search.preemption import ending_on_sigterm
+    from ftray.search.sampler import mend
 
     output = Path(cfg.output)
     with sole_driver(output):
+        mend(output / JOURNAL)
+        write_definition(cfg, space, output)
+        connect(cfg)
+        end_with_ray("tune")
         try:
-            return drive(cfg, space, model_path, tokenizer)
+            with ending_on_sigterm():
+                return drive(cfg, space, model_path, tokenizer)
         except Exception as error:
             if is_full(output, error):
                 reason = f"output {output}: its disk is full: make room, then"
@@ -56,12 +65,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
-    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker, on_hardware
-    from ftray.search.definition import write_data, write_definition
+    from ftray.search.cluster import gpus_per_worker, on_hardware
+    from ftray.search.definition import write_data
     from ftray.search.experiment import search
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
-        JOURNAL,
         model_card,
         save_best_adapter,
         say_damaged,
@@ -69,17 +77,10 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any) -> int:
         write_json,
         write_leaderboard,
     )
-    from ftray.search.preemption import end_on_sigterm
     from ftray.search.progress import Progress
-    from ftray.search.sampler import mend
     from ftray.search.solo import Job, release
 
     started, output = time.monotonic(), Path(cfg.output)
-    mend(output / JOURNAL)
-    write_definition(cfg, space, output)
-    connect(cfg)
-    end_on_sigterm()
-    end_with_ray("tune")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
     say_damaged(output)

@@ -114,7 +114,7 @@ def search(job: Job, space: Space, output: Path, callbacks: list[tune.Callback])
 
     Raises:
         Broken: what trains the trials is gone.
-        Terminated: by SIGTERM, after checkpoints.
+        KeyboardInterrupt: after checkpoints; see :func:`ftray.search.preemption.ending_on_sigterm`.
     """
     cfg, experiment, journal = job.config, output.resolve() / EXPERIMENT, output / JOURNAL
     past = [trial for trial in past_trials(journal) if trial.state.is_finished()]

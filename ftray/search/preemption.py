@@ -23,16 +23,29 @@ GRACE = 25.0  # seconds for checkpoints, of the 30 that Kubernetes and Google Cl
 _told = threading.Event()
 
 
-def end_on_sigterm() -> None:
-    """From now on SIGTERM raises :class:`~ftray.config.Terminated` in the main thread, which this has to be called in.
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """In the main thread, after `ray.init`, which sets a handler of its own: SIGTERM ends what is inside.
 
-    To be called after `ray.init`, which sets a handler of its own.
+    There it is a KeyboardInterrupt, the one exception that Ray's calls let through.
+
+    Raises:
+        Terminated: it came.
     """
+    came = False
 
     def end(signum: int, frame: Any) -> None:
-        raise Terminated
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            raise Terminated from None
+        raise
 
 
 class HeedSigterm(WorkerGroupCallback):
@@ -81,13 +94,13 @@ def _name() -> str:
 
 @contextmanager
 def notice() -> Iterator[None]:
-    """In the driver: workers of this job that :func:`listening` finish their checkpoints if it is terminated."""
+    """In the driver: if it is interrupted, workers of this job that are :func:`listening` write checkpoints first."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": _name(), "num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
     actor = ray.remote(Notice).options(**options).remote()
     try:
         yield
-    except Terminated:
+    except KeyboardInterrupt:
         with suppress(ray.exceptions.RayError):
             ray.get(actor.ring.remote(), timeout=GRACE)
         raise
