@@ -28,6 +28,17 @@ SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n
 RESUME = "the same command with --resume goes on"
 MOMENTS = int(os.environ.get("FTRAY_FAULT_MOMENTS", "1"))
 TABLE = os.environ.get("FTRAY_FAULT_TABLE")
+OUTCOMES: dict[str, list[tuple[str, float]]] = defaultdict(list)
+HEAD = """# Faults and what becomes of a search
+
+Written by `FTRAY_FAULT_TABLE=docs/faults.md pytest -m 'slow or not slow' tests/test_faults.py`, row by row. Each fault
+is real and comes at a random moment (seeded) of a search of three trials. Afterwards no trial is lost or there twice,
+and none that was finished has been run again. The difference is the largest relative one of any reported loss from that
+of an undisturbed search.
+
+| fault | moments | outcome | difference |
+| --- | --- | --- | --- |
+"""
 
 
 @dataclass(frozen=True)
@@ -138,32 +149,19 @@ def curves(output: Path) -> dict[int, list[tuple[int, float]]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def table():
-    """Takes what each fault came to, and writes it down if that is asked for."""
-    outcomes: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    yield outcomes
+def record(name: str, what: str, difference: float) -> None:
+    """Note what a fault came to; and write it into the table, whose other rows stay, if that is asked for."""
+    OUTCOMES[name].append((what, difference))
     if not TABLE:
         return
-    lines = [
-        "# Faults and what becomes of a search",
-        "",
-        "Written by `FTRAY_FAULT_TABLE=docs/faults.md pytest -m 'slow or not slow' tests/test_faults.py`, row by row.",
-        "Each fault is real and comes at a random moment (seeded) of a search of three trials. Afterwards no trial is",
-        "lost or there twice, and none that was finished has been run again. The difference is the largest relative",
-        "one of any reported loss from that of an undisturbed search.",
-        "",
-        "| fault | moments | outcome | difference |",
-        "| --- | --- | --- | --- |",
-    ]
     rows = {}
-    if Path(TABLE).exists():  # other faults, of another run
+    if Path(TABLE).exists():
         rows = {line.split("|")[1].strip(): line for line in Path(TABLE).read_text().splitlines() if line[:1] == "|"}
-    for name, seen in outcomes.items():
+    for known, seen in OUTCOMES.items():
         counts = ", ".join(f"{what}: {n}" for what, n in Counter(what for what, _ in seen).items())
-        rows[name] = f"| {name} | {len(seen)} | {counts} | {max(difference for _, difference in seen):.1g} |"
-    lines += [row for name, row in rows.items() if name not in ("fault", "---")]
-    Path(TABLE).write_text("\n".join(lines) + "\n")
+        rows[known] = f"| {known} | {len(seen)} | {counts} | {max(difference for _, difference in seen):.1g} |"
+    lines = [row for known, row in rows.items() if known not in ("fault", "---")]
+    Path(TABLE).write_text(HEAD + "\n".join(lines) + "\n")
 
 
 def compare(output: Path, undisturbed: dict[int, list[tuple[int, float]]], numbers: set[int]) -> float:
@@ -209,7 +207,7 @@ def victims(titles: str, parent: int) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(MOMENTS))
 @pytest.mark.parametrize("name", FAULTS)
-def test_nothing_is_lost(name, moment, undisturbed, table, tmp_path, words, tiny_llama):
+def test_nothing_is_lost(name, moment, undisturbed, tmp_path, words, tiny_llama):
     fault, draw = FAULTS[name], random.Random(f"{name} {moment}")
     output = tmp_path / "out"
     search = Search(output, words, tiny_llama, "--pack", fault.pack, "--max-failures", str(fault.failures))
@@ -234,7 +232,7 @@ def test_nothing_is_lost(name, moment, undisturbed, table, tmp_path, words, tiny
         what = "the driver ends, --resume goes on"
     else:
         what, known = "the search goes on", set(undisturbed)
-    table[name].append((what, compare(output, undisturbed, known)))
+    record(name, what, compare(output, undisturbed, known))
 
 
 def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
@@ -269,7 +267,7 @@ def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["auto", "off"])
-def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, table, tmp_path, words, tiny_llama):
+def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
     search = Search(output, words, tiny_llama, "--pack", pack)
     search.wait_for(lambda: len(list((output / "tune").glob("trial-*/checkpoint_*"))) >= 3)
@@ -289,14 +287,12 @@ def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, table, t
         assert "is damaged (state/mp_rank_00_model_states.pt is not as it was written)" in line
     difference = compare(output, undisturbed, known)
     name = "checkpoints cut off" + (", pack off" if pack == "off" else "")
-    table[name].append(("--resume says so and goes on from before", difference))
+    record(name, "--resume says so and goes on from before", difference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["auto", "off"])
-def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(
-    pack, undisturbed, table, tmp_path, words, tiny_llama
-):
+def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(pack, undisturbed, tmp_path, words, tiny_llama):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", str(disk)], check=False)
@@ -314,7 +310,7 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(
         (disk / "filler").unlink()
         search.resume()
         name = "output's disk full" + (", pack off" if pack == "off" else "")
-        table[name].append(("the driver ends, --resume goes on", compare(disk / "out", undisturbed, known)))
+        record(name, "the driver ends, --resume goes on", compare(disk / "out", undisturbed, known))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -343,7 +339,7 @@ def raylet(node) -> psutil.Process:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, table, nodes, tmp_path, words, tiny_llama):
+def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, nodes, tmp_path, words, tiny_llama):
     cluster, others = nodes
     output, draw = tmp_path / "out", random.Random(f"node {moment}")
     flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", "3"]
@@ -355,11 +351,11 @@ def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, table, nodes
     for process in [raylet(lost), *raylet(lost).children(recursive=True)]:
         process.kill()
     assert search.end() == 0, search.text
-    table["node of the pack lost"].append(("the search goes on", compare(output, undisturbed, set(undisturbed))))
+    record("node of the pack lost", "the search goes on", compare(output, undisturbed, set(undisturbed)))
 
 
 @pytest.mark.slow
-def test_a_drained_node_is_left_in_time(undisturbed, table, nodes, tmp_path, words, tiny_llama):
+def test_a_drained_node_is_left_in_time(undisturbed, nodes, tmp_path, words, tiny_llama):
     """As a spot instance's is that gets notice: no failure is counted, no step is lost."""
     cluster, others = nodes
     output = tmp_path / "out"
@@ -373,11 +369,11 @@ def test_a_drained_node_is_left_in_time(undisturbed, table, nodes, tmp_path, wor
     subprocess.run(drain, check=True, capture_output=True, env=environment())
     assert search.end() == 0, search.text
     assert "pack 0: its node goes away" in search.text
-    table["node of the pack drained"].append(("the search goes on", compare(output, undisturbed, set(undisturbed))))
+    record("node of the pack drained", "the search goes on", compare(output, undisturbed, set(undisturbed)))
 
 
 @pytest.mark.slow
-def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, table, nodes, tmp_path, words, tiny_llama):
+def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, nodes, tmp_path, words, tiny_llama):
     cluster, _ = nodes
     output = tmp_path / "out"
     search = Search(output, words, tiny_llama, "--scaling.packs", "1", address=cluster.address)
@@ -389,11 +385,11 @@ def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, table, node
     assert line.endswith(RESUME)
     known = begun(output)
     search.resume()  # wherever RAY_ADDRESS points now: here to a new cluster
-    table["head lost"].append(("the driver ends, --resume goes on", compare(output, undisturbed, known)))
+    record("head lost", "the driver ends, --resume goes on", compare(output, undisturbed, known))
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_in_one_trial_fails_that_one(table, tmp_path, words, tiny_llama):
+def test_memory_that_runs_out_in_one_trial_fails_that_one(tmp_path, words, tiny_llama):
     """A rank whose matrices no machine holds: the allocator refuses in the midst of the pack's work."""
     output = tmp_path / "out"
     space = "method: lora\nlora: {rank: {choice: [4, 2000000000]}, target_modules: attention}\n"
@@ -407,4 +403,4 @@ def test_memory_that_runs_out_in_one_trial_fails_that_one(table, tmp_path, words
     for row in wrong:
         assert row["status"] == "failed"
         assert "can't allocate memory" in row["reason"]
-    table["memory runs out in one trial"].append(("it fails alone, the search goes on", 0.0))
+    record("memory runs out in one trial", "it fails alone, the search goes on", 0.0)
