@@ -1,6 +1,6 @@
 """From command line and YAML to a :class:`~ftray.config.Config`, and from exceptions to exit codes.
 
-Exit codes: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 130 interrupted.
+Exit codes: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 130 interrupted, 143 terminated.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ftray.config import Config, UserError, near
+from ftray.config import Config, Terminated, UserError, near
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ COMMANDS = {
 }
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
-    "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted"
+    "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted, "
+    "143 terminated"
 )
 
 
@@ -178,6 +179,9 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ftray {name}: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"ftray {name}: terminated, with checkpoints: the same command with --resume goes on", file=sys.stderr)
+        return 143
 
 
 def parse(name: str, argv: Sequence[str]) -> Config:

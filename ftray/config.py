@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: the process ends, and what it has under way can go on later."""
+
+
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, never with a traceback."""
 

@@ -1,6 +1,5 @@
 """Turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter."""
 
-import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.combine import check_combination, combine
     from ftray.adapters.merge import save_merged, save_model
     from ftray.adapters.saved import base_of, find_adapter, saved_task
+    from ftray.manifest import publish
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
@@ -63,7 +63,7 @@ def run(cfg: Config) -> int:
             aside = Path(scratch, "output")
             shutil.copytree(one, aside)
             load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(aside)
-            os.rename(aside, output)
+            publish(aside, output)
     print(f"{cfg.merge.form} {output}")
     return 0
 

@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
+from ftray.manifest import publish, seal
+
 
 class Stored:
     """A file or directory of an object store, with those methods of a `Path` that are used of an output.
@@ -125,6 +127,7 @@ def written(target: Location) -> Iterator[Path]:
     if isinstance(target, Stored):
         with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
             yield Path(directory)
+            seal(Path(directory))
             remove(target)
             target.upload(Path(directory))
         return
@@ -133,8 +136,7 @@ def written(target: Location) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -14,7 +14,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import connect, gpus_per_worker, quiet
+    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
@@ -41,17 +41,23 @@ def run(cfg: Config) -> int:
     from ray.train import TrainingFailedError
 
     from ftray.search.outcome import save_best_adapter, write_config
+    from ftray.search.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line
-    from ftray.search.solo import Job, trainer
+    from ftray.search.solo import CUT_OFF, Job, trainer
 
     # no rungs here: validations are spaced evenly
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
     write_config(cfg, output)
     connect(cfg)
+    end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
-        result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", output).fit()
+        with ending_on_sigterm(), notice():
+            cut_off = True
+            while cut_off:
+                result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", output).fit()
+                cut_off = result.return_value[CUT_OFF]
         failure = result.return_value["failure"]
     except TrainingFailedError as error:
         failure = last_line(error)
@@ -62,7 +68,8 @@ def run(cfg: Config) -> int:
     for report in result.return_value["reports"]:
         shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
         print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
-    best, _ = min(result.best_checkpoints, key=lambda pair: sign * pair[1][metric])
+    reported = [pair for pair in result.best_checkpoints if metric in pair[1]]
+    best, _ = min(reported, key=lambda pair: sign * pair[1][metric])
     save_best_adapter(str(output / "train" / Path(best.path).name), "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")
     return 0

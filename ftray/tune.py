@@ -10,10 +10,8 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, UserError
-from ftray.storage import Location, fetched, located, reason, written
+from ftray.storage import Location, Stored, fetched, located, reason, written
 from ftray.tasks import TaskSpec
-
-GO_ON = "the same command with --resume goes on"
 
 
 def run(cfg: Config) -> int:
@@ -31,34 +29,58 @@ def run(cfg: Config) -> int:
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
-    from ftray.search.definition import sole_driver
+    from ftray.search.cluster import connect, end_with_ray
+    from ftray.search.definition import is_full, sole_driver, write_definition
+    from ftray.search.experiment import Broken
+    from ftray.search.jobs import announce
+    from ftray.search.outcome import JOURNAL
+    from ftray.search.preemption import ending_on_sigterm
+    from ftray.search.sampler import mend
 
     output = located(cfg.output)
-    if isinstance(output, Path):
-        with sole_driver(output):
-            return drive(cfg, space, model_path, tokenizer, output)
     try:
         with sole_driver(output):
-            return drive(cfg, space, model_path, tokenizer, output)
-    except OSError as error:
-        print(f"ftray tune: {output}: {reason(error)}; {GO_ON}", file=sys.stderr)
+            if isinstance(output, Path):
+                mend(output / JOURNAL)
+            write_definition(cfg, space, output)
+            announce(output)
+            connect(cfg)
+            end_with_ray("tune")
+            with ending_on_sigterm():
+                return drive(cfg, space, model_path, tokenizer, output)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_full(output, error):
+            why = f"output {output}: its disk is full: make room, then"
+        elif isinstance(error, Broken):
+            why = f"{error};"
+        elif isinstance(output, Stored) and isinstance(error, OSError):
+            why = f"{output}: {reason(error)};"
+        else:
+            raise
+        print(f"ftray tune: {why} the same command with --resume goes on", file=sys.stderr)
         return 1
 
 
 def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Location) -> int:
-    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code."""
+    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
+
+    Raises:
+        Broken: see :func:`ftray.search.experiment.search`.
+    """
     import ray
 
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
-    from ftray.search.cluster import connect, gpus_per_worker, on_hardware
-    from ftray.search.definition import write_data, write_definition
-    from ftray.search.experiment import Broken, search
-    from ftray.search.jobs import announce
+    from ftray.search.cluster import gpus_per_worker, on_hardware
+    from ftray.search.definition import write_data
+    from ftray.search.experiment import search
     from ftray.search.metrics import Metrics
     from ftray.search.outcome import (
         model_card,
         save_best_adapter,
+        say_damaged,
         trial_rows,
         write_json,
         write_leaderboard,
@@ -68,29 +90,30 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     from ftray.search.trackers import trackers
 
     started = time.monotonic()
-    write_definition(cfg, space, output)
-    announce(output)
-    connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(data, output)
+    say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     budget = job.budget()
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
-    try:
-        search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
-    except Broken as error:
-        print(f"ftray tune: {error}; {GO_ON}", file=sys.stderr)
-        return 1
+    search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
 
     rows = trial_rows(cfg, output)
+    best = None
+    while best is None and (best := next((r for r in rows if r["checkpoint"]), None)):
+        try:
+            save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+        except UserError as error:  # the next best, then
+            print(f"trial {best['trial']}: {error}", flush=True)
+            best["checkpoint"], best = None, None
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
         "direction": cfg.search.direction,
-        "best": next((r for r in rows if r["checkpoint"]), None),
+        "best": best,
         "base": None,
         "proof": None,
         "trials": rows,
@@ -98,12 +121,10 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         "seconds": time.monotonic() - started,
     }
     write_json(summary, output / "summary.json")
-    best = summary["best"]
     if best is None:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
     proving = on_hardware(cfg, prove_and_merge, job, output.absolute() if isinstance(output, Path) else output)
     while not ray.wait([proving], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago

@@ -1,49 +1,177 @@
-"""A search whose processes are killed at random moments comes to what an undisturbed one comes to."""
+"""A search that is hit by a fault at a random moment comes to what an undisturbed one comes to.
+
+`FTRAY_FAULT_MOMENTS=20` takes that many moments of each fault; `FTRAY_FAULT_TABLE=docs/faults.md` writes the table.
+"""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-from test_search import command, environment, run, study
-
-pytestmark = pytest.mark.slow
+from ray.cluster_utils import Cluster
+from test_search import command, environment, finished, run, study
 
 TRIALS, STEPS = 3, 240
-FLAGS = ["--trials", str(TRIALS), "--search.scheduler", "none", "--training.evaluations", "4", "--max-failures", "3"]
+FLAGS = ["--trials", str(TRIALS), "--search.scheduler", "none", "--training.evaluations", "4"]
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
-# what dies: how its process is called, and the packing that has it
-FAULTS = {
-    "pack worker": ("ray::RayTrainWorker", "auto"),
-    "trial": ("ray::ResourceTrainable", "auto"),
-    "controller of the pack": ("ray::TrainController", "auto"),
-    "board": ("ray::Board", "auto"),
-    "training worker": ("ray::RayTrainWorker", "off"),
-    "data task": ("ray::MapBatches|ray::Map|ray::_MapWorker|ray::StatsActor|ray::_StatsActor", "auto"),
-    "driver": ("ftray.tune", "auto"),
-}
+RESUME = "the same command with --resume goes on"
 MOMENTS = int(os.environ.get("FTRAY_FAULT_MOMENTS", "1"))
+TABLE = os.environ.get("FTRAY_FAULT_TABLE")
+OUTCOMES: dict[str, list[tuple[str, float]]] = defaultdict(list)
+HEAD = """# Faults and what becomes of a search
+
+Written by `FTRAY_FAULT_TABLE=docs/faults.md pytest -m 'slow or not slow' tests/test_faults.py`, row by row. Each fault
+is real and comes at a random moment (seeded) of a search of three trials. Afterwards no trial is lost or there twice,
+and none that was finished has been run again. The difference is the largest relative one of any reported loss from that
+of an undisturbed search.
+
+| fault | moments | outcome | difference |
+| --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal to one of a search's processes.
+
+    Attributes:
+        title: what the process is called, several separated by |.
+        sent: signal.
+        code: exit code of the driver, if it can't go on.
+        seconds: in which it then ends.
+        failures: restarts that are allowed.
+    """
+
+    title: str
+    pack: str = "auto"
+    sent: int = signal.SIGKILL
+    code: int = 1
+    seconds: float = 600
+    failures: int = 3
+
+
+TERM = signal.SIGTERM
+DATA = "ray::MapBatches|ray::Map|ray::_MapWorker|ray::StatsActor|ray::_StatsActor"
+FAULTS = {
+    "pack's worker killed": Fault("ray::RayTrainWorker"),
+    "trial's process killed": Fault("ray::ResourceTrainable"),
+    "pack's controller killed": Fault("ray::TrainController"),
+    "board between trials and packs killed": Fault("ray::Board"),
+    "training worker killed, pack off": Fault("ray::RayTrainWorker", "off"),
+    "task of Ray Data killed": Fault(DATA),
+    "driver killed": Fault("ftray.tune", code=-signal.SIGKILL),
+    "driver told to end (SIGTERM)": Fault("ftray.tune", sent=TERM, code=143, seconds=60),
+    "driver told to end (SIGTERM), pack off": Fault("ftray.tune", "off", TERM, 143, 60),
+    "pack's worker told to end (SIGTERM)": Fault("ray::RayTrainWorker", sent=TERM, failures=0),
+    "training worker told to end (SIGTERM), pack off": Fault("ray::RayTrainWorker", "off", TERM, failures=0),
+    "raylet of the driver killed": Fault("/raylet/raylet", seconds=30),
+    "head's GCS killed": Fault("/gcs/gcs_server", seconds=90),
+}
+
+
+class Search:
+    """A search in a process of its own.
+
+    Attributes:
+        text: what it has said, as soon as it is over.
+    """
+
+    def __init__(self, output: Path, words: str, model: str, *more: str, address: str | None = None):
+        self.output, self.text = output, ""
+        self.arguments = command(output, words, model, *FLAGS, *more, space=SPACE, steps=STEPS)
+        self.log = output.parent / "log"
+        self.environment = environment() | ({"RAY_ADDRESS": address} if address else {})
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 600) -> None:
+        """Or until it is over."""
+        deadline = time.monotonic() + seconds
+        while not condition() and self.process.poll() is None:
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"in {seconds} s: {self.log.read_text()}")
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 600) -> int:
+        """Wait for its exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError("hangs: " + self.log.read_text()) from None
+        finally:
+            self.text = self.log.read_text()
+
+    def lines(self) -> list[str]:
+        """What it has said of its end."""
+        return [line for line in self.text.splitlines() if line.startswith("ftray tune:")]
+
+    def resume(self) -> subprocess.CompletedProcess:
+        """The same command; what was finished is not touched."""
+        before = finished(self.output)
+        done = run([*self.arguments, "--resume"], timeout=600)
+        assert done.returncode == 0, self.text + done.stdout + done.stderr
+        after = finished(self.output)
+        assert {path: after[path] for path in before} == before
+        return done
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, words, tiny_llama):
-    """The value of each trial, by number, without any fault."""
+def undisturbed(tmp_path_factory, words, tiny_llama) -> dict[int, list[tuple[int, float]]]:
+    """Step and value of each report of each trial, by number, without any fault."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = run(command(output, words, tiny_llama, *FLAGS, space=SPACE, steps=STEPS))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return values(output)
+    search = Search(output, words, tiny_llama)
+    assert search.end() == 0, search.text
+    return curves(output)
 
 
-def values(output: Path) -> dict[int, float]:
-    trials = json.loads((output / "summary.json").read_text())["trials"]
-    assert {t["status"] for t in trials} == {"finished"}
-    return {t["trial"]: t["value"] for t in trials}
+def curves(output: Path) -> dict[int, list[tuple[int, float]]]:
+    """As `undisturbed`; every trial is finished, and there once, in the journal and in the summary."""
+    trials = study(output).get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * TRIALS
+    rows = json.loads((output / "summary.json").read_text())["trials"]
+    assert sorted(row["trial"] for row in rows) == list(range(TRIALS))
+    assert {row["status"] for row in rows} == {"finished"}
+    found = {t.number: [(r["step"], r["validation_loss"]) for r in t.user_attrs["reports"]] for t in trials}
+    assert {row["trial"]: row["value"] for row in rows} == {n: min(v for _, v in own) for n, own in found.items()}
+    return found
+
+
+def record(name: str, what: str, difference: float) -> None:
+    """Note what a fault came to; and write it into the table, whose other rows stay, if that is asked for."""
+    OUTCOMES[name].append((what, difference))
+    if not TABLE:
+        return
+    rows = {}
+    if Path(TABLE).exists():
+        rows = {line.split("|")[1].strip(): line for line in Path(TABLE).read_text().splitlines() if line[:1] == "|"}
+    for known, seen in OUTCOMES.items():
+        counts = ", ".join(f"{what}: {n}" for what, n in Counter(what for what, _ in seen).items())
+        rows[known] = f"| {known} | {len(seen)} | {counts} | {max(difference for _, difference in seen):.1g} |"
+    lines = [row for known, row in rows.items() if known not in ("fault", "---")]
+    Path(TABLE).write_text(HEAD + "\n".join(lines) + "\n")
+
+
+def compare(output: Path, undisturbed: dict[int, list[tuple[int, float]]], numbers: set[int]) -> float:
+    """The largest relative difference of any report of these trials; none has more reports, or fewer."""
+    got = curves(output)
+    assert {n: [s for s, _ in got[n]] for n in numbers} == {n: [s for s, _ in undisturbed[n]] for n in numbers}
+    pairs = [(a, b) for n in numbers for (_, a), (_, b) in zip(got[n], undisturbed[n], strict=True)]
+    for a, b in pairs:
+        assert a == pytest.approx(b, rel=1e-5)
+    return max((abs(a - b) / b for a, b in pairs), default=0.0)
 
 
 def journal(output: Path) -> list[optuna.trial.FrozenTrial]:
@@ -58,53 +186,221 @@ def reports(output: Path) -> int:
     return sum(len(trial.user_attrs.get("reports", [])) for trial in journal(output))
 
 
-def victims(pattern: str, parent: int) -> list[psutil.Process]:
-    """The processes of that search whose title holds one of the names, separated by |."""
+def begun(output: Path) -> set[int]:
+    """The trials that have a configuration: a driver that resumes draws the others anew."""
+    return {trial.number for trial in journal(output) if "config" in trial.user_attrs}
+
+
+def victims(titles: str, parent: int) -> list[psutil.Process]:
+    """The processes of that search whose title holds one of the names."""
     found = []
     for process in [psutil.Process(parent), *psutil.Process(parent).children(recursive=True)]:
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if any(name in title for name in pattern.split("|")):
+        if any(name in title for name in titles.split("|")):
             found.append(process)
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(MOMENTS))
 @pytest.mark.parametrize("name", FAULTS)
 def test_nothing_is_lost(name, moment, undisturbed, tmp_path, words, tiny_llama):
-    pattern, pack = FAULTS[name]
-    draw = random.Random(f"{name} {moment}")
+    fault, draw = FAULTS[name], random.Random(f"{name} {moment}")
     output = tmp_path / "out"
-    arguments = command(output, words, tiny_llama, *FLAGS, "--pack", pack, space=SPACE, steps=STEPS)
-    with open(tmp_path / "log", "w") as log:
-        search = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment())
-        after = draw.randrange(0, TRIALS * 4 - 2)  # reports
-        deadline = time.monotonic() + 240
-        while reports(output) < after and search.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        killed = None
-        while killed is None and search.poll() is None and time.monotonic() < deadline:
-            if found := victims(pattern, search.pid):
-                killed = draw.choice(found)
-                killed.send_signal(signal.SIGKILL)
-            time.sleep(0.05)
-        assert killed, (tmp_path / "log").read_text()
-        try:
-            search.wait(240)
-        except subprocess.TimeoutExpired:
-            search.kill()
-            raise AssertionError("hangs: " + (tmp_path / "log").read_text()) from None
-    text = (tmp_path / "log").read_text()
-    begun = {trial.number for trial in journal(output) if "config" in trial.user_attrs}
-    if search.returncode:
-        assert "Traceback" not in text, text
-        done = run([*arguments, "--resume"])
-        assert done.returncode == 0, text + done.stdout + done.stderr
-    got = values(output)
-    # a driver that resumes draws anew what had not begun
-    begun = begun if search.returncode else set(undisturbed)
-    assert {n: got[n] for n in begun} == pytest.approx({n: undisturbed[n] for n in begun}, rel=1e-5)
-    states = [trial.state.name for trial in study(output).get_trials()]
-    assert states == ["COMPLETE"] * TRIALS
+    search = Search(output, words, tiny_llama, "--pack", fault.pack, "--max-failures", str(fault.failures))
+    after = draw.randrange(0, TRIALS * 4 - 2)
+    search.wait_for(lambda: reports(output) >= after)
+    search.wait_for(lambda: victims(fault.title, search.process.pid))
+    time.sleep(draw.random())  # somewhere between two rungs
+    hit = draw.choice(victims(fault.title, search.process.pid) or [None])
+    if hit is None:  # it came and went
+        search.wait_for(lambda: victims(fault.title, search.process.pid))
+        hit = victims(fault.title, search.process.pid)[0]
+    hit.send_signal(fault.sent)
+    code = search.end(fault.seconds)
+    known = begun(output)
+    if code:
+        assert code == fault.code, search.text
+        assert "Traceback" not in search.text, search.text
+        if code != -signal.SIGKILL:
+            (line,) = search.lines()
+            assert line.endswith(RESUME)
+        search.resume()
+        what = "the driver ends, --resume goes on"
+    else:
+        what, known = "the search goes on", set(undisturbed)
+    record(name, what, compare(output, undisturbed, known))
+
+
+def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
+    """The quick one of these: what was trained since the last rung is in a checkpoint, and that is taken up."""
+    import torch
+
+    from ftray.manifest import damage, seal
+
+    search = Search(tmp_path / "out", words, tiny_llama, "--training.evaluations", "2")
+    search.wait_for(lambda: reports(tmp_path / "out"))
+    time.sleep(0.5)  # into the second half
+    search.process.send_signal(TERM)
+    assert search.end(60) == 143, search.text
+    assert search.lines() == [f"ftray tune: terminated, with checkpoints: {RESUME}"]
+    assert "Traceback" not in search.text
+    kept = list((tmp_path / "out" / "tune").glob("trial-*/checkpoint_*"))
+    assert not [checkpoint for checkpoint in kept if damage(checkpoint)]
+    kept = [checkpoint for checkpoint in kept if not (checkpoint / "report.json").exists()]
+    assert kept  # from between two rungs
+    for checkpoint in kept:
+        path = checkpoint / "state" / "mp_rank_00_model_states.pt"
+        state = torch.load(path, weights_only=False)
+        assert 0 < state["step"] < STEPS
+        assert state["step"] != STEPS // 2
+        torch.save(state | {"tokens": state["tokens"] + 10**9}, path)  # to be known again by
+        seal(checkpoint)
+    search.resume()
+    tokens = {t.number: t.user_attrs["reports"][-1]["tokens"] for t in study(tmp_path / "out").get_trials()}
+    cut_off = {int(checkpoint.parent.name.removeprefix("trial-")) for checkpoint in kept}
+    assert {number for number, seen in tokens.items() if seen > 10**9} == cut_off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["auto", "off"])
+def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    search = Search(output, words, tiny_llama, "--pack", pack)
+    search.wait_for(lambda: len(list((output / "tune").glob("trial-*/checkpoint_*"))) >= 3)
+    search.process.kill()
+    search.end()
+    time.sleep(2)  # the workers of the dead driver may be about to write
+    known, running = begun(output), {t.number for t in journal(output) if t.state.name == "RUNNING"}
+    damaged = []
+    for number in running:
+        for weights in (output / "tune" / f"trial-{number}").glob("checkpoint_*/state/mp_rank_00_model_states.pt"):
+            os.truncate(weights, weights.stat().st_size // 2)
+            damaged.append(weights)
+    assert damaged
+    done = search.resume()
+    for weights in damaged:
+        (line,) = [line for line in done.stdout.splitlines() if str(weights.parents[1]) in line]
+        assert "is damaged (state/mp_rank_00_model_states.pt is not as it was written)" in line
+    difference = compare(output, undisturbed, known)
+    name = "checkpoints cut off" + (", pack off" if pack == "off" else "")
+    record(name, "--resume says so and goes on from before", difference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["auto", "off"])
+def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(pack, undisturbed, tmp_path, words, tiny_llama):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        search = Search(disk / "out", words, tiny_llama, "--pack", pack)
+        search.wait_for(lambda: reports(disk / "out") >= 2)
+        with open(disk / "filler", "wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(disk).free)
+        assert search.end() == 1, search.text
+        assert "Traceback" not in search.text, search.text
+        assert [line.partition(": its")[2] for line in search.lines()] == [f" disk is full: make room, then {RESUME}"]
+        known = begun_after_mending(disk / "out")
+        (disk / "filler").unlink()
+        search.resume()
+        name = "output's disk full" + (", pack off" if pack == "off" else "")
+        record(name, "the driver ends, --resume goes on", compare(disk / "out", undisturbed, known))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def begun_after_mending(output: Path) -> set[int]:
+    """As `begun`, of a journal whose last line may be cut off."""
+    copy = output.parent.parent / "copy"
+    copy.mkdir()
+    text = (output / "study.log").read_bytes()
+    (copy / "study.log").write_bytes(text[: text.rfind(b"\n") + 1])
+    return begun(copy)
+
+
+@pytest.fixture
+def nodes():
+    """A head that trains nothing, and two nodes of two CPUs; each a raylet of its own."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    others = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    yield cluster, others
+    cluster.shutdown()
+
+
+def raylet(node) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, nodes, tmp_path, words, tiny_llama):
+    cluster, others = nodes
+    output, draw = tmp_path / "out", random.Random(f"node {moment}")
+    flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", "3"]
+    search = Search(output, words, tiny_llama, *flags, address=cluster.address)
+    after = draw.randrange(0, TRIALS * 4 - 2)
+    search.wait_for(lambda: reports(output) >= after)
+    search.wait_for(lambda: [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)])
+    (lost,) = [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]
+    for process in [raylet(lost), *raylet(lost).children(recursive=True)]:
+        process.kill()
+    assert search.end() == 0, search.text
+    record("node of the pack lost", "the search goes on", compare(output, undisturbed, set(undisturbed)))
+
+
+@pytest.mark.slow
+def test_a_drained_node_is_left_in_time(undisturbed, nodes, tmp_path, words, tiny_llama):
+    """As a spot instance's is that gets notice: no failure is counted, no step is lost."""
+    cluster, others = nodes
+    output = tmp_path / "out"
+    flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", "0"]
+    search = Search(output, words, tiny_llama, *flags, address=cluster.address)
+    search.wait_for(lambda: reports(output) >= 2)
+    (drained,) = [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    drain = [ray, "drain-node", "--address", cluster.address, "--node-id", drained.node_id, *why]
+    subprocess.run(drain, check=True, capture_output=True, env=environment())
+    assert search.end() == 0, search.text
+    assert "pack 0: its node goes away" in search.text
+    record("node of the pack drained", "the search goes on", compare(output, undisturbed, set(undisturbed)))
+
+
+@pytest.mark.slow
+def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, nodes, tmp_path, words, tiny_llama):
+    cluster, _ = nodes
+    output = tmp_path / "out"
+    search = Search(output, words, tiny_llama, "--scaling.packs", "1", address=cluster.address)
+    search.wait_for(lambda: reports(output) >= 3)
+    for kind in ("gcs_server", "raylet"):
+        psutil.Process(cluster.head_node.all_processes[kind][0].process.pid).kill()
+    assert search.end(30) == 1, search.text
+    (line,) = search.lines()
+    assert line.endswith(RESUME)
+    known = begun(output)
+    search.resume()  # wherever RAY_ADDRESS points now: here to a new cluster
+    record("head lost", "the driver ends, --resume goes on", compare(output, undisturbed, known))
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_one_trial_fails_that_one(tmp_path, words, tiny_llama):
+    """A rank whose matrices no machine holds: the allocator refuses in the midst of the pack's work."""
+    output = tmp_path / "out"
+    space = "method: lora\nlora: {rank: {choice: [4, 2000000000]}, target_modules: attention}\n"
+    flags = ["--trials", "6", "--search.scheduler", "none", "--search.seed", "1"]
+    done = run(command(output, words, tiny_llama, *flags, space=space))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((output / "summary.json").read_text())["trials"]
+    wrong = [row for row in rows if row["config"]["adapter"].get("rank") == 2000000000]
+    assert 0 < len(wrong) < 6
+    assert {row["status"] for row in rows if row not in wrong} == {"finished"}
+    for row in wrong:
+        assert row["status"] == "failed"
+        assert "can't allocate memory" in row["reason"]
+    record("memory runs out in one trial", "it fails alone, the search goes on", 0.0)

@@ -1,7 +1,6 @@
 """From adapter and base to one plain transformers model."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig, UserError
+from ftray.manifest import publish
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
 from ftray.tasks import CAUSAL, TaskSpec
 
@@ -57,5 +57,4 @@ def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output:
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     model.to(choose_dtype(cfg)).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(output, ignore_errors=True)
-    aside.rename(output)
+    publish(aside, output)

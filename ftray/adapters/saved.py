@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ftray.config import Config, DataConfig, UserError
+from ftray.manifest import check
 from ftray.models.find import find
 from ftray.storage import Stored, fetched, reason
 from ftray.tasks import CAUSAL, FILE, TaskSpec
@@ -27,13 +28,14 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
     What a URI names is copied into a directory that goes when this process ends.
 
     Raises:
-        UserError: there is none, or it lacks weights and should have them.
+        UserError: there is none, it is damaged, or lacks weights and should have them.
     """
     if "://" in name:
         return _copied(name)
     path = Path(name).expanduser()
     for place in (path, *(path / inside for inside in INSIDE)):
         if (place / CONFIG).is_file():
+            check(place, f"adapter {place}")
             if with_weights and not _weights(place):
                 raise UserError(f"adapter {place}: holds no weights ({WEIGHTS}safetensors)")
             return place

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftray.config import UserError
+from ftray.manifest import check
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find(name: str) -> str:
     """Resolve `name` to a directory that plain transformers can read, or to a hub id.
 
     Raises:
-        UserError: nothing of that name, or a directory that lacks a part of a model.
+        UserError: nothing of that name, a directory that lacks a part of a model, or one that is damaged.
     """
     path = Path(name).expanduser()
     if name in BUNDLED:
@@ -61,6 +62,7 @@ def find(name: str) -> str:
         return str(_converted(path, hashlib.sha256(path.read_bytes()).hexdigest()))
     if path.is_dir():
         _check_directory(path)
+        check(path, f"model {name}")
         return str(path.resolve())
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
         return name

@@ -2,12 +2,17 @@
 
 import logging
 import os
+import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from ftray.config import Config
 
+RAYLET_PATIENCE, HEAD_PATIENCE = 5, 45  # seconds; a head that is made anew by KubeRay is back in less than a minute
 RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
 
 
@@ -37,6 +42,50 @@ def connect(cfg: Config) -> None:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
+
+
+def end_with_ray(command: str) -> None:
+    """From now on this process ends, with one line, soon after Ray's processes that it talks to are gone.
+
+    Ray's own calls would wait for the raylet for ever (https://github.com/ray-project/ray/issues/20239), and without
+    the head they end the process after a minute, with C++ stack traces.
+    """
+    import ray
+    from ray._private.worker import _global_node
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    watched = [
+        ("node", RAYLET_PATIENCE, socket.AF_UNIX, _global_node.raylet_socket_name.removeprefix("unix:")),
+        ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
+    ]
+
+    def watch() -> None:
+        seen = dict.fromkeys((name for name, *_ in watched), time.monotonic())
+        while True:
+            time.sleep(1)
+            if not ray.is_initialized():
+                return
+            for name, patience, family, address in watched:
+                if _listens(family, address):
+                    seen[name] = time.monotonic()
+                elif time.monotonic() - seen[name] > patience and ray.is_initialized():
+                    sys.stdout.flush()
+                    if threading.main_thread().is_alive():  # else it has said why it ends, and waits for Ray
+                        line = f"Ray's {name} process is gone; the same command with --resume goes on"
+                        print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _listens(family: int, address: Any) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5)
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+        return True
 
 
 def gpus_per_worker(cfg: Config) -> float:

@@ -1,5 +1,6 @@
 """What defines a search: written into its output when it begins, compared when it goes on."""
 
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ FREE_SECTIONS = {
     "serving",
     "request",
 }  # the space says what the adapters are
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _AGAIN = "take that, or name another --output"
 
 
@@ -140,6 +142,24 @@ def refuse_unreachable(output: Stored) -> None:
         (output / PROBE).unlink()
     except OSError as error:
         raise UserError(f"output {output}: can't write there ({reason(error)})") from None
+
+
+def is_full(output: Location, error: BaseException) -> bool:
+    """Whether `error` came of a disk, or a quota, that holds no more; it may have passed through any library."""
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any((isinstance(e, OSError) and e.errno in FULL) or os.strerror(errno.ENOSPC) in str(e) for e in chain):
+        return True
+    if isinstance(output, Stored):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=output) as probe:
+            probe.write(bytes(2**20))
+            os.fsync(probe.fileno())
+    except OSError as refused:
+        return refused.errno in FULL
+    return False
 
 
 def write_definition(cfg: Config, space: Space, output: Location) -> None:

@@ -16,15 +16,16 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 
 from ftray.config import Config
 from ftray.data import TokenizedData
-from ftray.search.definition import packable
+from ftray.search.definition import is_full, packable
 from ftray.search.exchange import Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
+from ftray.search.preemption import notice
 from ftray.search.progress import failure_reason, training_failure
 from ftray.search.requests import Requests
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler, past_trials
-from ftray.search.solo import Job, release, trainer
+from ftray.search.solo import CUT_OFF, Job, release, trainer
 from ftray.search.space import Space
 from ftray.storage import Location, for_ray, remove
 
@@ -47,7 +48,11 @@ def run_trial(config: dict[str, Any], job: Job, experiment: Location) -> None:
             remove(directory)
         if isinstance(directory, Path):
             directory.mkdir(parents=True, exist_ok=True)
-        outcome = _outcome(trainer(job, run, trial_name(config["number"]), experiment, [TuneReportCallback()]))
+        outcome = {CUT_OFF: True}
+        while outcome[CUT_OFF]:
+            outcome = _outcome(trainer(job, run, trial_name(config["number"]), experiment, [Reports()]))
+        if outcome["failure"] and is_full(experiment, RuntimeError(outcome["failure"])):
+            raise PacksGone(outcome["failure"])
         write_json(outcome, outcome_file)
     if outcome["failure"]:
         raise TrialFailed(outcome["failure"])
@@ -57,8 +62,17 @@ def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        return {"failure": training_failure(error), "reports": []}
+        return {"failure": training_failure(error), "reports": [], CUT_OFF: False}
     return result.return_value
+
+
+class Reports(TuneReportCallback):
+    """Hands the workers' reports on to Tune."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """What only brings a checkpoint is none."""
+        if CUT_OFF not in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
 
 
 class Broken(RuntimeError):
@@ -101,6 +115,7 @@ def search(job: Job, space: Space, output: Location, callbacks: list[tune.Callba
 
     Raises:
         Broken: what trains the trials is gone.
+        KeyboardInterrupt: after checkpoints; see :func:`ftray.search.preemption.ending_on_sigterm`.
     """
     output = output.resolve() if isinstance(output, Path) else output
     cfg, experiment, journal = job.config, output / EXPERIMENT, output / JOURNAL
@@ -112,7 +127,8 @@ def search(job: Job, space: Space, output: Location, callbacks: list[tune.Callba
         print("one trainer a trial: ZeRO 3 shares the base model out over its workers", flush=True)
     if cfg.search.pack == "off" or not shared:
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
-        _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
+        with notice():
+            _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.train import Result
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
 from ftray.config import Config
+from ftray.manifest import MANIFEST, check, damage
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
 from ftray.storage import Location, Stored, fetched, located, written
@@ -49,8 +51,35 @@ def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
             best = Result.from_path(str(directory)).best_checkpoints
     except (RuntimeError, ValueError, CheckpointManagerInitializationError):
         return []
-    kept = [(metrics, str(directory / Path(checkpoint.path).name)) for checkpoint, metrics in best or [] if metrics]
+    kept = [(m, str(directory / Path(c.path).name)) for c, m in best or [] if m and "step" in m]
     return sorted(kept, key=lambda pair: pair[0]["step"])
+
+
+def places(directory: Location) -> Sequence[Location]:
+    """The checkpoints of a trial of a pack, newest first."""
+    if isinstance(directory, Path):
+        return sorted(directory.resolve().glob("checkpoint_*"), reverse=True)
+    return sorted((file.parent for file in directory.glob(f"checkpoint_*/{MANIFEST}.json")), key=str, reverse=True)
+
+
+def newest_whole(directory: Location) -> str | None:
+    """The checkpoint that a trial of a pack goes on from; None: it begins anew."""
+    return next((str(place) for place in places(directory) if damage_of(place) is None), None)
+
+
+def damage_of(place: Location) -> str | None:
+    """As :func:`ftray.manifest.damage`, wherever it lies."""
+    with fetched(place) as directory:
+        return damage(directory)
+
+
+def say_damaged(output: Location) -> None:
+    """Name the checkpoints that a search which goes on can't take up."""
+    for trial in past_trials(output / JOURNAL):
+        if trial.state is TrialState.RUNNING:
+            for place in reversed(places(output / EXPERIMENT / trial_name(trial.number))):
+                if reason := damage_of(place):
+                    print(f"trial {trial.number}: {place} is damaged ({reason}): it goes on from before", flush=True)
 
 
 def trial_rows(cfg: Config, output: Location) -> list[dict[str, Any]]:
@@ -124,8 +153,13 @@ def write_config(cfg: Config, output: Location) -> None:
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all."""
+    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all.
+
+    Raises:
+        UserError: it is damaged.
+    """
     with fetched(located(checkpoint) / "adapter") as adapter, written(directory) as made:
+        check(adapter, f"adapter {checkpoint}/adapter")
         shutil.copytree(adapter, made, dirs_exist_ok=True)
         tokenizer.save_pretrained(made)
         (made / "README.md").write_text(card)

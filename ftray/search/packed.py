@@ -1,12 +1,11 @@
 """Packs under Ray Train: resident worker groups, each with one base model, that train the trials of a search."""
 
-import json
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,13 +15,16 @@ from typing import Any
 import ray
 from ray import train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
+from ftray.manifest import MANIFEST, publish, seal
 from ftray.search.exchange import Board
 from ftray.search.metrics import PackMetrics
-from ftray.search.outcome import PACKED_REPORT, checkpoints, trial_name, write_json
+from ftray.search.outcome import PACKED_REPORT, newest_whole, places, trial_name, write_json
+from ftray.search.preemption import noticed
 from ftray.search.progress import last_line, training_failure
 from ftray.search.sampler import BASELINE
 from ftray.search.solo import Job, group_trainer
@@ -51,7 +53,9 @@ def packs(job: Job, experiment: Location) -> Iterator[tuple[Any, int]]:
         UserError: they did not start; the message says why.
     """
     count = packs_that_fit(job)
-    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
+    # beside the driver: then no other node's loss ends the search
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
     places = [Place(job, board, i, experiment) for i in range(count)]
     groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
     for group in groups:
@@ -92,16 +96,19 @@ def pack_trainer(
 
 
 def _run(place: Place) -> None:
-    name = f"pack-{place.index}"
-    for left in reversed(range(place.job.config.search.max_failures + 1)):
+    name, left = f"pack-{place.index}", place.job.config.search.max_failures
+    while True:
         remove(place.experiment / name)  # trials keep their own checkpoints
         trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, place.experiment)
         try:
-            trainer.fit()
-            break
+            if trainer.fit().return_value:
+                break
+            print(f"pack {place.index}: its node goes away; it starts again from checkpoints", flush=True)
         except ray.exceptions.RayActorError as error:  # what watches over the workers has died: not for Train to mend
             if not left:
                 _close(place, last_line(error))
+                break
+            left -= 1
         except Exception as error:
             _close(place, training_failure(error))
             break
@@ -112,8 +119,8 @@ def _close(place: Place, reason: str) -> None:
         ray.get(place.board.close.remote(reason))
 
 
-def pack_worker(config: dict[str, Any]) -> None:
-    """What each worker of a pack runs until the search is over."""
+def pack_worker(config: dict[str, Any]) -> bool:
+    """What each worker of a pack runs until the search is over (true), or the node goes away (false)."""
     from ftray.training.packed import PackTrainer  # here: the driver needs none of it
 
     place: Place = config["place"]
@@ -124,7 +131,7 @@ def pack_worker(config: dict[str, Any]) -> None:
     trainer.measure = place.job.measure()
     pack = Group(place, trainer)
     pack.size_up()
-    pack.train()
+    return pack.train()
 
 
 class Group:
@@ -153,18 +160,25 @@ class Group:
         useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
         return search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
 
-    def train(self) -> None:
-        """Until the board closes."""
+    def train(self) -> bool:
+        """Until the board closes (true), or a rank's process has not long to live (false).
+
+        Trials that are not over then leave a checkpoint of where they are.
+        """
         reports: dict[int, list[Any]] = {}
         failures: dict[int, str] = {}
         while True:
             orders = self._orders(reports, failures)
             reports, failures = {}, {}
-            if orders["close"]:
-                return
+            cut_off = self.trainer.any_rank(noticed())
             for number in orders["leave"]:
                 if str(number) in self.trainer.trials:
                     self.trainer.leave(str(number))
+            if orders["close"] or cut_off:
+                for name, trial in self.trainer.trials.items():
+                    if trial.history.step and not trial.history.over:
+                        self._save(name)
+                return not cut_off
             for number, config in orders["join"].items():
                 if reason := self._join(number, config):
                     failures[number] = reason
@@ -202,25 +216,24 @@ class Group:
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:
         """Bring a trial in; returns why it can't be, on whichever rank."""
-        name, reason = str(number), None
-        kept = checkpoints(self.place.experiment / trial_name(number))
-        with ExitStack() as stack:  # a store that can't be reached is not the trial's fault
-            last = str(stack.enter_context(fetched(located(kept[-1][1])))) if kept else None
-            reason = self._bring(name, number, config, last)
+        name = str(number)
+        kept = self.trainer.from_first_rank(newest_whole(self.place.experiment / trial_name(number)))
+        with fetched(located(kept)) if kept else nullcontext() as directory:
+            reason = self._bring(name, config, str(directory) if directory else None)
         reason = self.trainer.first_of_ranks(reason)
         if reason and name in self.trainer.trials:
             self.trainer.leave(name)
         return reason
 
-    def _bring(self, name: str, number: int, config: dict[str, Any], last: str | None) -> str | None:
+    def _bring(self, name: str, config: dict[str, Any], checkpoint: str | None) -> str | None:
         from ftray.adapters.start import SAMPLES
 
         try:
             run = self.place.job.run(config["adapter"], config["training"])
             first = partial(self._batches, run, 0)
-            apart = self.trainer.join(name, run, last, lambda: list(islice(first(), SAMPLES)))
+            apart = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
-                print(f"trial {number} trains by itself: {apart}", flush=True)
+                print(f"trial {name} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
             trial.batches = iter(self._batches(run, trial.history.step))
         except Exception as error:  # of one trial: its mates go on
@@ -249,24 +262,28 @@ class Group:
         return self.held
 
     def _save(self, name: str) -> None:
-        """Write a trial's checkpoint, whole or not at all; its best one and this one are kept."""
-        directory = self.place.experiment / trial_name(int(name))
+        """Write a trial's checkpoint, whole or not at all; its best one and this one are kept.
+
+        One from between two rungs bears no report: it is there to go on from.
+        """
+        directory, search = self.place.experiment / trial_name(int(name)), self.place.job.config.search
         history = self.trainer.trials[name].history
+        sign = 1 if search.direction == "min" else -1
+        best = min(history.reports, key=lambda report: sign * report[search.metric], default=None)
+        report = history.reports[-1] if best and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
         if isinstance(target, Stored):
-            self._upload(name, target)
+            self._upload(name, target, report)
         else:
-            self._rename(name, target)
+            self._rename(name, target, report)
         if self.trainer.rank:
             return
-        search = self.place.job.config.search
-        sign = 1 if search.direction == "min" else -1
-        best = min(history.reports, key=lambda report: sign * report[search.metric])
-        for old in directory.glob(f"checkpoint_*/{PACKED_REPORT}"):
-            if json.loads(old.read_text())["step"] not in (best["step"], history.step):
-                remove(old.parent)
+        kept = {str(target), *([str(directory / f"checkpoint_{best['step']:08d}")] if best else [])}
+        for old in places(directory):
+            if str(old) not in kept:
+                remove(old)
 
-    def _rename(self, name: str, target: Path) -> None:
+    def _rename(self, name: str, target: Path, report: dict[str, Any] | None) -> None:
         aside = target.with_name(".checkpoint")
         if self.trainer.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -275,21 +292,30 @@ class Group:
         self.trainer.save(name, str(aside))
         self.trainer.wait_for_all()
         if self.trainer.rank == 0:
-            write_json(self.trainer.trials[name].history.reports[-1], aside / PACKED_REPORT)
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            if report:
+                write_json(report, aside / PACKED_REPORT)
+            publish(aside, target)
 
-    def _upload(self, name: str, target: Stored) -> None:
-        """Every rank uploads what it wrote; the report comes last, and without it there is no checkpoint."""
-        if self.trainer.rank == 0:
+    def _upload(self, name: str, target: Stored, report: dict[str, Any] | None) -> None:
+        """Every rank uploads what it wrote; manifest and report come last, and without them there is no checkpoint."""
+        rank, ranks = self.trainer.rank, self.trainer.world_size
+        if rank == 0:
             remove(target)
         self.trainer.wait_for_all()
-        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-            self.trainer.save(name, directory)
-            target.upload(Path(directory))
+        with tempfile.TemporaryDirectory(prefix="ftray-") as name_of_directory:
+            directory, last = Path(name_of_directory), []
+            self.trainer.save(name, str(directory))
+            if report and rank == 0:
+                write_json(report, directory / PACKED_REPORT)
+            seal(directory, rank, ranks)
+            for path in (directory / f"{MANIFEST}.json", directory / PACKED_REPORT):
+                if path.exists():
+                    last.append((path.name, path.read_bytes()))
+                    path.unlink()
+            target.upload(directory)
         self.trainer.wait_for_all()
-        if self.trainer.rank == 0:
-            write_json(self.trainer.trials[name].history.reports[-1], target / PACKED_REPORT)
+        for file, content in last:
+            (target / file).write_bytes(content)
 
 
 def _marked(trial: Any) -> list[dict[str, Any]]:

@@ -53,6 +53,16 @@ def open_journal(path: Location) -> JournalStorage:
     return JournalStorage(backend)
 
 
+def mend(journal: Path) -> None:
+    """Take away a last line that was cut off, by a full disk or a power failure: Optuna would add the next one to it.
+
+    Only for the driver that holds the output.
+    """
+    if journal.exists():
+        with open(journal, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def past_trials(journal: Location) -> list[FrozenTrial]:
     """All trials of the study in `journal`, by number; none if there is no study yet.
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,10 +19,13 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
+from ftray.manifest import damage, seal
+from ftray.search.preemption import HeedSigterm, listening, noticed
 from ftray.search.rungs import budget, rung_records
 from ftray.storage import Location, for_ray
 from ftray.training.run import Run, micro_batch_size
 
+CUT_OFF = "cut_off"  # marks a report that is none, but brings a checkpoint from between two rungs
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
 
 
@@ -120,17 +124,19 @@ def group_trainer(
                 checkpoint_score_attribute=job.config.search.metric,
                 checkpoint_score_order=job.config.search.direction,
             ),
-            callbacks=callbacks or [],
+            callbacks=[*(callbacks or []), HeedSigterm()],
         ),
     )
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs; returns all `reports`, and the `failure` that no restart would mend (None: finished)."""
-    import torch
+    """What each worker runs; returns all `reports`, and the `failure` that no restart would mend (None: finished).
 
+    Or `cut_off`: it had to end before its last step, and its trainer will go on from there.
+    """
     from ftray.adapters.start import SAMPLES
     from ftray.training.loop import Batch, Diverged, Trainer  # here: the trial that starts the trainer needs none of it
+    from ftray.training.pack import out_of_memory
 
     run: Run = config["run"]
     micro_batch = micro_batch_size(run.training, train.get_context().get_world_size())
@@ -141,29 +147,45 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
 
     trainer = Trainer(run, lambda: list(islice(batches("train"), SAMPLES)))
-    trainer.measure = config["job"].measure()
-    if checkpoint := train.get_checkpoint():
-        with checkpoint.as_directory() as directory:
-            trainer.restore(directory)
+    trainer.measure, trainer.noticed = config["job"].measure(), noticed
+    if _restore(trainer):
         for past in trainer.history.reports:  # whoever listens now may have heard none of them
             train.report(past)
 
     def report(metrics: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             trainer.save(directory)
+            seal(Path(directory), trainer.rank, trainer.world_size)
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(directory))
 
     seen = trainer.history.step * trainer.accumulation
     failure = None
     try:
-        trainer.fit(islice(batches("train"), seen, None), lambda: batches("validation"), report)
+        with listening():
+            trainer.fit(islice(batches("train"), seen, None), lambda: batches("validation"), report)
+            if not trainer.history.over:
+                report({CUT_OFF: trainer.history.step})
     except Diverged as error:
         failure = f"diverged: {error}"
-    except torch.OutOfMemoryError as error:
-        if trainer.world_size > 1:
+    except RuntimeError as error:
+        if not out_of_memory(error) or trainer.world_size > 1:
             raise  # the other ranks wait in a collective: only the end of the whole group frees them
         failure = f"out of memory: {str(error).splitlines()[0]}"
-    return {"failure": failure, "reports": trainer.history.reports}
+    cut_off = not failure and not trainer.history.over
+    return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off}
+
+
+def _restore(trainer: Any) -> bool:
+    """Go on from the newest checkpoint that is whole; whether there is one."""
+    newest = train.get_checkpoint()
+    if newest is None:
+        return False
+    for checkpoint in (newest, *(known.checkpoint for known in reversed(train.get_all_reported_checkpoints()))):
+        with checkpoint.as_directory() as directory:
+            if damage(Path(directory)) is None:
+                trainer.restore(directory)
+                return True
+    return False
 
 
 def release(everything: bool = False) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ftray.adapters.saved import CONFIG, adapter_config, same_base
 from ftray.config import UserError
+from ftray.manifest import MANIFEST, check
 from ftray.tasks import CAUSAL, FILE, TaskSpec
 from ftray.training.pack import share
 
@@ -50,19 +51,22 @@ def fetched(source: str) -> Iterator[Path]:
         try:
             filesystem, root = pyarrow.fs.FileSystem.from_uri(source)
             there = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root))}
-            for name in (CONFIG, WEIGHTS, *({FILE} & there)):
+            for name in (CONFIG, WEIGHTS, *({FILE, f"{MANIFEST}.json"} & there)):
                 pyarrow.fs.copy_files(f"{root}/{name}", f"{directory}/{name}", source_filesystem=filesystem)
         except (OSError, ValueError) as error:
             raise UserError(f"adapter {source}: can't be read: {str(error).splitlines()[0]}") from None
+        check(Path(directory), f"adapter {source}", partly=True)
+        Path(directory, f"{MANIFEST}.json").unlink(missing_ok=True)  # it holds more than was fetched
         yield Path(directory)
 
 
 def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> PeftConfig:
-    """The adapter's configuration, if the adapter is of `base_path` and for `spec`, and holds safetensors.
+    """The adapter's configuration, if the adapter is whole, of `base_path` and for `spec`, and holds safetensors.
 
     Raises:
         UserError: it does not fit; the message says why.
     """
+    check(directory, f"adapter {directory}")
     if not (directory / CONFIG).is_file():
         raise UserError(f"adapter {directory}: no PEFT adapter: it has no {CONFIG}")
     config = adapter_config(directory)

@@ -1,7 +1,5 @@
 """Checkpoints: a PEFT adapter directory beside DeepSpeed's optimiser, schedule and position."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch.distributed as dist
 
 from ftray.adapters import start
 from ftray.config import ModelConfig, UserError
+from ftray.manifest import check, seal
 from ftray.tasks import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 
@@ -39,16 +38,14 @@ def load_checkpoint(engine: Any, allocation: RankAllocation, directory: str | Pa
 
 
 def save_adapter(engine: Any, model: Any, directory: Path) -> None:
-    """Write the adapter as a plain PEFT directory; every rank must call it, rank 0 writes, aside and renamed."""
+    """Write the adapter as a plain PEFT directory with a manifest; every rank must call it, rank 0 writes."""
     import deepspeed
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
-            aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-            start.save(model, aside)
-            shutil.rmtree(directory, ignore_errors=True)
-            aside.rename(directory)
+            start.save(model, directory)
+            seal(directory)
 
 
 def is_checkpoint(directory: str | Path) -> bool:
@@ -60,8 +57,9 @@ def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     """What was trained, in float32, by name: put together from all ranks' shards, in one process.
 
     Raises:
-        UserError: a shard is missing, or it isn't a checkpoint that DeepSpeed can read.
+        UserError: it is damaged, a shard is missing, or it isn't a checkpoint that DeepSpeed can read.
     """
+    check(Path(directory), f"checkpoint {directory}")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     tag = TAG if (Path(directory) / TAG).is_dir() else (Path(directory) / "latest").read_text().strip()

@@ -64,8 +64,8 @@ class History:
         return self.reports[-1]
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs; taken right after a report."""
-        names = ("step", "tokens", "supervised_tokens", "seconds", "reports")
+        """What :meth:`restore` needs; after any step."""
+        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "_since")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -97,8 +97,10 @@ class SharedLinear(nn.Module):
             layer, _ = self.members[spans[i][0]]
             # a copy: some methods add to what they are given in place
             answer = _Answer(layer.get_base_layer(), inputs[i], multiplied[i].clone() if i in multiplied else None)
-            multiplied[i] = layer(inputs[i])
-            answer.end()
+            try:
+                multiplied[i] = layer(inputs[i])
+            finally:  # out of memory, the pack goes on without it
+                answer.end()
         return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
 
     def _multiply(

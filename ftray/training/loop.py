@@ -36,9 +36,11 @@ class Trainer:
 
     Attributes:
         measure: gives further metrics of the model at each validation, the same on all ranks; None: the loss is all.
+        noticed: whether this rank has to end soon; asked before each step, one rank's yes is enough.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
+    noticed: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: Run, samples: Callable[[], list[Batch]] | None = None):
         """`samples` are for :func:`ftray.adapters.methods.attach`."""
@@ -81,6 +83,8 @@ class Trainer:
     ) -> None:
         """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
 
+        Once a rank has `noticed` something, all return after the same step, before the last one.
+
         Args:
             batches: this rank's micro-batches from `history.step` on, as the task collates them.
             validation: gives this rank's share of the validation batches anew at each call.
@@ -90,7 +94,7 @@ class Trainer:
             Diverged: the loss became NaN or infinite.
         """
         history = self.history
-        while not history.over:
+        while not history.over and not self._sum([float(self.noticed())])[0]:
             started = time.monotonic()
             counted = self._step([next(batches) for _ in range(self.accumulation)])
             history.add(*counted, time.monotonic() - started)

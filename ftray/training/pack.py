@@ -192,19 +192,21 @@ class Pack:
             An adapter whose loss or gradient is no longer finite has a `failure`, keeps the weights that it had
             before this step and is no member any more.
 
-        Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails.
+        Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails,
+        and the others step as if it had not been there. So does one whose update is too much, in a single process.
         """
         names = list(batches)
         local = [float(n) for name in names for n in _count(self.task, batches[name])]
         counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
         # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
         weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
-        while True:
-            try:
-                losses, gradients, exhausted = self._gradients(batches, weights)
-                break
-            except torch.OutOfMemoryError:
-                self.tokens //= 2
+        before = self.tokens
+        losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights))
+        if exhausted and self.tokens < before:  # they were the reason: the others step as if those were not there
+            self.tokens = before
+            others = {name: own for name, own in batches.items() if name not in exhausted}
+            again = self._in_memory(lambda: self._gradients(others, weights))
+            losses, gradients, exhausted = losses | again[0], gradients | again[1], exhausted | again[2]
         local = []
         for name in names:
             norms = torch._foreach_norm(gradients[name]) if gradients[name] else [torch.zeros(1)]
@@ -219,13 +221,30 @@ class Pack:
                 failure = f"diverged: loss is {loss} at step {member.step + 1}"
             elif not math.isfinite(square):
                 failure = f"diverged: gradient is not finite at step {member.step + 1}"
+            if not failure:
+                try:
+                    member.update.apply(gradients.pop(name), member.step)
+                    member.step += 1
+                except RuntimeError as error:
+                    if not out_of_memory(error) or self.world_size > 1:  # other ranks may wait in a collective
+                        raise
+                    failure = f"out of memory: the update of step {member.step + 1}"
             if failure:
                 self.remove(name)
-            else:
-                member.update.apply(gradients.pop(name), member.step)
-                member.step += 1
             stepped[name] = Stepped(loss, *counts[name], failure)
         return stepped
+
+    def _in_memory(self, attempt: Callable[[], Any]) -> Any:
+        """What `attempt` makes, in passes of as many tokens as the memory has room for."""
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            self.tokens //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _gradients(
         self, batches: Mapping[str, Sequence[Batch]], weights: Mapping[str, float]
@@ -235,7 +254,7 @@ class Pack:
         The third result names those of which a micro-batch alone is too much for the memory.
 
         Raises:
-            torch.OutOfMemoryError: a pass of several adapters is.
+            RuntimeError: a pass of several adapters is; see :func:`out_of_memory`.
         """
         exhausted: set[str] = set()
         if not self.host.training:
@@ -254,8 +273,8 @@ class Pack:
             try:
                 total, parts = self._loss(units, [weights[name] for name, *_ in units])
                 flat = iter(torch.autograd.grad(total, every, allow_unused=True))
-            except torch.OutOfMemoryError:
-                if len(units) > 1:
+            except RuntimeError as error:
+                if len(units) > 1 or not out_of_memory(error):
                     raise
                 exhausted.add(units[0][0])
                 continue
@@ -266,14 +285,32 @@ class Pack:
         return losses, gradients, exhausted
 
     @torch.no_grad()
-    def losses(self, names: Sequence[str], batch: Batch) -> list[float]:
-        """The loss of each of the named adapters on this rank's `batch`, summed over its supervised tokens."""
+    def losses(self, names: Sequence[str], batch: Batch) -> list[float | None]:
+        """The loss of each of the named adapters on this rank's `batch`, summed over its supervised tokens.
+
+        None where the batch of that adapter alone is too much for the memory.
+        """
         self.host.eval()
         for name in names:
             if self.members[name].model.training:
                 self.members[name].model.eval()
-        passes = self._passes([(name, 0, batch) for name in names])
-        return [loss for units in passes for loss in self._loss(units, [1.0] * len(units))[1]]
+
+        def attempt() -> list[float | None]:
+            found: list[float | None] = []
+            for units in self._passes([(name, 0, batch) for name in names]):
+                try:
+                    found += self._loss(units, [1.0] * len(units))[1]
+                except RuntimeError as error:
+                    if len(units) > 1 or not out_of_memory(error):
+                        raise
+                    found.append(None)
+            return found
+
+        before = self.tokens
+        found = self._in_memory(attempt)
+        if None in found:
+            self.tokens = before
+        return found
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
         """All units, in order, as many to a pass as its tokens allow; never two of one adapter, none with one apart."""
@@ -318,6 +355,11 @@ class Pack:
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         self._layout[:] = [attention.layout(position_ids, self.base.device)]
         return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is that: of a GPU, or of this machine, for which PyTorch has no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def share(model: nn.Module) -> Any:

@@ -22,7 +22,7 @@ from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.engine import build_engine, join_process_group, sum_over_ranks
 from ftray.training.history import History, validation_metrics
-from ftray.training.pack import Batch, Pack, share, trainable
+from ftray.training.pack import Batch, Pack, out_of_memory, share, trainable
 from ftray.training.run import Run, accumulation_steps
 
 MOST_TOKENS = 16384  # of a pass: beyond, more rows don't make the products faster
@@ -167,24 +167,43 @@ class PackTrainer:
         Args:
             batches: this rank's share of the validation split.
         """
-        started, losses, supervised = time.monotonic(), [0.0] * len(names), 0.0
+        started, losses, supervised = time.monotonic(), dict.fromkeys(names, 0.0), 0.0
+        exhausted: set[str] = set()
         for batch in batches:
-            losses = [a + b for a, b in zip(losses, self.pack.losses(names, batch), strict=True)]
+            fit = [name for name in names if name not in exhausted]
+            for name, loss in zip(fit, self.pack.losses(fit, batch), strict=True):
+                if loss is None:
+                    exhausted.add(name)
+                losses[name] += loss or 0.0
             supervised += self.pack.task.items(batch)
-        *losses, supervised = self._sum([*losses, supervised])
+        *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
         seconds, failures = time.monotonic() - started, {}
-        for name, loss in zip(names, losses, strict=True):
+        for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
             history, engine = self.trials[name].history, self.trials[name].update.engine
-            if math.isfinite(loss):
-                started = time.monotonic()
-                metrics = validation_metrics(loss, supervised)
-                if self.measure:
-                    metrics |= self.measure(self.pack.members[name].model)
+            started, metrics = time.monotonic(), validation_metrics(loss, supervised)
+            if ran_out:
+                failures[name] = f"out of memory: validation after step {history.step}"
+            elif not math.isfinite(loss):
+                failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
+            elif reason := self._measure(name, metrics):
+                failures[name] = reason
+            else:
                 took = seconds + time.monotonic() - started
                 history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took)
-            else:
-                failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
         return failures
+
+    def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
+        """Add what `measure` gives; or why it gives nothing, on whichever rank."""
+        if self.measure is None:
+            return None
+        reason = None
+        try:
+            metrics |= self.measure(self.pack.members[name].model)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = f"out of memory: predictions after step {self.trials[name].history.step}"
+        return self.first_of_ranks(reason)
 
     def save(self, name: str, directory: str) -> None:
         """Write a trial's checkpoint; every rank calls it with its own view of the same directory."""
@@ -233,6 +252,10 @@ class PackTrainer:
         values: list[str | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return next((v for v in values if v is not None), None)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return self._sum([float(flag)])[0] > 0
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""
