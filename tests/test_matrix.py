@@ -31,7 +31,7 @@ APART = {
     **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), "adds tokens or activations"),
     **dict.fromkeys(("adaption_prompt", "full"), "trains parameters outside of the layers"),
 }
-QUICK_TASKS = ("ia3", "prefix_tuning")
+QUICK_TASKS = ("ia3", "lora, LoftQ")
 NO_TASK = {
     *(("adaption_prompt", task) for task in matrix.TASKS if not task.endswith("decoder")),
     *((v, task) for v in matrix.VARIANTS if "patterns" in v for task in matrix.TASKS if not task.endswith("decoder")),
@@ -90,16 +90,17 @@ def given(cluster, tiny_bert, tiny_llama, tiny_t5, tmp_path_factory):
 @pytest.mark.parametrize("task", matrix.TASKS)
 @pytest.mark.parametrize(
     "variant",
-    [v if v in QUICK_TASKS else pytest.param(v, marks=pytest.mark.slow) for v in matrix.VARIANTS if v != "lora, LoftQ"],
+    [v if v in QUICK_TASKS else pytest.param(v, marks=pytest.mark.slow) for v in matrix.VARIANTS],
 )
 def test_trains_saves_reloads_and_merges_for_every_task(variant, task, given, tmp_path):
     path, spec, batch = given[task]
-    wanted = matrix.run(variant, "fp32", path, spec)
+    precision = "4bit" if "LoftQ" in variant else "fp32"
+    wanted = matrix.run(variant, precision, path, spec)
     if (variant, task) in NO_TASK:
         with pytest.raises(UserError):
             matrix.cell(wanted, batch, tmp_path)
         return
-    matrix.check(matrix.cell(wanted, batch, tmp_path), "fp32", spec)
+    matrix.check(matrix.cell(wanted, batch, tmp_path), precision, spec)
 
 
 def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):

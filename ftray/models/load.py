@@ -52,7 +52,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
     dropout = _without_dropout(config)
     kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg), "attn_implementation": "sdpa"}
     if cfg.quantization != "none":
-        kwargs["quantization_config"] = _quantization(cfg)
+        kwargs["quantization_config"] = _quantization(cfg, _heads(load_skeleton(cfg, path, task)))
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     if task.labels:
         kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
@@ -124,11 +124,18 @@ def _without_dropout(config: Any) -> dict[str, float]:
     return dropout
 
 
-def _quantization(cfg: ModelConfig) -> BitsAndBytesConfig:
+def _heads(model: PreTrainedModel) -> list[str] | None:
+    """What lies beside the base model: not quantised, as it may be new and is trained; None: nothing does."""
+    base = model.base_model_prefix
+    return [name for name, _ in model.named_children() if name != base] if hasattr(model, base) else None
+
+
+def _quantization(cfg: ModelConfig, skipped: list[str] | None) -> BitsAndBytesConfig:
     if cfg.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(  # the defaults are QLoRA's, https://arxiv.org/abs/2305.14314
         load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type=cfg.quant_type,
         bnb_4bit_use_double_quant=cfg.double_quantization,
         bnb_4bit_compute_dtype=choose_dtype(cfg),
