@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 def main(url: str, prompt: str) -> None:
     options = webdriver.ChromeOptions()
-    for flag in ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=880,760"):
+    for flag in ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=880,1000"):
         options.add_argument(f"--{flag}")
     options.binary_location = shutil.which("chromium")
     with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
@@ -31,7 +31,8 @@ def main(url: str, prompt: str) -> None:
         if not shown("leaderboard"):
             browser.find_element("id", "key").send_keys(os.environ["FTRAY_API_KEY"] + Keys.TAB)
             wait.until(lambda _: shown("leaderboard"))
-        browser.find_element("id", "tokens").send_keys(Keys.CONTROL + "a", "24")
+        browser.find_element("id", "tokens").clear()
+        browser.find_element("id", "tokens").send_keys("24")
         browser.find_element("id", "prompt").send_keys(prompt, Keys.CONTROL + Keys.ENTER)
         wait.until(lambda _: shown("speed-0") and shown("speed-1"))
         browser.save_screenshot(str(Path(__file__).with_name("page.png")))
