@@ -22,7 +22,13 @@ def test_the_references_in_docs_are_what_the_code_says(capsys):
     assert capsys.readouterr().out == reference()
 
 
-SPECIAL = {"data.template": "ask {prompt}", "adapter.method": "ia3", "data.max_length": 77, "search.space": "lora"}
+SPECIAL = {
+    "search.trackers": ["mlflow"],
+    "data.template": "ask {prompt}",
+    "adapter.method": "ia3",
+    "data.max_length": 77,
+    "search.space": "lora",
+}
 
 
 def another(field: str):

@@ -210,7 +210,7 @@ def test_an_adapter_is_read_from_its_directory(tmp_path, method):
     [
         (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "can run code"),
         (lambda d: (d / "adapter_config.json").unlink(), "no PEFT adapter"),
-        (lambda d: (d / "adapter_config.json").write_text("{"), "not valid"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "can't read its adapter_config.json"),
         (lambda d: edit(d, '"models/a"', '"models/other"'), "made for the base model models/other"),
         (lambda d: edit(d, '"CAUSAL_LM"', '"SEQ_CLS"'), "its task is SEQ_CLS"),
         (lambda d: edit(d, '"r": 4', '"r": 5'), "does not fit"),
