@@ -193,7 +193,7 @@ def shown(url: str | urllib.request.Request) -> dict:
     deadline = time.monotonic() + 120
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 return json.load(answer)
         except urllib.error.URLError:
             if time.monotonic() > deadline:
