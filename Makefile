@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m ftray.tune --config examples/demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -209,7 +209,7 @@ def test_a_second_search_on_the_same_output_is_refused(searched, words, tiny_lla
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("pack", "trials", "steps"), [("auto", 16, 150), ("off", 5, 18)])
+@pytest.mark.parametrize(("pack", "trials", "steps"), [("auto", 6, 150), ("off", 3, 18)])
 def test_a_killed_search_resumes_without_running_a_finished_trial_again(
     tmp_path, words, tiny_llama, pack, trials, steps
 ):
