@@ -103,6 +103,23 @@ def test_trains_saves_reloads_and_merges_for_every_task(variant, task, given, tm
     matrix.check(matrix.cell(wanted, batch, tmp_path), precision, spec)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", matrix.TASKS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", matrix.PRECISIONS)
+@pytest.mark.parametrize("variant", matrix.VARIANTS)
+def test_the_cross_product(variant, precision, stage, task, given, tmp_path):
+    path, spec, batch = given[task]
+    wanted = matrix.run(variant, precision, path, spec, zero_stage=stage)
+    try:
+        try_on(wanted.adapter, load_skeleton(wanted.model, path, spec), wanted.model, wanted.training)
+    except UserError:
+        with pytest.raises(UserError):
+            matrix.cell(wanted, batch, tmp_path)
+        return
+    matrix.check(matrix.cell(wanted, batch, tmp_path), precision, spec)
+
+
 def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
     variants = [v for v in matrix.VARIANTS if v not in ("lora, LoftQ", "adalora")]  # 4-bit; in test_pack.py
     base = load_base(matrix.PRECISIONS["fp32"][0], tiny_llama)

@@ -217,7 +217,8 @@ def attach(
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    norms = [p for p in model.parameters() if len(getattr(p, "ds_shape", ())) == 1]  # PEFT copies them for ln_tuning
+    copied = [m for m in model.modules() if adapter.method == "ln_tuning" and "Norm" in type(m).__name__]
+    norms = [p for module in copied for p in module.parameters(recurse=False)]
     with torch.random.fork_rng(), gather_params_ctx(norms):
         torch.manual_seed(seed)
         start.before(model, config)
