@@ -26,9 +26,9 @@ def run(cfg: Config) -> int:
     from ftray.adapters.combine import check_combination, combine
     from ftray.adapters.merge import save_merged, save_model
     from ftray.adapters.saved import base_of, find_adapter, saved_task
-    from ftray.manifest import publish
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
+    from ftray.storage import written
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
     output = _output(cfg)
@@ -60,10 +60,9 @@ def run(cfg: Config) -> int:
         if cfg.merge.form == "model":
             save_merged(cfg.model, base, one, output, task)
         else:
-            aside = Path(scratch, "output")
-            shutil.copytree(one, aside)
-            load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(aside)
-            publish(aside, output)
+            with written(output) as made:
+                shutil.copytree(one, made, dirs_exist_ok=True)
+                load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(made)
     print(f"{cfg.merge.form} {output}")
     return 0
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, UserError
-from ftray.storage import Location, Stored, fetched, located, reason, written
+from ftray.storage import Location, Stored, fetched, located, reason
 from ftray.tasks import TaskSpec
 
 
@@ -239,14 +239,14 @@ def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     del model, base
     merged: dict[str, Any] = {"path": str(place)}
     try:
-        with written(place) as made:
-            save_merged(cfg.model, job.model_path, adapter, made, data.task)
-            if cfg.model.quantization != "none":
-                whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
-                quick = cfg.evaluation.model_copy(update={"generate": False})
-                merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
+        save_merged(cfg.model, job.model_path, adapter, place, data.task)
     except UserError as error:
         merged = {"reason": str(error)}
+    if cfg.model.quantization != "none" and "path" in merged:
+        with fetched(place) as made:
+            whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
+        quick = cfg.evaluation.model_copy(update={"generate": False})
+        merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
         "new_modules": new,

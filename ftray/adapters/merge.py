@@ -1,6 +1,5 @@
 """From adapter and base to one plain transformers model."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig, UserError
-from ftray.manifest import publish
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
+from ftray.storage import Location, located, written
 from ftray.tasks import CAUSAL, TaskSpec
 
 
@@ -34,7 +33,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def save_merged(
-    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Path, task: TaskSpec = CAUSAL
+    cfg: ModelConfig, base_path: str, adapter: str | Path, output: str | Location, task: TaskSpec = CAUSAL
 ) -> None:
     """Merge the adapter directory into the base and write a plain transformers directory with tokenizer.
 
@@ -50,11 +49,9 @@ def save_merged(
     save_model(merged, load_tokenizer(base_path, cfg.trust_remote_code), cfg, output)
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output: str | Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output: str | Location) -> None:
     """Write `model`, in the dtype of :func:`choose_dtype`, as a plain transformers directory, whole or not at all."""
     model.config.use_cache = True
-    output = Path(output)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    model.to(choose_dtype(cfg)).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    publish(aside, output)
+    with written(located(str(output))) as made:
+        model.to(choose_dtype(cfg)).save_pretrained(made)
+        tokenizer.save_pretrained(made)
