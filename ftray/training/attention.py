@@ -132,9 +132,9 @@ def _attend(
     """Attention by plain products: query [N, heads, L, d], key and value [N, groups, L, d], mask [L, L]."""
     n, heads, length, size = query.shape
     groups = key.shape[1]
-    folded = query.reshape(n, groups, heads // groups * length, size)
+    folded = (query * (scaling or size**-0.5)).reshape(n, groups, heads // groups * length, size)
     scores = (folded @ key.transpose(-1, -2)).view(n, groups, heads // groups, length, length)
-    scores = (scores * (scaling or size**-0.5)).masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return (weights.view(n, groups, -1, length) @ value).view(query.shape)
 

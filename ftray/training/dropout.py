@@ -1,30 +1,52 @@
 """Randomness that depends on a run's seed and position alone: not on who trains beside it, nor on recomputation."""
 
+import math
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-STEPS = 2**16  # of a dropout's share: 16 random bits an element
-
 
 class Dropout(nn.Module):
-    """`nn.Dropout` on fewer random bits: on a CPU, drawing them takes most of its time."""
+    """`nn.Dropout` that, on a CPU, draws a number for each element that it drops, not for each that there is.
+
+    Attributes:
+        scale: what is kept times this keeps the mean.
+    """
 
     def __init__(self, p: float):
         super().__init__()
-        self.p = p
+        self.p, self.scale = p, 1 / (1 - p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.mask(x.shape, x.device).to(x.dtype) if self.training else x
+        if not self.training:
+            return x
+        mask = torch.full(x.shape, self.scale, dtype=x.dtype, device=x.device)
+        return x * zero(mask, self.draw(x.shape, x.device))
 
-    def mask(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """Float32 of `shape`: 0 with probability `p` (to within 1/65536), else what keeps the mean at 1."""
-        bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-        dropped = round(self.p * STEPS)
-        kept = bits.view(torch.int16)[: shape.numel()].view(shape) >= dropped - STEPS // 2
-        return kept * (STEPS / (STEPS - dropped))
+    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """What is dropped of a tensor of `shape`, each element with probability `p`: for :func:`zero`.
+
+        Between two that are dropped lies a number of others with a geometric distribution. On a GPU it would have to
+        be waited for how many there are: there, all are drawn.
+        """
+        if device.type != "cpu":
+            return torch.rand(shape, device=device) < self.p
+        mean = shape.numel() * self.p
+        enough = int(mean + 10 * math.sqrt(mean) + 30)  # ten standard deviations
+        gaps = torch.empty(enough).exponential_(-math.log1p(-self.p)).long()
+        places = (gaps + 1).cumsum(0) - 1
+        return places[: torch.searchsorted(places, shape.numel())]
+
+
+def zero(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set to 0, in `x` itself, what is `dropped`: flat places in its first rows, int64, or a mask of those rows."""
+    if dropped.dtype is torch.bool:
+        x[: len(dropped)].masked_fill_(dropped, 0.0)
+    else:
+        x.view(-1).index_fill_(0, dropped, 0.0)
+    return x
 
 
 class Draws:

@@ -149,8 +149,8 @@ def _update(layer: BaseTunerLayer, draws: Draws, rows: int) -> Update | None:
         scaling = layer.scaling[name] / float(layer.ranknum[name] + 1e-5)
     else:
         return None
-    dropout, mask = layer.lora_dropout[name], None
+    dropout, dropped = layer.lora_dropout[name], None
     if isinstance(dropout, Dropout) and layer.training:
         draws.begin(layer)
-        mask = dropout.mask(torch.Size([rows, a.shape[1]]), a.device)
-    return Update(a, b, scaling, mask)
+        dropped, scaling = dropout.draw(torch.Size([rows, a.shape[1]]), a.device), scaling * dropout.scale
+    return Update(a, b, scaling, dropped)

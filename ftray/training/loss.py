@@ -82,13 +82,12 @@ class HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS // head.weight.shape[0])
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
-            logits, target = head(hidden[part]).float(), targets[part, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+            logs, target = F.log_softmax(head(hidden[part]), -1, dtype=torch.float32), targets[part, None]
+            found = logs.gather(1, target)
+            losses[part] = -found.squeeze(1)
             if gradient is not None:
-                probabilities = logits.sub_(normaliser).exp_()
-                probabilities.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
-                gradient[part] = probabilities.mul_(weights[part, None]).to(hidden.dtype) @ head.weight
+                errors = logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0))
+                gradient[part] = (errors.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses

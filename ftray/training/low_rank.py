@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+
+from ftray.training.dropout import zero
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one adapter adds to a layer: `scaling * (mask * x) Aᵀ Bᵀ`.
+    """What one adapter adds to a layer: `scaling * x Aᵀ Bᵀ`, with some elements of x taken for zero.
 
     Attributes:
         a, b: [rank, in] and [out, rank], float32.
-        mask: dropout of the adapter's rows, float32 [rows, in]; None: nothing is dropped.
+        dropped: which elements of the adapter's rows [rows, in], see :func:`ftray.training.dropout.zero`; None: none.
+            What keeps the mean is a part of `scaling`.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    mask: torch.Tensor | None
+    dropped: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,21 @@ class Grid:
         members: which of the adapters.
         lengths: rows of each, at most L.
         rows: int64 [R], those rows in the batch; None: all rows of the batch, in order.
-        places: int64 [R], where each lies in the grid, whose other places are zero; None: the grid is full.
+        chosen: int64 [K * L], the row at each place, an adapter's last one where it has no more; None: as they come.
+        places, padding: int64, which places are rows' and which are not; None: all are.
     """
 
     members: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: torch.Tensor | None
+    chosen: torch.Tensor | None
     places: torch.Tensor | None
+    padding: torch.Tensor | None
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
         """[T, n] to [K, L, n], in :func:`precision`."""
-        chosen = (x if self.rows is None else x.index_select(0, self.rows)).to(precision(x))
-        size = len(self.lengths), max(self.lengths), x.shape[1]
-        if self.places is None:
-            return chosen.view(size)
-        return chosen.new_zeros(size[0] * size[1], size[2]).index_copy_(0, self.places, chosen).view(size)
+        laid = x if self.chosen is None else x.index_select(0, self.chosen)
+        return laid.to(precision(x)).view(len(self.lengths), max(self.lengths), x.shape[1])
 
     def collect(self, grid: torch.Tensor) -> torch.Tensor:
         """[K, L, n] to [R, n]."""
@@ -68,13 +70,21 @@ def grids(spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> 
     found = []
     for members in alike.values():
         lengths = tuple(spans[i][1] - spans[i][0] for i in members)
+        own = [torch.arange(*spans[i]) for i in members]
         whole = sum(lengths) == rows  # spans don't overlap and come in order
-        chosen = None if whole else torch.cat([torch.arange(*spans[i]) for i in members]).to(device)
-        places = None
-        if len(set(lengths)) > 1:
-            starts = range(0, len(lengths) * max(lengths), max(lengths))
-            places = torch.cat([torch.arange(n) + at for n, at in zip(lengths, starts, strict=True)]).to(device)
-        found.append(Grid(tuple(members), lengths, chosen, places))
+        even = len(set(lengths)) == 1
+        inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        laid = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])
+        found.append(
+            Grid(
+                tuple(members),
+                lengths,
+                None if whole else torch.cat(own).to(device),
+                None if whole and even else laid.flatten().to(device),
+                None if even else inside.flatten().nonzero().squeeze(1).to(device),
+                None if even else (~inside).flatten().nonzero().squeeze(1).to(device),
+            )
+        )
     return found
 
 
@@ -101,17 +111,17 @@ class AddLowRank(torch.autograd.Function):
         saved: list[torch.Tensor] = []
         for grid in layout:
             mine = [updates[i] for i in grid.members]
-            a = pad_sequence([u.a.detach().to(precision(x)) for u in mine], True)  # [K, R, in]
-            b = pad_sequence([(u.b.detach().T * u.scaling).to(precision(x)) for u in mine], True)  # [K, R, out]
-            hidden = _given(x[0], grid, mine) @ a.transpose(1, 2)
+            a, b = _together(mine, precision(x))
+            scaling = torch.tensor([u.scaling for u in mine], dtype=a.dtype).to(x.device)[:, None, None]
+            hidden = (_given(x[0], grid, mine) @ a.transpose(1, 2)).mul_(scaling)
             if grid.rows is None and grid.places is None and y.dtype is torch.bfloat16:
-                y[0].view(*hidden.shape[:2], -1).baddbmm_(hidden, b)
+                y[0].view(*hidden.shape[:2], -1).baddbmm_(hidden, b.transpose(1, 2))
             elif grid.rows is None:
-                y[0].add_(grid.collect(hidden @ b))
+                y[0].add_(grid.collect(hidden @ b.transpose(1, 2)))
             else:
-                added = y[0].index_select(0, grid.rows) + grid.collect(hidden @ b)
+                added = y[0].index_select(0, grid.rows) + grid.collect(hidden @ b.transpose(1, 2))
                 y[0].index_copy_(0, grid.rows, added.to(y.dtype))
-            saved += [a, b, hidden]
+            saved += [a, b, scaling, hidden]
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, *saved)
         ctx.layout, ctx.updates = layout, updates
@@ -122,16 +132,17 @@ class AddLowRank(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         inner: torch.Tensor | None = None
         gradients: list[Any] = [None] * (2 * len(ctx.updates))
-        for grid, a, b, hidden in zip(ctx.layout, saved[::3], saved[1::3], saved[2::3], strict=True):
+        for grid, a, b, scaling, hidden in zip(ctx.layout, *(saved[i::4] for i in range(4)), strict=True):
             mine = [ctx.updates[i] for i in grid.members]
             outer = grid.lay_out(gradient[0])
-            dh = outer @ b.transpose(1, 2)
-            da = dh.transpose(1, 2) @ _given(x[0], grid, mine)
-            db = outer.transpose(1, 2) @ hidden
+            if grid.padding is not None:
+                outer.flatten(0, 1).index_fill_(0, grid.padding, 0.0)
+            dh = (outer @ b).mul_(scaling)
+            da = (dh.transpose(1, 2) @ _given(x[0], grid, mine)).float()
+            db = (outer.transpose(1, 2) @ hidden).float()
             for k, (i, update) in enumerate(zip(grid.members, mine, strict=True)):
                 rank = len(update.a)
-                gradients[2 * i] = da[k, :rank].float()
-                gradients[2 * i + 1] = db[k, :, :rank].float() * update.scaling
+                gradients[2 * i], gradients[2 * i + 1] = da[k, :rank], db[k, :, :rank].contiguous()
             if ctx.needs_input_grad[0]:
                 part = dh @ a
                 _drop(part, mine)
@@ -143,9 +154,21 @@ class AddLowRank(torch.autograd.Function):
         return gradient, inner if inner is None else inner[None], None, None, *gradients
 
 
+def _together(updates: list[Update], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """All A as [K, R, in] and all B as [K, out, R]: a handful of calls, however many adapters."""
+    ranks = [len(u.a) for u in updates]
+    make = torch.empty if len(set(ranks)) == 1 else torch.zeros
+    first = updates[0]
+    a = make(len(ranks), max(ranks), first.a.shape[1], dtype=dtype, device=first.a.device)
+    b = make(len(ranks), first.b.shape[0], max(ranks), dtype=dtype, device=first.a.device)
+    places = [a[k, :rank] for k, rank in enumerate(ranks)] + [b[k, :, :rank] for k, rank in enumerate(ranks)]
+    torch._foreach_copy_(places, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
+    return a, b
+
+
 def _given(x: torch.Tensor, grid: Grid, updates: list[Update]) -> torch.Tensor:
     given = grid.lay_out(x)
-    if any(update.mask is not None for update in updates) and given.data_ptr() == x.data_ptr():
+    if any(update.dropped is not None for update in updates) and given.data_ptr() == x.data_ptr():
         given = given.clone()
     _drop(given, updates)
     return given
@@ -153,5 +176,5 @@ def _given(x: torch.Tensor, grid: Grid, updates: list[Update]) -> torch.Tensor:
 
 def _drop(grid: torch.Tensor, updates: list[Update]) -> None:
     for rows, update in zip(grid, updates, strict=True):
-        if update.mask is not None:
-            rows[: len(update.mask)].mul_(update.mask)
+        if update.dropped is not None:
+            zero(rows, update.dropped)
