@@ -88,7 +88,7 @@ def sampler(trials: int, directory: Path) -> list[dict[str, float]]:
     from ftray.search.space import load_space
 
     journal = directory / "study.log"
-    made = Sampler(load_space("methods"), settings(trials), BUDGET, journal)
+    made = Sampler(load_space("methods"), settings(trials), BUDGET, journal, lambda: trials)
     marks = sorted({max(16, trials // part) for part in (20, 4, 2, 1)})
     rows, suggestions, reports, running = [], [], [], []
     for number in range(trials):

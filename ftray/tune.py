@@ -31,7 +31,7 @@ def run(cfg: Config) -> int:
         return show_plan(cfg, space, model_path)
     from ftray.search.cluster import connect, end_with_ray
     from ftray.search.definition import is_full, sole_driver, write_definition
-    from ftray.search.experiment import Broken
+    from ftray.search.exchange import Broken
     from ftray.search.jobs import announce
     from ftray.search.outcome import JOURNAL
     from ftray.search.preemption import ending_on_sigterm

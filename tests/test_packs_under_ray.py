@@ -13,7 +13,7 @@ from ftray.search.exchange import Board
 
 def test_a_board_gives_room_away_and_takes_it_back():
     async def play() -> None:
-        board = Board()
+        board = Board(4)
         await board.ready(0, 2)
         for number in range(3):
             await board.enter(number, {"number": number})
@@ -46,6 +46,33 @@ def test_a_board_gives_room_away_and_takes_it_back():
         await board.close("over")
         assert (await board.orders(0, {}, {}))["close"]
         assert await reading[3] == {"closed": "over"}
+
+    asyncio.run(play())
+
+
+def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
+    async def play() -> None:
+        board = Board(3)
+        await board.ready(0, 3)
+        for number in (0, 1):
+            await board.enter(number, {"number": number})
+        reading = [asyncio.create_task(board.next(number, 0)) for number in (0, 1)]
+        orders = asyncio.create_task(board.orders(0, {}, {}))
+        await asyncio.sleep(0.1)
+        assert not orders.done()  # a third is to come
+        await board.enter(2, {"number": 2})
+        await asyncio.sleep(0.1)
+        assert not orders.done()  # and says at once that it may train
+        reading.append(asyncio.create_task(board.next(2, 0)))
+        assert (await orders)["run"] == [0, 1, 2]
+        assert (await board.orders(0, {}, {}))["run"] == [0, 1, 2]  # between two rungs nobody is waited for
+        await asyncio.sleep(0.5)  # a step
+        orders = asyncio.create_task(board.orders(0, {n: [{"step": 5}] for n in range(3)}, {}))
+        await asyncio.gather(*reading)
+        reading = [asyncio.create_task(board.next(1, 1))]
+        await asyncio.sleep(0)
+        assert (await asyncio.wait_for(orders, 0.5))["run"] == [1]  # not for longer than half of what a step takes
+        reading[0].cancel()
 
     asyncio.run(play())
 

@@ -81,7 +81,7 @@ def test_locate_tells_inside_from_outside():
 
 
 def make_sampler(path, space="quick", **training) -> Sampler:
-    return Sampler(load_space(space), make_config(**training), 100, path / "study.log")
+    return Sampler(load_space(space), make_config(**training), 100, path / "study.log", lambda: 100)
 
 
 def make_config(**training) -> Config:
@@ -95,6 +95,16 @@ def test_the_default_configuration_comes_first_and_is_learnt_from_where_the_spac
         assert sampler.suggest("t0")["adapter"] == BASELINE
         assert bool(sampler._ot_study.trials[0].params) is learnt
         assert sampler.suggest("t1")["number"] == 1
+
+
+def test_no_more_trials_than_there_is_room_for(tmp_path):
+    room = [2]
+    sampler = Sampler(load_space("quick"), make_config(), 100, tmp_path / "study.log", lambda: room[0])
+    assert [bool(sampler.suggest(name)) for name in "abc"] == [True, True, False]
+    room[0] = 3  # a pack is ready, and takes more
+    assert sampler.suggest("c")["number"] == 2
+    sampler.on_trial_complete("a", error=True)
+    assert [bool(sampler.suggest(name)) for name in "de"] == [True, False]
 
 
 def test_suggestions_depend_on_the_seed_and_results_alone(tmp_path):

@@ -221,7 +221,7 @@ def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path, m
     (tmp_path / "space.yaml").write_text(SPACE)
     space = load_space(str(tmp_path / "space.yaml"))
     journal = output / "study.log"
-    sampler = Sampler(space, cfg, 100, journal)
+    sampler = Sampler(space, cfg, 100, journal, lambda: 3)
     assert sampler.suggest("a")["number"] == 0
     ask_to_stop(journal, 0)
     added = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.002}}

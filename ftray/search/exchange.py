@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,15 @@ import ray
 from ray import tune
 
 PATIENCE = 5.0  # seconds that an idle pack waits for orders before it asks again
+COMPANY = 5.0  # seconds, at most, that one with something to do waits for trials that are about to be there too
 
 
 class TrialFailed(RuntimeError):
     """A trial gives no result, however often it is run again; the message is the reason."""
+
+
+class Broken(RuntimeError):
+    """The search can't go on in this process, but from its journal; the message says why."""
 
 
 class PacksGone(RuntimeError):
@@ -46,12 +52,14 @@ class Board:
     or keep that of a trial that is over for one that is yet to come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trials: int) -> None:
+        self.trials = trials  # that are still to come in all
         self.entries: dict[int, Entry] = {}
         self.over: set[int] = set()
         self.left: dict[int, set[int]] = {}  # by pack
         self.capacities: dict[int, int] = {}
         self.closed: str | None = None  # the reason
+        self._sent: dict[int, float] = {}  # by pack, when it had its last orders
         self._changed = asyncio.Condition()
 
     async def enter(self, number: int, config: dict[str, Any]) -> None:
@@ -130,7 +138,10 @@ class Board:
             `join` (number to configuration), `leave` (numbers), `run` (those of its trials that may train on), `report`
             (those of them that report after one step) and `close`. It waits a while for something to do.
         """
+        clock = asyncio.get_running_loop().time
         async with self._changed:
+            took = clock() - self._sent.get(pack, -math.inf)
+            changes = bool(reports or failures or self._waiting())
             for number in reports.keys() & self.entries.keys():
                 entry = self.entries[number]
                 entry.reports += reports[number][len(entry.reports) :]
@@ -140,6 +151,9 @@ class Board:
             self._changed.notify_all()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._work(pack)), PATIENCE)
+            if changes or self._waiting():  # a step of a few costs nearly as much as one of all
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait_for(lambda: self._complete(pack)), min(COMPANY, took / 2))
             mine = {number: entry for number, entry in self.entries.items() if entry.pack == pack}
             room = self.capacities[pack] - sum(not entry.failure for entry in mine.values())
             join = dict([(n, e) for n, e in self.entries.items() if e.pack is None][: max(0, room)])
@@ -147,6 +161,7 @@ class Board:
                 entry.pack = pack
             leave = self.left.pop(pack, set())
             run = [n for n, e in (mine | join).items() if len(e.reports) < e.wanted and not e.failure]
+            self._sent[pack] = clock()
             return {
                 "join": {number: entry.config for number, entry in join.items()},
                 "leave": leave,
@@ -155,8 +170,17 @@ class Board:
                 "close": self.closed is not None,
             }
 
+    def _waiting(self) -> bool:
+        return any(entry.pack is None for entry in self.entries.values())
+
+    def _complete(self, pack: int) -> bool:
+        """Whether all trials that the pack has, or has room for, may train."""
+        mine = [e for e in self.entries.values() if e.pack in (pack, None) and not e.failure]
+        to_come = len(mine) < self.capacities[pack] and len(self.over | self.entries.keys()) < self.trials
+        return bool(self.closed or not (to_come or any(len(e.reports) >= e.wanted for e in mine)))
+
     def _work(self, pack: int) -> bool:
-        waiting = any(entry.pack is None for entry in self.entries.values())
+        waiting = self._waiting()
         mine = [e for e in self.entries.values() if e.pack == pack and not e.failure]
         runs = any(len(entry.reports) < entry.wanted for entry in mine)
         return bool(self.closed or runs or pack in self.left or (waiting and len(mine) < self.capacities[pack]))

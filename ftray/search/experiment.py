@@ -1,7 +1,9 @@
 """The search itself: Ray Tune over Optuna's suggestions, weak trials stopped early, everything resumable."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 from ftray.config import Config
 from ftray.data import TokenizedData
 from ftray.search.definition import is_full, packable
-from ftray.search.exchange import Leaving, PacksGone, StandIn, TrialFailed
+from ftray.search.exchange import Broken, Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.packed import packs
 from ftray.search.preemption import notice
@@ -75,10 +77,6 @@ class Reports(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
-class Broken(RuntimeError):
-    """The search can't go on in this process, but from its journal; the message says why."""
-
-
 class TrialEnd(tune.Callback):
     """Frees the workers of a trial soon after it was stopped, and says why a failed one failed."""
 
@@ -128,18 +126,19 @@ def search(job: Job, space: Space, output: Location, callbacks: list[tune.Callba
     if cfg.search.pack == "off" or not shared:
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
         with notice():
-            _tune(trainable, trials_that_fit(job), job, space, output, callbacks, past, None)
+            fit = trials_that_fit(job)
+            _tune(trainable, lambda: fit, job, space, output, callbacks, past, None)
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
-    with packs(job, experiment) as (board, capacity):
+    with packs(job, experiment, cfg.search.trials - len(past)) as (board, room):
         trainable = tune.with_parameters(StandIn, board=board)
-        _tune(trainable, capacity, job, space, output, [*callbacks, Leaving(board)], past, board)
+        _tune(trainable, lambda: room.trials, job, space, output, [*callbacks, Leaving(board)], past, board)
 
 
 def _tune(
     trainable: Any,
-    fit: int,
+    room: Callable[[], int],
     job: Job,
     space: Space,
     output: Location,
@@ -148,7 +147,9 @@ def _tune(
     board: Any | None,
 ) -> None:
     cfg = job.config
-    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL)
+    # Tune would start one trial's process after the other; `room` says how many there may be
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
+    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, room)
     requests = Requests(sampler, board)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
@@ -157,7 +158,6 @@ def _tune(
             search_alg=sampler,
             scheduler=scheduler(cfg, job.budget(), past),
             num_samples=cfg.search.trials - len(past),
-            max_concurrent_trials=cfg.search.concurrency or fit,
             reuse_actors=cfg.search.pack != "off",
             time_budget_s=cfg.search.time_budget,
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),

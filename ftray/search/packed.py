@@ -21,7 +21,7 @@ from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
 from ftray.manifest import MANIFEST, publish, seal
-from ftray.search.exchange import Board
+from ftray.search.exchange import Board, Broken
 from ftray.search.metrics import PackMetrics
 from ftray.search.outcome import PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.preemption import noticed
@@ -33,6 +33,7 @@ from ftray.training.run import Run, micro_batch_size
 
 MOST_TRIALS = 32  # that a pack takes by itself
 STAND_INS_PER_CPU = 4  # each trial is a process too, if a light one: starting hundreds would take longer than training
+EARLY = 8  # trials whose processes start while the packs load
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,57 @@ class Place:
     experiment: Location
 
 
+@dataclass
+class Room:
+    """How many trials all packs take at once: a guess until one is ready."""
+
+    trials: int
+
+    def measure(self, board: Any, packs: int) -> None:
+        """Wait for the first pack."""
+        with suppress(ray.exceptions.RayError, RuntimeError):  # none comes: who waits for it is told by the board
+            self.trials = ray.get(board.capacity.remote(packs))
+            print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)
+
+
 @contextmanager
-def packs(job: Job, experiment: Location) -> Iterator[tuple[Any, int]]:
-    """The board of as many packs as the cluster has room for, and the trials that they take at once.
+def packs(job: Job, experiment: Location, trials: int) -> Iterator[tuple[Any, Room]]:
+    """The board, for `trials` to come, of as many packs as the cluster has room for; they load while Tune starts.
 
     Raises:
-        UserError: they did not start; the message says why.
+        UserError: none of them started; the message says why.
     """
     count = packs_that_fit(job)
     # beside the driver: then no other node's loss ends the search
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+    board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(trials)
     places = [Place(job, board, i, experiment) for i in range(count)]
     groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
-    for group in groups:
-        group.start()
+    room = Room(min(EARLY, count * most_trials(job)))
+    for thread in (*groups, threading.Thread(target=room.measure, args=(board, count), daemon=True)):
+        thread.start()
     try:
-        try:
-            capacity = ray.get(board.capacity.remote(count))
-        except RuntimeError as error:
-            raise UserError(f"no pack could start: {last_line(error)}") from None
-        print(f"packed: {count} worker group(s), {capacity} trials at once", flush=True)
-        yield board, capacity
+        yield board, room
+    except Broken as error:
+        with suppress(ray.exceptions.RayActorError):
+            if not ray.get(board.ready_packs.remote()):
+                raise UserError(f"no pack could start: {error}") from None
+        raise
     finally:
         with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
             ray.get(board.close.remote("the search is over"))
             for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
                 groups[index].join()
+
+
+def most_trials(job: Job) -> int:
+    """That a pack takes, whatever its memory has room for."""
+    search = job.config.search
+    if isinstance(search.pack, int):
+        return search.pack
+    useful = -(-search.trials // 2)  # the other half is suggested in the light of these
+    useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
+    return min(useful, search.concurrency or useful)
 
 
 def packs_that_fit(job: Job) -> int:
@@ -153,12 +178,10 @@ class Group:
 
     def measured_capacity(self) -> int:
         """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
-        search = self.place.job.config.search
         probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
         fit = self.trainer.fit_memory(probe, next(iter(self._batches(probe, 0))))
-        useful = -(-search.trials // 2)  # the other half is suggested in the light of these
-        useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
-        return search.pack if isinstance(search.pack, int) else min(fit, useful, search.concurrency or useful)
+        most = most_trials(self.place.job)
+        return most if isinstance(self.place.job.config.search.pack, int) else min(fit, most)
 
     def train(self) -> bool:
         """Until the board closes (true), or a rank's process has not long to live (false).

@@ -1,6 +1,8 @@
 """Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
 
+import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,9 @@ class Sampler(OptunaSearch):
     learns from it; otherwise it is in the study without parameters.
     """
 
-    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location):
+    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, room: Callable[[], int]):
+        """`room` gives the trials that may run at once, which may change."""
+        self.room, self._live = room, set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
@@ -121,7 +125,11 @@ class Sampler(OptunaSearch):
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
         Trials that the journal holds as running come first: whoever ran them is gone. Then those that were added.
+        None while there is no room.
         """
+        if len(self._live) >= min(self.room(), self.cfg.search.concurrency or math.inf):
+            return None
+        self._live.add(trial_id)
         study = self._ot_study
         if self._unfinished:
             trial = optuna.trial.Trial(study, self._unfinished.pop(0)._trial_id)
@@ -159,6 +167,7 @@ class Sampler(OptunaSearch):
 
         A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
         """
+        self._live.discard(trial_id)
         if error or not result or self.metric not in result or trial_id in self._completed_trials:
             return
         self.on_trial_result(trial_id, result)
