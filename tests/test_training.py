@@ -18,13 +18,15 @@ from ftray.adapters.start import SAMPLES
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig, UserError
 from ftray.data.stream import batches, batches_in_order
 from ftray.models.load import load_base
-from ftray.training.loop import Diverged, Trainer
-from ftray.training.run import Run, accumulation_steps
+from ftray.training.alone import Alone
+from ftray.training.loop import Trainer
+from ftray.training.run import Failed, Run, accumulation_steps
 
 FP32 = ModelConfig(dtype="fp32")
 LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
 EVA = {**LORA, "init": "eva"}
 ADALORA = {"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}
+PREFIX = {"method": "prefix_tuning", "virtual_tokens": 5}
 STEPS, AT = 8, (2, 5, 8)
 
 
@@ -77,8 +79,8 @@ def plain_loop(run: Run, data, samples=None) -> list[tuple[int, float, float]]:
     return reports
 
 
-def with_trainer(run: Run, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None):
-    trainer = Trainer(run)
+def with_trainer(run: Run, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None, make=Trainer):
+    trainer = make(run)
     if resume_from:
         trainer.restore(resume_from)
     rows = run.training.micro_batch or run.training.batch_size
@@ -128,13 +130,27 @@ def test_one_process_equals_a_plain_loop(tiny_llama, data, adapter, training):
 
 
 @pytest.mark.parametrize(
-    "training", [{}, {"zero_stage": 2}, {"zero_stage": 3}, {"gradient_checkpointing": True}], ids=str
+    ("make", "training"),
+    [
+        (Alone, {}),
+        (Alone, {"zero_stage": 2}),
+        (Alone, {"gradient_checkpointing": True}),
+        (Trainer, {}),
+        (Trainer, {"zero_stage": 3}),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
-def test_a_resumed_run_reproduces_an_undisturbed_one(tiny_llama, data, tmp_path, adapter, training):
+def test_a_resumed_run_reproduces_an_undisturbed_one(tiny_llama, data, tmp_path, adapter, make, training):
     run = make_run(tiny_llama, {**adapter, "dropout": 0.1}, **training)
-    whole = with_trainer(run, data, save_at=(5, str(tmp_path)))
-    assert_same(with_trainer(run, data, resume_from=str(tmp_path))[-1:], whole[-1:], 1e-7)
+    whole = with_trainer(run, data, save_at=(5, str(tmp_path)), make=make)
+    assert_same(with_trainer(run, data, resume_from=str(tmp_path), make=make)[-1:], whole[-1:], 1e-7)
+
+
+@pytest.mark.parametrize("adapter", [LORA, ADALORA, PREFIX], ids=["lora", "adalora", "prefix"])
+def test_a_pack_of_one_equals_the_loop_that_zero_3_needs(tiny_llama, data, adapter):
+    run = make_run(tiny_llama, adapter, micro_batch=4)
+    assert_same(with_trainer(run, data, make=Alone), with_trainer(run, data), 1e-5)
 
 
 def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
@@ -151,11 +167,12 @@ def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
     torch.testing.assert_close(again.eval()(**inputs).logits, trainer.engine(**inputs).logits, rtol=0, atol=1e-6)
 
 
-def test_a_run_that_diverges_says_so(tiny_llama, data):
+@pytest.mark.parametrize("make", [Alone, Trainer])
+def test_a_run_that_diverges_says_so(tiny_llama, data, make):
     run = make_run(tiny_llama)
     run.training.learning_rate = 1e30
-    with pytest.raises(Diverged, match=r"loss .*(nan|inf).* step"):
-        with_trainer(run, data)
+    with pytest.raises(Failed, match=r"diverged: .*loss .*(nan|inf).* step"):
+        with_trainer(run, data, make=make)
 
 
 def test_batch_size_must_be_divisible():
@@ -164,7 +181,7 @@ def test_batch_size_must_be_divisible():
 
 
 def test_training_imports_no_ray():
-    code = "import sys, ftray.training.loop; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
+    code = "import sys, ftray.training.alone; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
 

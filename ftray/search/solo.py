@@ -23,7 +23,7 @@ from ftray.manifest import damage, seal
 from ftray.search.preemption import HeedSigterm, listening, noticed
 from ftray.search.rungs import budget, rung_records
 from ftray.storage import Location, for_ray
-from ftray.training.run import Run, micro_batch_size
+from ftray.training.run import Failed, Run, micro_batch_size
 
 CUT_OFF = "cut_off"  # marks a report that is none, but brings a checkpoint from between two rungs
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
@@ -135,7 +135,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     Or `cut_off`: it had to end before its last step, and its trainer will go on from there.
     """
     from ftray.adapters.start import SAMPLES
-    from ftray.training.loop import Batch, Diverged, Trainer  # here: the trial that starts the trainer needs none of it
+    from ftray.training.alone import Alone  # here: the trial that starts the trainer needs none of it
+    from ftray.training.loop import Batch, Trainer
     from ftray.training.pack import out_of_memory
 
     run: Run = config["run"]
@@ -146,7 +147,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         shard = train.get_dataset_shard(name)
         return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
 
-    trainer = Trainer(run, lambda: list(islice(batches("train"), SAMPLES)))
+    make = Trainer if run.training.zero_stage == 3 else Alone
+    trainer = make(run, lambda: list(islice(batches("train"), SAMPLES)))
     trainer.measure, trainer.noticed = config["job"].measure(), noticed
     if _restore(trainer):
         for past in trainer.history.reports:  # whoever listens now may have heard none of them
@@ -165,8 +167,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             trainer.fit(islice(batches("train"), seen, None), lambda: batches("validation"), report)
             if not trainer.history.over:
                 report({CUT_OFF: trainer.history.step})
-    except Diverged as error:
-        failure = f"diverged: {error}"
+    except Failed as error:
+        failure = str(error)
     except RuntimeError as error:
         if not out_of_memory(error) or trainer.world_size > 1:
             raise  # the other ranks wait in a collective: only the end of the whole group frees them

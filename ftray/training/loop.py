@@ -22,13 +22,9 @@ from ftray.training.engine import (
     sum_over_ranks,
 )
 from ftray.training.history import History, validation_metrics
-from ftray.training.run import Run, accumulation_steps
+from ftray.training.run import Failed, Run, accumulation_steps
 
 Batch = dict[str, torch.Tensor]
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer finite: training can't go on."""
 
 
 class Trainer:
@@ -91,7 +87,7 @@ class Trainer:
             report: called on every rank with the same metrics, in natural units (loss in nats per token).
 
         Raises:
-            Diverged: the loss became NaN or infinite.
+            Failed: the loss became NaN or infinite.
         """
         history = self.history
         while not history.over and not self._sum([float(self.noticed())])[0]:
@@ -126,7 +122,7 @@ class Trainer:
         self.allocation.after_step(step)
         loss_sum = self._sum([float(total)])[0]
         if not math.isfinite(loss_sum):
-            raise Diverged(f"loss is {loss_sum} at step {step + 1}")
+            raise Failed(f"diverged: loss is {loss_sum} at step {step + 1}")
         return loss_sum, supervised, tokens
 
     @torch.no_grad()
@@ -134,7 +130,7 @@ class Trainer:
         """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` gives.
 
         Raises:
-            Diverged: the loss is not finite.
+            Failed: the loss is not finite.
         """
         self.engine.eval()
         loss, supervised, remaining = 0.0, 0.0, iter(batches)
@@ -148,7 +144,7 @@ class Trainer:
             supervised += self.task.items(batch)
         loss, supervised = self._sum([loss, supervised])
         if not math.isfinite(loss):
-            raise Diverged(f"validation loss is {loss} after step {self.history.step}")
+            raise Failed(f"diverged: validation loss is {loss} after step {self.history.step}")
         return validation_metrics(loss, supervised) | (self.measure(self.engine.module) if self.measure else {})
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -19,6 +19,10 @@ class Run:
     task: TaskSpec = CAUSAL
 
 
+class Failed(RuntimeError):
+    """A run gives no result, however often it is started again; the message is the reason."""
+
+
 def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
     """Forward passes each worker makes per optimiser step.
 
