@@ -3,12 +3,15 @@
 import asyncio
 import subprocess
 import sys
+import time
 
 import pytest
 from test_training import with_trainer
 
 from ftray.config import Config
 from ftray.search.exchange import Board
+from ftray.search.experiment import TimeBudget
+from ftray.search.packed import Room
 
 
 def test_a_board_gives_room_away_and_takes_it_back():
@@ -75,6 +78,17 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
         reading[0].cancel()
 
     asyncio.run(play())
+
+
+def test_a_time_budget_counts_from_when_trials_can_train():
+    room = Room(2)
+    budget = TimeBudget(0.2, room)
+    time.sleep(0.3)  # nodes come up
+    assert not budget.stop_all()
+    room.since = time.monotonic()
+    assert not budget.stop_all()
+    time.sleep(0.3)
+    assert budget.stop_all()
 
 
 def test_a_stand_in_imports_no_torch():

@@ -1,9 +1,9 @@
 """The search itself: Ray Tune over Optuna's suggestions, weak trials stopped early, everything resumable."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
+from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
 from ftray.search.definition import is_full, packable
 from ftray.search.exchange import Broken, Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
-from ftray.search.packed import packs
+from ftray.search.packed import Room, packs
 from ftray.search.preemption import notice
 from ftray.search.progress import failure_reason, training_failure
 from ftray.search.requests import Requests
@@ -77,6 +78,21 @@ class Reports(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
+class TimeBudget(tune.Stopper):
+    """Ends the search so many seconds after trials could train: a cluster that has to grow first costs none."""
+
+    def __init__(self, seconds: float, room: Room):
+        self.seconds, self.room = seconds, room
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial ends by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the time is over."""
+        return self.room.since is not None and time.monotonic() - self.room.since > self.seconds
+
+
 class TrialEnd(tune.Callback):
     """Frees the workers of a trial soon after it was stopped, and says why a failed one failed."""
 
@@ -126,19 +142,19 @@ def search(job: Job, space: Space, output: Location, callbacks: list[tune.Callba
     if cfg.search.pack == "off" or not shared:
         trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
         with notice():
-            fit = trials_that_fit(job)
-            _tune(trainable, lambda: fit, job, space, output, callbacks, past, None)
+            room = Room(trials_that_fit(job), time.monotonic())
+            _tune(trainable, room, job, space, output, callbacks, past, None)
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
     with packs(job, experiment, cfg.search.trials - len(past)) as (board, room):
         trainable = tune.with_parameters(StandIn, board=board)
-        _tune(trainable, lambda: room.trials, job, space, output, [*callbacks, Leaving(board)], past, board)
+        _tune(trainable, room, job, space, output, [*callbacks, Leaving(board)], past, board)
 
 
 def _tune(
     trainable: Any,
-    room: Callable[[], int],
+    room: Room,
     job: Job,
     space: Space,
     output: Location,
@@ -149,7 +165,7 @@ def _tune(
     cfg = job.config
     # Tune would start one trial's process after the other; `room` says how many there may be
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
-    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, room)
+    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, lambda: room.trials)
     requests = Requests(sampler, board)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
@@ -159,7 +175,6 @@ def _tune(
             scheduler=scheduler(cfg, job.budget(), past),
             num_samples=cfg.search.trials - len(past),
             reuse_actors=cfg.search.pack != "off",
-            time_budget_s=cfg.search.time_budget,
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),
         run_config=tune.RunConfig(
@@ -167,7 +182,7 @@ def _tune(
             **for_ray(output),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
             callbacks=[*callbacks, TrialEnd(sampler), requests],
-            stop=requests,
+            stop=CombinedStopper(requests, TimeBudget(cfg.search.time_budget or math.inf, room)),
             verbose=0,
         ),
     )

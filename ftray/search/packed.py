@@ -48,14 +48,16 @@ class Place:
 
 @dataclass
 class Room:
-    """How many trials all packs take at once: a guess until one is ready."""
+    """How many trials can train at once, a guess until the first pack is ready; and since when they can."""
 
     trials: int
+    since: float | None = None
 
     def measure(self, board: Any, packs: int) -> None:
         """Wait for the first pack."""
         with suppress(ray.exceptions.RayError, RuntimeError):  # none comes: who waits for it is told by the board
             self.trials = ray.get(board.capacity.remote(packs))
+            self.since = time.monotonic()
             print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)
 
 
