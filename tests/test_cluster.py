@@ -17,12 +17,16 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import test_faults
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from test_search import SPACE, command
+from test_faults import FLAGS, STEPS, begun, compare, record, reports
+from test_faults import SPACE as FAULT_SPACE
+from test_search import SPACE, command, finished
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
+undisturbed = test_faults.undisturbed  # a fixture
 
 
 def free_port() -> int:
@@ -51,21 +55,25 @@ class GrowingCluster:
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_metrics_report_interval_ms": "1000",
         }
+        self.log = directory / "log"
+        self.start()
+
+    def start(self) -> None:
+        """The head, at the same address each time."""
         flags = {
             "--node-ip-address": "127.0.0.1",
             "--port": self.port,
             "--num-cpus": 0,
             "--num-gpus": 0,
-            "--autoscaling-config": directory / "cluster.yaml",
+            "--autoscaling-config": self.directory / "cluster.yaml",
             "--dashboard-host": "127.0.0.1",
             "--dashboard-port": self.dashboard,
             "--metrics-export-port": self.metrics,
             "--ray-client-server-port": free_port(),
-            "--temp-dir": directory / "ray",
+            "--temp-dir": self.directory / "ray",
             "--object-store-memory": 200_000_000,
         }
         start = [RAY, "start", "--head", "--block", *(f"{flag}={value}" for flag, value in flags.items())]
-        self.log = directory / "log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
         self.wait_for(lambda: self.status().count("ray.head.default") == 1, 90)
@@ -244,6 +252,30 @@ def test_prometheus_scrapes_what_a_dashboard_shows(growing, tmp_path, words, tin
     (best,) = answered["Best value of the metric"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert float(best["value"][1]) >= summary["best"]["value"] * 0.999  # the last report may have come after it
+
+
+def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(growing, undisturbed, tmp_path, words, tiny_llama):
+    """With the machine go Ray's head, all nodes that it had started, and the driver."""
+    output = tmp_path / "out"
+    entrypoint = command(output, words, tiny_llama, *FLAGS, space=FAULT_SPACE, steps=STEPS)
+    entrypoint[0] = "python"
+    entrypoint[entrypoint.index("--output") + 1] = str(output)
+    job = growing.submit(entrypoint)
+    deadline = time.monotonic() + 400
+    while reports(output) < 5:
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    growing.stop()
+    job.kill()
+    known, before = begun(output), finished(output)
+    growing.start()
+    again = growing.submit([*entrypoint, "--resume"])
+    log, _ = again.communicate(timeout=500)
+    assert again.returncode == 0, log
+    after = finished(output)
+    assert {path: after[path] for path in before} == before
+    record("head lost, job submitted again", "--resume goes on", compare(output, undisturbed, known))
 
 
 def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,9 +272,11 @@ def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, tmp_path
     output = tmp_path / "out"
     search = Search(output, words, tiny_llama, "--pack", pack)
     search.wait_for(lambda: len(list((output / "tune").glob("trial-*/checkpoint_*"))) >= 3)
-    search.process.kill()
+    # at once, before any worker has come to a last step
+    for process in [*psutil.Process(search.process.pid).children(recursive=True), search.process]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     search.end()
-    time.sleep(2)  # the workers of the dead driver may be about to write
     known, running = begun(output), {t.number for t in journal(output) if t.state.name == "RUNNING"}
     damaged = []
     for number in running:
