@@ -45,6 +45,7 @@ FREE_SECTIONS = {
     "request",
 }  # the space says what the adapters are
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SPARE = 2**25  # bytes: a disk with less holds no more checkpoints
 _AGAIN = "take that, or name another --output"
 
 
@@ -153,6 +154,8 @@ def is_full(output: Location, error: BaseException) -> bool:
         return True
     if isinstance(output, Stored):
         return False
+    if shutil.disk_usage(output).free < SPARE:
+        return True
     try:
         with tempfile.TemporaryFile(dir=output) as probe:
             probe.write(bytes(2**20))
