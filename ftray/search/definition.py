@@ -154,9 +154,9 @@ def is_full(output: Location, error: BaseException) -> bool:
         return True
     if isinstance(output, Stored):
         return False
-    if shutil.disk_usage(output).free < SPARE:
-        return True
     try:
+        if shutil.disk_usage(output).free < SPARE:
+            return True
         with tempfile.TemporaryFile(dir=output) as probe:
             probe.write(bytes(2**20))
             os.fsync(probe.fileno())
