@@ -143,7 +143,9 @@ class SearchConfig(Section):
 
     space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
-    time_budget: float | None = Field(None, gt=0, description="seconds of training after which no trial goes on")
+    time_budget: float | None = Field(
+        None, gt=0, description="seconds of training, and at least a first result, after which no trial goes on"
+    )
     pack: PositiveInt | Literal["auto", "off"] = Field(
         "auto", description="trials that train together over one base model; off: each has workers of its own"
     )

@@ -82,12 +82,19 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
 
 def test_a_time_budget_counts_from_when_trials_can_train():
     room = Room(2)
-    budget = TimeBudget(0.2, room)
+    budget = TimeBudget(0.2, room, has_result=True)
     time.sleep(0.3)  # nodes come up
     assert not budget.stop_all()
     room.since = time.monotonic()
     assert not budget.stop_all()
     time.sleep(0.3)
+    assert budget.stop_all()
+
+
+def test_a_time_budget_waits_for_a_first_result():
+    budget = TimeBudget(0.0, Room(2, since=time.monotonic() - 1), has_result=False)
+    assert not budget.stop_all()
+    assert not budget("a trial", {"validation_loss": 1.0})
     assert budget.stop_all()
 
 

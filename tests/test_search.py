@@ -269,7 +269,7 @@ def test_the_best_of_a_quantised_search_is_merged_in_full_precision(tmp_path, wo
 
 def test_a_time_budget_leaves_a_usable_result(tmp_path, words, tiny_gpt2):
     output = tmp_path / "out"
-    more = ["--trials", "40", "--time-budget", "60", "--search.scheduler", "hyperband", "--pack", "off"]
+    more = ["--trials", "40", "--time-budget", "20", "--search.scheduler", "hyperband", "--pack", "off"]
     done = run(command(output, words, tiny_gpt2, *more, space="method: {choice: [ia3, lora]}"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((output / "summary.json").read_text())

@@ -79,18 +79,23 @@ class Reports(TuneReportCallback):
 
 
 class TimeBudget(tune.Stopper):
-    """Ends the search so many seconds after trials could train: a cluster that has to grow first costs none."""
+    """Ends the search so many seconds after trials could train: a cluster that has to grow first costs none.
 
-    def __init__(self, seconds: float, room: Room):
-        self.seconds, self.room = seconds, room
+    It waits for a first result: without one, all that time would have been for nothing.
+    """
+
+    def __init__(self, seconds: float, room: Room, has_result: bool):
+        self.seconds, self.room, self.has_result = seconds, room, has_result
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial ends by itself."""
+        self.has_result = True
         return False
 
     def stop_all(self) -> bool:
         """Whether the time is over."""
-        return self.room.since is not None and time.monotonic() - self.room.since > self.seconds
+        since = self.room.since
+        return self.has_result and since is not None and time.monotonic() - since > self.seconds
 
 
 class TrialEnd(tune.Callback):
@@ -167,6 +172,8 @@ def _tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
     sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, lambda: room.trials)
     requests = Requests(sampler, board)
+    has_result = any(trial.user_attrs.get("reports") for trial in past)
+    budget = TimeBudget(cfg.search.time_budget or math.inf, room, has_result)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
@@ -182,7 +189,7 @@ def _tune(
             **for_ray(output),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
             callbacks=[*callbacks, TrialEnd(sampler), requests],
-            stop=CombinedStopper(requests, TimeBudget(cfg.search.time_budget or math.inf, room)),
+            stop=CombinedStopper(budget, requests),  # in this order: the budget hears of every result
             verbose=0,
         ),
     )
