@@ -15,7 +15,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import connect, gpus_per_worker, quiet
+    from ftray.search.cluster import connect, cpus_each, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
@@ -26,17 +26,17 @@ def run(cfg: Config) -> int:
     key, what = key_digest(cfg), checked(cfg)
     _check_port(cfg.serving.host, cfg.serving.port)
 
-    import ray
     from ray import serve
 
     connect(cfg)
-    cpus = cfg.scaling.cpus_per_worker or max(1.0, ray.cluster_resources()["CPU"] // cfg.serving.max_replicas)
+    gpus = gpus_per_worker(cfg)
+    cpus = cfg.scaling.cpus_per_worker or cpus_each(cfg.serving.max_replicas, gpus)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": cfg.serving.host, "port": cfg.serving.port},
         logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
     )
-    serve.run(application(cfg, what, key, cpus, gpus_per_worker(cfg)), name="ftray")
+    serve.run(application(cfg, what, key, cpus, gpus), name="ftray")
     stop = threading.Event()
     # only now: Ray puts a handler of its own
     for number in (signal.SIGINT, signal.SIGTERM):

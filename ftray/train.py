@@ -14,7 +14,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker, quiet
+    from ftray.search.cluster import check_address, connect, end_with_ray, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
@@ -47,6 +47,7 @@ def run(cfg: Config) -> int:
 
     # no rungs here: validations are spaced evenly
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
+    check_address(cfg)
     write_config(cfg, output)
     connect(cfg)
     end_with_ray("train")

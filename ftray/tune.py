@@ -29,7 +29,7 @@ def run(cfg: Config) -> int:
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
-    from ftray.search.cluster import connect, end_with_ray
+    from ftray.search.cluster import check_address, connect, end_with_ray
     from ftray.search.definition import is_full, sole_driver, write_definition
     from ftray.search.exchange import Broken
     from ftray.search.jobs import announce
@@ -37,6 +37,7 @@ def run(cfg: Config) -> int:
     from ftray.search.preemption import ending_on_sigterm
     from ftray.search.sampler import mend
 
+    check_address(cfg)
     output = located(cfg.output)
     try:
         with sole_driver(output):

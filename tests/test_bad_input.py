@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from ftray.cli import build, run_command
+from ftray.search import cluster
 from ftray.search.definition import write_definition
 from ftray.search.space import load_space
 
@@ -21,6 +22,7 @@ def no_ray(monkeypatch):
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(cluster, "JOIN_PATIENCE", 0)
     yield
     logging.disable(logging.NOTSET)
 
@@ -138,6 +140,9 @@ CONFIG = {
     "resumed with other data": ([*RESUME, "--data.limit", "9"], "data.limit 9: the search in begun has None; take"),
     "resumed with another rate": ([*RESUME, "--training.learning_rate", "1"], "in begun has 0.0002; take that, or"),
     "resumed in another space": ([*RESUME, "--space", "ia3"], "not the space of the search in begun"),
+    "no cluster there": (["--scaling.address", "127.0.0.1:9"], "no Ray cluster answers at"),
+    "no address": (["--scaling.address", "head"], "scaling.address: Invalid address format: head"),
+    "cluster from outside": (["--scaling.address", "ray://head:10001"], "from outside its cluster: ray job submit"),
     "output under a file": (["--output", "words.jsonl/out"], "can't write there"),
 }
 SPACE = {

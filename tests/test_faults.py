@@ -119,10 +119,11 @@ class Search:
         """What it has said of its end."""
         return [line for line in self.text.splitlines() if line.startswith("ftray tune:")]
 
-    def resume(self) -> subprocess.CompletedProcess:
+    def resume(self, address: str | None = None) -> subprocess.CompletedProcess:
         """The same command; what was finished is not touched."""
         before = finished(self.output)
-        done = run([*self.arguments, "--resume"], timeout=600)
+        where = ["--scaling.address", address] if address else []
+        done = run([*self.arguments, *where, "--resume"], timeout=600)
         assert done.returncode == 0, self.text + done.stdout + done.stderr
         after = finished(self.output)
         assert {path: after[path] for path in before} == before
@@ -391,7 +392,12 @@ def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, nodes, tmp_
     (line,) = search.lines()
     assert line.endswith(RESUME)
     known = begun(output)
-    search.resume()  # wherever RAY_ADDRESS points now: here to a new cluster
+    early = run([*search.arguments, "--resume"])
+    assert early.returncode == 2, early.stderr
+    assert "no Ray cluster answers at" in early.stderr
+    anew = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    search.resume(anew.address)
+    anew.shutdown()
     record("head lost", "the driver ends, --resume goes on", compare(output, undisturbed, known))
 
 

@@ -1,11 +1,13 @@
 """Packs under Ray: the board between Tune and the workers, and a search over two workers."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
 
 import pytest
+from ray.cluster_utils import Cluster
 from test_training import with_trainer
 
 from ftray.config import Config
@@ -102,6 +104,24 @@ def test_a_stand_in_imports_no_torch():
     code = "import sys, ftray.search.exchange; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_worker_asks_for_what_one_node_has(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the GPUs are none
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=5)
+    cluster.add_node(num_cpus=2, num_gpus=2)
+    code = """if True:
+        import ray
+        from ftray.search.cluster import cpus_each, room_for
+        ray.init(log_to_driver=False)
+        print([cpus_each(workers, gpus) for workers, gpus in [(1, 0), (2, 0), (3, 0), (9, 0), (1, 1), (2, 1), (1, 2)]])
+        print([room_for(cpus, gpus) for cpus, gpus in [(1, 0), (2, 0), (3, 0), (6, 0), (1, 1), (2, 1), (1, 0.5)]])
+    """
+    asked = os.environ | {"RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked)
+    cluster.shutdown()
+    assert done.stdout.splitlines() == ["[5, 2, 2, 1, 2, 1, 2]", "[7, 3, 1, 0, 2, 1, 2]"], done.stderr
 
 
 @pytest.mark.parametrize("stage", [0, 2])

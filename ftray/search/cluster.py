@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ftray.config import Config
+from ftray.config import Config, UserError
 
 RAYLET_PATIENCE, HEAD_PATIENCE = 5, 45  # seconds; a head that is made anew by KubeRay is back in less than a minute
+JOIN_PATIENCE = 10
 RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
 
 
@@ -27,11 +28,16 @@ def quiet() -> None:
 
 
 def connect(cfg: Config) -> None:
-    """Join the cluster at `scaling.address`, the one this job runs in, or a new one on this machine."""
+    """Join the cluster at `scaling.address`, the one this job runs in, or a new one on this machine.
+
+    Raises:
+        UserError: none answers where there should be one.
+    """
     import ray
 
     if ray.is_initialized():
         return
+    check_address(cfg)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     ray.init(
@@ -42,6 +48,33 @@ def connect(cfg: Config) -> None:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
+
+
+def check_address(cfg: Config) -> None:
+    """Whether there is a cluster to join: Ray's own attempt takes minutes, and ends in a traceback.
+
+    Raises:
+        UserError: none answers where there should be one.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    given = cfg.scaling.address
+    if "://" in (given or os.environ.get("RAY_ADDRESS", "")):
+        raise UserError("scaling.address: host:port of a head is wanted; from outside its cluster: ray job submit")
+    try:
+        address = canonicalize_bootstrap_address(given)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"scaling.address: {error}") from None
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + JOIN_PATIENCE
+    while not _listens(socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))):
+        if time.monotonic() > deadline:
+            told = "the last `ray start` here (`ray stop` forgets it)"
+            told = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "scaling.address" if given else told
+            raise UserError(f"no Ray cluster answers at {address}, the address of {told}: is it up?")
+        time.sleep(1)
 
 
 def end_with_ray(command: str) -> None:
@@ -97,9 +130,26 @@ def gpus_per_worker(cfg: Config) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
+def room_for(cpus: float, gpus: float) -> int:
+    """Workers with so many CPUs and GPUs each that the nodes, as they are now, can run at once."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in asked.items())) for node in nodes)
+
+
+def cpus_each(workers: int, gpus: float) -> int:
+    """The most CPUs that each of `workers` can have, beside its GPUs; a worker lies on one node."""
+    import ray
+
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return max((cpus for cpus in range(1, int(largest) + 1) if room_for(cpus, gpus) >= workers), default=1)
+
+
 def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any) -> Any:
     """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference."""
     import ray
 
-    cpus = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    return ray.remote(function).options(num_cpus=cpus, num_gpus=min(1, gpus_per_worker(cfg))).remote(*args)
+    gpus = min(1, gpus_per_worker(cfg))
+    return ray.remote(function).options(num_cpus=cpus_each(1, gpus), num_gpus=gpus).remote(*args)

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 from optuna.trial import FrozenTrial
 from ray import tune
 from ray.train import TrainingFailedError
@@ -19,6 +18,7 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
+from ftray.search.cluster import room_for
 from ftray.search.definition import is_full, packable
 from ftray.search.exchange import Broken, Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
@@ -218,8 +218,5 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
 
 def trials_that_fit(job: Job) -> int:
     """Trials that the cluster, as it is now, can run at once."""
-    have, scaling = ray.cluster_resources(), job.config.scaling
-    fit = have.get("CPU", 0) / (scaling.workers * (scaling.cpus_per_worker or 1))
-    if job.gpus_per_worker:
-        fit = min(fit, have.get("GPU", 0) / (scaling.workers * job.gpus_per_worker))
-    return max(1, int(fit))
+    scaling = job.config.scaling
+    return max(1, room_for(scaling.cpus_per_worker or 1, job.gpus_per_worker) // scaling.workers)

@@ -21,6 +21,7 @@ from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
 from ftray.manifest import MANIFEST, publish, seal
+from ftray.search.cluster import cpus_each
 from ftray.search.exchange import Board, Broken
 from ftray.search.metrics import PackMetrics
 from ftray.search.outcome import PACKED_REPORT, newest_whole, places, trial_name, write_json
@@ -108,15 +109,15 @@ def packs_that_fit(job: Job) -> int:
         return job.config.scaling.packs
     if job.gpus_per_worker:
         return max(1, int(ray.cluster_resources().get("GPU", 0) / (workers * job.gpus_per_worker)))
-    return max(1, sum(node["Alive"] for node in ray.nodes()) // workers)
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) // workers)
 
 
 def pack_trainer(
     job: Job, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
 ) -> TorchTrainer:
     """A `TorchTrainer` whose workers, with a pack's share of the CPUs each, run `worker(config)`."""
-    have = ray.cluster_resources().get("CPU", 0) / packs_that_fit(job) / job.config.scaling.workers
-    cpus = job.config.scaling.cpus_per_worker or max(1, int(have))
+    workers = packs_that_fit(job) * job.config.scaling.workers
+    cpus = job.config.scaling.cpus_per_worker or cpus_each(workers, job.gpus_per_worker)
     seed = job.config.training.seed
     datasets = {"validation": plans(TokenizedData.load(job.data), seed, 0)["validation"]}
     return group_trainer(job, worker, config, cpus, datasets, seed, name, storage)
