@@ -112,7 +112,7 @@ def _full(p: FullParameters, targets: list[str], model: Any, steps: int) -> Any:
 ANY = ("8bit", "4bit")
 
 METHODS: dict[str, Method] = {
-    "boft": Method(BOFTParameters, config("BOFTConfig"), merge_tolerance=1e-4),
+    "boft": Method(BOFTParameters, config("BOFTConfig"), merge_tolerance=1e-4, on_meta=False),
     "loha": Method(LoHaParameters, config("LoHaConfig"), merge_tolerance=1e-5),
     "lokr": Method(LoKrParameters, config("LoKrConfig"), merge_tolerance=1e-5),
     "vera": Method(VeRAParameters, config("VeraConfig"), merge_tolerance=1e-5, quantized=ANY),

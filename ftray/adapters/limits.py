@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,8 +172,11 @@ def try_on(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: 
     Raises:
         UserError: it can't be had, or as :func:`ftray.adapters.methods.attach`.
     """
+    import torch
+
     refuse(adapter, model, training, skeleton)
-    attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
+    with torch.device("meta") if METHODS[adapter.method].on_meta else nullcontext():
+        attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 
 def without_weights(adapter: AdapterConfig) -> AdapterConfig:

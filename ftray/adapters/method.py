@@ -35,6 +35,7 @@ class Method:
         quantized: the `model.quantization` that PEFT has its layers for.
         autocast: what it trains takes the place of the base's own weights: it is kept in float32, and autocast lets
             the model compute in its own precision.
+        on_meta: whether PEFT can build it on the meta device, for checks that take no memory.
     """
 
     parameters: type[Parameters]
@@ -42,6 +43,7 @@ class Method:
     merge_tolerance: float | None
     quantized: tuple[str, ...] = ()
     autocast: bool = False
+    on_meta: bool = True
 
 
 def config(name: str) -> Callable[[Any, list[str], Any, int], Any]:

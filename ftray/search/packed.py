@@ -98,7 +98,7 @@ def most_trials(job: Job) -> int:
     if isinstance(search.pack, int):
         return search.pack
     useful = -(-search.trials // 2)  # the other half is suggested in the light of these
-    useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources()["CPU"])))
+    useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
     return min(useful, search.concurrency or useful)
 
 
