@@ -56,9 +56,10 @@ def held(lock: Stored) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
-        with suppress(OSError):
-            lock.unlink()
+        thread.join(BEAT)
+        if not thread.is_alive():  # else the store doesn't answer
+            with suppress(OSError):
+                lock.unlink()
 
 
 def since(lock: Stored) -> float | None:

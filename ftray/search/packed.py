@@ -78,9 +78,11 @@ def packs(job: Job, experiment: Location, trials: int) -> Iterator[tuple[Any, Ro
     room = Room(min(EARLY, count * most_trials(job)))
     for thread in (*groups, threading.Thread(target=room.measure, args=(board, count), daemon=True)):
         thread.start()
+    patience = None
     try:
         yield board, room
     except Broken as error:
+        patience = 5.0  # seconds: a store that doesn't answer holds up each of a pack's last words for a minute
         with suppress(ray.exceptions.RayActorError):
             if not ray.get(board.ready_packs.remote()):
                 raise UserError(f"no pack could start: {error}") from None
@@ -89,7 +91,7 @@ def packs(job: Job, experiment: Location, trials: int) -> Iterator[tuple[Any, Ro
         with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
             ray.get(board.close.remote("the search is over"))
             for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
-                groups[index].join()
+                groups[index].join(patience)
 
 
 def most_trials(job: Job) -> int:
