@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -167,8 +168,9 @@ class Generator:
         import torch
         from transformers import TextStreamer
 
-        streamer, said = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Kept()
+        streamer, said = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Said()
         ids = torch.tensor([prompt], device=self.model.device)
+        before = signal.signal(signal.SIGINT, said.interrupt)
         try:
             self.model.generate(
                 input_ids=ids,
@@ -183,8 +185,10 @@ class Generator:
             )
         except KeyboardInterrupt:
             streamer.end()
-            if not sys.stdin.isatty() or self.cfg.generation.prompt is not None:
-                raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if said.interrupted and (not sys.stdin.isatty() or self.cfg.generation.prompt is not None):
+            raise KeyboardInterrupt
         return self.tokenizer.decode(said.ids[len(prompt) :], skip_special_tokens=True)
 
     def batch(self, prompts: list[list[int]]) -> list[str]:
@@ -196,17 +200,31 @@ class Generator:
         return generate(self.model, self.tokenizer, rows, settings, **self.sampling)
 
 
-class Kept:
-    """A stopping criterion that never stops: it keeps the tokens so far, for when somebody else does."""
+class Said:
+    """A stopping criterion that keeps the tokens so far, and stops after Ctrl-C.
+
+    As an exception, Ctrl-C could be lost in a callback of some library, which prints and goes on.
+    """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
+        self.interrupted = False
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """A signal handler; the second time it doesn't wait for the next token.
+
+        Raises:
+            KeyboardInterrupt: it is the second time.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         import torch
 
         self.ids = input_ids[0].tolist()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), self.interrupted, device=input_ids.device)
 
 
 def answer_file(
