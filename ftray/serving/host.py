@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -33,23 +34,33 @@ class Loaded:
     __del__ = drop
 
 
+def own_torch_threads(count: int) -> None:
+    """How many threads torch computes with where the calling thread asks it to.
+
+    OpenMP keeps a pool for each thread that wants several. With more of them than processors they no longer spin, but
+    sleep between two products: only the thread that answers gets any.
+    """
+    import torch
+
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # only now it is this thread's: until then, what another one sets would be
+
+
 class Host(ABC):
     """What the deployments have in common; adapters are Serve's multiplexed models.
 
     Args:
         settings: the configuration, as plain data.
         model_path: of the base model.
-        threads: of torch.
         task: what the models are for.
     """
 
-    def __init__(self, settings: dict[str, Any], model_path: str, threads: int, task: TaskSpec = CAUSAL):
-        import torch
-
+    def __init__(self, settings: dict[str, Any], model_path: str, task: TaskSpec = CAUSAL):
         from ftray.models.load import load_on_device, load_tokenizer
 
         self.cfg = Config.model_validate(settings)
-        torch.set_num_threads(threads)
+        own_torch_threads(1)
+        self.loader = ThreadPoolExecutor(1, "loader", own_torch_threads, (1,))
         self.base = load_on_device(self.cfg.model, model_path, task).eval()
         self.tokenizer = load_tokenizer(model_path, self.cfg.model.trust_remote_code)
         self._sources: dict[str, str] = {}

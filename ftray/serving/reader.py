@@ -1,8 +1,8 @@
 """A replica for tasks that read and don't generate: the class of a text or of its words, or its vector."""
 
 import asyncio
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 
 from ftray.config import UserError
-from ftray.serving.host import Host, Loaded
+from ftray.serving.host import Host, Loaded, own_torch_threads
 from ftray.tasks import TaskSpec
 
 READS = {"SEQ_CLS": "/v1/classify", "TOKEN_CLS": "/v1/classify", "FEATURE_EXTRACTION": "/v1/embeddings"}
@@ -65,14 +65,16 @@ class Reader(Host):
     """The deployment; see :class:`Host`. Requests that come at almost the same time are read together."""
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int, task: TaskSpec):
-        super().__init__(settings, model_path, threads, task)
+        super().__init__(settings, model_path, task)
         self.task = task.load()
         size = self.cfg.evaluation.batch_size
         self._batched = serve.batch(self._read_all, max_batch_size=size, batch_wait_timeout_s=WAIT)
-        self._alone = threading.Lock()  # the models share their parameters, and a processor
+        # one at a time: the models share their parameters, and a processor
+        self._thread = ThreadPoolExecutor(1, "reader", own_torch_threads, (threads,))
 
     async def _load(self, source: str) -> Loaded:
-        return Loaded(await asyncio.to_thread(self._adapter, source), lambda model: None)
+        model = await asyncio.get_running_loop().run_in_executor(self.loader, self._adapter, source)
+        return Loaded(model, lambda model: None)
 
     def _adapter(self, source: str) -> Any:
         from ftray.adapters.heads import exact_heads
@@ -96,7 +98,7 @@ class Reader(Host):
         return Read(values, self.task.spec.labels, sum(map(len, encoded.ids)))
 
     async def _read_all(self, asked: list[_Encoded]) -> list[list[Any]]:
-        return await asyncio.to_thread(self._read, asked)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, asked)
 
     def _read(self, asked: list[_Encoded]) -> list[list[Any]]:
         """The rows of each request, texts of like length side by side; Serve gives requests of one adapter."""
@@ -108,7 +110,7 @@ class Reader(Host):
         words = [text for one in asked for text in one.words]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         values: list[Any] = [None] * len(ids)
-        with self._alone, torch.inference_mode():
+        with torch.inference_mode():
             for part in (order[at : at + size] for at in range(0, len(order), size)):
                 batch = self.task.below([ids[i] for i in part], [types[i] for i in part])
                 read = self.task.read(model, {name: tensor.to(self.base.device) for name, tensor in batch.items()})

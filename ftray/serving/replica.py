@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ftray.config import UserError
-from ftray.serving.host import Host, Loaded
+from ftray.serving.host import Host, Loaded, own_torch_threads
 from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
 
 
@@ -18,15 +18,16 @@ class Replica(Host):
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
         from ftray.serving.engine import Engine
 
-        super().__init__(settings, model_path, threads)
+        super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: dict[Callable[[list[Part]], None], list[Part]] = {}
         self._keys = itertools.count()
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
 
-    def _run(self) -> None:
-        """The engine's thread: what others want of it, then a step, for ever."""
+    def _run(self, threads: int) -> None:
+        """The engine's thread: what others want of it, then a step, for ever; torch's `threads` are all for it."""
+        own_torch_threads(threads)
         while True:
             try:
                 self._inbox.get(block=not self.engine.busy)()
@@ -60,7 +61,7 @@ class Replica(Host):
     async def _load(self, source: str) -> Loaded:
         from ftray.serving.adapters import load_adapter
 
-        model = await asyncio.to_thread(load_adapter, self.base, source)
+        model = await asyncio.get_running_loop().run_in_executor(self.loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # one that comes again is another
         await self._in_engine(self.engine.add, key, self.engine.prepare(model))
         return Loaded(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
