@@ -108,15 +108,18 @@ def test_a_stand_in_imports_no_torch():
 
 def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the GPUs are none
+    # else what other tests start meanwhile would join it
+    monkeypatch.setattr("ray._private.utils.write_ray_address", lambda address: None)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=5)
     cluster.add_node(num_cpus=2, num_gpus=2)
     code = """if True:
         import ray
-        from ftray.search.cluster import cpus_each, room_for
+        from ftray.search.cluster import cpus_each, node_resources, room_for
         ray.init(log_to_driver=False)
         print([cpus_each(workers, gpus) for workers, gpus in [(1, 0), (2, 0), (3, 0), (9, 0), (1, 1), (2, 1), (1, 2)]])
-        print([room_for(cpus, gpus) for cpus, gpus in [(1, 0), (2, 0), (3, 0), (6, 0), (1, 1), (2, 1), (1, 0.5)]])
+        nodes = node_resources()
+        print([room_for(*one, nodes) for one in [(1, 0), (2, 0), (3, 0), (6, 0), (1, 1), (2, 1), (1, 0.5)]])
     """
     asked = os.environ | {"RAY_ADDRESS": cluster.address}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked)

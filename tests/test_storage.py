@@ -200,7 +200,7 @@ def test_a_store_that_goes_away_stops_the_search_and_one_that_comes_back_resumes
         time.sleep(0.5)
     os.kill(store.process.pid, signal.SIGSTOP)
     try:
-        log, error = search.communicate(timeout=400)
+        log, error = search.communicate(timeout=240)
     finally:
         os.kill(store.process.pid, signal.SIGCONT)
     assert search.returncode == 1, log + error

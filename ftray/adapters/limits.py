@@ -5,7 +5,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +174,7 @@ def try_on(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: 
     import torch
 
     refuse(adapter, model, training, skeleton)
-    with torch.device("meta") if METHODS[adapter.method].on_meta else nullcontext():
+    with torch.device("meta" if METHODS[adapter.method].on_meta else "cpu"):
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ftray.config import Config, UserError
 
-RAYLET_PATIENCE, HEAD_PATIENCE = 5, 45  # seconds; a head that is made anew by KubeRay is back in less than a minute
-JOIN_PATIENCE = 10
+# seconds; a head that is made anew by KubeRay is back in less than a minute
+JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
 RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
 
 
@@ -58,22 +58,26 @@ def check_address(cfg: Config) -> None:
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    given = cfg.scaling.address
-    if "://" in (given or os.environ.get("RAY_ADDRESS", "")):
-        raise UserError("scaling.address: host:port of a head is wanted; from outside its cluster: ray job submit")
+    given = cfg.scaling.address if cfg.scaling.address != "auto" else None
+    if given:
+        origin = "scaling.address"
+    elif given := os.environ.get("RAY_ADDRESS"):
+        origin = "RAY_ADDRESS"
+    else:
+        origin = "the last `ray start` here (`ray stop` forgets it)"
+    if "://" in (given or ""):
+        raise UserError(f"{origin}: host:port of a head is wanted; from outside its cluster: ray job submit")
     try:
-        address = canonicalize_bootstrap_address(given)
+        address = canonicalize_bootstrap_address(given or cfg.scaling.address)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"scaling.address: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
     if not address:
         return
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + JOIN_PATIENCE
     while not _listens(socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))):
         if time.monotonic() > deadline:
-            told = "the last `ray start` here (`ray stop` forgets it)"
-            told = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "scaling.address" if given else told
-            raise UserError(f"no Ray cluster answers at {address}, the address of {told}: is it up?")
+            raise UserError(f"no Ray cluster answers at {address}, the address of {origin}: is it up?")
         time.sleep(1)
 
 
@@ -130,21 +134,24 @@ def gpus_per_worker(cfg: Config) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def room_for(cpus: float, gpus: float) -> int:
-    """Workers with so many CPUs and GPUs each that the nodes, as they are now, can run at once."""
+def node_resources() -> list[dict[str, float]]:
+    """What each node that is up has, by kind; a kind that it has none of is left out."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room_for(cpus: float, gpus: float, nodes: list[dict[str, float]]) -> int:
+    """Workers with so many CPUs and GPUs each that `nodes` can run at once; a worker lies on one node."""
     asked = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     return sum(int(min(node.get(kind, 0) // amount for kind, amount in asked.items())) for node in nodes)
 
 
 def cpus_each(workers: int, gpus: float) -> int:
-    """The most CPUs that each of `workers` can have, beside its GPUs; a worker lies on one node."""
-    import ray
-
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    return max((cpus for cpus in range(1, int(largest) + 1) if room_for(cpus, gpus) >= workers), default=1)
+    """The most CPUs that each of `workers` can have, beside its GPUs, on the nodes as they are now."""
+    nodes = node_resources()
+    largest = int(max(node.get("CPU", 0) for node in nodes))
+    return max((cpus for cpus in range(1, largest + 1) if room_for(cpus, gpus, nodes) >= workers), default=1)
 
 
 def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any) -> Any:

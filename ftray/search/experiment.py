@@ -18,7 +18,7 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
-from ftray.search.cluster import room_for
+from ftray.search.cluster import node_resources, room_for
 from ftray.search.definition import is_full, packable
 from ftray.search.exchange import Broken, Leaving, PacksGone, StandIn, TrialFailed
 from ftray.search.outcome import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
@@ -219,4 +219,5 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
 def trials_that_fit(job: Job) -> int:
     """Trials that the cluster, as it is now, can run at once."""
     scaling = job.config.scaling
-    return max(1, room_for(scaling.cpus_per_worker or 1, job.gpus_per_worker) // scaling.workers)
+    workers = room_for(scaling.cpus_per_worker or 1, job.gpus_per_worker, node_resources())
+    return max(1, workers // scaling.workers)

@@ -21,7 +21,7 @@ from ftray.config import UserError
 from ftray.data import TokenizedData
 from ftray.data.feed import RankedShards, plans
 from ftray.manifest import MANIFEST, publish, seal
-from ftray.search.cluster import cpus_each
+from ftray.search.cluster import cpus_each, node_resources, room_for
 from ftray.search.exchange import Board, Broken
 from ftray.search.metrics import PackMetrics
 from ftray.search.outcome import PACKED_REPORT, newest_whole, places, trial_name, write_json
@@ -78,7 +78,7 @@ def packs(job: Job, experiment: Location, trials: int) -> Iterator[tuple[Any, Ro
     room = Room(min(EARLY, count * most_trials(job)))
     for thread in (*groups, threading.Thread(target=room.measure, args=(board, count), daemon=True)):
         thread.start()
-    patience = None
+    patience = threading.TIMEOUT_MAX
     try:
         yield board, room
     except Broken as error:
@@ -90,8 +90,9 @@ def packs(job: Job, experiment: Location, trials: int) -> Iterator[tuple[Any, Ro
     finally:
         with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
             ray.get(board.close.remote("the search is over"))
+            deadline = time.monotonic() + patience
             for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
-                groups[index].join(patience)
+                groups[index].join(max(0.0, deadline - time.monotonic()))
 
 
 def most_trials(job: Job) -> int:
@@ -106,12 +107,11 @@ def most_trials(job: Job) -> int:
 
 def packs_that_fit(job: Job) -> int:
     """As configured, else those that the cluster has room for: by GPUs where it has any, or `workers` nodes each."""
-    workers = job.config.scaling.workers
     if job.config.scaling.packs:
         return job.config.scaling.packs
-    if job.gpus_per_worker:
-        return max(1, int(ray.cluster_resources().get("GPU", 0) / (workers * job.gpus_per_worker)))
-    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) // workers)
+    nodes = node_resources()
+    fit = room_for(0, job.gpus_per_worker, nodes) if job.gpus_per_worker else sum("CPU" in node for node in nodes)
+    return max(1, fit // job.config.scaling.workers)
 
 
 def pack_trainer(

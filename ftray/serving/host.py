@@ -60,7 +60,7 @@ class Host(ABC):
 
         self.cfg = Config.model_validate(settings)
         own_torch_threads(1)
-        self.loader = ThreadPoolExecutor(1, "loader", own_torch_threads, (1,))
+        self._loader = ThreadPoolExecutor(1, "loader", own_torch_threads, (1,))
         self.base = load_on_device(self.cfg.model, model_path, task).eval()
         self.tokenizer = load_tokenizer(model_path, self.cfg.model.trust_remote_code)
         self._sources: dict[str, str] = {}

@@ -73,7 +73,7 @@ class Reader(Host):
         self._thread = ThreadPoolExecutor(1, "reader", own_torch_threads, (threads,))
 
     async def _load(self, source: str) -> Loaded:
-        model = await asyncio.get_running_loop().run_in_executor(self.loader, self._adapter, source)
+        model = await asyncio.get_running_loop().run_in_executor(self._loader, self._adapter, source)
         return Loaded(model, lambda model: None)
 
     def _adapter(self, source: str) -> Any:

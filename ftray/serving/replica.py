@@ -61,7 +61,7 @@ class Replica(Host):
     async def _load(self, source: str) -> Loaded:
         from ftray.serving.adapters import load_adapter
 
-        model = await asyncio.get_running_loop().run_in_executor(self.loader, load_adapter, self.base, source)
+        model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # one that comes again is another
         await self._in_engine(self.engine.add, key, self.engine.prepare(model))
         return Loaded(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
