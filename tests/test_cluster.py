@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,7 +21,7 @@ import pytest
 import test_faults
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from test_faults import FLAGS, STEPS, begun, compare, record, reports
+from test_faults import FLAGS, SEARCHES, STEPS, begun, compare, moments, record, reports, untouched
 from test_faults import SPACE as FAULT_SPACE
 from test_search import SPACE, command, finished
 
@@ -254,35 +255,32 @@ def test_prometheus_scrapes_what_a_dashboard_shows(growing, tmp_path, words, tin
     assert float(best["value"][1]) >= summary["best"]["value"] * 0.999  # the last report may have come after it
 
 
-def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(growing, undisturbed, tmp_path, words, tiny_llama):
+@pytest.mark.parametrize(("seed", "hits"), SEARCHES)
+def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(
+    seed, hits, growing, undisturbed, tmp_path, words, tiny_llama
+):
     """With the machine go Ray's head, all nodes that it had started, and the driver."""
-    output = tmp_path / "out"
+    output, draw, known, before = tmp_path / "out", random.Random(f"head {seed}"), set(undisturbed), {}
     entrypoint = command(output, words, tiny_llama, *FLAGS, space=FAULT_SPACE, steps=STEPS)
     entrypoint[0] = "python"
     entrypoint[entrypoint.index("--output") + 1] = str(output)
     job = growing.submit(entrypoint)
-    deadline = time.monotonic() + 400
-    while reports(output) < 5:
-        assert job.poll() is None, job.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    growing.stop()
-    job.kill()
-    known, before = begun(output), finished(output)
-    growing.start()
-    again = growing.submit([*entrypoint, "--resume"])
-    log, _ = again.communicate(timeout=500)
-    assert again.returncode == 0, log
-    after = finished(output)
-    assert {path: after[path] for path in before} == before
-    record("head lost, job submitted again", "--resume goes on", compare(output, undisturbed, known))
-
-
-def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):
-    entrypoint = ["python", "-m", "ftray.tune", "--data", str(tmp_path / "nothing.jsonl")]
-    job = growing.submit(entrypoint, "--working-dir", str(ROOT))  # from a clone
-    log, _ = job.communicate(timeout=120)
-    assert job.returncode != 0
-    (line,) = [line for line in log.splitlines() if "error:" in line and line.startswith("ftray tune")]
-    assert "nothing.jsonl" in line
-    assert growing.nodes() == 0
+    for after in moments(draw, hits):
+        deadline = time.monotonic() + 400
+        while reports(output) < after:
+            assert job.poll() is None, job.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(draw.random())
+        growing.stop()
+        job.kill()
+        known &= begun(output)
+        before |= finished(output)
+        growing.start()
+        job = growing.submit([*entrypoint, "--resume"])
+    log, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, log
+    untouched(output, before)
+    difference = compare(output, undisturbed, known)
+    for _ in range(hits):
+        record("head lost, job submitted again", "--resume goes on", difference)

@@ -1,6 +1,7 @@
-"""A search that is hit by a fault at a random moment comes to what an undisturbed one comes to.
+"""A search that is hit by faults at random moments comes to what an undisturbed one comes to.
 
-`FTRAY_FAULT_MOMENTS=20` takes that many moments of each fault; `FTRAY_FAULT_TABLE=docs/faults.md` writes the table.
+`FTRAY_FAULT_MOMENTS=20` takes that many moments of each fault, up to five of them in one search;
+`FTRAY_FAULT_TABLE=docs/faults.md` writes the table.
 """
 
 import json
@@ -28,14 +29,15 @@ FLAGS = ["--trials", str(TRIALS), "--search.scheduler", "none", "--training.eval
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
 RESUME = "the same command with --resume goes on"
 MOMENTS = int(os.environ.get("FTRAY_FAULT_MOMENTS", "1"))
+SEARCHES = [(seed, min(5, MOMENTS - seed)) for seed in range(0, MOMENTS, 5)]  # and how often each is hit
 TABLE = os.environ.get("FTRAY_FAULT_TABLE")
 OUTCOMES: dict[str, list[tuple[str, float]]] = defaultdict(list)
 HEAD = """# Faults and what becomes of a search
 
 Written by `FTRAY_FAULT_TABLE=docs/faults.md pytest -m 'slow or not slow' tests/test_faults.py`, row by row. Each fault
-is real and comes at a random moment (seeded) of a search of three trials. Afterwards no trial is lost or there twice,
-and none that was finished has been run again. The difference is the largest relative one of any reported loss from that
-of an undisturbed search.
+is real and comes at a random moment (seeded) of a search of three trials, which may be hit again later. Afterwards no
+trial is lost or there twice, and none that was finished has been run again. The difference is the largest relative one
+of any reported loss from that of an undisturbed search.
 
 | fault | moments | outcome | difference |
 | --- | --- | --- | --- |
@@ -50,15 +52,15 @@ class Fault:
         title: what the process is called, several separated by |.
         sent: signal.
         code: exit code of the driver, if it can't go on.
-        seconds: in which it then ends.
-        failures: restarts that are allowed.
+        seconds: in which it then ends; None: it goes on, as a rule.
+        failures: restarts that are allowed for each.
     """
 
     title: str
     pack: str = "auto"
     sent: int = signal.SIGKILL
     code: int = 1
-    seconds: float = 600
+    seconds: float | None = None
     failures: int = 3
 
 
@@ -68,10 +70,10 @@ FAULTS = {
     "pack's worker killed": Fault("ray::RayTrainWorker"),
     "trial's process killed": Fault("ray::ResourceTrainable"),
     "pack's controller killed": Fault("ray::TrainController"),
-    "board between trials and packs killed": Fault("ray::Board"),
+    "board between trials and packs killed": Fault("ray::Board", seconds=120),
     "training worker killed, pack off": Fault("ray::RayTrainWorker", "off"),
     "task of Ray Data killed": Fault(DATA),
-    "driver killed": Fault("ftray.tune", code=-signal.SIGKILL),
+    "driver killed": Fault("ftray.tune", code=-signal.SIGKILL, seconds=10),
     "driver told to end (SIGTERM)": Fault("ftray.tune", sent=TERM, code=143, seconds=60),
     "driver told to end (SIGTERM), pack off": Fault("ftray.tune", "off", TERM, 143, 60),
     "pack's worker told to end (SIGTERM)": Fault("ray::RayTrainWorker", sent=TERM, failures=0),
@@ -125,9 +127,14 @@ class Search:
         where = ["--scaling.address", address] if address else []
         done = run([*self.arguments, *where, "--resume"], timeout=600)
         assert done.returncode == 0, self.text + done.stdout + done.stderr
-        after = finished(self.output)
-        assert {path: after[path] for path in before} == before
+        untouched(self.output, before)
         return done
+
+
+def untouched(output: Path, before: dict[str, tuple[str, int]]) -> None:
+    """What was `finished` is as it was."""
+    after = finished(output)
+    assert {path: after.get(path) for path in before} == before
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +174,9 @@ def record(name: str, what: str, difference: float) -> None:
 
 
 def compare(output: Path, undisturbed: dict[int, list[tuple[int, float]]], numbers: set[int]) -> float:
-    """The largest relative difference of any report of these trials; none has more reports, or fewer."""
+    """The largest relative difference of any report of these trials; no trial has more reports, or fewer."""
     got = curves(output)
-    assert {n: [s for s, _ in got[n]] for n in numbers} == {n: [s for s, _ in undisturbed[n]] for n in numbers}
+    assert {n: [s for s, _ in own] for n, own in got.items()} == {n: [s for s, _ in o] for n, o in undisturbed.items()}
     pairs = [(a, b) for n in numbers for (_, a), (_, b) in zip(got[n], undisturbed[n], strict=True)]
     for a, b in pairs:
         assert a == pytest.approx(b, rel=1e-5)
@@ -184,8 +191,9 @@ def journal(output: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def reports(output: Path) -> int:
-    """Rungs that are in the journal."""
-    return sum(len(trial.user_attrs.get("reports", [])) for trial in journal(output))
+    """Rungs that are in the journal; -1: not even a trial is."""
+    trials = journal(output)
+    return sum(len(trial.user_attrs.get("reports", [])) for trial in trials) if trials else -1
 
 
 def begun(output: Path) -> set[int]:
@@ -206,35 +214,59 @@ def victims(titles: str, parent: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(MOMENTS))
-@pytest.mark.parametrize("name", FAULTS)
-def test_nothing_is_lost(name, moment, undisturbed, tmp_path, words, tiny_llama):
-    fault, draw = FAULTS[name], random.Random(f"{name} {moment}")
-    output = tmp_path / "out"
-    search = Search(output, words, tiny_llama, "--pack", fault.pack, "--max-failures", str(fault.failures))
-    after = draw.randrange(0, TRIALS * 4 - 2)
-    search.wait_for(lambda: reports(output) >= after)
-    search.wait_for(lambda: victims(fault.title, search.process.pid))
+def moments(draw: random.Random, hits: int) -> list[int]:
+    """After how many reports a search is hit."""
+    return sorted(draw.randrange(0, TRIALS * 4 - 2) for _ in range(hits))
+
+
+def strike(search: Search, fault: Fault, draw: random.Random, struck: set[psutil.Process]) -> bool:
+    """Send the signal to a process that has had none yet; False: the search was over before there was one."""
+
+    def left() -> list[psutil.Process]:
+        return [victim for victim in victims(fault.title, search.process.pid) if victim not in struck]
+
+    search.wait_for(left)
     time.sleep(draw.random())  # somewhere between two rungs
-    hit = draw.choice(victims(fault.title, search.process.pid) or [None])
-    if hit is None:  # it came and went
-        search.wait_for(lambda: victims(fault.title, search.process.pid))
-        hit = victims(fault.title, search.process.pid)[0]
-    hit.send_signal(fault.sent)
-    code = search.end(fault.seconds)
-    known = begun(output)
-    if code:
-        assert code == fault.code, search.text
+    while search.process.poll() is None:
+        search.wait_for(left)  # it may have come and gone
+        with suppress(IndexError, psutil.NoSuchProcess):
+            hit = draw.choice(left())
+            hit.send_signal(fault.sent)
+            struck.add(hit)
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "hits"), SEARCHES)
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_is_lost(name, seed, hits, undisturbed, tmp_path, words, tiny_llama):
+    fault, draw, output = FAULTS[name], random.Random(f"{name} {seed}"), tmp_path / "out"
+    flags = ["--pack", fault.pack, "--max-failures", str(fault.failures * hits)]
+    search, known, before = Search(output, words, tiny_llama, *flags), set(undisturbed), {}
+    outcomes, struck = [], set()
+    for after in moments(draw, hits):
+        search.wait_for(lambda after=after: reports(output) >= after)
+        if strike(search, fault, draw, struck):
+            outcomes.append("the search goes on")
+        if fault.seconds:
+            search.end(fault.seconds)
+        before |= finished(output)
+        if search.process.poll() in (None, 0):
+            continue
+        outcomes[-1] = "the driver ends, --resume goes on"
+        assert search.end() == fault.code, search.text
         assert "Traceback" not in search.text, search.text
-        if code != -signal.SIGKILL:
+        if fault.code != -signal.SIGKILL:
             (line,) = search.lines()
             assert line.endswith(RESUME)
-        search.resume()
-        what = "the driver ends, --resume goes on"
-    else:
-        what, known = "the search goes on", set(undisturbed)
-    record(name, what, compare(output, undisturbed, known))
+        known &= begun(output)  # later ones are drawn anew
+        search = Search(output, words, tiny_llama, *flags, "--resume")
+    assert search.end() == 0, search.text
+    untouched(output, before)
+    difference = compare(output, undisturbed, known)
+    for outcome in outcomes:
+        record(name, outcome, difference)
 
 
 def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
@@ -244,7 +276,7 @@ def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
     from ftray.manifest import damage, seal
 
     search = Search(tmp_path / "out", words, tiny_llama, "--training.evaluations", "2")
-    search.wait_for(lambda: reports(tmp_path / "out"))
+    search.wait_for(lambda: reports(tmp_path / "out") > 0)
     time.sleep(0.5)  # into the second half
     search.process.send_signal(TERM)
     assert search.end(60) == 143, search.text
@@ -346,20 +378,32 @@ def raylet(node) -> psutil.Process:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_lost_node_is_made_up_for_by_another(moment, undisturbed, nodes, tmp_path, words, tiny_llama):
+@pytest.mark.parametrize(("seed", "hits"), SEARCHES)
+def test_a_lost_node_is_made_up_for_by_another(seed, hits, undisturbed, nodes, tmp_path, words, tiny_llama):
     cluster, others = nodes
-    output, draw = tmp_path / "out", random.Random(f"node {moment}")
-    flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", "3"]
+    output, draw, before, lost = tmp_path / "out", random.Random(f"node {seed}"), {}, 0
+    flags = ["--scaling.packs", "1", "--scaling.cpus_per_worker", "1", "--max-failures", str(3 * hits)]
     search = Search(output, words, tiny_llama, *flags, address=cluster.address)
-    after = draw.randrange(0, TRIALS * 4 - 2)
-    search.wait_for(lambda: reports(output) >= after)
-    search.wait_for(lambda: [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)])
-    (lost,) = [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]
-    for process in [raylet(lost), *raylet(lost).children(recursive=True)]:
-        process.kill()
+
+    def trains() -> list:
+        return [node for node in others if victims("ray::RayTrainWorker", raylet(node).pid)]
+
+    for after in moments(draw, hits):
+        search.wait_for(lambda after=after: reports(output) >= after)
+        search.wait_for(trains)
+        time.sleep(draw.random())
+        for node in trains():
+            others.remove(node)
+            for process in [raylet(node), *raylet(node).children(recursive=True)]:
+                process.kill()
+            lost += 1
+            others.append(cluster.add_node(num_cpus=2))
+        before |= finished(output)
     assert search.end() == 0, search.text
-    record("node of the pack lost", "the search goes on", compare(output, undisturbed, set(undisturbed)))
+    untouched(output, before)
+    difference = compare(output, undisturbed, set(undisturbed))
+    for _ in range(lost):
+        record("node of the pack lost", "the search goes on", difference)
 
 
 @pytest.mark.slow

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import boto3
 import pytest
+import test_faults
+import torch
+from safetensors.torch import load_file
+from test_faults import raylet, victims
 from test_search import command, environment
 
 from ftray.adapters.saved import data_settings, find_adapter
@@ -25,6 +29,7 @@ from ftray.serving.offers import leaderboard, model_of_run, offered
 from ftray.status import read
 from ftray.storage import Stored, located
 
+nodes = test_faults.nodes  # a fixture
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
 
 
@@ -185,6 +190,75 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
     adapter = find_adapter(output)
     assert data_settings(Config(), adapter).template == "{prompt}\n"
     assert (adapter / "adapter_model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_the_store_alone(store, tmp_path, words, tiny_llama, capsys):
+    output = "s3://runs/trained"
+    flags = {
+        "--data": words,
+        "--model": tiny_llama,
+        "--output": output,
+        "--data.cache": "s3://runs/train-shards",
+        "--data.max_length": "64",
+        "--training.steps": "200",
+        "--training.evaluations": "4",
+        "--model.dtype": "fp32",
+    }
+    arguments = [sys.executable, "-m", "ftray.train", *(part for pair in flags.items() for part in pair)]
+    training = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    deadline = time.monotonic() + 240
+    while not (Stored(output) / "train").glob("checkpoint_*/manifest.json"):
+        assert time.monotonic() < deadline
+        assert training.poll() is None, training.stdout.read().decode()
+        time.sleep(0.1)
+    training.send_signal(signal.SIGKILL)
+    training.wait()
+    again = run(arguments)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "already holds a run" in again.stderr
+    done = run([*arguments, "--resume"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+
+    whole = run([output + "-whole" if argument == output else argument for argument in arguments])
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    undisturbed = [line for line in whole.stdout.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[:2] for line in undisturbed][-len(losses) :] == [line.split(",")[:2] for line in losses]
+    assert len(undisturbed) == 4
+    with fetched(f"{output}/adapter") as one, fetched(f"{output}-whole/adapter") as other:
+        one, other = (load_file(found / "adapter_model.safetensors") for found in (one, other))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-6), name
+    assert main(["evaluate", "--data", words, "--model", tiny_llama, "--adapter", f"{output}/adapter"]) == 0
+
+
+@pytest.mark.slow
+def test_several_nodes_share_nothing_but_the_store(store, nodes, tmp_path, words, tiny_llama):
+    """Both nodes train, one of them is lost, and what it had saved is taken up on another."""
+    cluster, others = nodes
+    output = "s3://runs/nodes"
+    flags = ["--trials", "4", "--search.scheduler", "none", "--scaling.packs", "2", "--scaling.cpus_per_worker", "1"]
+    flags += ["--data.cache", "s3://runs/node-shards", "--pack", "2", "--max-failures", "3"]
+    arguments = asked(tmp_path, words, tiny_llama, output, *flags, "--training.evaluations", "4", steps=240)
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        environs = environment() | {"RAY_ADDRESS": cluster.address}
+        search = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environs)
+    deadline = time.monotonic() + 240
+    while len(trains := [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]) < 2 or not (
+        Stored(output) / "tune"
+    ).glob("trial-*/checkpoint_*/manifest.json"):
+        assert time.monotonic() < deadline, log.read_text()
+        assert search.poll() is None, log.read_text()
+        time.sleep(0.1)
+    for process in [raylet(trains[0]), *raylet(trains[0]).children(recursive=True)]:
+        process.kill()
+    assert search.wait(400) == 0, log.read_text()
+    assert states(output) == ["COMPLETE"] * 4
+    summary = json.loads((Stored(output) / "summary.json").read_text())
+    assert [trial["status"] for trial in summary["trials"]] == ["finished"] * 4
 
 
 @pytest.mark.slow  # a store that does not answer is given up after a minute

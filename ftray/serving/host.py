@@ -1,5 +1,6 @@
 """What every replica has, whatever its task: one base model, its tokenizer, and adapters that come on demand."""
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,13 @@ def own_torch_threads(count: int) -> None:
     torch.get_num_threads()  # only now it is this thread's: until then, what another one sets would be
 
 
+def give_memory_back() -> None:
+    """Of what the C library holds free, which after a load is more than an adapter, all that it can; milliseconds."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim:
+        trim(0)
+
+
 class Host(ABC):
     """What the deployments have in common; adapters are Serve's multiplexed models.
 
@@ -68,6 +76,7 @@ class Host(ABC):
 
         async def load(adapter: str) -> Loaded:
             self._kept[adapter] = loaded = await self._load(self._sources[adapter])
+            give_memory_back()
             return loaded
 
         self._loaded = serve.multiplexed(load, max_num_models_per_replica=self.cfg.serving.max_adapters)

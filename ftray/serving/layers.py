@@ -1,8 +1,11 @@
 """The shared linear layer where nothing is trained: low-rank factors don't change, so they are put together once."""
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ftray.training.layers import Rows, SharedLinear
+from ftray.training.dropout import Draws
+from ftray.training.layers import Rows, SharedLinear, update_of
 from ftray.training.low_rank import Update, precision
 
 Places = tuple[tuple[int, int], ...]
@@ -40,6 +43,11 @@ class ServedLinear(SharedLinear):
     def __init__(self, base: torch.nn.Module, rows: ServedRows):
         super().__init__(base, rows)
         self._together: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
+
+    def join(self, name: str, layer: BaseTunerLayer, draws: Draws) -> None:
+        super().join(name, layer, draws)
+        if type(layer) is LoraLinear and update_of(layer, draws, 0):
+            layer.to(precision(layer.get_base_layer().weight))  # its factors are multiplied in no other
 
     def leave(self, name: str) -> None:
         super().leave(name)

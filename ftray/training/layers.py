@@ -52,7 +52,7 @@ class SharedLinear(nn.Module):
     def join(self, name: str, layer: BaseTunerLayer, draws: Draws) -> None:
         """Let `layer`, PEFT's own, have the rows of adapter `name`."""
         self.members[name] = layer, draws
-        if _update(layer.eval(), draws, 0):  # adds to the layer's output
+        if update_of(layer.eval(), draws, 0):  # adds to the layer's output
             return
         base: Any = layer.get_base_layer()
         weight = base.weight
@@ -77,7 +77,7 @@ class SharedLinear(nn.Module):
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):
             if member := self.members.get(name):
-                if update := _update(*member, end - first):
+                if update := update_of(*member, end - first):
                     updates[i] = update
                 else:
                     own.append(i)
@@ -137,7 +137,7 @@ class _Answer:
         return self.multiplied
 
 
-def _update(layer: BaseTunerLayer, draws: Draws, rows: int) -> Update | None:
+def update_of(layer: BaseTunerLayer, draws: Draws, rows: int) -> Update | None:
     """What a plain LoRA or AdaLoRA layer adds, with its dropout drawn for `rows`; None for other layers."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None

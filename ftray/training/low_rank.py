@@ -21,7 +21,7 @@ class Update:
     """What one adapter adds to a layer: `scaling * x Aᵀ Bᵀ`, with some elements of x taken for zero.
 
     Attributes:
-        a, b: [rank, in] and [out, rank], float32.
+        a, b: [rank, in] and [out, rank], float32; where nothing is trained also bfloat16.
         dropped: which elements of the adapter's rows [rows, in], see :func:`ftray.training.dropout.zero`; None: none.
             What keeps the mean is a part of `scaling`.
     """
