@@ -32,7 +32,7 @@ def main() -> int:
             for side, (few, many) in TRIALS.items():
                 (short, long), taken = STEPS, {}
                 for n, s in ((few, short), (many, short), (many, long)):
-                    taken[n, s] = run(side, n, s, False, cache, f"{cache}/{side}-{turn}-{n}-{s}")["seconds"]
+                    taken[n, s] = run(side, n, s, None, cache, f"{cache}/{side}-{turn}-{n}-{s}")["seconds"]
                 a_step = (taken[many, long] - taken[many, short]) / (many * (long - short))
                 found[side].append((taken[many, short] - taken[few, short]) / (many - few) - short * a_step)
                 listed = ", ".join(f"{n} x {s} steps {t:.0f} s" for (n, s), t in taken.items())

@@ -5,12 +5,15 @@
 
 Each run is a process of its own, timed from start to exit: Python, Ray, every trial. Both sides draw from the same
 space with Optuna, train on the same tokenized records in the same precision and may use all of the machine.
-The usual script has as many trials at once as are fastest for it: one a CPU.
+The usual script has as many trials at once as are fastest for it: one a CPU. With `--asha` it runs first, and ours then
+goes on, for at most four times as many trials, until one has a held-out loss as good as its best: each side draws its
+own trials, and in equal numbers chance would decide.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,36 +50,37 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a twelfth of the budget")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3, help="of each side")
+    parser.add_argument("--goal", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps = args.steps or (4 if args.quick else 48)
     if args.side:
-        (ours if args.side == "ours" else peer)(args)
+        (run_ours if args.side == "ours" else run_peer)(args)
         return 0
     print(f"{args.trials} trials of {args.steps} steps of 8 records on {machine()} with {versions()}", flush=True)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as cache:
         prepare(cache, DATA["limit"])
         for turn in range(args.runs):
-            for side in ("ours", "peer"):
-                found[side].append(run(side, args.trials, args.steps, args.asha, cache, f"{cache}/{side}-{turn}"))
+            for side in ("peer", "ours"):
+                goal = found["peer"][-1]["best"] if args.asha and side == "ours" else None
+                found[side].append(run(side, args.trials, args.steps, goal, cache, f"{cache}/{side}-{turn}"))
                 result = found[side][-1]
                 print(f"  {side} {result['seconds']:.1f} s, best held-out loss {result['best']:.4f}", flush=True)
-    goal = statistics.median(result["best"] for result in found["peer"])
-    theirs = statistics.median(result["seconds"] for result in found["peer"])
     if args.asha:
-        reached = [next((at for at, loss in r["curve"] if loss <= goal), None) for r in found["ours"]]
-        print(f"the usual script's best held-out loss, {goal:.4f}, was reached after {reached} s")
-        if None in reached:
-            print("not reached in every run", file=sys.stderr)
-            return 1
-        mine = statistics.median(at for at in reached if at is not None)
-        theirs = statistics.median(first_at(r["curve"], r["best"]) for r in found["peer"])
+        seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+        for mine, usual in zip(found["ours"], found["peer"], strict=True):
+            if mine["best"] > usual["best"]:
+                print(f"{usual['best']:.4f} was not reached", file=sys.stderr)
+                return 1
+            for side, result in (("ours", mine), ("peer", usual)):
+                seconds[side].append(first_at(result["curve"], usual["best"]))
     else:
-        mine = statistics.median(result["seconds"] for result in found["ours"])
+        seconds = {side: [result["seconds"] for result in results] for side, results in found.items()}
+    ours, theirs = statistics.median(seconds["ours"]), statistics.median(seconds["peer"])
     losses = {f"{side}_best": statistics.median(r["best"] for r in results) for side, results in found.items()}
-    show("search-asha" if args.asha else "search", mine, theirs, theirs / mine, "s", losses)
+    show("search-asha" if args.asha else "search", ours, theirs, theirs / ours, "s", losses)
     return 0
 
 
@@ -85,10 +89,11 @@ def first_at(curve: list[tuple[float, float]], loss: float) -> float:
     return next(at for at, value in curve if value <= loss)
 
 
-def run(side: str, trials: int, steps: int, asha: bool, cache: str, output: str) -> dict[str, Any]:
+def run(side: str, trials: int, steps: int, goal: float | None, cache: str, output: str) -> dict[str, Any]:
     """One process of one side; `seconds` of it all, `best` loss, and `curve` of (seconds since its start, loss)."""
     command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(trials)]
-    command += ["--steps", str(steps), "--cache", cache, "--output", output, *(["--asha"] if asha else [])]
+    command += ["--steps", str(steps), "--cache", cache, "--output", output]
+    command += [] if goal is None else ["--goal", repr(goal)]
     started = time.time()
     with open(f"{output}.log", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -107,19 +112,22 @@ def prepare(cache: str, limit: int) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def listener(heard: list[tuple[float, float]]) -> Any:
-    """A Tune callback that notes when each held-out loss was reported."""
+def listener(heard: list[tuple[float, float]], goal: float | None = None) -> Any:
+    """A Tune callback that notes when each held-out loss was reported, and ends the search with the first at `goal`."""
     from ray import tune
 
     class Listener(tune.Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            if "validation_loss" in result:
-                heard.append((time.time(), result["validation_loss"]))
+            if (loss := result.get("validation_loss")) is None:
+                return
+            if goal is not None and loss <= goal and all(other > goal for _, other in heard):
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            heard.append((time.time(), loss))
 
     return Listener()
 
 
-def ours(args: argparse.Namespace) -> None:
+def run_ours(args: argparse.Namespace) -> None:
     """The search as `ftray tune` runs it, up to the last trial's end."""
     import yaml
 
@@ -134,21 +142,21 @@ def ours(args: argparse.Namespace) -> None:
     from ftray.search.solo import Job
     from ftray.search.space import load_space
 
-    output = Path(args.output)
+    asha, output = args.goal is not None, Path(args.output)
     output.mkdir()
     (output / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     cfg = Config.model_validate(
         {
             "data": DATA,
             "training": {"steps": args.steps, "evaluations": 1},
-            "search": {"trials": args.trials, "scheduler": "asha" if args.asha else "none"},
+            "search": {"trials": args.trials * (4 if asha else 1), "scheduler": "asha" if asha else "none"},
         }
     )
     heard: list[tuple[float, float]] = []
     path = find(cfg.model.name)
     connect(cfg)
     job = Job(cfg, path, shards(args.cache), gpus_per_worker(cfg))
-    search(job, load_space(str(output / "space.yaml")), output, [listener(heard)])
+    search(job, load_space(str(output / "space.yaml")), output, [listener(heard, args.goal)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 
@@ -187,7 +195,7 @@ def peer_space(trial: Any) -> None:
     trial.suggest_float("dropout", 0.0, 0.05)
 
 
-def peer(args: argparse.Namespace) -> None:
+def run_peer(args: argparse.Namespace) -> None:
     """Ray Tune over trials, each a TorchTrainer of one worker, as Ray's documentation shows."""
     import ray
     import ray.train
