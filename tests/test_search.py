@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -63,11 +63,15 @@ def study(output: Path) -> optuna.Study:
 
 def finished(output: Path) -> dict[str, tuple[str, int]]:
     """What the trials that are over have written last, and when."""
-    last = list((output / "tune").glob("trial-*/outcome.json"))
-    for report in (output / "tune").glob("trial-*/checkpoint_*/report.json"):
-        if json.loads(report.read_text())["learning_rate"] == 0:  # the schedule is at its end
-            last.append(report)
-    return {str(path): (path.read_text(), path.stat().st_mtime_ns) for path in last}
+    found = {}
+    for pattern in ("outcome.json", "checkpoint_*/report.json"):
+        for path in (output / "tune").glob(f"trial-*/{pattern}"):
+            with suppress(FileNotFoundError):  # a search that runs removes older checkpoints
+                text = path.read_text()
+                # or the schedule is at its end
+                if path.name == "outcome.json" or json.loads(text)["learning_rate"] == 0:
+                    found[str(path)] = text, path.stat().st_mtime_ns
+    return found
 
 
 @pytest.fixture(scope="module")
