@@ -222,7 +222,7 @@ class ServingConfig(Section):
     run: str | None = Field(None, description="output of a search: serve its base, its best adapter and its trials")
     merged: bool = Field(False, description="serve the merged model of `run` alone")
     engine: Literal["builtin", "vllm"] = Field(
-        "builtin", description="vllm: Ray Serve LLM with vLLM, on GPUs, for LoRA adapters and merged models"
+        "builtin", description="vllm: Ray Serve LLM with vLLM, for LoRA adapters and merged models"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=1, le=65535)

