@@ -284,3 +284,13 @@ def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(
     difference = compare(output, undisturbed, known)
     for _ in range(hits):
         record("head lost, job submitted again", "--resume goes on", difference)
+
+
+def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):
+    entrypoint = ["python", "-m", "ftray.tune", "--data", str(tmp_path / "nothing.jsonl")]
+    job = growing.submit(entrypoint, "--working-dir", str(ROOT))  # from a clone
+    log, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    (line,) = [line for line in log.splitlines() if "error:" in line and line.startswith("ftray tune")]
+    assert "nothing.jsonl" in line
+    assert growing.nodes() == 0

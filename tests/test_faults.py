@@ -263,6 +263,7 @@ def test_nothing_is_lost(name, seed, hits, undisturbed, tmp_path, words, tiny_ll
         known &= begun(output)  # later ones are drawn anew
         search = Search(output, words, tiny_llama, *flags, "--resume")
     assert search.end() == 0, search.text
+    assert outcomes
     untouched(output, before)
     difference = compare(output, undisturbed, known)
     for outcome in outcomes:

@@ -93,8 +93,8 @@ def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[s
         "generation_config": "vllm",  # requests say how tokens are chosen, not the model's file
     }
     lora = None
-    if without_gpu(cfg):  # of which it takes nearly all that there is; a machine's memory has other users too
-        memory = virtual_memory()
+    if without_gpu(cfg):
+        memory = virtual_memory()  # vLLM would take nearly all of it, which is right for a GPU's alone
         engine["gpu_memory_utilization"] = round(0.8 * memory.available / memory.total, 2)
     if not cfg.serving.merged:
         most = cfg.serving.max_adapters
@@ -203,7 +203,7 @@ class Bridge:
                         whole += going
             yield Parts(whole + last)
         except RayTaskError as error:  # the first request for an adapter loads it
-            yield Parts([Part(0, finish=f"error: {str(error.cause).splitlines()[0]}")])
+            yield Parts([Part(0, finish=f"error: {(str(error.cause) or 'it failed').splitlines()[0]}")])
         finally:
             stream.cancel()
 
