@@ -401,6 +401,7 @@ def test_a_lost_node_is_made_up_for_by_another(seed, hits, undisturbed, nodes, t
             others.append(cluster.add_node(num_cpus=2))
         before |= finished(output)
     assert search.end() == 0, search.text
+    assert lost
     untouched(output, before)
     difference = compare(output, undisturbed, set(undisturbed))
     for _ in range(lost):

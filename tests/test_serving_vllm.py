@@ -50,7 +50,7 @@ def adapters(tiny_llama, tmp_path_factory):
         (["--adapter=a={}/wide"], "this has 600"),
         (["--task", "FEATURE_EXTRACTION"], "the models here are for FEATURE_EXTRACTION"),
         (["--model.quantization", "8bit"], "leave model.quantization out"),
-        (["--adapter=a={}/plain"], "or install vLLM for CPUs: pip install"),
+        (["--adapter=a={}/plain"], "no GPU here: take builtin, "),
         (["--scaling.gpus_per_worker", "1"], "vLLM is not installed"),
     ],
 )
