@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from ftray.training.run import Run, micro_batch_size
 MOST_TRIALS = 32  # that a pack takes by itself
 STAND_INS_PER_CPU = 4  # each trial is a process too, if a light one: starting hundreds would take longer than training
 EARLY = 8  # trials whose processes start while the packs load
+KEPT_BYTES = 2**30  # of micro-batches that a worker keeps for the next trial of the same order
+TOKEN_BYTES = 24  # ids, labels and positions, int64
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Group:
         self.place, self.trainer = place, trainer
         self.data = TokenizedData.load(place.job.data)
         self.collate = self.data.task.load().collate
+        self.streams: dict[tuple[int, int, int], Any] = {}  # each at its start, what was read of it is kept
         self.held: list[Any] | None = None  # the validation batches, if they are few
         first = trainer.rank == 0
         self.metrics = PackMetrics(place.job.config.output, place.index) if first else None
@@ -184,7 +188,7 @@ class Group:
     def measured_capacity(self) -> int:
         """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
         probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
-        fit = self.trainer.fit_memory(probe, next(iter(self._batches(probe, 0))))
+        fit = self.trainer.fit_memory(probe, next(self._batches(probe, 0)))
         most = most_trials(self.place.job)
         return most if isinstance(self.place.job.config.search.pack, int) else min(fit, most)
 
@@ -263,19 +267,27 @@ class Group:
             if apart and self.trainer.rank == 0:
                 print(f"trial {name} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
-            trial.batches = iter(self._batches(run, trial.history.step))
+            trial.batches = self._batches(run, trial.history.step)
         except Exception as error:  # of one trial: its mates go on
             return last_line(error)
         return None
 
-    def _batches(self, run: Run, step: int) -> Iterable[Any]:
-        """This rank's micro-batches from `step` on, streamed by Ray Data."""
-        seed, rows = run.training.seed, micro_batch_size(run.training, self.trainer.world_size)
-        feed = RankedShards(self.data, seed)
-        plan = plans(self.data, seed, run.steps * run.training.batch_size)["train"]
-        stream = feed.stream("train", plan, self.trainer.rank, self.trainer.world_size).iterator()
-        seen = step * run.training.batch_size // (rows * self.trainer.world_size)
-        batches = stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
+    def _batches(self, run: Run, step: int) -> Iterator[Any]:
+        """This rank's micro-batches from `step` on, streamed by Ray Data.
+
+        Trials of the same order share a stream: to start one takes seconds, in which all of the pack would wait.
+        """
+        rows, ranks = micro_batch_size(run.training, self.trainer.world_size), self.trainer.world_size
+        seed, records = run.training.seed, run.steps * run.training.batch_size
+        seen = step * run.training.batch_size // (rows * ranks)
+        if kept := self.streams.get((seed, rows, records)):
+            return islice(copy(kept), seen, None)
+        plan = plans(self.data, seed, records)["train"]
+        stream = RankedShards(self.data, seed).stream("train", plan, self.trainer.rank, ranks).iterator()
+        batches = iter(stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2))
+        split = self.data.splits["train"]
+        if records / ranks * split.tokens / split.records * TOKEN_BYTES < KEPT_BYTES:
+            self.streams[seed, rows, records], batches = tee(batches)
         return islice(batches, seen, None)
 
     def _validation(self) -> Iterable[Any]:

@@ -185,7 +185,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     names = [str(n) for n in range(group.measured_capacity())]
     for name in names:
         trainer.join(name, run)
-        trainer.trials[name].batches = iter(group._batches(run, 0))
+        trainer.trials[name].batches = group._batches(run, 0)
     failed = trainer.step(names)  # the first one warms up
     before = {name: trainer.trials[name].history.tokens for name in names}
     started = time.monotonic()

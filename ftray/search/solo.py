@@ -26,6 +26,10 @@ from ftray.storage import Location, for_ray
 from ftray.training.run import Failed, Run, micro_batch_size
 
 CUT_OFF = "cut_off"  # marks a report that is none, but brings a checkpoint from between two rungs
+# of glibc, for workers: memory in huge pages, and what a step frees stays for the next one instead of going back
+MALLOC = {
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
+}
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
 
 
@@ -125,6 +129,8 @@ def group_trainer(
                 checkpoint_score_order=job.config.search.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
+            # ZeRO 3 has its own way with memory: see ftray.training.engine.return_freed_memory
+            worker_runtime_env={"env_vars": MALLOC} if job.config.training.zero_stage < 3 else None,
         ),
     )
 

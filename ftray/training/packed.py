@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import psutil
@@ -153,7 +152,8 @@ class PackTrainer:
     def step(self, names: Sequence[str]) -> dict[str, str]:
         """One optimiser step of each of the named trials; returns why those failed that can't go on."""
         started = time.monotonic()
-        batches = {name: list(islice(self.trials[name].batches, self.trials[name].accumulation)) for name in names}
+        trials = {name: self.trials[name] for name in names}
+        batches = {name: [next(trial.batches) for _ in range(trial.accumulation)] for name, trial in trials.items()}
         stepped = self.pack.step(batches)
         seconds = time.monotonic() - started
         for name, result in stepped.items():
