@@ -293,7 +293,7 @@ class Group:
     def _validation(self) -> Iterable[Any]:
         if self.held is not None:
             return self.held
-        rows = self.place.job.config.training.batch_size
+        rows = 4 * micro_batch_size(self.place.job.config.training, self.trainer.world_size)  # no activation is kept
         shard = train.get_dataset_shard("validation")
         batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
         if len(self.data.splits["validation"].windows) > 1:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 LOGITS = 2**24  # elements of logits that are computed at once
+BLOCK = 16  # positions, on a CPU: their logits stay in its cache from the softmax to the gradient
 
 
 def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
@@ -82,12 +83,19 @@ class HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS // head.weight.shape[0])
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
-            logs, target = F.log_softmax(head(hidden[part]), -1, dtype=torch.float32), targets[part, None]
-            found = logs.gather(1, target)
-            losses[part] = -found.squeeze(1)
+            logits = head(hidden[part])
+            blocks = (
+                t.split(BLOCK if logits.device.type == "cpu" else rows)
+                for t in (logits, targets[part, None], losses[part])
+            )
+            for block, target, loss in zip(*blocks, strict=True):
+                logs = F.log_softmax(block, -1, dtype=torch.float32)
+                found = logs.gather(1, target)
+                loss.copy_(-found.squeeze(1))
+                if gradient is not None:
+                    block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
             if gradient is not None:
-                errors = logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0))
-                gradient[part] = (errors.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
+                gradient[part] = (logits.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
