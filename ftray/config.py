@@ -281,7 +281,7 @@ class Config(Section):
     output: str = Field(
         "runs/latest", description="where a command leaves what it makes; `tune`, `train`: a directory or URI"
     )
-    resume: bool = Field(False, description="go on with what is in output")
+    resume: bool = Field(False, description="go on with what is in output; begin, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 

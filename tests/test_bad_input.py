@@ -136,7 +136,7 @@ CONFIG = {
     "pack under ZeRO 3": (["--pack", "4", "--training.zero_stage", "3"], "ZeRO 3 shares the base model out"),
     "offload without stage": (["--training.offload", "optimizer"], "needs zero_stage"),
     "output of another search": (["--output", "used"], "already holds a search (summary.json)"),
-    "nothing to resume": (["--resume"], "holds no search to resume"),
+    "search without definition": (["--resume", "--output", "used"], "can't be resumed without its config.yaml"),
     "resumed with other data": ([*RESUME, "--data.limit", "9"], "data.limit 9: the search in begun has None; take"),
     "resumed with another rate": ([*RESUME, "--training.learning_rate", "1"], "in begun has 0.0002; take that, or"),
     "resumed in another space": ([*RESUME, "--space", "ia3"], "not the space of the search in begun"),
@@ -168,6 +168,7 @@ def begin(directory: Path, model: str) -> None:
     """What a search writes first."""
     cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}, "task": "CAUSAL_LM"})
     write_definition(cfg, load_space("quick"), directory)
+    (directory / "study.log").touch()
 
 
 def run(tmp_path, monkeypatch, capsys, model: str, words: str, arguments: list[str]) -> str:

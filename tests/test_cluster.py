@@ -261,10 +261,10 @@ def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(
 ):
     """With the machine go Ray's head, all nodes that it had started, and the driver."""
     output, draw, known, before = tmp_path / "out", random.Random(f"head {seed}"), set(undisturbed), {}
-    entrypoint = command(output, words, tiny_llama, *FLAGS, space=FAULT_SPACE, steps=STEPS)
+    entrypoint = command(output, words, tiny_llama, *FLAGS, "--resume", space=FAULT_SPACE, steps=STEPS)
     entrypoint[0] = "python"
     entrypoint[entrypoint.index("--output") + 1] = str(output)
-    job = growing.submit(entrypoint)
+    job = growing.submit(entrypoint)  # the same each time, as KubeRay's backoffLimit has it
     for after in moments(draw, hits):
         deadline = time.monotonic() + 400
         while reports(output) < after:
@@ -277,7 +277,7 @@ def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(
         known &= begun(output)
         before |= finished(output)
         growing.start()
-        job = growing.submit([*entrypoint, "--resume"])
+        job = growing.submit(entrypoint)
     log, _ = job.communicate(timeout=500)
     assert job.returncode == 0, log
     untouched(output, before)

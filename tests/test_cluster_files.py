@@ -212,8 +212,9 @@ def test_the_job_runs_its_configuration_on_the_cluster_of_the_other_file():
     assert cluster == manifests("kuberay-cluster")[0]["spec"]
     assert volume == {"name": mount["name"], "configMap": {"name": config_map["metadata"]["name"]}}
 
-    python, flag, module, option, path = shlex.split(job["spec"]["entrypoint"])
-    assert (python, flag, option) == ("python", "-m", "--config")
+    python, flag, module, option, path, again = shlex.split(job["spec"]["entrypoint"])
+    assert (python, flag, option, again) == ("python", "-m", "--config", "--resume")
+    assert job["spec"]["backoffLimit"] > 0  # the same command, after a lost head
     assert importlib.util.find_spec(module) is not None
     ((file, text),) = config_map["data"].items()
     assert path == f"{mount['mountPath']}/{file}"

@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+import platform
 import subprocess
 import sys
 import time
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -182,3 +185,57 @@ def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_pat
     for row in rows:
         assert row["status"] == ("failed" if row in wrong else "finished")
     assert all("nonsense" in row["reason"] for row in wrong)
+
+
+def job_of_packs(tiny_llama, data, **sections):
+    from ftray.search.solo import Job
+
+    settings = {"model": {"dtype": "fp32"}, "training": {"steps": 6, "batch_size": 4}} | sections
+    return Job(Config.model_validate(settings), tiny_llama, data.directory, 0.0)
+
+
+@pytest.mark.parametrize("kept", [2**30, 0])
+def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_path, monkeypatch, kept):
+    from ftray.data.feed import RankedShards
+    from ftray.data.stream import batches
+    from ftray.search import packed
+
+    started = []
+    stream = RankedShards.stream
+    monkeypatch.setattr(RankedShards, "stream", lambda self, *args: started.append(args) or stream(self, *args))
+    monkeypatch.setattr(packed, "KEPT_BYTES", kept)
+    job, second_of_two = job_of_packs(tiny_llama, data), SimpleNamespace(rank=1, world_size=2)
+    group = packed.Group(packed.Place(job, None, 0, tmp_path), second_of_two)
+    run, other = (job.run({"method": "lora"}, {"seed": seed}) for seed in (0, 1))
+    wanted = {seed: list(islice(batches(data, seed, 0, 2, 1, 2), 6)) for seed in (0, 1)}
+    first = group._batches(run, 0)
+    ahead = [next(first) for _ in range(4)]
+    from_start, resumed, differing = group._batches(run, 0), group._batches(run, 3), group._batches(other, 0)
+    found = {0: [*ahead, *first], 1: list(differing)}
+    for seed in (0, 1):
+        assert [b["input_ids"].tolist() for b in found[seed]] == [b["input_ids"].tolist() for b in wanted[seed]]
+    assert [b["labels"].tolist() for b in from_start] == [b["labels"].tolist() for b in wanted[0]]
+    assert [b["labels"].tolist() for b in resumed] == [b["labels"].tolist() for b in wanted[0][3:]]
+    assert len(started) == (2 if kept else 4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
+    from ftray.search.packed import pack_trainer
+
+    def pages_of_a_second_buffer(config):
+        """That the system has to give anew for a tensor as large as one that was just freed."""
+        import resource
+
+        import torch
+
+        counts = []
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)  # 64 MiB
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return counts[1]
+
+    job = job_of_packs(tiny_llama, data, scaling={"cpus_per_worker": 1})
+    trainer = pack_trainer(job, pages_of_a_second_buffer, {}, "pages", tmp_path)
+    assert trainer.fit().return_value < 100  # of 16,384

@@ -219,7 +219,7 @@ def test_a_killed_search_resumes_without_running_a_finished_trial_again(
 ):
     output = tmp_path / "out"
     more = ["--pack", pack, "--trials", str(trials), "--search.scheduler", "none", "--concurrency", "2"]
-    arguments = command(output, words, tiny_llama, *more, steps=steps)
+    arguments = command(output, words, tiny_llama, *more, "--resume", steps=steps)  # one that begins as it goes on
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
     while not finished(output) and time.monotonic() < deadline:
@@ -232,7 +232,7 @@ def test_a_killed_search_resumes_without_running_a_finished_trial_again(
     assert len(before) < trials
     assert not (output / "summary.json").exists()
 
-    done = run([*arguments, "--resume"])
+    done = run(arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     after = finished(output)
     assert len(after) == trials

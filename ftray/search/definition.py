@@ -107,7 +107,8 @@ def check_output(cfg: Config, space: Space) -> None:
     """Refuse a directory that holds another search, can't be written or has no room.
 
     Raises:
-        UserError: one of these; for `--resume`, also a configuration or space that would make it another search.
+        UserError: one of these; for `--resume`, also a configuration or space that would make it another search. Where
+            there is none yet, one begins: a job that is submitted again by itself has the same command each time.
     """
     output = located(cfg.output)
     if isinstance(output, Stored):
@@ -115,10 +116,12 @@ def check_output(cfg: Config, space: Space) -> None:
     there = [name for name in STATE if (output / name).exists()]
     if there and not cfg.resume:
         raise UserError(f"output {output} already holds a search ({there[0]}): add --resume to go on, or name another")
-    if cfg.resume:
-        if not (output / CONFIG).exists() or not (output / SPACE).exists():
-            raise UserError(f"output {output} holds no search to resume")
+    if there:
+        if lost := [name for name in (CONFIG, SPACE) if not (output / name).exists()]:
+            raise UserError(f"output {output}: the search there can't be resumed without its {lost[0]}")
         _refuse_another(cfg, space, output)
+    elif cfg.resume:
+        print(f"output {output} holds no search yet: it begins", flush=True)
     if isinstance(output, Stored):
         return
     nearest = next(place for place in (output, *output.absolute().parents) if place.exists())

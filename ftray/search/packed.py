@@ -34,7 +34,8 @@ from ftray.storage import Location, Stored, fetched, located, remove
 from ftray.training.run import Run, micro_batch_size
 
 MOST_TRIALS = 32  # that a pack takes by itself
-STAND_INS_PER_CPU = 4  # each trial is a process too, if a light one: starting hundreds would take longer than training
+# each trial is a process too, if a light one; and fewer at once are fewer that are drawn without knowing of each other
+STAND_INS_PER_CPU = 2
 EARLY = 8  # trials whose processes start while the packs load
 KEPT_BYTES = 2**30  # of micro-batches that a worker keeps for the next trial of the same order
 TOKEN_BYTES = 24  # ids, labels and positions, int64

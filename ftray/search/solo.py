@@ -26,9 +26,11 @@ from ftray.storage import Location, for_ray
 from ftray.training.run import Failed, Run, micro_batch_size
 
 CUT_OFF = "cut_off"  # marks a report that is none, but brings a checkpoint from between two rungs
-# of glibc, for workers: memory in huge pages, and what a step frees stays for the next one instead of going back
+# of glibc, for workers: memory in huge pages; what a step frees stays for the next one instead of going back; and one
+# arena, as those of other threads than the first, in which Ray Train runs a worker, give all that is large back at once
 MALLOC = {
-    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+    f":glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
 }
 LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
 
