@@ -22,7 +22,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
-        self._grids: dict[tuple[tuple[int, int], ...], list[Grid]] = {}
+        self._grids: dict[tuple[int, tuple[tuple[int, int], ...]], list[Grid]] = {}
 
     def set(self, spans: list[tuple[str, int, int]]) -> None:
         """The batch at hand is another one."""
@@ -30,10 +30,11 @@ class Rows:
         self._grids.clear()
 
     def grids(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[Grid]:
-        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with the same places."""
-        if places not in self._grids:
-            self._grids[places] = grids(places, x.shape[1], x.device)
-        return self._grids[places]
+        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with the same T and places."""
+        key = x.shape[1], places  # where an adapter multiplies by itself, its rows are not among those of `x`
+        if key not in self._grids:
+            self._grids[key] = grids(places, x.shape[1], x.device)
+        return self._grids[key]
 
 
 class SharedLinear(nn.Module):
