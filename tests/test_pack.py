@@ -271,6 +271,14 @@ def test_out_of_memory_makes_passes_smaller():
         assert_same_weights(got, model, 1e-6)
 
 
+def test_one_that_multiplies_by_itself_in_some_layers_only():
+    """There the others' rows are a batch without its own; elsewhere they have the same places in a longer one."""
+    base = llama().requires_grad_(False)
+    chosen = [Trial("lora"), Trial("oft", seed=1, targets=["q_proj", "v_proj"])]
+    for trial, model in zip(chosen, together(base, chosen), strict=True):
+        assert_same_weights(model, alone(base, trial), 1e-5)
+
+
 def test_one_that_is_too_much_for_the_memory_leaves_alone():
     base = llama().requires_grad_(False)
     chosen, pack = [Trial("lora", seed=1, rows=1), Trial("lora", seed=2, rows=9)], Pack(base)

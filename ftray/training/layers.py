@@ -30,7 +30,7 @@ class Rows:
         self._grids.clear()
 
     def grids(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[Grid]:
-        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with the same T and places."""
+        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with that T and places."""
         key = x.shape[1], places  # where an adapter multiplies by itself, its rows are not among those of `x`
         if key not in self._grids:
             self._grids[key] = grids(places, x.shape[1], x.device)
