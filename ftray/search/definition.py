@@ -106,9 +106,10 @@ def running_since(output: Location) -> float | None:
 def check_output(cfg: Config, space: Space) -> None:
     """Refuse a directory that holds another search, can't be written or has no room.
 
+    With `--resume`, where there is none yet one begins: a job that is submitted again by itself has one command.
+
     Raises:
-        UserError: one of these; for `--resume`, also a configuration or space that would make it another search. Where
-            there is none yet, one begins: a job that is submitted again by itself has the same command each time.
+        UserError: one of these; for `--resume`, also a configuration or space that would make it another search.
     """
     output = located(cfg.output)
     if isinstance(output, Stored):
