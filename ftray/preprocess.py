@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.data import TokenizedData, stream
+from ftray.data import TokenizedData
 
 MASKED, LEARNT = "cyan", "bold green"
 ROWS = 8  # of a batch whose padding is told
@@ -27,12 +27,14 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.data import check, prepare
     from ftray.models.find import find
-    from ftray.models.load import load_tokenizer
     from ftray.tasks.choose import resolve
 
     model_path = find(cfg.model.name)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     cfg = resolve(cfg, model_path)
+
+    from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
+
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     check(cfg.data, tokenizer, cfg.task)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
@@ -75,11 +77,13 @@ def describe(data: TokenizedData) -> str:
 
 def padding_share(data: TokenizedData, rows: int = ROWS) -> float:
     """The share of padding in batches of `rows` records."""
+    from ftray.data.stream import batches
+
     task = data.task.load()
     if task.packed:
         return 0.0
-    batches = [*islice(stream.batches(data, 0, 0, rows), 32)]
-    return 1 - sum(task.tokens(b) for b in batches) / sum(b["input_ids"].numel() for b in batches)
+    taken = [*islice(batches(data, 0, 0, rows), 32)]
+    return 1 - sum(task.tokens(b) for b in taken) / sum(b["input_ids"].numel() for b in taken)
 
 
 if __name__ == "__main__":

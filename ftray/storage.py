@@ -16,7 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
+from ftray.config import UserError
 from ftray.manifest import publish, seal
+
+PROBE = ".probe"
 
 
 class Stored:
@@ -108,6 +111,19 @@ Location = Path | Stored
 def located(name: str) -> Location:
     """The directory, or what the URI names."""
     return Stored(name) if "://" in name else Path(name)
+
+
+def refuse_unreachable(output: Stored) -> None:
+    """Try an object store.
+
+    Raises:
+        UserError: it can't be written to; the message says why.
+    """
+    try:
+        (output / PROBE).write_bytes(b"")
+        (output / PROBE).unlink()
+    except OSError as error:
+        raise UserError(f"output {output}: can't write there ({reason(error)})") from None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ftray.cli import run_command
 from ftray.config import Config, UserError
-from ftray.storage import Stored, located
+from ftray.storage import Stored, located, refuse_unreachable
 
 
 def run(cfg: Config) -> int:
@@ -18,13 +18,8 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.limits import try_on
-    from ftray.data import check, prepare
     from ftray.models.find import find
-    from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.definition import refuse_unreachable
     from ftray.tasks.choose import resolve
-    from ftray.training.run import accumulation_steps
 
     output = located(cfg.output)
     if isinstance(output, Stored):
@@ -32,8 +27,15 @@ def run(cfg: Config) -> int:
     if (output / "train").exists() and not cfg.resume:
         raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
     model_path = find(cfg.model.name)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     cfg = resolve(cfg, model_path)
+
+    # these take seconds to import: a name misspelt has been found by now
+    from ftray.adapters.limits import try_on
+    from ftray.data import check, prepare
+    from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.training.run import accumulation_steps
+
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check(cfg.data, tokenizer, cfg.task)
     try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)

@@ -170,23 +170,26 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
-    from ftray.adapters.limits import refuse, try_on
-    from ftray.data import check as check_data
     from ftray.models.find import find
-    from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.definition import check_output, packable
-    from ftray.search.sampler import BASELINE
     from ftray.search.space import load_space
-    from ftray.search.trackers import check_trackers
     from ftray.tasks.choose import resolve
-    from ftray.training.engine import accumulation_steps
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
-    packable(cfg, space)
-    check_trackers(cfg)
     model_path = find(cfg.model.name)
     cfg = resolve(cfg, model_path)
+
+    # these take seconds to import: a name misspelt has been found by now
+    from ftray.adapters.limits import refuse, try_on
+    from ftray.data import check as check_data
+    from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.search.definition import check_output, packable
+    from ftray.search.sampler import BASELINE
+    from ftray.search.trackers import check_trackers
+    from ftray.training.run import accumulation_steps
+
+    packable(cfg, space)
+    check_trackers(cfg)
     check_output(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check_data(cfg.data, tokenizer, cfg.task)

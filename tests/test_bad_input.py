@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,3 +245,23 @@ def test_no_rights(tmp_path, monkeypatch, capsys, tiny_llama, words):
     (tmp_path / "locked").mkdir(mode=0o500)
     arguments = ["--output", "locked/out"]
     assert "can't write there" in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+MISSPELT = {
+    "tune": ["--data", "wrds.jsonl"],
+    "train": ["--model", "smollm2-135"],
+    "preprocess": ["--data", "wrds.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", MISSPELT)
+def test_what_is_misspelt_is_told_before_anything_slow_is_imported(command, tmp_path, tiny_llama):
+    """These imports take ten times as long as all else that comes before the message."""
+    arguments = [command, "--model", tiny_llama, *MISSPELT[command]]
+    code = (
+        f"import sys; from ftray.cli import main; code = main({arguments!r}); "
+        "print(code, {'torch', 'transformers', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "2 set()\n"
+    assert "did you mean" in done.stderr or "no such file" in done.stderr

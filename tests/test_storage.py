@@ -20,14 +20,14 @@ from test_search import command, environment
 from ftray.adapters.saved import data_settings, find_adapter
 from ftray.cli import main
 from ftray.config import Config, ServingConfig, UserError
-from ftray.search.definition import refuse_unreachable, running_since, sole_driver
+from ftray.search.definition import running_since, sole_driver
 from ftray.search.requests import Requests, ask_to_add, ask_to_stop
 from ftray.search.sampler import Sampler, past_trials
 from ftray.search.space import load_space
 from ftray.serving.adapters import fetched
 from ftray.serving.offers import leaderboard, model_of_run, offered
 from ftray.status import read
-from ftray.storage import Stored, located
+from ftray.storage import Stored, located, refuse_unreachable
 
 nodes = test_faults.nodes  # a fixture
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"

@@ -18,10 +18,10 @@ from ftray.data import TokenizedData
 from ftray.search.lease import held, since
 from ftray.search.outcome import write_config, write_json, write_yaml
 from ftray.search.space import Space
-from ftray.storage import Location, Stored, located, reason
+from ftray.storage import Location, Stored, located, refuse_unreachable
 
 STATE = ("tune", "study.log", "summary.json")  # any of these shows that a directory holds a search
-CONFIG, SPACE, DATA, LOCK, PROBE = "config.yaml", "space.yaml", "data.json", ".lock", ".probe"
+CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 # what may change when a search goes on: how long and where it runs, and how its best is proven
 FREE = {
     "data.cache",
@@ -134,19 +134,6 @@ def check_output(cfg: Config, space: Space) -> None:
     free = shutil.disk_usage(nearest).free
     if free < 2**30:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a search needs at least 1 GiB")
-
-
-def refuse_unreachable(output: Stored) -> None:
-    """Try an object store.
-
-    Raises:
-        UserError: it can't be written to; the message says why.
-    """
-    try:
-        (output / PROBE).write_bytes(b"")
-        (output / PROBE).unlink()
-    except OSError as error:
-        raise UserError(f"output {output}: can't write there ({reason(error)})") from None
 
 
 def is_full(output: Location, error: BaseException) -> bool:
