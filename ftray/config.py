@@ -110,6 +110,9 @@ class TrainingConfig(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps in which the learning rate rises")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="8-bit: GPU only")
     evaluations: PositiveInt = Field(4, description="validations (and checkpoints), evenly spaced over the steps")
+    validation_records: PositiveInt = Field(
+        1000, description="validation records that a validation reads at most, the same ones each time"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed ZeRO partitions over workers")
     offload: Literal["none", "optimizer", "all"] = Field(
@@ -166,7 +169,7 @@ class EvaluationConfig(Section):
     """How adapters are held against the base model."""
 
     split: Literal["test", "validation", "train", "all"] = Field("test", description="which records `evaluate` scores")
-    records: PositiveInt | None = Field(None, description="test records to score (default: all)")
+    records: PositiveInt | None = Field(None, description="test records to score (default: all; tune: 1000)")
     generate: bool = Field(True, description="also generate, for exact match and error rates")
     max_new_tokens: PositiveInt = Field(64)
     batch_size: PositiveInt = Field(32, description="records decoded at once")

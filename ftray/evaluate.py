@@ -98,7 +98,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
-    rows = [row for name in splits for row in shards.rows(name)][: cfg.evaluation.records]
+    rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     before = task.score(base, tokenizer, rows, cfg.evaluation)
     after = {}
     for name, directory in adapters.items():

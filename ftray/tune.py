@@ -13,6 +13,8 @@ from ftray.config import AdapterConfig, Config, UserError
 from ftray.storage import Location, Stored, fetched, located, reason
 from ftray.tasks import TaskSpec
 
+PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
+
 
 def run(cfg: Config) -> int:
     """The command, from first check to last line; the README lists what it leaves in `output`.
@@ -231,7 +233,7 @@ def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
     model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
-    rows = data.rows("test", cfg.evaluation.records)
+    rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
         before = task.score(model, tokenizer, rows, cfg.evaluation)
     after = task.score(model, tokenizer, rows, cfg.evaluation)

@@ -161,7 +161,7 @@ SPACE = {
     "times of nothing": ("method: lora\nlora: {alpha: {times: rank, choice: [1]}}", [], "not a parameter above it"),
     "value out of range": ("method: lora\nlora: {dropout: {float: [0, 2]}}", [], "less than 1"),
     "foreign method": ("method: lora\nia3: {}", [], "ia3: is not among the methods (lora)"),
-    "budget in space": ("method: lora\nsteps: 3", [], "is the budget"),
+    "budget in space": ("method: lora\nsteps: 3", [], "steps: is equal for all trials"),
     "target module": ("method: lora\nlora: {target_modules: q_prj}", [], "did you mean q_proj"),
 }
 

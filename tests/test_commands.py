@@ -507,6 +507,20 @@ def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_be
         assert error.count("\n") == 1
 
 
+def test_a_proof_reads_no_more_records_than_it_needs(tmp_path, monkeypatch, tiny_llama, data, adapters):
+    from ftray import tune
+    from ftray.config import Config
+    from ftray.search.solo import Job
+
+    monkeypatch.setattr(tune, "PROOF_RECORDS", 3)
+    assert data.splits["test"].records > 3
+    shutil.copytree(adapters["a"], tmp_path / "best" / "adapter")
+    job = Job(Config.model_validate({"model": {"dtype": "fp32"}}), tiny_llama, data.directory, 0.0)
+    proof = tune.prove_and_merge(job, tmp_path)
+    assert proof["records"] == len(proof["samples"]) == 3
+    assert (tmp_path / "best" / "merged" / "config.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--pack", "off"], ["--training.zero_stage", "3", "--scaling.workers", "2"]])
 def test_a_plan_of_trials_with_workers_of_their_own(cluster, tmp_path, capsys, words, tiny_llama, more):

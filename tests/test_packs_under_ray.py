@@ -145,7 +145,7 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
     )
     sections = {
         "model": {"dtype": "fp32"},
-        "training": {"steps": 18, "zero_stage": stage},
+        "training": {"steps": 18, "zero_stage": stage, "validation_records": 7 if stage else 1000},
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "search": {"trials": 8, "pack": 3},
     }
@@ -192,6 +192,16 @@ def job_of_packs(tiny_llama, data, **sections):
 
     settings = {"model": {"dtype": "fp32"}, "training": {"steps": 6, "batch_size": 4}} | sections
     return Job(Config.model_validate(settings), tiny_llama, data.directory, 0.0)
+
+
+def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, data, tmp_path):
+    from ftray.search.packed import pack_trainer
+    from ftray.search.solo import trainer
+
+    job = job_of_packs(tiny_llama, data, training={"steps": 6, "validation_records": 5})
+    assert data.splits["validation"].records > 5
+    for made in (pack_trainer(job, print, {}, "pack", tmp_path), trainer(job, job.run({}, {}), "alone", tmp_path)):
+        assert sum(reading["stop"] - reading["start"] for reading in made.datasets["validation"].take_all()) == 5
 
 
 @pytest.mark.parametrize("kept", [2**30, 0])

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def with_trainer(run: Run, data, resume_from: str | None = None, save_at: tuple[
         if save_at and metrics["step"] == save_at[0]:
             trainer.save(save_at[1])
 
-    trainer.fit(batches(data, run.training.seed, first, rows), lambda: batches_in_order(data, "validation", 8), report)
+    records = run.training.validation_records
+    held_out = partial(batches_in_order, data, "validation", 8, records=records)
+    trainer.fit(batches(data, run.training.seed, first, rows), held_out, report)
     return reports
 
 

@@ -29,14 +29,14 @@ class RankedShards(ray.train.DataConfig):
     def configure(
         self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """One iterator a worker and split; `datasets` holds the plans that :func:`plans` made."""
+        """One iterator a worker and split; `datasets` holds the windows to read."""
         return [
             {name: self.stream(name, dataset, rank, world_size).iterator() for name, dataset in datasets.items()}
             for rank in range(world_size)
         ]
 
     def stream(self, split: str, readings: ray.data.Dataset, rank: int, world_size: int) -> ray.data.Dataset:
-        """The rows of `split` that are `rank`'s, in the order of `readings`, one of :func:`plans`."""
+        """The rows of `split` that are `rank`'s, window by window as the functions below give them."""
         fixed = {"data": self.data, "split": split, "seed": self.seed, "rank": rank, "world_size": world_size}
         stream = readings.map_batches(
             _read,
@@ -51,12 +51,14 @@ class RankedShards(ray.train.DataConfig):
         return stream
 
 
-def plans(data: TokenizedData, seed: int, records: int) -> dict[str, ray.data.Dataset]:
-    """What a trainer is given as `datasets`: the windows to read for `records` training rows, and for validation."""
-    return {
-        "train": _dataset(plan(data, seed, 0, records)),
-        "validation": _dataset(plan_in_order(data, "validation")),
-    }
+def training_windows(data: TokenizedData, seed: int, records: int) -> ray.data.Dataset:
+    """The windows to read for so many training rows, as a trainer is given them in its `datasets`."""
+    return _dataset(plan(data, seed, 0, records))
+
+
+def validation_windows(data: TokenizedData, records: int) -> ray.data.Dataset:
+    """The windows that hold the first so many validation rows."""
+    return _dataset(plan_in_order(data, "validation", records))
 
 
 def _dataset(readings: Iterator[Reading]) -> ray.data.Dataset:

@@ -53,11 +53,12 @@ def plan(data: TokenizedData, seed: int, first: int, last: int) -> Iterator[Read
         epoch += 1
 
 
-def plan_in_order(data: TokenizedData, split: str) -> Iterator[Reading]:
-    """Every window of a split once, rows in stored order."""
-    position = 0
+def plan_in_order(data: TokenizedData, split: str, records: int | None = None) -> Iterator[Reading]:
+    """Every window of a split once, rows in stored order, which is a random one; of `records`, the first."""
+    position, last = 0, sum(data.splits[split].windows) if records is None else records
     for window, size in enumerate(data.splits[split].windows):
-        yield Reading(window, -1, position, 0, size)
+        if position < last:
+            yield Reading(window, -1, position, 0, min(size, last - position))
         position += size
 
 
@@ -82,10 +83,11 @@ def batches(
 
 
 def batches_in_order(
-    data: TokenizedData, split: str, rows: int, rank: int = 0, world_size: int = 1
+    data: TokenizedData, split: str, rows: int, rank: int = 0, world_size: int = 1, records: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A rank's share of a split once, in stored order; the last batch may hold fewer records."""
-    return _batched((read(data, split, r, 0, rank, world_size) for r in plan_in_order(data, split)), rows, data.task)
+    """A rank's share of a split (of its first `records`) once, in stored order; the last batch may hold fewer."""
+    readings = plan_in_order(data, split, records)
+    return _batched((read(data, split, r, 0, rank, world_size) for r in readings), rows, data.task)
 
 
 def _batched(tables: Iterator[pa.Table], rows: int, task: TaskSpec) -> Iterator[dict[str, torch.Tensor]]:

@@ -20,7 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config import UserError
 from ftray.data import TokenizedData
-from ftray.data.feed import RankedShards, plans
+from ftray.data.feed import RankedShards, training_windows, validation_windows
+from ftray.data.shards import WINDOW
 from ftray.manifest import MANIFEST, publish, seal
 from ftray.search.cluster import cpus_each, node_resources, room_for
 from ftray.search.exchange import Board, Broken
@@ -125,8 +126,8 @@ def pack_trainer(
     workers = packs_that_fit(job) * job.config.scaling.workers
     cpus = job.config.scaling.cpus_per_worker or cpus_each(workers, job.gpus_per_worker)
     seed = job.config.training.seed
-    datasets = {"validation": plans(TokenizedData.load(job.data), seed, 0)["validation"]}
-    return group_trainer(job, worker, config, cpus, datasets, seed, name, storage)
+    held_out = validation_windows(TokenizedData.load(job.data), job.config.training.validation_records)
+    return group_trainer(job, worker, config, cpus, {"validation": held_out}, seed, name, storage)
 
 
 def _run(place: Place) -> None:
@@ -283,8 +284,8 @@ class Group:
         seen = step * run.training.batch_size // (rows * ranks)
         if kept := self.streams.get((seed, rows, records)):
             return islice(copy(kept), seen, None)
-        plan = plans(self.data, seed, records)["train"]
-        stream = RankedShards(self.data, seed).stream("train", plan, self.trainer.rank, ranks).iterator()
+        windows = training_windows(self.data, seed, records)
+        stream = RankedShards(self.data, seed).stream("train", windows, self.trainer.rank, ranks).iterator()
         batches = iter(stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2))
         split = self.data.splits["train"]
         if records / ranks * split.tokens / split.records * TOKEN_BYTES < KEPT_BYTES:
@@ -294,10 +295,11 @@ class Group:
     def _validation(self) -> Iterable[Any]:
         if self.held is not None:
             return self.held
-        rows = 4 * micro_batch_size(self.place.job.config.training, self.trainer.world_size)  # no activation is kept
+        training = self.place.job.config.training
+        rows = 4 * micro_batch_size(training, self.trainer.world_size)  # no activation is kept
         shard = train.get_dataset_shard("validation")
         batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
-        if len(self.data.splits["validation"].windows) > 1:
+        if min(self.data.splits["validation"].records, training.validation_records) > WINDOW:
             return batches
         self.held = list(batches)
         return self.held

@@ -195,7 +195,9 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     batch = next(iter(group._validation()))
     started = time.monotonic()
     trainer.validate([name for name in names if name not in failed], [batch])
-    share = trainer.pack.task.tokens(batch) * trainer.world_size / group.data.splits["validation"].tokens
+    held_out = group.data.splits["validation"]
+    read = held_out.tokens * min(1.0, cfg.training.validation_records / held_out.records)
+    share = trainer.pack.task.tokens(batch) * trainer.world_size / read
     validation = (time.monotonic() - started) / min(1.0, share)
     return {"trials": len(names), "tokens": tokens, "step": seconds, "validation": validation}
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
-from ftray.data.feed import RankedShards, plans
+from ftray.data.feed import RankedShards, training_windows, validation_windows
 from ftray.manifest import damage, seal
 from ftray.search.preemption import HeedSigterm, listening, noticed
 from ftray.search.rungs import budget, rung_records
@@ -59,13 +59,13 @@ class Job:
         return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task)
 
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
-        """Gives the metrics of the task (`validation_<name>`) over the validation split; None where the loss is all."""
+        """Gives the metrics of the task (`validation_<name>`) over validation records; None where the loss is all."""
         from ftray.models.load import load_tokenizer
 
         cfg, data = self.config, TokenizedData.load(self.data)
         if cfg.search.metric in LOSSES:
             return None
-        task, rows = data.task.load(), data.rows("validation")
+        task, rows = data.task.load(), data.rows("validation", cfg.training.validation_records)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code)
 
         def measure(model: Any) -> dict[str, float]:
@@ -92,8 +92,11 @@ class SoloTrainer(TorchTrainer):
 
 def trainer(job: Job, run: Run, name: str, storage: Location, callbacks: list[Any] | None = None) -> TorchTrainer:
     """A `TorchTrainer` for `run`; one of the same name and storage goes on from its last checkpoint."""
-    seed = run.training.seed
-    datasets = plans(TokenizedData.load(job.data), seed, run.steps * run.training.batch_size)
+    data, seed = TokenizedData.load(job.data), run.training.seed
+    datasets = {
+        "train": training_windows(data, seed, run.steps * run.training.batch_size),
+        "validation": validation_windows(data, run.training.validation_records),
+    }
     cpus = job.config.scaling.cpus_per_worker or 1
     return group_trainer(job, train_worker, {"run": run, "job": job}, cpus, datasets, seed, name, storage, callbacks)
 

@@ -26,7 +26,7 @@ CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
 DIRECTORY = CLONE if CLONE.is_dir() else INSTALLED
 KINDS = ("choice", "float", "log", "int")
-FIXED_TRAINING = ("steps", "epochs", "evaluations")  # the budget: equal for all trials
+FIXED_TRAINING = ("steps", "epochs", "evaluations", "validation_records")  # equal for all trials
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _Reader:
             elif key == "model":
                 model = self.model(value)
             elif key in FIXED_TRAINING:
-                raise self.error(key, "is the budget, equal for all trials: set it in the training section")
+                raise self.error(key, "is equal for all trials: set it in the training section")
             elif key in training:
                 shared[key] = self.setting(key, value, shared)
             elif key != "method":
