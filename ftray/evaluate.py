@@ -29,7 +29,6 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
     from ftray.data import check, prepare
-    from ftray.models.load import load_tokenizer, own_labels
     from ftray.tasks import TaskSpec
     from ftray.tasks.choose import resolve
 
@@ -38,6 +37,9 @@ def run(cfg: Config) -> int:
     data_cfg = data_settings(cfg, adapters[0] if adapters else None)
     task = saved_task(cfg, adapters)
     cfg = resolve(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
+
+    from ftray.models.load import load_tokenizer, own_labels  # takes seconds: a name misspelt has been found by now
+
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
     check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
     place = output_file(cfg)

@@ -30,7 +30,6 @@ def run(cfg: Config) -> int:
     if not cfg.verbose:
         quiet()
     from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
-    from ftray.models.load import load_tokenizer
 
     asked = cfg.generation
     if asked.prompt is not None and asked.file is not None:
@@ -41,6 +40,9 @@ def run(cfg: Config) -> int:
     if (task := saved_task(cfg, adapters).name) != "CAUSAL_LM":
         raise UserError(f"infer: only CAUSAL_LM answers prompts, this is for {task}: take ftray evaluate, or merge it")
     model_path = base_of(cfg, adapters)
+
+    from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
+
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     if asked.chat and not tokenizer.chat_template:
         raise UserError(f"generation.chat: the tokenizer of {model_path} has no chat template")

@@ -23,17 +23,20 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
+    from ftray.adapters.saved import base_of, find_adapter, saved_task
+
+    output = _output(cfg)
+    if not cfg.adapters:
+        raise UserError("merge: give --adapter DIR, once or several times")
+
+    # these take seconds to import
     from ftray.adapters.combine import check_combination, combine
     from ftray.adapters.merge import save_merged, save_model
-    from ftray.adapters.saved import base_of, find_adapter, saved_task
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.storage import written
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
-    output = _output(cfg)
-    if not cfg.adapters:
-        raise UserError("merge: give --adapter DIR, once or several times")
     if [name for name in cfg.adapters if is_checkpoint(name) and not _has_adapter(name)]:
         if len(cfg.adapters) > 1 or cfg.merge.form == "adapter" or "name" not in cfg.model.model_fields_set:
             raise UserError(
