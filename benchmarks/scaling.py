@@ -139,7 +139,7 @@ def stored(journal: Path) -> float:
 def plan(windows: int) -> dict[str, float]:
     """Seconds and memory to lay out an epoch of `windows` windows of 1,024 records for a worker's stream."""
     from ftray.data.shards import WINDOW, Split, TokenizedData
-    from ftray.data.stream import plan as readings
+    from ftray.data.windows import plan as readings
 
     before = memory()
     split = Split(windows=[WINDOW] * windows, records=WINDOW * windows)

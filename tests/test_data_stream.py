@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data.stream import batches, batches_in_order, collate, plan, plan_in_order, read
+from ftray.data.stream import batches, batches_in_order, collate
 from ftray.data.tokens import IGNORE
+from ftray.data.windows import plan, plan_in_order, read
 from ftray.tasks import TaskSpec
 
 
@@ -216,12 +219,18 @@ def test_a_rank_without_validation_records_gets_none():
     data = InMemory([1])
     assert list(batches_in_order(data, "validation", 4, 1, 2)) == []
     reading = next(plan_in_order(data, "validation"))
-    assert read(data, "validation", reading, 0, 1, 2).num_rows == 0
+    assert read(data, "validation", reading, 0, 1, 2, ["input_ids"]).num_rows == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_take_turns_within_a_window(rank):
     data = InMemory([7])
     reading = next(plan_in_order(data, "validation"))
-    table = read(data, "validation", reading, 0, rank, 2)
+    table = read(data, "validation", reading, 0, rank, 2, ["input_ids"])
     assert [row[0] for row in table["input_ids"].to_pylist()] == list(range(7))[rank::2]
+
+
+def test_a_task_that_reads_windows_imports_no_torch():
+    code = "import sys, ftray.data.feed; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -9,7 +9,7 @@ import ray.data
 import ray.train
 
 from ftray.data.shards import TokenizedData
-from ftray.data.stream import Reading, plan, plan_in_order, read
+from ftray.data.windows import Reading, plan, plan_in_order, read
 
 READ_CPUS = 0  # the training workers hold the CPUs, and reading a window is next to nothing
 READERS = 2  # tasks at once: Ray would start a process for each of as many as there are blocks
@@ -25,6 +25,7 @@ class RankedShards(ray.train.DataConfig):
     def __init__(self, data: TokenizedData, seed: int):
         super().__init__()
         self.data, self.seed = data, seed
+        self.columns = list(data.task.load().columns)  # now: whoever reads need not import the task
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
@@ -38,6 +39,7 @@ class RankedShards(ray.train.DataConfig):
     def stream(self, split: str, readings: ray.data.Dataset, rank: int, world_size: int) -> ray.data.Dataset:
         """The rows of `split` that are `rank`'s, window by window as the functions below give them."""
         fixed = {"data": self.data, "split": split, "seed": self.seed, "rank": rank, "world_size": world_size}
+        fixed["columns"] = self.columns
         stream = readings.map_batches(
             _read,
             batch_size=1,
