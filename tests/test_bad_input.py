@@ -11,8 +11,9 @@ import pytest
 import ray
 
 from ftray.cli import build, run_command
+from ftray.config import UserError
 from ftray.search import cluster
-from ftray.search.definition import write_definition
+from ftray.search.definition import check_output, write_definition
 from ftray.search.space import load_space
 
 
@@ -245,6 +246,22 @@ def test_no_rights(tmp_path, monkeypatch, capsys, tiny_llama, words):
     (tmp_path / "locked").mkdir(mode=0o500)
     arguments = ["--output", "locked/out"]
     assert "can't write there" in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+@pytest.mark.parametrize(("more", "refused"), [({}, ""), ({"warmup": 0.2}, "training.warmup 0.2: the search in ")])
+def test_a_search_from_before_a_field_was_there_has_its_default(tmp_path, tiny_llama, more, refused):
+    begin(tmp_path, tiny_llama)
+    written = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(written.replace("  warmup: 0.05\n", ""))
+    assert (tmp_path / "config.yaml").read_text() != written
+    sections = {"data": {"source": "words.jsonl"}, "model": {"name": tiny_llama}, "task": "CAUSAL_LM"}
+    cfg = build({**sections, "training": more, "output": str(tmp_path), "resume": True})
+    if not refused:
+        check_output(cfg, load_space("quick"))
+        return
+    with pytest.raises(UserError) as told:
+        check_output(cfg, load_space("quick"))
+    assert str(told.value) == f"{refused}{tmp_path} has 0.05; take that, or name another --output"
 
 
 MISSPELT = {

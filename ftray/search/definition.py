@@ -176,10 +176,12 @@ def write_data(data: TokenizedData, output: Location) -> None:
 
 
 def _refuse_another(cfg: Config, space: Space, output: Location) -> None:
-    stored, given = _fields(_read(output / CONFIG)), _fields(cfg.model_dump(mode="json"))
+    given = _fields(cfg.model_dump(mode="json"))
+    # a search that is older than a field has its default
+    stored = _fields(Config().model_dump(mode="json")) | _fields(_read(output / CONFIG))
     for field in given:
-        if field not in FREE and stored.get(field) != given[field]:
-            raise UserError(f"{field} {given[field]}: the search in {output} has {stored.get(field)}; {_AGAIN}")
+        if field not in FREE and stored[field] != given[field]:
+            raise UserError(f"{field} {given[field]}: the search in {output} has {stored[field]}; {_AGAIN}")
     if _read(output / SPACE) != space.content:
         raise UserError(f"{space.source}: not the space of the search in {output} (see its {SPACE}); {_AGAIN}")
 
