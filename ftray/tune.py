@@ -174,10 +174,12 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     """
     from ftray.models.find import find
     from ftray.search.space import load_space
+    from ftray.search.trackers import check_trackers
     from ftray.tasks.choose import resolve
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
+    check_trackers(cfg)
     model_path = find(cfg.model.name)
     cfg = resolve(cfg, model_path)
 
@@ -187,11 +189,9 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.definition import check_output, packable
     from ftray.search.sampler import BASELINE
-    from ftray.search.trackers import check_trackers
     from ftray.training.run import accumulation_steps
 
     packable(cfg, space)
-    check_trackers(cfg)
     check_output(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check_data(cfg.data, tokenizer, cfg.task)

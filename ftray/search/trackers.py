@@ -6,9 +6,6 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlparse
 
-from ray import tune
-from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
-
 from ftray.config import Config, UserError
 from ftray.storage import Location, Stored, located
 
@@ -31,8 +28,10 @@ def check_trackers(cfg: Config) -> None:
         raise UserError("search.trackers wandb: no key: wandb login, WANDB_API_KEY, or WANDB_MODE=offline")
 
 
-def trackers(cfg: Config, output: Location) -> list[tune.Callback]:
-    """The callbacks that `search.trackers` names; each keeps a run a trial."""
+def trackers(cfg: Config, output: Location) -> list[Any]:
+    """The Tune callbacks that `search.trackers` names; each keeps a run a trial."""
+    from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback  # slow: a check needs none of it
+
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # else TensorBoard's could not be left out
     made: list[Any] = [JsonLoggerCallback()]  # Tune reads it when all is over
     if "tensorboard" in cfg.search.trackers:
