@@ -38,13 +38,12 @@ class RankedShards(ray.train.DataConfig):
 
     def stream(self, split: str, readings: ray.data.Dataset, rank: int, world_size: int) -> ray.data.Dataset:
         """The rows of `split` that are `rank`'s, window by window as the functions below give them."""
-        fixed = {"data": self.data, "split": split, "seed": self.seed, "rank": rank, "world_size": world_size}
-        fixed["columns"] = self.columns
+        place = {"split": split, "seed": self.seed, "rank": rank, "world_size": world_size}
         stream = readings.map_batches(
             _read,
             batch_size=1,
             batch_format="pyarrow",
-            fn_kwargs=fixed,
+            fn_kwargs={"data": self.data, "columns": self.columns, **place},
             num_cpus=READ_CPUS,
             concurrency=READERS,
             zero_copy_batch=True,

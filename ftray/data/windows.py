@@ -50,11 +50,12 @@ def plan(data: TokenizedData, seed: int, first: int, last: int) -> Iterator[Read
 
 
 def plan_in_order(data: TokenizedData, split: str, records: int | None = None) -> Iterator[Reading]:
-    """Every window of a split once, rows in stored order, which is a random one; of `records`, the first."""
+    """Every window of a split once, rows in stored order, which is a random one; or those of the first `records`."""
     position, last = 0, sum(data.splits[split].windows) if records is None else records
     for window, size in enumerate(data.splits[split].windows):
-        if position < last:
-            yield Reading(window, -1, position, 0, min(size, last - position))
+        if position >= last:
+            return
+        yield Reading(window, -1, position, 0, min(size, last - position))
         position += size
 
 
