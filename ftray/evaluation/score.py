@@ -26,22 +26,19 @@ def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) ->
 
 @torch.inference_mode()
 def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    losses, counts = [], []
-    for at in range(0, len(rows), batch_size):
-        part = rows[at : at + batch_size]
-        batch = {
-            n: t.to(model.device)
-            for n, t in collate({k: [r[k] for r in part] for k in ("input_ids", "labels")}).items()
-        }
-        positions = (batch["labels"][0, 1:] != IGNORE).nonzero().squeeze(1)
-        each = token_losses(model, batch).double()
-        record = torch.repeat_interleave(
-            torch.arange(len(part), device=each.device),
-            torch.tensor([len(r["input_ids"]) for r in part], device=each.device),
-        )[1:][positions]
-        losses.append(torch.zeros(len(part), dtype=torch.float64, device=each.device).index_add(0, record, each).cpu())
-        counts.append(torch.bincount(record, minlength=len(part)).double().cpu())
-    return torch.cat(losses).numpy(), torch.cat(counts).numpy()
+    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
+    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for at in range(0, len(order), batch_size):
+        part = order[at : at + batch_size]
+        columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
+        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
+        record = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
+        each = token_losses(model, batch).double().cpu()
+        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
+        counts[part] = torch.bincount(record, minlength=len(part)).numpy()
+    return losses, counts
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
     """
     config = _config(cfg, path, task)
     dropout = _without_dropout(config)
-    kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg), "attn_implementation": "sdpa"}
+    kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg)}  # transformers takes sdpa where it can
     if cfg.quantization != "none":
         kwargs["quantization_config"] = _quantization(cfg, _heads(load_skeleton(cfg, path, task)))
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}

@@ -162,7 +162,9 @@ def pack_worker(config: dict[str, Any]) -> bool:
     settings = place.job.config
     task = TokenizedData.load(place.job.data).task
     checkpointing = settings.training.gradient_checkpointing
-    trainer = PackTrainer(settings.model, place.job.model_path, checkpointing, task)
+    trainer = PackTrainer(settings.model, place.job.model_path, checkpointing, task, settings.data.max_length)
+    if trainer.rank == 0:
+        print(f"pack {place.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = place.job.measure()
     pack = Group(place, trainer)
     pack.size_up()

@@ -179,7 +179,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = config["job"]
     cfg, run = job.config, job.run(config["corner"]["adapter"], config["corner"]["training"])
     task = TokenizedData.load(job.data).task
-    trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing, task)
+    trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
     trainer.measure = job.measure()
     group = Group(Place(job, None, 0, Path()), trainer)
     names = [str(n) for n in range(group.measured_capacity())]

@@ -56,7 +56,10 @@ class Job:
         rungs = rung_records(self.budget(), self.config)
         at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
         task = TokenizedData.load(self.data).task
-        return Run(self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task)
+        longest = self.config.data.max_length
+        return Run(
+            self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task, longest
+        )
 
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
         """Gives the metrics of the task (`validation_<name>`) over validation records; None where the loss is all."""

@@ -18,8 +18,8 @@ class ServedRows(Rows):
         super().__init__()
         self._own: dict[tuple[int, Places, tuple[int, ...]], torch.Tensor] = {}
 
-    def set(self, spans: list[tuple[str, int, int]]) -> None:
-        super().set(spans)
+    def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
+        super().set(spans, mask)
         self._own.clear()
 
     def own(self, places: Places, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ class Alone:
     noticed: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: Run, samples: Callable[[], list[Batch]] | None = None):
-        self.pack = PackTrainer(run.model, run.model_path, run.training.gradient_checkpointing, run.task)
+        checkpointing = run.training.gradient_checkpointing
+        self.pack = PackTrainer(run.model, run.model_path, checkpointing, run.task, run.longest)
         self.pack.join(NAME, run, samples=samples)
         self.trial = self.pack.trials[NAME]
         self.rank, self.world_size, self.accumulation = self.pack.rank, self.pack.world_size, self.trial.accumulation

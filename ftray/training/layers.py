@@ -13,21 +13,35 @@ from ftray.training.dropout import Draws, Dropout
 from ftray.training.low_rank import AddLowRank, Grid, Update, grids
 
 
+class Unshareable(ValueError):
+    """This model or adapter can't share a batch with others; the message says why."""
+
+
 class Rows:
     """Which rows of the batch at hand are whose; all shared layers of a pack look here.
 
     Attributes:
         spans: (adapter, first row, end), in order, without gaps.
+        mask: int64 [records, longest] of a padded batch, 1 at these rows, in their order, 0 at padding; None: they lie
+            one after another and nothing is padded.
     """
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
+        self.mask: torch.Tensor | None = None
+        self.places: torch.Tensor | None = None  # of the rows in the flattened mask, int64 [T]
         self._grids: dict[tuple[int, tuple[tuple[int, int], ...]], list[Grid]] = {}
 
-    def set(self, spans: list[tuple[str, int, int]]) -> None:
+    def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
         """The batch at hand is another one."""
-        self.spans = spans
+        self.spans, self.mask = spans, mask
+        self.places = None if mask is None else mask.flatten().nonzero().squeeze(1)
         self._grids.clear()
+
+    @property
+    def size(self) -> int:
+        """Rows that a layer is given, padding included."""
+        return self.spans[-1][2] if self.mask is None else self.mask.numel()
 
     def grids(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[Grid]:
         """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with that T and places."""
@@ -73,7 +87,23 @@ class SharedLinear(nn.Module):
         self.multiplies.discard(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, in] to [1, T, out], for the spans that `rows` holds now."""
+        """[..., in] to [..., out], for the spans that `rows` holds now; what pads a batch comes out as zeros.
+
+        Raises:
+            Unshareable: the layer is given other rows than the batch holds, as an expert is.
+        """
+        flat, places = x.reshape(1, -1, x.shape[-1]), self.rows.places
+        if flat.shape[1] != self.rows.size:
+            raise Unshareable(f"a layer that it adapts is given {flat.shape[1]} of {self.rows.size} tokens")
+        if places is None:
+            result = self._rows(flat)
+        else:
+            own = self._rows(flat.index_select(1, places))
+            result = own.new_zeros(1, flat.shape[1], own.shape[2]).index_copy(1, places, own)
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, T, in] to [1, T, out]."""
         spans = self.rows.spans
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):

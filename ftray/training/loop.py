@@ -22,6 +22,8 @@ from ftray.training.engine import (
     sum_over_ranks,
 )
 from ftray.training.history import History, validation_metrics
+from ftray.training.pack import train_mode
+from ftray.training.probe import probe_records, row_obstacle
 from ftray.training.run import Failed, Run, accumulation_steps
 
 Batch = dict[str, torch.Tensor]
@@ -62,6 +64,13 @@ class Trainer:
         self.allocation = RankAllocation(self.engine, model)
         self.device = self.engine.device
         self.history = History(run)
+        if self.task.packed:
+            self.task.pad = self._sum([float(self._mixes_records())])[0] > 0
+
+    def _mixes_records(self) -> bool:
+        """Whether records have to be padded; every rank tries it, for under ZeRO 3 a forward pass is a collective."""
+        self.engine.eval()
+        return bool(row_obstacle(self.engine.module, probe_records(self.engine.module, self.run.longest)))
 
     def restore(self, directory: str) -> None:
         """Go on from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
@@ -103,7 +112,7 @@ class Trainer:
     def _step(self, micro_batches: list[Batch]) -> tuple[float, int, int]:
         """One optimiser step; returns the summed loss, the supervised and all tokens of the global batch."""
         step = self.history.step
-        self.engine.train()
+        train_mode(self.engine.module)
         counts = self._sum(
             [sum(self.task.items(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
         )

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 LOGITS = 2**24  # elements of logits that are computed at once
@@ -19,44 +18,52 @@ def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
     """Cross-entropy *summed* over the supervised tokens of one packed row; a float32 scalar.
 
     `batch` holds `input_ids`, `position_ids` and `labels`, each int64 of shape [1, tokens]: records one after
-    another, positions restarting at 0 with each (transformers separates their attention by that), labels -100
-    where no loss is due and at the first token of each record. The language-model head runs only where a label
-    is: its rows are chosen with transformers' `logits_to_keep`.
+    another, positions restarting at 0 with each, labels -100 where no loss is due and at the first token of each
+    record. `pad` is that of :func:`token_losses`.
     """
-    return token_losses(model, batch).sum()
+    return token_losses(model, batch, pad).sum()
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up."""
-    if _puts_tokens_before(model):
-        return _padded_losses(model, batch)
-    targets = batch["labels"][0, 1:]
-    positions = (targets != IGNORE).nonzero().squeeze(1)
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    if _keeps_logits(model):
-        logits = model(**inputs, logits_to_keep=positions).logits[0]
-    else:
-        logits = model(**inputs).logits[0, positions]
-    return F.cross_entropy(logits.float(), targets[positions], reduction="none")
+def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
+    """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
 
-
-def _padded_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Records lie side by side and padded: the method puts its tokens before each."""
-    device = batch["labels"].device
-    starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
-    lengths = [end - first for first, end in zip(starts, [*starts[1:], batch["labels"].shape[1]], strict=True)]
-    ids, labels = (
-        pad_sequence(batch[name][0].split(lengths), True, value)
-        for name, value in (("input_ids", 0), ("labels", IGNORE))
-    )
-    mask = pad_sequence([torch.ones(n, dtype=torch.int64, device=device) for n in lengths], True)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
+    Args:
+        pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
+            itself has to keep the records of one row apart by their positions: see
+            :func:`ftray.training.probe.row_obstacle`.
+    """
+    labels, before = batch["labels"], _puts_tokens_before(model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if pad or before:
+        mask = padding_mask(batch["position_ids"])
+        labels = padded(labels, mask, IGNORE)
+        inputs = {"input_ids": padded(batch["input_ids"], mask, 0), "attention_mask": mask}
+    if not before:
+        inputs["use_cache"] = False
     supervised = labels[:, 1:] != IGNORE
-    return F.cross_entropy(logits[:, :-1][supervised].float(), labels[:, 1:][supervised], reduction="none")
+    columns = supervised.any(0).nonzero().squeeze(1)  # the head runs only where some record's next token bears loss
+    if _keeps_logits(model) and not before:
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
+    chosen = supervised[:, columns]
+    return F.cross_entropy(logits[chosen].float(), labels[:, 1:][:, columns][chosen], reduction="none")
+
+
+def padding_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """int64 [records, longest], 1 at each token of a record, of a packed row with `position_ids` [1, tokens]."""
+    starts = (position_ids[0] == 0).nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
+    return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+
+
+def padded(row: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
+    """A packed row [1, tokens] as [records, longest], as its :func:`padding_mask` says."""
+    return torch.full_like(mask, fill).masked_scatter_(mask.bool(), row)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -13,23 +13,22 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ftray.tasks import task_of
-from ftray.training import attention
+from ftray.training import attention, probe
 from ftray.training.adalora import orthogonality
 from ftray.training.dropout import Draws
-from ftray.training.layers import Rows, SharedLinear
-from ftray.training.loss import IGNORE, HeadLoss, supervised_tokens
+from ftray.training.layers import Rows, SharedLinear, Unshareable, update_of
+from ftray.training.loss import IGNORE, HeadLoss, padded, padding_mask, supervised_tokens
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
-
-
-class Unshareable(ValueError):
-    """This model or adapter can't share a batch with others; the message says why."""
 
 
 class Update(Protocol):
@@ -109,9 +108,12 @@ class Pack:
         tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: element-wise.
+        longest: tokens that a record may have; None: any number.
 
     Attributes:
+        padded: each record has a row of its own in the batch, as the model does not keep records of one row apart.
         apart: why no adapter of this model can share a batch; None: they can.
+        verdict: how records share a pass, and why not otherwise; one line for the log.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Pack:
         rank: int = 0,
         world_size: int = 1,
         sum_over_ranks: Callable[[list[float]], list[float]] = list,
+        longest: int | None = None,
     ):
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
         self.task = task_of(base).load()
@@ -128,23 +131,78 @@ class Pack:
         self._sum = sum_over_ranks
         self._rows = Rows()
         self._layout: list[attention.Layout] = []  # one, of the row at hand
-        self.host = host(base, attention.NAME, layout=self._layout)
-        for module in self.host.modules():
+        self._probed: dict[Any, str | None] = {}  # what was found of adapters that change the model alike
+        self.padded = False
+        self.host = self._host()
+        if self.task.packed:
+            self.apart = self._settle(longest)
+        else:
+            self.apart = self.verdict = f"{self.task.spec.name} pads its records"
+
+    def _host(self) -> Any:
+        implementation = self.base.config._attn_implementation if self.padded else attention.NAME
+        shared = host(self.base, implementation, layout=self._layout)
+        for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
-        self.apart = self._obstacle() if self.task.packed else f"{self.task.spec.name} pads its records"
+        return shared
 
-    @torch.no_grad()
-    def _obstacle(self) -> str | None:
-        """Run two records by the model's own attention and head, and by ours: what makes the difference, if any."""
-        ids, positions = torch.arange(1, 6)[None], torch.tensor([[0, 1, 0, 1, 2]])
-        inputs = {"input_ids": ids.to(self.base.device), "position_ids": positions.to(self.base.device)}
-        whole = self.base.eval()(**inputs, use_cache=False).logits[0].float()
+    def _settle(self, longest: int | None) -> str | None:
+        """Find out how records share a pass: in one row, else padded; returns why neither gives what each gets alone.
+
+        See :mod:`ftray.training.probe`.
+        """
+        self._records = probe.probe_records(self.base, longest)
+        reasons: list[str] = []
+        head = self._agreed(lambda: probe.head_obstacle(self.base.eval(), self._records[0]))
+        for self.padded in (False, True):
+            self.host = self._host()
+            reason = head or self._agreed(self._obstacle)
+            if not reason:
+                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records lie packed in one row"
+                return None
+            reasons.append(reason)
+        self.verdict = f"each adapter trains by itself: {reasons[1]}"
+        return f"{type(self.base).__name__}: {reasons[1]}"
+
+    def _agreed(self, find: Callable[[], str | None]) -> str | None:
+        """What `find` finds in the way; it counts if it does on any rank, an exception counts too."""
         try:
-            hidden = self._hidden(ids, positions)
-        except NotImplementedError as error:
-            return f"{type(self.base).__name__} uses {error}"
-        return does_more(self.host, hidden, whole)
+            reason = find()
+        except Exception as error:
+            reason = probe.reason_of(error)
+        elsewhere = self._sum([float(reason is not None)])[0] > 0
+        return reason or ("another worker's pass differs" if elsewhere else None)
+
+    @torch.enable_grad()
+    def _obstacle(self) -> str | None:
+        """Why the base's records don't get in a pass of the host what each gets alone; None: they do."""
+        dtype = self.base.dtype
+        self._alone, wanted = probe.alone(self.base.eval(), self._records)
+        self.host.eval()
+        with torch.no_grad():
+            again = self._probe_pass("", probe.other_first(self._records))
+        with probe.embedded(self.host) as embeddings:
+            logits = self._probe_pass("", self._records)
+        if reason := probe.leak(logits, again, dtype):
+            return reason
+        (gradient,) = torch.autograd.grad(self._probe_loss(logits), embeddings[0])
+        flat = gradient.flatten(0, 1)
+        flat = flat if self._rows.places is None else flat[self._rows.places]
+        return probe.wrong_logits(logits, self._alone, dtype) or probe.wrong_gradients(
+            flat.split([len(ids) for ids in self._records]), wanted, dtype
+        )
+
+    def _probe_pass(self, owner: str, records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of `records` [tokens, vocabulary], in a pass of the host: all but the first are rows of `owner`."""
+        lengths = [len(ids) for ids in records]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        spans = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
+        hidden = self._hidden(torch.cat(list(records))[None], positions, spans)
+        return list(self.host.get_output_embeddings()(hidden).split(lengths))
+
+    def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
 
     def add(self, name: str, model: PeftModel, update: Update, seed: int = 0, step: int = 0) -> str | None:
         """Let an adapter join.
@@ -157,6 +215,9 @@ class Pack:
 
         Returns:
             None; or why its rows can't share a batch: it then trains on the same base by itself, between the others.
+
+        Raises:
+            Unshareable: not even by itself do its records get what each of them gets alone.
         """
         draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
         if not apart:
@@ -171,7 +232,54 @@ class Pack:
                 self.host.set_submodule(path, place)
             place.join(name, layer, draws)
         self.members[name] = Member(model.eval(), update, draws, layers, trainable(model), step, apart)
+        if not apart and (reason := self._adapter_obstacle(name)):
+            self.remove(name)
+            draws = Draws(model, seed, self.rank)
+            apart = reason
+            self.members[name] = Member(model.eval(), update, draws, {}, trainable(model), step, apart)
+        if apart and self.task.packed and (reason := self._adapter_obstacle(name)):
+            self.remove(name)
+            raise Unshareable(f"can't be trained on batches of several records: {reason}")
         return apart
+
+    def _adapter_obstacle(self, name: str) -> str | None:
+        """As :meth:`_obstacle`, for records of an adapter that is moved off its start, after one of nobody.
+
+        Adapters of one kind run the same code: the first of each is tried.
+        """
+        member = self.members[name]
+        layers = (
+            (path, type(layer), update_of(layer, member.draws, 0) is None) for path, layer in member.layers.items()
+        )
+        kind = member.model.active_peft_config.peft_type, member.apart, tuple(layers)
+        if kind not in self._probed:
+            with probe.moved(member.parameters), torch.enable_grad():
+                find = self._differs_apart if member.apart else self._differs_shared
+                self._probed[kind] = self._agreed(lambda: find(member, name))
+        return self._probed[kind]
+
+    def _differs_shared(self, member: Member, name: str) -> str | None:
+        self.host.eval()
+        own = range(1, len(self._records))
+        wanted, gradients = probe.alone_adapter(member.model, [self._records[i] for i in own], member.parameters)
+        logits = self._probe_pass(name, self._records)
+        expected = [self._alone[0], *wanted]
+        loss = torch.stack([probe.token_loss(logits[i], self._records[i]) for i in own]).sum()
+        ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
+        return probe.wrong_logits(logits, expected, self.base.dtype) or probe.wrong_gradients(
+            ours, gradients, self.base.dtype
+        )
+
+    def _differs_apart(self, member: Member, name: str) -> str | None:
+        wanted, gradients = probe.alone_adapter(member.model, self._records, member.parameters)
+        columns = {"input_ids": self._records, "labels": self._records}
+        batch = {key: tensor.to(self.base.device) for key, tensor in self.task.collate(columns).items()}
+        loss = self.task.loss(member.model, batch)
+        ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
+        alone = sum(float(probe.token_loss(*pair)) for pair in zip(wanted, self._records, strict=True))
+        if not abs(loss.item() - alone) <= probe.TOLERANCE[self.base.dtype][0] * abs(alone):
+            return f"their loss is {loss.item():.6g}, one by one {alone:.6g}"
+        return probe.wrong_gradients(ours, gradients, self.base.dtype)
 
     def remove(self, name: str) -> PeftModel:
         """Let an adapter go; its model works by itself."""
@@ -258,11 +366,11 @@ class Pack:
         """
         exhausted: set[str] = set()
         if not self.host.training:
-            self.host.train()
+            train_mode(self.host)
         losses, gradients = dict.fromkeys(batches, 0.0), {}
         for name in batches:
             if not self.members[name].model.training:
-                self.members[name].model.train()
+                train_mode(self.members[name].model)
             gradients[name] = _penalty_gradient(self.members[name].model)
         for units in self._passes([(n, i, batch) for n, own in batches.items() for i, batch in enumerate(own)]):
             for name, micro_batch, _ in units:
@@ -337,11 +445,11 @@ class Pack:
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
-        self._rows.set([(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)])
+        spans = [(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
-        hidden = self._hidden(row["input_ids"], row["position_ids"])
+        hidden = self._hidden(row["input_ids"], row["position_ids"], spans)
         total, losses = HeadLoss.apply(
             hidden[positions.to(hidden.device)],
             self.host.get_output_embeddings(),
@@ -350,11 +458,20 @@ class Pack:
         )
         return total, [part.double().sum().item() for part in losses.split(counts)]
 
-    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What the head is given, [T, hidden size], for a packed row [1, T] whose spans are set."""
+    def _hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[tuple[str, int, int]]
+    ) -> torch.Tensor:
+        """What the head is given, [T, hidden size], for a packed row [1, T] of which each adapter has its span."""
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
-        self._layout[:] = [attention.layout(position_ids, self.base.device)]
-        return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        if not self.padded:
+            self._rows.set(spans)
+            self._layout[:] = [attention.layout(position_ids, self.base.device)]
+            return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        mask = padding_mask(positions)
+        self._rows.set(spans, mask)
+        inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
+        hidden = self.host.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, self._rows.places)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -398,6 +515,30 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def train_mode(model: nn.Module) -> None:
+    """As `model.train()`, but what is frozen computes as in evaluation, where routers draw nothing and no fused kernel
+    takes the place of an adapted layer; only layers that recompute their activations ask whether it is training.
+    """
+    model.train()
+    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    own = {
+        part
+        for wrapper in model.modules()
+        if isinstance(wrapper, adapters)
+        for name, child in wrapper.named_children()
+        if name not in ("base_layer", "original_module")
+        for part in child.modules()
+    }
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in inner.modules():
+        if (
+            module is not model
+            and module not in own
+            and not isinstance(module, (*adapters, GradientCheckpointingLayer))
+        ):
+            module.training = False
+
+
 def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
     """The adapted layers of `model`, by their path in the base model `shared`.
 
@@ -414,6 +555,8 @@ def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTun
         raise Unshareable(f"{method} trains parameters outside of the layers that it adapts")
     for path, layer in layers.items():
         base = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper):
+            raise Unshareable(f"{method} adapts a parameter of {path}, which is no linear layer")
         if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
             raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
         weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)

@@ -105,7 +105,9 @@ class PackTrainer:
         model_path: str,
         gradient_checkpointing: bool = False,
         task: TaskSpec = CAUSAL,
+        longest: int | None = None,
     ):
+        """`longest`: tokens that a record may have; None: any number."""
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -115,7 +117,7 @@ class PackTrainer:
             base = base.to(self.device)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum)
+        self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, Trial] = {}
 
     def join(

@@ -17,6 +17,7 @@ class Run:
     steps: int
     evaluate_at: tuple[int, ...] = ()  # steps after which validation runs; the last step always does
     task: TaskSpec = CAUSAL
+    longest: int | None = None  # tokens that a record may have; None: any number
 
 
 class Failed(RuntimeError):

@@ -1,0 +1,205 @@
+"""Whether records that share a pass get what each of them gets alone: in logits and in gradients.
+
+Recurrent, convolutional and state-space layers carry one record of a row into the next; so does attention that a model
+masks without asking where records begin. No list of architectures says so reliably: each model is tried.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LENGTHS = (5, 19, 11)  # tokens: a short record before longer ones, and two that packed attention pads alike
+MOVED = 0.02  # standard deviation by which an adapter's weights leave their start, where most of them do nothing
+# relative error that rounding may make, by the dtype of the activations: of logits and of all gradients together; of
+# one tensor's gradient, where a sum over few tokens has few digits left, and what is forgotten is off by 1; and of the
+# logits of equal records at equal places, between two passes in which their neighbours differ
+TOLERANCE = {torch.float32: (1e-4, 1e-2, 1e-5), torch.bfloat16: (0.1, 0.7, 0.02), torch.float16: (0.03, 0.3, 5e-3)}
+
+
+def probe_records(model: Any, longest: int | None = None) -> list[torch.Tensor]:
+    """Token ids of a few records, int64 [tokens] each, drawn from a fixed seed.
+
+    Args:
+        longest: tokens of the longest record that will be trained on; None: of any length. Where a sliding window is
+            shorter, one record is longer than the window.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    lengths = [*LENGTHS]
+    if isinstance(window, int) and (longest is None or window < longest):
+        lengths.append(window + 7)
+    special = {v for k, v in config.to_dict().items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    words = model.get_input_embeddings().weight.shape[0]
+    plain = torch.tensor([i for i in range(min(words, 4096)) if i not in special])
+    draw = torch.Generator().manual_seed(0)
+    return [plain[torch.randint(len(plain), (length,), generator=draw)] for length in lengths]
+
+
+def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Summed next-token cross-entropy of one record: logits [tokens, vocabulary], ids int64 [tokens]."""
+    return F.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="sum")
+
+
+@contextmanager
+def moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, `parameters` are off their values by noise of a fixed seed; afterwards they are exactly as before."""
+    before = [p.detach().clone() for p in parameters]
+    draw = torch.Generator().manual_seed(1)
+    try:
+        for p in parameters:
+            p.data.add_((MOVED * torch.randn(p.shape, generator=draw)).to(p))
+        yield
+    finally:
+        for p, old in zip(parameters, before, strict=True):
+            p.data.copy_(old)
+
+
+@contextmanager
+def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Inside, what the model's input embeddings give is collected, as leaves that a gradient can be asked for."""
+    found: list[torch.Tensor] = []
+
+    def collect(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(collect)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def alone(model: Any, records: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits of each record by itself, and the gradient of its loss with respect to its embeddings.
+
+    Returns:
+        For each record float32 [tokens, vocabulary] and [tokens, hidden size].
+    """
+    all_logits, gradients = [], []
+    for ids in records:
+        with embedded(model) as embeddings:
+            logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+        (gradient,) = torch.autograd.grad(token_loss(logits, ids), embeddings[0])
+        all_logits.append(logits.detach().float())
+        gradients.append(gradient[0].float())
+    return all_logits, gradients
+
+
+@torch.no_grad()
+def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
+    """Why `model` does not keep the records of one packed row apart by their positions; None: it does."""
+    try:
+        ids, positions = torch.cat(list(records))[None], torch.cat([torch.arange(len(r)) for r in records])[None]
+        device = model.get_input_embeddings().weight.device
+        row = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
+        wanted = [model(input_ids=r[None].to(device), use_cache=False).logits[0] for r in records]
+    except Exception as error:
+        return reason_of(error)
+    lengths, other = [len(r) for r in records], torch.cat(other_first(records))[None]
+    again = model(input_ids=other.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
+    return wrong_logits(row.split(lengths), wanted, row.dtype) or leak(
+        row.split(lengths), again.split(lengths), row.dtype
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+@torch.no_grad()
+def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
+    """Why the model's logits are not what its output layer makes of its last hidden states; None: they are.
+
+    The states are made a thousand times greater on the way: capping and scaling show, whatever the weights are.
+    """
+    found: list[torch.Tensor] = []
+
+    def louder(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * 1000
+        found.append(output.last_hidden_state)
+        return output
+
+    for inner in (model.base_model, model.get_decoder()):
+        hook = inner.register_forward_hook(louder)
+        try:
+            logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+        finally:
+            hook.remove()
+        if found:
+            break
+    ours = model.get_output_embeddings()(found[0][0])
+    if ours.shape != logits.shape or _relative(ours.float(), logits.float()) > TOLERANCE[model.dtype][0]:
+        return "its head is more than one linear layer"
+    return None
+
+
+def alone_adapter(
+    model: Any, records: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits of each record by itself through a PEFT model, and the gradient of the sum of their losses.
+
+    Returns:
+        For each record float32 [tokens, vocabulary]; for each of the `parameters` a tensor of its shape.
+    """
+    logits, total = [], [torch.zeros_like(p) for p in parameters]
+    for ids in records:
+        # what a prompt method puts before the record has logits of its own, which come first
+        own = model(input_ids=ids[None].to(model.device)).logits[0, -len(ids) :]
+        found = torch.autograd.grad(token_loss(own, ids), parameters, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(total, list(found))
+        logits.append(own.detach().float())
+    return logits, total
+
+
+def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same records, but for the words of the first."""
+    return [records[0].roll(1), *records[1:]]
+
+
+def leak(once: Sequence[torch.Tensor], again: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Why logits of records after the first, in passes that differ in the first alone, show that they saw it."""
+    for mine, other in zip(once[1:], again[1:], strict=True):
+        error = _relative(_centred(mine), _centred(other))
+        if not error <= TOLERANCE[dtype][2]:
+            return f"a record's logits change by {error:.2g} with what the record before it says"
+    return None
+
+
+def wrong_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Why logits [tokens, vocabulary] of some record are not those that it has alone; None: they are.
+
+    What is the same for all words of a position changes no probability: each position's mean is taken off.
+    """
+    for i, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        if mine.shape != wanted.shape:
+            return f"record {i} has logits of shape {list(mine.shape)}, alone {list(wanted.shape)}"
+        error = _relative(_centred(mine), _centred(wanted))
+        if not error <= TOLERANCE[dtype][0]:
+            return f"the logits of a record beside others are off by {error:.2g} of what they are alone"
+    return None
+
+
+def wrong_gradients(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Why some gradient is not that of the records alone; None: all are. Those near zero beside others don't count."""
+    errors = [float((mine.float() - wanted.float()).norm()) for mine, wanted in zip(ours, theirs, strict=True)]
+    norms = [float(wanted.float().norm()) for wanted in theirs]
+    together = math.hypot(*errors) / max(math.hypot(*norms), 1e-20)
+    single = max(error / max(norm, 0.1 * max(norms), 1e-20) for error, norm in zip(errors, norms, strict=True))
+    if not (together <= 2 * TOLERANCE[dtype][0] and single <= TOLERANCE[dtype][1]):
+        return f"the gradients of records beside others are off by {max(together, single):.2g} of what they are alone"
+    return None
+
+
+def _relative(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((ours.detach() - wanted).norm() / wanted.norm().clamp_min(1e-20))
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() - logits.float().mean(-1, keepdim=True)
