@@ -295,7 +295,7 @@ def test_dockerfile_makes_the_image_that_is_named_from_files_that_exist():
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     copied = [shlex.split(line)[1:-1] for line in re.findall(r"^COPY .*$", dockerfile, re.MULTILINE)]
     sources = {source for sources in copied for source in sources}
-    assert {"ftray", "search_spaces", "pyproject.toml", "constraints.txt", "README.md"} == sources
+    assert {"ftray", "search_spaces", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == sources
     assert all((REPOSITORY / source).exists() for source in sources)
     assert re.search(r"^RUN .*--constraint constraints.txt \"\.\[serve\]\"$", dockerfile, re.MULTILINE)
     (image,) = re.findall(r"docker build --file cluster/Dockerfile --tag (\S+) \.", dockerfile)
