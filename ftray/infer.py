@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +82,17 @@ class Renderer:
         Raises:
             UserError: not such a record; says where.
         """
-        from ftray.data.formats import parse
+        from ftray.data.formats import begun_by, parse
         from ftray.data.tokens import tokenize
 
-        if "text" in record and len(record) == 1:  # to be continued, not answered
-            ids = tokenize([parse(record, where)], self.tokenizer, self.data)[0].input_ids  # type: ignore[union-attr]
-            return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
         example = parse(_with_answer(record), where)
+        if example.messages is None and not example.prompt and "text" in record:  # to be continued, not answered
+            ids = tokenize([example], self.tokenizer, self.data)[0].input_ids  # type: ignore[union-attr]
+            return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
         if chat and example.messages is None:
             example = parse(_with_answer({"messages": [{"role": "user", "content": example.prompt}]}), where)
         if self.system and example.messages is not None and example.messages[0][0] != "system":
-            example = replace(example, messages=(("system", self.system), *example.messages))
+            example = begun_by(self.system, example)
         tokens = tokenize([example], self.tokenizer, self.data)[0]
         assert tokens is not None  # it has an answer and no limit of length
         return tokens.input_ids[: tokens.prompt_tokens]

@@ -61,8 +61,14 @@ def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Te
 
 
 def describe(data: TokenizedData) -> str:
-    """A line a split: records, tokens, length percentiles, what was cut; and the share of padding in a batch."""
+    """A line a shape of records and one of ignored keys, of each source; a line a split: records, tokens, length
+    percentiles, what was cut; and the share of padding in a batch.
+    """
     lines = []
+    for name, read in data.read.items():
+        source = f" in data.{name}" if name != "train" else " in data.source" if len(data.read) > 1 else ""
+        lines += [f"shape{source}: {shape}: {count} records" for shape, count in read.shapes.items()]
+        lines += [f"ignored{source}: {', '.join(read.ignored)}"] if read.ignored else []
     for name, split in data.splits.items():
         percentiles = "/".join(map(str, split.lengths))
         lines.append(

@@ -33,6 +33,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.limits import try_on
     from ftray.data import check, prepare
     from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.preprocess import describe
     from ftray.training.run import accumulation_steps
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
@@ -54,6 +55,7 @@ def run(cfg: Config) -> int:
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    print(describe(data), flush=True)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
         with ending_on_sigterm(), notice():

@@ -55,6 +55,40 @@ DATA = {
     "no assistant": (chat({"role": "user", "content": "hi"}), [], "no assistant turn"),
     "unknown role": (chat({"role": "robot", "content": "hi"}), [], "'robot'; known: human"),
     "turn without text": (chat({"role": "user"}), [], "must have role and content"),
+    "good and bad answers": (
+        lines({"prompt": "a", "completion": "b", "label": False}),
+        [],
+        "data.jsonl:1: label: marks answers as good or bad, and ftray has no KTO yet",
+    ),
+    "preferences": (
+        lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        [],
+        "data.jsonl:1: chosen: one of a preference pair, and ftray has no preference training yet",
+    ),
+    "images": (
+        GOOD + lines({"input": "a", "output": "b", "images": ["i"]}),
+        [],
+        "data.jsonl:2: images: ftray reads text",
+    ),
+    "tools": (
+        chat({"role": "user", "content": "a"}, {"role": "tool", "content": "b"}),
+        [],
+        "data.jsonl:1: messages[1].role is 'tool': ftray renders no tools yet",
+    ),
+    "half a turn": (
+        chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}),
+        [],
+        "data.jsonl:1: messages[1].weight is 0.5: a turn or record is learnt or not",
+    ),
+    "turns without loss and a loss of all": (
+        chat(
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "weight": 0},
+            {"role": "assistant", "content": "b"},
+        ),
+        ["--data.train_on_prompt", "true"],
+        "data.jsonl:1: has turns that bear no loss: data.train_on_prompt can't be set",
+    ),
     "too short": (GOOD * 60, ["--data.max_length", "2", "--data.overlong", "drop"], "no supervised token"),
     "empty validation split": (GOOD, [], "split of 1 record(s) is empty"),
     "unknown format": (None, ["--data", "notes.docx"], "unknown format .docx"),
@@ -84,6 +118,11 @@ TASKS = {
         lines(PAIR | {"score": 0.5}, {"anchor": "a", "positive": "b"}),
         [],
         "data.jsonl:1 has a score: all records must be alike",
+    ),
+    "second text by another name": (
+        lines(*[text | {"sentence2": "u"} for text in TEXTS]),
+        [],
+        "data.jsonl:1: sentence2 would be lost: a record with text/label is read by text, label, text_pair alone",
     ),
     "label only once": (lines(*TEXTS, {"text": "t", "label": "c"}), [], "data.jsonl:41: label 'c' occurs only once"),
     "unknown label": (

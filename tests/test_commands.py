@@ -549,6 +549,49 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
     assert shown.getvalue() == f"\x1b[36m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
 
 
+@pytest.mark.parametrize(
+    ("record", "asked"),
+    [
+        (
+            {"instruction": "a", "input": "b", "system": "S", "history": [["c", "d"]]},
+            "<|system|>S<|end|><|user|>c<|end|><|assistant|>d<|end|><|user|>a\nb<|end|><|assistant|>",
+        ),
+        ({"prompt": "a", "history": []}, "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                    {"role": "assistant", "content": "c", "weight": 0},
+                    {"role": "user", "content": "d"},
+                    {"role": "assistant", "content": "e", "weight": 0},
+                ]
+            },
+            "<|system|>be kind<|end|><|user|>ab<|end|><|assistant|>c<|end|><|user|>d<|end|><|assistant|>",
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": "a"}]},
+            "<|system|>S<|end|><|user|>a<|end|><|assistant|>",
+        ),
+        ({"prompt": "a"}, "a\n"),
+        ({"text": "the cat", "id": 3}, "the cat"),
+    ],
+)
+def test_a_record_is_asked_by_the_keys_that_training_reads(tokenizer, record, asked):
+    from ftray.config import DataConfig
+    from ftray.infer import Renderer
+
+    assert tokenizer.decode(Renderer(tokenizer, DataConfig(), "be kind").record("f:1", record, False)) == asked
+
+
+@pytest.mark.parametrize("lost", [{"label": True}, {"images": ["a.png"]}, {"context": "c"}, {"tools": [{}]}])
+def test_what_training_refuses_is_not_asked(tokenizer, lost):
+    from ftray.config import DataConfig, UserError
+    from ftray.infer import Renderer
+
+    with pytest.raises(UserError, match=f"^f:1: {next(iter(lost))}"):
+        Renderer(tokenizer, DataConfig(), None).record("f:1", {"prompt": "a"} | lost, False)
+
+
 def test_a_conversation_is_asked_with_all_that_was_said_before(tokenizer):
     from ftray.config import DataConfig
     from ftray.infer import Renderer

@@ -1,7 +1,8 @@
 import pytest
 
 from ftray.config import UserError
-from ftray.data.formats import Example, parse
+from ftray.data.formats import Example, parse, parse_and_see
+from ftray.tasks import TaskSpec
 
 TURNS = (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"))
 SHAPES = [
@@ -34,7 +35,250 @@ def test_shapes(record, example):
     assert parsed.where == "f:1"
 
 
-USER = {"role": "user", "content": "a"}
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+PLAIN = {"prompt": "a", "completion": "b"}
+SAID = (("user", "a"), ("assistant", "b"))
+EARLIER = (("user", "u1"), ("assistant", "a1"))
+PARTS = [{"type": "text", "text": "a "}, {"type": "image", "image": None, "text": None}, "b"]
+# keys that change what is learnt, and are read: (record, what it says)
+HONOURED = [
+    (PLAIN | {"system": "S"}, Example(messages=(("system", "S"), *SAID))),
+    (PLAIN | {"system_prompt": "S", "system": "S"}, Example(messages=(("system", "S"), *SAID))),
+    ({"input": "a", "output": "b", "system": "S"}, Example(messages=(("system", "S"), *SAID))),
+    (PLAIN | {"history": [["u1", "a1"]]}, Example(messages=(*EARLIER, *SAID))),
+    (
+        {"instruction": "a", "input": "x", "output": "b", "system": "S", "history": [["u1", "a1"]]},
+        Example(messages=(("system", "S"), *EARLIER, ("user", "a\nx"), ("assistant", "b"))),
+    ),
+    # as others of its file, whose keys hold something, it is a conversation
+    (PLAIN | {"system": "", "history": []}, Example(messages=SAID)),
+    (PLAIN | {"history": ""}, Example(messages=SAID)),
+    (PLAIN | {"system": None, "history": None, "label": None, "weight": None, "images": None}, Example("a", "b")),
+    (PLAIN | {"images": [], "tools": "[]", "context": " ", "rejected": "", "weight": 1}, Example("a", "b")),
+    ({"messages": None, "prompt": None, "completion": None, "text": "t"}, Example("", "t")),
+    ({"instruction": None, "input": "a", "output": "b"}, Example("a", "b")),
+    ({"instruction": "a", "input": " \n", "output": "b"}, Example("a", "b")),
+    ({"messages": [{"role": "developer", "content": "S"}, USER, ANSWER]}, Example(messages=(("system", "S"), *SAID))),
+    ({"messages": [USER, ANSWER], "system": "S"}, Example(messages=(("system", "S"), *SAID))),
+    (
+        {"messages": [{"role": "system", "content": "S"}, USER, ANSWER], "system": "S"},
+        Example(messages=(("system", "S"), *SAID)),
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "S"},
+        Example(messages=(("system", "S"), *SAID)),
+    ),
+    (
+        {"messages": [{"role": "user", "content": [PARTS[0], PARTS[2]]}, ANSWER]},
+        Example(messages=(("user", "a b"), SAID[1])),
+    ),
+    (
+        {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1}]},
+        Example(messages=SAID * 2, context=frozenset([1])),
+    ),
+    (
+        {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1.0}], "system": "S"},
+        Example(messages=(("system", "S"), *SAID * 2), context=frozenset([2])),
+    ),
+    *(
+        ({"messages": [USER, ANSWER | off, USER, ANSWER | on]}, Example(messages=SAID * 2, context=frozenset([1])))
+        for off, on in (
+            ({"train": False}, {"train": True}),
+            ({"loss": False}, {"loss": True}),
+            ({"training": 0}, {"training": None}),
+            ({"mask": True}, {"mask": False}),
+            ({"masked": 1}, {}),
+            ({"weight": 1, "mask": True}, {"weight": 1, "mask": False}),
+        )
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "a", "weight": 1}, {"from": "gpt", "value": "b", "weight": 1}]},
+        Example(messages=SAID),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "example"), HONOURED)
+def test_keys_that_change_what_is_learnt(record, example):
+    assert parse(record, "f:1") == example
+
+
+# (record, what was recognised, what was ignored)
+SEEN = [
+    (PLAIN | {"id": 3, "source": "x", "url": None, "tags": []}, "prompt/completion (prompt, completion)", "id, source"),
+    ({"instruction": "a", "input": "", "output": "b"}, "instruction (instruction, output, input)", ""),
+    (PLAIN | {"history": []}, "prompt/completion (prompt, completion, history)", ""),
+    (
+        {"messages": [USER | {"name": "Al"}, ANSWER | {"weight": 1}], "n": 1},
+        "messages (messages, messages[].weight)",
+        "messages[].name, n",
+    ),
+    (
+        {"messages": [USER | {"content": [{"type": "text", "text": "a", "cache_control": {"x": 1}}]}, ANSWER]},
+        "messages (messages)",
+        "messages[].content[].cache_control",
+    ),
+    # a text that only repeats what the record says
+    ({"messages": [USER, ANSWER], "prompt": " a"}, "messages (messages)", "prompt"),
+    ({"instruction": "a", "output": "b", "text": "### a\n### b"}, "instruction (instruction, output)", "text"),
+    ({"text": "Q: a\nA: b", "question": "a", "answer": "b"}, "text (text)", "answer, question"),
+    ({"text": "t", "label": 0}, "text (text)", "label"),
+]
+
+
+@pytest.mark.parametrize(("record", "shape", "ignored"), SEEN)
+def test_what_was_recognised_and_what_was_ignored(record, shape, ignored):
+    seen = parse_and_see(record, "f:1")[1]
+    assert (seen.shape, ", ".join(seen.ignored)) == (shape, ignored)
+
+
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+NO_TOOLS = "ftray renders no tools yet: leave out the records that have them"
+# the same, which can't be read
+LOST = [
+    (PLAIN | {"label": False}, "label: marks answers as good or bad, and ftray has no KTO yet: keep the good ones"),
+    (PLAIN | {"label": True}, "label: marks answers as good or bad, and ftray has no KTO yet"),
+    ({"instruction": "a", "output": "b", "kto_tag": True}, "kto_tag: .*no KTO yet"),
+    ({"messages": [USER, ANSWER], "label": False}, "label: .*no KTO yet"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen: one of a preference pair, and ftray has no preference"),
+    ({"chosen": "a b", "rejected": "a c"}, "chosen: one of a preference pair"),
+    ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "chosen: one of a preference pair"),
+    ({"messages": [USER, ANSWER], "rejected": "c"}, "rejected: one of a preference pair"),
+    ({"messages": [USER, ANSWER], "rejected_response": "c"}, "rejected_response: one of a preference pair"),
+    ({"text": "t", "rejected": "c"}, "rejected: one of a preference pair"),
+    (PLAIN | {"images": ["a.png"]}, "images: ftray reads text alone"),
+    (PLAIN | {"image": {"bytes": "x"}}, "image: ftray reads text alone"),
+    ({"messages": [USER, ANSWER], "videos": ["v"]}, "videos: ftray reads text alone"),
+    ({"messages": [USER | {"audio": "a.wav"}, ANSWER]}, r"messages\[0\]\.audio: ftray reads text alone"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
+        r"messages\[0\]\.content\[0\] is no text but 'image_url': ftray reads text alone",
+    ),
+    ({"messages": [{"role": "user", "content": PARTS}, ANSWER]}, r"messages\[0\]\.content\[1\] is no text but 'image'"),
+    ({"messages": [{"role": "user", "content": []}, ANSWER]}, r"messages\[0\] must have role and content, both text"),
+    ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, f"tools: {NO_TOOLS}"),
+    ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, f"functions: {NO_TOOLS}"),
+    ({"messages": [USER, {"role": "assistant", "content": None} | CALL]}, rf"messages\[1\]\.tool_calls: {NO_TOOLS}"),
+    (
+        {"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]},
+        rf"messages\[1\]\.function_call: {NO_TOOLS}",
+    ),
+    ({"messages": [USER, {"role": "tool", "content": "21"}, ANSWER]}, rf"messages\[1\]\.role is 'tool': {NO_TOOLS}"),
+    ({"messages": [USER, {"role": "function", "content": None}, ANSWER]}, r"messages\[1\]\.role is 'function'"),
+    ({"conversations": [{"from": "observation", "value": "42"}]}, r"conversations\[0\]\.from is 'observation': ftray"),
+    (
+        {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]},
+        r"messages\[1\]\.reasoning_content: ftray doesn't render",
+    ),
+    (
+        {"messages": [USER, ANSWER | {"weight": 0.5}]},
+        r"messages\[1\]\.weight is 0.5: a turn or record is learnt or not",
+    ),
+    ({"messages": [USER, ANSWER | {"weight": "0"}]}, r"messages\[1\]\.weight is '0': a turn"),
+    ({"messages": [USER, ANSWER | {"mask": [0, 1]}]}, r"messages\[1\]\.mask is \[0, 1\]: a turn"),
+    ({"messages": [USER, ANSWER | {"weight": float("nan")}]}, r"messages\[1\]\.weight is nan: a turn"),
+    ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages has no assistant turn to be learnt: nothing to learn"),
+    ({"messages": [USER | {"train": True}, ANSWER]}, r"messages\[0\]\.train: a turn of user can't be learnt alone"),
+    (PLAIN | {"weight": 0.5}, "weight is 0.5: a turn or record is learnt or not"),
+    (PLAIN | {"weight": 0}, "marked as one that isn't learnt: leave the record out"),
+    (PLAIN | {"mask": True}, "marked as one that isn't learnt: leave the record out"),
+    (PLAIN | {"system": ["S"]}, "system must be text, not list"),
+    (PLAIN | {"system": "S", "system_prompt": "T"}, "system and system_prompt differ: leave one of them out"),
+    (
+        {"messages": [{"role": "system", "content": "S"}, USER, ANSWER], "system": "T"},
+        "has a system text, and messages",
+    ),
+    (PLAIN | {"history": [["u1"]]}, r"history\[0\] must be a pair of texts"),
+    (PLAIN | {"history": [["u1", None]]}, r"history\[0\] must be a pair of texts"),
+    (PLAIN | {"history": [USER]}, r"history\[0\] must be a pair of texts"),
+    (PLAIN | {"history": "u1"}, r"history\[0\] must be a pair of texts"),
+    (
+        {"messages": [USER, ANSWER], "history": [["u1", "a1"]]},
+        "history would be lost: a record with messages is read by",
+    ),
+    (
+        PLAIN | {"context": "c"},
+        "context would be lost: a record with prompt/completion is read by prompt, completion, system, system_prompt, "
+        "history alone: put it into one of them, or leave it out",
+    ),
+    ({"instruction": "sum up", "text": "long", "output": "b"}, "text would be lost: a record with instruction/output"),
+    (PLAIN | {"suffix": "c"}, "suffix would be lost"),
+    ({"text": "t", "system": "S"}, "system would be lost: a record with text is read by text alone"),
+    (
+        {"text": "t", "instruction": "a", "response": "b"},
+        "instruction would be lost: a record with text is read by text",
+    ),
+    ({"text": "long", "summary": "short"}, "summary would be lost: a record with text is read by text alone"),
+    ({"instruction": "a", "output": None, "text": "a"}, "output must be text, not NoneType"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), LOST)
+def test_keys_that_would_be_lost_are_refused(record, message):
+    with pytest.raises(UserError, match=f"^f.jsonl:7: {message}") as told:
+        parse(record, "f.jsonl:7")
+    assert "\n" not in str(told.value)
+
+
+LABELLED, TAGGED = {"text": "a", "label": 1}, {"tokens": ["a"], "tags": ["O"]}
+ASKED = {"question": "q", "context": "a b", "answers": ["b"]}
+PAIR, SCORED = {"anchor": "a", "positive": "b"}, {"sentence1": "a", "sentence2": "b", "score": 0.5}
+# the same for other tasks
+OTHERS = [
+    ("SEQ_CLS", LABELLED | {"sentence2": "b"}, "sentence2 would be lost: .* is read by text, label, text_pair alone"),
+    ("SEQ_CLS", LABELLED | {"hypothesis": "b"}, "hypothesis would be lost"),
+    ("SEQ_CLS", LABELLED | {"messages": [USER, ANSWER]}, "messages would be lost"),
+    ("SEQ_CLS", LABELLED | {"labels": [1, 2]}, "labels: ftray learns one label a text"),
+    ("SEQ_CLS", LABELLED | {"image": "a.png"}, "image: ftray reads text alone"),
+    ("SEQ_CLS", LABELLED | {"weight": 2}, "weight is 2: a turn or record is learnt or not"),
+    ("TOKEN_CLS", TAGGED | {"bboxes": [[0, 0, 1, 1]]}, "bboxes: ftray reads text alone, not where it stands"),
+    ("TOKEN_CLS", TAGGED | {"mask": [1]}, r"mask is \[1\]: a turn or record"),
+    ("QUESTION_ANS", ASKED | {"is_impossible": True}, "is_impossible is True, but there are 1 answers"),
+    (
+        "QUESTION_ANS",
+        ASKED | {"answers": [], "is_impossible": False},
+        "is_impossible is False, but there are 0 answers",
+    ),
+    ("QUESTION_ANS", ASKED | {"answers": "b", "answer_start": 2}, "answer_start: give it in answers"),
+    ("QUESTION_ANS", ASKED | {"choices": ["a", "b"]}, "choices: ftray learns answers that stand in the context"),
+    ("QUESTION_ANS", ASKED | {"history": [["q", "a"]]}, "history: ftray reads one question a record"),
+    ("FEATURE_EXTRACTION", PAIR | {"negatives": ["c"]}, "negatives: ftray reads one negative a record"),
+    ("FEATURE_EXTRACTION", PAIR | {"negative_1": "c"}, "negative_1: ftray reads one negative a record"),
+    ("FEATURE_EXTRACTION", PAIR | {"label": 0}, "label: ftray learns these pairs as all alike"),
+    ("FEATURE_EXTRACTION", SCORED | {"instruction": "c"}, "instruction would be lost"),
+    ("SEQ_2_SEQ_LM", PLAIN | {"system": "S"}, "SEQ_2_SEQ_LM learns one text .*, without system or history"),
+    ("SEQ_2_SEQ_LM", PLAIN | {"label": False}, "label: .*no KTO yet"),
+]
+
+
+@pytest.mark.parametrize(("task", "record", "message"), OTHERS)
+def test_keys_that_another_task_would_lose(task, record, message):
+    with pytest.raises(UserError, match=f"^f.jsonl:7: {message}"):
+        TaskSpec(task).load().parse(record, "f.jsonl:7")
+
+
+ELSEWHERE = [
+    ("SEQ_CLS", LABELLED | {"text_pair": "b", "idx": 3}, "labelled text (text, label, text_pair)", "idx"),
+    ("SEQ_CLS", LABELLED | {"text_pair": None, "sentence2": ""}, "labelled text (text, label)", ""),
+    ("TOKEN_CLS", TAGGED | {"pos_tags": ["X"]}, "tagged words (tokens, tags)", "pos_tags"),
+    (
+        "QUESTION_ANS",
+        ASKED | {"is_impossible": False, "title": "t"},
+        "question (question, context, answers, is_impossible)",
+        "title",
+    ),
+    ("FEATURE_EXTRACTION", PAIR | {"negative": "c", "negatives": []}, "pair (anchor, positive, negative)", ""),
+    ("FEATURE_EXTRACTION", SCORED | {"split": "dev"}, "scored pair (sentence1, sentence2, score)", "split"),
+    ("SEQ_2_SEQ_LM", PLAIN | {"system": "", "history": []}, "prompt/completion (prompt, completion)", ""),
+]
+
+
+@pytest.mark.parametrize(("task", "record", "shape", "ignored"), ELSEWHERE)
+def test_what_other_tasks_recognise(task, record, shape, ignored):
+    seen = TaskSpec(task).load().parse_and_see(record, "f:1")[1]
+    assert (seen.shape, ", ".join(seen.ignored)) == (shape, ignored)
+
+
 REFUSED = [
     ({"foo": 1, "bar": 2}, "record with keys foo, bar; known shapes: input/output, .*messages.*text"),
     ({}, r"record with keys \(none\)"),

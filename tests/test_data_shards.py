@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,8 @@ from ftray.data import TokenizedData, check, prepare, shards, sources
 from ftray.data.formats import Example
 from ftray.data.splits import order_key, split_of
 from ftray.data.tokens import IGNORE, tokenize
+from ftray.preprocess import describe
+from ftray.search.definition import write_data
 
 
 def write(path: Path, records) -> str:
@@ -262,6 +265,53 @@ def test_limit_takes_the_smallest_keys_and_explicit_sources_win(cluster, tiny_ll
     assert sorted(inputs(data, "test")) == sorted(r["input"] for r in last)
 
 
+def test_what_was_recognised_in_all_records_is_told(cluster, tiny_llama, tokenizer, tmp_path, monkeypatch):
+    """Of each source: also what lies beyond the part that is checked, and beyond the first row group."""
+    monkeypatch.setattr(shards, "WINDOW", 16)
+    plain = [record | {"id": n, "kind": None, "system": None} for n, record in enumerate(some_records(50))]
+    answer = {"role": "assistant", "content": "no", "weight": 0}
+    turns = [{"role": "user", "content": "a", "name": "Al"}, answer, {"role": "assistant", "content": "b"}]
+    chats = [{"messages": turns, "system": f"{n}", "kind": "k"} for n in range(7)]
+    (tmp_path / "mixed").mkdir()
+    for name, records in (("a.jsonl", plain), ("b.jsonl", chats)):
+        write(tmp_path / "mixed" / name, records)
+    pq.write_table(pa.Table.from_pylist(some_records(3, 1)), tmp_path / "held.parquet")
+    cfg = settings(tmp_path, str(tmp_path / "mixed"), validation=str(tmp_path / "held.parquet"))
+    data = prepare(cfg, tiny_llama)
+    assert data == TokenizedData.load(data.directory)
+    shown = describe(data).splitlines()
+    assert [line for line in shown if line.startswith(("shape", "ignored"))] == [
+        "shape in data.source: input/output (input, output): 50 records",
+        "shape in data.source: messages (messages, system, messages[].weight): 7 records",
+        "ignored in data.source: id, kind, messages[].name",
+        "shape in data.validation: input/output (input, output): 3 records",
+    ]
+    rows = [row for split in data.splits for row in data.rows(split) if row["prompt"].startswith("<|system|>")]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["prompt"].endswith("<|user|>a<|end|><|assistant|>no<|end|><|assistant|>")
+        assert tokenizer.decode([label for label in row["labels"] if label != IGNORE]) == "b<|end|>"
+
+
+def test_one_source_of_one_shape_has_one_line_and_no_ignored_keys_none(prepared):
+    _, _, data = prepared
+    shown = [line for line in describe(data).splitlines() if line.startswith(("shape", "ignored"))]
+    assert shown == ["shape: input/output (input, output): 300 records"]
+
+
+def test_a_search_from_before_shapes_were_counted_goes_on(prepared, tmp_path):
+    """Its data.json holds these counts alone."""
+    _, _, data = prepared
+    fields = ("windows", "records", "tokens", "supervised_tokens", "lengths", "dropped", "truncated")
+    old = {name: {field: getattr(split, field) for field in fields} for name, split in data.splits.items()}
+    (tmp_path / "data.json").write_text(json.dumps(old))
+    write_data(data, tmp_path)
+    old["train"]["records"] += 1
+    (tmp_path / "data.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="not what the search in"):
+        write_data(data, tmp_path)
+
+
 def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):
     records = some_records(80)
     source = write(tmp_path / "r.jsonl", records)
@@ -284,6 +334,7 @@ def test_errors_beyond_the_checked_part_come_out_as_user_errors(cluster, tiny_ll
     cases = [
         (str(broken), {}, r"r\.jsonl:61: not valid JSON"),
         (write(tmp_path / "s.jsonl", [*GOOD, {"foo": 1}]), {}, r"s\.jsonl:61: record with keys foo"),
+        (write(tmp_path / "k.jsonl", [*GOOD, GOOD[0] | {"label": False}]), {}, r"k\.jsonl:61: label: .*no KTO yet"),
         (write(tmp_path / "g.jsonl", GOOD), {"max_length": 3, "overlong": "drop"}, "no supervised token is left"),
         (write(tmp_path / "g.jsonl", GOOD), {"validation_fraction": 1e-9}, "validation split of 60 record.* is empty"),
     ]

@@ -98,6 +98,68 @@ def test_every_assistant_turn_of_a_chat_bears_loss_and_nothing_else(tokenizer):
     assert tokens.input_ids[: tokens.prompt_tokens] == generation
 
 
+def chat(*turns, **more):
+    """Turns of (role, text, their further keys) in one record."""
+    return parse({"messages": [{"role": r, "content": c} | (k[0] if k else {}) for r, c, *k in turns], **more}, "f:1")
+
+
+def test_a_turn_of_weight_0_is_context(tokenizer):
+    example = chat(
+        ("user", "the cat"),
+        ("assistant", "sat", {"weight": 0}),
+        ("user", "on"),
+        ("assistant", "the mat", {"weight": 1}),
+        ("user", "a"),
+        ("assistant", "b"),
+        system="be brief",
+    )
+    tokens = one(example, tokenizer)
+    before = (
+        "<|system|>be brief<|end|><|user|>the cat<|end|><|assistant|>sat<|end|><|user|>on<|end|><|assistant|>"
+        "the mat<|end|><|user|>a<|end|><|assistant|>"
+    )
+    assert tokenizer.decode(tokens.input_ids) == before + "b<|end|>"
+    assert learned(tokens, tokenizer) == "the mat<|end|>b<|end|>"
+    assert (tokens.prompt, tokens.target) == (before, "b")
+    assert tokenizer.decode(tokens.input_ids[: tokens.prompt_tokens]) == before
+
+
+def test_what_is_scored_is_the_last_turn_that_bears_loss(tokenizer):
+    example = chat(
+        ("user", "the cat"),
+        ("assistant", "sat"),
+        ("user", "on"),
+        ("assistant", "the mat", {"weight": 0}),
+        ("user", "a"),
+    )
+    tokens = one(example, tokenizer)
+    assert tokenizer.decode(tokens.input_ids) == "<|user|>the cat<|end|><|assistant|>sat<|end|>"
+    assert learned(tokens, tokenizer) == "sat<|end|>"
+    assert (tokens.prompt, tokens.target) == ("<|user|>the cat<|end|><|assistant|>", "sat")
+
+
+def test_turns_without_loss_and_a_loss_of_all_do_not_go_together(tokenizer):
+    example = chat(("user", "a"), ("assistant", "b", {"weight": 0}), ("user", "a"), ("assistant", "c"))
+    with pytest.raises(
+        UserError, match=r"^f:1: has turns that bear no loss: data\.train_on_prompt can't be set for it$"
+    ):
+        one(example, tokenizer, train_on_prompt=True)
+
+
+def test_system_and_history_are_rendered_by_the_chat_template(tokenizer):
+    record = {"instruction": "add", "input": "a b", "output": "c", "system": "be brief", "history": [["on", "sat"]]}
+    tokens = one(parse(record, "f:1"), tokenizer, template="Q: {prompt} A: ")
+    assert tokenizer.decode(tokens.input_ids) == (
+        "<|system|>be brief<|end|><|user|>on<|end|><|assistant|>sat<|end|><|user|>add\na b<|end|><|assistant|>c<|end|>"
+    )
+    assert learned(tokens, tokenizer) == "sat<|end|>c<|end|>"
+    empty = one(parse(record | {"system": "", "history": []}, "f:1"), tokenizer, template="Q: {prompt} A: ")
+    assert tokenizer.decode(empty.input_ids) == "<|user|>add\na b<|end|><|assistant|>c<|end|>"
+    assert learned(empty, tokenizer) == "c<|end|>"
+    with pytest.raises(UserError, match=r"^f:1: a chat, but .* no chat template: .* without system and history$"):
+        one(parse(record, "f:1"), with_template(tokenizer, None))
+
+
 def with_template(tokenizer, template: str):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template

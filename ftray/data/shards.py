@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ from ftray.tasks import CAUSAL, TaskSpec
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the rules that make tokens from records: raise it when they change
+VERSION = 3  # of the rules that make tokens from records: raise it when they change
 WINDOW = 1024  # rows of a Parquet row group, the unit that is read and shuffled as a whole
 WINDOWS_PER_FILE = 64
 SCHEMA = pa.schema(
@@ -80,20 +81,30 @@ class Split:
 
 
 @dataclass
+class Reading:
+    """What was recognised in a source: records of each shape, most first, and the keys that were ignored."""
+
+    shapes: dict[str, int] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass
 class TokenizedData:
-    """A directory of tokenized shards, as its `manifest.json` describes it."""
+    """A directory of tokenized shards, as its `manifest.json` describes it; `read` is by split that has a source."""
 
     directory: str
     fingerprint: str
     splits: dict[str, Split]
     task: TaskSpec = CAUSAL
+    read: dict[str, Reading] = field(default_factory=dict)
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
         """Read the manifest."""
         manifest = json.loads((located(str(directory)) / "manifest.json").read_text())
         splits = {name: Split(**split) for name, split in manifest["splits"].items()}
-        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]))
+        read = {name: Reading(**reading) for name, reading in manifest["read"].items()}
+        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]), read)
 
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
@@ -154,11 +165,12 @@ def prepare(
     aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root if isinstance(root, Path) else None))
     try:
         spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
-        splits = _write(cfg, sources, (model, trust_remote_code), aside, spec)
+        splits, read = _write(cfg, sources, (model, trust_remote_code), aside, spec)
         manifest = {
             "fingerprint": fingerprint,
             "task": asdict(spec),
             "splits": {name: asdict(split) for name, split in splits.items()},
+            "read": {name: asdict(reading) for name, reading in read.items()},
         }
         if isinstance(target, Stored):
             target.upload(aside)
@@ -210,19 +222,24 @@ def _read_labels(chunk: dict[str, Any], task: str) -> Iterator[dict[str, str]]:
 
 def _write(
     cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], directory: Path, task: TaskSpec
-) -> dict[str, Split]:
+) -> tuple[dict[str, Split], dict[str, Reading]]:
     writers = {name: _SplitWriter(directory, name) for name in SPLITS}
+    read = {}
     for name, (chunks, local) in sources.items():
+        shapes, ignored = Counter[str](), set[str]()
         for table in _pipeline(chunks, local, name, tokenizer, task):
+            shapes.update(table["shape"].to_pylist())
+            ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
+        read[name] = Reading(dict(sorted(shapes.items(), key=lambda shape: (-shape[1], shape[0]))), sorted(ignored))
     splits = {name: writer.close() for name, writer in writers.items()}
     for name in needed(cfg):
         if not splits[name].records:
             if splits[name].dropped:
                 refuse_unsupervised(sources.get(name, sources["train"])[1])
             refuse_empty(name, sum(s.records for s in splits.values()), cfg)
-    return splits
+    return splits, read
 
 
 def _pipeline(
@@ -282,7 +299,8 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
 
 def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
     rows, of = table.to_pylist(), task.load()
-    examples = [of.parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    read = [of.parse_and_see(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    examples = [example for example, _ in read]
     refuse_mixture(examples, of)
     tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
     return pa.table(
@@ -298,6 +316,8 @@ def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], tas
             "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": [row["split"] for row in rows],
+            "shape": pa.array([seen.shape for _, seen in read], pa.string()),
+            "ignored": pa.array([seen.ignored for _, seen in read], pa.list_(pa.string())),
             "truncated": [bool(t and t.truncated) for t in tokens],
         }
     )

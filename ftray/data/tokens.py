@@ -51,7 +51,8 @@ def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[T
     ends that prompt and begins the target. A beginning-of-sequence token stays.
 
     Raises:
-        UserError: a chat, and the tokenizer has no chat template, or one that refuses it.
+        UserError: a chat, and the tokenizer has no chat template, or one that refuses it; turns that are marked to bear
+            no loss, and `train_on_prompt`.
     """
     all_segments = [segments(example, tokenizer, cfg) for example in examples]
     texts = [text for part in all_segments for text, _ in part]
@@ -73,7 +74,7 @@ def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[T
             ids += piece
             labels += piece if bears_loss else [IGNORE] * len(piece)
         prompt = "".join(text for text, _ in part[:-1])
-        target = example.target if example.messages is None else _last_answer(example.messages)
+        target = example.target if example.messages is None else example.messages[example.learnt[-1]][1]
         result.append(_fit(Tokens(ids, labels, prompt, target, prompt_tokens), tokenizer.bos_token_id, cfg))
     return result
 
@@ -82,8 +83,11 @@ def segments(example: Example, tokenizer: Any, cfg: DataConfig) -> list[Segment]
     """The rendered text of an example, cut where the loss begins and ends; the last segment is the (last) target.
 
     Plain records: `template` with the prompt (nothing if that is empty), then the target. Chats: the tokenizer's own
-    chat template, of which ever longer beginnings are rendered; what an assistant turn adds bears loss.
+    chat template, of which ever longer beginnings are rendered; what a learnt turn adds bears loss, and what comes
+    after the last one is left out.
     """
+    if example.context and cfg.train_on_prompt:
+        raise UserError(f"{example.where}: has turns that bear no loss: data.train_on_prompt can't be set for it")
     if example.messages is not None:
         return _chat_segments(example, tokenizer)
     prompt = [(cfg.template.replace("{prompt}", example.prompt), False)] if example.prompt else []
@@ -94,13 +98,11 @@ def _chat_segments(example: Example, tokenizer: Any) -> list[Segment]:
     messages = [{"role": role, "content": text} for role, text in example.messages or ()]
     result: list[Segment] = []
     text = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for index in example.learnt:
         answered = _render_chat(messages[: index + 1], tokenizer, False, example.where)
         asked = _render_chat(messages[:index], tokenizer, True, example.where) if index else ""
         if not asked or not answered.startswith(asked):  # nothing was asked, or the template renders it otherwise later
-            answer_at = answered.rfind(message["content"].strip())
+            answer_at = answered.rfind(messages[index]["content"].strip())
             if answer_at < 0:
                 raise UserError(f"{example.where}: the chat template leaves out the assistant's turn {index}")
             asked = answered[:answer_at]
@@ -117,16 +119,12 @@ def _render_chat(messages: list[dict[str, str]], tokenizer: Any, add_generation_
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: a chat, but the model's tokenizer has no chat template: "
-            "take an instruction-tuned model, or give prompt/completion records"
+            "take an instruction-tuned model, or give prompt/completion records, without system and history"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses these turns: {error}") from None
-
-
-def _last_answer(messages: tuple[tuple[str, str], ...]) -> str:
-    return next(text for role, text in reversed(messages) if role == "assistant")
 
 
 def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:

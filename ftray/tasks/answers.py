@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig, UserError
+from ftray.data.shapes import ANY, Record, Shape, is_empty
 from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores, ratio
 from ftray.tasks import task
@@ -47,6 +48,48 @@ class Window:
     offsets: list[tuple[int, int] | None]
 
 
+NEEDS = 'question, context and answers (a text, a list of texts or {"text": [...], "answer_start": [...]})'
+
+
+def _parse(record: Record, where: object) -> Example:
+    question, context = (text_of(record, key, where, NEEDS) for key in ("question", "context"))
+    answers = list(_answers(record.get("answers"), context, where))
+    impossible = record.get("is_impossible")
+    if not is_empty(impossible) and bool(impossible) == bool(answers):
+        raise UserError(f"{where}: is_impossible is {impossible!r}, but there are {len(answers)} answers")
+    return Example(question, context, answers, where)
+
+
+def _answers(answers: Any, context: str, where: object) -> Iterator[tuple[str, int]]:
+    if isinstance(answers, str):
+        answers = [answers]
+    starts: Any
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise UserError(f"{where}: answers must hold text and answer_start, two lists of equal length")
+    elif isinstance(answers, list):
+        texts, starts = answers, [None] * len(answers)
+    else:
+        raise UserError(f"{where}: answers is missing; records of this task hold {NEEDS}")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: an answer must be text that isn't empty; no answer is an empty list")
+        found = context.find(text) if start is None else start
+        if not isinstance(found, int) or found < 0 or context[found : found + len(text)] != text:
+            place = "" if start is None else f" at character {start}"
+            raise UserError(f"{where}: the answer {text[:40]!r} is not in the context{place}")
+        yield text, found
+
+
+REFUSED = (
+    ANY
+    | dict.fromkeys(("choices", "options"), "ftray learns answers that stand in the context: leave it out")
+    | dict.fromkeys(("history", "questions"), "ftray reads one question a record: put the others into context")
+    | {"answer_start": 'give it in answers, as {"text": [...], "answer_start": [...]}'}
+)
+
+
 class Task(task.PaddedTask):
     """Cross-entropy of the answer's first and last token; two items a record.
 
@@ -58,38 +101,14 @@ class Task(task.PaddedTask):
     auto_class = "AutoModelForQuestionAnswering"
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
     metric = "squad_f1"
-    needs = 'question, context and answers (a text, a list of texts or {"text": [...], "answer_start": [...]})'
+    shapes = (Shape("question", ("question", "context", "answers"), _parse, ("is_impossible",), REFUSED),)
+    needs = NEEDS
     nothing: ClassVar[list[int]] = [-100, -100]
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
         "m = t.AutoModelForQuestionAnswering.from_pretrained('{path}'); "
         "print(m(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""
     )
-
-    def parse(self, record: dict[str, Any], where: object) -> Example:
-        question, context = (text_of(record, key, where, self) for key in ("question", "context"))
-        return Example(question, context, list(self._answers(record.get("answers"), context, where)), where)
-
-    def _answers(self, answers: Any, context: str, where: object) -> Iterator[tuple[str, int]]:
-        if isinstance(answers, str):
-            answers = [answers]
-        starts: Any
-        if isinstance(answers, dict):
-            texts, starts = answers.get("text"), answers.get("answer_start")
-            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-                raise UserError(f"{where}: answers must hold text and answer_start, two lists of equal length")
-        elif isinstance(answers, list):
-            texts, starts = answers, [None] * len(answers)
-        else:
-            raise UserError(f"{where}: answers is missing; records of this task hold {self.needs}")
-        for text, start in zip(texts, starts, strict=True):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where}: an answer must be text that isn't empty; no answer is an empty list")
-            found = context.find(text) if start is None else start
-            if not isinstance(found, int) or found < 0 or context[found : found + len(text)] != text:
-                place = "" if start is None else f" at character {start}"
-                raise UserError(f"{where}: the answer {text[:40]!r} is not in the context{place}")
-            yield text, found
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         if not tokenizer.is_fast:

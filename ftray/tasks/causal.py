@@ -22,12 +22,10 @@ class Task(task.Task):
     auto_class = "AutoModelForCausalLM"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    shapes = formats.SHAPES
     needs = formats.KNOWN
     shown = "ftray serve --run {run}"
     pad = True  # whoever has tried a model may find that it keeps the records of one row apart
-
-    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
-        return formats.parse(record, where)
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         return tokenize(examples, tokenizer, cfg)

@@ -4,6 +4,7 @@ from typing import Any
 
 from ftray.config import Config, UserError, near
 from ftray.data.formats import KNOWN, SHAPES
+from ftray.data.shapes import recognise, refuse
 from ftray.data.sources import find_chunks, read_for_check
 from ftray.tasks import TASKS, TaskSpec
 
@@ -45,7 +46,9 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     for keys, name in KEYS:
         if all(key in record for key in keys):
             return name
-    if not any(all(key in record for key in keys) for keys, _ in SHAPES) and "text" not in record:
+    shape = recognise(record, SHAPES)
+    if not all(key in record for key in shape.needs):
+        refuse(record, shape.refuses, place)
         others = ", ".join("/".join(keys) for keys, _ in KEYS)
         has = ", ".join(map(str, record)) or "(none)"
         raise UserError(f"{place}: record with keys {has}; known shapes: {KNOWN}, {others}")

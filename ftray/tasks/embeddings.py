@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig, UserError
+from ftray.data.shapes import ANY, Record, Shape, is_empty
 from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Metric, Scores, ratio, spearman
 from ftray.tasks import task
@@ -29,6 +30,32 @@ class Example:
     where: object
 
 
+NEEDS = "anchor and positive (and negative), or sentence1, sentence2 and score"
+
+
+def _scored(record: Record, where: object) -> Example:
+    texts = [text_of(record, key, where, NEEDS) for key in ("sentence1", "sentence2")]
+    score = record.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
+        raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
+    return Example(texts, float(score), where)
+
+
+def _pair(record: Record, where: object) -> Example:
+    for key, value in record.items():
+        if key != "negative" and key.startswith(("negative", "hard_negative")) and not is_empty(value):
+            raise UserError(f"{where}: {key}: ftray reads one negative a record: give it as negative")
+    keys = ["anchor", "positive", *(["negative"] if record.get("negative") is not None else [])]
+    return Example([text_of(record, key, where, NEEDS) for key in keys], None, where)
+
+
+INSTRUCTED = ("instruction", "prompt")
+REFUSED = ANY | dict.fromkeys(
+    ("label", "score", "scores"),
+    "ftray learns these pairs as all alike: give scored ones as sentence1, sentence2, score",
+)
+
+
 class Task(task.PaddedTask):
     """Cosines of mean-pooled last hidden states; one item a record.
 
@@ -43,24 +70,18 @@ class Task(task.PaddedTask):
     auto_class = "AutoModel"
     columns = ("input_ids", "token_type_ids", "labels", "lengths", "score")
     metrics: ClassVar[Mapping[str, str]] = PAIRS | SCORED
-    needs = "anchor and positive (and negative), or sentence1, sentence2 and score"
+    shapes = (
+        Shape("scored pair", ("sentence1",), _scored, ("sentence2", "score"), beside=INSTRUCTED),
+        Shape("pair", ("anchor", "positive"), _pair, ("negative",), REFUSED, INSTRUCTED),
+    )
+    needs = NEEDS
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); m = t.AutoModel."
         "from_pretrained('{path}'); print(m(**k('TEXT', return_tensors='pt')).last_hidden_state.mean(1))\""
     )
 
     def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
-        return (SCORED, "spearman") if "sentence1" in record else (PAIRS, "mrr")
-
-    def parse(self, record: dict[str, Any], where: object) -> Example:
-        if "sentence1" not in record:
-            keys = ["anchor", "positive", *(["negative"] if record.get("negative") is not None else [])]
-            return Example([text_of(record, key, where, self) for key in keys], None, where)
-        texts = [text_of(record, key, where, self) for key in ("sentence1", "sentence2")]
-        score = record.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
-            raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
-        return Example(texts, float(score), where)
+        return (SCORED, "spearman") if record.get("sentence1") is not None else (PAIRS, "mrr")
 
     def shape(self, example: Example) -> str:
         return "no score" if example.score is None else "a score"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig, UserError
 from ftray.data import formats
+from ftray.data.shapes import Seen, is_empty
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.evaluation.metrics import Scores
 from ftray.tasks import task
@@ -20,6 +21,7 @@ class Task(task.PaddedTask):
 
     auto_class = "AutoModelForSeq2SeqLM"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    shapes = formats.SHAPES
     needs = "input/output, instruction/input/output or prompt/completion"
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
@@ -27,11 +29,16 @@ class Task(task.PaddedTask):
         "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
     )
 
-    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
-        example = formats.parse(record, where)
+    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[formats.Example, Seen]:
+        # nothing is rendered as a conversation here, so empty keys of one change nothing
+        given = {key: v for key, v in record.items() if key not in formats.CONVERSATION or not is_empty(v)}
+        example, seen = super().parse_and_see(given, where)
         if example.messages is not None or not example.prompt:
-            raise UserError(f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.needs}")
-        return example
+            raise UserError(
+                f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.needs}, "
+                "without system or history"
+            )
+        return example, seen
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         # white space around the prompt marks where a decoder goes on: here it would only be noise

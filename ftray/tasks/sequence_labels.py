@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig, UserError, near
+from ftray.data.shapes import ANY, Record, Shape
 from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores, macro_f1, ratio
 from ftray.tasks import task
@@ -25,6 +26,24 @@ class Example:
     where: object
 
 
+NEEDS = "text and label (and text_pair for pairs)"
+
+
+def _parse(record: Record, where: object) -> Example:
+    text = text_of(record, "text", where, NEEDS)
+    pair = text_of(record, "text_pair", where, NEEDS) if record.get("text_pair") is not None else None
+    return Example(text, pair, label_of(record.get("label"), "label", where), where)
+
+
+REFUSED = ANY | {"labels": "ftray learns one label a text: give it as label"}
+# a second text, as others name it
+SECOND = (
+    *("text2", "text_2", "text_b", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "query"),
+    *("context", "document", "passage", "prompt", "instruction", "input", "output", "completion", "response", "answer"),
+    *("aspect", "messages", "conversations"),
+)
+
+
 class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the model's summary of the text; one item a record."""
 
@@ -33,13 +52,9 @@ class Task(task.PaddedTask):
     metric = "macro_f1"
     has_labels = True
     least = 2
-    needs = "text and label (and text_pair for pairs)"
+    shapes = (Shape("labelled text", ("text", "label"), _parse, ("text_pair",), REFUSED, SECOND),)
+    needs = NEEDS
     shown = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
-
-    def parse(self, record: dict[str, Any], where: object) -> Example:
-        text = text_of(record, "text", where, self)
-        pair = text_of(record, "text_pair", where, self) if record.get("text_pair") is not None else None
-        return Example(text, pair, label_of(record.get("label"), "label", where), where)
 
     def labels(self, example: Example) -> list[str]:
         return [example.label]
@@ -82,14 +97,14 @@ class Task(task.PaddedTask):
         return Scores(loss, each, generated=[self.spec.labels[i] for i in predicted], metrics=metrics, of_text=False)
 
 
-def text_of(record: dict[str, Any], key: str, where: object, needing: task.Task) -> str:
+def text_of(record: Record, key: str, where: object, needs: str) -> str:
     """A field that must hold text.
 
     Raises:
         UserError: it is missing, of another type, or empty.
     """
     if record.get(key) is None:
-        raise UserError(f"{where}: {key} is missing; records of this task hold {needing.needs}")
+        raise UserError(f"{where}: {key} is missing; records of this task hold {needs}")
     if not isinstance(record[key], str):
         raise UserError(f"{where}: {key} must be text, not {type(record[key]).__name__}")
     if not record[key].strip():

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ftray.config import DataConfig, EvaluationConfig
+from ftray.data.shapes import Seen, Shape, read
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.evaluation.metrics import Scores
 from ftray.tasks import TaskSpec
@@ -29,6 +30,7 @@ class Task(ABC):
         metric: that is searched for unless the user says otherwise.
         has_labels: whether records name classes; :meth:`labels` then gives them.
         least: how often a class must occur in all records.
+        shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
         needs: the keys of a record, for messages.
         shown: how the result is used, a line of shell; {path} is the merged model's directory, {run} the search's.
     """
@@ -40,6 +42,7 @@ class Task(ABC):
     metric: ClassVar[str] = "loss"
     has_labels: ClassVar[bool] = False
     least: ClassVar[int] = 1
+    shapes: ClassVar[Sequence[Shape]]
     needs: ClassVar[str]
     shown: ClassVar[str]
 
@@ -50,13 +53,21 @@ class Task(ABC):
         """`metrics` and `metric` for records like this first one."""
         return self.metrics, self.metric
 
-    @abstractmethod
     def parse(self, record: dict[str, Any], where: object) -> Any:
         """What a record says.
 
         Raises:
-            UserError: it doesn't say what the task needs; names the place.
+            UserError: as :meth:`parse_and_see`.
         """
+        return self.parse_and_see(record, where)[0]
+
+    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
+        """What a record says, and what was recognised in it.
+
+        Raises:
+            UserError: it doesn't say what the task needs, or more than is read; names the place.
+        """
+        return read(record, self.shapes, where)
 
     def labels(self, example: Any) -> Sequence[str]:
         """The class names in what :meth:`parse` gave."""

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig, UserError
+from ftray.data.shapes import ANY, Record, Shape
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.evaluation.metrics import Scores, ratio
 from ftray.tasks import task
@@ -28,6 +29,29 @@ class Example:
     where: object
 
 
+NEEDS = "tokens and as many tags"
+
+
+def _parse(record: Record, where: object) -> Example:
+    for key in ("tokens", "tags"):
+        if not isinstance(record.get(key), list) or not record[key]:
+            raise UserError(f"{where}: {key} must be a list that isn't empty; records of this task hold {NEEDS}")
+    words, tags = record["tokens"], record["tags"]
+    if len(words) != len(tags):
+        raise UserError(f"{where}: {len(words)} tokens, but {len(tags)} tags: each token has one")
+    for i, word in enumerate(words):
+        if not isinstance(word, str) or not word.strip():
+            raise UserError(f"{where}: tokens[{i}] must be text that isn't empty")
+    return Example(words, [label_of(tag, f"tags[{i}]", where) for i, tag in enumerate(tags)], where)
+
+
+REFUSED = (
+    ANY
+    | dict.fromkeys(("bbox", "bboxes", "boxes"), "ftray reads text alone, not where it stands: leave it out")
+    | dict.fromkeys(("loss_mask", "label_mask"), "ftray learns all tags of a record: leave it out")
+)
+
+
 class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the first token of each word; one item a word."""
 
@@ -35,22 +59,9 @@ class Task(task.PaddedTask):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "entity_f1": "max"}
     metric = "entity_f1"
     has_labels = True
-    needs = "tokens and as many tags"
+    shapes = (Shape("tagged words", ("tokens", "tags"), _parse, refuses=REFUSED),)
+    needs = NEEDS
     shown = "python -c \"import transformers as t; print(t.pipeline('token-classification', '{path}')('TEXT'))\""
-
-    def parse(self, record: dict[str, Any], where: object) -> Example:
-        for key in ("tokens", "tags"):
-            if not isinstance(record.get(key), list) or not record[key]:
-                raise UserError(
-                    f"{where}: {key} must be a list that isn't empty; records of this task hold {self.needs}"
-                )
-        words, tags = record["tokens"], record["tags"]
-        if len(words) != len(tags):
-            raise UserError(f"{where}: {len(words)} tokens, but {len(tags)} tags: each token has one")
-        for i, word in enumerate(words):
-            if not isinstance(word, str) or not word.strip():
-                raise UserError(f"{where}: tokens[{i}] must be text that isn't empty")
-        return Example(words, [label_of(tag, f"tags[{i}]", where) for i, tag in enumerate(tags)], where)
 
     def labels(self, example: Example) -> list[str]:
         return example.tags
