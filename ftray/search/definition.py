@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from optuna.distributions import CategoricalDistribution
 
 from ftray.config import Config, UserError
 from ftray.data import TokenizedData
 from ftray.search.lease import held, since
-from ftray.search.outcome import write_config, write_json, write_yaml
+from ftray.search.outcome import JOURNAL, write_config, write_json, write_yaml
+from ftray.search.sampler import past_trials
 from ftray.search.space import Space
 from ftray.storage import Location, Stored, located, refuse_unreachable
 
@@ -121,6 +123,7 @@ def check_output(cfg: Config, space: Space) -> None:
         if lost := [name for name in (CONFIG, SPACE) if not (output / name).exists()]:
             raise UserError(f"output {output}: the search there can't be resumed without its {lost[0]}")
         _refuse_another(cfg, space, output)
+        _refuse_other_choices(space, output)
     elif cfg.resume:
         print(f"output {output} holds no search yet: it begins", flush=True)
     if isinstance(output, Stored):
@@ -184,6 +187,18 @@ def _refuse_another(cfg: Config, space: Space, output: Location) -> None:
             raise UserError(f"{field} {given[field]}: the search in {output} has {stored[field]}; {_AGAIN}")
     if _read(output / SPACE) != space.content:
         raise UserError(f"{space.source}: not the space of the search in {output} (see its {SPACE}); {_AGAIN}")
+
+
+def _refuse_other_choices(space: Space, output: Location) -> None:
+    """Optuna ends with a traceback where a parameter's choices are not those that it has stored."""
+    choices = space.choices()
+    for trial in past_trials(output / JOURNAL):
+        for name, known in trial.distributions.items():
+            if isinstance(known, CategoricalDistribution) and choices.get(name, known.choices) != known.choices:
+                raise UserError(
+                    f"output {output}: the search there is of an older ftray, which stored the choices of {name} "
+                    "in another way: name another --output"
+                )
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -
         writer.writeheader()
         for place, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
             shown = {k: row[k] for k in ("trial", "status", "records", "tokens", "seconds", "reason")}
-            writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **config})
+            plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
+            writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
 
     _write_aside(path, write)
 
