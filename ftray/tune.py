@@ -94,7 +94,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
 
     started = time.monotonic()
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
-    write_data(data, output)
+    write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)

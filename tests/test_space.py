@@ -334,6 +334,10 @@ lora: {rank: {choice: [4, 8, 8]}, dropout: {choice: [0, 0.05]}, use_dora: {choic
 def test_a_journal_of_scalars_from_before_choices_had_labels_goes_on(tmp_path):
     """Written as Optuna itself stores them."""
     (tmp_path / "old.yaml").write_text(OLD)
+    cfg = Config.model_validate(
+        {"output": str(tmp_path), "resume": True, "search": {"space": str(tmp_path / "old.yaml")}}
+    )
+    write_definition(cfg, load_space(cfg.search.space), tmp_path)
     study = optuna.create_study(study_name="ftray", storage=open_journal(tmp_path / "study.log"))
     for n in range(8):
         trial = study.ask()
@@ -345,10 +349,6 @@ def test_a_journal_of_scalars_from_before_choices_had_labels_goes_on(tmp_path):
         trial.set_user_attr("config", {"adapter": adapter, "training": {}})
         if n < 6:
             study.tell(trial, float(n))
-    cfg = Config.model_validate(
-        {"output": str(tmp_path), "resume": True, "search": {"space": str(tmp_path / "old.yaml")}}
-    )
-    write_definition(cfg, load_space(cfg.search.space), tmp_path)
     check_output(cfg, load_space(cfg.search.space))
     sampler = make_sampler(tmp_path, str(tmp_path / "old.yaml"))
     known = [trial.user_attrs["config"]["adapter"] for trial in past_trials(tmp_path / "study.log")[6:]]
@@ -360,10 +360,10 @@ def test_a_journal_of_scalars_from_before_choices_had_labels_goes_on(tmp_path):
 
 def test_a_journal_of_lists_as_they_were_stored_before_is_refused(tmp_path):
     space = load_space(lists(tmp_path))
-    study = optuna.create_study(study_name="ftray", storage=open_journal(tmp_path / "study.log"))
-    study.ask().suggest_categorical("lora/target_modules", (("q_proj", "v_proj"), "all-linear"))
     cfg = Config.model_validate({"output": str(tmp_path), "resume": True})
     write_definition(cfg, space, tmp_path)
+    study = optuna.create_study(study_name="ftray", storage=open_journal(tmp_path / "study.log"))
+    study.ask().suggest_categorical("lora/target_modules", (("q_proj", "v_proj"), "all-linear"))
     with pytest.raises(UserError, match="of an older ftray, which stored the choices of lora/target_modules"):
         check_output(cfg, space)
 

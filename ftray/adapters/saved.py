@@ -166,7 +166,7 @@ def same_base(named: str, base: str) -> bool:
     """Whether an adapter made for `named` is one for `base`: by the weights where both are here, else by the names."""
     here, there = Path(base), Path(named)
     if here.is_dir() and there.is_dir():
-        return _samples(here) == _samples(there)
+        return samples(here) == samples(there)
     return here.name == there.name
 
 
@@ -178,15 +178,15 @@ def _known_to_differ(named: str, base: str) -> bool:
     return is_hub_id and not Path(base).exists() and named != base
 
 
-def _samples(model: Path) -> list[tuple[int, str]]:
+def samples(model: Path) -> list[tuple[int, str]]:
     """Size and digest of the end of each weight file: what tells models of equal shape apart in no time."""
-    samples = []
+    found = []
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
         size = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(max(0, size - SAMPLE))
-            samples.append((size, hashlib.sha256(file.read()).hexdigest()))
-    return samples
+            found.append((size, hashlib.sha256(file.read()).hexdigest()))
+    return found
 
 
 def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:

@@ -146,13 +146,6 @@ def write_yaml(value: Any, path: Location) -> None:
     _write_aside(path, lambda file: yaml.safe_dump(value, file, sort_keys=False))
 
 
-def write_config(cfg: Config, output: Location) -> None:
-    """Print the resolved configuration, and keep it in `output/config.yaml`."""
-    resolved = cfg.model_dump(exclude={"resume", "plan", "verbose"})
-    print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
-    write_yaml(resolved, output / "config.yaml")
-
-
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
     """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all.
 
