@@ -22,10 +22,11 @@ def run(cfg: Config) -> int:
     if not cfg.verbose:
         quiet()
     from ftray.models.find import find
+    from ftray.models.stored import as_stored
     from ftray.tasks.choose import resolve
 
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = resolve(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.limits import try_on

@@ -14,6 +14,7 @@ import yaml
 from ftray.config import Config, DataConfig, UserError
 from ftray.manifest import check
 from ftray.models.find import find
+from ftray.models.stored import as_stored
 from ftray.storage import Stored, fetched, reason
 from ftray.tasks import CAUSAL, FILE, TaskSpec
 
@@ -95,7 +96,8 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
     """The base model's directory or hub id: `model.name` where it is given, else what the first adapter names.
 
     Raises:
-        UserError: no such model, or an adapter was made for another one; the message says what shows it.
+        UserError: no such model, or one as :func:`ftray.models.stored.as_stored` refuses it, or an adapter was made for
+            another one; the message says what shows it.
     """
     if "name" in cfg.model.model_fields_set or not adapters:
         base = find(cfg.model.name)
@@ -105,6 +107,7 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
             base = find(named or "")
         except UserError as error:
             raise UserError(f"adapter {adapters[0]}: its base can't be found ({error}): give --model") from None
+    as_stored(cfg.model, base)
     for adapter in adapters:
         _check_base(cfg, adapter, base)
     return base
