@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig, UserError
-from ftray.models.load import choose_dtype, load_base, load_tokenizer
+from ftray.models.load import choose_dtype, load_tokenizer, load_whole
+from ftray.models.stored import as_stored
 from ftray.storage import Location, located, written
 from ftray.tasks import CAUSAL, TaskSpec
 
@@ -89,11 +90,9 @@ def save_merged(
     Raises:
         UserError: as :func:`merge`, or the difference is above the method's tolerance.
     """
-    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), base_path, task)
-    if cfg.quantization != "none":
-        print(f"merge: the {cfg.quantization} base is dequantised first; the merged model is in full precision")
-        base = base.dequantize().float()
-        base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
+    if (bits := as_stored(cfg, base_path).quantization) != "none":
+        print(f"merge: the {bits} base is dequantised first; the merged model is in full precision")
+    base = load_whole(cfg, base_path, task)
     model = PeftModel.from_pretrained(base, str(adapter))
     method = model.active_peft_config.peft_type.value.lower()
     tolerance = METHODS[method].merge_tolerance if method in METHODS else TOLERANCE
@@ -101,7 +100,8 @@ def save_merged(
     wanted = outputs(model, texts)
     merged = merge(model)
     found = outputs(merged, texts)
-    difference = refuse_difference(wanted, found, tolerance or TOLERANCE, "the merged model", "the adapter")
+    difference = relative(wanted, found)
+    refuse(difference, tolerance or TOLERANCE, merged, texts, "it", "the adapter")
     stored = save_model(merged, load_tokenizer(base_path, cfg.trust_remote_code), cfg, output, task, texts)
     return {"difference": difference, "rounding": relative(found, stored)}
 
@@ -130,6 +130,9 @@ def save_model(
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))
     rounded = outputs(model, texts)
+    if not rounded.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"merge: no merged model: {name} does not hold its weights: take --model.dtype fp32 or bf16")
     model.config.use_cache = True
     with written(located(str(output))) as made:
         device = model.device
@@ -139,7 +142,7 @@ def save_model(
         kind = getattr(transformers, task.load().auto_class)
         again = kind.from_pretrained(made, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code).to(device)
         read = outputs(again, texts)
-        refuse_difference(rounded, read, TOLERANCE, "the merged model as it is read again", "the one that was written")
+        refuse(relative(rounded, read), TOLERANCE, again, texts, "what is read again", "what was written")
     return read
 
 
@@ -163,23 +166,43 @@ def outputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The greatest difference, relative to the greatest value of the first; NaN is infinitely far from everything."""
-    if torch.equal(one, other):
-        return 0.0
-    value = ((one - other).abs().max() / one.abs().max()).item()
-    return math.inf if math.isnan(value) else value
+    """The greatest difference, relative to the greatest value of the first; infinite where a value is not finite."""
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return math.inf
+    return 0.0 if torch.equal(one, other) else ((one - other).abs().max() / one.abs().max()).item()
 
 
-def refuse_difference(one: torch.Tensor, other: torch.Tensor, tolerance: float, what: str, of: str) -> float:
-    """As :func:`relative`.
+def refuse(difference: float, tolerance: float, model: nn.Module, texts: Sequence[list[int]], it: str, of: str) -> None:
+    """Refuse a `model` whose outputs differ by more than `tolerance` and what float32 itself makes of them.
 
     Raises:
-        UserError: it is above `tolerance`.
+        UserError: it does.
     """
-    value = relative(one, other)
-    if value > tolerance:
-        raise UserError(
-            f"merge: {what} would differ from {of} by {value:.2g} of the greatest output, more than {tolerance:g}: "
-            "nothing is written; serve the adapter itself"
-        )
-    return value
+    if difference <= tolerance or difference <= (tolerance := tolerance + noise(model, texts)):
+        return
+    raise UserError(
+        f"merge: no merged model: {it} would differ from {of} by {difference:.2g} of the greatest output, "
+        f"more than {tolerance:.2g}: serve the adapter itself"
+    )
+
+
+@torch.no_grad()
+def noise(model: nn.Module, texts: Sequence[list[int]]) -> float:
+    """How far float32 alone may move the outputs, relative to the greatest one.
+
+    A product of n terms comes out as if its terms were off by the root of n roundings
+    (https://doi.org/10.1137/18M1226312). What one rounding does is seen when each weight gives way to a neighbour.
+    """
+    before, parameters = outputs(model, texts), list(model.parameters())
+    up = torch.rand(65537, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def nudge(towards: float) -> None:
+        for parameter in parameters:
+            signs = up.to(parameter.device).repeat(parameter.numel() // len(up) + 1)[: parameter.numel()]
+            ends = torch.where(signs.view(parameter.shape), towards, -towards)
+            parameter.copy_(torch.nextafter(parameter, ends))
+
+    nudge(math.inf)
+    one = relative(before, outputs(model, texts))
+    nudge(-math.inf)  # each to where it came from
+    return math.sqrt(max(p.shape[-1] for p in parameters if p.dim() > 1)) * one
