@@ -14,7 +14,8 @@ def run(cfg: Config) -> int:
 
     `--adapter` is a PEFT directory, what `train` or `tune` left, or a checkpoint with DeepSpeed's shards, which are put
     together in one process. The base is `--model`, else the one that the first adapter names; it is read in full
-    precision. Several adapters (LoRA, or IA3 by linear) are combined by PEFT; `--combination cat` is exact.
+    precision. The model is read again and held against the adapter before it is left: one that does something else is
+    refused. Several adapters (LoRA, or IA3 by linear) are combined by PEFT; `--combination cat` is exact.
 
     Raises:
         UserError: anything the user can mend, before weights are read.
@@ -34,6 +35,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.merge import save_merged, save_model
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
+    from ftray.models.stored import as_stored
     from ftray.storage import written
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
@@ -44,8 +46,9 @@ def run(cfg: Config) -> int:
                 "give it alone, with --model and --form model"
             )
         base = find(cfg.model.name)
-        tokenizer = load_tokenizer(base, cfg.model.trust_remote_code)
-        save_model(model_from(cfg.model, base, cfg.adapters[0], saved_task(cfg, [])), tokenizer, cfg.model, output)
+        as_stored(cfg.model, base)
+        tokenizer, task = load_tokenizer(base, cfg.model.trust_remote_code), saved_task(cfg, [])
+        save_model(model_from(cfg.model, base, cfg.adapters[0], task), tokenizer, cfg.model, output, task)
         print(f"model {output}")
         return 0
     adapters = [find_adapter(name, with_weights=not is_checkpoint(name)) for name in cfg.adapters]
@@ -61,7 +64,9 @@ def run(cfg: Config) -> int:
                 adapters[i] = adapter_from(cfg.model, base, name, adapters[i], task, Path(scratch, str(i)))
         one = combine(cfg, base, adapters, task, Path(scratch, "combined")) if len(adapters) > 1 else adapters[0]
         if cfg.merge.form == "model":
-            save_merged(cfg.model, base, one, output, task)
+            found = save_merged(cfg.model, base, one, output, task)
+            stored = f", {found['rounding']:.2g} more as it is stored" if found["rounding"] else ""
+            print(f"merge: its outputs differ from the adapter's by {found['difference']:.2g} of the greatest{stored}")
         else:
             with written(output) as made:
                 shutil.copytree(one, made, dirs_exist_ok=True)

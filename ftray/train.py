@@ -2,59 +2,70 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
-from ftray.storage import Stored, located, refuse_unreachable
+from ftray.config import Config
+from ftray.storage import Location, located
 
 
 def run(cfg: Config) -> int:
     """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` goes on from the last checkpoint.
 
+    What goes on is what began: other settings, data or another base than in `config.yaml` are refused.
+
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import check_address, connect, end_with_ray, gpus_per_worker, quiet
+    from ftray.search.cluster import check_address, quiet
 
     if not cfg.verbose:
         quiet()
     from ftray.models.find import find
+    from ftray.models.stored import as_stored
     from ftray.tasks.choose import resolve
 
-    output = located(cfg.output)
-    if isinstance(output, Stored):
-        refuse_unreachable(output)
-    if (output / "train").exists() and not cfg.resume:
-        raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = resolve(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.limits import try_on
-    from ftray.data import check, prepare
+    from ftray.data import check
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.preprocess import describe
+    from ftray.search.definition import RUN, check_output, sole_driver, write_definition
     from ftray.training.run import accumulation_steps
 
+    check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check(cfg.data, tokenizer, cfg.task)
     try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
+    # no rungs here: validations are spaced evenly
+    cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
+    check_address(cfg)
+    output = located(cfg.output)
+    with sole_driver(output, RUN):
+        write_definition(cfg, None, output)
+        return drive(cfg, model_path, tokenizer, output)
 
+
+def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> int:
+    """Train as :func:`run` found it to be possible; returns the exit code."""
     from ray.train import TrainingFailedError
 
-    from ftray.search.outcome import save_best_adapter, write_config
+    from ftray.data import prepare
+    from ftray.preprocess import describe
+    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker
+    from ftray.search.definition import write_data
+    from ftray.search.outcome import save_best_adapter
     from ftray.search.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line
     from ftray.search.solo import CUT_OFF, Job, trainer
 
-    # no rungs here: validations are spaced evenly
-    cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
-    check_address(cfg)
-    write_config(cfg, output)
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:

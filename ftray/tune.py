@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, UserError
-from ftray.storage import Location, Stored, fetched, located, reason
+from ftray.storage import Location, Stored, fetched, located, reason, remove
 from ftray.tasks import TaskSpec
 
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
@@ -18,6 +18,9 @@ PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; th
 
 def run(cfg: Config) -> int:
     """The command, from first check to last line; the README lists what it leaves in `output`.
+
+    A best adapter that can't be merged leaves its proof, the reason in `summary.json` and exit code 1, but for methods
+    that are not there to be merged.
 
     With `--plan`, only what that would come to.
 
@@ -72,8 +75,9 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     Raises:
         Broken: see :func:`ftray.search.experiment.search`.
     """
-    import ray
+    from ray.exceptions import RayError
 
+    from ftray.adapters.methods import METHODS
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
     from ftray.search.cluster import gpus_per_worker, on_hardware
@@ -88,13 +92,13 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         write_json,
         write_leaderboard,
     )
-    from ftray.search.progress import Progress
-    from ftray.search.solo import Job, release
+    from ftray.search.progress import Progress, last_line
+    from ftray.search.solo import Job
     from ftray.search.trackers import trackers
 
     started = time.monotonic()
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
-    write_data(data, output)
+    write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
@@ -128,19 +132,38 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    proving = on_hardware(cfg, prove_and_merge, job, output.absolute() if isinstance(output, Path) else output)
-    while not ray.wait([proving], timeout=1)[0]:
-        release(everything=True)  # trials that were stopped a moment ago
-    proof = ray.get(proving)
+    where = output.absolute() if isinstance(output, Path) else output
+    proof = _awaited(on_hardware(cfg, prove, job, where))
     summary |= {
         "proof": proof,
         "base": {name: metric["base"] for name, metric in proof["metrics"].items()},
         "seconds": time.monotonic() - started,
     }
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
+    write_json(summary, output / "summary.json")  # whatever becomes of the merged model
+    try:
+        # an attempt that ran out of memory would do so again, for ever
+        proof["merged"] = _awaited(on_hardware(cfg, merge_best, job, where, max_retries=0))
+    except RayError as error:
+        proof["merged"] = {"reason": f"its process ended: {last_line(error)}"}
+    summary["seconds"] = time.monotonic() - started
     write_json(summary, output / "summary.json")
     show(rows, proof, cfg, output)
-    return 0
+    if "path" in proof["merged"] or METHODS[best["config"]["adapter"]["method"]].merge_tolerance is None:
+        return 0
+    print(f"ftray tune: {proof['merged']['reason']}; the same command with --resume tries again", file=sys.stderr)
+    return 1
+
+
+def _awaited(task: Any) -> Any:
+    """What a task on the hardware returns."""
+    import ray
+
+    from ftray.search.solo import release
+
+    while not ray.wait([task], timeout=1)[0]:
+        release(everything=True)  # trials that were stopped a moment ago
+    return ray.get(task)
 
 
 def show_plan(cfg: Config, space: Any, model_path: str) -> int:
@@ -173,6 +196,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
     from ftray.models.find import find
+    from ftray.models.stored import as_stored
     from ftray.search.space import load_space
     from ftray.search.trackers import check_trackers
     from ftray.tasks.choose import resolve
@@ -181,7 +205,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = resolve(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.limits import refuse, try_on
@@ -208,22 +232,15 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     return cfg, space, model_path, tokenizer
 
 
-def prove_and_merge(job: Any, output: Location) -> dict[str, Any]:
-    """Score base and best adapter on the test split, then write the merged model; runs where the hardware is.
+def prove(job: Any, output: Location) -> dict[str, Any]:
+    """Score base and best adapter on the test split; runs where the hardware is.
 
     Returns:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `new_modules` that the base came without, `samples` of
-        generated text, and `merged`: its `path` and, where the base was quantised and it is not, its own `loss`; or the
-        `reason` why there is none.
+        generated text, and `merged`, for the time being with the `reason` that it comes later.
     """
-    with fetched(output / "best" / "adapter") as adapter:
-        return _prove(job, adapter, output / "best" / "merged")
-
-
-def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     from peft import PeftModel
 
-    from ftray.adapters.merge import save_merged
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
     from ftray.models.load import load_on_device, load_tokenizer
@@ -231,7 +248,8 @@ def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     cfg: Config = job.config
     data = TokenizedData.load(job.data)
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
-    model = PeftModel.from_pretrained(base, str(adapter))
+    with fetched(output / "best" / "adapter") as adapter:
+        model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
@@ -241,25 +259,46 @@ def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
-    new = base.new_modules
-    del model, base
-    merged: dict[str, Any] = {"path": str(place)}
-    try:
-        save_merged(cfg.model, job.model_path, adapter, place, data.task)
-    except UserError as error:
-        merged = {"reason": str(error)}
-    if cfg.model.quantization != "none" and "path" in merged:
-        with fetched(place) as made:
-            whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
-        quick = cfg.evaluation.model_copy(update={"generate": False})
-        merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]
     return {
         "records": len(rows),
-        "new_modules": new,
-        "merged": merged,
+        "new_modules": base.new_modules,
+        "merged": {"reason": "not made yet"},
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
     }
+
+
+def merge_best(job: Any, output: Location) -> dict[str, Any]:
+    """Write the merged model, compared with the adapter on test records; runs where the hardware is.
+
+    Returns:
+        Its `path`, what :func:`ftray.adapters.merge.save_merged` says of it, and, where the base was quantised and it
+        is not, its own `loss`; or the `reason` why there is none.
+    """
+    from ftray.adapters.merge import save_merged
+    from ftray.data import TokenizedData
+    from ftray.models.load import load_on_device, load_tokenizer
+
+    cfg: Config = job.config
+    data, place = TokenizedData.load(job.data), output / "best" / "merged"
+    rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
+    merged: dict[str, Any] = {"path": str(place)}
+    try:
+        with fetched(output / "best" / "adapter") as adapter:
+            records = [row["input_ids"] for row in rows]
+            merged |= save_merged(cfg.model, job.model_path, adapter, place, data.task, records)
+        if cfg.model.quantization != "none":
+            with fetched(place) as made:
+                whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
+            quick = cfg.evaluation.model_copy(update={"generate": False})
+            tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+            merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
+    except Exception as error:  # whatever it is, the search and its proof stand
+        remove(place)  # one of another best, from before
+        return {
+            "reason": str(error) if isinstance(error, UserError) else f"merge: {type(error).__name__}: {reason(error)}"
+        }
+    return merged
 
 
 def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:

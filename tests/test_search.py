@@ -1,5 +1,6 @@
 """Whole searches, as a user runs them: a process of its own, a real cluster, killed and resumed."""
 
+import csv
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -242,6 +244,36 @@ def test_a_killed_search_resumes_without_running_a_finished_trial_again(
     states = [t.state.name for t in study(output).trials]
     assert states.count("COMPLETE") == trials
     assert "RUNNING" not in states
+
+
+LISTS = """
+method: lora
+learning_rate: 5.0e-3
+lora:
+  target_modules: {choice: [[q_proj, v_proj], [q_proj], all-linear]}
+  rank_pattern: {choice: [{}, {q_proj: 2}]}
+"""
+
+
+def test_a_search_over_lists_goes_on_and_writes_them_as_they_are(tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    for trials in ("4", "9"):  # of which the first three are drawn at random
+        done = run(command(output, words, tiny_llama, "--trials", trials, "--resume", space=LISTS, steps=4))
+        assert done.returncode == 0, done.stdout + done.stderr
+    given = yaml.safe_load(LISTS)["lora"]
+    summary = json.loads((output / "summary.json").read_text())
+    with open(output / "leaderboard.csv", newline="") as file:
+        written = {int(row["trial"]): row for row in csv.DictReader(file)}
+    assert len(summary["trials"]) == 9
+    for trial in summary["trials"]:
+        if trial["trial"] == 0:
+            continue
+        for name, domain in given.items():
+            value = trial["config"]["adapter"][name]
+            assert value in domain["choice"]
+            in_file = written[trial["trial"]][name]
+            assert (in_file if isinstance(value, str) else json.loads(in_file)) == value
+    assert yaml.safe_load((output / "space.yaml").read_text())["lora"] == given
 
 
 def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path, words, tiny_llama):

@@ -1,20 +1,24 @@
+import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 
 from ftray.adapters.methods import METHODS, parameters
-from ftray.config import AdapterConfig, Config, TrainingConfig
+from ftray.config import AdapterConfig, Config, TrainingConfig, UserError
+from ftray.search.definition import check_output, write_definition
 from ftray.search.experiment import scheduler
 from ftray.search.outcome import trial_rows
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE, Sampler, open_journal, past_trials
-from ftray.search.space import DIRECTORY, load_space
+from ftray.search.space import DIRECTORY, Domain, load_space
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))
 DEFAULTS = {
@@ -199,3 +203,196 @@ def test_asha_remembers_the_trials_of_a_search_that_goes_on(tmp_path):
         asha.on_trial_add(None, trial)
         decisions.append(asha.on_trial_result(None, trial, {"records": first, "validation_loss": 3.0}))
     assert decisions == ["CONTINUE", "STOP"]
+
+
+LISTS = """
+method: lora
+learning_rate: {log: [1.0e-4, 1.0e-2]}
+lora:
+  rank: {choice: [4, 8]}
+  target_modules: {choice: [[q_proj, v_proj], [q_proj], all-linear, attention-qv, "[q_proj, v_proj]"]}
+  rank_pattern: {choice: [{}, {q_proj: 2}]}
+  layers_to_transform: {choice: [null, [0], [0, 1]]}
+"""
+YAML = """
+- [q_proj, v_proj]
+- [q_proj]
+- all-linear
+- "[q_proj]"
+- "([q_proj])"
+- null
+- "null"
+- 1
+- true
+- 1.0
+- "1"
+- {a: [1, {b: null}]}
+- {}
+- []
+- [[1], [1.0], [true], ["1"]]
+- [[1.0], [1], [true], ["1"]]
+- 2020-01-01
+- "2020-01-01"
+- .nan
+- .inf
+- [null]
+- ""
+- "two\nlines"
+- !!binary eA==
+"""
+
+
+def same(one, other) -> bool:
+    """Equal, and of equal types all the way down; repr tells 1, 1.0, True and "1" apart, and NaN is NaN."""
+    return repr(one) == repr(other)
+
+
+def test_whatever_yaml_can_hold_is_drawn_by_tpe_and_comes_back_from_the_journal(tmp_path):
+    values = yaml.safe_load(YAML)
+    domain, seen = Domain("choice", tuple(values)), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Choices for a categorical")
+        for _ in range(4):  # a driver each, that reads what the one before has left
+            sampler = optuna.samplers.TPESampler(seed=len(seen), multivariate=True, group=True, n_startup_trials=3)
+            storage = open_journal(tmp_path / "study.log")
+            study = optuna.create_study(storage=storage, study_name="s", sampler=sampler, load_if_exists=True)
+            for _ in range(40):
+                trial = study.ask()
+                seen.append(domain.suggest(trial, "x"))
+                study.tell(trial, float(len(seen) % 7))
+    assert {repr(value) for value in seen} == {repr(value) for value in values}
+    for trial, value in zip(optuna.load_study(study_name="s", storage=storage).trials, seen, strict=True):
+        assert same(domain.suggest(optuna.trial.FixedTrial(trial.params), "x"), value)
+        assert isinstance(trial.params["x"], str | int | float | None)
+    for value in values:
+        assert domain.holds(value)
+        assert same(domain.suggest(optuna.trial.FixedTrial({"x": domain.stored(value)}), "x"), value)
+    assert domain.labels[:2] == ("[q_proj, v_proj]", "(([q_proj]))")  # as people read them
+    assert domain.labels[2:7] == ("all-linear", "[q_proj]", "([q_proj])", None, "null")  # scalars are themselves
+    drawn = domain.suggest(optuna.trial.FixedTrial({"x": domain.labels[0]}), "x")
+    drawn.append("changed")
+    assert domain.values[0] == ["q_proj", "v_proj"]
+
+
+def lists(path: Path) -> str:
+    (path / "lists.yaml").write_text(LISTS)
+    return str(path / "lists.yaml")
+
+
+def test_lists_and_mappings_are_learnt_from_by_a_search_that_was_killed(tmp_path):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from test_space import *\n"
+        "sampler = make_sampler(Path(sys.argv[2]), sys.argv[3])\n"
+        "for n in range(8):\n"
+        "    sampler.suggest(f't{n}'); n < 6 and sampler.on_trial_complete(f't{n}', report(10, 1.0 + n))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), lists(tmp_path)]
+    killed = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    before = {trial.number: trial.user_attrs["config"] for trial in past_trials(tmp_path / "study.log")}
+    assert len(before) == 8
+    sampler = make_sampler(tmp_path, lists(tmp_path))
+    taken_up = [sampler.suggest(name) for name in "ab"]
+    assert [configuration.pop("number") for configuration in taken_up] == [6, 7]
+    assert taken_up == [before[6], before[7]]
+    drawn = []
+    for n in range(30):  # far past the trials that are drawn at random
+        drawn.append(sampler.suggest(f"n{n}")["adapter"])
+        sampler.on_trial_complete(f"n{n}", report(10, 1.0 + n % 5))
+    rows = trial_rows(make_config(), tmp_path)
+    assert [row["config"]["adapter"] for row in sorted(rows, key=lambda r: r["trial"])][8:] == drawn
+    allowed = yaml.safe_load(LISTS)["lora"]
+    for adapter in [*drawn, *(before[n]["adapter"] for n in range(1, 8))]:  # 0 is the default one
+        for name, domain in allowed.items():
+            assert any(same(adapter[name], value) for value in domain["choice"]), (name, adapter[name])
+        parameters(AdapterConfig(**adapter))
+    for name, domain in allowed.items():
+        assert {repr(a[name]) for a in drawn} == {repr(value) for value in domain["choice"]}, name
+
+
+def test_the_default_configuration_is_found_among_lists(tmp_path):
+    (tmp_path / "space.yaml").write_text(
+        "method: lora\nlearning_rate: 2.0e-3\n"
+        "lora: {target_modules: {choice: [[q_proj], attention-qv]}, use_dora: {choice: [true, false]}}"
+    )
+    space = load_space(str(tmp_path / "space.yaml"))
+    assert space.locate(DEFAULTS) == {"method": "lora", "lora/target_modules": "attention-qv", "lora/use_dora": False}
+    other = copy.deepcopy(DEFAULTS)
+    other["adapter"]["target_modules"] = ["q_proj"]
+    assert space.locate(other)["lora/target_modules"] == "[q_proj]"
+    other["adapter"]["target_modules"] = ["k_proj"]
+    assert space.locate(other) is None
+
+
+OLD = """
+method: {choice: [lora, ia3]}
+lora: {rank: {choice: [4, 8, 8]}, dropout: {choice: [0, 0.05]}, use_dora: {choice: [false, true]}}
+"""
+
+
+def test_a_journal_of_scalars_from_before_choices_had_labels_goes_on(tmp_path):
+    """Written as Optuna itself stores them."""
+    (tmp_path / "old.yaml").write_text(OLD)
+    cfg = Config.model_validate(
+        {"output": str(tmp_path), "resume": True, "search": {"space": str(tmp_path / "old.yaml")}}
+    )
+    write_definition(cfg, load_space(cfg.search.space), tmp_path)
+    study = optuna.create_study(study_name="ftray", storage=open_journal(tmp_path / "study.log"))
+    for n in range(8):
+        trial = study.ask()
+        adapter = {"method": trial.suggest_categorical("method", ("lora", "ia3"))}
+        if adapter["method"] == "lora":
+            adapter["rank"] = trial.suggest_categorical("lora/rank", (4, 8, 8))
+            adapter["dropout"] = trial.suggest_categorical("lora/dropout", (0, 0.05))
+            adapter["use_dora"] = trial.suggest_categorical("lora/use_dora", (False, True))
+        trial.set_user_attr("config", {"adapter": adapter, "training": {}})
+        if n < 6:
+            study.tell(trial, float(n))
+    check_output(cfg, load_space(cfg.search.space))
+    sampler = make_sampler(tmp_path, str(tmp_path / "old.yaml"))
+    known = [trial.user_attrs["config"]["adapter"] for trial in past_trials(tmp_path / "study.log")[6:]]
+    assert [sampler.suggest(name)["adapter"] for name in "ab"] == known
+    for n in range(12):
+        sampler.suggest(f"n{n}")
+        sampler.on_trial_complete(f"n{n}", report(10, 1.0))
+
+
+def test_a_journal_of_lists_as_they_were_stored_before_is_refused(tmp_path):
+    space = load_space(lists(tmp_path))
+    cfg = Config.model_validate({"output": str(tmp_path), "resume": True})
+    write_definition(cfg, space, tmp_path)
+    study = optuna.create_study(study_name="ftray", storage=open_journal(tmp_path / "study.log"))
+    study.ask().suggest_categorical("lora/target_modules", (("q_proj", "v_proj"), "all-linear"))
+    with pytest.raises(UserError, match="of an older ftray, which stored the choices of lora/target_modules"):
+        check_output(cfg, space)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("method: {choice: [[lora], ia3]}", "unknown method ['lora']"),
+        ("method: [lora, ia3]", "unknown method ['lora', 'ia3']"),
+        ("method: lora\nlora: {alpha: {times: [rank], choice: [1]}}", "times: ['rank'] is not a parameter above it"),
+        ("method: lora\nlora: {rank: {choice: [8]}, alpha: {times: rank, choice: [[1]]}}", "may be [1]"),
+        (
+            "method: lora\nlora: {target_modules: {choice: [[q_proj]]}, alpha: {times: target_modules, choice: [1]}}",
+            "times multiplies numbers, and target_modules may be ['q_proj']",
+        ),
+        ("method: lora\nlora: {rank: {int: [2, 8], step: [1]}}", "step must be a whole number from 1, not [1]"),
+        ("method: lora\nlora: {rank: {int: [2, .inf]}}", "int needs two numbers"),
+        ("method: lora\nlora: {dropout: {float: [0, .nan]}}", "float needs two numbers"),
+        (
+            "method: lora\nlora: {target_modules: {choice: [!!set {q_proj}]}}",
+            "no setting can be a date, bytes or a set",
+        ),
+        ("method: lora\nlora: {init: !!binary ZGVmYXVsdA==}", "no setting can be a date, bytes or a set"),
+        ("method: lora\nlora: {rank: {choice: [2020-01-01]}}", "no setting can be a date, bytes or a set"),
+    ],
+)
+def test_values_that_no_setting_can_have_are_refused_in_one_line(tmp_path, content, what):
+    (tmp_path / "space.yaml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        load_space(str(tmp_path / "space.yaml"))
+    assert what in str(refused.value)
+    assert "\n" not in str(refused.value)

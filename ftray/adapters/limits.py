@@ -66,6 +66,11 @@ REFUSALS = [
         lambda w: w.init == "loftq" and w.model.quantization == "none",
     ),
     Refusal(
+        "lora.init loftq with a base that is stored quantised",
+        "the weights that it was rounded from are not there: take gaussian, or the model that it was made of",
+        lambda w: w.init == "loftq" and bool(w.base) and hasattr(w.base.config, "quantization_config"),
+    ),
+    Refusal(
         "lora.init pissa, olora, eva or loftq with training.zero_stage 3",
         "they need whole weights, which ZeRO 3 shares out over the workers: take stage 2, or another init",
         lambda w: (w.takes_from_base or w.init in ("eva", "loftq")) and w.training.zero_stage == 3,
@@ -193,12 +198,17 @@ def document() -> str:
         lines.append(f"| `{name}` | {text} | {', '.join(method.quantized) or 'no'} | {merges} |")
     lines += [
         "",
-        "`merges`: difference of fp32 logits, relative to the greatest.",
+        "`merges`: difference of fp32 logits, relative to the greatest. A merged model is read again and held to it,",
+        "but for what float32 itself moves in a deep one and what rounding to the stored dtype does.",
         "",
         "## Refused before training",
         "",
     ]
     lines += [f"- **{r.what}**: {r.reason}." for r in REFUSALS]
+    lines += [
+        "- **a base that is stored quantised, but not by bitsandbytes** (GPTQ, AWQ, FP8, MXFP4, ...): take the model "
+        "that it was made of, with `model.quantization` where memory is short."
+    ]
     lines += ["", "## PEFT's methods without an entry", ""]
     lines += [f"- `{name}`: {reason}." for name, reason in NOT_COVERED.items()]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ import yaml
 from ftray.config import Config, DataConfig, UserError
 from ftray.manifest import check
 from ftray.models.find import find
+from ftray.models.stored import as_stored
 from ftray.storage import Stored, fetched, reason
 from ftray.tasks import CAUSAL, FILE, TaskSpec
 
@@ -95,7 +96,8 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
     """The base model's directory or hub id: `model.name` where it is given, else what the first adapter names.
 
     Raises:
-        UserError: no such model, or an adapter was made for another one; the message says what shows it.
+        UserError: no such model, or one as :func:`ftray.models.stored.as_stored` refuses it, or an adapter was made for
+            another one; the message says what shows it.
     """
     if "name" in cfg.model.model_fields_set or not adapters:
         base = find(cfg.model.name)
@@ -105,6 +107,7 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
             base = find(named or "")
         except UserError as error:
             raise UserError(f"adapter {adapters[0]}: its base can't be found ({error}): give --model") from None
+    as_stored(cfg.model, base)
     for adapter in adapters:
         _check_base(cfg, adapter, base)
     return base
@@ -166,7 +169,7 @@ def same_base(named: str, base: str) -> bool:
     """Whether an adapter made for `named` is one for `base`: by the weights where both are here, else by the names."""
     here, there = Path(base), Path(named)
     if here.is_dir() and there.is_dir():
-        return _samples(here) == _samples(there)
+        return samples(here) == samples(there)
     return here.name == there.name
 
 
@@ -178,15 +181,15 @@ def _known_to_differ(named: str, base: str) -> bool:
     return is_hub_id and not Path(base).exists() and named != base
 
 
-def _samples(model: Path) -> list[tuple[int, str]]:
+def samples(model: Path) -> list[tuple[int, str]]:
     """Size and digest of the end of each weight file: what tells models of equal shape apart in no time."""
-    samples = []
+    found = []
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
         size = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(max(0, size - SAMPLE))
-            samples.append((size, hashlib.sha256(file.read()).hexdigest()))
-    return samples
+            found.append((size, hashlib.sha256(file.read()).hexdigest()))
+    return found
 
 
 def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:

@@ -68,6 +68,7 @@ class Split:
         windows: rows of each row group, over all files in order; all but the last hold `WINDOW`.
         lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
         dropped, truncated: records left out, and cut to fit.
+        digest: of all that is trained on; empty in shards that are older than it.
     """
 
     files: list[str] = field(default_factory=list)
@@ -78,6 +79,7 @@ class Split:
     lengths: list[int] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
+    digest: str = ""
 
 
 @dataclass
@@ -331,6 +333,7 @@ class _SplitWriter:
         self.waiting: list[pa.Table] = []
         self.writer: pq.ParquetWriter | None = None
         self.lengths: list[int] = []
+        self.digest = hashlib.sha256()
 
     def add(self, table: pa.Table) -> None:
         """Take the rows of `table`, but for those that tokenization left empty."""
@@ -348,6 +351,7 @@ class _SplitWriter:
             self._write_window()
         if self.writer:
             self.writer.close()
+        self.split.digest = self.digest.hexdigest()[:16]
         if self.lengths:
             ordered, last = sorted(self.lengths), len(self.lengths) - 1
             self.split.lengths = [ordered[round(last * q)] for q in (0, 0.5, 0.9, 0.99, 1)]
@@ -365,6 +369,9 @@ class _SplitWriter:
             self.writer = pq.ParquetWriter(self.directory / file, SCHEMA, compression="zstd")
         assert self.writer is not None
         self.writer.write_table(window, row_group_size=WINDOW)
+        self.digest.update(window["key"].to_numpy().tobytes())  # a hash of all that the record says
+        for name in ("input_ids", "labels"):
+            self.digest.update(pa.compute.list_flatten(window[name]).to_numpy().tobytes())
         self.split.windows.append(window.num_rows)
         self.split.records += window.num_rows
         lengths = pa.compute.list_value_length(window["input_ids"]).to_pylist()

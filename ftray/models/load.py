@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ftray.config import ModelConfig
+from ftray.models.stored import as_stored
 from ftray.tasks import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,17 +43,23 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
+    One that is stored quantised is loaded so, whatever `cfg` says (see :func:`ftray.models.stored.as_stored`).
+
     Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
     `transformers.integrations.HfDeepSpeedConfig` for ZeRO 3 is alive, the parameters come partitioned.
 
     What the head has of its own, which a base model lacks, is drawn from a fixed seed; its modules are named in the
     result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
     """
-    config = _config(cfg, path, task)
+    cfg, config = as_stored(cfg, path), _config(cfg, path, task)
     dropout = _without_dropout(config)
     kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg)}  # transformers takes sdpa where it can
     if cfg.quantization != "none":
-        kwargs["quantization_config"] = _quantization(cfg, _heads(load_skeleton(cfg, path, task)))
+        skeleton = load_skeleton(cfg, path, task)
+        if stored := getattr(config, "quantization_config", None):
+            _adjust(stored, cfg, [] if type(skeleton).__name__ in (config.architectures or []) else _heads(skeleton))
+        else:
+            kwargs["quantization_config"] = _quantization(cfg, _heads(skeleton))
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     if task.labels:
         kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
@@ -80,7 +87,18 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
 def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """As :func:`load_base`, on the GPU where there is one."""
     base = load_base(cfg, path, task)
-    return base.cuda() if torch.cuda.is_available() and cfg.quantization == "none" else base
+    return base.cuda() if torch.cuda.is_available() and as_stored(cfg, path).quantization == "none" else base
+
+
+def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
+    """As :func:`load_base`, in float32: what is quantised is dequantised, to what rounding has left of it."""
+    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), path, task)
+    if as_stored(cfg, path).quantization != "none":
+        base = base.dequantize().float()
+        base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
+        kept = [c for c in base._weight_conversions if not any(map(_unpacks, getattr(c, "operations", [])))]
+        base._weight_conversions = kept  # saving would undo the others, and nothing is packed any more
+    return base
 
 
 def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
@@ -128,6 +146,17 @@ def _heads(model: PreTrainedModel) -> list[str] | None:
     """What lies beside the base model: not quantised, as it may be new and is trained; None: nothing does."""
     base = model.base_model_prefix
     return [name for name, _ in model.named_children() if name != base] if hasattr(model, base) else None
+
+
+def _unpacks(operation: Any) -> bool:
+    return type(operation).__module__ == "transformers.integrations.bitsandbytes"
+
+
+def _adjust(stored: dict[str, Any], cfg: ModelConfig, new: list[str] | None) -> None:
+    """Products in the dtype that is asked for, and a head that the stored model lacks in floating point."""
+    stored["bnb_4bit_compute_dtype"] = str(choose_dtype(cfg)).removeprefix("torch.")
+    if new and stored.get("llm_int8_skip_modules") is not None:
+        stored["llm_int8_skip_modules"] = [*stored["llm_int8_skip_modules"], *new]
 
 
 def _quantization(cfg: ModelConfig, skipped: list[str] | None) -> BitsAndBytesConfig:

@@ -154,9 +154,14 @@ def cpus_each(workers: int, gpus: float) -> int:
     return max((cpus for cpus in range(1, largest + 1) if room_for(cpus, gpus, nodes) >= workers), default=1)
 
 
-def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any) -> Any:
-    """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference."""
+def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any, max_retries: int = 3) -> Any:
+    """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference.
+
+    Args:
+        max_retries: how often it is begun anew where its process has died; 0: not where it ran out of memory, either.
+    """
     import ray
 
     gpus = min(1, gpus_per_worker(cfg))
-    return ray.remote(function).options(num_cpus=cpus_each(1, gpus), num_gpus=gpus).remote(*args)
+    options = {"num_cpus": cpus_each(1, gpus), "num_gpus": gpus, "max_retries": max_retries}
+    return ray.remote(function).options(**options).remote(*args)

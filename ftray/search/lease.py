@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from ftray.config import UserError
@@ -17,27 +17,26 @@ BEAT, PATIENCE = 5.0, 16.0  # seconds between two writes; without a new one, aft
 
 
 @contextmanager
-def held(lock: Stored) -> Iterator[None]:
+def held(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
     """Hold `lock`; that of a driver that was killed is taken over once it has been still for long enough.
 
     Only changes are looked at, no clocks of two machines compared. A driver that finds its lock taken over, as it was
     asleep or cut off for longer, ends at once: another goes on from what it left.
 
     Raises:
-        UserError: a search that runs holds it.
+        UserError: what `refusal` gives: a driver that lives holds it.
     """
-    running = UserError(f"output {lock.parent}: a search is running there; see ftray status --run {lock.parent}")
     mine = {"driver": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     if lock.exists():
         before, deadline = lock.read_text(), time.monotonic() + PATIENCE
         while time.monotonic() < deadline and lock.exists():
             if lock.read_text() != before:
-                raise running
+                raise refusal()
             time.sleep(1)
     lock.write_text(json.dumps(mine | {"beat": 0}))
     time.sleep(1)  # two may begin at once: the last to write has it
     if _driver(lock) != mine["driver"]:
-        raise running
+        raise refusal()
     over = threading.Event()
 
     def beat() -> None:
@@ -46,7 +45,7 @@ def held(lock: Stored) -> Iterator[None]:
             n += 1
             with suppress(OSError):  # the search itself finds out, and says so
                 if _driver(lock) != mine["driver"]:
-                    print(f"ftray tune: output {lock.parent}: another search has taken it over", file=sys.stderr)
+                    print(f"ftray: output {lock.parent}: another driver has taken it over", file=sys.stderr)
                     os._exit(1)
                 lock.write_text(json.dumps(mine | {"beat": n}))
 

@@ -128,7 +128,8 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -
         writer.writeheader()
         for place, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
             shown = {k: row[k] for k in ("trial", "status", "records", "tokens", "seconds", "reason")}
-            writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **config})
+            plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
+            writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
 
     _write_aside(path, write)
 
@@ -143,13 +144,6 @@ def write_yaml(value: Any, path: Location) -> None:
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _write_aside(path, lambda file: yaml.safe_dump(value, file, sort_keys=False))
-
-
-def write_config(cfg: Config, output: Location) -> None:
-    """Print the resolved configuration, and keep it in `output/config.yaml`."""
-    resolved = cfg.model_dump(exclude={"resume", "plan", "verbose"})
-    print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
-    write_yaml(resolved, output / "config.yaml")
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:

@@ -9,9 +9,13 @@ the top level. `model` may hold constants for the `model` section. A value is a 
 `float` and `int` take `log: true`, `int` takes `step`; with `times: <parameter above>` the value is multiplied by it.
 """
 
+import copy
+import json
+import math
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,10 +49,26 @@ class Domain:
     step: int = 1
     times: str | None = None
 
+    @cached_property
+    def labels(self) -> tuple[Any, ...]:
+        """What Optuna is given for each choice: it stores None, bool, int, float and str, and tells them apart by `==`.
+
+        Such a choice stands for itself; a list or a mapping, or 1 beside 1.0 and true, is given as its YAML.
+        """
+        texts = [_as_yaml(value) for value in self.values]
+        named = {text: value for text, value in zip(texts, self.values, strict=True) if isinstance(value, str)}
+        for text, value in zip(texts, self.values, strict=True):
+            label = value if _storable(value) and value not in named.values() else text
+            while text not in named and label in named.values():
+                label = f"({label})"
+            named.setdefault(text, label)
+        return tuple(named[text] for text in texts)
+
     def suggest(self, trial: Any, name: str) -> Any:
         """Draw from an Optuna trial."""
         if self.kind == "choice":
-            return trial.suggest_categorical(name, self.values)
+            drawn = trial.suggest_categorical(name, self.labels)
+            return copy.deepcopy(self.values[self.labels.index(drawn)])
         if self.kind == "int":
             return trial.suggest_int(name, *self.values, log=self.log, step=self.step)
         return trial.suggest_float(name, *self.values, log=self.kind == "log" or self.log)
@@ -60,6 +80,14 @@ class Domain:
         low, high = self.values
         numeric = isinstance(value, int | float) and low <= value <= high
         return numeric and (self.kind != "int" or (value - low) % self.step == 0)
+
+    def stored(self, value: Any) -> Any:
+        """What the study holds for `value`, one that can be drawn."""
+        if self.kind != "choice":
+            return value
+        texts = [_as_yaml(known) for known in self.values]
+        text = _as_yaml(value)  # 1, 1.0 and true are equal: the very one, if it is there
+        return self.labels[texts.index(text) if text in texts else self.values.index(value)]
 
 
 Setting = Domain | Any  # a domain or a constant
@@ -100,12 +128,17 @@ class Space:
                 continue
             if setting.times:
                 value = value / flat[setting.times] if value is not None else None
-            if setting.kind in ("int", "choice") and isinstance(value, float) and value.is_integer():
+            if setting.kind == "int" and isinstance(value, float) and value.is_integer():
                 value = int(value)
             if not setting.holds(value):
                 return None
-            found[name] = value
+            found[name] = setting.stored(value)
         return found
+
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """What Optuna is given to choose from, by its names of the parameters."""
+        settings = [setting for method in self.methods for setting in self._settings(method).items()]
+        return {name: s.labels for name, s in settings if isinstance(s, Domain) and s.kind == "choice"}
 
     def corners(self) -> Iterable[dict[str, dict[str, Any]]]:
         """Configurations that between them hold every extreme and every choice of every parameter."""
@@ -167,7 +200,7 @@ class _Reader:
         method = self.setting("method", content["method"], {})
         methods = method.values if isinstance(method, Domain) else (method,)
         for name in methods:
-            if name not in METHODS:
+            if not isinstance(name, str) or name not in METHODS:
                 raise self.error("method", f"unknown method {name!r}{near(str(name), METHODS)}")
         training = {k for k in TrainingConfig.model_fields if k not in FIXED_TRAINING}
         shared: dict[str, Setting] = {}
@@ -203,7 +236,7 @@ class _Reader:
 
     def setting(self, where: str, value: Any, above: dict[str, Setting]) -> Setting:
         if not isinstance(value, dict):
-            return value
+            return self.plain(where, value)
         kinds = [key for key in value if key in KINDS]
         unknown = [key for key in value if key not in (*KINDS, "times", "step") and key != "log"]
         if unknown or not kinds:
@@ -215,21 +248,37 @@ class _Reader:
         values, times, step = value[kind], value.get("times"), value.get("step", 1)
         if not isinstance(values, list) or not values:
             raise self.error(where, f"{kind} needs a list that isn't empty")
-        if times is not None and times not in above:
+        if times is not None and (not isinstance(times, str) or times not in above):
             raise self.error(where, f"times: {times!r} is not a parameter above it{near(str(times), above)}")
+        if not _number(step) or step != int(step) or step < 1:
+            raise self.error(where, f"step must be a whole number from 1, not {step!r}")
         log = kind == "log" or bool(kind != "log" and value.get("log", False))
         if kind != "choice":
             values = self.range(where, kind, values, log)
         if log and step != 1:
             raise self.error(where, "log and step don't go together")
-        hashable = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-        return Domain(kind, hashable, log, step, times)
+        domain = Domain(kind, tuple(self.plain(where, v) for v in values), log, step, times)
+        for name, factor in ((where, domain), (times, above[times])) if times is not None else ():
+            for one in factor.values if isinstance(factor, Domain) else (factor,):
+                if not _number(one):
+                    raise self.error(where, f"times multiplies numbers, and {name} may be {one!r}")
+        return domain
+
+    def plain(self, where: str, value: Any) -> Any:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):  # the journal and summary.json are JSON
+            raise self.error(where, f"no setting can be a date, bytes or a set (got {value!r})") from None
+        return value
 
     def range(self, where: str, kind: str, values: list[Any], log: bool) -> list[Any]:
         try:
             low, high = (int(v) if kind == "int" else float(v) for v in values)
-        except (TypeError, ValueError):
-            raise self.error(where, f"{kind} needs two numbers [low, high], not {values}") from None
+            finite = math.isfinite(low) and math.isfinite(high)
+        except (TypeError, ValueError, OverflowError):
+            finite = False
+        if not finite:
+            raise self.error(where, f"{kind} needs two numbers [low, high], not {values}")
         if low > high:
             raise self.error(where, f"the range is upside down: {low} > {high}")
         if log and low <= 0:
@@ -263,6 +312,20 @@ class _Reader:
 
     def error(self, where: str, what: str) -> UserError:
         return UserError(f"{self.path}: {where}: {what}")
+
+
+def _as_yaml(value: Any) -> str:
+    """On one line; one text, one value."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
+
+
+def _storable(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and not math.isnan(value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _find(name: str) -> Path:

@@ -31,6 +31,7 @@ def offered(cfg: Config) -> Offered:
         UserError: something is missing or does not fit.
     """
     from ftray.models.find import find
+    from ftray.models.stored import as_stored
     from ftray.serving.adapters import check_adapter, check_name
 
     run = located(cfg.serving.run) if cfg.serving.run else None
@@ -46,6 +47,8 @@ def offered(cfg: Config) -> Offered:
             raise UserError(f"serving.merged: copy {run / 'best' / 'merged'} to a directory, and give that as --model")
         return Offered("best", find(str(run / "best" / "merged")), {}, _served(cfg, run, {}, ""))
     path = find(cfg.model.name)
+    if cfg.serving.engine == "builtin":  # vLLM takes what it can
+        as_stored(cfg.model, path)
     adapters = {} if run is None else _of_run(run)
     for given in cfg.adapters:
         name, equals, source = given.partition("=")

@@ -18,6 +18,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import Config, UserError
+from ftray.models.stored import quantization_of
 from ftray.serving.adapters import check_adapter, fetched
 from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
 from ftray.serving.offers import Offered
@@ -34,7 +35,7 @@ def check(cfg: Config, what: Offered) -> None:
     """
     if what.task.name != "CAUSAL_LM":
         raise UserError(f"serving.engine vllm: generates; the models here are for {what.task.name}: take builtin")
-    if cfg.model.quantization != "none":
+    if cfg.model.quantization != "none" and quantization_of(what.model_path) is None:
         raise UserError("serving.engine vllm: takes the model as it is: leave model.quantization out")
     rank_of(what)
     if without_gpu(cfg) and not any(distributions(name=CPU_BUILD)):

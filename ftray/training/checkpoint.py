@@ -107,14 +107,17 @@ def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSp
     Raises:
         UserError: as :func:`trained_weights`, or weights that the base has no place for.
     """
-    from ftray.models.load import load_base
+    from ftray.models.load import load_whole
 
     weights = trained_weights(checkpoint)
-    model = load_base(cfg.model_copy(update={"quantization": "none", "dtype": "fp32"}), base, task)
+    model = load_whole(cfg.model_copy(update={"quantization": "none"}), base, task)
     try:
         unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:
         raise UserError(f"checkpoint {checkpoint}: not of {base}: {str(error).splitlines()[-1].strip()}") from None
     if unexpected:
         raise UserError(f"checkpoint {checkpoint}: not of {base}, which has no {unexpected[0]}")
+    loaded = model.state_dict()
+    if odd := [name for name, weight in weights.items() if not torch.equal(loaded[name].cpu(), weight)]:
+        raise UserError(f"checkpoint {checkpoint}: not of {base}, where {odd[0]} is one with another weight")
     return model
