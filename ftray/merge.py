@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 
 
 def run(cfg: Config) -> int:
@@ -20,11 +21,11 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before weights are read.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, find_adapter, saved_task
+    from ftray.adapters.discovery import base_of, find_adapter, saved_task
 
     output = _output(cfg)
     if not cfg.adapters:
@@ -36,7 +37,7 @@ def run(cfg: Config) -> int:
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.models.stored import as_stored
-    from ftray.storage import written
+    from ftray.storage.location import atomic_dir
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
     if [name for name in cfg.adapters if is_checkpoint(name) and not _has_adapter(name)]:
@@ -68,7 +69,7 @@ def run(cfg: Config) -> int:
             stored = f", {found['rounding']:.2g} more as it is stored" if found["rounding"] else ""
             print(f"merge: its outputs differ from the adapter's by {found['difference']:.2g} of the greatest{stored}")
         else:
-            with written(output) as made:
+            with atomic_dir(output) as made:
                 shutil.copytree(one, made, dirs_exist_ok=True)
                 load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(made)
     print(f"{cfg.merge.form} {output}")
@@ -89,7 +90,7 @@ def _output(cfg: Config) -> Path:
 
 
 def _has_adapter(name: str) -> bool:
-    from ftray.adapters.saved import find_adapter
+    from ftray.adapters.discovery import find_adapter
 
     try:
         return bool(find_adapter(name, with_weights=False))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.storage import Location, located
+from ftray.storage.location import Location, parse_location
 
 
 def run(cfg: Config) -> int:
@@ -17,33 +17,33 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import check_address, quiet
+    from ftray.runtime.cluster import check_address, quiet
 
     if not cfg.verbose:
         quiet()
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.tasks.choose import resolve
+    from ftray.tasks.infer_task import infer_task
 
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
+    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
 
     # these take seconds to import: a name misspelt has been found by now
-    from ftray.adapters.limits import try_on
+    from ftray.adapters.compatibility import dry_run
     from ftray.data import check
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.definition import RUN, check_output, sole_driver, write_definition
-    from ftray.training.run import accumulation_steps
+    from ftray.search.run_manifest import RUN, check_output, sole_driver, write_definition
+    from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check(cfg.data, tokenizer, cfg.task)
-    try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
+    dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
     check_address(cfg)
-    output = located(cfg.output)
+    output = parse_location(cfg.output)
     with sole_driver(output, RUN):
         write_definition(cfg, None, output)
         return drive(cfg, model_path, tokenizer, output)
@@ -55,19 +55,19 @@ def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> int
 
     from ftray.data import prepare
     from ftray.preprocess import describe
-    from ftray.search.cluster import connect, end_with_ray, gpus_per_worker
-    from ftray.search.definition import write_data
-    from ftray.search.outcome import save_best_adapter
-    from ftray.search.preemption import ending_on_sigterm, notice
+    from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
+    from ftray.runtime.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line
-    from ftray.search.solo import CUT_OFF, Job, trainer
+    from ftray.search.results import save_best_adapter
+    from ftray.search.run_manifest import write_data
+    from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer
 
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
-    job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
         with ending_on_sigterm(), notice():
             cut_off = True

@@ -1,8 +1,8 @@
 import pytest
 
-from ftray.config import UserError
-from ftray.data.formats import Example, parse, parse_and_see
-from ftray.tasks import TaskSpec
+from ftray.data.records import Example, parse, parse_and_see
+from ftray.errors import UserError
+from ftray.task_spec import TaskSpec
 
 TURNS = (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"))
 SHAPES = [

@@ -15,10 +15,11 @@ from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 from ftray.adapters.merge import merge, noise, outputs, refuse, relative, save_merged
 from ftray.cli import main
-from ftray.config import Config, ModelConfig, UserError
+from ftray.config import Config, ModelConfig
+from ftray.errors import UserError
 from ftray.models.load import load_base
-from ftray.search.solo import Job
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.search.trial_worker import SearchContext
+from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tune import merge_best
 
 FP32 = ModelConfig(dtype="fp32")
@@ -254,7 +255,7 @@ def test_whatever_goes_wrong_in_merging_is_a_reason(tmp_path, tiny_llama, data):
     (tmp_path / "best" / "merged").mkdir(parents=True)  # of another best, from before
     adapter_of(str(base), lora("q_proj"), tmp_path / "best" / "adapter")
     (base / "model.safetensors").write_bytes(b"damaged")
-    job = Job(Config.model_validate({"model": {"dtype": "fp32"}}), str(base), data.directory, 0.0)
+    job = SearchContext(Config.model_validate({"model": {"dtype": "fp32"}}), str(base), data.directory, 0.0)
     reason = merge_best(job, tmp_path)["reason"]
     assert reason.startswith("merge: ")
     assert "\n" not in reason

@@ -9,8 +9,9 @@ from test_pack import PlainUpdate, Trial, alone, assert_same_weights, together
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
-from ftray.evaluation.score import score
-from ftray.training.pack import Pack, share, trainable
+from ftray.evaluation.generation import score
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.training.pack import Pack
 
 SIZES = {
     "vocab_size": 384,
@@ -182,7 +183,7 @@ def test_weights_are_as_before_after_the_probe():
 
 
 def test_a_record_longer_than_the_window_is_tried_where_there_may_be_one():
-    from ftray.training.probe import probe_records
+    from ftray.multi_adapter.probe import probe_records
 
     base = make("windows beside full attention")
     base.config.sliding_window = 64

@@ -14,8 +14,8 @@ import yaml
 from conftest import llama
 
 from ftray.cli import main
-from ftray.search import cluster
-from ftray.search.definition import RUN, SEARCH, sole_driver
+from ftray.runtime import cluster
+from ftray.search.run_manifest import RUN, SEARCH, sole_driver
 
 
 class Begins(Exception):

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 
 from ftray.adapters.methods import METHODS, parameters
-from ftray.config import AdapterConfig, Config, TrainingConfig, UserError
-from ftray.search.definition import check_output, write_definition
-from ftray.search.experiment import scheduler
-from ftray.search.outcome import trial_rows
+from ftray.config import AdapterConfig, Config, TrainingConfig
+from ftray.errors import UserError
+from ftray.search.driver import scheduler
+from ftray.search.results import trial_rows
+from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE, Sampler, open_journal, past_trials
 from ftray.search.space import DIRECTORY, Domain, load_space

@@ -13,12 +13,13 @@ from conftest import make_tokenizer
 from test_search import command, run
 from transformers import AutoModelForCausalLM
 
-from ftray.adapters.limits import try_on
+from ftray.adapters.compatibility import dry_run
 from ftray.cli import main
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.stored import as_stored
-from ftray.tasks import TaskSpec
+from ftray.task_spec import TaskSpec
 
 # as the models' config.json say it
 OTHERS = {
@@ -147,8 +148,8 @@ def test_methods_know_that_it_is_quantised(stored):
         ({"method": "lora", "init": "pissa"}, "lost in their rounding"),
     ):
         with pytest.raises(UserError, match=what):
-            try_on(AdapterConfig(**adapter), skeleton, cfg, TrainingConfig())
-    try_on(AdapterConfig(method="lora", target_modules="all-linear"), skeleton, cfg, TrainingConfig())
+            dry_run(AdapterConfig(**adapter), skeleton, cfg, TrainingConfig())
+    dry_run(AdapterConfig(method="lora", target_modules="all-linear"), skeleton, cfg, TrainingConfig())
 
 
 SPACE = "method: lora\nlora: {learning_rate: 0.02, target_modules: all-linear}\n"

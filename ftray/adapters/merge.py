@@ -14,11 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
-from ftray.config import ModelConfig, UserError
+from ftray.config import ModelConfig
+from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
 from ftray.models.stored import as_stored
-from ftray.storage import Location, located, written
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.storage.location import Location, atomic_dir, parse_location
+from ftray.task_spec import CAUSAL, TaskSpec
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")  # of the tasks' models
 RECORDS, TOKENS = 4, 32  # that a merged model and its adapter are compared on
@@ -134,7 +135,7 @@ def save_model(
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"merge: no merged model: {name} does not hold its weights: take --model.dtype fp32 or bf16")
     model.config.use_cache = True
-    with written(located(str(output))) as made:
+    with atomic_dir(parse_location(str(output))) as made:
         device = model.device
         model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)

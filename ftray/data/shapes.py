@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftray.config import UserError
+from ftray.errors import UserError
 
 Record = dict[str, Any]
 

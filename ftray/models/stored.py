@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ftray.config import ModelConfig, UserError
+from ftray.config import ModelConfig
+from ftray.errors import UserError
 
 
 def quantization_of(path: str) -> dict[str, Any] | None:

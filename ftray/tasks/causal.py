@@ -6,24 +6,24 @@ from typing import Any, ClassVar
 import torch
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data import formats
-from ftray.data.stream import collate
+from ftray.data import records
+from ftray.data.loader import collate
 from ftray.data.tokens import IGNORE, Tokens, tokenize
+from ftray.evaluation.generation import score
 from ftray.evaluation.metrics import Scores
-from ftray.evaluation.score import score
 from ftray.tasks import task
+from ftray.tasks.next_token import supervised_loss, supervised_tokens
 from ftray.tasks.task import Batch, Row
-from ftray.training.loss import supervised_loss, supervised_tokens
 
 
 class Task(task.Task):
-    """See :mod:`ftray.data.tokens`, :func:`ftray.data.stream.collate` and :mod:`ftray.training.loss`."""
+    """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.tasks.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
-    shapes = formats.SHAPES
-    needs = formats.KNOWN
+    shapes = records.SHAPES
+    needs = records.KNOWN
     shown = "ftray serve --run {run}"
     pad = True  # whoever has tried a model may find that it keeps the records of one row apart
 

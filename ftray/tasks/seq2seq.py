@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ftray.config import DataConfig, EvaluationConfig, UserError
-from ftray.data import formats
+from ftray.config import DataConfig, EvaluationConfig
+from ftray.data import records
 from ftray.data.shapes import Seen, is_empty
 from ftray.data.tokens import IGNORE, Tokens
+from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
@@ -21,7 +22,7 @@ class Task(task.PaddedTask):
 
     auto_class = "AutoModelForSeq2SeqLM"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
-    shapes = formats.SHAPES
+    shapes = records.SHAPES
     needs = "input/output, instruction/input/output or prompt/completion"
     shown = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
@@ -29,9 +30,9 @@ class Task(task.PaddedTask):
         "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
     )
 
-    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[formats.Example, Seen]:
+    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[records.Example, Seen]:
         # nothing is rendered as a conversation here, so empty keys of one change nothing
-        given = {key: v for key, v in record.items() if key not in formats.CONVERSATION or not is_empty(v)}
+        given = {key: v for key, v in record.items() if key not in records.CONVERSATION or not is_empty(v)}
         example, seen = super().parse_and_see(given, where)
         if example.messages is not None or not example.prompt:
             raise UserError(

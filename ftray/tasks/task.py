@@ -12,7 +12,7 @@ from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.shapes import Seen, Shape, read
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.evaluation.metrics import Scores
-from ftray.tasks import TaskSpec
+from ftray.task_spec import TaskSpec
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards

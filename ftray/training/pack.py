@@ -4,7 +4,6 @@ Plain PyTorch, PEFT and transformers. One model runs the rows of all adapters as
 so one backward pass gives every one its own gradient. See PLoRA (arXiv 2508.02932) and mLoRA (2312.02515).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,25 +12,24 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ftray.tasks import task_of
-from ftray.training import attention, probe
+from ftray.multi_adapter import attention, probe
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.head_loss import HeadLoss
+from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
+from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
+from ftray.task_spec import task_of
+from ftray.tasks.next_token import IGNORE, padded, padding_mask, supervised_tokens
 from ftray.training.adalora import orthogonality
-from ftray.training.dropout import Draws
-from ftray.training.layers import Rows, SharedLinear, Unshareable, update_of
-from ftray.training.loss import IGNORE, HeadLoss, padded, padding_mask, supervised_tokens
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
-class Update(Protocol):
+class AdapterOptimizer(Protocol):
     """What makes a step of an adapter out of its gradients."""
 
     def apply(self, gradients: list[torch.Tensor], step: int) -> None:
@@ -39,7 +37,7 @@ class Update(Protocol):
 
 
 @dataclass
-class PlainUpdate:
+class TorchOptimizer:
     """Clipping, optimiser and schedule in one process, by torch alone.
 
     Attributes:
@@ -77,8 +75,8 @@ class Member:
     """
 
     model: PeftModel
-    update: Update
-    draws: Draws
+    update: AdapterOptimizer
+    draws: DropoutRNG
     layers: dict[str, BaseTunerLayer]
     parameters: list[nn.Parameter]
     step: int
@@ -86,7 +84,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What a step came to, over all ranks.
 
     Attributes:
@@ -129,7 +127,7 @@ class Pack:
         self.task = task_of(base).load()
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
-        self._rows = Rows()
+        self._rows = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the row at hand
         self._probed: dict[Any, str | None] = {}  # what was found of adapters that change the model alike
         self.padded = False
@@ -141,7 +139,7 @@ class Pack:
 
     def _host(self) -> Any:
         implementation = self.base.config._attn_implementation if self.padded else attention.NAME
-        shared = host(self.base, implementation, layout=self._layout)
+        shared = shared_model(self.base, implementation, layout=self._layout)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
@@ -150,7 +148,7 @@ class Pack:
     def _settle(self, longest: int | None) -> str | None:
         """Find out how records share a pass: in one row, else padded; returns why neither gives what each gets alone.
 
-        See :mod:`ftray.training.probe`.
+        See :mod:`ftray.multi_adapter.probe`.
         """
         self._records = probe.probe_records(self.base, longest)
         reasons: list[str] = []
@@ -204,12 +202,12 @@ class Pack:
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
 
-    def add(self, name: str, model: PeftModel, update: Update, seed: int = 0, step: int = 0) -> str | None:
+    def add(self, name: str, model: PeftModel, update: AdapterOptimizer, seed: int = 0, step: int = 0) -> str | None:
         """Let an adapter join.
 
         Args:
             model: PEFT model over a :func:`share` of the base, adapter in float32.
-            update: makes its steps; see :class:`PlainUpdate`.
+            update: makes its steps; see :class:`TorchOptimizer`.
             seed: of its dropout.
             step: optimiser steps that it has made before.
 
@@ -217,13 +215,13 @@ class Pack:
             None; or why its rows can't share a batch: it then trains on the same base by itself, between the others.
 
         Raises:
-            Unshareable: not even by itself do its records get what each of them gets alone.
+            PackingUnsupported: not even by itself do its records get what each of them gets alone.
         """
-        draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
+        draws, apart, layers = DropoutRNG(model, seed, self.rank), self.apart, {}
         if not apart:
             try:
                 layers = tuner_layers(model, self.base)
-            except Unshareable as error:
+            except PackingUnsupported as error:
                 apart = str(error)
         for path, layer in layers.items():
             place = self.host.get_submodule(path)
@@ -234,12 +232,12 @@ class Pack:
         self.members[name] = Member(model.eval(), update, draws, layers, trainable(model), step, apart)
         if not apart and (reason := self._adapter_obstacle(name)):
             self.remove(name)
-            draws = Draws(model, seed, self.rank)
+            draws = DropoutRNG(model, seed, self.rank)
             apart = reason
             self.members[name] = Member(model.eval(), update, draws, {}, trainable(model), step, apart)
         if apart and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
-            raise Unshareable(f"can't be trained on batches of several records: {reason}")
+            raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
         return apart
 
     def _adapter_obstacle(self, name: str) -> str | None:
@@ -289,7 +287,7 @@ class Pack:
             self.host.get_submodule(path).leave(name)
         return member.model
 
-    def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, Stepped]:
+    def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
         """One optimiser step of every adapter in `batches`.
 
         Args:
@@ -339,7 +337,7 @@ class Pack:
                     failure = f"out of memory: the update of step {member.step + 1}"
             if failure:
                 self.remove(name)
-            stepped[name] = Stepped(loss, *counts[name], failure)
+            stepped[name] = StepResult(loss, *counts[name], failure)
         return stepped
 
     def _in_memory(self, attempt: Callable[[], Any]) -> Any:
@@ -472,97 +470,6 @@ class Pack:
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
         hidden = self.host.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, self._rows.places)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is that: of a GPU, or of this machine, for which PyTorch has no class."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def share(model: nn.Module) -> Any:
-    """A copy of the module structure whose parameters and buffers are those of `model` itself."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def host(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
-    """A :func:`share` of the base that runs the rows of many adapters.
-
-    Args:
-        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
-    """
-    shared = share(base)
-    config = copy.deepcopy(base.config)
-    config._attn_implementation = implementation
-    for module in shared.modules():
-        if getattr(module, "config", None) is shared.config and module is not shared:
-            module.config = config
-        module.__dict__.update(at_hand)
-    shared.config = config
-    return shared
-
-
-def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
-    """Why a :func:`host` can't stand for its base, of whose float32 logits `whole` it should make, from `hidden`."""
-    ours = shared.get_output_embeddings()(hidden).float()
-    tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
-    if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
-        return f"{type(shared).__name__} does more than causal attention and a linear head"
-    return None
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that gradients are given for, in this order."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def train_mode(model: nn.Module) -> None:
-    """As `model.train()`, but what is frozen computes as in evaluation, where routers draw nothing and no fused kernel
-    takes the place of an adapted layer; only layers that recompute their activations ask whether it is training.
-    """
-    model.train()
-    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    own = {
-        part
-        for wrapper in model.modules()
-        if isinstance(wrapper, adapters)
-        for name, child in wrapper.named_children()
-        if name not in ("base_layer", "original_module")
-        for part in child.modules()
-    }
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for module in inner.modules():
-        if (
-            module is not model
-            and module not in own
-            and not isinstance(module, (*adapters, GradientCheckpointingLayer))
-        ):
-            module.training = False
-
-
-def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
-    """The adapted layers of `model`, by their path in the base model `shared`.
-
-    Raises:
-        Unshareable: it trains more than adapters of linear layers in front of the head.
-    """
-    method = model.active_peft_config.peft_type.value
-    if model.active_peft_config.is_prompt_learning:
-        raise Unshareable(f"{method} adds tokens or activations to the model's input")
-    inner: Any = model.get_base_model()
-    layers = {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
-    if any(id(p) not in inside for p in trainable(model)):
-        raise Unshareable(f"{method} trains parameters outside of the layers that it adapts")
-    for path, layer in layers.items():
-        base = layer.get_base_layer()
-        if isinstance(layer, ParamWrapper):
-            raise Unshareable(f"{method} adapts a parameter of {path}, which is no linear layer")
-        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
-            raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
-        weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
-        if any(own is not theirs for own, theirs in weights):
-            raise Unshareable(f"{method} starts from a changed copy of {path}")
-    return layers
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:

@@ -1,0 +1,70 @@
+"""Scoring a causal language model on tokenized records: loss and greedy generation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftray.config import EvaluationConfig
+from ftray.data.loader import collate
+from ftray.data.tokens import IGNORE
+from ftray.evaluation.metrics import Scores
+from ftray.tasks.next_token import token_losses
+
+Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
+
+
+def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
+    model.eval()
+    loss, tokens = _losses(model, rows, cfg.batch_size)
+    scores = Scores(loss, tokens)
+    if cfg.generate:
+        scores.add_generated(generate(model, tokenizer, rows, cfg), [row["target"] for row in rows])
+    return scores
+
+
+@torch.inference_mode()
+def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
+    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for at in range(0, len(order), batch_size):
+        part = order[at : at + batch_size]
+        columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
+        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
+        record = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
+        each = token_losses(model, batch).double().cpu()
+        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
+        counts[part] = torch.bincount(record, minlength=len(part)).numpy()
+    return losses, counts
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
+    """Continuations in the order of `rows`, decoded in batches of like length, padded on the left.
+
+    Greedy, unless `sampling` holds other arguments for transformers' `generate`.
+    """
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    texts = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), cfg.batch_size):
+        part = order[at : at + cfg.batch_size]
+        width = max(len(prompts[i]) for i in part)
+        pads = [width - len(prompts[i]) for i in part]
+        ids = torch.tensor([[tokenizer.pad_token_id] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads])
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=cfg.max_new_tokens,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False} | sampling,
+        )
+        for i, text in zip(part, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+            texts[i] = text
+    return texts

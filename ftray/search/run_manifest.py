@@ -1,0 +1,299 @@
+"""What defines a search, or a training run: written into its output when it begins, compared when it goes on."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from optuna.distributions import CategoricalDistribution
+
+from ftray.adapters.discovery import samples
+from ftray.adapters.methods import parameters
+from ftray.config import AdapterConfig, Config, SearchConfig
+from ftray.data import TokenizedData
+from ftray.errors import UserError
+from ftray.search.results import JOURNAL, write_json, write_yaml
+from ftray.search.sampler import past_trials
+from ftray.search.space import Space
+from ftray.storage.lease import held, since
+from ftray.storage.location import Location, Stored, parse_location, refuse_unreachable
+
+CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an output holds.
+
+    Attributes:
+        name: for messages.
+        state: any of these shows that it is there.
+        parts: without which it can't go on.
+        free: fields, and sections, that may change when it goes on: how long and where it runs, what comes after it.
+    """
+
+    name: str
+    state: tuple[str, ...]
+    parts: tuple[str, ...]
+    free: set[str]
+
+
+_ANYWHERE = {
+    "data.cache",
+    "search.max_failures",
+    "scaling.packs",
+    "scaling.cpus_per_worker",
+    "scaling.gpus_per_worker",
+    "scaling.address",
+    "evaluation",
+    "generation",
+    "merge",
+    "serving",
+    "request",
+}
+SEARCH = Kind(
+    "search",
+    ("tune", "study.log", "summary.json"),
+    (CONFIG, SPACE),
+    _ANYWHERE
+    | {
+        "adapter",  # the space says what the adapters are
+        "search.space",  # by content, not by name
+        "search.trials",
+        "search.time_budget",
+        "search.concurrency",
+        "search.trackers",
+    },
+)
+RUN = Kind(
+    "run",
+    ("train",),
+    (CONFIG,),
+    # all that it takes from the search section is which of its checkpoints is the best
+    _ANYWHERE | {f"search.{name}" for name in SearchConfig.model_fields if name not in ("metric", "direction")},
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SPARE = 2**25  # bytes: a disk with less holds no more checkpoints
+_AGAIN = "take that, or name another --output"
+
+
+def packable(cfg: Config, space: Space) -> bool:
+    """Whether every worker can hold the whole base model; where ZeRO 3 shares it out, each trial has its own.
+
+    Raises:
+        UserError: it can't, and a pack is asked for by its size.
+    """
+    stages = {cfg.training.zero_stage, *(corner["training"].get("zero_stage", 0) for corner in space.corners())}
+    if 3 in stages and isinstance(cfg.search.pack, int):
+        raise UserError(
+            f"search.pack {cfg.search.pack}: ZeRO 3 shares the base model out over the workers of one trial; "
+            "take zero_stage 0, 1 or 2, or pack off"
+        )
+    return 3 not in stages
+
+
+@contextmanager
+def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
+    """Hold the output; the system lets go of a directory when this process ends, however it ends.
+
+    Raises:
+        UserError: a search or a run that is under way holds it, one of `kind` unless its files tell.
+    """
+    if isinstance(output, Stored):
+        with held(output / LOCK, lambda: _under_way(output, kind)):
+            yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=1)  # longer than a `status` looks at it
+    except Timeout:
+        raise _under_way(output, kind) from None
+    try:
+        os.utime(output / LOCK)  # since when it runs, for whoever asks
+        yield
+    finally:
+        lock.release()
+
+
+def _under_way(output: Location, kind: Kind) -> UserError:
+    if kind is RUN and not (output / SPACE).exists():
+        return UserError(f"output {output}: a run is under way there; wait for its end, or name another --output")
+    return UserError(f"output {output}: a search is running there; see ftray status --run {output}")
+
+
+def running_since(output: Location) -> float | None:
+    """When the driver that holds the output directory began, in seconds since 1970; None: nobody holds it."""
+    if isinstance(output, Stored):
+        return since(output / LOCK)
+    if not (output / LOCK).exists():
+        return None
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return (output / LOCK).stat().st_mtime
+    lock.release()
+    return None
+
+
+def check_output(cfg: Config, space: Space | None) -> None:
+    """Refuse a directory that holds another search or run, can't be written or has no room.
+
+    With `--resume`, where there is none yet one begins: a job that is submitted again by itself has one command.
+
+    Args:
+        space: of a search; None: it is a training run.
+
+    Raises:
+        UserError: one of these; for `--resume`, also a configuration or space that would make it another one.
+    """
+    output, kind = parse_location(cfg.output), RUN if space is None else SEARCH
+    if isinstance(output, Stored):
+        refuse_unreachable(output)
+    other = SEARCH if kind is RUN else RUN
+    if there := _state(output, other):
+        raise UserError(f"output {output} holds a {other.name} ({there}), not a {kind.name}: name another --output")
+    there = _state(output, kind)
+    if there and not cfg.resume:
+        raise UserError(
+            f"output {output} already holds a {kind.name} ({there}): add --resume to go on, or name another"
+        )
+    if there:
+        if lost := [name for name in kind.parts if not (output / name).exists()]:
+            raise UserError(f"output {output}: the {kind.name} there can't be resumed without its {lost[0]}")
+        _refuse_another(cfg, kind, output)
+        if space is not None:
+            _refuse_other_space(space, output)
+    elif cfg.resume:
+        print(f"output {output} holds no {kind.name} yet: it begins", flush=True)
+    if isinstance(output, Stored):
+        return
+    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"output {output}: can't write there ({error.strerror})") from None
+    free = shutil.disk_usage(nearest).free
+    if free < 2**30:
+        raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a {kind.name} needs at least 1 GiB")
+
+
+def is_full(output: Location, error: BaseException) -> bool:
+    """Whether `error` came of a disk, or a quota, that holds no more; it may have passed through any library."""
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any((isinstance(e, OSError) and e.errno in FULL) or os.strerror(errno.ENOSPC) in str(e) for e in chain):
+        return True
+    if isinstance(output, Stored):
+        return False
+    try:
+        if shutil.disk_usage(output).free < SPARE:
+            return True
+        with tempfile.TemporaryFile(dir=output) as probe:
+            probe.write(bytes(2**20))
+            os.fsync(probe.fileno())
+    except OSError as refused:
+        return refused.errno in FULL
+    return False
+
+
+def write_definition(cfg: Config, space: Space | None, output: Location) -> None:
+    """Print the configuration; keep it, and the space, where nothing goes on: else :func:`write_data` does."""
+    resolved = _resolved(cfg)
+    print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
+    if not _state(output, RUN if space is None else SEARCH):
+        _keep(cfg, space, output)
+
+
+def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData, output: Location) -> None:
+    """Keep what is trained on: each split's counts and digest, and what tells the base from another of its name.
+
+    Only then does a configuration take the place of the one that was kept: nothing is left that was not run.
+
+    Raises:
+        UserError: the search or run goes on, and they are not what they were: trials could not be compared any more.
+    """
+    kind, path = RUN if space is None else SEARCH, output / DATA
+    splits = {name: {k: v for k, v in asdict(split).items() if k != "files"} for name, split in data.splits.items()}
+    found: dict[str, Any] = {**splits, "base": [list(sample) for sample in samples(Path(base))]}
+    known = json.loads(path.read_text()) if path.exists() and _state(output, kind) else {}
+    for name, before in known.items():
+        if not _alike(before, found[name]):
+            what = f"model {cfg.model.name}" if name == "base" else "data"
+            raise UserError(f"{what}: not what the {kind.name} in {output} was trained on (see its {DATA}); {_AGAIN}")
+    write_json(found, path)
+    _keep(cfg, space, output)
+
+
+def _state(output: Location, kind: Kind) -> str | None:
+    return next((name for name in kind.state if (output / name).exists()), None)
+
+
+def _resolved(cfg: Config) -> dict[str, Any]:
+    return cfg.model_dump(exclude={"resume", "plan", "verbose"})
+
+
+def _keep(cfg: Config, space: Space | None, output: Location) -> None:
+    write_yaml(_resolved(cfg), output / CONFIG)
+    if space is not None:
+        write_yaml(space.content, output / SPACE)
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Whether they are equal where both say something; what is older than a field does not."""
+    if isinstance(before, dict):
+        return all(_alike(value, now.get(name)) for name, value in before.items())
+    return before == now or "" in (before, now)
+
+
+def _refuse_another(cfg: Config, kind: Kind, output: Location) -> None:
+    given = _fields(cfg.model_dump(mode="json"), kind)
+    # one that is older than a field has its default
+    stored = _fields(Config().model_dump(mode="json"), kind) | _fields(_read(output / CONFIG), kind)
+    for field in given:
+        if stored.get(field) != given[field]:
+            raise UserError(f"{field} {given[field]}: the {kind.name} in {output} has {stored.get(field)}; {_AGAIN}")
+
+
+def _refuse_other_space(space: Space, output: Location) -> None:
+    if _read(output / SPACE) != space.content:
+        raise UserError(f"{space.source}: not the space of the search in {output} (see its {SPACE}); {_AGAIN}")
+    _refuse_other_choices(space, output)
+
+
+def _refuse_other_choices(space: Space, output: Location) -> None:
+    """Optuna ends with a traceback where a parameter's choices are not those that it has stored."""
+    choices = space.choices()
+    for trial in past_trials(output / JOURNAL):
+        for name, known in trial.distributions.items():
+            if isinstance(known, CategoricalDistribution) and choices.get(name, known.choices) != known.choices:
+                raise UserError(
+                    f"output {output}: the search there is of an older ftray, which stored the choices of {name} "
+                    "in another way: name another --output"
+                )
+
+
+def _fields(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """What makes a search or run the one that it is, by dotted name; of an adapter, every parameter of its method."""
+    sections = {k: v for k, v in config.items() if isinstance(v, dict) and k not in kind.free}
+    if adapter := sections.get("adapter"):
+        own = parameters(AdapterConfig(**adapter)).model_dump(mode="json")
+        sections["adapter"] = {"method": adapter.get("method", AdapterConfig().method), **own}
+    fields = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    kept = {name: value for name, value in fields.items() if name not in kind.free}
+    return {"task": config.get("task", "CAUSAL_LM"), **kept}
+
+
+def _read(path: Location) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
