@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--trials 2000] [--loop 200] [--quick]
 
 Nothing is trained: a stub hands out losses in place of the step. `sampler` is the real sampler and journal in one
-process; `loop` is the real search: Ray Tune, its trials' processes, the board between them and the pack, ASHA.
+process; `loop` is the real search: Ray Tune, its trials' processes, the broker between them and the pack, ASHA.
 `store` puts that journal into a real S3 server on loopback. `plan` is the order of a billion records.
 """
 
@@ -175,18 +175,18 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
     @contextlib.contextmanager
     def stub(job: Any, place: Any) -> Iterator[tuple[Any, int]]:
-        """In place of :func:`ftray.search.pack_worker.packs`: the same board, and a thread that makes reports up."""
+        """In place of :func:`ftray.search.pack_worker.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
         from ftray.search.broker import TrialBroker
 
-        board = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote()
-        ray.get(board.ready.remote(0, 8))
+        broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote()
+        ray.get(broker.ready.remote(0, 8))
 
         def train() -> None:
             rungs: dict[int, int] = {}
             reports: dict[int, list[Any]] = {}
-            while not (orders := ray.get(board.orders.remote(0, reports, {})))["close"]:
+            while not (orders := ray.get(broker.orders.remote(0, reports, {})))["close"]:
                 rungs |= dict.fromkeys(orders["join"], 0)
                 reports = {}
                 for number in orders["run"]:
@@ -196,8 +196,8 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
         thread = threading.Thread(target=train)
         thread.start()
-        yield board, 8
-        ray.get(board.close.remote("over"))
+        yield broker, 8
+        ray.get(broker.close.remote("over"))
         thread.join()
 
     connect(cfg)

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from ftray.cli import build, run_command
-from ftray.config import AdapterConfig, Config
+from ftray.cli import run_command
+from ftray.config import AdapterConfig, Config, config_from
 from ftray.errors import UserError
 
 
@@ -34,7 +34,7 @@ def run(cfg: Config) -> int:
     of = searched(output)
     if not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
-    settings = build({"training": of.training.model_dump() | configuration["training"]}).training
+    settings = config_from({"training": of.training.model_dump() | configuration["training"]}).training
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
@@ -66,7 +66,7 @@ def parsed(text: str | None) -> dict[str, Any]:
         given = None
     if not isinstance(given, dict) or not given.get("adapter") or given.keys() - {"adapter", "training"}:
         raise UserError(f"not a configuration: {text[:80]!r}; it looks like {example}")
-    parameters(build(given).adapter)
+    parameters(config_from(given).adapter)
     return {"adapter": given["adapter"], "training": given.get("training") or {}}
 
 

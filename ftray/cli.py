@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ftray.config import Config
+from ftray.config import Config, config_from, section_at
 from ftray.errors import Terminated, UserError, near
 
 
@@ -203,7 +203,7 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     flags = [*COMMANDS[name].flags, *SWITCHES, "config"]
     for field, text in _pairs(rest, flags):
         _assign(values, field, yaml.safe_load(text))
-    return build(values)
+    return config_from(values)
 
 
 def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
@@ -265,25 +265,6 @@ def fields() -> list[str]:
     return names
 
 
-def build(values: dict[str, Any]) -> Config:
-    """Validate `values`; the first error becomes one line that names the field and near names.
-
-    Raises:
-        UserError: unknown key or bad value.
-    """
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
-        if first["type"] == "extra_forbidden":
-            model = _model_at(path[:-1])
-            raise UserError(f"unknown key {'.'.join(path)}{near(path[-1], model.model_fields)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{'.'.join(path) or 'configuration'}: {message}{shown}") from None
-
-
 def _pairs(rest: list[str], flags: list[str]) -> list[tuple[str, str]]:
     pairs, i = [], 0
     while i < len(rest):
@@ -336,7 +317,7 @@ def _is_model(annotation: Any) -> bool:
 
 def _field(field: str) -> FieldInfo:
     *sections, key = field.split(".")
-    return _model_at(sections).model_fields[key]
+    return section_at(sections).model_fields[key]
 
 
 def _choices(field: str) -> list[str]:
@@ -347,13 +328,6 @@ def _choices(field: str) -> list[str]:
         return ["true", "false"]
     parts = [annotation, *get_args(annotation)]
     return [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
-
-
-def _model_at(path: list[str]) -> type[BaseModel]:
-    model: Any = Config
-    for part in path:
-        model = model.model_fields[part].annotation
-    return model
 
 
 def describe(field: str) -> str:

@@ -4,9 +4,13 @@ A value comes from the first of: the command line (``--section.key value``), the
 ``--config``, the default written here. Unknown keys are errors.
 """
 
+import importlib
+import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from ftray.errors import UserError, near
 
 
 def _comma_separated(value: Any) -> Any:
@@ -272,9 +276,31 @@ class Config(Section):
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
 
-if __name__ == "__main__":
-    import sys
+def config_from(values: dict[str, Any]) -> Config:
+    """Validate `values`; the first error becomes one line that names the field and near names.
 
-    from ftray.cli import run_command
+    Raises:
+        UserError: unknown key or bad value.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            model = section_at(path[:-1])
+            raise UserError(f"unknown key {'.'.join(path)}{near(path[-1], model.model_fields)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"{'.'.join(path) or 'configuration'}: {message}{shown}") from None
 
-    sys.exit(run_command("config"))
+
+def section_at(path: list[str]) -> type[BaseModel]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return model
+
+
+if __name__ == "__main__":  # a room imports no command, but `python -m ftray.config` is one
+    sys.exit(importlib.import_module("ftray.cli").run_command("config"))

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftray.cli import build, run_command
-from ftray.config import Config
+from ftray.cli import run_command
+from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.storage.location import Location, reason
 
@@ -140,7 +140,7 @@ def searched(output: Location) -> Config:
         raise UserError(f"output {output}: can't be read ({reason(error)})") from None
     if not there:
         raise UserError(f"output {output} holds no search: name one by --run")
-    return build(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
+    return config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

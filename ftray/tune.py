@@ -82,8 +82,8 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker, on_hardware
-    from ftray.runtime.metrics import Metrics
     from ftray.search.driver import search
+    from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress, last_line
     from ftray.search.results import (
         model_card,
@@ -333,7 +333,7 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
     generates = cfg.task == "CAUSAL_LM"  # served as it is, merged or not
     if generates or "path" in merged:
-        use = TaskSpec(cfg.task).load().shown.format(run=output, path=output / "best" / "merged")
+        use = TaskSpec(cfg.task).load().usage_example.format(run=output, path=output / "best" / "merged")
         print(f"{'serve' if generates else 'use  '}    {use}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 

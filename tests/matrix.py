@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from ftray.adapters.compatibility import dry_run, refuse
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import METHODS, attach
-from ftray.cli import build
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
 from ftray.data import prepare
 from ftray.data.loader import batches, collate
 from ftray.errors import UserError
@@ -114,7 +113,7 @@ def records() -> dict[str, torch.Tensor]:
 def task_records(task: str, path: str, directory: Path) -> tuple[TaskSpec, dict[str, torch.Tensor]]:
     """Sixteen records of a task as the trainer gets them, and the task with its classes; wants Ray."""
     source = write(directory / "data.jsonl", CASES[task][1])
-    cfg = build({"data": {"source": source, "cache": str(directory), "max_length": 64}})
+    cfg = config_from({"data": {"source": source, "cache": str(directory), "max_length": 64}})
     data = prepare(cfg.data, path, task=task.split()[0])
     return data.task, next(batches(data, 0, 0, 16))
 

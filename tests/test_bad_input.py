@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from ftray.cli import build, run_command
+from ftray.cli import run_command
+from ftray.config import config_from
 from ftray.errors import UserError
 from ftray.runtime import cluster
 from ftray.search.run_manifest import check_output, write_definition
@@ -208,7 +209,7 @@ SPACE = {
 
 def begin(directory: Path, model: str) -> None:
     """What a search writes first."""
-    cfg = build({"data": {"source": "words.jsonl"}, "model": {"name": model}, "task": "CAUSAL_LM"})
+    cfg = config_from({"data": {"source": "words.jsonl"}, "model": {"name": model}, "task": "CAUSAL_LM"})
     write_definition(cfg, load_space("quick"), directory)
     (directory / "study.log").touch()
 
@@ -294,7 +295,7 @@ def test_a_search_from_before_a_field_was_there_has_its_default(tmp_path, tiny_l
     (tmp_path / "config.yaml").write_text(written.replace("  warmup: 0.05\n", ""))
     assert (tmp_path / "config.yaml").read_text() != written
     sections = {"data": {"source": "words.jsonl"}, "model": {"name": tiny_llama}, "task": "CAUSAL_LM"}
-    cfg = build({**sections, "training": more, "output": str(tmp_path), "resume": True})
+    cfg = config_from({**sections, "training": more, "output": str(tmp_path), "resume": True})
     if not refused:
         check_output(cfg, load_space("quick"))
         return

@@ -73,8 +73,8 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
 ):
     from ftray.config import EvaluationConfig
     from ftray.data import TokenizedData
-    from ftray.evaluation.generation import score
     from ftray.models.load import load_tokenizer
+    from ftray.tasks.next_token import score
 
     file = tmp_path / "scores.json"
     named = [part for name in ("a", "ia3") for part in ("--adapter", adapters[name])]
@@ -454,7 +454,7 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     cfg, adapter = ModelConfig(dtype="fp32"), {"method": "lora"}
     shapes = measure(load_skeleton(cfg, path, spec), {"adapter": adapter, "training": {}}, 20, False)
     model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
-    assert shapes.apart == f"{task} pads its records"
+    assert shapes.isolation_reason == f"{task} pads its records"
     # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
     assert 0.9 < (50 * shapes.activations + shapes.fixed) / _kept(model.train(), 50) < 1.25
 

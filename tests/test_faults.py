@@ -70,7 +70,7 @@ FAULTS = {
     "pack's worker killed": Fault("ray::RayTrainWorker"),
     "trial's process killed": Fault("ray::ResourceTrainable"),
     "pack's controller killed": Fault("ray::TrainController"),
-    "board between trials and packs killed": Fault("ray::Board", seconds=120),
+    "broker between trials and packs killed": Fault("ray::TrialBroker", seconds=120),
     "training worker killed, pack off": Fault("ray::RayTrainWorker", "off"),
     "task of Ray Data killed": Fault(DATA),
     "driver killed": Fault("ftray.tune", code=-signal.SIGKILL, seconds=10),

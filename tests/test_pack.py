@@ -396,8 +396,8 @@ def test_models_that_cannot_be_shared_train_one_adapter_after_another():
     sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     base = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_implementation="eager")).requires_grad_(False)
-    assert "head is more" in Pack(base).apart
-    assert "head is more" in Pack(bert()).apart
+    assert "head is more" in Pack(base).isolation_reason
+    assert "head is more" in Pack(bert()).isolation_reason
     chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 1e-5)

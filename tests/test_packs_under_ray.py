@@ -1,4 +1,4 @@
-"""Packs under Ray: the board between Tune and the workers, and a search over two workers."""
+"""Packs under Ray: the broker between Tune and the workers, and a search over two workers."""
 
 import asyncio
 import os
@@ -21,38 +21,38 @@ from ftray.search.pack_worker import Capacity
 
 def test_a_board_gives_room_away_and_takes_it_back():
     async def play() -> None:
-        board = TrialBroker(4)
-        await board.ready(0, 2)
+        broker = TrialBroker(4)
+        await broker.ready(0, 2)
         for number in range(3):
-            await board.enter(number, {"number": number})
-        reading = [asyncio.create_task(board.next(number, 0)) for number in range(3)]
+            await broker.enter(number, {"number": number})
+        reading = [asyncio.create_task(broker.next(number, 0)) for number in range(3)]
         await asyncio.sleep(0)
-        first = await board.orders(0, {}, {})
+        first = await broker.orders(0, {}, {})
         assert first["join"] == {0: {"number": 0}, 1: {"number": 1}}
         assert first["run"] == [0, 1]
-        second = await board.orders(0, {0: [{"step": 5}]}, {1: "diverged"})
+        second = await broker.orders(0, {0: [{"step": 5}]}, {1: "diverged"})
         assert second["join"] == {2: {"number": 2}}  # in the place of the one that failed
         assert second["run"] == [2]  # 0 waits until its report has been judged
         assert await reading[0] == {"step": 5}
         assert await reading[1] == {"failure": "diverged"}
-        again = asyncio.create_task(board.next(0, 1))
+        again = asyncio.create_task(broker.next(0, 1))
         await asyncio.sleep(0)
-        assert (await board.orders(0, {}, {}))["run"] == [0, 2]
-        await board.leave(0, for_good=False)
+        assert (await broker.orders(0, {}, {}))["run"] == [0, 2]
+        await broker.leave(0, for_good=False)
         assert (await again)["failure"]
-        assert (await board.orders(0, {}, {}))["leave"] == {0}
-        await board.ready(0, 2)  # the workers died and came back: their trials have to be brought in again
-        assert (await board.orders(0, {}, {}))["join"] == {2: {"number": 2}}
-        await board.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
-        assert (await board.orders(0, {}, {}))["run"] == [2]
-        await board.leave(2, for_good=True)
-        await board.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no room
+        assert (await broker.orders(0, {}, {}))["leave"] == {0}
+        await broker.ready(0, 2)  # the workers died and came back: their trials have to be brought in again
+        assert (await broker.orders(0, {}, {}))["join"] == {2: {"number": 2}}
+        await broker.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
+        assert (await broker.orders(0, {}, {}))["run"] == [2]
+        await broker.leave(2, for_good=True)
+        await broker.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no room
         assert (await reading[2])["failure"]
-        assert (await board.orders(0, {}, {}))["join"] == {}
-        await board.enter(3, {"number": 3})
-        reading.append(asyncio.create_task(board.next(3, 0)))
-        await board.close("over")
-        assert (await board.orders(0, {}, {}))["close"]
+        assert (await broker.orders(0, {}, {}))["join"] == {}
+        await broker.enter(3, {"number": 3})
+        reading.append(asyncio.create_task(broker.next(3, 0)))
+        await broker.close("over")
+        assert (await broker.orders(0, {}, {}))["close"]
         assert await reading[3] == {"closed": "over"}
 
     asyncio.run(play())
@@ -60,24 +60,24 @@ def test_a_board_gives_room_away_and_takes_it_back():
 
 def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
     async def play() -> None:
-        board = TrialBroker(3)
-        await board.ready(0, 3)
+        broker = TrialBroker(3)
+        await broker.ready(0, 3)
         for number in (0, 1):
-            await board.enter(number, {"number": number})
-        reading = [asyncio.create_task(board.next(number, 0)) for number in (0, 1)]
-        orders = asyncio.create_task(board.orders(0, {}, {}))
+            await broker.enter(number, {"number": number})
+        reading = [asyncio.create_task(broker.next(number, 0)) for number in (0, 1)]
+        orders = asyncio.create_task(broker.orders(0, {}, {}))
         await asyncio.sleep(0.1)
         assert not orders.done()  # a third is to come
-        await board.enter(2, {"number": 2})
+        await broker.enter(2, {"number": 2})
         await asyncio.sleep(0.1)
         assert not orders.done()  # and says at once that it may train
-        reading.append(asyncio.create_task(board.next(2, 0)))
+        reading.append(asyncio.create_task(broker.next(2, 0)))
         assert (await orders)["run"] == [0, 1, 2]
-        assert (await board.orders(0, {}, {}))["run"] == [0, 1, 2]  # between two rungs nobody is waited for
+        assert (await broker.orders(0, {}, {}))["run"] == [0, 1, 2]  # between two rungs nobody is waited for
         await asyncio.sleep(0.5)  # a step
-        orders = asyncio.create_task(board.orders(0, {n: [{"step": 5}] for n in range(3)}, {}))
+        orders = asyncio.create_task(broker.orders(0, {n: [{"step": 5}] for n in range(3)}, {}))
         await asyncio.gather(*reading)
-        reading = [asyncio.create_task(board.next(1, 1))]
+        reading = [asyncio.create_task(broker.next(1, 1))]
         await asyncio.sleep(0)
         assert (await asyncio.wait_for(orders, 0.5))["run"] == [1]  # not for longer than half of what a step takes
         reading[0].cancel()

@@ -9,8 +9,8 @@ from test_pack import PlainUpdate, Trial, alone, assert_same_weights, together
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
-from ftray.evaluation.generation import score
 from ftray.multi_adapter.shared_model import share, trainable
+from ftray.tasks.next_token import score
 from ftray.training.pack import Pack
 
 SIZES = {
@@ -123,7 +123,7 @@ def test_a_pack_equals_plain_peft_record_by_record(name):
         [Trial("lora", targets=targets.split(), rows=3), Trial("lora", rank=2, seed=4, targets=targets.split())],
     )
     pack = Pack(base)
-    assert ("apart" if pack.apart else "padded" if pack.padded else "packed") == how
+    assert ("apart" if pack.isolation_reason else "padded" if pack.padded else "packed") == how
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 2e-5)
 

@@ -81,13 +81,13 @@ def assert_as_alone(engine, names, at=(), longest=40, max_tokens=12):
 def test_every_method_beside_the_others_joining_at_different_times():
     engine = engine_of(llama(), CONFIGS, slots=5, prompt_tokens=16)
     names = [None, *CONFIGS, "lora", None, "oft", "dora"]
-    assert not any(adapter.apart for adapter in engine.adapters.values())
+    assert not any(adapter.isolation_reason for adapter in engine.adapters.values())
     assert_as_alone(engine, names, at=[0, 0, 0, 2, 3, 3, 5, 9, 9, 9, 14, 20, 20])
 
 
 def test_what_cannot_share_a_batch_is_answered_by_itself():
     engine = engine_of(llama(), [*APART, "lora"])
-    assert [a.apart is None for a in engine.adapters.values()] == [False] * len(APART) + [True]
+    assert [a.isolation_reason is None for a in engine.adapters.values()] == [False] * len(APART) + [True]
     assert_as_alone(engine, [*APART, "lora", None, *APART])
 
 
@@ -98,7 +98,7 @@ def test_other_models(make, targets):
     if make is gpt2:
         targets = ["c_attn", "mlp.c_proj"]
     engine = engine_of(make(), ["lora"], targets, prompt_tokens=10)
-    assert bool(engine.apart) == (make is gemma2)
+    assert bool(engine.isolation_reason) == (make is gemma2)
     assert_as_alone(engine, ["lora", None, "lora"], at=[0, 1, 4])
 
 
@@ -200,7 +200,7 @@ def test_an_adapter_is_read_from_its_directory(tmp_path, method):
     engine = engine_of(base)
     engine.add("good", engine.prepare(load_adapter(base, str(tmp_path / "good"))))
     engine.add("uri", engine.prepare(load_adapter(base, f"file://{tmp_path}/good")))
-    assert [bool(adapter.apart) for adapter in engine.adapters.values()] == [method != "lora"] * 2
+    assert [bool(adapter.isolation_reason) for adapter in engine.adapters.values()] == [method != "lora"] * 2
     for name in ("good", "uri"):
         assert run(engine, [asked([4, 5, 6], name, max_tokens=9)])[0] == generated(model.eval(), [4, 5, 6], 9)
 

@@ -12,8 +12,7 @@ import transformers
 from peft import PeftModel
 
 from ftray.adapters.merge import save_merged
-from ftray.cli import build
-from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig, config_from
 from ftray.data import check, prepare
 from ftray.data.loader import batches, batches_in_order
 from ftray.models.load import load_tokenizer
@@ -92,7 +91,7 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     fixture, record, rate, metric, least = CASES[name]
     model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
     name = name.split()[0]
-    cfg = infer_task(build({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
+    cfg = infer_task(config_from({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
     assert cfg.task == name
     tokenizer = load_tokenizer(model)
     data = prepare(cfg.data, model, task=name)
@@ -128,7 +127,7 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
 
 
 def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp_path):
-    cfg = build({"data": {"source": write(tmp_path / "data.jsonl", token_labels), "cache": str(tmp_path)}})
+    cfg = config_from({"data": {"source": write(tmp_path / "data.jsonl", token_labels), "cache": str(tmp_path)}})
     data = prepare(cfg.data, tiny_bert, task="TOKEN_CLS")
     adapter = AdapterConfig(method="lora", dropout=0.0)
     losses = []

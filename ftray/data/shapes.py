@@ -35,17 +35,17 @@ class Shape:
 
     Attributes:
         name: for whoever reads what was recognised.
-        needs: keys by which it is told.
+        required_keys: keys by which it is told.
         parse: a record and where it stands -> what the task tokenizes.
         honours: keys that may be there, and are read.
         refuses: keys that would change what is learnt, and can't be read -> why.
         beside: the same for further texts, which are refused unless they only repeat those that are read.
-        turns: keys of role and text in each turn, where `needs` names a list of turns.
+        turns: keys of role and text in each turn, where `required_keys` names a list of turns.
         holds_all: its one text may hold what stands beside it.
     """
 
     name: str
-    needs: tuple[str, ...]
+    required_keys: tuple[str, ...]
     parse: Callable[[Record, object], Any]
     honours: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=lambda: ANY)
@@ -75,10 +75,12 @@ def recognise(record: Record, shapes: Sequence[Shape]) -> Shape:
     Keys that hold null count for less: a table has each column in every row.
     """
     for shape in shapes[:-1]:
-        if all(record.get(key) is not None for key in shape.needs):
+        if all(record.get(key) is not None for key in shape.required_keys):
             return shape
     for shape in shapes[:-1]:
-        if all(key in record for key in shape.needs) and any(record[key] is not None for key in shape.needs):
+        if all(key in record for key in shape.required_keys) and any(
+            record[key] is not None for key in shape.required_keys
+        ):
             return shape
     return shapes[-1]
 
@@ -94,7 +96,7 @@ def read(record: Record, shapes: Sequence[Shape], where: object) -> tuple[Any, S
     if not bears_loss(record, "", where):
         raise UserError(f"{where}: marked as one that isn't learnt: leave the record out")
     example = shape.parse(record, where)
-    own = (*shape.needs, *shape.honours)
+    own = (*shape.required_keys, *shape.honours)
     for key, value in record.items():
         if key in shape.beside and key not in own and not is_empty(value):
             _refuse_lost(record, key, shape, where)
@@ -128,7 +130,7 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
 
 
 def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
-    own = [text for name in (*shape.needs, *shape.honours) for text in _texts(record.get(name))]
+    own = [text for name in (*shape.required_keys, *shape.honours) for text in _texts(record.get(name))]
     given = _texts(record[key])
     if all(text in own for text in given):
         return
@@ -137,8 +139,8 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
     if key in RENDERED and all(text in "\n".join(given) for text in own):
         return
     raise UserError(
-        f"{where}: {key} would be lost: a record with {'/'.join(shape.needs)} is read by "
-        f"{', '.join((*shape.needs, *shape.honours))} alone: put it into one of them, or leave it out"
+        f"{where}: {key} would be lost: a record with {'/'.join(shape.required_keys)} is read by "
+        f"{', '.join((*shape.required_keys, *shape.honours))} alone: put it into one of them, or leave it out"
     )
 
 
@@ -152,18 +154,18 @@ def _texts(value: Any) -> list[str]:
 
 
 def _turns(record: Record, shape: Shape) -> list[dict[str, Any]]:
-    return record[shape.needs[0]] if shape.turns else []
+    return record[shape.required_keys[0]] if shape.turns else []
 
 
 def _read_keys(record: Record, shape: Shape) -> list[str]:
     turns = _turns(record, shape)
     marked = {key for turn in turns for key in turn if key in FLAGS and turn[key] is not None}
-    flags = [f"{shape.needs[0]}[].{key}" for key in FLAGS if key in marked]
-    return [*shape.needs, *(key for key in shape.honours if record.get(key) is not None), *flags]
+    flags = [f"{shape.required_keys[0]}[].{key}" for key in FLAGS if key in marked]
+    return [*shape.required_keys, *(key for key in shape.honours if record.get(key) is not None), *flags]
 
 
 def _ignored(record: Record, shape: Shape) -> tuple[str, ...]:
-    known, at = {*shape.needs, *shape.honours, *FLAGS}, f"{shape.needs[0]}[]."
+    known, at = {*shape.required_keys, *shape.honours, *FLAGS}, f"{shape.required_keys[0]}[]."
     found = {key for key, value in record.items() if key not in known and not is_empty(value)}
     role, text = shape.turns or ("", "")
     for turn in _turns(record, shape):

@@ -273,7 +273,7 @@ def _mistakes() -> Iterator[None]:
         yield
     except RayTaskError as error:
         # Ray wraps what a task raised more than once, and keeps only the text of the innermost error
-        if mistake := re.search(r"ftray\.config\.UserError: (.*)", str(error)):
+        if mistake := re.search(r"ftray\.errors\.UserError: (.*)", str(error)):
             raise UserError(mistake[1]) from None
         raise
 

@@ -128,7 +128,7 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataC
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
         raise UserError(f"data {cfg.source}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
-    rare = next((label for label, count in seen.items() if count < task.least), None)
+    rare = next((label for label, count in seen.items() if count < task.min_label_count), None)
     if rare is not None:
         where = next(example.where for example in examples if rare in task.labels(example))
         raise UserError(

@@ -1,44 +1,12 @@
-"""Scoring a causal language model on tokenized records: loss and greedy generation."""
+"""Answers of a causal language model to tokenized prompts."""
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ftray.config import EvaluationConfig
-from ftray.data.loader import collate
-from ftray.data.tokens import IGNORE
-from ftray.evaluation.metrics import Scores
-from ftray.tasks.next_token import token_losses
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
-
-
-def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
-    """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
-    model.eval()
-    loss, tokens = _losses(model, rows, cfg.batch_size)
-    scores = Scores(loss, tokens)
-    if cfg.generate:
-        scores.add_generated(generate(model, tokenizer, rows, cfg), [row["target"] for row in rows])
-    return scores
-
-
-@torch.inference_mode()
-def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
-    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
-        columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
-        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
-        record = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
-        each = token_losses(model, batch).double().cpu()
-        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
-        counts[part] = torch.bincount(record, minlength=len(part)).numpy()
-    return losses, counts
 
 
 @torch.inference_mode()

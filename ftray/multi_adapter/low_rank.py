@@ -22,8 +22,8 @@ class LoraDelta:
 
     Attributes:
         a, b: [rank, in] and [out, rank], float32; where nothing is trained also bfloat16.
-        dropped: which elements of the adapter's rows [rows, in], see :func:`ftray.multi_adapter.dropout.zero`; None: none.
-            What keeps the mean is a part of `scaling`.
+        dropped: which elements of the adapter's rows [rows, in], see
+            :func:`ftray.multi_adapter.dropout.zero`; None: none. What keeps the mean is a part of `scaling`.
     """
 
     a: torch.Tensor
@@ -62,16 +62,16 @@ class PaddedSegments:
         return flat if self.places is None else flat.index_select(0, self.places)
 
 
-def padded_segments(spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[PaddedSegments]:
-    """The grids for adapters that have the `spans` (first row, end) of a batch of `rows`."""
+def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[PaddedSegments]:
+    """The grids for adapters that have the `segments` (first row, end) of a batch of `rows`."""
     alike: dict[int, list[int]] = {}
-    for i, (first, end) in enumerate(spans):
+    for i, (first, end) in enumerate(segments):
         alike.setdefault((end - first).bit_length(), []).append(i)
     found = []
     for members in alike.values():
-        lengths = tuple(spans[i][1] - spans[i][0] for i in members)
-        own = [torch.arange(*spans[i]) for i in members]
-        whole = sum(lengths) == rows  # spans don't overlap and come in order
+        lengths = tuple(segments[i][1] - segments[i][0] for i in members)
+        own = [torch.arange(*segments[i]) for i in members]
+        whole = sum(lengths) == rows  # segments don't overlap and come in order
         even = len(set(lengths)) == 1
         inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         laid = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])

@@ -38,15 +38,15 @@ class ServedSegments(AdapterSegments):
 class ServedLinear(SharedLinear):
     """Two products for the low-rank updates of all adapters, whatever their ranks (see S-LoRA, arXiv 2311.03285)."""
 
-    rows: ServedSegments
+    segments: ServedSegments
 
-    def __init__(self, base: torch.nn.Module, rows: ServedSegments):
-        super().__init__(base, rows)
+    def __init__(self, base: torch.nn.Module, segments: ServedSegments):
+        super().__init__(base, segments)
         self._together: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
 
-    def join(self, name: str, layer: BaseTunerLayer, draws: DropoutRNG) -> None:
-        super().join(name, layer, draws)
-        if type(layer) is LoraLinear and update_of(layer, draws, 0):
+    def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
+        super().join(name, layer, rng)
+        if type(layer) is LoraLinear and update_of(layer, rng, 0):
             layer.to(precision(layer.get_base_layer().weight))  # its factors are multiplied in no other
 
     def leave(self, name: str) -> None:
@@ -56,11 +56,11 @@ class ServedLinear(SharedLinear):
     def _add(
         self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[LoraDelta]
     ) -> torch.Tensor:
-        names = tuple(self.rows.spans[i][0] for i in places)
+        names = tuple(self.segments.spans[i][0] for i in places)
         if self._together is None or self._together[0] != names:
             a, b = (torch.cat(part) for part in ([u.a for u in updates], [u.b.T * u.scaling for u in updates]))
             self._together = names, a.to(precision(x)), b.to(precision(x))
         _, a, b = self._together
-        own = self.rows.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
+        own = self.segments.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
         result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
         return result

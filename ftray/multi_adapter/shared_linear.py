@@ -30,25 +30,25 @@ class AdapterSegments:
         self.spans: list[tuple[str, int, int]] = []
         self.mask: torch.Tensor | None = None
         self.places: torch.Tensor | None = None  # of the rows in the flattened mask, int64 [T]
-        self._grids: dict[tuple[int, tuple[tuple[int, int], ...]], list[PaddedSegments]] = {}
+        self._padded: dict[tuple[int, tuple[tuple[int, int], ...]], list[PaddedSegments]] = {}
 
     def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
         """The batch at hand is another one."""
         self.spans, self.mask = spans, mask
         self.places = None if mask is None else mask.flatten().nonzero().squeeze(1)
-        self._grids.clear()
+        self._padded.clear()
 
     @property
     def size(self) -> int:
         """AdapterSegments that a layer is given, padding included."""
         return self.spans[-1][2] if self.mask is None else self.mask.numel()
 
-    def padded_segments(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[PaddedSegments]:
+    def padded(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[PaddedSegments]:
         """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with that T and places."""
         key = x.shape[1], places  # where an adapter multiplies by itself, its rows are not among those of `x`
-        if key not in self._grids:
-            self._grids[key] = padded_segments(places, x.shape[1], x.device)
-        return self._grids[key]
+        if key not in self._padded:
+            self._padded[key] = padded_segments(places, x.shape[1], x.device)
+        return self._padded[key]
 
 
 class SharedLinear(nn.Module):
@@ -58,16 +58,16 @@ class SharedLinear(nn.Module):
         base: an `nn.Linear`, a `Conv1D` or a quantised layer.
     """
 
-    def __init__(self, base: nn.Module, rows: AdapterSegments):
+    def __init__(self, base: nn.Module, segments: AdapterSegments):
         super().__init__()
-        self.base, self.rows = base, rows
+        self.base, self.segments = base, segments
         self.members: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
         self.multiplies: set[str] = set()  # adapters that change the layer's input, and so must multiply by themselves
 
-    def join(self, name: str, layer: BaseTunerLayer, draws: DropoutRNG) -> None:
+    def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         """Let `layer`, PEFT's own, have the rows of adapter `name`."""
-        self.members[name] = layer, draws
-        if update_of(layer.eval(), draws, 0):  # adds to the layer's output
+        self.members[name] = layer, rng
+        if update_of(layer.eval(), rng, 0):  # adds to the layer's output
             return
         base: Any = layer.get_base_layer()
         weight = base.weight
@@ -87,14 +87,14 @@ class SharedLinear(nn.Module):
         self.multiplies.discard(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out], for the spans that `rows` holds now; what pads a batch comes out as zeros.
+        """[..., in] to [..., out], for the spans that `segments` hold now; what pads a batch comes out as zeros.
 
         Raises:
             PackingUnsupported: the layer is given other rows than the batch holds, as an expert is.
         """
-        flat, places = x.reshape(1, -1, x.shape[-1]), self.rows.places
-        if flat.shape[1] != self.rows.size:
-            raise PackingUnsupported(f"a layer that it adapts is given {flat.shape[1]} of {self.rows.size} tokens")
+        flat, places = x.reshape(1, -1, x.shape[-1]), self.segments.places
+        if flat.shape[1] != self.segments.size:
+            raise PackingUnsupported(f"a layer that it adapts is given {flat.shape[1]} of {self.segments.size} tokens")
         if places is None:
             result = self._rows(flat)
         else:
@@ -104,7 +104,7 @@ class SharedLinear(nn.Module):
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """[1, T, in] to [1, T, out]."""
-        spans = self.rows.spans
+        spans = self.segments.spans
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):
             if member := self.members.get(name):
@@ -144,9 +144,9 @@ class SharedLinear(nn.Module):
     def _add(
         self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[LoraDelta]
     ) -> torch.Tensor:
-        """`result` with the `updates` of the spans that are the keys of `places`, in that order."""
+        """`result` with the `updates` of the segments that are the keys of `places`, in that order."""
         factors = [factor for update in updates for factor in (update.a, update.b)]
-        return AddLowRank.apply(result, x, self.rows.grids(tuple(places.values()), x), updates, *factors)
+        return AddLowRank.apply(result, x, self.segments.padded(tuple(places.values()), x), updates, *factors)
 
 
 class _Answer:
@@ -168,7 +168,7 @@ class _Answer:
         return self.multiplied
 
 
-def update_of(layer: BaseTunerLayer, draws: DropoutRNG, rows: int) -> LoraDelta | None:
+def update_of(layer: BaseTunerLayer, rng: DropoutRNG, rows: int) -> LoraDelta | None:
     """What a plain LoRA or AdaLoRA layer adds, with its dropout drawn for `rows`; None for other layers."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -182,6 +182,6 @@ def update_of(layer: BaseTunerLayer, draws: DropoutRNG, rows: int) -> LoraDelta 
         return None
     dropout, dropped = layer.lora_dropout[name], None
     if isinstance(dropout, Dropout) and layer.training:
-        draws.begin(layer)
+        rng.begin(layer)
         dropped, scaling = dropout.draw(torch.Size([rows, a.shape[1]]), a.device), scaling * dropout.scale
     return LoraDelta(a, b, scaling, dropped)

@@ -43,7 +43,7 @@ def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> 
 
 
 def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
-    """Why a :func:`shared_model` can't stand for its base, of whose float32 logits `whole` it should make, from `hidden`."""
+    """Why a :func:`shared_model` can't stand for its base: from `hidden` it should make the float32 logits `whole`."""
     ours = shared.get_output_embeddings()(hidden).float()
     tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
     if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:

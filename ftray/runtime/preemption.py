@@ -66,7 +66,7 @@ def noticed() -> bool:
 
 
 class Notice:
-    """Tells workers that the driver ends; an asyncio actor of the job, for those without a board."""
+    """Tells workers that the driver ends; an asyncio actor of the job, for those without a broker."""
 
     def __init__(self) -> None:
         self.rung = asyncio.Event()

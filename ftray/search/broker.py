@@ -193,35 +193,35 @@ class TrialBroker:
 
 
 class TrialEndCallback(tune.Callback):
-    """Tells the board what only Tune's driver knows for sure: which trials are over."""
+    """Tells the broker what only Tune's driver knows for sure: which trials are over."""
 
-    def __init__(self, board: Any):
-        self.board = board
+    def __init__(self, broker: Any):
+        self.broker = broker
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It is finished, or was stopped early."""
-        self.board.leave.remote(trial.config["number"], for_good=True)
+        self.broker.leave.remote(trial.config["number"], for_good=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It failed and won't be tried again."""
-        self.board.leave.remote(trial.config["number"], for_good=True)
+        self.broker.leave.remote(trial.config["number"], for_good=True)
 
 
 class TrialProxy(tune.Trainable):
     """What Tune takes for a trial: hands its configuration to a pack and relays its reports."""
 
-    def setup(self, config: dict[str, Any], board: Any) -> None:
+    def setup(self, config: dict[str, Any], broker: Any) -> None:
         """Tune starts a trial in this process."""
-        self.board = board
+        self.broker = broker
         self._enter(config)
 
     def _enter(self, config: dict[str, Any]) -> None:
         self.number, self.heard = config["number"], 0
-        self._ask(self.board.enter.remote(self.number, config))
+        self._ask(self.broker.enter.remote(self.number, config))
 
     def step(self) -> dict[str, Any]:
         """The trial's next report."""
-        report = self._ask(self.board.next.remote(self.number, self.heard))
+        report = self._ask(self.broker.next.remote(self.number, self.heard))
         if "closed" in report:
             raise PacksGone(report["closed"])
         if "failure" in report:
@@ -243,7 +243,7 @@ class TrialProxy(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A scheduler puts the trial aside: the pack's own checkpoint has its weights."""
-        self._ask(self.board.leave.remote(self.number, for_good=False))
+        self._ask(self.broker.leave.remote(self.number, for_good=False))
         return {"heard": self.heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:

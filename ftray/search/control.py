@@ -71,11 +71,11 @@ class Requests(tune.Callback, tune.Stopper):
     """The driver's ear: stops the trials that were marked, at their next report.
 
     Args:
-        board: of the packs, which make that report at once; None: it comes at the trial's next rung.
+        broker: of the packs, which make that report at once; None: it comes at the trial's next rung.
     """
 
-    def __init__(self, sampler: Sampler, board: Any | None):
-        self.sampler, self.board = sampler, board
+    def __init__(self, sampler: Sampler, broker: Any | None):
+        self.sampler, self.broker = sampler, broker
         self.stopping: set[int] = set()
         self._heard = self._looked = 0.0
 
@@ -93,8 +93,8 @@ class Requests(tune.Callback, tune.Stopper):
         running = self.sampler._ot_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         asked = {trial.number for trial in running if trial.user_attrs.get(STOP)}
         for number in asked - self.stopping:
-            if self.board is not None:
-                self.board.hurry.remote(number)
+            if self.broker is not None:
+                self.broker.hurry.remote(number)
         self.stopping = asked
 
     def _take_up(self, asked: Stored) -> None:

@@ -152,9 +152,9 @@ def search(job: SearchContext, space: Space, output: Location, callbacks: list[t
         return
     if not TokenizedData.load(job.data).task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
-    with packs(job, experiment, cfg.search.trials - len(past)) as (board, room):
-        trainable = tune.with_parameters(TrialProxy, board=board)
-        _tune(trainable, room, job, space, output, [*callbacks, TrialEndCallback(board)], past, board)
+    with packs(job, experiment, cfg.search.trials - len(past)) as (broker, room):
+        trainable = tune.with_parameters(TrialProxy, broker=broker)
+        _tune(trainable, room, job, space, output, [*callbacks, TrialEndCallback(broker)], past, broker)
 
 
 def _tune(
@@ -165,13 +165,13 @@ def _tune(
     output: Location,
     callbacks: list[tune.Callback],
     past: list[FrozenTrial],
-    board: Any | None,
+    broker: Any | None,
 ) -> None:
     cfg = job.config
     # Tune would start one trial's process after the other; `room` says how many there may be
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
     sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, lambda: room.trials)
-    requests = Requests(sampler, board)
+    requests = Requests(sampler, broker)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
     budget = TimeBudget(cfg.search.time_budget or math.inf, room, has_result)
     tuner = tune.Tuner(

@@ -40,14 +40,14 @@ class Shapes:
         parameters: trained ones.
         activations: bytes that the backward pass keeps a token.
         fixed: bytes that it keeps besides, however many tokens there are (as the rotations of OFT).
-        apart: why it can't share a pass with other trials; None: it can.
+        isolation_reason: why it can't share a pass with other trials; None: it can.
     """
 
     corner: Corner
     parameters: int
     activations: float
     fixed: float
-    apart: str | None
+    isolation_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,11 @@ def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
         return "workers of its own: ZeRO 3 shares the base model out over them"
     if cfg.search.pack == "off":
         return "workers of its own: pack off"
-    return f"in a pack, by itself: {shapes.apart}" if shapes.apart else "in a pack, together with others"
+    return (
+        f"in a pack, by itself: {shapes.isolation_reason}"
+        if shapes.isolation_reason
+        else "in a pack, together with others"
+    )
 
 
 def show(result: dict[str, Any], console: Any) -> None:

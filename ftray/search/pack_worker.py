@@ -23,9 +23,9 @@ from ftray.data.ray_loader import RankedShards, training_row_groups, validation_
 from ftray.data.shards import WINDOW
 from ftray.errors import UserError
 from ftray.runtime.cluster import cpus_each, node_resources, room_for
-from ftray.runtime.metrics import PackMetrics
 from ftray.runtime.preemption import noticed
 from ftray.search.broker import SearchBroken, TrialBroker
+from ftray.search.metrics import PackMetrics
 from ftray.search.progress import last_line, training_failure
 from ftray.search.results import PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.sampler import BASELINE
@@ -47,7 +47,7 @@ class PackContext:
     """One pack's place in a search."""
 
     job: SearchContext
-    board: Any
+    broker: Any
     index: int
     experiment: Location
 
@@ -59,17 +59,17 @@ class Capacity:
     trials: int
     since: float | None = None
 
-    def measure(self, board: Any, packs: int) -> None:
+    def measure(self, broker: Any, packs: int) -> None:
         """Wait for the first pack."""
-        with suppress(ray.exceptions.RayError, RuntimeError):  # none comes: who waits for it is told by the board
-            self.trials = ray.get(board.capacity.remote(packs))
+        with suppress(ray.exceptions.RayError, RuntimeError):  # none comes: who waits for it is told by the broker
+            self.trials = ray.get(broker.capacity.remote(packs))
             self.since = time.monotonic()
             print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)
 
 
 @contextmanager
 def packs(job: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[Any, Capacity]]:
-    """The board, for `trials` to come, of as many packs as the cluster has room for; they load while Tune starts.
+    """The broker, for `trials` to come, of as many packs as the cluster has room for; they load while Tune starts.
 
     Raises:
         UserError: none of them started; the message says why.
@@ -77,26 +77,26 @@ def packs(job: SearchContext, experiment: Location, trials: int) -> Iterator[tup
     count = packs_that_fit(job)
     # beside the driver: then no other node's loss ends the search
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(trials)
-    places = [PackContext(job, board, i, experiment) for i in range(count)]
+    broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(trials)
+    places = [PackContext(job, broker, i, experiment) for i in range(count)]
     groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
     room = Capacity(min(EARLY, count * most_trials(job)))
-    for thread in (*groups, threading.Thread(target=room.measure, args=(board, count), daemon=True)):
+    for thread in (*groups, threading.Thread(target=room.measure, args=(broker, count), daemon=True)):
         thread.start()
     patience = threading.TIMEOUT_MAX
     try:
-        yield board, room
+        yield broker, room
     except SearchBroken as error:
         patience = 5.0  # seconds: a store that doesn't answer holds up each of a pack's last words for a minute
         with suppress(ray.exceptions.RayActorError):
-            if not ray.get(board.ready_packs.remote()):
+            if not ray.get(broker.ready_packs.remote()):
                 raise UserError(f"no pack could start: {error}") from None
         raise
     finally:
         with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
-            ray.get(board.close.remote("the search is over"))
+            ray.get(broker.close.remote("the search is over"))
             deadline = time.monotonic() + patience
-            for index in ray.get(board.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
+            for index in ray.get(broker.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
                 groups[index].join(max(0.0, deadline - time.monotonic()))
 
 
@@ -151,7 +151,7 @@ def _run(place: PackContext) -> None:
 
 def _close(place: PackContext, reason: str) -> None:
     with suppress(ray.exceptions.RayActorError):  # nobody is left to be told
-        ray.get(place.board.close.remote(reason))
+        ray.get(place.broker.close.remote(reason))
 
 
 def pack_worker(config: dict[str, Any]) -> bool:
@@ -172,7 +172,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
 
 
 class PackWorker:
-    """One worker's view of its pack: what the board orders, the trainer does."""
+    """One worker's view of its pack: what the broker orders, the trainer does."""
 
     def __init__(self, place: PackContext, trainer: Any):
         self.place, self.trainer = place, trainer
@@ -184,10 +184,10 @@ class PackWorker:
         self.metrics = PackMetrics(place.job.config.output, place.index) if first else None
 
     def size_up(self) -> None:
-        """Tell the board how many trials fit."""
+        """Tell the broker how many trials fit."""
         capacity = self.measured_capacity()
         if self.trainer.rank == 0:
-            ray.get(self.place.board.ready.remote(self.place.index, capacity))
+            ray.get(self.place.broker.ready.remote(self.place.index, capacity))
 
     def measured_capacity(self) -> int:
         """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
@@ -197,7 +197,7 @@ class PackWorker:
         return most if isinstance(self.place.job.config.search.pack, int) else min(fit, most)
 
     def train(self) -> bool:
-        """Until the board closes (true), or a rank's process has not long to live (false).
+        """Until the broker closes (true), or a rank's process has not long to live (false).
 
         Trials that are not over then leave a checkpoint of where they are.
         """
@@ -247,7 +247,7 @@ class PackWorker:
     def _orders(self, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
         orders = None
         if self.trainer.rank == 0:
-            orders = ray.get(self.place.board.orders.remote(self.place.index, reports, failures))
+            orders = ray.get(self.place.broker.orders.remote(self.place.index, reports, failures))
         return self.trainer.from_first_rank(orders)
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:

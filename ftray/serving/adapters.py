@@ -89,7 +89,7 @@ def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> P
 
 
 def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> PeftModel:
-    """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, adapter in float32.
+    """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, in float32.
 
     Raises:
         UserError: `source` holds no adapter of this base.

@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ftray.config import Config
+from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.serving.catalog import Catalog, find_catalog, model_of_run
 
@@ -94,8 +94,7 @@ def checked(cfg: Config) -> Catalog:
 
 def build(args: dict[str, Any]) -> serve.Application:
     """For `serve deploy`: `args` are the configuration's sections (see docs/configuration.md)."""
-    from ftray import cli
     from ftray.runtime.cluster import gpus_per_worker
 
-    cfg = model_of_run(cli.build(args))
+    cfg = model_of_run(config_from(args))
     return application(cfg, checked(cfg), key_digest(cfg), cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg))

@@ -1,8 +1,8 @@
 """Continuous batching over one base model and many adapters; imports no Ray.
 
-Every step runs one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next token of each
-sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie sorted by
-adapter, so that each adapter has one span. transformers' own continuous batching knows no adapters. See Orca
+Every step runs one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next
+token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie
+sorted by adapter, so that each adapter has one span. transformers' own continuous batching knows no adapters. See Orca
 (OSDI 2022), Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
@@ -75,13 +75,13 @@ class EngineAdapter:
 
     Attributes:
         layers: its adapted layers, by their path in the base model.
-        apart: why its sequences run by themselves; None: they share the batch.
+        isolation_reason: why its sequences run by themselves; None: they share the batch.
         users: sequences that are not done.
     """
 
     model: PeftModel
     layers: dict[str, Any]
-    apart: str | None
+    isolation_reason: str | None
     users: int = 0
     leaving: bool = False
 
@@ -96,7 +96,7 @@ class Engine:
         prompt_tokens: of all prompts, read in one step; answers that are being given go on between.
 
     Attributes:
-        apart: why no sequence of this base can share a batch; None: they can.
+        isolation_reason: why no sequence of this base can share a batch; None: they can.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, slots: int = 16, prompt_tokens: int = 256):
@@ -111,7 +111,7 @@ class Engine:
         self._rows, self._step = ServedSegments(), []  # type: tuple[ServedSegments, list[kv_cache.Step]]
         self.host = shared_model(base, kv_cache.NAME, step=self._step)
         self._cache = kv_cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
-        self.apart = self._obstacle()
+        self.isolation_reason = self._obstacle()
 
     @torch.no_grad()
     def _obstacle(self) -> str | None:
@@ -133,9 +133,9 @@ class Engine:
         return does_more(self.host, torch.cat(parts), whole)
 
     def prepare(self, model: PeftModel) -> EngineAdapter:
-        """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of the base."""
-        if self.apart:
-            return EngineAdapter(model, {}, self.apart)
+        """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of it."""
+        if self.isolation_reason:
+            return EngineAdapter(model, {}, self.isolation_reason)
         try:
             return EngineAdapter(model, tuner_layers(model, self.base), None)
         except PackingUnsupported as error:
@@ -143,13 +143,13 @@ class Engine:
 
     def add(self, name: str, adapter: EngineAdapter) -> None:
         """Let sequences ask for `name` from now on."""
-        draws = DropoutRNG(adapter.model, 0)
+        rng = DropoutRNG(adapter.model, 0)
         for path, layer in adapter.layers.items():
             place = self.host.get_submodule(path)
             if not isinstance(place, ServedLinear):
                 place = ServedLinear(place, self._rows)
                 self.host.set_submodule(path, place)
-            place.join(name, layer, draws)
+            place.join(name, layer, rng)
         self.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
@@ -202,7 +202,9 @@ class Engine:
         while self.waiting and len(self.running) + len(self.alone) < self.slots:
             sequence = self.waiting.popleft()
             adapter = self.adapters.get(sequence.adapter or "")
-            (self.alone if (adapter.apart if adapter else self.apart) else self.running).append(sequence)
+            (self.alone if (adapter.isolation_reason if adapter else self.isolation_reason) else self.running).append(
+                sequence
+            )
         if self.running:
             self._shared_step()
         for sequence in list(self.alone):
@@ -336,21 +338,21 @@ class Engine:
         positions: list[int] = []
         prompts: list[tuple[int, int, int, int]] = []
         last, lengths = [0] * len(plan), [0] * len(plan)
-        spans: list[tuple[str, int, int]] = []
+        segments: list[tuple[str, int, int]] = []
         for sequence, slot, new in plan:
             first, end = len(ids), len(ids) + len(new)
             name = sequence.adapter or ""  # the base model's name: no layer has a member of that
-            if spans and spans[-1][0] == name:
-                spans[-1] = (name, spans[-1][1], end)
+            if segments and segments[-1][0] == name:
+                segments[-1] = (name, segments[-1][1], end)
             else:
-                spans.append((name, first, end))
+                segments.append((name, first, end))
             if len(new) > 1:
                 prompts.append((slot, first, end, sequence.cached))
             ids += new
             slots += [slot] * len(new)
             positions += range(sequence.cached, sequence.cached + len(new))
             last[slot], lengths[slot] = end - 1, sequence.cached + len(new)
-        self._rows.set(spans)
+        self._rows.set(segments)
         where = torch.tensor(positions, device=device)
         self._step[:] = [
             kv_cache.Step(

@@ -1,6 +1,7 @@
 """vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models.
 
-The endpoint asks a :class:`VLLMReplica`, which asks Serve LLM's server; that one loads adapters by way of :class:`Adapters`.
+The endpoint asks a :class:`VLLMReplica`, which asks Serve LLM's server; that one loads adapters by
+way of :class:`Adapters`.
 See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
 """
 

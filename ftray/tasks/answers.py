@@ -103,9 +103,9 @@ class Task(task.PaddedTask):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
     metric = "squad_f1"
     shapes = (Shape("question", ("question", "context", "answers"), _parse, ("is_impossible",), REFUSED),)
-    needs = NEEDS
+    record_keys = NEEDS
     nothing: ClassVar[list[int]] = [-100, -100]
-    shown = (
+    usage_example = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
         "m = t.AutoModelForQuestionAnswering.from_pretrained('{path}'); "
         "print(m(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""

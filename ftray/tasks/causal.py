@@ -9,10 +9,9 @@ from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
 from ftray.data.loader import collate
 from ftray.data.tokens import IGNORE, Tokens, tokenize
-from ftray.evaluation.generation import score
 from ftray.evaluation.metrics import Scores
 from ftray.tasks import task
-from ftray.tasks.next_token import supervised_loss, supervised_tokens
+from ftray.tasks.next_token import score, supervised_loss, supervised_tokens
 from ftray.tasks.task import Batch, Row
 
 
@@ -23,8 +22,8 @@ class Task(task.Task):
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     shapes = records.SHAPES
-    needs = records.KNOWN
-    shown = "ftray serve --run {run}"
+    record_keys = records.KNOWN
+    usage_example = "ftray serve --run {run}"
     pad = True  # whoever has tried a model may find that it keeps the records of one row apart
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
@@ -36,7 +35,7 @@ class Task(task.Task):
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         return supervised_loss(model, batch, self.pad)
 
-    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+    def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         return supervised_tokens(batch)
 
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:

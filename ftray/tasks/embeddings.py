@@ -75,8 +75,8 @@ class Task(task.PaddedTask):
         Shape("scored pair", ("sentence1",), _scored, ("sentence2", "score"), beside=INSTRUCTED),
         Shape("pair", ("anchor", "positive"), _pair, ("negative",), REFUSED, INSTRUCTED),
     )
-    needs = NEEDS
-    shown = (
+    record_keys = NEEDS
+    usage_example = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); m = t.AutoModel."
         "from_pretrained('{path}'); print(m(**k('TEXT', return_tensors='pt')).last_hidden_state.mean(1))\""
     )

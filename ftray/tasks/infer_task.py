@@ -48,7 +48,7 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
         if all(key in record for key in keys):
             return name
     shape = recognise(record, SHAPES)
-    if not all(key in record for key in shape.needs):
+    if not all(key in record for key in shape.required_keys):
         refuse(record, shape.refuses, place)
         others = ", ".join("/".join(keys) for keys, _ in KEYS)
         has = ", ".join(map(str, record)) or "(none)"

@@ -23,8 +23,8 @@ class Task(task.PaddedTask):
     auto_class = "AutoModelForSeq2SeqLM"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     shapes = records.SHAPES
-    needs = "input/output, instruction/input/output or prompt/completion"
-    shown = (
+    record_keys = "input/output, instruction/input/output or prompt/completion"
+    usage_example = (
         "python -c \"import transformers as t; k = t.AutoTokenizer.from_pretrained('{path}'); "
         "m = t.AutoModelForSeq2SeqLM.from_pretrained('{path}'); "
         "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
@@ -36,7 +36,7 @@ class Task(task.PaddedTask):
         example, seen = super().parse_and_see(given, where)
         if example.messages is not None or not example.prompt:
             raise UserError(
-                f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.needs}, "
+                f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.record_keys}, "
                 "without system or history"
             )
         return example, seen

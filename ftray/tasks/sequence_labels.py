@@ -54,8 +54,8 @@ class Task(task.PaddedTask):
     has_labels = True
     least = 2
     shapes = (Shape("labelled text", ("text", "label"), _parse, ("text_pair",), REFUSED, SECOND),)
-    needs = NEEDS
-    shown = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
+    record_keys = NEEDS
+    usage_example = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
 
     def labels(self, example: Example) -> list[str]:
         return [example.label]

@@ -29,10 +29,10 @@ class Task(ABC):
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
         has_labels: whether records name classes; :meth:`labels` then gives them.
-        least: how often a class must occur in all records.
+        min_label_count: how often a class must occur in all records.
         shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
-        needs: the keys of a record, for messages.
-        shown: how the result is used, a line of shell; {path} is the merged model's directory, {run} the search's.
+        record_keys: the keys of a record, for messages.
+        usage_example: a line of shell that uses the result; {path} is the merged model's directory, {run} the search's.
     """
 
     auto_class: ClassVar[str]
@@ -41,10 +41,10 @@ class Task(ABC):
     metrics: ClassVar[Mapping[str, str]]
     metric: ClassVar[str] = "loss"
     has_labels: ClassVar[bool] = False
-    least: ClassVar[int] = 1
+    min_label_count: ClassVar[int] = 1
     shapes: ClassVar[Sequence[Shape]]
-    needs: ClassVar[str]
-    shown: ClassVar[str]
+    record_keys: ClassVar[str]
+    usage_example: ClassVar[str]
 
     def __init__(self, spec: TaskSpec):
         self.spec = spec
@@ -93,7 +93,7 @@ class Task(ABC):
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
 
-    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+    def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Supervised items (tokens, words, records) in `batch`: the loss of a step is the mean over all of them."""
         return int((batch["labels"] != IGNORE).sum())
 

@@ -61,8 +61,10 @@ class Task(task.PaddedTask):
     metric = "entity_f1"
     has_labels = True
     shapes = (Shape("tagged words", ("tokens", "tags"), _parse, refuses=REFUSED),)
-    needs = NEEDS
-    shown = "python -c \"import transformers as t; print(t.pipeline('token-classification', '{path}')('TEXT'))\""
+    record_keys = NEEDS
+    usage_example = (
+        "python -c \"import transformers as t; print(t.pipeline('token-classification', '{path}')('TEXT'))\""
+    )
 
     def labels(self, example: Example) -> list[str]:
         return example.tags

@@ -71,16 +71,16 @@ class Member:
         layers: its adapted layers, by their path in the base model.
         parameters: those that are trained.
         step: optimiser steps made.
-        apart: why its rows go through a model of its own, by themselves; None: they share the batch.
+        isolation_reason: why its rows go through a model of its own, by themselves; None: they share the batch.
     """
 
     model: PeftModel
     update: AdapterOptimizer
-    draws: DropoutRNG
+    rng: DropoutRNG
     layers: dict[str, BaseTunerLayer]
     parameters: list[nn.Parameter]
     step: int
-    apart: str | None
+    isolation_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Pack:
 
     Attributes:
         padded: each record has a row of its own in the batch, as the model does not keep records of one row apart.
-        apart: why no adapter of this model can share a batch; None: they can.
+        isolation_reason: why no adapter of this model can share a batch; None: they can.
         verdict: how records share a pass, and why not otherwise; one line for the log.
     """
 
@@ -133,9 +133,9 @@ class Pack:
         self.padded = False
         self.host = self._host()
         if self.task.packed:
-            self.apart = self._settle(longest)
+            self.isolation_reason = self._settle(longest)
         else:
-            self.apart = self.verdict = f"{self.task.spec.name} pads its records"
+            self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
     def _host(self) -> Any:
         implementation = self.base.config._attn_implementation if self.padded else attention.NAME
@@ -195,8 +195,8 @@ class Pack:
         """Logits of `records` [tokens, vocabulary], in a pass of the host: all but the first are rows of `owner`."""
         lengths = [len(ids) for ids in records]
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        spans = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
-        hidden = self._hidden(torch.cat(list(records))[None], positions, spans)
+        segments = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
+        hidden = self._hidden(torch.cat(list(records))[None], positions, segments)
         return list(self.host.get_output_embeddings()(hidden).split(lengths))
 
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -217,7 +217,7 @@ class Pack:
         Raises:
             PackingUnsupported: not even by itself do its records get what each of them gets alone.
         """
-        draws, apart, layers = DropoutRNG(model, seed, self.rank), self.apart, {}
+        rng, apart, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
         if not apart:
             try:
                 layers = tuner_layers(model, self.base)
@@ -228,13 +228,13 @@ class Pack:
             if not isinstance(place, SharedLinear):
                 place = SharedLinear(place, self._rows)
                 self.host.set_submodule(path, place)
-            place.join(name, layer, draws)
-        self.members[name] = Member(model.eval(), update, draws, layers, trainable(model), step, apart)
+            place.join(name, layer, rng)
+        self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, apart)
         if not apart and (reason := self._adapter_obstacle(name)):
             self.remove(name)
-            draws = DropoutRNG(model, seed, self.rank)
+            rng = DropoutRNG(model, seed, self.rank)
             apart = reason
-            self.members[name] = Member(model.eval(), update, draws, {}, trainable(model), step, apart)
+            self.members[name] = Member(model.eval(), update, rng, {}, trainable(model), step, apart)
         if apart and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
@@ -246,13 +246,11 @@ class Pack:
         Adapters of one kind run the same code: the first of each is tried.
         """
         member = self.members[name]
-        layers = (
-            (path, type(layer), update_of(layer, member.draws, 0) is None) for path, layer in member.layers.items()
-        )
-        kind = member.model.active_peft_config.peft_type, member.apart, tuple(layers)
+        layers = ((path, type(layer), update_of(layer, member.rng, 0) is None) for path, layer in member.layers.items())
+        kind = member.model.active_peft_config.peft_type, member.isolation_reason, tuple(layers)
         if kind not in self._probed:
             with probe.moved(member.parameters), torch.enable_grad():
-                find = self._differs_apart if member.apart else self._differs_shared
+                find = self._differs_apart if member.isolation_reason else self._differs_shared
                 self._probed[kind] = self._agreed(lambda: find(member, name))
         return self._probed[kind]
 
@@ -282,7 +280,7 @@ class Pack:
     def remove(self, name: str) -> PeftModel:
         """Let an adapter go; its model works by itself."""
         member = self.members.pop(name)
-        member.draws.end()
+        member.rng.end()
         for path in member.layers:
             self.host.get_submodule(path).leave(name)
         return member.model
@@ -372,8 +370,8 @@ class Pack:
             gradients[name] = _penalty_gradient(self.members[name].model)
         for units in self._passes([(n, i, batch) for n, own in batches.items() for i, batch in enumerate(own)]):
             for name, micro_batch, _ in units:
-                draws = self.members[name].draws
-                draws.step, draws.micro_batch = self.members[name].step, micro_batch
+                rng = self.members[name].rng
+                rng.step, rng.micro_batch = self.members[name].step, micro_batch
             parameters = {name: self.members[name].parameters for name, *_ in units}
             every = [p for own in parameters.values() for p in own]
             try:
@@ -426,28 +424,28 @@ class Pack:
             size = 0
             for unit in units:
                 tokens = unit[2]["input_ids"].numel()
-                full = now and (size + tokens > self.tokens or self.members[unit[0]].apart)
+                full = now and (size + tokens > self.tokens or self.members[unit[0]].isolation_reason)
                 if full or any(unit[0] == name for name, *_ in (*now, *later)):
                     later.append(unit)
                 else:
                     now.append(unit)
-                    size += tokens if not self.members[unit[0]].apart else self.tokens
+                    size += tokens if not self.members[unit[0]].isolation_reason else self.tokens
             yield now
             units = later
 
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
-        if self.members[units[0][0]].apart:
+        if self.members[units[0][0]].isolation_reason:
             rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
             loss = self.task.loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
-        spans = [(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)]
+        segments = [(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
-        hidden = self._hidden(row["input_ids"], row["position_ids"], spans)
+        hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         total, losses = HeadLoss.apply(
             hidden[positions.to(hidden.device)],
             self.host.get_output_embeddings(),
@@ -457,16 +455,16 @@ class Pack:
         return total, [part.double().sum().item() for part in losses.split(counts)]
 
     def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[tuple[str, int, int]]
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[tuple[str, int, int]]
     ) -> torch.Tensor:
         """What the head is given, [T, hidden size], for a packed row [1, T] of which each adapter has its span."""
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         if not self.padded:
-            self._rows.set(spans)
+            self._rows.set(segments)
             self._layout[:] = [attention.layout(position_ids, self.base.device)]
             return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         mask = padding_mask(positions)
-        self._rows.set(spans, mask)
+        self._rows.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
         hidden = self.host.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, self._rows.places)
@@ -484,7 +482,7 @@ def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
 
 
 def _count(task: Any, micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    return sum(task.items(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
+    return sum(task.num_targets(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
 
 
 def _columns(values: list[float], width: int) -> list[list[float]]:

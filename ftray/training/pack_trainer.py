@@ -178,7 +178,7 @@ class PackTrainer:
                 if loss is None:
                     exhausted.add(name)
                 losses[name] += loss or 0.0
-            supervised += self.pack.task.items(batch)
+            supervised += self.pack.task.num_targets(batch)
         *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
         seconds, failures = time.monotonic() - started, {}
         for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):

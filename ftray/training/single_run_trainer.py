@@ -13,7 +13,8 @@ NAME = "run"
 
 
 class SingleRunTrainer:
-    """As :class:`ftray.training.zero3_trainer.Zero3Trainer`, to the same losses; not for ZeRO 3, where no worker has the whole base.
+    """As :class:`ftray.training.zero3_trainer.Zero3Trainer`, to the same losses;
+    not for ZeRO 3, where no worker has the whole base.
 
     Attributes:
         measure, noticed: see there.

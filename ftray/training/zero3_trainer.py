@@ -114,7 +114,7 @@ class Zero3Trainer:
         step = self.history.step
         train_mode(self.engine.module)
         counts = self._sum(
-            [sum(self.task.items(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
+            [sum(self.task.num_targets(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
         )
         supervised, tokens = int(counts[0]), int(counts[1])
         total = torch.zeros((), device=self.device)
@@ -150,7 +150,7 @@ class Zero3Trainer:
                 break
             batch = batch or self.task.empty()
             loss += float(self.task.loss(self.engine, self._to_device(batch)))
-            supervised += self.task.items(batch)
+            supervised += self.task.num_targets(batch)
         loss, supervised = self._sum([loss, supervised])
         if not math.isfinite(loss):
             raise RunFailed(f"diverged: validation loss is {loss} after step {self.history.step}")

@@ -90,7 +90,7 @@ class Endpoint:
         self.cfg = Config.model_validate(settings).serving
         self.base, self.key, self.replicas, self.task = base, key, replicas, task
         self.registry = Registry(self.cfg, adapters)
-        self.dispatch = Router(self.cfg, replicas)
+        self.router = Router(self.cfg, replicas)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Endpoint:
 
     @api.get("/")
     async def page(self) -> Response:
-        return FileResponse(Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": PAGE_POLICY})
+        return FileResponse(Path(__file__).parents[1] / "page.html", headers={"Content-Security-Policy": PAGE_POLICY})
 
     @api.get("/v1/run")
     async def run(self, request: Request) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class Endpoint:
     @api.get("/metrics")
     async def metrics(self, request: Request) -> Response:
         self._authorize(request)
-        usage = self.dispatch.usage
-        usage.under_way.set(self.dispatch.under_way)
+        usage = self.router.usage
+        usage.under_way.set(self.router.under_way)
         return Response(generate_latest(usage.registry), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/v1/models")
@@ -217,10 +217,10 @@ class Endpoint:
         self._answers(task)
         if not asked.texts or not all(asked.texts) or len(asked.texts) > MOST_TEXTS:
             raise APIError(400, f"input: from 1 to {MOST_TEXTS} texts that are not empty", "input", "invalid_value")
-        self.dispatch.room()
+        self.router.room()
         offer, most = self._offer(asked.model), self.cfg.max_prompt_tokens
         job = PoolingRequest(asked.texts, pairs, offer.id if offer else None, offer.source if offer else None, most)
-        return await self.dispatch.read(asked.model, job)
+        return await self.router.read(asked.model, job)
 
     def _answers(self, task: str) -> None:
         """Refuse what the models here aren't for."""
@@ -291,25 +291,25 @@ class Endpoint:
 
     async def _respond(self, asked: GenerationParameters, job: GenerationRequest) -> Response:
         self._answers("CAUSAL_LM")
-        self.dispatch.room()
-        wording = (
+        self.router.room()
+        response = (
             ChatCompletionResponse(asked) if isinstance(asked, ChatCompletionRequest) else CompletionResponse(asked)
         )
         if asked.stream:
-            events = self.dispatch.parts(asked.model, job)
+            events = self.router.parts(asked.model, job)
             first = await anext(events)  # so that what is refused gets its status
-            return StreamingResponse(self._streamed(asked, wording, first, events), media_type="text/event-stream")
+            return StreamingResponse(self._streamed(asked, response, first, events), media_type="text/event-stream")
         parts: list[OutputDelta] = []
         prompt_tokens = 0
-        async for got in self.dispatch.parts(asked.model, job):
+        async for got in self.router.parts(asked.model, job):
             prompt_tokens = got.prompt_tokens or prompt_tokens
             parts += got.parts
         count = sum(part.count for part in parts)
-        whole = wording.whole(parts, len(job.prompts or [0]) * job.n)
+        whole = response.whole(parts, len(job.prompts or [0]) * job.n)
         return JSONResponse(whole | {"usage": usage(prompt_tokens, count)})
 
     async def _streamed(
-        self, asked: GenerationParameters, wording: Any, first: OutputDeltas, events: AsyncIterator[OutputDeltas]
+        self, asked: GenerationParameters, response: Any, first: OutputDeltas, events: AsyncIterator[OutputDeltas]
     ) -> AsyncIterator[str]:
         count, with_usage = 0, bool(asked.stream_options and asked.stream_options.include_usage)
         try:
@@ -318,10 +318,10 @@ class Endpoint:
                     count += part.count
                     if (part.finish or "").startswith("error"):
                         raise APIError(500, part.finish or "", code="model_error")
-                for chunk in wording.chunks(got.parts):
+                for chunk in response.chunks(got.parts):
                     yield event(chunk | ({"usage": None} if with_usage else {}))
             if with_usage:
-                yield event(wording.chunk([]) | {"usage": usage(first.prompt_tokens or 0, count)})
+                yield event(response.chunk([]) | {"usage": usage(first.prompt_tokens or 0, count)})
             yield "data: [DONE]\n\n"
         except APIError as error:
             yield f"event: error\n{event(error.body)}"
