@@ -34,8 +34,7 @@ def probe_records(model: Any, longest: int | None = None) -> list[torch.Tensor]:
     if isinstance(window, int) and (longest is None or window < longest):
         lengths.append(window + 7)
     special = {v for k, v in config.to_dict().items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    words = model.get_input_embeddings().weight.shape[0]
-    plain = torch.tensor([i for i in range(min(words, 4096)) if i not in special])
+    plain = torch.tensor([i for i in range(min(config.vocab_size, 4096)) if i not in special])
     draw = torch.Generator().manual_seed(0)
     return [plain[torch.randint(len(plain), (length,), generator=draw)] for length in lengths]
 
