@@ -13,9 +13,11 @@ from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, TrainableTokensCo
 from test_search import run as run_command
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
+from ftray.adapters import lora_init
 from ftray.adapters.merge import merge, noise, outputs, refuse, relative, save_merged
+from ftray.adapters.methods import attach
 from ftray.cli import main
-from ftray.config import Config, ModelConfig
+from ftray.config import AdapterConfig, Config, ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.search.trial_worker import SearchContext
@@ -121,6 +123,32 @@ def test_what_was_learnt_for_one_of_two_layers_stays_with_it(name, tmp_path):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     if name == "head":  # for readers other than transformers, which go by it
         assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("make", [tied_llama, gpt2, t5])
+def test_full_fine_tuning_trains_head_and_embeddings_whatever_they_are_called(make, tmp_path):
+    task = SEQ2SEQ if make is t5 else CAUSAL
+    base, adapter = saved(make, tmp_path / "base"), tmp_path / "adapter"
+    model = attach(load_base(FP32, base, task), AdapterConfig(method="full"), 3, 0)
+    plain = outputs(model, TEXTS)
+    ids = torch.tensor([TEXTS[0]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    learns = {id(p) for p in model.parameters() if p.grad is not None}
+    head = model.get_output_embeddings().modules_to_save["default"].weight
+    assert id(head) in learns
+    for parameter in model.parameters():
+        if id(parameter) in learns:
+            parameter.data.sub_(parameter.grad.sign(), alpha=0.02)
+    adapter.mkdir()
+    lora_init.save(model, adapter)
+    wanted = outputs(model, TEXTS)
+    assert relative(plain, wanted) > 0.01
+    again = PeftModel.from_pretrained(load_base(FP32, base, task), adapter)
+    assert relative(wanted, outputs(again, TEXTS)) < 1e-6
+    assert save_merged(FP32, base, adapter, tmp_path / "merged", task, TEXTS)["difference"] < 1e-6
+    merged = getattr(transformers, task.load().auto_class).from_pretrained(tmp_path / "merged")
+    assert relative(wanted, outputs(merged, TEXTS)) < 1e-6
+    assert torch.equal(merged.get_output_embeddings().weight, head)
 
 
 def test_an_untied_model_stays_as_it_is(tmp_path):

@@ -95,9 +95,12 @@ class FullParameters(Parameters):
 
 def _full(p: FullParameters, targets: list[str], model: Any, steps: int) -> Any:
     from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    embeddings = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
+    if not embeddings.endswith(EMBEDDING_LAYER_NAMES[0]):  # by which PEFT knows them: others it would not train as one
+        tied = set()
     own = {
         module: name
         for name, module in model.named_modules()
