@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import compare
-from ftray.training.pack import Pack, PlainUpdate, share, trainable
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.training.pack import Pack, TorchOptimizer
 
 RANKS = (4, 8, 16, 32)
 TOKENS = 64
@@ -46,13 +47,13 @@ def load(size: str, dtype: str) -> Any:
     return base.requires_grad_(False)
 
 
-def adapter(base: Any, index: int) -> tuple[Any, PlainUpdate]:
+def adapter(base: Any, index: int) -> tuple[Any, TorchOptimizer]:
     """One adapter over the shared base and what makes its steps."""
     torch.manual_seed(index)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANKS[index % len(RANKS)], lora_alpha=16, target_modules=TARGETS)
     model = get_peft_model(share(base), config)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
-    return model, PlainUpdate(model, optimizer, None, 1.0)
+    return model, TorchOptimizer(model, optimizer, None, 1.0)
 
 
 def record(index: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -121,7 +121,7 @@ def stored(journal: Path) -> float:
     """Seconds to put the journal into an S3 server on loopback (moto), as is done after each report."""
     from moto.server import ThreadedMotoServer
 
-    from ftray.storage import Stored
+    from ftray.storage.location import Stored
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(port=0, verbose=False)
@@ -138,8 +138,8 @@ def stored(journal: Path) -> float:
 
 def plan(windows: int) -> dict[str, float]:
     """Seconds and memory to lay out an epoch of `windows` windows of 1,024 records for a worker's stream."""
+    from ftray.data.row_groups import row_group_order as readings
     from ftray.data.shards import WINDOW, Split, TokenizedData
-    from ftray.data.windows import plan as readings
 
     before = memory()
     split = Split(windows=[WINDOW] * windows, records=WINDOW * windows)
@@ -158,12 +158,12 @@ def plan(windows: int) -> dict[str, float]:
 
 def searched(trials: int, output: Path) -> dict[str, float]:
     """The real search: seconds a trial takes it, from a report's making to Tune's hearing it, the driver's memory."""
-    from ftray.search.cluster import connect, quiet
+    from ftray.runtime.cluster import connect, quiet
 
     quiet()
     from ray import tune
 
-    from ftray.search import experiment
+    from ftray.search import driver
     from ftray.search.space import load_space
 
     cfg, made, latencies = settings(trials), {}, []
@@ -175,12 +175,12 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
     @contextlib.contextmanager
     def stub(job: Any, place: Any) -> Iterator[tuple[Any, int]]:
-        """In place of :func:`ftray.search.packed.packs`: the same board, and a thread that makes reports up."""
+        """In place of :func:`ftray.search.pack_worker.packs`: the same board, and a thread that makes reports up."""
         import ray
 
-        from ftray.search.exchange import Board
+        from ftray.search.broker import TrialBroker
 
-        board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
+        board = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote()
         ray.get(board.ready.remote(0, 8))
 
         def train() -> None:
@@ -201,11 +201,11 @@ def searched(trials: int, output: Path) -> dict[str, float]:
         thread.join()
 
     connect(cfg)
-    experiment.packs = stub
-    experiment.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
+    driver.packs = stub
+    driver.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
     before, started = memory(), time.monotonic()
     job = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
-    experiment.search(job, load_space("methods"), output, [Listener()])
+    driver.search(job, load_space("methods"), output, [Listener()])
     seconds = time.monotonic() - started
     row = {
         "trials": trials,

@@ -134,16 +134,16 @@ def run_ours(args: argparse.Namespace) -> None:
     """The search as `ftray tune` runs it, up to the last trial's end."""
     import yaml
 
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     quiet()
 
     from ftray.config import Config
     from ftray.models.find import find
-    from ftray.search.cluster import connect, gpus_per_worker
-    from ftray.search.experiment import search
-    from ftray.search.solo import Job
+    from ftray.runtime.cluster import connect, gpus_per_worker
+    from ftray.search.driver import search
     from ftray.search.space import load_space
+    from ftray.search.trial_worker import SearchContext
 
     asha, output = args.goal is not None, Path(args.output)
     output.mkdir()
@@ -158,7 +158,7 @@ def run_ours(args: argparse.Namespace) -> None:
     heard: list[tuple[float, float]] = []
     path = find(cfg.model.name)
     connect(cfg)
-    job = Job(cfg, path, shards(args.cache), gpus_per_worker(cfg))
+    job = SearchContext(cfg, path, shards(args.cache), gpus_per_worker(cfg))
     search(job, load_space(str(output / "space.yaml")), output, [listener(heard, args.goal)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 

@@ -32,12 +32,12 @@ def main() -> int:
     from benchmarks import usual
     from ftray.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
     from ftray.data import prepare
-    from ftray.data.stream import batches
+    from ftray.data.loader import batches
     from ftray.models.find import find
     from ftray.models.load import choose_dtype, load_tokenizer
-    from ftray.training.pack import share
-    from ftray.training.packed import PackTrainer
-    from ftray.training.run import Run
+    from ftray.multi_adapter.shared_model import share
+    from ftray.training.pack_trainer import PackTrainer
+    from ftray.training.run_spec import RunSpec
 
     transformers.logging.set_verbosity_error()
     path, model = find("smollm2-135m"), ModelConfig(dtype=args.dtype)
@@ -54,7 +54,7 @@ def main() -> int:
     pack = PackTrainer(model, path)
     settings = TrainingConfig(batch_size=usual.BATCH, learning_rate=LORA["learning_rate"])
     adapter = {k: LORA[k] for k in ("rank", "alpha", "dropout")} | {"target_modules": TARGETS}
-    run = Run(model, path, AdapterConfig(method="lora", **adapter), settings, steps)
+    run = RunSpec(model, path, AdapterConfig(method="lora", **adapter), settings, steps)
     base = usual.load(path, choose_dtype(model))
     print(f"{len(rows)} records, {supervised} supervised tokens, {steps} steps, base {base.dtype}")
     losses: dict[str, list[float]] = {"ours": [], "peer": []}

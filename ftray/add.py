@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from ftray.cli import build, run_command
-from ftray.config import AdapterConfig, Config, UserError
+from ftray.config import AdapterConfig, Config
+from ftray.errors import UserError
 
 
 def run(cfg: Config) -> int:
@@ -15,19 +16,19 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: the configuration can't be read, or could not be trained; the search has not begun.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     quiet()
-    from ftray.adapters.limits import try_on
+    from ftray.adapters.compatibility import dry_run
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
-    from ftray.search.definition import SPACE, running_since
+    from ftray.search.control import ask_to_add
     from ftray.search.jobs import output_of
-    from ftray.search.outcome import JOURNAL
-    from ftray.search.requests import ask_to_add
+    from ftray.search.results import JOURNAL
+    from ftray.search.run_manifest import SPACE, running_since
     from ftray.search.space import load_space
     from ftray.status import searched
-    from ftray.tasks import TaskSpec
+    from ftray.task_spec import TaskSpec
 
     configuration, output = parsed(cfg.request.configuration), output_of(cfg)
     of = searched(output)
@@ -35,7 +36,7 @@ def run(cfg: Config) -> int:
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     settings = build({"training": of.training.model_dump() | configuration["training"]}).training
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
-    try_on(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
+    dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
     number = ask_to_add(output / JOURNAL, of, space, configuration)
     if number >= of.search.trials:

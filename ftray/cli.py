@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ftray.config import Config, Terminated, UserError, near
+from ftray.config import Config
+from ftray.errors import Terminated, UserError, near
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 
 FILE = "evaluation.json"
 
@@ -23,20 +24,20 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
+    from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import check, prepare
-    from ftray.tasks import TaskSpec
-    from ftray.tasks.choose import resolve
+    from ftray.task_spec import TaskSpec
+    from ftray.tasks.infer_task import infer_task
 
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
     data_cfg = data_settings(cfg, adapters[0] if adapters else None)
     task = saved_task(cfg, adapters)
-    cfg = resolve(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
+    cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
 
     from ftray.models.load import load_tokenizer, own_labels  # takes seconds: a name misspelt has been found by now
 
@@ -46,8 +47,8 @@ def run(cfg: Config) -> int:
 
     import ray
 
-    from ftray.search.cluster import connect, on_hardware
-    from ftray.search.outcome import write_json
+    from ftray.runtime.cluster import connect, on_hardware
+    from ftray.search.results import write_json
 
     connect(cfg)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
@@ -90,11 +91,11 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     """
     from peft import PeftModel
 
-    from ftray.adapters.saved import find_adapter
+    from ftray.adapters.discovery import find_adapter
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare
     from ftray.models.load import load_on_device, load_tokenizer
-    from ftray.training.pack import share
+    from ftray.multi_adapter.shared_model import share
 
     shards, split = TokenizedData.load(data), cfg.evaluation.split
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray.cli import run_command
-from ftray.config import Config, DataConfig, UserError
+from ftray.config import Config, DataConfig
+from ftray.errors import UserError
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -25,11 +26,11 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before weights are read.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, data_settings, find_adapter, saved_task
+    from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
 
     asked = cfg.generation
     if asked.prompt is not None and asked.file is not None:
@@ -83,7 +84,7 @@ class Renderer:
         Raises:
             UserError: not such a record; says where.
         """
-        from ftray.data.formats import parse
+        from ftray.data.records import parse
         from ftray.data.tokens import tokenize
 
         if "text" in record and len(record) == 1:  # to be continued, not answered
@@ -195,7 +196,7 @@ class Generator:
 
     def batch(self, prompts: list[list[int]]) -> list[str]:
         """The answers, in the order of `prompts`, decoded `evaluation.batch_size` at once."""
-        from ftray.evaluation.score import generate
+        from ftray.evaluation.generation import generate
 
         settings = self.cfg.evaluation.model_copy(update={"max_new_tokens": self.cfg.generation.max_new_tokens})
         rows = [{"input_ids": prompt, "prompt_tokens": len(prompt)} for prompt in prompts]

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 
 
 def run(cfg: Config) -> int:
@@ -19,11 +20,11 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before weights are read.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.saved import base_of, find_adapter, saved_task
+    from ftray.adapters.discovery import base_of, find_adapter, saved_task
 
     output = _output(cfg)
     if not cfg.adapters:
@@ -34,7 +35,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.merge import save_merged, save_model
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
-    from ftray.storage import written
+    from ftray.storage.location import atomic_dir
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
     if [name for name in cfg.adapters if is_checkpoint(name) and not _has_adapter(name)]:
@@ -63,7 +64,7 @@ def run(cfg: Config) -> int:
         if cfg.merge.form == "model":
             save_merged(cfg.model, base, one, output, task)
         else:
-            with written(output) as made:
+            with atomic_dir(output) as made:
                 shutil.copytree(one, made, dirs_exist_ok=True)
                 load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(made)
     print(f"{cfg.merge.form} {output}")
@@ -84,7 +85,7 @@ def _output(cfg: Config) -> Path:
 
 
 def _has_adapter(name: str) -> bool:
-    from ftray.adapters.saved import find_adapter
+    from ftray.adapters.discovery import find_adapter
 
     try:
         return bool(find_adapter(name, with_weights=False))

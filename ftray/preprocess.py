@@ -21,16 +21,16 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything wrong with the data.
     """
-    from ftray.search.cluster import connect, quiet
+    from ftray.runtime.cluster import connect, quiet
 
     if not cfg.verbose:
         quiet()
     from ftray.data import check, prepare
     from ftray.models.find import find
-    from ftray.tasks.choose import resolve
+    from ftray.tasks.infer_task import infer_task
 
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = infer_task(cfg, model_path)
 
     from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
 
@@ -77,7 +77,7 @@ def describe(data: TokenizedData) -> str:
 
 def padding_share(data: TokenizedData, rows: int = ROWS) -> float:
     """The share of padding in batches of `rows` records."""
-    from ftray.data.stream import batches
+    from ftray.data.loader import batches
 
     task = data.task.load()
     if task.packed:

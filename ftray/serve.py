@@ -6,7 +6,8 @@ import sys
 import threading
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 
 
 def run(cfg: Config) -> int:
@@ -15,12 +16,12 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import connect, cpus_each, gpus_per_worker, quiet
+    from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
     from ftray.serving.app import application, checked, key_digest
-    from ftray.serving.offers import model_of_run
+    from ftray.serving.catalog import model_of_run
 
     cfg = model_of_run(cfg)
     key, what = key_digest(cfg), checked(cfg)

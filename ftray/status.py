@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.cli import build, run_command
-from ftray.config import Config, UserError
-from ftray.storage import Location, reason
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.storage.location import Location, reason
 
 STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
 
@@ -22,7 +23,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: `output` holds no search.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     quiet()
     from ftray.search.jobs import output_of
@@ -85,10 +86,10 @@ def read(output: Location) -> Search:
     Raises:
         UserError: there is no search, or it has not come to its first trial.
     """
-    from ftray.search.definition import DATA, running_since
-    from ftray.search.outcome import JOURNAL
+    from ftray.search.control import ADDED, STOP
     from ftray.search.progress import describe
-    from ftray.search.requests import ADDED, STOP
+    from ftray.search.results import JOURNAL
+    from ftray.search.run_manifest import DATA, running_since
     from ftray.search.rungs import budget, rung_records
     from ftray.search.sampler import past_trials
 
@@ -131,7 +132,7 @@ def searched(output: Location) -> Config:
     """
     import yaml
 
-    from ftray.search.definition import CONFIG, SPACE
+    from ftray.search.run_manifest import CONFIG, SPACE
 
     try:
         there = (output / CONFIG).exists() and (output / SPACE).exists()

@@ -3,7 +3,8 @@
 import sys
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 
 
 def run(cfg: Config) -> int:
@@ -12,13 +13,13 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: no trial is named, or it does not run.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     quiet()
-    from ftray.search.definition import running_since
+    from ftray.search.control import ask_to_stop
     from ftray.search.jobs import output_of
-    from ftray.search.outcome import JOURNAL
-    from ftray.search.requests import ask_to_stop
+    from ftray.search.results import JOURNAL
+    from ftray.search.run_manifest import running_since
     from ftray.status import searched
 
     number = cfg.request.trial

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 from ftray.cli import run_command
-from ftray.config import Config, UserError
-from ftray.storage import Stored, located, refuse_unreachable
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.storage.location import Stored, parse_location, refuse_unreachable
 
 
 def run(cfg: Config) -> int:
@@ -14,38 +15,38 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import check_address, connect, end_with_ray, gpus_per_worker, quiet
+    from ftray.runtime.cluster import check_address, connect, end_with_ray, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
     from ftray.models.find import find
-    from ftray.tasks.choose import resolve
+    from ftray.tasks.infer_task import infer_task
 
-    output = located(cfg.output)
+    output = parse_location(cfg.output)
     if isinstance(output, Stored):
         refuse_unreachable(output)
     if (output / "train").exists() and not cfg.resume:
         raise UserError(f"output {output} already holds a run: add --resume to go on, or name another")
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = infer_task(cfg, model_path)
 
     # these take seconds to import: a name misspelt has been found by now
-    from ftray.adapters.limits import try_on
+    from ftray.adapters.compatibility import dry_run
     from ftray.data import check, prepare
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.training.run import accumulation_steps
+    from ftray.training.run_spec import accumulation_steps
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = check(cfg.data, tokenizer, cfg.task)
-    try_on(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
+    dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
 
     from ray.train import TrainingFailedError
 
-    from ftray.search.outcome import save_best_adapter, write_config
-    from ftray.search.preemption import ending_on_sigterm, notice
+    from ftray.runtime.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line
-    from ftray.search.solo import CUT_OFF, Job, trainer
+    from ftray.search.results import save_best_adapter, write_config
+    from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer
 
     # no rungs here: validations are spaced evenly
     cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
@@ -54,7 +55,7 @@ def run(cfg: Config) -> int:
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
-    job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
     try:
         with ending_on_sigterm(), notice():
             cut_off = True

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config, UserError
-from ftray.storage import Location, Stored, fetched, located, reason
-from ftray.tasks import TaskSpec
+from ftray.config import AdapterConfig, Config
+from ftray.errors import UserError
+from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason
+from ftray.task_spec import TaskSpec
 
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
 
@@ -24,23 +25,23 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.search.cluster import quiet
+    from ftray.runtime.cluster import quiet
 
     if not cfg.verbose:
         quiet()
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
-    from ftray.search.cluster import check_address, connect, end_with_ray
-    from ftray.search.definition import is_full, sole_driver, write_definition
-    from ftray.search.exchange import Broken
+    from ftray.runtime.cluster import check_address, connect, end_with_ray
+    from ftray.runtime.preemption import ending_on_sigterm
+    from ftray.search.broker import SearchBroken
     from ftray.search.jobs import announce
-    from ftray.search.outcome import JOURNAL
-    from ftray.search.preemption import ending_on_sigterm
+    from ftray.search.results import JOURNAL
+    from ftray.search.run_manifest import is_full, sole_driver, write_definition
     from ftray.search.sampler import mend
 
     check_address(cfg)
-    output = located(cfg.output)
+    output = parse_location(cfg.output)
     try:
         with sole_driver(output):
             if isinstance(output, Path):
@@ -56,7 +57,7 @@ def run(cfg: Config) -> int:
     except Exception as error:
         if is_full(output, error):
             why = f"output {output}: its disk is full: make room, then"
-        elif isinstance(error, Broken):
+        elif isinstance(error, SearchBroken):
             why = f"{error};"
         elif isinstance(output, Stored) and isinstance(error, OSError):
             why = f"{output}: {reason(error)};"
@@ -70,17 +71,17 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
 
     Raises:
-        Broken: see :func:`ftray.search.experiment.search`.
+        SearchBroken: see :func:`ftray.search.driver.search`.
     """
     import ray
 
     from ftray.data import prepare
     from ftray.preprocess import describe, padding_share
-    from ftray.search.cluster import gpus_per_worker, on_hardware
-    from ftray.search.definition import write_data
-    from ftray.search.experiment import search
-    from ftray.search.metrics import Metrics
-    from ftray.search.outcome import (
+    from ftray.runtime.cluster import gpus_per_worker, on_hardware
+    from ftray.runtime.metrics import Metrics
+    from ftray.search.driver import search
+    from ftray.search.progress import Progress
+    from ftray.search.results import (
         model_card,
         save_best_adapter,
         say_damaged,
@@ -88,9 +89,9 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         write_json,
         write_leaderboard,
     )
-    from ftray.search.progress import Progress
-    from ftray.search.solo import Job, release
+    from ftray.search.run_manifest import write_data
     from ftray.search.trackers import trackers
+    from ftray.search.trial_worker import SearchContext, release
 
     started = time.monotonic()
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
@@ -98,7 +99,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    job = Job(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
     budget = job.budget()
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
@@ -151,16 +152,16 @@ def show_plan(cfg: Config, space: Any, model_path: str) -> int:
 
     from ftray.data import prepare
     from ftray.preprocess import describe
-    from ftray.search.cluster import connect, gpus_per_worker
-    from ftray.search.plan import plan
-    from ftray.search.plan import show as show_estimates
-    from ftray.search.solo import Job
+    from ftray.runtime.cluster import connect, gpus_per_worker
+    from ftray.search.estimate import estimate
+    from ftray.search.estimate import show as show_estimates
+    from ftray.search.trial_worker import SearchContext
 
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    result = plan(Job(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
+    result = estimate(SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
     return 0
@@ -175,21 +176,21 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     from ftray.models.find import find
     from ftray.search.space import load_space
     from ftray.search.trackers import check_trackers
-    from ftray.tasks.choose import resolve
+    from ftray.tasks.infer_task import infer_task
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
     model_path = find(cfg.model.name)
-    cfg = resolve(cfg, model_path)
+    cfg = infer_task(cfg, model_path)
 
     # these take seconds to import: a name misspelt has been found by now
-    from ftray.adapters.limits import refuse, try_on
+    from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data import check as check_data
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.definition import check_output, packable
+    from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
-    from ftray.training.run import accumulation_steps
+    from ftray.training.run_spec import accumulation_steps
 
     packable(cfg, space)
     check_output(cfg, space)
@@ -202,7 +203,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
         if adapter in tried:  # corners may differ in their training settings alone: PEFT knows the adapter already
             refuse(adapter, cfg.model, settings)
         else:
-            try_on(adapter, skeleton, cfg.model, settings)
+            dry_run(adapter, skeleton, cfg.model, settings)
             tried.append(adapter)
         accumulation_steps(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
@@ -216,7 +217,7 @@ def prove_and_merge(job: Any, output: Location) -> dict[str, Any]:
         generated text, and `merged`: its `path` and, where the base was quantised and it is not, its own `loss`; or the
         `reason` why there is none.
     """
-    with fetched(output / "best" / "adapter") as adapter:
+    with as_local_dir(output / "best" / "adapter") as adapter:
         return _prove(job, adapter, output / "best" / "merged")
 
 
@@ -249,7 +250,7 @@ def _prove(job: Any, adapter: Path, place: Location) -> dict[str, Any]:
     except UserError as error:
         merged = {"reason": str(error)}
     if cfg.model.quantization != "none" and "path" in merged:
-        with fetched(place) as made:
+        with as_local_dir(place) as made:
             whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
         quick = cfg.evaluation.model_copy(update={"generate": False})
         merged["loss"] = task.score(whole, tokenizer, rows, quick).values()["loss"]

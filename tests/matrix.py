@@ -16,20 +16,22 @@ from peft import PeftModel
 from test_tasks import CASES, write
 from transformers import AutoModelForCausalLM
 
-from ftray.adapters.limits import refuse, try_on
+from ftray.adapters.compatibility import dry_run, refuse
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import METHODS, attach
 from ftray.cli import build
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.data import prepare
-from ftray.data.stream import batches, collate
+from ftray.data.loader import batches, collate
+from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tasks.embeddings import SCALE
-from ftray.training.loop import Trainer
-from ftray.training.loss import token_losses
-from ftray.training.pack import Pack, PlainUpdate, share, trainable
-from ftray.training.run import Run
+from ftray.tasks.next_token import token_losses
+from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.run_spec import RunSpec
+from ftray.training.zero3_trainer import Zero3Trainer
 
 STEPS = 12
 LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
@@ -117,25 +119,25 @@ def task_records(task: str, path: str, directory: Path) -> tuple[TaskSpec, dict[
     return data.task, next(batches(data, 0, 0, 16))
 
 
-def run(variant: str, precision: str, path: str, task: TaskSpec = CAUSAL, **training) -> Run:
+def run(variant: str, precision: str, path: str, task: TaskSpec = CAUSAL, **training) -> RunSpec:
     """A run of `STEPS` steps that sees all records in each."""
     adapter, rate = VARIANTS[variant]
     rows = 8
     if task != CAUSAL:
         rows, rate = 16, TASK_RATES.get(variant, rate)
     settings = TrainingConfig(batch_size=rows, learning_rate=rate, schedule="constant", warmup=0.0, **training)
-    return Run(PRECISIONS[precision][0], path, AdapterConfig(**adapter), settings, STEPS, task=task)
+    return RunSpec(PRECISIONS[precision][0], path, AdapterConfig(**adapter), settings, STEPS, task=task)
 
 
-def cell(wanted: Run, batch: dict[str, torch.Tensor], directory: Path) -> Cell:
+def cell(wanted: RunSpec, batch: dict[str, torch.Tensor], directory: Path) -> Cell:
     """Train, save, reload and merge.
 
     Raises:
         UserError: the registry refuses it.
     """
     path, task = wanted.model_path, wanted.task
-    try_on(wanted.adapter, load_skeleton(wanted.model, path, task), wanted.model, wanted.training)
-    trainer = Trainer(wanted, lambda: [batch])
+    dry_run(wanted.adapter, load_skeleton(wanted.model, path, task), wanted.model, wanted.training)
+    trainer = Zero3Trainer(wanted, lambda: [batch])
     before = trainer.evaluate([batch])["validation_loss"]
     reports: list[dict[str, float]] = []
     trainer.fit(repeat(batch), lambda: [batch], reports.append)
@@ -172,7 +174,7 @@ def packed(variant: str, path: str) -> str:
     wanted = run(variant, "fp32", path)
     base = load_base(wanted.model, path)
     model = attach(share(base), wanted.adapter, STEPS, 0, lambda: [records()])
-    update = PlainUpdate(model, torch.optim.AdamW(trainable(model)))
+    update = TorchOptimizer(model, torch.optim.AdamW(trainable(model)))
     return Pack(base).add("one", model, update) or "shares the batch"
 
 
@@ -241,7 +243,7 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def outcome(wanted: Run, batch: dict[str, torch.Tensor], precision: str, directory: Path) -> str:
+def outcome(wanted: RunSpec, batch: dict[str, torch.Tensor], precision: str, directory: Path) -> str:
     """One cell in words."""
     try:
         result = cell(wanted, batch, directory)

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from ftray.adapters.merge import merge, save_merged
 from ftray.adapters.methods import METHODS, attach, parameters
 from ftray.adapters.targets import resolve_targets
-from ftray.config import AdapterConfig, ModelConfig, UserError
-from ftray.data.stream import collate
+from ftray.config import AdapterConfig, ModelConfig
+from ftray.data.loader import collate
+from ftray.errors import UserError
 from ftray.models.load import load_base
 
 FP32 = ModelConfig(dtype="fp32")

@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from ftray.cli import build, run_command
-from ftray.config import UserError
-from ftray.search import cluster
-from ftray.search.definition import check_output, write_definition
+from ftray.errors import UserError
+from ftray.runtime import cluster
+from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.space import load_space
 
 

@@ -73,7 +73,7 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
 ):
     from ftray.config import EvaluationConfig
     from ftray.data import TokenizedData
-    from ftray.evaluation.score import score
+    from ftray.evaluation.generation import score
     from ftray.models.load import load_tokenizer
 
     file = tmp_path / "scores.json"
@@ -367,11 +367,11 @@ def two_workers(tiny_llama: str, data, root: Path, stage: int) -> Path:
     from test_training import LORA, make_run
 
     from ftray.config import Config
-    from ftray.search.solo import Job, trainer
+    from ftray.search.trial_worker import SearchContext, trainer
 
     run = make_run(tiny_llama, LORA, zero_stage=stage, micro_batch=2)
     config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
-    result = trainer(Job(config, tiny_llama, data.directory, 0.0), run, "two", str(root)).fit()
+    result = trainer(SearchContext(config, tiny_llama, data.directory, 0.0), run, "two", str(root)).fit()
     return Path(result.checkpoint.path)
 
 
@@ -431,7 +431,7 @@ def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_l
     from ftray.adapters.methods import attach
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base, load_skeleton
-    from ftray.search.plan import _kept, measure
+    from ftray.search.estimate import _kept, measure
 
     cfg, adapter = ModelConfig(dtype="fp32"), {"method": "oft", "block_size": 16, "target_modules": "all-linear"}
     shapes = measure(load_skeleton(cfg, tiny_llama), {"adapter": adapter, "training": {}}, 20, checkpointing)
@@ -447,8 +447,8 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     from ftray.adapters.methods import attach
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base, load_skeleton
-    from ftray.search.plan import _kept, measure
-    from ftray.tasks import TaskSpec
+    from ftray.search.estimate import _kept, measure
+    from ftray.task_spec import TaskSpec
 
     path, spec = request.getfixturevalue(fixture), TaskSpec(task, ("a", "b") if task == "TOKEN_CLS" else ())
     cfg, adapter = ModelConfig(dtype="fp32"), {"method": "lora"}
@@ -460,11 +460,11 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
 
 
 def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):
-    from ftray.adapters import start
+    from ftray.adapters import lora_init
     from ftray.adapters.methods import attach
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base
-    from ftray.tasks import TaskSpec
+    from ftray.task_spec import TaskSpec
 
     records = [{"text": f"{word} {i}", "label": "bad" if i % 3 else "good"} for i in range(60) for word in ("a", "cat")]
     # of three classes, in an order of their own, of which the records hold two
@@ -475,7 +475,7 @@ def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_be
             if parameter.requires_grad:
                 parameter.normal_()
     (tmp_path / "adapter").mkdir()
-    start.save(model, tmp_path / "adapter")
+    lora_init.save(model, tmp_path / "adapter")
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     adapter, given = (
         ["--adapter", str(tmp_path / "adapter")],
@@ -510,12 +510,12 @@ def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_be
 def test_a_proof_reads_no_more_records_than_it_needs(tmp_path, monkeypatch, tiny_llama, data, adapters):
     from ftray import tune
     from ftray.config import Config
-    from ftray.search.solo import Job
+    from ftray.search.trial_worker import SearchContext
 
     monkeypatch.setattr(tune, "PROOF_RECORDS", 3)
     assert data.splits["test"].records > 3
     shutil.copytree(adapters["a"], tmp_path / "best" / "adapter")
-    job = Job(Config.model_validate({"model": {"dtype": "fp32"}}), tiny_llama, data.directory, 0.0)
+    job = SearchContext(Config.model_validate({"model": {"dtype": "fp32"}}), tiny_llama, data.directory, 0.0)
     proof = tune.prove_and_merge(job, tmp_path)
     assert proof["records"] == len(proof["samples"]) == 3
     assert (tmp_path / "best" / "merged" / "config.json").exists()
@@ -536,7 +536,7 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
     from rich.console import Console
 
     from ftray.config import DataConfig
-    from ftray.data.formats import parse
+    from ftray.data.records import parse
     from ftray.data.tokens import tokenize
     from ftray.preprocess import rendered
 

@@ -1,7 +1,7 @@
 import pytest
 
-from ftray.config import UserError
-from ftray.data.formats import Example, parse
+from ftray.data.records import Example, parse
+from ftray.errors import UserError
 
 TURNS = (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"))
 SHAPES = [

@@ -10,11 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ftray.config import DataConfig, UserError
+from ftray.config import DataConfig
 from ftray.data import TokenizedData, check, prepare, shards, sources
-from ftray.data.formats import Example
+from ftray.data.records import Example
 from ftray.data.splits import order_key, split_of
 from ftray.data.tokens import IGNORE, tokenize
+from ftray.errors import UserError
 
 
 def write(path: Path, records) -> str:
@@ -69,7 +70,7 @@ def test_check_passes_good_data_and_imports_no_ray(tmp_path, tiny_llama):
     source = write(tmp_path / "r.jsonl", some_records(60))
     code = (
         "import sys; from transformers import AutoTokenizer; from ftray.config import DataConfig\n"
-        "from ftray.data import check; import ftray.data.stream\n"
+        "from ftray.data import check; import ftray.data.loader\n"
         f"check(DataConfig(source={source!r}), AutoTokenizer.from_pretrained({tiny_llama!r}))\n"
         "assert 'ray' not in sys.modules; print('checked')"
     )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftray.config import UserError
 from ftray.data import sources
 from ftray.data.sources import Chunk, content_stamp, find_chunks, is_small, read_chunk, read_for_check
+from ftray.errors import UserError
 
 RECORDS = [{"input": f"{n} ü", "output": str(n * n)} for n in range(7)]
 

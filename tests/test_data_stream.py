@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data.stream import batches, batches_in_order, collate
+from ftray.data.loader import batches, batches_in_order, collate
+from ftray.data.row_groups import read_slice, row_group_order, row_groups_in_order
 from ftray.data.tokens import IGNORE
-from ftray.data.windows import plan, plan_in_order, read
-from ftray.tasks import TaskSpec
+from ftray.task_spec import TaskSpec
 
 
 class InMemory:
-    """Shards of one split whose record n is `lengths[n]` tokens of value n: what `read` needs, without files."""
+    """Shards of one split whose record n is `lengths[n]` tokens of value n: what `read_slice` needs, without files."""
 
     task = TaskSpec()
 
@@ -67,16 +67,16 @@ def test_epochs_and_seeds_differ():
     assert epochs[:41] != epochs[41:]
     assert stream(data, 41, seed=4) != epochs[:41]
     assert epochs[:41] != list(range(41))
-    windows = [reading.window for reading in plan(InMemory([4] * 10), 3, 0, 80)]
+    windows = [reading.window for reading in row_group_order(InMemory([4] * 10), 3, 0, 80)]
     assert sorted(windows[:10]) == sorted(windows[10:]) == list(range(10))
     assert windows[:10] != windows[10:]
 
 
 def test_a_plan_leaves_out_what_lies_before_and_after():
     data = InMemory([8] * 10)
-    every = list(plan(data, 0, 0, 240))
+    every = list(row_group_order(data, 0, 0, 240))
     assert len(every) == 30
-    part = list(plan(data, 0, 100, 130))
+    part = list(row_group_order(data, 0, 100, 130))
     assert [(r.window, r.epoch, r.position) for r in part] == [(r.window, r.epoch, r.position) for r in every[12:17]]
     assert [(r.start, r.stop) for r in part] == [(4, 8), (0, 8), (0, 8), (0, 8), (0, 2)]
 
@@ -156,7 +156,7 @@ def report_batches():
 
         from ray import train
 
-        from ftray.data.stream import collate
+        from ftray.data.loader import collate
 
         rank = train.get_context().get_world_rank()
         seen = {}
@@ -177,7 +177,7 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ftray.data.feed import RankedShards, training_windows, validation_windows
+    from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
 
     records = STEPS * WORKERS * MICRO_BATCH  # more than two epochs
     assert records > 2 * data.splits["train"].records
@@ -185,8 +185,8 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
         report_batches(),
         train_loop_config={"directory": str(tmp_path), "micro_batch": MICRO_BATCH},
         datasets={
-            "train": training_windows(data, SEED, records),
-            "validation": validation_windows(data, data.splits["validation"].records),
+            "train": training_row_groups(data, SEED, records),
+            "validation": validation_row_groups(data, data.splits["validation"].records),
         },
         dataset_config=RankedShards(data, SEED),
         torch_config=TorchConfig(backend="gloo"),
@@ -218,19 +218,19 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
 def test_a_rank_without_validation_records_gets_none():
     data = InMemory([1])
     assert list(batches_in_order(data, "validation", 4, 1, 2)) == []
-    reading = next(plan_in_order(data, "validation"))
-    assert read(data, "validation", reading, 0, 1, 2, ["input_ids"]).num_rows == 0
+    reading = next(row_groups_in_order(data, "validation"))
+    assert read_slice(data, "validation", reading, 0, 1, 2, ["input_ids"]).num_rows == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_take_turns_within_a_window(rank):
     data = InMemory([7])
-    reading = next(plan_in_order(data, "validation"))
-    table = read(data, "validation", reading, 0, rank, 2, ["input_ids"])
+    reading = next(row_groups_in_order(data, "validation"))
+    table = read_slice(data, "validation", reading, 0, rank, 2, ["input_ids"])
     assert [row[0] for row in table["input_ids"].to_pylist()] == list(range(7))[rank::2]
 
 
 def test_a_task_that_reads_windows_imports_no_torch():
-    code = "import sys, ftray.data.feed; print('torch' in sys.modules)"
+    code = "import sys, ftray.data.ray_loader; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -3,9 +3,10 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from ftray.config import DataConfig, UserError
-from ftray.data.formats import Example, parse
+from ftray.config import DataConfig
+from ftray.data.records import Example, parse
 from ftray.data.tokens import IGNORE, tokenize
+from ftray.errors import UserError
 
 PLAIN = Example("the cat", "sat on")
 CHAT = parse(

@@ -5,8 +5,8 @@ from conftest import llama
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
+from ftray.evaluation.generation import generate, score
 from ftray.evaluation.metrics import Scores, chrf, compare, macro_f1, spearman
-from ftray.evaluation.score import generate, score
 from ftray.tasks.answers import Window, best_span, normalised, word_f1
 from ftray.tasks.token_labels import entities
 

@@ -274,7 +274,7 @@ def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
     """The quick one of these: what was trained since the last rung is in a checkpoint, and that is taken up."""
     import torch
 
-    from ftray.manifest import damage, seal
+    from ftray.storage.manifest import find_corruption, seal
 
     search = Search(tmp_path / "out", words, tiny_llama, "--training.evaluations", "2")
     search.wait_for(lambda: reports(tmp_path / "out") > 0)
@@ -284,7 +284,7 @@ def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
     assert search.lines() == [f"ftray tune: terminated, with checkpoints: {RESUME}"]
     assert "Traceback" not in search.text
     kept = list((tmp_path / "out" / "tune").glob("trial-*/checkpoint_*"))
-    assert not [checkpoint for checkpoint in kept if damage(checkpoint)]
+    assert not [checkpoint for checkpoint in kept if find_corruption(checkpoint)]
     kept = [checkpoint for checkpoint in kept if not (checkpoint / "report.json").exists()]
     assert kept  # from between two rungs
     for checkpoint in kept:

@@ -7,12 +7,12 @@ import pytest
 from conftest import llama
 from peft import LoraConfig, get_peft_model
 
-from ftray.adapters.saved import find_adapter
-from ftray.config import UserError
-from ftray.manifest import MANIFEST, check, damage, publish, seal
+from ftray.adapters.discovery import find_adapter
+from ftray.errors import UserError
 from ftray.models.find import find
-from ftray.search.outcome import newest_whole
+from ftray.search.results import newest_whole
 from ftray.serving.adapters import check_adapter, fetched
+from ftray.storage.manifest import MANIFEST, check, find_corruption, publish, seal
 
 
 def written(directory):
@@ -44,10 +44,10 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_shows(tmp_path, name):
     publish(written(tmp_path / "aside"), tmp_path / "place")
-    assert damage(tmp_path / "place") is None
+    assert find_corruption(tmp_path / "place") is None
     change, said = DAMAGES[name]
     change(tmp_path / "place")
-    assert damage(tmp_path / "place").startswith(said)
+    assert find_corruption(tmp_path / "place").startswith(said)
     with pytest.raises(UserError, match="is damaged") as caught:
         check(tmp_path / "place", "thing")
     assert len(str(caught.value).splitlines()) == 1
@@ -60,7 +60,7 @@ def test_a_card_may_be_changed_and_what_others_made_is_taken(tmp_path):
     (tmp_path / "place" / f"{MANIFEST}.json").unlink()
     flip(tmp_path / "place" / "state" / "shard.pt")
     check(tmp_path / "place", "thing")
-    assert "No such file" in damage(tmp_path / "place")  # of ours it would be damage
+    assert "No such file" in find_corruption(tmp_path / "place")  # of ours it would be damage
 
 
 def test_what_two_processes_write_is_whole_with_both_parts(tmp_path):
@@ -69,11 +69,11 @@ def test_what_two_processes_write_is_whole_with_both_parts(tmp_path):
         (tmp_path / str(part) / f"shard-{part}").write_text(str(part))
         seal(tmp_path / str(part), part, 2)
     shutil.copytree(tmp_path / "0", tmp_path / "all")
-    assert damage(tmp_path / "all") == "a part of it is missing"
+    assert find_corruption(tmp_path / "all") == "a part of it is missing"
     shutil.copytree(tmp_path / "1", tmp_path / "all", dirs_exist_ok=True)
-    assert damage(tmp_path / "all") is None
+    assert find_corruption(tmp_path / "all") is None
     flip(tmp_path / "all" / "shard-1")
-    assert damage(tmp_path / "all") == "shard-1 is not as it was written"
+    assert find_corruption(tmp_path / "all") == "shard-1 is not as it was written"
 
 
 def test_a_trial_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft import PeftType
 
-from ftray.adapters.limits import NOT_COVERED, document, refuse, try_on
+from ftray.adapters.compatibility import NOT_COVERED, document, dry_run, refuse
 from ftray.adapters.methods import METHODS, attach
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
-from ftray.training.loop import Trainer
-from ftray.training.loss import token_losses
-from ftray.training.pack import Pack, PlainUpdate, share, trainable
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.tasks.next_token import token_losses
+from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.zero3_trainer import Zero3Trainer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
 QUICK = {
@@ -112,7 +114,7 @@ def test_the_cross_product(variant, precision, stage, task, given, tmp_path):
     path, spec, batch = given[task]
     wanted = matrix.run(variant, precision, path, spec, zero_stage=stage)
     try:
-        try_on(wanted.adapter, load_skeleton(wanted.model, path, spec), wanted.model, wanted.training)
+        dry_run(wanted.adapter, load_skeleton(wanted.model, path, spec), wanted.model, wanted.training)
     except UserError:
         with pytest.raises(UserError):
             matrix.cell(wanted, batch, tmp_path)
@@ -129,7 +131,7 @@ def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
     def adapted(model, variant):
         model = attach(model, AdapterConfig(**matrix.VARIANTS[variant][0]), 3, 1, lambda: [batch])
         rate = matrix.VARIANTS[variant][1]
-        return model, PlainUpdate(model, torch.optim.AdamW(trainable(model), lr=rate, eps=1e-3))
+        return model, TorchOptimizer(model, torch.optim.AdamW(trainable(model), lr=rate, eps=1e-3))
 
     for variant in variants:
         model, update = adapted(share(base), variant)
@@ -157,7 +159,7 @@ def test_lora_plus_is_that_of_peft(stage, tiny_llama):
     from peft.optimizers import create_loraplus_optimizer
 
     wanted = matrix.run("lora, LoRA+", "fp32", tiny_llama, clip_norm=0.0, zero_stage=stage)
-    batch, trainer = matrix.records(), Trainer(wanted)
+    batch, trainer = matrix.records(), Zero3Trainer(wanted)
     trainer.fit(repeat(batch), lambda: [batch], lambda metrics: None)
     model = attach(load_base(wanted.model, tiny_llama), wanted.adapter, wanted.steps, 0)
     rate, ratio = wanted.training.learning_rate, wanted.adapter.parameters["rate_ratio"]
@@ -172,7 +174,7 @@ def test_lora_plus_is_that_of_peft(stage, tiny_llama):
 @pytest.mark.parametrize("variant", matrix.VARIANTS)
 def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
     wanted = matrix.run(variant, "4bit" if "LoftQ" in variant else "fp32", tiny_llama)
-    try_on(wanted.adapter, load_skeleton(wanted.model, tiny_llama), wanted.model, wanted.training)
+    dry_run(wanted.adapter, load_skeleton(wanted.model, tiny_llama), wanted.model, wanted.training)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
 def test_what_cannot_be_had_is_refused_in_one_line(adapter, model, training, reason, tiny_llama):
     model, training = ModelConfig(**model), TrainingConfig(**training)
     with pytest.raises(UserError, match=reason) as refused:
-        try_on(AdapterConfig(**adapter), load_skeleton(model, tiny_llama), model, training)
+        dry_run(AdapterConfig(**adapter), load_skeleton(model, tiny_llama), model, training)
     assert "\n" not in str(refused.value)
 
 

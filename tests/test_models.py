@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftray.config import ModelConfig, UserError
+from ftray.config import ModelConfig
+from ftray.errors import UserError
 from ftray.models import find as finding
 from ftray.models.find import find
 from ftray.models.load import choose_dtype, load_base, load_skeleton, load_tokenizer

@@ -27,8 +27,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, get_scheduler
 
-from ftray.training.dropout import Dropout
-from ftray.training.pack import Pack, PlainUpdate, share, trainable
+from ftray.multi_adapter.dropout import Dropout
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.training.pack import Pack, TorchOptimizer
 
 STEPS = 4
 CONFIGS = {
@@ -81,9 +82,9 @@ class Trial:
             parameter.data += 0.02 * torch.randn_like(parameter)
         return model
 
-    def update(self, model: PeftModel) -> PlainUpdate:
+    def update(self, model: PeftModel) -> TorchOptimizer:
         optimizer = torch.optim.AdamW(trainable(model), lr=self.rate, weight_decay=self.decay, eps=1e-3)
-        return PlainUpdate(model, optimizer, get_scheduler(self.schedule, optimizer, 1, STEPS), self.clip)
+        return TorchOptimizer(model, optimizer, get_scheduler(self.schedule, optimizer, 1, STEPS), self.clip)
 
     def batches(self, step: int) -> list[dict[str, torch.Tensor]]:
         draw = torch.Generator().manual_seed(self.seed * 1000 + step)
@@ -414,7 +415,7 @@ def test_dropout_in_a_pack_equals_the_solo_trainer(tiny_llama, data):
     from test_training import make_run, with_trainer
 
     from ftray.adapters.methods import attach
-    from ftray.data.stream import batches
+    from ftray.data.loader import batches
     from ftray.models.load import load_base
 
     run = make_run(tiny_llama, {"method": "lora", "rank": 4, "dropout": 0.2}, micro_batch=4)
@@ -425,7 +426,7 @@ def test_dropout_in_a_pack_equals_the_solo_trainer(tiny_llama, data):
         model = attach(share(base), run.adapter, run.steps, seed)
         optimizer = torch.optim.AdamW(trainable(model), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
         schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
-        pack.add(name, model, PlainUpdate(model, optimizer, schedule, cfg.clip_norm), seed)
+        pack.add(name, model, TorchOptimizer(model, optimizer, schedule, cfg.clip_norm), seed)
     streams = {name: batches(data, int(name), 0, 4) for name in pack.members}
     for _ in range(run.steps):
         losses.append(pack.step({name: list(islice(stream, 2)) for name, stream in streams.items()})["0"])

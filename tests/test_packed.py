@@ -8,9 +8,9 @@ from itertools import islice
 import pytest
 from test_training import AT, LORA, STEPS, assert_same, make_run, with_trainer
 
-from ftray.data.stream import batches, batches_in_order
-from ftray.training.packed import PackTrainer
-from ftray.training.run import Run
+from ftray.data.loader import batches, batches_in_order
+from ftray.training.pack_trainer import PackTrainer
+from ftray.training.run_spec import RunSpec
 
 TRIALS = {
     "lora": LORA,
@@ -20,7 +20,7 @@ TRIALS = {
 }
 
 
-def run_together(runs: dict[str, Run], data, path, resume: dict[str, str] | None = None, save: dict | None = None):
+def run_together(runs: dict[str, RunSpec], data, path, resume: dict[str, str] | None = None, save: dict | None = None):
     """All runs in one pack, to their ends; (step, training loss, validation loss) of every report."""
     first = next(iter(runs.values()))
     trainer = PackTrainer(first.model, path)

@@ -14,14 +14,14 @@ from ray.cluster_utils import Cluster
 from test_training import with_trainer
 
 from ftray.config import Config
-from ftray.search.exchange import Board
-from ftray.search.experiment import TimeBudget
-from ftray.search.packed import Room
+from ftray.search.broker import TrialBroker
+from ftray.search.driver import TimeBudget
+from ftray.search.pack_worker import Capacity
 
 
 def test_a_board_gives_room_away_and_takes_it_back():
     async def play() -> None:
-        board = Board(4)
+        board = TrialBroker(4)
         await board.ready(0, 2)
         for number in range(3):
             await board.enter(number, {"number": number})
@@ -60,7 +60,7 @@ def test_a_board_gives_room_away_and_takes_it_back():
 
 def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
     async def play() -> None:
-        board = Board(3)
+        board = TrialBroker(3)
         await board.ready(0, 3)
         for number in (0, 1):
             await board.enter(number, {"number": number})
@@ -86,7 +86,7 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
 
 
 def test_a_time_budget_counts_from_when_trials_can_train():
-    room = Room(2)
+    room = Capacity(2)
     budget = TimeBudget(0.2, room, has_result=True)
     time.sleep(0.3)  # nodes come up
     assert not budget.stop_all()
@@ -97,14 +97,14 @@ def test_a_time_budget_counts_from_when_trials_can_train():
 
 
 def test_a_time_budget_waits_for_a_first_result():
-    budget = TimeBudget(0.0, Room(2, since=time.monotonic() - 1), has_result=False)
+    budget = TimeBudget(0.0, Capacity(2, since=time.monotonic() - 1), has_result=False)
     assert not budget.stop_all()
     assert not budget("a trial", {"validation_loss": 1.0})
     assert budget.stop_all()
 
 
 def test_a_stand_in_imports_no_torch():
-    code = "import sys, ftray.search.exchange; print('torch' in sys.modules)"
+    code = "import sys, ftray.search.broker; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -132,10 +132,10 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage):
-    from ftray.search.experiment import search
-    from ftray.search.outcome import trial_rows
-    from ftray.search.solo import Job
+    from ftray.search.driver import search
+    from ftray.search.results import trial_rows
     from ftray.search.space import load_space
+    from ftray.search.trial_worker import SearchContext
 
     space = tmp_path / "space.yaml"
     space.write_text(
@@ -149,7 +149,7 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "search": {"trials": 8, "pack": 3},
     }
-    job = Job(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
+    job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), tmp_path, [])
     rows = trial_rows(job.config, tmp_path)
     assert len(rows) == 8
@@ -162,10 +162,10 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
 
 
 def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.experiment import search
-    from ftray.search.outcome import trial_rows
-    from ftray.search.solo import Job
+    from ftray.search.driver import search
+    from ftray.search.results import trial_rows
     from ftray.search.space import load_space
+    from ftray.search.trial_worker import SearchContext
 
     space = tmp_path / "space.yaml"
     space.write_text("method: lora\nlora: {target_modules: {choice: [attention, nonsense]}}\n")
@@ -175,7 +175,7 @@ def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_pat
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "search": {"trials": 6, "pack": 2, "scheduler": "none"},
     }
-    job = Job(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
+    job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), tmp_path, [])
     rows = trial_rows(job.config, tmp_path)
     assert len(rows) == 6
@@ -188,15 +188,15 @@ def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_pat
 
 
 def job_of_packs(tiny_llama, data, **sections):
-    from ftray.search.solo import Job
+    from ftray.search.trial_worker import SearchContext
 
     settings = {"model": {"dtype": "fp32"}, "training": {"steps": 6, "batch_size": 4}} | sections
-    return Job(Config.model_validate(settings), tiny_llama, data.directory, 0.0)
+    return SearchContext(Config.model_validate(settings), tiny_llama, data.directory, 0.0)
 
 
 def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.packed import pack_trainer
-    from ftray.search.solo import trainer
+    from ftray.search.pack_worker import pack_trainer
+    from ftray.search.trial_worker import trainer
 
     job = job_of_packs(tiny_llama, data, training={"steps": 6, "validation_records": 5})
     assert data.splits["validation"].records > 5
@@ -206,16 +206,16 @@ def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, d
 
 @pytest.mark.parametrize("kept", [2**30, 0])
 def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_path, monkeypatch, kept):
-    from ftray.data.feed import RankedShards
-    from ftray.data.stream import batches
-    from ftray.search import packed
+    from ftray.data.loader import batches
+    from ftray.data.ray_loader import RankedShards
+    from ftray.search import pack_worker
 
     started = []
     stream = RankedShards.stream
     monkeypatch.setattr(RankedShards, "stream", lambda self, *args: started.append(args) or stream(self, *args))
-    monkeypatch.setattr(packed, "KEPT_BYTES", kept)
+    monkeypatch.setattr(pack_worker, "KEPT_BYTES", kept)
     job, second_of_two = job_of_packs(tiny_llama, data), SimpleNamespace(rank=1, world_size=2)
-    group = packed.Group(packed.Place(job, None, 0, tmp_path), second_of_two)
+    group = pack_worker.PackWorker(pack_worker.PackContext(job, None, 0, tmp_path), second_of_two)
     run, other = (job.run({"method": "lora"}, {"seed": seed}) for seed in (0, 1))
     wanted = {seed: list(islice(batches(data, seed, 0, 2, 1, 2), 6)) for seed in (0, 1)}
     first = group._batches(run, 0)
@@ -231,7 +231,7 @@ def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.packed import pack_trainer
+    from ftray.search.pack_worker import pack_trainer
 
     def pages_of_a_second_buffer(config):
         """That the system has to give anew for a tensor as large as one that was just freed."""

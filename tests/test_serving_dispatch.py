@@ -7,11 +7,15 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ftray.config import ServingConfig
-from ftray.serving.dispatch import ATTEMPTS, Dispatch
-from ftray.serving.job import Part, Parts
-from ftray.serving.protocol import Refused
+from ftray.serving.api.requests import APIError
+from ftray.serving.generation_request import OutputDelta, OutputDeltas
+from ftray.serving.router import ATTEMPTS, Router
 
-WHOLE = [Parts(prompt_tokens=3), Parts([Part(0, "ab", count=2)]), Parts([Part(0, "c", count=1, finish="stop")])]
+WHOLE = [
+    OutputDeltas(prompt_tokens=3),
+    OutputDeltas([OutputDelta(0, "ab", count=2)]),
+    OutputDeltas([OutputDelta(0, "c", count=1, finish="stop")]),
+]
 
 
 class Answer:
@@ -25,7 +29,7 @@ class Answer:
 
     async def __anext__(self):
         for what in self.script:
-            if isinstance(what, Parts):
+            if isinstance(what, OutputDeltas):
                 return what
             if isinstance(what, Exception):
                 raise what
@@ -54,7 +58,7 @@ class Replicas:
 def ask(*scripts, seconds=5.0):
     """The parts, the error if there is one, and the replicas."""
     replicas = Replicas(scripts)
-    dispatch = Dispatch(ServingConfig(request_seconds=seconds), replicas)
+    dispatch = Router(ServingConfig(request_seconds=seconds), replicas)
     parts = []
 
     async def collect():
@@ -64,7 +68,7 @@ def ask(*scripts, seconds=5.0):
     try:
         asyncio.run(collect())
         error = None
-    except Refused as refused:
+    except APIError as refused:
         error = refused
     assert dispatch.under_way == 0
     return parts, error, replicas
@@ -93,5 +97,5 @@ def test_a_request_that_takes_too_long_is_given_up_and_cancelled(script):
 
 
 def test_what_a_replica_refuses_names_the_field():
-    _, error, _ = ask([Parts(refused=(400, "too long", "prompt"))])
+    _, error, _ = ask([OutputDeltas(refused=(400, "too long", "prompt"))])
     assert (error.status, error.param, error.message) == (400, "prompt", "too long")

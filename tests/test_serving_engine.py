@@ -9,9 +9,9 @@ from conftest import gpt2, llama, make_tokenizer
 from test_pack import APART, CONFIGS, TARGETS, Trial
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from ftray.config import UserError
+from ftray.errors import UserError
 from ftray.serving.adapters import check_name, load_adapter
-from ftray.serving.engine import Engine, Piece, Sequence
+from ftray.serving.engine import Engine, Sequence, SequenceDelta
 from ftray.serving.sampling import Sampling
 
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
@@ -34,7 +34,7 @@ def engine_of(base, methods=(), targets=TARGETS[2], **settings):
 
 
 def asked(prompt, adapter=None, **sampling):
-    pieces: list[Piece] = []
+    pieces: list[SequenceDelta] = []
     sequence = Sequence(list(prompt), Sampling(**{"temperature": 0.0, **sampling}), pieces.append, adapter)
     sequence.pieces = pieces
     return sequence

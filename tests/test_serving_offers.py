@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from ftray.cli import parse, run_command
-from ftray.config import Config, ServingConfig, UserError
+from ftray.config import Config, ServingConfig
+from ftray.errors import UserError
 from ftray.serving.app import build, key_digest
-from ftray.serving.offers import offered
+from ftray.serving.catalog import find_catalog
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 
@@ -21,7 +22,7 @@ def test_the_deploy_files_make_the_application(tiny_llama, monkeypatch):
     (app,) = ServeDeploySchema.model_validate(written).applications
     assert app.import_path == f"{build.__module__}:{build.__name__}"
     args = {**app.args, "model": {"name": tiny_llama}, "serving": {**app.args["serving"], "run": None}}
-    monkeypatch.setattr("ftray.search.cluster.gpus_per_worker", lambda cfg: 0.0)  # would ask a cluster
+    monkeypatch.setattr("ftray.runtime.cluster.gpus_per_worker", lambda cfg: 0.0)  # would ask a cluster
     made = build(args)
     (replicas,) = [d for d in made._bound_deployment.init_args if hasattr(d, "_bound_deployment")]
     assert replicas._bound_deployment.name == "replica"
@@ -67,7 +68,7 @@ def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reaso
     cfg.adapters = settings.get("adapters", [])
     cfg.model.name = tiny_llama
     with pytest.raises(UserError, match=reason):
-        offered(cfg)
+        find_catalog(cfg)
 
 
 def test_flags_of_the_command(capsys):

@@ -23,15 +23,16 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_serving_app import chromium, free_port
 from transformers import AutoTokenizer
 
-from ftray.adapters import start
+from ftray.adapters import lora_init
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import attach
 from ftray.cli import parse
-from ftray.config import AdapterConfig, Config, ModelConfig, UserError
+from ftray.config import AdapterConfig, Config, ModelConfig
+from ftray.errors import UserError
 from ftray.models.load import load_base
-from ftray.serving.offers import offered
-from ftray.serving.reader import Reader, Texts
-from ftray.tasks import TaskSpec
+from ftray.serving.catalog import find_catalog
+from ftray.serving.pooling import PoolingReplica, PoolingRequest
+from ftray.task_spec import TaskSpec
 
 FP32 = ModelConfig(dtype="fp32")
 TEXTS = ["the cat sat", "a dog", "the cat sat on the mat and the dog did not"]
@@ -46,7 +47,7 @@ def adapter(model: str, spec: TaskSpec, directory: Path, seed: int) -> Path:
             if parameter.requires_grad:
                 parameter.normal_(std=0.3)
     directory.mkdir(parents=True)
-    start.save(trained, directory)
+    lora_init.save(trained, directory)
     return directory
 
 
@@ -200,7 +201,7 @@ def test_a_tag_of_each_word(tiny_bert, tmp_path):
 
 
 def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
-    class Counting(Reader):
+    class Counting(PoolingReplica):
         """Says how many requests it reads at a time."""
 
         async def _read_all(self, asked):
@@ -213,7 +214,7 @@ def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
     settings = Config(model=FP32).model_dump()
     handle = serve.run(serve.deployment(Counting).bind(settings, tiny_bert, 1, spec), name="reader", route_prefix=None)
-    jobs = [Texts(TEXTS[:2], None, None, None, 99), Texts(TEXTS[2:], None, None, None, 99)]
+    jobs = [PoolingRequest(TEXTS[:2], None, None, None, 99), PoolingRequest(TEXTS[2:], None, None, None, 99)]
     try:
         reads, together = handle.at_once.remote(jobs).result()
     finally:
@@ -225,8 +226,8 @@ def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
 
 def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):
     with pytest.raises(UserError, match="no route answers QUESTION_ANS"):
-        offered(parse("serve", ["--model", tiny_bert, "--task", "QUESTION_ANS"]))
+        find_catalog(parse("serve", ["--model", tiny_bert, "--task", "QUESTION_ANS"]))
     one = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "b"), 1), tmp_path / "one", 1)
     other = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "c"), 1), tmp_path / "other", 1)
     with pytest.raises(UserError, match="it has other labels than a, b"):
-        offered(parse("serve", ["--model", tiny_bert, f"--adapter=one={one}", f"--adapter=other={other}"]))
+        find_catalog(parse("serve", ["--model", tiny_bert, f"--adapter=one={one}", f"--adapter=other={other}"]))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ftray.config import ServingConfig, UserError
+from ftray.config import ServingConfig
+from ftray.errors import UserError
 from ftray.serving.registry import Registry
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ftray.config import Config
 from ftray.serving.app import application
-from ftray.serving.offers import offered
+from ftray.serving.catalog import find_catalog
 
 
 def processes(of: str, below: int | None = None) -> list[psutil.Process]:
@@ -62,7 +62,7 @@ class App:
 
     def deploy(self, **changes):
         cfg = Config.model_validate({"model": self.model, "serving": {**self.serving, **changes}})
-        serve.run(application(cfg, offered(cfg), None, 1, 0), name="ftray")
+        serve.run(application(cfg, find_catalog(cfg), None, 1, 0), name="ftray")
 
     def running(self) -> int:
         return serve.status().applications["ftray"].deployments["replica"].replica_states.get("RUNNING", 0)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from ftray.cli import parse, run_command
 from ftray.serving import vllm
-from ftray.serving.job import Job, Part
-from ftray.serving.offers import offered
+from ftray.serving.catalog import find_catalog
+from ftray.serving.generation_request import GenerationRequest, OutputDelta
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -55,7 +55,7 @@ def adapters(tiny_llama, tmp_path_factory):
     ],
 )
 def test_what_vllm_cant_serve_is_told_before_ray_starts(tiny_llama, adapters, flags, reason, capsys, monkeypatch):
-    monkeypatch.setattr("ftray.search.cluster.connect", lambda cfg: pytest.fail("Ray was started"))
+    monkeypatch.setattr("ftray.runtime.cluster.connect", lambda cfg: pytest.fail("Ray was started"))
     flags = [flag.format(adapters) for flag in flags]
     assert run_command("serve", ["--model", tiny_llama, "--engine", "vllm", *flags]) == 2
     said = capsys.readouterr().err.strip()
@@ -66,7 +66,7 @@ def test_what_vllm_cant_serve_is_told_before_ray_starts(tiny_llama, adapters, fl
 def test_serve_llm_takes_what_a_run_comes_to(tiny_llama, adapters):
     flags = ["--model", tiny_llama, "--engine", "vllm", f"--adapter=a={adapters}/plain", "--model.dtype", "bf16"]
     cfg = parse("serve", [*flags, "--serving.slots", "32", "--serving.max_adapters", "5"])
-    what = offered(cfg)
+    what = find_catalog(cfg)
     config = LLMConfig(**vllm.llm_config(cfg, what, {"max_ongoing_requests": 7}))
     assert (config.model_id, config.model_loading_config.model_source) == (what.base, tiny_llama)
     assert config.accelerator_config.kind == "cpu"
@@ -97,14 +97,14 @@ def job(**changes):
     sampling = {"max_tokens": 5, "temperature": 0.5, "top_p": 1.0, "seed": 3, "stop": ("x",), "logprobs": 1}
     given = {"prompts": ["a"], "messages": None, "n": 2, "adapter": "a@1", "source": "/a", "stream": True}
     limits = {"max_prompt_tokens": 9, "max_output_tokens": 99}
-    return Job(**given | limits | changes, sampling=sampling | {"echo": False})
+    return GenerationRequest(**given | limits | changes, sampling=sampling | {"echo": False})
 
 
 def test_an_adapter_is_found_by_its_id(tiny_llama, adapters):
-    bridge = vllm.Bridge("tiny", tiny_llama, False, 32, None)
+    bridge = vllm.VLLMReplica("tiny", tiny_llama, False, 32, None)
     assert asyncio.run(bridge.load("a", str(adapters / "plain"))) is None
     assert "this is IA3" in asyncio.run(bridge.load("a", f"file://{adapters}/ia3"))
-    narrow = vllm.Bridge("tiny", tiny_llama, False, 8, None)
+    narrow = vllm.VLLMReplica("tiny", tiny_llama, False, 8, None)
     assert "has rank 20; 8 are provided for" in asyncio.run(narrow.load("a", str(adapters / "plain")))
     loader = vllm.Adapters(download_timeout_s=1, max_tries=1)  # as Serve LLM makes it
     for source in (str(adapters / "plain"), f"file://{adapters}/plain"):
@@ -130,7 +130,7 @@ def test_requests_and_answers_in_openais_words():
     bodies = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {"completion_tokens": 7}}]
     text = "".join(f"data: {json.dumps(body)}\n\n" for body in bodies) + "data: [DONE]\n\n"
     assert vllm.read(text) == (
-        [Part(1, "b", [("b", -0.5, [("b", -0.5), ("c", -2.0)])]), Part(0, finish="length")],
+        [OutputDelta(1, "b", [("b", -0.5, [("b", -0.5), ("c", -2.0)])]), OutputDelta(0, finish="length")],
         7,
     )
     (failed,), _ = vllm.read('data: {"error": {"message": "too long"}}\n\n')

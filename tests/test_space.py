@@ -10,8 +10,8 @@ from ray.tune.experiment import Trial
 
 from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, Config, TrainingConfig
-from ftray.search.experiment import scheduler
-from ftray.search.outcome import trial_rows
+from ftray.search.driver import scheduler
+from ftray.search.results import trial_rows
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE, Sampler, open_journal, past_trials
 from ftray.search.space import DIRECTORY, load_space

@@ -17,17 +17,18 @@ from safetensors.torch import load_file
 from test_faults import raylet, victims
 from test_search import command, environment
 
-from ftray.adapters.saved import data_settings, find_adapter
+from ftray.adapters.discovery import data_settings, find_adapter
 from ftray.cli import main
-from ftray.config import Config, ServingConfig, UserError
-from ftray.search.definition import running_since, sole_driver
-from ftray.search.requests import Requests, ask_to_add, ask_to_stop
+from ftray.config import Config, ServingConfig
+from ftray.errors import UserError
+from ftray.search.control import Requests, ask_to_add, ask_to_stop
+from ftray.search.run_manifest import running_since, sole_driver
 from ftray.search.sampler import Sampler, past_trials
 from ftray.search.space import load_space
 from ftray.serving.adapters import fetched
-from ftray.serving.offers import leaderboard, model_of_run, offered
+from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
 from ftray.status import read
-from ftray.storage import Stored, located, refuse_unreachable
+from ftray.storage.location import Stored, parse_location, refuse_unreachable
 
 nodes = test_faults.nodes  # a fixture
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
@@ -96,14 +97,14 @@ def test_a_file_is_written_read_listed_and_removed(store, tmp_path):
     assert (here / "a.txt").read_text() == "ä"
     assert str(here / "up" / "b") == "s3://runs/files/up/b?region=us-east-1"
     assert [str(found) for found in here.glob("b/*.txt")] == ["s3://runs/files/up/b/c.txt?region=us-east-1"]
-    assert [found.read_text() for found in located(str(here / "up")).glob("*.txt")] == ["c"]
+    assert [found.read_text() for found in parse_location(str(here / "up")).glob("*.txt")] == ["c"]
     (here / "a.txt").unlink()
     assert not (here / "a.txt").exists()
 
 
 def test_one_driver_holds_an_output(store, monkeypatch):
-    monkeypatch.setattr("ftray.search.lease.BEAT", 0.2)
-    monkeypatch.setattr("ftray.search.lease.PATIENCE", 3.0)
+    monkeypatch.setattr("ftray.storage.lease.BEAT", 0.2)
+    monkeypatch.setattr("ftray.storage.lease.PATIENCE", 3.0)
     output = Stored("s3://runs/held")
     with sole_driver(output):
         assert time.time() - running_since(output) < 60
@@ -182,7 +183,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
     assert read(Stored(output)).summary().startswith("3/3 trials over")
     assert f"summary  {output}/summary.json" in done.stdout
 
-    offer = offered(model_of_run(Config(serving=ServingConfig(run=output))))
+    offer = find_catalog(model_of_run(Config(serving=ServingConfig(run=output))))
     assert {"best", "trial-0", "trial-1", "trial-2"} == offer.adapters.keys()
     with fetched(offer.adapters["best"]) as directory:
         assert (directory / "adapter_model.safetensors").is_file()

@@ -15,12 +15,12 @@ from ftray.adapters.merge import save_merged
 from ftray.cli import build
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.data import check, prepare
-from ftray.data.stream import batches, batches_in_order
+from ftray.data.loader import batches, batches_in_order
 from ftray.models.load import load_tokenizer
-from ftray.tasks import TaskSpec
-from ftray.tasks.choose import resolve
-from ftray.training.loop import Trainer
-from ftray.training.run import Run
+from ftray.task_spec import TaskSpec
+from ftray.tasks.infer_task import infer_task
+from ftray.training.run_spec import RunSpec
+from ftray.training.zero3_trainer import Zero3Trainer
 
 FP32 = ModelConfig(dtype="fp32")
 STEPS = 120
@@ -92,7 +92,7 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     fixture, record, rate, metric, least = CASES[name]
     model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
     name = name.split()[0]
-    cfg = resolve(build({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
+    cfg = infer_task(build({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
     assert cfg.task == name
     tokenizer = load_tokenizer(model)
     data = prepare(cfg.data, model, task=name)
@@ -100,7 +100,7 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
 
     adapter = AdapterConfig(method="lora", rank=8, target_modules="all-linear", dropout=0.0)
     training = TrainingConfig(batch_size=16, learning_rate=rate)
-    trainer = Trainer(Run(FP32, model, adapter, training, STEPS, (1,), data.task))
+    trainer = Zero3Trainer(RunSpec(FP32, model, adapter, training, STEPS, (1,), data.task))
     task, rows = data.task.load(), data.rows("test")
     before = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
     reports = []
@@ -134,7 +134,7 @@ def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp
     losses = []
     for rows in (16, 4):
         training = TrainingConfig(batch_size=16, micro_batch=rows, learning_rate=1e-2)
-        trainer = Trainer(Run(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
+        trainer = Zero3Trainer(RunSpec(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
         reports = []
         trainer.fit(batches(data, 0, 0, rows), lambda: batches_in_order(data, "validation", 16), reports.append)
         losses.append([report[name] for report in reports for name in ("train_loss", "validation_loss")])

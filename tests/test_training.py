@@ -14,14 +14,15 @@ from conftest import llama
 from torch.nn import functional as F
 from transformers import get_scheduler
 
+from ftray.adapters.lora_init import SAMPLES
 from ftray.adapters.methods import attach
-from ftray.adapters.start import SAMPLES
-from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig, UserError
-from ftray.data.stream import batches, batches_in_order
+from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
+from ftray.data.loader import batches, batches_in_order
+from ftray.errors import UserError
 from ftray.models.load import load_base
-from ftray.training.alone import Alone
-from ftray.training.loop import Trainer
-from ftray.training.run import Failed, Run, accumulation_steps
+from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
+from ftray.training.single_run_trainer import SingleRunTrainer
+from ftray.training.zero3_trainer import Zero3Trainer
 
 FP32 = ModelConfig(dtype="fp32")
 LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
@@ -31,9 +32,9 @@ PREFIX = {"method": "prefix_tuning", "virtual_tokens": 5}
 STEPS, AT = 8, (2, 5, 8)
 
 
-def make_run(path: str, adapter: dict = LORA, **training) -> Run:
+def make_run(path: str, adapter: dict = LORA, **training) -> RunSpec:
     settings = TrainingConfig(batch_size=8, learning_rate=5e-3, clip_norm=0.5, weight_decay=0.01, **training)
-    return Run(FP32, path, AdapterConfig(**adapter), settings, STEPS, AT)
+    return RunSpec(FP32, path, AdapterConfig(**adapter), settings, STEPS, AT)
 
 
 def orthogonality(model) -> torch.Tensor | float:
@@ -45,7 +46,7 @@ def orthogonality(model) -> torch.Tensor | float:
     return 0.5 * sum((g - torch.eye(len(g))).pow(2).sum().sqrt() for g in left) / len(left)
 
 
-def plain_loop(run: Run, data, samples=None) -> list[tuple[int, float, float]]:
+def plain_loop(run: RunSpec, data, samples=None) -> list[tuple[int, float, float]]:
     """The reference: full logits, one padded-free row a step, torch's AdamW, no DeepSpeed, nothing of the trainer."""
     cfg = run.training
     model = attach(load_base(run.model, run.model_path), run.adapter, run.steps, cfg.seed, samples)
@@ -80,7 +81,9 @@ def plain_loop(run: Run, data, samples=None) -> list[tuple[int, float, float]]:
     return reports
 
 
-def with_trainer(run: Run, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None, make=Trainer):
+def with_trainer(
+    run: RunSpec, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None, make=Zero3Trainer
+):
     trainer = make(run)
     if resume_from:
         trainer.restore(resume_from)
@@ -135,11 +138,11 @@ def test_one_process_equals_a_plain_loop(tiny_llama, data, adapter, training):
 @pytest.mark.parametrize(
     ("make", "training"),
     [
-        (Alone, {}),
-        (Alone, {"zero_stage": 2}),
-        (Alone, {"gradient_checkpointing": True}),
-        (Trainer, {}),
-        (Trainer, {"zero_stage": 3}),
+        (SingleRunTrainer, {}),
+        (SingleRunTrainer, {"zero_stage": 2}),
+        (SingleRunTrainer, {"gradient_checkpointing": True}),
+        (Zero3Trainer, {}),
+        (Zero3Trainer, {"zero_stage": 3}),
     ],
     ids=str,
 )
@@ -153,14 +156,14 @@ def test_a_resumed_run_reproduces_an_undisturbed_one(tiny_llama, data, tmp_path,
 @pytest.mark.parametrize("adapter", [LORA, ADALORA, PREFIX], ids=["lora", "adalora", "prefix"])
 def test_a_pack_of_one_equals_the_loop_that_zero_3_needs(tiny_llama, data, adapter):
     run = make_run(tiny_llama, adapter, micro_batch=4)
-    assert_same(with_trainer(run, data, make=Alone), with_trainer(run, data), 1e-5)
+    assert_same(with_trainer(run, data, make=SingleRunTrainer), with_trainer(run, data), 1e-5)
 
 
 def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
     from peft import PeftModel
 
     run = make_run(tiny_llama)
-    trainer = Trainer(run)
+    trainer = Zero3Trainer(run)
     trainer.fit(batches(data, 0, 0, 8), lambda: batches_in_order(data, "validation", 8), lambda metrics: None)
     trainer.save(str(tmp_path))
     again = PeftModel.from_pretrained(load_base(FP32, tiny_llama), tmp_path / "adapter")
@@ -170,11 +173,11 @@ def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
     torch.testing.assert_close(again.eval()(**inputs).logits, trainer.engine(**inputs).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [Alone, Trainer])
+@pytest.mark.parametrize("make", [SingleRunTrainer, Zero3Trainer])
 def test_a_run_that_diverges_says_so(tiny_llama, data, make):
     run = make_run(tiny_llama)
     run.training.learning_rate = 1e30
-    with pytest.raises(Failed, match=r"diverged: .*loss .*(nan|inf).* step"):
+    with pytest.raises(RunFailed, match=r"diverged: .*loss .*(nan|inf).* step"):
         with_trainer(run, data, make=make)
 
 
@@ -184,7 +187,7 @@ def test_batch_size_must_be_divisible():
 
 
 def test_training_imports_no_ray():
-    code = "import sys, ftray.training.alone; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
+    code = "import sys, ftray.training.single_run_trainer; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
@@ -211,11 +214,11 @@ def test_training_imports_no_ray():
     ],
 )
 def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, stage, adapter, offload):
-    from ftray.search.solo import Job, trainer
+    from ftray.search.trial_worker import SearchContext, trainer
 
     run = make_run(tiny_llama, adapter, zero_stage=stage, micro_batch=2, offload=offload)
     config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
-    job = Job(config, tiny_llama, data.directory, 0.0)
+    job = SearchContext(config, tiny_llama, data.directory, 0.0)
     result = trainer(job, run, "two", tmp_path).fit()
     assert result.return_value["failure"] is None
     # EVA looks at the first batches of rank 0

@@ -6,9 +6,10 @@ https://huggingface.co/docs/peft/developer_guides/model_merging: TIES (arXiv 230
 from pathlib import Path
 from typing import Any
 
-from ftray.adapters.saved import adapter_config
-from ftray.config import Config, UserError
-from ftray.tasks import TaskSpec
+from ftray.adapters.discovery import adapter_config
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.task_spec import TaskSpec
 
 COMBINED = "combined"
 NEED_DENSITY = ("ties", "dare", "magnitude_prune")

@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ftray.tasks import task_of
+from ftray.task_spec import task_of
 
 
 def for_task(config: Any, model: Any) -> Any:

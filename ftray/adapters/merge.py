@@ -8,10 +8,11 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from ftray.adapters.methods import METHODS
-from ftray.config import ModelConfig, UserError
+from ftray.config import ModelConfig
+from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
-from ftray.storage import Location, located, written
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.storage.location import Location, atomic_dir, parse_location
+from ftray.task_spec import CAUSAL, TaskSpec
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -52,6 +53,6 @@ def save_merged(
 def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output: str | Location) -> None:
     """Write `model`, in the dtype of :func:`choose_dtype`, as a plain transformers directory, whole or not at all."""
     model.config.use_cache = True
-    with written(located(str(output))) as made:
+    with atomic_dir(parse_location(str(output))) as made:
         model.to(choose_dtype(cfg)).save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -11,7 +11,8 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from ftray.adapters import layers, prompts
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
-from ftray.config import AdapterConfig, UserError, near
+from ftray.config import AdapterConfig
+from ftray.errors import UserError, near
 
 INITS = {
     "default": "no update at first",
@@ -212,7 +213,7 @@ def attach(
     from peft import get_peft_model
     from peft.utils.integrations import gather_params_ctx
 
-    from ftray.adapters import start
+    from ftray.adapters import lora_init
     from ftray.adapters.heads import exact_heads
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
@@ -221,13 +222,13 @@ def attach(
     norms = [p for module in copied for p in module.parameters(recurse=False)]
     with torch.random.fork_rng(), gather_params_ctx(norms):
         torch.manual_seed(seed)
-        start.before(model, config)
+        lora_init.before(model, config)
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
-        start.after(adapted, getattr(settings, "init", ""), samples)
+        lora_init.after(adapted, getattr(settings, "init", ""), samples)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt
 
 from ftray.adapters.method import Method, Parameters, config
-from ftray.config import UserError
+from ftray.errors import UserError
 
 
 class PromptTuningParameters(Parameters):

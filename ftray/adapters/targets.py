@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftray.config import UserError
+from ftray.errors import UserError
 
 QUERY_VALUE = re.compile(r"q|v|query|value|[qv]_(proj|lin)|c_attn|qkv(_proj)?|Wqkv|query_key_value|in_proj|wq|wv")
 KEY_VALUE = re.compile(r"k|v|key|value|[kv]_(proj|lin)|c_attn|qkv(_proj)?|Wqkv|query_key_value|in_proj|wk|wv")

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from ftray.config import DataConfig, UserError
-from ftray.data.sources import Chunk, Located, Place, content_stamp, read_chunk
+from ftray.config import DataConfig
+from ftray.data.sources import Chunk, Located, SourceLocation, content_stamp, read_chunk
 from ftray.data.splits import (
     SPLITS,
     Sources,
@@ -34,8 +34,9 @@ from ftray.data.splits import (
     split_of,
 )
 from ftray.data.tokens import IGNORE
-from ftray.storage import Stored, located
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.errors import UserError
+from ftray.storage.location import Stored, parse_location
+from ftray.task_spec import CAUSAL, TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,13 @@ class TokenizedData:
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
         """Read the manifest."""
-        manifest = json.loads((located(str(directory)) / "manifest.json").read_text())
+        manifest = json.loads((parse_location(str(directory)) / "manifest.json").read_text())
         splits = {name: Split(**split) for name, split in manifest["splits"].items()}
         return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]))
 
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
-        path = located(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
+        path = parse_location(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
         source = path.filesystem.open_input_file(path.path) if isinstance(path, Stored) else path
         with pq.ParquetFile(source) as file:
             return file.read_row_group(index % WINDOWS_PER_FILE, columns)
@@ -130,7 +131,7 @@ def prepare(
         cfg: source, lengths, fractions, seed.
         model: directory of the base model, for its tokenizer.
         trust_remote_code: run Python code that comes with the tokenizer.
-        task: one of `ftray.tasks.TASKS`.
+        task: one of `ftray.task_spec.TASKS`.
         labels: its classes; none: those of the training records.
 
     Raises:
@@ -142,7 +143,7 @@ def prepare(
     sources = find_sources(cfg)
     tokenizer = load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(cfg, sources, tokenizer, task, labels)
-    root = located(cfg.cache) if cfg.cache else cache_root() / "data"
+    root = parse_location(cfg.cache) if cfg.cache else cache_root() / "data"
     root = root.expanduser() if isinstance(root, Path) else root
     target = root / fingerprint
     if (target / "manifest.json").exists():
@@ -259,12 +260,12 @@ def _mistakes() -> Iterator[None]:
 
 
 def _read(chunk: dict[str, Any], cfg: DataConfig, source: str) -> Iterable[dict[str, Any]]:
-    rows = (_row(located, cfg, source) for located in read_chunk(Chunk(**chunk)))
+    rows = (_row(parse_location, cfg, source) for parse_location in read_chunk(Chunk(**chunk)))
     return heapq.nsmallest(cfg.limit, rows, key=lambda row: row["key"]) if cfg.limit else rows
 
 
-def _row(located: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
-    place, record = located
+def _row(parse_location: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
+    place, record = parse_location
     return {
         "key": order_key(record, cfg.seed) - 2**63,  # signed, for the sort
         "split": split_of(record, cfg, source),
@@ -282,7 +283,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
 
 def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
     rows, of = table.to_pylist(), task.load()
-    examples = [of.parse(json.loads(row["record"]), Place(**row["place"])) for row in rows]
+    examples = [of.parse(json.loads(row["record"]), SourceLocation(**row["place"])) for row in rows]
     refuse_mixture(examples, of)
     tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
     return pa.table(

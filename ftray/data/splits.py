@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ftray.config import DataConfig, UserError
+from ftray.config import DataConfig
 from ftray.data.sources import Chunk, find_chunks, is_small, read_for_check
-from ftray.tasks import TaskSpec
+from ftray.errors import UserError
+from ftray.task_spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 Sources = dict[str, tuple[list[Chunk], DataConfig]]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ftray.config import DataConfig, UserError
-from ftray.data.formats import Example
+from ftray.config import DataConfig
+from ftray.data.records import Example
+from ftray.errors import UserError
 
 IGNORE = -100
 

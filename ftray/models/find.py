@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftray.config import UserError
-from ftray.manifest import check
+from ftray.errors import UserError
+from ftray.storage.manifest import check
 
 
 @dataclass(frozen=True)

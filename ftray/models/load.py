@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ftray.config import ModelConfig
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.task_spec import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from ftray.config import Config, UserError
-from ftray.storage import Location, Stored, located
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.storage.location import Location, Stored, parse_location
 
 SAYS = "output   "  # how the driver's log names its output
 
@@ -27,12 +28,12 @@ def output_of(cfg: Config) -> Location:
     known = cfg.scaling.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     is_job = re.fullmatch(r"raysubmit_\w+", name) or (known and re.fullmatch(r"[\w-]+", name))
     if not is_job or Path(name).exists():
-        return located(name)
+        return parse_location(name)
     log = _log(name, cfg.scaling.address)
     found = re.search(rf"^{SAYS}(.+)$", log, re.MULTILINE)
     if not found:
         raise UserError(f"job {name}: its search has not begun yet, or it is another program's")
-    output = located(found[1])
+    output = parse_location(found[1])
     if isinstance(output, Path) and not output.exists():
         raise UserError(f"job {name}: its output {output} is not on this machine: ask on one that sees it")
     return output

@@ -20,7 +20,7 @@ class Progress(tune.Callback):
     Args:
         total: trials of the whole search.
         budget: records that a trial sees when nothing stops it.
-        past: rows of :func:`ftray.search.outcome.trial_rows`, of a search that goes on.
+        past: rows of :func:`ftray.search.results.trial_rows`, of a search that goes on.
     """
 
     def __init__(self, total: int, budget: int, metric: str, direction: str, past: list[dict[str, Any]]):

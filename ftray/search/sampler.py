@@ -15,7 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.space import Space
-from ftray.storage import Location, Stored, reason
+from ftray.storage.location import Location, Stored, reason
 
 STUDY = "ftray"
 REPORTED = ("step", "records", "tokens", "supervised", "seconds", "tokens_per_second")

@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from ftray.adapters.methods import METHODS, parameters
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, UserError, near
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.errors import UserError, near
 
 CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"

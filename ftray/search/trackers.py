@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlparse
 
-from ftray.config import Config, UserError
-from ftray.storage import Location, Stored, located
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.storage.location import Location, Stored, parse_location
 
 PROJECT = "ftray"  # of Weights & Biases, unless WANDB_PROJECT names another
 
@@ -21,7 +22,7 @@ def check_trackers(cfg: Config) -> None:
     for name in set(cfg.search.trackers) - {"tensorboard"}:
         if find_spec(name) is None:
             raise UserError(f"search.trackers {name}: not installed: pip install 'ftray[{name}]'")
-    if "mlflow" in cfg.search.trackers and not _tracking_uri(located(cfg.output)):
+    if "mlflow" in cfg.search.trackers and not _tracking_uri(parse_location(cfg.output)):
         raise UserError(f"search.trackers mlflow: set MLFLOW_TRACKING_URI: its database can't lie in {cfg.output}")
     keyless = os.environ.get("WANDB_MODE") in ("offline", "disabled") or "wandb" not in cfg.search.trackers
     if not keyless and not os.environ.get("WANDB_API_KEY") and not _logged_in():

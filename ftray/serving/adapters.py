@@ -13,11 +13,11 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ftray.adapters.saved import CONFIG, adapter_config, same_base
-from ftray.config import UserError
-from ftray.manifest import MANIFEST, check
-from ftray.tasks import CAUSAL, FILE, TaskSpec
-from ftray.training.pack import share
+from ftray.adapters.discovery import CONFIG, adapter_config, same_base
+from ftray.errors import UserError
+from ftray.multi_adapter.shared_model import share
+from ftray.storage.manifest import MANIFEST, check
+from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 WEIGHTS = "adapter_model.safetensors"
@@ -89,7 +89,7 @@ def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> P
 
 
 def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> PeftModel:
-    """The adapter in `source` on a :func:`~ftray.training.pack.share` of the frozen `base`, adapter in float32.
+    """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, adapter in float32.
 
     Raises:
         UserError: `source` holds no adapter of this base.

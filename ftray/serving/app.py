@@ -8,8 +8,9 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ftray.config import Config, UserError
-from ftray.serving.offers import Offered, model_of_run, offered
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.serving.catalog import Catalog, find_catalog, model_of_run
 
 
 def key_digest(cfg: Config) -> str | None:
@@ -36,11 +37,11 @@ def key_digest(cfg: Config) -> str | None:
     return None
 
 
-def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: float) -> serve.Application:
+def application(cfg: Config, what: Catalog, key: str | None, cpus: float, gpus: float) -> serve.Application:
     """The application; each replica reserves `cpus` and `gpus`."""
     from ftray.serving import vllm
-    from ftray.serving.endpoint import Endpoint
-    from ftray.serving.reader import Reader
+    from ftray.serving.api.routes import Endpoint
+    from ftray.serving.pooling import PoolingReplica
     from ftray.serving.replica import Replica
 
     s = cfg.serving
@@ -63,7 +64,7 @@ def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: 
         generates = what.task.name == "CAUSAL_LM"
         actor = {"num_cpus": cpus, "num_gpus": gpus}
         replicas: Any = serve.deployment(
-            Replica if generates else Reader, name="replica", ray_actor_options=actor, **options
+            Replica if generates else PoolingReplica, name="replica", ray_actor_options=actor, **options
         )
         own = () if generates else (what.task,)
         handle = replicas.bind(cfg.model_dump(), what.model_path, max(1, int(cpus)), *own)
@@ -77,7 +78,7 @@ def application(cfg: Config, what: Offered, key: str | None, cpus: float, gpus: 
     return endpoint.bind(cfg.model_dump(), what.base, what.adapters, key, handle, what.task.name)
 
 
-def checked(cfg: Config) -> Offered:
+def checked(cfg: Config) -> Catalog:
     """What is to be served, if the engine can.
 
     Raises:
@@ -85,7 +86,7 @@ def checked(cfg: Config) -> Offered:
     """
     from ftray.serving import vllm
 
-    what = offered(cfg)
+    what = find_catalog(cfg)
     if cfg.serving.engine == "vllm":
         vllm.check(cfg, what)
     return what
@@ -94,7 +95,7 @@ def checked(cfg: Config) -> Offered:
 def build(args: dict[str, Any]) -> serve.Application:
     """For `serve deploy`: `args` are the configuration's sections (see docs/configuration.md)."""
     from ftray import cli
-    from ftray.search.cluster import gpus_per_worker
+    from ftray.runtime.cluster import gpus_per_worker
 
     cfg = model_of_run(cli.build(args))
     return application(cfg, checked(cfg), key_digest(cfg), cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg))

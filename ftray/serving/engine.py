@@ -1,6 +1,6 @@
 """Continuous batching over one base model and many adapters; imports no Ray.
 
-Every step runs one flat row of tokens, as a training pack does (:mod:`ftray.training.layers`): the next token of each
+Every step runs one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next token of each
 sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie sorted by
 adapter, so that each adapter has one span. transformers' own continuous batching knows no adapters. See Orca
 (OSDI 2022), Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
@@ -15,15 +15,16 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
-from ftray.serving import cache
-from ftray.serving.layers import ServedLinear, ServedRows
+from ftray.multi_adapter import kv_cache
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
+from ftray.multi_adapter.shared_linear import PackingUnsupported
+from ftray.multi_adapter.shared_model import does_more, shared_model, tuner_layers
 from ftray.serving.sampling import Sampling, Text, Token, choose, scored
-from ftray.training.dropout import Draws
-from ftray.training.pack import Unshareable, does_more, host, tuner_layers
 
 
 @dataclass(frozen=True)
-class Piece:
+class SequenceDelta:
     """What a step adds to an answer.
 
     Attributes:
@@ -54,7 +55,7 @@ class Sequence:
 
     prompt: list[int]
     sampling: Sampling
-    emit: Callable[[Piece], None]
+    emit: Callable[[SequenceDelta], None]
     adapter: str | None = None
     ids: list[int] = field(init=False)
     cached: int = 0
@@ -69,7 +70,7 @@ class Sequence:
 
 
 @dataclass
-class Adapter:
+class EngineAdapter:
     """One adapter that can be asked.
 
     Attributes:
@@ -100,16 +101,16 @@ class Engine:
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, slots: int = 16, prompt_tokens: int = 256):
         self.base, self.tokenizer, self.slots, self.prompt_tokens = base.eval(), tokenizer, slots, prompt_tokens
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, EngineAdapter] = {}
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # each in the slot of its place here
         self.alone: list[Sequence] = []
         ends = getattr(base.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
-        self._rows, self._step = ServedRows(), []  # type: tuple[ServedRows, list[cache.Step]]
-        self.host = host(base, cache.NAME, step=self._step)
-        self._cache = cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
+        self._rows, self._step = ServedSegments(), []  # type: tuple[ServedSegments, list[kv_cache.Step]]
+        self.host = shared_model(base, kv_cache.NAME, step=self._step)
+        self._cache = kv_cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
         self.apart = self._obstacle()
 
     @torch.no_grad()
@@ -131,18 +132,18 @@ class Engine:
             return f"{name} uses {error}"
         return does_more(self.host, torch.cat(parts), whole)
 
-    def prepare(self, model: PeftModel) -> Adapter:
-        """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.training.pack.share` of the base."""
+    def prepare(self, model: PeftModel) -> EngineAdapter:
+        """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of the base."""
         if self.apart:
-            return Adapter(model, {}, self.apart)
+            return EngineAdapter(model, {}, self.apart)
         try:
-            return Adapter(model, tuner_layers(model, self.base), None)
-        except Unshareable as error:
-            return Adapter(model, {}, str(error))
+            return EngineAdapter(model, tuner_layers(model, self.base), None)
+        except PackingUnsupported as error:
+            return EngineAdapter(model, {}, str(error))
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: EngineAdapter) -> None:
         """Let sequences ask for `name` from now on."""
-        draws = Draws(adapter.model, 0)
+        draws = DropoutRNG(adapter.model, 0)
         for path, layer in adapter.layers.items():
             place = self.host.get_submodule(path)
             if not isinstance(place, ServedLinear):
@@ -208,7 +209,7 @@ class Engine:
             try:
                 self._step_alone(sequence)
             except Exception as error:  # a method that fails harms its own sequences alone
-                self._finish(sequence, Piece(finish="error", error=f"{type(error).__name__}: {error}"))
+                self._finish(sequence, SequenceDelta(finish="error", error=f"{type(error).__name__}: {error}"))
 
     def _shared_step(self) -> None:
         budget, plan = self.prompt_tokens, []
@@ -253,7 +254,7 @@ class Engine:
                 if sequence in self.running:
                     slot = self.running.index(sequence)
                     self._clear(slice(slot, slot + 1))
-                self._finish(sequence, Piece(finish="error", error="the model's output is not finite"))
+                self._finish(sequence, SequenceDelta(finish="error", error="the model's output is not finite"))
                 self._clear(slice(len(self.running), None))
         ready = [(s, logits) for s, logits in ready if not s.done]
         if not ready:
@@ -281,8 +282,8 @@ class Engine:
     def _take(self, sequence: Sequence, token: Token) -> None:
         before, sequence.echoed = sequence.echoed, []
 
-        def piece(text: str = "", finish: str | None = None, new: tuple[Token, ...] = (token,)) -> Piece:
-            return Piece(text, [*before, *new], finish, echoed=len(before))
+        def piece(text: str = "", finish: str | None = None, new: tuple[Token, ...] = (token,)) -> SequenceDelta:
+            return SequenceDelta(text, [*before, *new], finish, echoed=len(before))
 
         if sequence.sampling.max_tokens == 0:
             self._finish(sequence, piece(finish="length", new=()))
@@ -300,7 +301,7 @@ class Engine:
         else:
             sequence.emit(piece(text))
 
-    def _finish(self, sequence: Sequence, piece: Piece | None = None) -> None:
+    def _finish(self, sequence: Sequence, piece: SequenceDelta | None = None) -> None:
         sequence.done, sequence.past = True, None
         if sequence in self.running:
             slot, last = self.running.index(sequence), len(self.running) - 1
@@ -352,7 +353,7 @@ class Engine:
         self._rows.set(spans)
         where = torch.tensor(positions, device=device)
         self._step[:] = [
-            cache.Step(
+            kv_cache.Step(
                 torch.tensor(slots, device=device),
                 where,
                 prompts,

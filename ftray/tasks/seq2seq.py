@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ftray.config import DataConfig, EvaluationConfig, UserError
-from ftray.data import formats
+from ftray.config import DataConfig, EvaluationConfig
+from ftray.data import records
 from ftray.data.tokens import IGNORE, Tokens
+from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
@@ -27,8 +28,8 @@ class Task(task.PaddedTask):
         "print(k.decode(m.generate(**k('TEXT', return_tensors='pt'))[0]))\""
     )
 
-    def parse(self, record: dict[str, Any], where: object) -> formats.Example:
-        example = formats.parse(record, where)
+    def parse(self, record: dict[str, Any], where: object) -> records.Example:
+        example = records.parse(record, where)
         if example.messages is not None or not example.prompt:
             raise UserError(f"{where}: SEQ_2_SEQ_LM learns one text from another: records must hold {self.needs}")
         return example

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ftray.config import DataConfig, EvaluationConfig, UserError, near
+from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.tokens import Tokens
+from ftray.errors import UserError, near
 from ftray.evaluation.metrics import Scores, macro_f1, ratio
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of

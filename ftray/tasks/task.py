@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.evaluation.metrics import Scores
-from ftray.tasks import TaskSpec
+from ftray.task_spec import TaskSpec
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards

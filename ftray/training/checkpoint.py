@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ftray.adapters import start
-from ftray.config import ModelConfig, UserError
-from ftray.manifest import check, seal
-from ftray.tasks import CAUSAL, TaskSpec
+from ftray.adapters import lora_init
+from ftray.config import ModelConfig
+from ftray.errors import UserError
+from ftray.storage.manifest import check, seal
+from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 
 TAG = "state"
@@ -44,7 +45,7 @@ def save_adapter(engine: Any, model: Any, directory: Path) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
-            start.save(model, directory)
+            lora_init.save(model, directory)
             seal(directory)
 
 
@@ -84,7 +85,7 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
     """
     from peft import get_peft_model
 
-    from ftray.adapters.saved import weightless_config
+    from ftray.adapters.discovery import weightless_config
     from ftray.models.load import load_skeleton
 
     config = weightless_config(like)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import get_scheduler
 
-from ftray.config import TrainingConfig, UserError
-from ftray.training.run import accumulation_steps, micro_batch_size
+from ftray.config import TrainingConfig
+from ftray.errors import UserError
+from ftray.training.run_spec import accumulation_steps, micro_batch_size
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

@@ -4,7 +4,6 @@ Plain PyTorch, PEFT and transformers. One model runs the rows of all adapters as
 so one backward pass gives every one its own gradient. See PLoRA (arXiv 2508.02932) and mLoRA (2312.02515).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +16,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ftray.tasks import task_of
-from ftray.training import attention
+from ftray.multi_adapter import attention
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.head_loss import HeadLoss
+from ftray.multi_adapter.shared_linear import AdapterSegments, SharedLinear
+from ftray.multi_adapter.shared_model import out_of_memory, shared_model, trainable, tuner_layers
+from ftray.task_spec import task_of
+from ftray.tasks.next_token import IGNORE, supervised_tokens
 from ftray.training.adalora import orthogonality
-from ftray.training.dropout import Draws
-from ftray.training.layers import Rows, SharedLinear
-from ftray.training.loss import IGNORE, HeadLoss, supervised_tokens
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
-class Unshareable(ValueError):
+class PackingUnsupported(ValueError):
     """This model or adapter can't share a batch with others; the message says why."""
 
 
-class Update(Protocol):
+class AdapterOptimizer(Protocol):
     """What makes a step of an adapter out of its gradients."""
 
     def apply(self, gradients: list[torch.Tensor], step: int) -> None:
@@ -40,7 +41,7 @@ class Update(Protocol):
 
 
 @dataclass
-class PlainUpdate:
+class TorchOptimizer:
     """Clipping, optimiser and schedule in one process, by torch alone.
 
     Attributes:
@@ -78,8 +79,8 @@ class Member:
     """
 
     model: PeftModel
-    update: Update
-    draws: Draws
+    update: AdapterOptimizer
+    draws: DropoutRNG
     layers: dict[str, BaseTunerLayer]
     parameters: list[nn.Parameter]
     step: int
@@ -87,7 +88,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What a step came to, over all ranks.
 
     Attributes:
@@ -126,9 +127,9 @@ class Pack:
         self.task = task_of(base).load()
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
-        self._rows = Rows()
+        self._rows = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the row at hand
-        self.host = host(base, attention.NAME, layout=self._layout)
+        self.host = shared_model(base, attention.NAME, layout=self._layout)
         for module in self.host.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
@@ -146,23 +147,23 @@ class Pack:
             return f"{type(self.base).__name__} uses {error}"
         return does_more(self.host, hidden, whole)
 
-    def add(self, name: str, model: PeftModel, update: Update, seed: int = 0, step: int = 0) -> str | None:
+    def add(self, name: str, model: PeftModel, update: AdapterOptimizer, seed: int = 0, step: int = 0) -> str | None:
         """Let an adapter join.
 
         Args:
             model: PEFT model over a :func:`share` of the base, adapter in float32.
-            update: makes its steps; see :class:`PlainUpdate`.
+            update: makes its steps; see :class:`TorchOptimizer`.
             seed: of its dropout.
             step: optimiser steps that it has made before.
 
         Returns:
             None; or why its rows can't share a batch: it then trains on the same base by itself, between the others.
         """
-        draws, apart, layers = Draws(model, seed, self.rank), self.apart, {}
+        draws, apart, layers = DropoutRNG(model, seed, self.rank), self.apart, {}
         if not apart:
             try:
                 layers = tuner_layers(model, self.base)
-            except Unshareable as error:
+            except PackingUnsupported as error:
                 apart = str(error)
         for path, layer in layers.items():
             place = self.host.get_submodule(path)
@@ -181,7 +182,7 @@ class Pack:
             self.host.get_submodule(path).leave(name)
         return member.model
 
-    def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, Stepped]:
+    def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
         """One optimiser step of every adapter in `batches`.
 
         Args:
@@ -231,7 +232,7 @@ class Pack:
                     failure = f"out of memory: the update of step {member.step + 1}"
             if failure:
                 self.remove(name)
-            stepped[name] = Stepped(loss, *counts[name], failure)
+            stepped[name] = StepResult(loss, *counts[name], failure)
         return stepped
 
     def _in_memory(self, attempt: Callable[[], Any]) -> Any:
@@ -355,71 +356,6 @@ class Pack:
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         self._layout[:] = [attention.layout(position_ids, self.base.device)]
         return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is that: of a GPU, or of this machine, for which PyTorch has no class."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def share(model: nn.Module) -> Any:
-    """A copy of the module structure whose parameters and buffers are those of `model` itself."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def host(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
-    """A :func:`share` of the base that runs the rows of many adapters.
-
-    Args:
-        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
-    """
-    shared = share(base)
-    config = copy.deepcopy(base.config)
-    config._attn_implementation = implementation
-    for module in shared.modules():
-        if getattr(module, "config", None) is shared.config and module is not shared:
-            module.config = config
-        module.__dict__.update(at_hand)
-    shared.config = config
-    return shared
-
-
-def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
-    """Why a :func:`host` can't stand for its base, of whose float32 logits `whole` it should make, from `hidden`."""
-    ours = shared.get_output_embeddings()(hidden).float()
-    tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
-    if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
-        return f"{type(shared).__name__} does more than causal attention and a linear head"
-    return None
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that gradients are given for, in this order."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
-    """The adapted layers of `model`, by their path in the base model `shared`.
-
-    Raises:
-        Unshareable: it trains more than adapters of linear layers in front of the head.
-    """
-    method = model.active_peft_config.peft_type.value
-    if model.active_peft_config.is_prompt_learning:
-        raise Unshareable(f"{method} adds tokens or activations to the model's input")
-    inner: Any = model.get_base_model()
-    layers = {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
-    if any(id(p) not in inside for p in trainable(model)):
-        raise Unshareable(f"{method} trains parameters outside of the layers that it adapts")
-    for path, layer in layers.items():
-        base = layer.get_base_layer()
-        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
-            raise Unshareable(f"{method} adapts {path}, which is no linear layer in front of the head")
-        weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
-        if any(own is not theirs for own, theirs in weights):
-            raise Unshareable(f"{method} starts from a changed copy of {path}")
-    return layers
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:

@@ -1,0 +1,209 @@
+"""What isn't done, and why: settings refused before training, and PEFT's methods without an entry.
+
+`python -m ftray.adapters.compatibility > docs/methods.md` prints both.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.adapters.methods import METHODS, attach, parameters
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is asked for."""
+
+    method: str
+    own: Any  # the method's parameters
+    model: ModelConfig
+    training: TrainingConfig
+    base: Any = None  # the model, where it is known
+
+    @property
+    def init(self) -> str:
+        return getattr(self.own, "init", "") if self.method == "lora" else ""
+
+    @property
+    def takes_from_base(self) -> bool:
+        return self.init.startswith(("pissa", "olora"))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that can't be had.
+
+    Attributes:
+        what: the setting, as users would write it.
+        reason: which part can't do it, and what to take instead.
+    """
+
+    what: str
+    reason: str
+    applies: Callable[[Combination], bool]
+
+
+REFUSALS = [
+    *(
+        Refusal(
+            f"method {name} with model.quantization {' or '.join(lacks)}",
+            "it changes the base's weights as such, and PEFT does so for floating point alone: take lora, or none",
+            lambda w, name=name, lacks=lacks: w.method == name and w.model.quantization in lacks,  # type: ignore[misc]
+        )
+        for name, method in METHODS.items()
+        if (lacks := [bits for bits in ("8bit", "4bit") if bits not in method.quantized])
+    ),
+    Refusal(
+        "lora.init pissa or olora with model.quantization",
+        "what they take out of the weights is lost in their rounding: take loftq",
+        lambda w: w.takes_from_base and w.model.quantization != "none",
+    ),
+    Refusal(
+        "lora.init loftq without model.quantization",
+        "it makes up for what quantisation rounds off: set model.quantization, or take pissa",
+        lambda w: w.init == "loftq" and w.model.quantization == "none",
+    ),
+    Refusal(
+        "lora.init pissa, olora, eva or loftq with training.zero_stage 3",
+        "they need whole weights, which ZeRO 3 shares out over the workers: take stage 2, or another init",
+        lambda w: (w.takes_from_base or w.init in ("eva", "loftq")) and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "lora.init pissa or olora with lora.use_dora",
+        "PEFT's conversion to an adapter of the unchanged base leaves DoRA's magnitudes out",
+        lambda w: w.takes_from_base and w.own.use_dora,
+    ),
+    Refusal(
+        "lora.use_dora with model.quantization 8bit",
+        "PEFT reads DoRA's magnitudes from weights that bitsandbytes has not packed yet: take 4bit",
+        lambda w: w.method == "lora" and w.own.use_dora and w.model.quantization == "8bit",
+    ),
+    Refusal(
+        "lora.init orthogonal with model.quantization",
+        "PEFT makes the factors of the base's type, here integers: take gaussian",
+        lambda w: w.init == "orthogonal" and w.model.quantization != "none",
+    ),
+    Refusal(
+        "lora.init orthogonal with an odd rank",
+        "the factors are made of pairs of rows: take an even one",
+        lambda w: w.init == "orthogonal" and any(r % 2 for r in (w.own.rank, *w.own.rank_pattern.values())),
+    ),
+    Refusal(
+        "delora with training.zero_stage 3",
+        "it starts from norms of whole weights, which ZeRO 3 shares out over the workers: take stage 2",
+        lambda w: w.method == "delora" and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "loha with training.zero_stage 3",
+        "PEFT sizes it by the weights, which ZeRO 3 shares out over the workers: take lokr, or stage 2",
+        lambda w: w.method == "loha" and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "lora.init eva with an encoder and a decoder",
+        "PEFT masks what the decoder reads by the encoder's padding: take pissa",
+        lambda w: w.init == "eva" and bool(w.base) and w.base.config.is_encoder_decoder,
+    ),
+    Refusal(
+        "prompt_tuning or p_tuning with SEQ_CLS on a model that generates",
+        "where it is given embeddings, transformers can't tell the last token from padding: take prefix_tuning",
+        lambda w: w.method in ("prompt_tuning", "p_tuning") and hasattr(w.base, "score"),
+    ),
+    Refusal(
+        "prefix_tuning with training.gradient_checkpointing",
+        "recomputing drops the keys and values that it trains: take prompt_tuning, or no checkpointing",
+        lambda w: w.method == "prefix_tuning" and w.training.gradient_checkpointing,
+    ),
+    Refusal(
+        "a method with model.quantization and training.zero_stage 3",
+        "DeepSpeed can't share out bitsandbytes' packed weights: take stage 2",
+        lambda w: w.model.quantization != "none" and w.training.zero_stage == 3,
+    ),
+]
+
+ENTRY = "nothing in the way: wants an entry"
+NOT_COVERED = {
+    "ADAMSS": "picks its subspaces by calls between steps, as AdaLoRA does its ranks, with a protocol of its own",
+    "BEFT": ENTRY,
+    "C3A": ENTRY,
+    "CARTRIDGE": "starts from the cache of a long text, and is distilled, not trained on targets",
+    "CPT": "wants a context of its own in tokens and masks, and has a loss of its own",
+    "DEFT": ENTRY,
+    "FROD": "factorises all weights of the base together before it starts",
+    "GLORA": ENTRY,
+    "GRALORA": ENTRY,
+    "HIRA": ENTRY,
+    "LILY": ENTRY,
+    "MULTITASK_PROMPT_TUNING": "wants a task id with every record",
+    "OSF": "trains parts of the base's own weights, which a pack shares",
+    "PEANUT": ENTRY,
+    "POLY": "wants a task id with every record",
+    "PSOFT": ENTRY,
+    "PVERA": "draws random numbers outside of any dropout: a resumed run would differ from an undisturbed one",
+    "SHADOW": "trains a second model beside the base, with a loss of its own",
+    "SHIRA": ENTRY,
+    "SUPERTUNING": ENTRY,
+    "TINYLORA": ENTRY,
+    "TRAINABLE_TOKENS": "trains embeddings of tokens that the tokenizer has to be given first",
+    "UNILORA": ENTRY,
+    "VBLORA": ENTRY,
+    "WAVEFT": ENTRY,
+    "XLORA": "mixes adapters that are trained already",
+}
+
+
+def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig, base: Any = None) -> None:
+    """Check a run's settings against :data:`REFUSALS`.
+
+    Raises:
+        UserError: one of them applies, or as :func:`ftray.adapters.methods.parameters`.
+    """
+    wish = Combination(adapter.method, parameters(adapter), model, training, base)
+    for refusal in REFUSALS:
+        if refusal.applies(wish):
+            raise UserError(f"{refusal.what}: {refusal.reason}")
+
+
+def dry_run(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: TrainingConfig) -> None:
+    """As :func:`refuse`, and let PEFT itself adapt a copy of the `skeleton`, a model on the meta device.
+
+    Raises:
+        UserError: it can't be had, or as :func:`ftray.adapters.methods.attach`.
+    """
+    import torch
+
+    refuse(adapter, model, training, skeleton)
+    with torch.device("meta" if METHODS[adapter.method].on_meta else "cpu"):
+        attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
+
+
+def without_weights(adapter: AdapterConfig) -> AdapterConfig:
+    """The same adapter, begun in a way that can do without the base's weights."""
+    return adapter.model_copy(update={"init": "default"}) if adapter.method == "lora" else adapter
+
+
+def document() -> str:
+    """Markdown: the methods, the refusals and what has no entry."""
+    lines = ["# Methods", "", "Generated by `python -m ftray.adapters.compatibility` from the registry.", ""]
+    lines += ["| method | | on a quantised base | merges |", "| --- | --- | --- | --- |"]
+    for name, method in METHODS.items():
+        text = (method.parameters.__doc__ or "").strip()
+        merges = "no: it adds to the input" if method.merge_tolerance is None else f"to {method.merge_tolerance:g}"
+        lines.append(f"| `{name}` | {text} | {', '.join(method.quantized) or 'no'} | {merges} |")
+    lines += [
+        "",
+        "`merges`: difference of fp32 logits, relative to the greatest.",
+        "",
+        "## Refused before training",
+        "",
+    ]
+    lines += [f"- **{r.what}**: {r.reason}." for r in REFUSALS]
+    lines += ["", "## PEFT's methods without an entry", ""]
+    lines += [f"- `{name}`: {reason}." for name, reason in NOT_COVERED.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,213 @@
+"""Adapter directories that others wrote: finding them, and whether they fit a base model, without weights or a GPU."""
+
+import atexit
+import difflib
+import hashlib
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray.config import Config, DataConfig
+from ftray.errors import UserError
+from ftray.models.find import find
+from ftray.storage.location import Stored, as_local_dir, reason
+from ftray.storage.manifest import check
+from ftray.task_spec import CAUSAL, FILE, TaskSpec
+
+INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint keep theirs
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
+SAMPLE = 2**20  # bytes at the end of a weight file by which two models are told apart
+
+
+def find_adapter(name: str, with_weights: bool = True) -> Path:
+    """The adapter directory `name`, or the one inside of it if `name` is what `tune` or `train` left.
+
+    What a URI names is copied into a directory that goes when this process ends.
+
+    Raises:
+        UserError: there is none, it is damaged, or lacks weights and should have them.
+    """
+    if "://" in name:
+        return _copied(name)
+    path = Path(name).expanduser()
+    for place in (path, *(path / inside for inside in INSIDE)):
+        if (place / CONFIG).is_file():
+            check(place, f"adapter {place}")
+            if with_weights and not _weights(place):
+                raise UserError(f"adapter {place}: holds no weights ({WEIGHTS}safetensors)")
+            return place
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            raise UserError(f"adapter {name}: is a whole model, not an adapter: give it as --model")
+        raise UserError(f"adapter {name}: the directory holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, 2, 0.6)
+    hint = f"; did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
+    raise UserError(f"adapter {name}: no such directory{hint}")
+
+
+@lru_cache
+def _copied(uri: str) -> Path:
+    for inside in ("", *INSIDE):
+        source = Stored(uri, inside)
+        try:
+            if not (source / CONFIG).is_file():
+                continue
+            directory = Path(tempfile.mkdtemp(prefix="ftray-adapter-"))
+            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+            if (Stored(uri) / "config.yaml").is_file():  # see data_settings
+                (directory / "config.yaml").write_bytes((Stored(uri) / "config.yaml").read_bytes())
+            with as_local_dir(source) as local:
+                return Path(shutil.copytree(local, directory / (inside or "adapter")))
+        except OSError as error:
+            raise UserError(f"adapter {uri}: can't be read ({reason(error)})") from None
+    raise UserError(f"adapter {uri}: holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
+
+
+def adapter_config(adapter: Path) -> Any:
+    """Its `peft.PeftConfig`.
+
+    Raises:
+        UserError: not one that the installed PEFT can read.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason}") from None
+
+
+def weightless_config(adapter: Path) -> Any:
+    """As :func:`adapter_config`, to make the adapter anew, on a base without weights: it holds what is trained then."""
+    config = adapter_config(adapter)
+    config.inference_mode = False
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
+    return config
+
+
+def base_of(cfg: Config, adapters: list[Path]) -> str:
+    """The base model's directory or hub id: `model.name` where it is given, else what the first adapter names.
+
+    Raises:
+        UserError: no such model, or an adapter was made for another one; the message says what shows it.
+    """
+    if "name" in cfg.model.model_fields_set or not adapters:
+        base = find(cfg.model.name)
+    else:
+        named = adapter_config(adapters[0]).base_model_name_or_path
+        try:
+            base = find(named or "")
+        except UserError as error:
+            raise UserError(f"adapter {adapters[0]}: its base can't be found ({error}): give --model") from None
+    for adapter in adapters:
+        _check_base(cfg, adapter, base)
+    return base
+
+
+def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:
+    """The task that all of `adapters` are for; without any, what `cfg.task` says.
+
+    Raises:
+        UserError: they are for different ones, or for another than `cfg.task`, or one doesn't say its labels.
+    """
+    specs = [_task(adapter) for adapter in adapters]
+    for adapter, spec in zip(adapters, specs, strict=True):
+        if cfg.task not in ("auto", spec.name):
+            raise UserError(f"task {cfg.task}: the adapter {adapter} is for {spec.name}")
+        if spec != specs[0]:
+            raise UserError(f"adapter {adapter}: is for another task or other labels than {adapters[0]}")
+    return specs[0] if specs else TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+
+
+def _task(adapter: Path) -> TaskSpec:
+    spec = TaskSpec.read(adapter)
+    if spec is None and (name := adapter_config(adapter).task_type or CAUSAL.name) != CAUSAL.name:
+        raise UserError(f"adapter {adapter}: is for {name}, but holds no {FILE} as ftray writes it, with its labels")
+    return spec or CAUSAL
+
+
+def data_settings(cfg: Config, adapter: Path | None) -> DataConfig:
+    """How prompts are rendered: as `cfg.data` says, where it says nothing as in the run that left `adapter`.
+
+    Raises:
+        UserError: the run's `config.yaml` can't be read.
+    """
+    if adapter is None or "template" in cfg.data.model_fields_set:
+        return cfg.data
+    for parent in list(adapter.resolve().parents)[:3]:  # OUT/adapter, OUT/best/adapter, OUT/train/checkpoint/adapter
+        path = parent / "config.yaml"
+        if path.is_file():
+            try:
+                return cfg.data.model_copy(update={"template": yaml.safe_load(path.read_text())["data"]["template"]})
+            except (yaml.YAMLError, KeyError, TypeError):
+                raise UserError(f"{path}: not the config.yaml of a run: give --data.template") from None
+    return cfg.data
+
+
+def _check_base(cfg: Config, adapter: Path, base: str) -> None:
+    named = adapter_config(adapter).base_model_name_or_path or base
+    if _known_to_differ(named, base):
+        raise UserError(f"adapter {adapter}: was made for another base, {named}, not for {base}")
+    if _weights(adapter) and (mismatch := _mismatch(cfg, adapter, base)):
+        raise UserError(f"adapter {adapter}: was made for another base than {base}: {mismatch}")
+
+
+def _weights(adapter: Path) -> bool:
+    return any(adapter.glob(f"{WEIGHTS}*"))
+
+
+def same_base(named: str, base: str) -> bool:
+    """Whether an adapter made for `named` is one for `base`: by the weights where both are here, else by the names."""
+    here, there = Path(base), Path(named)
+    if here.is_dir() and there.is_dir():
+        return _samples(here) == _samples(there)
+    return here.name == there.name
+
+
+def _known_to_differ(named: str, base: str) -> bool:
+    """Whether weights differ for sure; a base that was moved or is known by another name may be the same one."""
+    if Path(base).is_dir() and Path(named).is_dir():
+        return not same_base(named, base)
+    is_hub_id = named.count("/") == 1 and not named.startswith((".", "/", "~"))
+    return is_hub_id and not Path(base).exists() and named != base
+
+
+def _samples(model: Path) -> list[tuple[int, str]]:
+    """Size and digest of the end of each weight file: what tells models of equal shape apart in no time."""
+    samples = []
+    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - SAMPLE))
+            samples.append((size, hashlib.sha256(file.read()).hexdigest()))
+    return samples
+
+
+def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
+    """What keeps PEFT from loading the adapter into the base's architecture; both without memory (meta device)."""
+    import torch
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    from ftray.models.load import load_skeleton
+
+    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base, _task(adapter))
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(skeleton, config)
+        result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    except (ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "size mismatch" in line), lines[0])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name in result.missing_keys if name in trained]
+    for names, what in ((missing, "it has nothing for"), (result.unexpected_keys, "the base has no place for")):
+        if names:
+            return f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return None

@@ -1,0 +1,121 @@
+"""What LoRA starts from: initialisations that look at the base's weights, at its quantisation errors or at the data.
+
+PiSSA and OLoRA start with a part of the weights, which the base then has less of. The adapter gets its own copy of the
+weights that it takes from, and is saved as the difference to its start: as a plain LoRA for the base as it was.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ftray.errors import UserError
+from ftray.task_spec import task_of
+
+SAMPLES = 16  # batches that EVA goes over until the components no longer change
+
+
+def takes_from_base(config: Any) -> bool:
+    """Whether PEFT changes the base's weights when it initialises an adapter of this configuration."""
+    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
+
+
+def before(model: nn.Module, config: Any) -> None:
+    """Give the layers that the initialisation will change weights of their own."""
+    if not takes_from_base(config):
+        return
+    for name, module in model.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+            weight: Any = module.weight
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> None:
+    """Finish the initialisation of a fresh PEFT model."""
+    if takes_from_base(model.active_peft_config):
+        tensors = get_peft_model_state_dict(model).items()
+        model.start = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors if "lora_" in name}
+    elif init == "eva":
+        _eva(model, samples)
+    elif init == "loftq":
+        _loftq(model)
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write the adapter as a PEFT directory for the base as it was, and beside it what task it is for."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    if begun := getattr(model, "start", None):
+        _take_start_away(directory, begun)
+    task_of(model.get_base_model()).save(directory)
+
+
+def _take_start_away(directory: Path, start: dict[str, torch.Tensor]) -> None:
+    """Make the saved LoRA B A one of twice the rank that is B A - B0 A0, which the unchanged base wants.
+
+    PEFT's own conversion leaves out what is trained besides (`modules_to_save`).
+    """
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(file)
+    for name, begun in start.items():
+        side, sign = (0, 1) if "lora_A" in name else (1, -1)
+        tensors[name] = torch.cat([tensors[name], sign * begun], side)
+    save_file(tensors, file, {"format": "pt"})
+    config = PeftConfig.from_pretrained(str(directory))
+    factor = math.sqrt(2) if config.use_rslora else 2  # alpha is divided by the rank, or by its root
+    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+    config.save_pretrained(str(directory))
+
+
+def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
+    """Rank 0 computes the components, the others are told."""
+    from peft import initialize_lora_eva_weights
+
+    config = model.active_peft_config
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        if samples is None:
+            raise UserError("init eva needs training data to look at")
+        names = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
+        batches = [{k: v for k, v in b.items() if k in names} for b in samples()]
+        ranks = max([config.r, *config.rank_pattern.values()])
+        batches = [b for b in batches if b["input_ids"].numel() >= ranks]  # fewer tokens have no such many components
+        if not batches:
+            raise UserError(f"init eva: no batch holds {ranks} tokens, as many as the rank: take a smaller rank")
+        initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                dist.broadcast(parameter.data, 0)
+
+
+def _loftq(model: Any) -> None:
+    """One round of the paper's algorithm, on any device: PEFT's own is for GPUs, and for alpha equal to the rank."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.loftq_utils import _SafetensorLoader
+
+    base = model.get_base_model()
+    path = base.config._name_or_path
+    stored = _SafetensorLoader(model, path if Path(path).is_dir() else None)
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            linear: Any = layer.get_base_layer()
+            a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+            whole = stored.get_tensor(f"{name}.weight").to(a.device, torch.float32)
+            if getattr(linear, "source_cls", None) is Conv1D:
+                whole = whole.T
+            error = whole - dequantize_module_weight(linear).float()
+            left, values, right = torch.linalg.svd(error / scaling, full_matrices=False)
+            root = values[: len(a)].sqrt()
+            a.data = (root[:, None] * right[: len(a)]).contiguous()
+            b.data = (left[:, : len(a)] * root).contiguous()

@@ -1,0 +1,86 @@
+"""Randomness that depends on a run's seed and position alone: not on who trains beside it, nor on recomputation."""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class Dropout(nn.Module):
+    """`nn.Dropout` that, on a CPU, draws a number for each element that it drops, not for each that there is.
+
+    Attributes:
+        scale: what is kept times this keeps the mean.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.scale = p, 1 / (1 - p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        mask = torch.full(x.shape, self.scale, dtype=x.dtype, device=x.device)
+        return x * zero(mask, self.draw(x.shape, x.device))
+
+    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """What is dropped of a tensor of `shape`, each element with probability `p`: for :func:`zero`.
+
+        Between two that are dropped lies a number of others with a geometric distribution. On a GPU it would have to
+        be waited for how many there are: there, all are drawn.
+        """
+        if device.type != "cpu":
+            return torch.rand(shape, device=device) < self.p
+        mean = shape.numel() * self.p
+        enough = int(mean + 10 * math.sqrt(mean) + 30)  # ten standard deviations
+        gaps = torch.empty(enough).exponential_(-math.log1p(-self.p)).long()
+        places = (gaps + 1).cumsum(0) - 1
+        return places[: torch.searchsorted(places, shape.numel())]
+
+
+def zero(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set to 0, in `x` itself, what is `dropped`: flat places in its first rows, int64, or a mask of those rows."""
+    if dropped.dtype is torch.bool:
+        x[: len(dropped)].masked_fill_(dropped, 0.0)
+    else:
+        x.view(-1).index_fill_(0, dropped, 0.0)
+    return x
+
+
+class DropoutRNG:
+    """Seeds the generator before each adapted layer from (seed, step, micro-batch, rank, layer).
+
+    Attributes:
+        step, micro_batch: where the run is; whoever trains sets them.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, rank: int = 0):
+        self.seed, self.rank, self.step, self.micro_batch = seed, rank, 0, 0
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for part in (part for layer in layers for part in layer.modules()):
+            for name, child in part.named_children():
+                if type(child) is nn.Dropout:
+                    setattr(part, name, Dropout(child.p))
+        self._index = {layer: i for i, layer in enumerate(layers) if any(_draws(part) for part in layer.modules())}
+        self._hooks = [layer.register_forward_pre_hook(lambda layer, _: self.begin(layer)) for layer in self._index]
+
+    def begin(self, layer: nn.Module) -> None:
+        """Seed for `layer`, if it draws anything."""
+        if layer.training and layer in self._index:
+            place = hash((self.seed, self.step, self.micro_batch, self.rank, self._index[layer]))  # of integers: fixed
+            # torch.manual_seed would look for every kind of device each time
+            torch.default_generator.manual_seed(place & 0xFFFFFFFF)
+            if torch.cuda.is_initialized():
+                torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(place & 0xFFFFFFFF)
+
+    def end(self) -> None:
+        """Take the hooks away again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _draws(module: Any) -> bool:
+    share = getattr(module, "p", 0.0)  # Dropout, and OFT's MultiplicativeDropoutLayer
+    return isinstance(share, float) and share > 0

@@ -1,0 +1,56 @@
+"""The loss of a frozen head; the logits of a long batch never lie in memory at once."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LOGITS = 2**24  # elements of logits that are computed at once
+BLOCK = 16  # positions, on a CPU: their logits stay in its cache from the softmax to the gradient
+
+
+class HeadLoss(torch.autograd.Function):
+    """A frozen head and its cross-entropy, a slice of positions at a time.
+
+    The gradient is made in the forward pass, from the same logits: they are never kept, nor computed twice
+    (Liger Kernel, arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the losses (float32 scalar) and, bearing no gradient, the loss of each position.
+
+        Args:
+            hidden: [S, hidden size], the head's input at the supervised positions.
+            head: the model's frozen output layer.
+            targets: int64 [S].
+            weights: float32 [S], the gradient of each position's loss.
+        """
+        losses = torch.empty_like(weights)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, LOGITS // head.weight.shape[0])
+        for at in range(0, len(hidden), rows):
+            part = slice(at, at + rows)
+            logits = head(hidden[part])
+            blocks = (
+                t.split(BLOCK if logits.device.type == "cpu" else rows)
+                for t in (logits, targets[part, None], losses[part])
+            )
+            for block, target, loss in zip(*blocks, strict=True):
+                logs = F.log_softmax(block, -1, dtype=torch.float32)
+                found = logs.gather(1, target)
+                loss.copy_(-found.squeeze(1))
+                if gradient is not None:
+                    block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
+            if gradient is not None:
+                gradient[part] = (logits.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.gradient * gradient, None, None, None

@@ -1,0 +1,176 @@
+"""Keys and values of the sequences that decode together, and the attention over them.
+
+transformers' own caches grow by copying (`DynamicCache`) or hold rows of one age (`StaticCache`), and its continuous
+batching pages for GPU kernels and knows no adapters: here sequences of any age lie in slots of one buffer a layer,
+which `transformers.Cache` carries through the model. Registered with transformers' attention interface.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ftray.multi_adapter.attention import refuse_unknown
+
+NAME = "ftray_serving"
+GROWTH = 256  # tokens that a slot first has room for; then it doubles
+
+
+@dataclass
+class Step:
+    """Which token of a flat row of T belongs where, in one step.
+
+    Attributes:
+        slots, positions: int64 [T], where each token's key and value go.
+        prompts: (slot, first token, end, tokens cached before) of each sequence that has several tokens.
+        last: int64 [N], the last token of each of the slots 0 to N - 1; all of them have one.
+        lengths: int64 [N], tokens that those see, themselves included.
+        longest: greatest of `lengths`.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    prompts: list[tuple[int, int, int, int]]
+    last: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+
+    def mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[N, 1, 1, longest] in the dtype of `like`: 0 where a last token sees, -inf elsewhere."""
+        if window not in self.masks:
+            place = torch.arange(self.longest, device=like.device)
+            seen = place < self.lengths[:, None]
+            if window:
+                seen &= place >= self.lengths[:, None] - window
+            mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self.masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+        return self.masks[window]
+
+
+class Slots(CacheLayerMixin):
+    """One layer's keys and values, [slots, heads, room, head_dim]; `step` holds the step at hand.
+
+    What no sequence sees must be finite all the same: 0 times NaN is NaN.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: int, step: list[Step]):
+        super().__init__()
+        self.slots, self.step = slots, step
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            t.new_zeros(self.slots, t.shape[1], GROWTH, t.shape[3]) for t in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store the new tokens' states, [1, heads, T, head_dim]; returns the buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = self.step[0]
+        while self.keys.shape[2] < step.longest:
+            self.keys, self.values = _doubled(self.keys), _doubled(self.values)
+        self.keys[step.slots, :, step.positions] = key_states[0].transpose(0, 1)
+        self.values[step.slots, :, step.positions] = value_states[0].transpose(0, 1)
+        return self.keys, self.values
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another."""
+        for states in (self.keys, self.values):
+            states[target, :, :length] = states[source, :, :length]
+
+    def clear(self, slots: slice) -> None:
+        """Zero these slots."""
+        self.keys[slots], self.values[slots] = 0, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # sequences differ: positions are always given
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _doubled(states: torch.Tensor) -> torch.Tensor:
+    """Twice the room; what is new is not touched, so that on a CPU it takes no memory yet."""
+    slots, heads, room, size = states.shape
+    grown = states.new_zeros(slots, heads, 2 * room, size)
+    grown[:, :, :room] = states
+    return grown
+
+
+def slotted_cache(layers: int, slots: int, step: list[Step]) -> Cache:
+    """A cache of `layers` times `slots` sequences."""
+    return Cache(layers=[Slots(slots, step) for _ in range(layers)])
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each token to its own sequence.
+
+    Args:
+        module: its `step` is that of the row at hand.
+        query: [1, heads, T, head_dim].
+        key, value: the buffers of :class:`Slots`.
+        sliding_window: keys that a query sees, itself included; None: all before it.
+
+    Returns:
+        [1, T, heads, head_dim] and None.
+
+    Raises:
+        NotImplementedError: the model wants more than that.
+    """
+    refuse_unknown(kwargs)
+    step: Step = module.__dict__["step"][0]
+    heads, groups, size = query.shape[1], key.shape[1], query.shape[3]
+    output = query.new_empty(query.shape[2], heads, value.shape[3])
+    for slot, first, end, before in step.prompts:
+        length = before + end - first
+        k, v = key[slot : slot + 1, :, :length], value[slot : slot + 1, :, :length]
+        window = min(sliding_window or length, length)
+        mask = None
+        if before or window < length:
+            distance = torch.arange(before, length, device=k.device)[:, None] - torch.arange(length, device=k.device)
+            mask = (distance >= 0) & (distance < window)
+        part = F.scaled_dot_product_attention(
+            query[:, :, first:end],
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=heads != groups,
+        )
+        output[first:end] = part[0].transpose(0, 1)
+    # the last token of every slot at once; heads that share a key take the place of queries
+    slots, longest = len(step.last), step.longest
+    q = query[0].index_select(1, step.last).transpose(0, 1).reshape(slots, groups, heads // groups, size)
+    k, v, mask = key[:slots, :, :longest], value[:slots, :, :longest], step.mask(sliding_window, query)
+    if q.device.type == "cpu" and q.dtype != torch.float32:  # where torch's own kernel is slower
+        scores = q @ k.transpose(-1, -2) * (scaling or size**-0.5) + mask
+        part = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    else:
+        part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, -1, q.shape[2], -1), scale=scaling)
+    output[step.last] = part.reshape(slots, heads, -1)
+    return output[None], None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

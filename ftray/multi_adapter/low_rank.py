@@ -1,0 +1,185 @@
+"""The low-rank products of many adapters at once: LoRA's and AdaLoRA's `dropout(x) Aᵀ Bᵀ`, batched over adapters.
+
+Ranks are filled up with zeros to the greatest, rows to the longest of adapters with about as many (see S-LoRA,
+arXiv 2311.03285, for the problem). One product for all then takes the place of two small ones an adapter.
+
+Over a bfloat16 base the products are made in bfloat16 too, as under torch.autocast: what they are added to is no more
+exact. The factors and their gradients stay in float32. Over any other base they are made in float32, as PEFT does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftray.multi_adapter.dropout import zero
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """What one adapter adds to a layer: `scaling * x Aᵀ Bᵀ`, with some elements of x taken for zero.
+
+    Attributes:
+        a, b: [rank, in] and [out, rank], float32; where nothing is trained also bfloat16.
+        dropped: which elements of the adapter's rows [rows, in], see :func:`ftray.multi_adapter.dropout.zero`; None: none.
+            What keeps the mean is a part of `scaling`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropped: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PaddedSegments:
+    """Rows of K adapters of like numbers, laid out as [K, L].
+
+    Attributes:
+        members: which of the adapters.
+        lengths: rows of each, at most L.
+        rows: int64 [R], those rows in the batch; None: all rows of the batch, in order.
+        chosen: int64 [K * L], the row at each place, an adapter's last one where it has no more; None: as they come.
+        places, padding: int64, which places are rows' and which are not; None: all are.
+    """
+
+    members: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rows: torch.Tensor | None
+    chosen: torch.Tensor | None
+    places: torch.Tensor | None
+    padding: torch.Tensor | None
+
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, n] to [K, L, n], in :func:`precision`."""
+        laid = x if self.chosen is None else x.index_select(0, self.chosen)
+        return laid.to(precision(x)).view(len(self.lengths), max(self.lengths), x.shape[1])
+
+    def collect(self, grid: torch.Tensor) -> torch.Tensor:
+        """[K, L, n] to [R, n]."""
+        flat = grid.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+def padded_segments(spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[PaddedSegments]:
+    """The grids for adapters that have the `spans` (first row, end) of a batch of `rows`."""
+    alike: dict[int, list[int]] = {}
+    for i, (first, end) in enumerate(spans):
+        alike.setdefault((end - first).bit_length(), []).append(i)
+    found = []
+    for members in alike.values():
+        lengths = tuple(spans[i][1] - spans[i][0] for i in members)
+        own = [torch.arange(*spans[i]) for i in members]
+        whole = sum(lengths) == rows  # spans don't overlap and come in order
+        even = len(set(lengths)) == 1
+        inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        laid = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])
+        found.append(
+            PaddedSegments(
+                tuple(members),
+                lengths,
+                None if whole else torch.cat(own).to(device),
+                None if whole and even else laid.flatten().to(device),
+                None if even else inside.flatten().nonzero().squeeze(1).to(device),
+                None if even else (~inside).flatten().nonzero().squeeze(1).to(device),
+            )
+        )
+    return found
+
+
+def precision(x: torch.Tensor) -> torch.dtype:
+    """In which the products over `x` are made."""
+    return x.dtype if x.dtype is torch.bfloat16 else torch.float32
+
+
+class AddLowRank(torch.autograd.Function):
+    """Adds each adapter's update to its rows of `y`.
+
+    One node of the graph for all adapters, which works in place: slices of `x` and `y` would each be filled up again
+    in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        layout: list[PaddedSegments],
+        updates: list[LoraDelta],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """`y` [1, T, out] and `x` [1, T, in]; `factors` are A and B of each of the `updates`, in turn.
+
+        What is changed in place has to come first: it may be a view (PyTorch's CopySlices).
+        """
+        saved: list[torch.Tensor] = []
+        for grid in layout:
+            mine = [updates[i] for i in grid.members]
+            a, b = _together(mine, precision(x))
+            scaling = torch.tensor([u.scaling for u in mine], dtype=a.dtype).to(x.device)[:, None, None]
+            hidden = (_given(x[0], grid, mine) @ a.transpose(1, 2)).mul_(scaling)
+            if grid.rows is None and grid.places is None and y.dtype is torch.bfloat16:
+                y[0].view(*hidden.shape[:2], -1).baddbmm_(hidden, b.transpose(1, 2))
+            elif grid.rows is None:
+                y[0].add_(grid.collect(hidden @ b.transpose(1, 2)))
+            else:
+                added = y[0].index_select(0, grid.rows) + grid.collect(hidden @ b.transpose(1, 2))
+                y[0].index_copy_(0, grid.rows, added.to(y.dtype))
+            saved += [a, b, scaling, hidden]
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *saved)
+        ctx.layout, ctx.updates = layout, updates
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        inner: torch.Tensor | None = None
+        gradients: list[Any] = [None] * (2 * len(ctx.updates))
+        for grid, a, b, scaling, hidden in zip(ctx.layout, *(saved[i::4] for i in range(4)), strict=True):
+            mine = [ctx.updates[i] for i in grid.members]
+            outer = grid.lay_out(gradient[0])
+            if grid.padding is not None:
+                outer.flatten(0, 1).index_fill_(0, grid.padding, 0.0)
+            dh = (outer @ b).mul_(scaling)
+            da = (dh.transpose(1, 2) @ _given(x[0], grid, mine)).float()
+            db = (outer.transpose(1, 2) @ hidden).float()
+            for k, (i, update) in enumerate(zip(grid.members, mine, strict=True)):
+                rank = len(update.a)
+                gradients[2 * i], gradients[2 * i + 1] = da[k, :rank], db[k, :, :rank].contiguous()
+            if ctx.needs_input_grad[0]:
+                part = dh @ a
+                _drop(part, mine)
+                if grid.rows is None:
+                    inner = grid.collect(part).to(x.dtype)
+                else:
+                    inner = torch.zeros_like(x[0]) if inner is None else inner
+                    inner.index_copy_(0, grid.rows, grid.collect(part).to(x.dtype))
+        return gradient, inner if inner is None else inner[None], None, None, *gradients
+
+
+def _together(updates: list[LoraDelta], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """All A as [K, R, in] and all B as [K, out, R]: a handful of calls, however many adapters."""
+    ranks = [len(u.a) for u in updates]
+    make = torch.empty if len(set(ranks)) == 1 else torch.zeros
+    first = updates[0]
+    a = make(len(ranks), max(ranks), first.a.shape[1], dtype=dtype, device=first.a.device)
+    b = make(len(ranks), first.b.shape[0], max(ranks), dtype=dtype, device=first.a.device)
+    places = [a[k, :rank] for k, rank in enumerate(ranks)] + [b[k, :, :rank] for k, rank in enumerate(ranks)]
+    torch._foreach_copy_(places, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
+    return a, b
+
+
+def _given(x: torch.Tensor, grid: PaddedSegments, updates: list[LoraDelta]) -> torch.Tensor:
+    given = grid.lay_out(x)
+    if any(update.dropped is not None for update in updates) and given.data_ptr() == x.data_ptr():
+        given = given.clone()
+    _drop(given, updates)
+    return given
+
+
+def _drop(grid: torch.Tensor, updates: list[LoraDelta]) -> None:
+    for rows, update in zip(grid, updates, strict=True):
+        if update.dropped is not None:
+            zero(rows, update.dropped)

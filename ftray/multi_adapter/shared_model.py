@@ -1,0 +1,77 @@
+"""A base model whose parameters many adapters share, and what an adapter changes of it."""
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ftray.multi_adapter.shared_linear import PackingUnsupported
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is that: of a GPU, or of this machine, for which PyTorch has no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def share(model: nn.Module) -> Any:
+    """A copy of the module structure whose parameters and buffers are those of `model` itself."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
+    """A :func:`share` of the base that runs the rows of many adapters.
+
+    Args:
+        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
+    """
+    shared = share(base)
+    config = copy.deepcopy(base.config)
+    config._attn_implementation = implementation
+    for module in shared.modules():
+        if getattr(module, "config", None) is shared.config and module is not shared:
+            module.config = config
+        module.__dict__.update(at_hand)
+    shared.config = config
+    return shared
+
+
+def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
+    """Why a :func:`shared_model` can't stand for its base, of whose float32 logits `whole` it should make, from `hidden`."""
+    ours = shared.get_output_embeddings()(hidden).float()
+    tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
+    if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
+        return f"{type(shared).__name__} does more than causal attention and a linear head"
+    return None
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that gradients are given for, in this order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTunerLayer]:
+    """The adapted layers of `model`, by their path in the base model `shared`.
+
+    Raises:
+        PackingUnsupported: it trains more than adapters of linear layers in front of the head.
+    """
+    method = model.active_peft_config.peft_type.value
+    if model.active_peft_config.is_prompt_learning:
+        raise PackingUnsupported(f"{method} adds tokens or activations to the model's input")
+    inner: Any = model.get_base_model()
+    layers = {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if any(id(p) not in inside for p in trainable(model)):
+        raise PackingUnsupported(f"{method} trains parameters outside of the layers that it adapts")
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
+            raise PackingUnsupported(f"{method} adapts {path}, which is no linear layer in front of the head")
+        weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
+        if any(own is not theirs for own, theirs in weights):
+            raise PackingUnsupported(f"{method} starts from a changed copy of {path}")
+    return layers

@@ -1,0 +1,1 @@
+"""The Ray cluster, preemption of its nodes, and metrics."""

@@ -1,0 +1,163 @@
+"""Joining a Ray cluster, or starting one on this machine, without its log noise."""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from ftray.config import Config
+from ftray.errors import UserError
+
+# seconds; a head that is made anew by KubeRay is back in less than a minute
+JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
+RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
+
+
+def quiet() -> None:
+    """Keep the logs of the libraries below us from the terminal; must run before they are imported."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ftray draws its own
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYLET_NOISE)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)  # of this process alone; libraries set levels back, and Tune logs tracebacks
+
+
+def connect(cfg: Config) -> None:
+    """Join the cluster at `scaling.address`, the one this job runs in, or a new one on this machine.
+
+    Raises:
+        UserError: none answers where there should be one.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    check_address(cfg)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    ray.init(
+        address=cfg.scaling.address,
+        log_to_driver=cfg.verbose,
+    )
+    if not cfg.verbose:
+        from ray.data import DataContext
+
+        DataContext.get_current().enable_progress_bars = False
+
+
+def check_address(cfg: Config) -> None:
+    """Whether there is a cluster to join: Ray's own attempt takes minutes, and ends in a traceback.
+
+    Raises:
+        UserError: none answers where there should be one.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    given = cfg.scaling.address if cfg.scaling.address != "auto" else None
+    if given:
+        origin = "scaling.address"
+    elif given := os.environ.get("RAY_ADDRESS"):
+        origin = "RAY_ADDRESS"
+    else:
+        origin = "the last `ray start` here (`ray stop` forgets it)"
+    if "://" in (given or ""):
+        raise UserError(f"{origin}: host:port of a head is wanted; from outside its cluster: ray job submit")
+    try:
+        address = canonicalize_bootstrap_address(given or cfg.scaling.address)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"{origin}: {error}") from None
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + JOIN_PATIENCE
+    while not _listens(socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))):
+        if time.monotonic() > deadline:
+            raise UserError(f"no Ray cluster answers at {address}, the address of {origin}: is it up?")
+        time.sleep(1)
+
+
+def end_with_ray(command: str) -> None:
+    """From now on this process ends, with one line, soon after Ray's processes that it talks to are gone.
+
+    Ray's own calls would wait for the raylet for ever (https://github.com/ray-project/ray/issues/20239), and without
+    the head they end the process after a minute, with C++ stack traces.
+    """
+    import ray
+    from ray._private.worker import _global_node
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    watched = [
+        ("node", RAYLET_PATIENCE, socket.AF_UNIX, _global_node.raylet_socket_name.removeprefix("unix:")),
+        ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
+    ]
+
+    def watch() -> None:
+        seen = dict.fromkeys((name for name, *_ in watched), time.monotonic())
+        while True:
+            time.sleep(1)
+            if not ray.is_initialized():
+                return
+            for name, patience, family, address in watched:
+                if _listens(family, address):
+                    seen[name] = time.monotonic()
+                elif time.monotonic() - seen[name] > patience and ray.is_initialized():
+                    sys.stdout.flush()
+                    if threading.main_thread().is_alive():  # else it has said why it ends, and waits for Ray
+                        line = f"Ray's {name} process is gone; the same command with --resume goes on"
+                        print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _listens(family: int, address: Any) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5)
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+        return True
+
+
+def gpus_per_worker(cfg: Config) -> float:
+    """As configured, else one where the cluster has any."""
+    import ray
+
+    if cfg.scaling.gpus_per_worker is not None:
+        return cfg.scaling.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each node that is up has, by kind; a kind that it has none of is left out."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room_for(cpus: float, gpus: float, nodes: list[dict[str, float]]) -> int:
+    """Workers with so many CPUs and GPUs each that `nodes` can run at once; a worker lies on one node."""
+    asked = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in asked.items())) for node in nodes)
+
+
+def cpus_each(workers: int, gpus: float) -> int:
+    """The most CPUs that each of `workers` can have, beside its GPUs, on the nodes as they are now."""
+    nodes = node_resources()
+    largest = int(max(node.get("CPU", 0) for node in nodes))
+    return max((cpus for cpus in range(1, largest + 1) if room_for(cpus, gpus, nodes) >= workers), default=1)
+
+
+def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference."""
+    import ray
+
+    gpus = min(1, gpus_per_worker(cfg))
+    return ray.remote(function).options(num_cpus=cpus_each(1, gpus), num_gpus=gpus).remote(*args)

@@ -1,0 +1,1 @@
+"""Routes, requests and responses of the endpoint, in the words of OpenAI."""

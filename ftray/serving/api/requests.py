@@ -1,0 +1,193 @@
+"""What may be asked, and what is refused: https://platform.openai.com/docs/api-reference."""
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class APIError(Exception):
+    """A request that gets an error for an answer.
+
+    Args:
+        status: of HTTP.
+        message: for people.
+        param: the field at fault.
+        code: for machines.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status, message, param, code, headers)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(Model):
+    include_usage: bool = False
+
+
+class GenerationParameters(Model):
+    """What chat and plain completions have in common; of what isn't supported, the value that changes nothing."""
+
+    model: str = Field(max_length=200)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[list[Stop], Field(max_length=4)] | Stop | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """All stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(GenerationParameters):
+    """POST /v1/completions"""
+
+    prompt: Annotated[str, Field(strict=True)] | list[int] | list[str] | list[list[int]]
+    max_tokens: int = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts, as text or tokens."""
+        return alike(self.prompt)
+
+
+class Part(Model):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Role and text, as chat templates take them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCompletionRequest(GenerationParameters):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class EmbeddingRequest(Model):
+    """POST /v1/embeddings"""
+
+    model: str = Field(max_length=200)
+    input: Annotated[str, Field(strict=True)] | list[int] | list[str] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str] | list[list[int]]:
+        """All texts, as text or tokens."""
+        return alike(self.input)
+
+
+class ClassificationRequest(Model):
+    """POST /v1/classify, as vLLM words it; `pair` holds the second text of each, for models that compare two."""
+
+    model: str = Field(max_length=200)
+    input: Annotated[str, Field(strict=True)] | list[str]
+    pair: Annotated[str, Field(strict=True)] | list[str] | None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts."""
+        return alike(self.input)
+
+    @property
+    def pairs(self) -> list[str] | None:
+        """All second texts."""
+        return None if self.pair is None else alike(self.pair)
+
+
+class AddAdapterRequest(Model):
+    """POST /v1/adapters"""
+
+    name: str
+    source: str = Field(min_length=1, max_length=1000)
+
+
+def alike(given: Any) -> Any:
+    """One text, or the tokens of one, as a list of one; a list of several as it is."""
+    return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
+
+
+def parsed(kind: type[Kind], body: bytes) -> Kind:
+    """The request in `body`.
+
+    Raises:
+        APIError: with status 400 and the field at fault.
+    """
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise APIError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise APIError(400, f"the body must be a JSON object, not {type(values).__name__}", code="invalid_json")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(
+            str(part) for part in first["loc"] if isinstance(part, int) or part in values or "[" not in part
+        )
+        field = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "extra_forbidden":
+            raise APIError(400, f"unsupported field {path!r}", path, "unsupported_field") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise APIError(400, f"{path}: {message}" if path else message, field, "invalid_value") from None

@@ -1,0 +1,126 @@
+"""What is on offer: a base model, named adapters, and the search that they come from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray.config import Config
+from ftray.errors import UserError
+from ftray.serving.pooling import READS
+from ftray.serving.registry import Registry
+from ftray.storage.location import Location, Stored, parse_location, reason
+from ftray.task_spec import CAUSAL, TaskSpec
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What is served: the base model's name and directory, where each adapter is, and what all of them do."""
+
+    base: str
+    model_path: str
+    adapters: dict[str, str]
+    task: TaskSpec = CAUSAL
+
+
+def find_catalog(cfg: Config) -> Catalog:
+    """Look at all that is to be served, without reading weights.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    from ftray.models.find import find
+    from ftray.serving.adapters import check_adapter, check_name
+
+    run = parse_location(cfg.serving.run) if cfg.serving.run else None
+    run = run.absolute() if isinstance(run, Path) else run
+    if run and not (run / "summary.json").is_file():
+        raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
+    if cfg.serving.max_replicas < cfg.serving.min_replicas:
+        raise UserError("serving.max_replicas: must not be below serving.min_replicas")
+    if cfg.serving.merged:
+        if run is None or cfg.adapters:
+            raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
+        if isinstance(run, Stored):
+            raise UserError(f"serving.merged: copy {run / 'best' / 'merged'} to a directory, and give that as --model")
+        return Catalog("best", find(str(run / "best" / "merged")), {}, _served(cfg, run, {}, ""))
+    path = find(cfg.model.name)
+    adapters = {} if run is None else _of_run(run)
+    for given in cfg.adapters:
+        name, equals, source = given.partition("=")
+        if not equals or not source:
+            raise UserError(f"--adapter {given!r}: must be NAME=DIRECTORY or NAME=URI")
+        adapters[check_name(name)] = source if "://" in source else str(Path(source).expanduser().absolute())
+    base = Path(cfg.model.name).name.removesuffix(".gguf")
+    if base in adapters:
+        raise UserError(f"adapter {base}: the base model has that name")
+    task = _served(cfg, run, adapters, path)
+    for source in adapters.values():
+        if "://" not in source:
+            check_adapter(Path(source), path, task)
+    Registry(cfg.serving, adapters)  # can be read
+    return Catalog(base, path, adapters, task)
+
+
+def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: str) -> TaskSpec:
+    """The task that the run's best adapter is for, else the first given one, else the model by itself.
+
+    Raises:
+        UserError: no replica does it.
+    """
+    from ftray.models.load import own_labels
+
+    places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
+    spec = next((found for place in places if (found := _task(place))), None)
+    if spec is None:
+        named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+        spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
+    if spec.name not in ("CAUSAL_LM", *READS):
+        raise UserError(f"serve: no route answers {spec.name}; the merged model is a plain transformers directory")
+    return spec
+
+
+def _task(source: str) -> TaskSpec | None:
+    from ftray.serving.adapters import fetched
+
+    with fetched(source) as directory:
+        return TaskSpec.read(directory)
+
+
+def _of_run(run: Location) -> dict[str, str]:
+    """The best adapter of a search, and those of all trials that have a checkpoint."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    trials = {f"trial-{row['trial']}": row["checkpoint"] for row in summary["trials"] if row["checkpoint"]}
+    best = run / "best" / "adapter"
+    found = {"best": str(best)} if (best / "adapter_config.json").is_file() else {}
+    kept = {name: str(parse_location(checkpoint) / "adapter") for name, checkpoint in trials.items()}
+    return found | {name: source for name, source in kept.items() if "://" in source or Path(source).is_dir()}
+
+
+def model_of_run(cfg: Config) -> Config:
+    """With the base model that the run was made with, where a run is served."""
+    if not cfg.serving.run:
+        return cfg
+    try:
+        written = yaml.safe_load((parse_location(cfg.serving.run) / "config.yaml").read_text(encoding="utf-8"))
+        return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
+    except OSError as error:
+        why = error.strerror or reason(error)
+        raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {why}") from None
+
+
+def leaderboard(run: str | None) -> dict[str, Any]:
+    """What the page shows of a search; no trials if there is none. `template` renders plain prompts."""
+    from ftray.search.progress import describe
+
+    if run is None:
+        return {"metric": None, "template": None, "trials": []}
+    summary = json.loads((parse_location(run) / "summary.json").read_text(encoding="utf-8"))
+    written = yaml.safe_load((parse_location(run) / "config.yaml").read_text(encoding="utf-8"))
+    trials = [
+        {**{name: row[name] for name in ("trial", "value", "status")}, "configuration": describe(row["config"])}
+        for row in summary["trials"]
+    ]
+    return {"metric": summary["metric"], "template": written["data"]["template"], "trials": trials}

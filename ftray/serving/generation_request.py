@@ -1,0 +1,103 @@
+"""What the endpoint asks of a replica that generates, and what it gets: plain data, whatever the engine."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray.errors import UserError
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request as a replica takes it.
+
+    Attributes:
+        prompts: text or tokens of each prompt; or one conversation.
+        n: answers to each prompt; answer i of prompt p is choice p * n + i.
+        adapter, source: id and place of the adapter; None: the base model.
+        sampling: as :class:`ftray.serving.sampling.Sampling`; `max_tokens` None: as many as may be.
+        stream: give parts as they come, not all at the end.
+        max_prompt_tokens, max_output_tokens: what is more is refused.
+    """
+
+    prompts: list[str] | list[list[int]]
+    messages: list[dict[str, str]] | None
+    n: int
+    adapter: str | None
+    source: str | None
+    sampling: dict[str, Any]
+    stream: bool
+    max_prompt_tokens: int
+    max_output_tokens: int
+
+
+@dataclass
+class OutputDelta:
+    """What is new of one choice. Tokens are (text, log-probability, likeliest (text, log-probability))."""
+
+    choice: int
+    text: str = ""
+    tokens: list[tuple[str, float | None, list[tuple[str, float]]]] = field(default_factory=list)
+    count: int = 0  # tokens of the answer
+    finish: str | None = None
+
+
+@dataclass
+class OutputDeltas:
+    """What a replica sends: first the prompts' tokens, then parts; or why there is nothing to expect."""
+
+    parts: list[OutputDelta] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    refused: tuple[int, str, str | None] | None = None  # status, reason, field
+
+
+def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[list[int]]:
+    """Each prompt as tokens, for a model that knows `words` of them; a conversation by the model's chat template.
+
+    Raises:
+        UserError: with the field at fault; there are none, or such as the model doesn't know.
+    """
+    from jinja2 import TemplateError
+
+    if job.messages is not None:
+        if not tokenizer.chat_template:
+            raise UserError("the model has no chat template: use /v1/completions", "messages")
+        try:
+            rendered = tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
+        return [tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+    result = []
+    for prompt in job.prompts:
+        ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise UserError("a prompt has no tokens", "prompt")
+        if any(not 0 <= token < words for token in ids):
+            raise UserError(f"prompt tokens must be from 0 to {words - 1}", "prompt")
+        result.append(ids)
+    return result
+
+
+def output_tokens(job: GenerationRequest, prompts: list[list[int]], max_length: int) -> int:
+    """How many tokens each answer may have, of a model that takes `max_length` in all.
+
+    Raises:
+        UserError: with the field at fault; more than there may be.
+    """
+    where = "prompt" if job.messages is None else "messages"
+    longest, answers = max(map(len, prompts)), len(prompts) * job.n
+    allowed = min(job.max_prompt_tokens, max_length)
+    if longest > allowed:
+        raise UserError(f"the prompt has {longest} tokens; {allowed} are allowed", where)
+    room, share = max_length - longest, job.max_output_tokens // answers
+    most: int | None = job.sampling["max_tokens"]
+    if most is None:
+        most = min(room, share)
+    if most > share:
+        raise UserError(
+            f"max_tokens {most} for each of {answers} answers: {job.max_output_tokens} are allowed in all", "max_tokens"
+        )
+    if most > room:
+        raise UserError(
+            f"{longest} prompt tokens and {most} of the answer are more than the model's {max_length}", "max_tokens"
+        )
+    return most

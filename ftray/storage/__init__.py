@@ -1,0 +1,1 @@
+"""Where a run lies: local or in an object store, one protocol; what is whole, who holds it."""

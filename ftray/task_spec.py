@@ -1,0 +1,61 @@
+"""A task in plain data: its name, its labels, and which module of :mod:`ftray.tasks` implements it."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
+# PEFT's name of the task -> module
+TASKS = {
+    "CAUSAL_LM": "causal",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "SEQ_CLS": "sequence_labels",
+    "TOKEN_CLS": "token_labels",
+    "QUESTION_ANS": "answers",
+    "FEATURE_EXTRACTION": "embeddings",
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task and what tokenization found out about it, in plain data.
+
+    Attributes:
+        name: one of `TASKS`.
+        labels: class names, by class index; empty where the task has none.
+        pad: token id that fills a batch up.
+    """
+
+    name: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+    pad: int = 0
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "TaskSpec":
+        """From its fields as JSON gives them."""
+        return cls(**{**fields, "labels": tuple(fields["labels"])})
+
+    @classmethod
+    def read(cls, adapter: Path) -> "TaskSpec | None":
+        """What :meth:`save` left in an adapter directory; None: nothing."""
+        path = adapter / FILE
+        return cls.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def save(self, adapter: Path) -> None:
+        """Write it into an adapter directory."""
+        (adapter / FILE).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2), encoding="utf-8")
+
+    def load(self) -> Any:
+        """The :class:`ftray.tasks.task.Task` itself."""
+        return importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
+
+
+CAUSAL = TaskSpec()
+
+
+def task_of(model: Any) -> TaskSpec:
+    """What :func:`ftray.models.load.load_base` loaded a model for."""
+    return getattr(model, "task", CAUSAL)

@@ -1,0 +1,266 @@
+"""A pack of trials from first step to last: each with a DeepSpeed engine of its own over the one base model."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ftray.adapters.compatibility import refuse
+from ftray.adapters.methods import attach
+from ftray.config import ModelConfig, TrainingConfig
+from ftray.models.load import load_base
+from ftray.multi_adapter.shared_model import out_of_memory, share, trainable
+from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.training.adalora import RankAllocation
+from ftray.training.checkpoint import load_checkpoint, save_checkpoint
+from ftray.training.engine import build_engine, join_process_group, sum_over_ranks
+from ftray.training.pack import Batch, Pack
+from ftray.training.run_spec import RunSpec, accumulation_steps
+from ftray.training.train_state import TrainState, validation_metrics
+
+MOST_TOKENS = 16384  # of a pass: beyond, more rows don't make the products faster
+
+STATE_BYTES = 16  # float32 weight and gradient, two moments, of each trained parameter
+
+
+class TrainableParameters(nn.Module):
+    """The trained parameters of a PEFT model and nothing else: what an engine has to know of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+
+class InjectGradients(torch.autograd.Function):
+    """A scalar whose backward pass hands gradients that are known already to their parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        return None, *ctx.gradients
+
+
+class DeepSpeedOptimizer:
+    """Reduction over workers, ZeRO, clipping, optimiser and schedule of one adapter, all DeepSpeed's.
+
+    An engine a trial, not a parameter group a trial: trials then join, leave, clip, checkpoint and diverge without
+    touching each other's optimiser.
+    """
+
+    def __init__(self, model: Any, cfg: TrainingConfig, steps: int):
+        adapter = TrainableParameters(model)
+        self.parameters = trainable(model)
+        # the pack has summed the micro-batches up already
+        self.engine = build_engine(adapter, cfg.model_copy(update={"micro_batch": None}), steps)
+        self.allocation = RankAllocation(self.engine, model)
+
+    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
+        """See :class:`ftray.training.pack.AdapterOptimizer`; every rank calls it with its own gradients."""
+        self.engine.backward(InjectGradients.apply(gradients, *self.parameters), scale_wrt_gas=False)
+        self.allocation.before_step()
+        self.engine.step()
+        self.allocation.after_step(step)
+
+
+@dataclass
+class PackedTrial:
+    """One run in a pack.
+
+    Attributes:
+        batches: this rank's micro-batches from `history.step` on.
+    """
+
+    run: RunSpec
+    history: TrainState
+    update: DeepSpeedOptimizer
+    accumulation: int
+    batches: Iterator[Batch]
+
+
+class PackTrainer:
+    """The base model and the trials over it, in one process of `world_size`; all processes make the same calls.
+
+    Attributes:
+        trials: by name.
+        measure: see :class:`ftray.training.zero3_trainer.Zero3Trainer`.
+    """
+
+    measure: Callable[[Any], dict[str, float]] | None = None
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        model_path: str,
+        gradient_checkpointing: bool = False,
+        task: TaskSpec = CAUSAL,
+    ):
+        join_process_group()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        base = load_base(model, model_path, task)
+        if model.quantization == "none":
+            base = base.to(self.device)
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum)
+        self.trials: dict[str, PackedTrial] = {}
+
+    def join(
+        self,
+        name: str,
+        run: RunSpec,
+        checkpoint: str | None = None,
+        samples: Callable[[], list[Batch]] | None = None,
+    ) -> str | None:
+        """Let a trial take part, from the start or from where `checkpoint`, written by :meth:`save`, left it.
+
+        Its `batches` have to be set before it can :meth:`step`; `samples` are for
+        :func:`ftray.adapters.methods.attach`.
+
+        Returns:
+            Why it can't share a batch with others, if so: see :meth:`ftray.training.pack.Pack.add`.
+        """
+        refuse(run.adapter, run.model, run.training)
+        model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed, samples)
+        update, history = DeepSpeedOptimizer(model, run.training, run.steps), TrainState(run)
+        if checkpoint:
+            history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
+        apart = self.pack.add(name, model, update, run.training.seed, history.step)
+        accumulation = accumulation_steps(run.training, self.world_size)
+        self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))
+        return apart
+
+    def leave(self, name: str) -> None:
+        """Let a trial go, whether or not the pack has dropped it already."""
+        if name in self.pack.members:
+            self.pack.remove(name)
+        self.trials.pop(name).update.engine.destroy()
+
+    def step(self, names: Sequence[str]) -> dict[str, str]:
+        """One optimiser step of each of the named trials; returns why those failed that can't go on."""
+        started = time.monotonic()
+        trials = {name: self.trials[name] for name in names}
+        batches = {name: [next(trial.batches) for _ in range(trial.accumulation)] for name, trial in trials.items()}
+        stepped = self.pack.step(batches)
+        seconds = time.monotonic() - started
+        for name, result in stepped.items():
+            if not result.failure:
+                self.trials[name].history.add(result.loss, result.supervised, result.tokens, seconds)
+        return {name: result.failure for name, result in stepped.items() if result.failure}
+
+    def validate(self, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, str]:
+        """Add a report to the history of each of the named trials; returns why those failed that can't go on.
+
+        Args:
+            batches: this rank's share of the validation split.
+        """
+        started, losses, supervised = time.monotonic(), dict.fromkeys(names, 0.0), 0.0
+        exhausted: set[str] = set()
+        for batch in batches:
+            fit = [name for name in names if name not in exhausted]
+            for name, loss in zip(fit, self.pack.losses(fit, batch), strict=True):
+                if loss is None:
+                    exhausted.add(name)
+                losses[name] += loss or 0.0
+            supervised += self.pack.task.items(batch)
+        *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
+        seconds, failures = time.monotonic() - started, {}
+        for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
+            history, engine = self.trials[name].history, self.trials[name].update.engine
+            started, metrics = time.monotonic(), validation_metrics(loss, supervised)
+            if ran_out:
+                failures[name] = f"out of memory: validation after step {history.step}"
+            elif not math.isfinite(loss):
+                failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
+            elif reason := self._measure(name, metrics):
+                failures[name] = reason
+            else:
+                took = seconds + time.monotonic() - started
+                history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took)
+        return failures
+
+    def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
+        """Add what `measure` gives; or why it gives nothing, on whichever rank."""
+        if self.measure is None:
+            return None
+        reason = None
+        try:
+            metrics |= self.measure(self.pack.members[name].model)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = f"out of memory: predictions after step {self.trials[name].history.step}"
+        return self.first_of_ranks(reason)
+
+    def save(self, name: str, directory: str) -> None:
+        """Write a trial's checkpoint; every rank calls it with its own view of the same directory."""
+        trial = self.trials[name]
+        save_checkpoint(trial.update.engine, trial.update.allocation, directory, trial.history.state())
+
+    def fit_memory(self, run: RunSpec, batch: Batch) -> int:
+        """Set the tokens of a pass from what a probe step of `run` on `batch` keeps; returns how many trials fit.
+
+        Half of the free memory is for what the backward pass keeps, a quarter for the trials' weights, gradients and
+        optimiser states.
+        """
+        self.join("probe", run)
+        own = {p.untyped_storage().data_ptr() for p in self.pack.base.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self.pack.step({"probe": [batch]})
+        weights = sum(p.numel() for p in self.trials["probe"].update.parameters)
+        state = STATE_BYTES * weights
+        self.leave("probe")
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        share = free / (1 if torch.cuda.is_available() else self.local_workers)
+        tokens = int(share / 2 / (sum(kept.values()) / batch["input_ids"].numel()))
+        fit = torch.tensor([tokens, int(share / 4 / state)], device=self.device)
+        dist.all_reduce(fit, dist.ReduceOp.MIN)
+        self.pack.tokens = min(MOST_TOKENS, int(fit[0]))
+        a_trial = batch["input_ids"].numel() * accumulation_steps(run.training, self.world_size)
+        return max(1, min(self.pack.tokens // a_trial, int(fit[1])))
+
+    def from_first_rank(self, value: Any) -> Any:
+        """What rank 0 has as `value`."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0, device=torch.device(self.device))
+        return values[0]
+
+    def first_of_ranks(self, value: str | None) -> str | None:
+        """The first that any rank has, None if none has one."""
+        values: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return self._sum([float(flag)])[0] > 0
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here."""
+        dist.barrier()
+
+    def _sum(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values, self.device)

@@ -1,0 +1,44 @@
+"""What defines a training run, in plain data: imports neither torch nor anything else that is slow."""
+
+from dataclasses import dataclass
+
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.errors import UserError
+from ftray.task_spec import CAUSAL, TaskSpec
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that defines one training run but its data."""
+
+    model: ModelConfig
+    model_path: str
+    adapter: AdapterConfig
+    training: TrainingConfig
+    steps: int
+    evaluate_at: tuple[int, ...] = ()  # steps after which validation runs; the last step always does
+    task: TaskSpec = CAUSAL
+
+
+class RunFailed(RuntimeError):
+    """A run gives no result, however often it is started again; the message is the reason."""
+
+
+def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
+    """Forward passes each worker makes per optimiser step.
+
+    Raises:
+        UserError: batch_size is not divisible by workers x micro_batch.
+    """
+    micro_batch = micro_batch_size(cfg, workers)
+    if cfg.batch_size % (workers * micro_batch):
+        raise UserError(
+            f"training.batch_size {cfg.batch_size} can't be dealt to {workers} worker(s) in micro-batches of "
+            f"{micro_batch}: make it a multiple of {workers * micro_batch}"
+        )
+    return cfg.batch_size // (workers * micro_batch)
+
+
+def micro_batch_size(cfg: TrainingConfig, workers: int) -> int:
+    """Records per forward pass and worker."""
+    return cfg.micro_batch or max(1, cfg.batch_size // workers)

@@ -1,0 +1,65 @@
+"""One run on a base model of its own: a pack with a single trial, and so with all that makes a pack fast."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ftray.training.checkpoint import load_checkpoint
+from ftray.training.pack import Batch
+from ftray.training.pack_trainer import PackTrainer
+from ftray.training.run_spec import RunFailed, RunSpec
+from ftray.training.train_state import TrainState
+
+NAME = "run"
+
+
+class SingleRunTrainer:
+    """As :class:`ftray.training.zero3_trainer.Zero3Trainer`, to the same losses; not for ZeRO 3, where no worker has the whole base.
+
+    Attributes:
+        measure, noticed: see there.
+    """
+
+    measure: Callable[[Any], dict[str, float]] | None = None
+    noticed: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
+        self.pack = PackTrainer(run.model, run.model_path, run.training.gradient_checkpointing, run.task)
+        self.pack.join(NAME, run, samples=samples)
+        self.trial = self.pack.trials[NAME]
+        self.rank, self.world_size, self.accumulation = self.pack.rank, self.pack.world_size, self.trial.accumulation
+
+    @property
+    def history(self) -> TrainState:
+        """Where the run stands."""
+        return self.trial.history
+
+    def restore(self, directory: str) -> None:
+        """Go on from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
+        update = self.trial.update
+        self.history.restore(load_checkpoint(update.engine, update.allocation, directory))
+        self.pack.pack.members[NAME].step = self.history.step
+
+    def save(self, directory: str) -> None:
+        """Write a checkpoint; every rank calls it with its own view of the same directory."""
+        self.pack.save(NAME, directory)
+
+    def fit(
+        self,
+        batches: Iterator[Batch],
+        validation: Callable[[], Iterable[Batch]],
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Train to the last step; see :meth:`ftray.training.zero3_trainer.Zero3Trainer.fit`.
+
+        Raises:
+            RunFailed: it diverged, or one micro-batch is too much for the memory.
+        """
+        self.pack.measure, self.trial.batches = self.measure, batches
+        while not self.history.over and not self.pack.any_rank(self.noticed()):
+            failures = self.pack.step([NAME])
+            if self.history.due and not failures:
+                failures = self.pack.validate([NAME], validation())
+                if not failures:
+                    report(self.history.reports[-1])
+            if failures:
+                raise RunFailed(failures[NAME])

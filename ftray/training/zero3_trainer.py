@@ -1,0 +1,154 @@
+"""One adapter from first step to last: the same code in a plain process and in every Ray Train worker."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ftray.adapters.compatibility import refuse
+from ftray.adapters.methods import attach
+from ftray.models.load import load_base, load_skeleton
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.training.adalora import RankAllocation
+from ftray.training.checkpoint import load_checkpoint, save_checkpoint
+from ftray.training.engine import (
+    build_engine,
+    deepspeed_config,
+    join_process_group,
+    return_freed_memory,
+    sum_over_ranks,
+)
+from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
+from ftray.training.train_state import TrainState, validation_metrics
+
+Batch = dict[str, torch.Tensor]
+
+
+class Zero3Trainer:
+    """Base model, adapter and DeepSpeed engine of one run, in one process of `world_size`.
+
+    Attributes:
+        measure: gives further metrics of the model at each validation, the same on all ranks; None: the loss is all.
+        noticed: whether this rank has to end soon; asked before each step, one rank's yes is enough.
+    """
+
+    measure: Callable[[Any], dict[str, float]] | None = None
+    noticed: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
+        """`samples` are for :func:`ftray.adapters.methods.attach`."""
+        refuse(run.adapter, run.model, run.training)
+        join_process_group()
+        self.run, self.task = run, run.task.load()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.accumulation = accumulation_steps(run.training, self.world_size)
+        if run.training.zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            return_freed_memory()
+            parameters = load_skeleton(run.model, run.model_path, run.task).num_parameters()
+            # while this object lives, from_pretrained loads the base already partitioned over the workers
+            self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size, parameters))
+        base = load_base(run.model, run.model_path, run.task)
+        model = attach(base, run.adapter, run.steps, run.training.seed, samples)
+        if run.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.draws = DropoutRNG(model, run.training.seed, self.rank)
+        self.engine = build_engine(model, run.training, run.steps)
+        self.allocation = RankAllocation(self.engine, model)
+        self.device = self.engine.device
+        self.history = TrainState(run)
+
+    def restore(self, directory: str) -> None:
+        """Go on from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
+        self.history.restore(load_checkpoint(self.engine, self.allocation, directory))
+
+    def save(self, directory: str) -> None:
+        """Write a checkpoint; every rank calls it with its own view of the same directory."""
+        save_checkpoint(self.engine, self.allocation, directory, self.history.state())
+
+    def fit(
+        self,
+        batches: Iterator[Batch],
+        validation: Callable[[], Iterable[Batch]],
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
+
+        Once a rank has `noticed` something, all return after the same step, before the last one.
+
+        Args:
+            batches: this rank's micro-batches from `history.step` on, as the task collates them.
+            validation: gives this rank's share of the validation batches anew at each call.
+            report: called on every rank with the same metrics, in natural units (loss in nats per token).
+
+        Raises:
+            RunFailed: the loss became NaN or infinite.
+        """
+        history = self.history
+        while not history.over and not self._sum([float(self.noticed())])[0]:
+            started = time.monotonic()
+            counted = self._step([next(batches) for _ in range(self.accumulation)])
+            history.add(*counted, time.monotonic() - started)
+            if history.due:
+                started = time.monotonic()
+                metrics = self.evaluate(validation())
+                rate = self.engine.lr_scheduler.get_last_lr()[0]
+                report(history.report(rate, metrics, time.monotonic() - started))
+
+    def _step(self, micro_batches: list[Batch]) -> tuple[float, int, int]:
+        """One optimiser step; returns the summed loss, the supervised and all tokens of the global batch."""
+        step = self.history.step
+        self.engine.train()
+        counts = self._sum(
+            [sum(self.task.items(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
+        )
+        supervised, tokens = int(counts[0]), int(counts[1])
+        total = torch.zeros((), device=self.device)
+        for micro_batch, batch in enumerate(micro_batches):
+            self.draws.step, self.draws.micro_batch = step, micro_batch
+            loss = self.task.loss(self.engine, self._to_device(batch))
+            total += loss.detach()
+            # DeepSpeed averages gradients over workers: undo it, so that the mean is over all supervised items
+            loss = loss * (self.world_size / supervised) + self.allocation.penalty() / self.accumulation
+            self.engine.backward(loss, scale_wrt_gas=False)
+            if batch is micro_batches[-1]:
+                self.allocation.before_step()
+            self.engine.step()
+        self.allocation.after_step(step)
+        loss_sum = self._sum([float(total)])[0]
+        if not math.isfinite(loss_sum):
+            raise RunFailed(f"diverged: loss is {loss_sum} at step {step + 1}")
+        return loss_sum, supervised, tokens
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` gives.
+
+        Raises:
+            RunFailed: the loss is not finite.
+        """
+        self.engine.eval()
+        loss, supervised, remaining = 0.0, 0.0, iter(batches)
+        while True:
+            batch = next(remaining, None)
+            # under ZeRO 3 a forward pass is a collective: ranks that ran out go along with an empty batch
+            if not self._sum([float(batch is not None)])[0]:
+                break
+            batch = batch or self.task.empty()
+            loss += float(self.task.loss(self.engine, self._to_device(batch)))
+            supervised += self.task.items(batch)
+        loss, supervised = self._sum([loss, supervised])
+        if not math.isfinite(loss):
+            raise RunFailed(f"diverged: validation loss is {loss} after step {self.history.step}")
+        return validation_metrics(loss, supervised) | (self.measure(self.engine.module) if self.measure else {})
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _sum(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values, self.device)
