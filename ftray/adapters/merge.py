@@ -1,5 +1,6 @@
 """From adapter and base to one plain transformers model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_base, load_tokenizer
+from ftray.models.stops import stop_tokens
 from ftray.storage.location import Location, atomic_dir, parse_location
 from ftray.task_spec import CAUSAL, TaskSpec
 
@@ -56,3 +58,16 @@ def save_model(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, output:
     with atomic_dir(parse_location(str(output))) as made:
         model.to(choose_dtype(cfg)).save_pretrained(made)
         tokenizer.save_pretrained(made)
+        if model.can_generate():
+            _keep_stops(made / "generation_config.json", stop_tokens(tokenizer, model.config, model.generation_config))
+
+
+def _keep_stops(file: Path, stops: list[int]) -> None:
+    """Let whatever reads the model end answers where ftray does.
+
+    In the file: transformers saves a configuration that was changed only if all of it is sound, and many are not.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if stops:
+        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from ftray.config import EvaluationConfig
 from ftray.data.loader import collate
 from ftray.data.tokens import IGNORE
 from ftray.evaluation.metrics import Scores
+from ftray.models.stops import before_stop, stop_tokens
 from ftray.tasks.next_token import token_losses
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
@@ -51,6 +52,7 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
     Greedy, unless `sampling` holds other arguments for transformers' `generate`.
     """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), cfg.batch_size):
@@ -64,10 +66,10 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
             attention_mask=mask.to(model.device),
             max_new_tokens=cfg.max_new_tokens,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False} | sampling,
         )
-        for i, text in zip(part, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
-            texts[i] = text
+        for i, answer in zip(part, output[:, width:].tolist(), strict=True):
+            texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
     return texts
