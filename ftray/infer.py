@@ -150,12 +150,14 @@ class Generator:
         from transformers import set_seed
 
         from ftray.models.load import load_on_device
+        from ftray.models.stops import stop_tokens
 
         self.tokenizer, self.cfg = tokenizer, cfg
         self.model = load_on_device(cfg.model, model_path)
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
+        self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
         asked = cfg.generation
         self.sampling: dict[str, Any] = {
             "do_sample": asked.temperature > 0,
@@ -168,9 +170,10 @@ class Generator:
     def stream(self, prompt: list[int]) -> str:
         """Print the answer as it comes; Ctrl-C ends it. Returns its text."""
         import torch
-        from transformers import TextStreamer
 
-        streamer, said = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), Said()
+        from ftray.models.stops import before_stop
+
+        streamer, said = _streamer(self.tokenizer, self.stops), Said()
         ids = torch.tensor([prompt], device=self.model.device)
         before = signal.signal(signal.SIGINT, said.interrupt)
         try:
@@ -178,7 +181,7 @@ class Generator:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.cfg.generation.max_new_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.stops or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
                 streamer=streamer,
@@ -191,7 +194,7 @@ class Generator:
             signal.signal(signal.SIGINT, before)
         if said.interrupted and (not sys.stdin.isatty() or self.cfg.generation.prompt is not None):
             raise KeyboardInterrupt
-        return self.tokenizer.decode(said.ids[len(prompt) :], skip_special_tokens=True)
+        return self.tokenizer.decode(before_stop(said.ids[len(prompt) :], self.stops), skip_special_tokens=True)
 
     def batch(self, prompts: list[list[int]]) -> list[str]:
         """The answers, in the order of `prompts`, decoded `evaluation.batch_size` at once."""
@@ -200,6 +203,18 @@ class Generator:
         settings = self.cfg.evaluation.model_copy(update={"max_new_tokens": self.cfg.generation.max_new_tokens})
         rows = [{"input_ids": prompt, "prompt_tokens": len(prompt)} for prompt in prompts]
         return generate(self.model, self.tokenizer, rows, settings, **self.sampling)
+
+
+def _streamer(tokenizer: Any, stops: list[int]) -> Any:
+    """Prints an answer as it comes, without the token that ends it."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or value.item() not in stops:
+                super().put(value)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Said:

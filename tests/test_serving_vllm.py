@@ -118,10 +118,11 @@ def test_an_adapter_is_found_by_its_id(tiny_llama, adapters):
 def test_requests_and_answers_in_openais_words():
     greedy = job()
     greedy.sampling["temperature"] = 0
-    asked = vllm.completion(greedy, [[4, 5], [6]], 5, "a@1|/a")
+    asked = vllm.completion(greedy, [[4, 5], [6]], 5, "a@1|/a", [0, 7])
     assert (asked["prompt"], asked["n"]) == ([[4, 5], [4, 5], [6], [6]], 1)
-    asked = vllm.completion(job(), [[4, 5]], 5, "a@1|/a")
+    asked = vllm.completion(job(), [[4, 5]], 5, "a@1|/a", [0, 7])
     wanted = {"model": "a@1|/a", "prompt": [[4, 5]], "n": 2, "max_tokens": 5, "stop": ["x"], "logprobs": 1}
+    wanted["stop_token_ids"] = [0, 7]
     assert wanted.items() <= asked.items()
     assert (asked["stream"], asked["stream_options"]) == (True, {"include_usage": True})
     logprobs = {"tokens": ["b"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -0.5, "c": -2.0}], "text_offset": [0]}

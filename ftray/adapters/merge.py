@@ -1,5 +1,6 @@
 """From adapter and base to one plain transformers model, held against the adapter before anybody sees it."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
+from ftray.models.stops import stop_tokens
 from ftray.models.stored import as_stored
 from ftray.storage.location import Location, atomic_dir, parse_location
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -139,6 +141,8 @@ def save_model(
         device = model.device
         model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)
+        if model.can_generate():
+            _keep_stops(made / "generation_config.json", stop_tokens(tokenizer, model.config, model.generation_config))
         model.to("meta")
         kind = getattr(transformers, task.load().auto_class)
         again = kind.from_pretrained(made, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code).to(device)
@@ -207,3 +211,14 @@ def noise(model: nn.Module, texts: Sequence[list[int]]) -> float:
     one = relative(before, outputs(model, texts))
     nudge(-math.inf)  # each to where it came from
     return math.sqrt(max(p.shape[-1] for p in parameters if p.dim() > 1)) * one
+
+
+def _keep_stops(file: Path, stops: list[int]) -> None:
+    """Let whatever reads the model end answers where ftray does.
+
+    In the file: transformers saves a configuration that was changed only if all of it is sound, and many are not.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if stops:
+        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

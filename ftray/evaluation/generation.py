@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ftray.config import EvaluationConfig
+from ftray.models.stops import before_stop, stop_tokens
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
 
@@ -16,6 +17,7 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
     Greedy, unless `sampling` holds other arguments for transformers' `generate`.
     """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), cfg.batch_size):
@@ -29,10 +31,10 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
             attention_mask=mask.to(model.device),
             max_new_tokens=cfg.max_new_tokens,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False} | sampling,
         )
-        for i, text in zip(part, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
-            texts[i] = text
+        for i, answer in zip(part, output[:, width:].tolist(), strict=True):
+            texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
     return texts

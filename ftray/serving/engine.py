@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
+from ftray.models.stops import stop_tokens
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
@@ -105,8 +106,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # each in the slot of its place here
         self.alone: list[Sequence] = []
-        ends = getattr(base.generation_config, "eos_token_id", None)
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = set(stop_tokens(tokenizer, base.config, base.generation_config))
         self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
         self._rows, self._step = ServedSegments(), []  # type: tuple[ServedSegments, list[kv_cache.Step]]
         self.host = shared_model(base, kv_cache.NAME, step=self._step)

@@ -158,11 +158,14 @@ class VLLMReplica:
         from transformers import AutoConfig
 
         from ftray.models.load import load_tokenizer
+        from ftray.models.stops import saved_stop_tokens
 
         self.base, self.model_path, self.rank, self.llm = base, model_path, rank, llm
         self.tokenizer = load_tokenizer(model_path, trust_remote_code)
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
-        self.words, self.max_length = config.vocab_size, int(config.max_position_embeddings)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        self.stops = saved_stop_tokens(self.tokenizer, config, model_path)
+        text = config.get_text_config()
+        self.words, self.max_length = text.vocab_size, int(text.max_position_embeddings)
 
     async def load(self, adapter: str, source: str) -> str | None:
         """Why an adapter can't be served; it is loaded with the first request for it."""
@@ -189,7 +192,7 @@ class VLLMReplica:
             return
         yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
         model = model_id(job) or self.base
-        request = CompletionRequest(**completion(job, prompts, most, model))
+        request = CompletionRequest(**completion(job, prompts, most, model, self.stops))
         llm = self.llm.options(stream=True, multiplexed_model_id=model_id(job))
         stream, whole, last = llm.completions.remote(request), list[OutputDelta](), list[OutputDelta]()
         try:
@@ -216,7 +219,9 @@ def model_id(job: GenerationRequest) -> str:
     return "" if job.adapter is None else f"{job.adapter}|{job.source}"
 
 
-def completion(job: GenerationRequest, prompts: list[list[int]], most: int, model: str) -> dict[str, Any]:
+def completion(
+    job: GenerationRequest, prompts: list[list[int]], most: int, model: str, stops: list[int]
+) -> dict[str, Any]:
     """The fields of vLLM's request: always plain tokens, streamed, with the count of tokens at the end."""
     own = {name: job.sampling[name] for name in ("temperature", "top_p", "seed", "logprobs", "echo")}
     times = job.n if own["temperature"] == 0 else 1  # vLLM gives one greedy answer to a prompt, and takes it n times
@@ -226,6 +231,7 @@ def completion(job: GenerationRequest, prompts: list[list[int]], most: int, mode
         "n": job.n // times,
         "max_tokens": most,
         "stop": list(job.sampling["stop"]),
+        "stop_token_ids": stops,
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -13,6 +13,7 @@ from ftray.data.shapes import Seen, is_empty
 from ftray.data.tokens import IGNORE, Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
+from ftray.models.stops import before_stop, stop_tokens
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
 
@@ -69,6 +70,8 @@ class Task(task.PaddedTask):
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         loss, tokens, texts = np.zeros(len(rows)), np.zeros(len(rows)), [""] * len(rows)
+        stops = stop_tokens(tokenizer, model.config, model.generation_config)
+        settings = {"max_new_tokens": cfg.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
         for part, batch in self.batches(model, rows, cfg.batch_size):
             logits = self._logits(model, batch)
             each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").double()
@@ -76,9 +79,9 @@ class Task(task.PaddedTask):
             tokens[part] = (batch["labels"] != IGNORE).sum(1).cpu().numpy()
             if cfg.generate:
                 source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                output = model.generate(**source, max_new_tokens=cfg.max_new_tokens, do_sample=False, use_cache=True)
-                for i, text in zip(part, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-                    texts[i] = text
+                output = model.generate(**source, **settings, use_cache=True)
+                for i, answer in zip(part, output[:, 1:].tolist(), strict=True):  # the first starts the decoder
+                    texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
         scores = Scores(loss, tokens)
         if cfg.generate:
             scores.add_generated(texts, [row["target"] for row in rows])

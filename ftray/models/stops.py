@@ -1,0 +1,37 @@
+"""Where an answer ends: the same tokens for whatever generates."""
+
+from collections.abc import Collection
+from itertools import takewhile
+from typing import Any
+
+
+def stop_tokens(tokenizer: Any, config: Any, generation: Any) -> list[int]:
+    """Ids of all tokens that end an answer, ascending; training ends plain targets with the tokenizer's.
+
+    A turn may end with a token that only one of these knows: Llama 3 and Qwen list theirs in `generation_config.json`.
+
+    Args:
+        config: of the model, as `model.config`.
+        generation: as `model.generation_config`; None: the model has none.
+    """
+    found: set[int | None] = set()
+    for source in (tokenizer, generation, config, config.get_text_config(decoder=True)):
+        ids = getattr(source, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    return sorted(token for token in found if token is not None and token >= 0)  # -1 is how some say none
+
+
+def saved_stop_tokens(tokenizer: Any, config: Any, directory: str) -> list[int]:
+    """As :func:`stop_tokens`, of a model in `directory` that is not loaded."""
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(directory)
+    except OSError:  # has no such file
+        generation = None
+    return stop_tokens(tokenizer, config, generation)
+
+
+def before_stop(ids: list[int], stops: Collection[int]) -> list[int]:
+    """`ids` up to the first of `stops`, which is left out, as is all that was put after it to fill a batch up."""
+    return list(takewhile(lambda token: token not in stops, ids))
