@@ -3,15 +3,16 @@
 import pytest
 import torch
 import transformers
-from conftest import llama
+from conftest import llama, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from test_pack import PlainUpdate, Trial, alone, assert_same_weights, together
+from test_pack import Trial, alone, assert_same_weights, together
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
+from ftray.evaluation.generation import generate
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.tasks.next_token import score
-from ftray.training.pack import Pack
+from ftray.training.pack import Pack, TorchOptimizer
 
 SIZES = {
     "vocab_size": 384,
@@ -169,7 +170,7 @@ def test_an_adapter_that_changes_other_rows_trains_by_itself():
     layer = next(m for n, m in model.named_modules() if n.endswith("v_proj"))
     plain = layer.forward
     layer.forward = lambda x, *args, **kwargs: plain(x) + 0.1 * plain(x).cumsum(-2)
-    why = pack.add("0", model, PlainUpdate(model, torch.optim.AdamW(trainable(model))))
+    why = pack.add("0", model, TorchOptimizer(model, torch.optim.AdamW(trainable(model))))
     assert "are off by" in why
 
 
@@ -183,9 +184,34 @@ def test_weights_are_as_before_after_the_probe():
 
 
 def test_a_record_longer_than_the_window_is_tried_where_there_may_be_one():
-    from ftray.multi_adapter.probe import probe_records
+    from ftray.models.probe import probe_records
 
     base = make("windows beside full attention")
     base.config.sliding_window = 64
     assert max(map(len, probe_records(base))) == 64 + 7
     assert max(map(len, probe_records(base, longest=64))) < 64
+
+
+@pytest.mark.parametrize(("name", "pads"), [("capped logits", True), ("recurrent", False)])
+def test_answers_many_at_once_equal_one_by_one(name, pads, monkeypatch):
+    """A model that reads the padding before a prompt decodes prompts of equal length together, and no others."""
+    tokenizer = make_tokenizer()
+    base = make(name) if name in MODELS else recurrent()
+    draw = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 300, (n,), generator=draw).tolist() for n in (4, 30, 11, 4, 17)]
+    rows = [{"input_ids": ids, "prompt_tokens": len(ids)} for ids in prompts]
+    wanted = []
+    for ids in prompts:
+        out = base.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=1)
+        wanted.append(tokenizer.decode([t for t in out[0, len(ids) :].tolist() if t], skip_special_tokens=True))
+    widths = []
+    plain = base.generate
+    monkeypatch.setattr(base, "generate", lambda **kw: widths.append(kw["input_ids"].shape) or plain(**kw))
+    assert generate(base, tokenizer, rows, EvaluationConfig(batch_size=32, max_new_tokens=8)) == wanted
+    assert ((5, 30) in widths) == pads
+
+
+def recurrent():
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(**{**SIZES, "attention_hidden_size": 64, "context_length": 512})
+    return transformers.RwkvForCausalLM(config).requires_grad_(False).eval()

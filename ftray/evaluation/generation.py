@@ -1,27 +1,31 @@
 """Answers of a causal language model to tokenized prompts."""
 
+from collections.abc import Iterator
+from itertools import groupby, islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ftray.config import EvaluationConfig
+from ftray.models.probe import decodes_together
 from ftray.models.stops import before_stop, stop_tokens
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
+_together: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what was found of models that were tried
 
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
-    """Continuations in the order of `rows`, decoded in batches of like length, padded on the left.
+    """Continuations in the order of `rows`, decoded in batches: of like length, padded on the left, where the model
+    continues a padded prompt as it does alone, else of equal length or one by one.
 
     Greedy, unless `sampling` holds other arguments for transformers' `generate`.
     """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     texts = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), cfg.batch_size):
-        part = order[at : at + cfg.batch_size]
+    for part in _batches(model, prompts, cfg.batch_size):
         width = max(len(prompts[i]) for i in part)
         pads = [width - len(prompts[i]) for i in part]
         ids = torch.tensor([[tokenizer.pad_token_id] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
@@ -38,3 +42,14 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
         for i, answer in zip(part, output[:, width:].tolist(), strict=True):
             texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
     return texts
+
+
+def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+    """Indices of prompts that are decoded together, at most `size`."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts) > 1 and model not in _together:
+        _together[model] = decodes_together(model)
+    together = _together.get(model, "all")
+    for _, alike in groupby(order, key=lambda i: 0 if together == "all" else len(prompts[i])):
+        while part := list(islice(alike, 1 if together == "none" else size)):
+            yield part

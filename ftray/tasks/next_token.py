@@ -39,7 +39,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool 
     Args:
         pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
             itself has to keep the records of one row apart by their positions: see
-            :func:`ftray.multi_adapter.probe.row_obstacle`.
+            :func:`ftray.models.probe.row_obstacle`.
     """
     labels, before = batch["labels"], _puts_tokens_before(model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ftray.multi_adapter import attention, probe
+from ftray.models import probe
+from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.head_loss import HeadLoss
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
@@ -148,7 +149,7 @@ class Pack:
     def _settle(self, longest: int | None) -> str | None:
         """Find out how records share a pass: in one row, else padded; returns why neither gives what each gets alone.
 
-        See :mod:`ftray.multi_adapter.probe`.
+        See :mod:`ftray.models.probe`.
         """
         self._records = probe.probe_records(self.base, longest)
         reasons: list[str] = []

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach
 from ftray.models.load import load_base, load_skeleton
+from ftray.models.probe import probe_records, row_obstacle
 from ftray.multi_adapter.dropout import DropoutRNG
-from ftray.multi_adapter.probe import probe_records, row_obstacle
 from ftray.multi_adapter.shared_model import train_mode
 from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint

@@ -7,7 +7,7 @@ masks without asking where records begin. No list of architectures says so relia
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -102,9 +102,48 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
         return reason_of(error)
     lengths, other = [len(r) for r in records], torch.cat(other_first(records))[None]
     again = model(input_ids=other.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
-    return wrong_logits(row.split(lengths), wanted, row.dtype) or leak(
-        row.split(lengths), again.split(lengths), row.dtype
+    return wrong_logits(row.split(lengths), wanted, model.dtype) or leak(
+        row.split(lengths), again.split(lengths), model.dtype
     )
+
+
+@torch.no_grad()
+def decodes_together(model: Any) -> Literal["all", "equal", "none"]:
+    """Which prompts `model.generate` continues in one batch as it does alone: all, padded on the left; those of equal
+    length; or none."""
+    short, long = probe_records(model, 1)[:2]
+    pads = len(long) - len(short)
+    for kind, first in (("all", torch.cat([long.new_zeros(pads), short])), ("equal", long.flip(0))):
+        ids = torch.stack([first, long])
+        mask = torch.ones_like(ids)
+        mask[0, : pads if kind == "all" else 0] = 0
+        try:
+            together = _continued(model, ids, mask)
+            alone = [_continued(model, row[seen.bool()][None])[0] for row, seen in zip(ids, mask, strict=True)]
+        except Exception:
+            continue
+        same = [(a[0].argmax() == b[0].argmax()).item() for a, b in zip(together, alone, strict=True)]
+        steps = [2 if equal else 1 for equal in same]  # after another first token the second has other logits
+        ours, theirs = ([t[:n] for t, n in zip(side, steps, strict=True)] for side in (together, alone))
+        if not wrong_logits(ours, theirs, model.dtype):
+            return cast(Literal["all", "equal"], kind)
+    return "none"
+
+
+def _continued(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [prompts, 2, vocabulary] of the two tokens that `model.generate` puts after each prompt."""
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=(torch.ones_like(ids) if mask is None else mask).to(model.device),
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, 1)
 
 
 def reason_of(error: Exception) -> str:
