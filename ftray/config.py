@@ -17,6 +17,8 @@ def _comma_separated(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
+
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 
 
@@ -174,7 +176,9 @@ class GenerationConfig(Section):
     )
     system: str | None = Field(None, description="system turn of a conversation")
     max_new_tokens: PositiveInt = Field(256)
-    temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+    temperature: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="below 1e-5, as 0: the likeliest token each time"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that have this share")
     top_k: int = Field(0, ge=0, description="draw from this many tokens; 0: from all")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: what was said is less likely to be said again")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.cli import run_command
-from ftray.config import Config, DataConfig
+from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -160,10 +160,10 @@ class Generator:
         self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
         asked = cfg.generation
         self.sampling: dict[str, Any] = {
-            "do_sample": asked.temperature > 0,
+            "do_sample": asked.temperature >= COLDEST,
             "repetition_penalty": asked.repetition_penalty,
         }
-        if asked.temperature > 0:
+        if asked.temperature >= COLDEST:
             self.sampling |= {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
         set_seed(asked.seed)
 

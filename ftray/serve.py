@@ -4,17 +4,21 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
+from typing import Any
 
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+
+NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
 
 def run(cfg: Config) -> int:
     """The command: starts Ray Serve, prints where, and goes on until it is interrupted or terminated.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts.
+        UserError: anything the user can mend, before Ray starts; that Serve is in use on the cluster, thereafter.
     """
     from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet
 
@@ -30,25 +34,65 @@ def run(cfg: Config) -> int:
     from ray import serve
 
     connect(cfg)
+    held = _hold_cluster()  # for as long as this name is bound
     gpus = gpus_per_worker(cfg)
     cpus = cfg.scaling.cpus_per_worker or cpus_each(cfg.serving.max_replicas, gpus)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": cfg.serving.host, "port": cfg.serving.port},
-        logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
-    )
-    serve.run(application(cfg, what, key, cpus, gpus), name="ftray")
-    stop = threading.Event()
-    # only now: Ray puts a handler of its own
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    host = f"[{cfg.serving.host}]" if ":" in cfg.serving.host else cfg.serving.host
-    print(f"serving {', '.join([what.base, *what.adapters])}")
-    print(f"endpoint http://{host}:{cfg.serving.port}/v1", flush=True)
-    stop.wait()
-    print("draining", flush=True)
-    serve.shutdown()
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": cfg.serving.host, "port": cfg.serving.port},
+            logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
+        )
+        serve.run(application(cfg, what, key, cpus, gpus), name=NAME)
+        stop = threading.Event()
+        # only now: Ray puts a handler of its own
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        host = f"[{cfg.serving.host}]" if ":" in cfg.serving.host else cfg.serving.host
+        print(f"serving {', '.join([what.base, *what.adapters])}")
+        print(f"endpoint http://{host}:{cfg.serving.port}/v1", flush=True)
+        stop.wait()
+        print("draining", flush=True)
+    finally:
+        _end_application()
+    del held
     return 0
+
+
+def _hold_cluster() -> Any:
+    """An actor that lives as long as this process, and of which a cluster can have one: Serve has one HTTP port.
+
+    Raises:
+        UserError: another endpoint is there, or Serve is in use by somebody else.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    way_out = "stop it first, or serve on another Ray cluster: --scaling.address local begins one"
+
+    class Holder:
+        pass
+
+    try:
+        held = ray.remote(Holder).options(name=NAME, namespace=NAME, num_cpus=0).remote()
+    except ValueError:  # the name is taken
+        raise UserError(f"another `ftray serve` has the Ray Serve of this cluster: {way_out}") from None
+    if _get_global_client(raise_if_no_controller_running=False):
+        there = ", ".join(sorted(serve.status().applications)) or "no application"
+        raise UserError(f"Ray Serve is up on this cluster already, with {there} (`serve shutdown`): {way_out}")
+    return held
+
+
+def _end_application() -> None:
+    """Let answers under way be given, then end the application, and Serve with it unless somebody else uses it too."""
+    from ray import serve
+
+    while NAME in serve.status().applications:
+        with suppress(TimeoutError):
+            serve.delete(NAME)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _check_port(host: str, port: int) -> None:

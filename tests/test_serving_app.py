@@ -18,6 +18,9 @@ import openai
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -253,6 +256,27 @@ MALFORMED = [
     ("adapters", {"name": "x", "source": "s3://bucket/x"}, 403, "may come from"),
     ("adapters", {"name": "lora", "source": "/tmp"}, 409, "already"),
     ("nothing", {}, 404, "Not Found"),
+    ("completions", b'{"model": "lora", "prompt": "a", "temperature": 1e999}', 400, "temperature"),
+    ("completions", {**OK, "temperature": 10**400}, 400, "temperature"),
+    ("completions", {**OK, "top_p": float("nan")}, 400, "top_p"),
+    ("completions", {**OK, "top_p": float("inf")}, 400, "top_p"),
+    ("completions", {**OK, "seed": float("nan")}, 400, "seed"),
+    ("completions", {**OK, "max_tokens": 10**4000}, 400, "max_tokens"),
+    ("completions", {**OK, "prompt": [10**4000]}, 400, "prompt"),
+    ("completions", b'{"model": "lora", "prompt": [' + b"1" * 5000 + b"]}", 400, "JSON"),
+    ("completions", {**OK, "prompt": "a\ud83d"}, 400, "prompt"),
+    ("completions", {**OK, "prompt": ["a", "\ude00b"]}, 400, "prompt"),
+    ("completions", b'{"model": "lora", "prompt": "\xed\xa0\x80"}', 400, "prompt"),
+    ("completions", {**OK, "stop": ["\ud83d"]}, 400, "stop"),
+    ("completions", {**OK, "model": "\ud83d"}, 400, "model"),
+    ("completions", {**OK, "user": "\ud83d"}, 400, "user"),
+    ("completions", {**OK, "\ud83d": 1}, 400, "field name"),
+    ("chat/completions", {**SAY, "messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages"),
+    ("chat/completions", {**SAY, "messages": [{"role": "user", "content": "a", "\ud83d": 1}]}, 400, "messages"),
+    ("chat/completions", {**SAY, "max_completion_tokens": 2**31}, 400, "max_completion_tokens"),
+    ("adapters", {"name": "x", "source": "/tmp/\0"}, 400, "source"),
+    ("adapters", {"name": "\ud83d", "source": "/tmp"}, 400, "name"),
+    ("adapters", {"name": 1e-40, "source": "/tmp"}, 400, "name"),
 ]
 
 
@@ -270,6 +294,97 @@ def test_malformed_requests_get_a_clear_answer_and_harm_nothing(server):
     assert server.client().completions.create(**OK).choices[0].text is not None
     with pytest.raises(openai.BadRequestError, match="top_k"):
         server.client().completions.create(**OK, extra_body={"top_k": 3})
+
+
+@pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1, "top_p": 1e-40}])
+def test_next_to_no_temperature_is_none(server, odd):
+    ids = server.tokenizer("the cat sat on")["input_ids"]
+    ask = {"prompt": "the cat sat on", "max_tokens": 8, "n": 2, "logprobs": 2, **odd}
+    for name in ("lora", server.base):
+        got = server.post("/v1/completions", json={"model": name, **ask}).json()
+        assert [choice["text"] for choice in got["choices"]] == [server.wanted(name, ids, 8)[0]] * 2
+
+
+def test_an_adapter_that_gives_nothing_finite_fails_alone(server):
+    broken = server.directory / "broken"
+    shutil.copytree(server.directory / "lora", broken)
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, broken / "adapter_model.safetensors")
+    assert server.post("/v1/adapters", json={"name": "broken", "source": str(broken)}).status_code == 200
+    ids = server.tokenizer("a b c")["input_ids"]
+
+    async def ask(client, name):
+        body = {"model": name, "prompt": "a b c", "max_tokens": 30, "temperature": 0}
+        return await client.post(server.url + "/v1/completions", json=body, timeout=120)
+
+    async def together():
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
+            return await asyncio.gather(*(ask(client, name) for name in ("lora", "broken", "lora", "broken")))
+
+    try:
+        good, bad = [], []
+        for which, got in zip((good, bad, good, bad), asyncio.run(together()), strict=True):
+            which.append(got)
+        assert [got.json()["choices"][0]["text"] for got in good] == [server.wanted("lora", ids, 30)[0]] * 2
+        assert [(got.status_code, got.json()["error"]["code"]) for got in bad] == [(500, "model_error")] * 2
+        assert all("not finite" in got.json()["error"]["message"] for got in bad)
+    finally:
+        httpx.delete(server.url + "/v1/adapters/broken", headers={"Authorization": f"Bearer {KEY}"})
+
+
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=8)  # half surrogates too
+NUMBERS = st.integers() | st.integers(-2, 500) | st.floats() | st.floats(0, 2) | st.sampled_from([2**31, 2**63, 1e-40])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2),
+    max_leaves=6,
+)
+FIELDS = {
+    "model": st.sampled_from(["lora", "trial-3", "best"]),
+    "prompt": st.text(max_size=9) | st.lists(st.integers(0, 400), max_size=5) | st.lists(TEXTS, max_size=2),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "n": st.integers(1, 3),
+    "seed": st.integers(-(2**64), 2**64),
+    "stop": st.lists(st.text(max_size=2), max_size=5) | st.text(max_size=2),
+    "max_tokens": st.integers(0, 12),
+    "logprobs": st.integers(0, 20),
+    "echo": st.booleans(),
+    "user": TEXTS,
+    "stream": st.just(False),
+    "frequency_penalty": st.just(0),
+}
+ODD = st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.just(name), FIELDS[name] | VALUES))
+ODD |= st.tuples(TEXTS, VALUES)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": TEXTS | VALUES})
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    changes=st.lists(ODD, min_size=1, max_size=4),
+    messages=st.none() | st.lists(MESSAGE, max_size=2) | VALUES,
+    stream=st.booleans(),
+)
+def test_no_request_is_odd_enough_to_fail_us(server, changes, messages, stream):
+    body = {**OK, "stream": stream, **dict(changes)}
+    path = "completions"
+    if messages is not None:
+        path, body["messages"] = "chat/completions", messages
+        body.pop("prompt", None)
+    got = server.post(f"/v1/{path}", content=json.dumps(body).encode())
+    assert got.status_code in (200, 400, 404), (body, got.text)
+    if got.status_code != 200:
+        assert set(got.json()["error"]) == {"message", "type", "param", "code"}
+    assert "event: error" not in got.text
+    ids = server.tokenizer("a")["input_ids"]
+    good = server.post("/v1/completions", json={**OK, "temperature": 0})
+    assert good.json()["choices"][0]["text"] == server.wanted("lora", ids, OK["max_tokens"])[0]
+
+
+def test_places_that_the_system_can_not_look_at_are_refused(server):
+    for source in ("x" * 300, "a/" * 400, "\n"):
+        got = server.post("/v1/adapters", json={"name": "x", "source": f"{server.directory}/{source}"})
+        assert (got.status_code, set(got.json())) == (400, {"error"}), got.text
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}])

@@ -1,6 +1,7 @@
 """What the endpoint makes of replicas that are slow or die, with replicas that do so on purpose."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from ray.exceptions import ActorDiedError
 from ftray.config import ServingConfig
 from ftray.serving.api.requests import APIError
 from ftray.serving.generation_request import OutputDelta, OutputDeltas
+from ftray.serving.pooling import PoolingResponse
 from ftray.serving.router import ATTEMPTS, Router
 
 WHOLE = [
@@ -82,6 +84,93 @@ def test_a_replica_that_dies_before_it_gives_anything_is_replaced():
 def test_what_was_given_is_not_given_twice():
     parts, error, replicas = ask([*WHOLE[:2], ActorDiedError()], WHOLE)
     assert (parts, error.status, error.code, replicas.asked) == (WHOLE[:2], 500, "replica_died", 1)
+
+
+def test_a_request_that_killed_two_replicas_is_not_tried_on_a_third():
+    for before in ([OutputDeltas()], [OutputDeltas(), WHOLE[0]]):
+        parts, error, replicas = ask(*([*before, ActorDiedError()] for _ in range(3)))
+        assert (error.status, error.code, replicas.asked) == (500, "replica_died", 2)
+        assert error.headers == {"x-should-retry": "false"}
+        assert parts == before[1:]
+
+
+def test_a_request_that_was_being_answered_has_not_killed_anything():
+    standing_by = [OutputDeltas(), WHOLE[0], OutputDeltas(answering=True), ActorDiedError()]
+    parts, error, replicas = ask(standing_by, standing_by, [OutputDeltas(), *WHOLE])
+    assert (parts, error, replicas.asked) == (WHOLE, None, 3)
+
+
+class Mortal:
+    """A handle of one replica, whose requests are begun after one another; a deadly one ends all that it has."""
+
+    def __init__(self):
+        self.died, self.deaths, self.answer, self.read = asyncio.Event(), 0, self, self
+
+    def options(self, stream=False, **kwargs):
+        self.stream = stream
+        return self
+
+    def remote(self, job):
+        return Answering(self, job) if self.stream else self.whole(job)
+
+    async def whole(self, job):
+        async for _ in Answering(self, job):
+            pass
+        return PoolingResponse([], (), 1)
+
+
+class Answering:
+    """What a mortal replica answers: it takes some time to begin, and as long to end."""
+
+    def __init__(self, replica, job):
+        self.replica, self.job, self.parts = (
+            replica,
+            job,
+            iter([OutputDeltas(), WHOLE[0], OutputDeltas(answering=True), WHOLE[2]]),
+        )
+        self.died = replica.died
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        what = next(self.parts, None)
+        if what is None:
+            raise StopAsyncIteration
+        await asyncio.sleep(0.01)  # let the others begin too
+        if what is not WHOLE[0] and what != OutputDeltas():
+            if self.job.deadly and not self.died.is_set():
+                self.died.set()
+                self.replica.died, self.replica.deaths = asyncio.Event(), self.replica.deaths + 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.died.wait(), 0.05)
+        if self.died.is_set():
+            raise ActorDiedError
+        return what
+
+    def cancel(self):
+        pass
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("deadly", [1, 3])
+def test_who_stands_by_is_answered_and_a_killer_costs_two_replicas(reads, deadly):
+    replicas = Mortal()
+    dispatch = Router(ServingConfig(), replicas)
+
+    async def one(number):
+        job = SimpleNamespace(adapter=None, deadly=number < deadly)
+        if reads:
+            return await dispatch.read("m", job)
+        return [got async for got in dispatch.parts("m", job)]
+
+    async def crowd():
+        return await asyncio.gather(*(one(number) for number in range(9)), return_exceptions=True)
+
+    got = asyncio.run(crowd())
+    assert [getattr(result, "status", 200) for result in got] == [500] * deadly + [200] * (9 - deadly)
+    assert replicas.deaths == 1 + deadly
+    assert dispatch.under_way == 0
 
 
 def test_replicas_that_keep_dying_are_told():

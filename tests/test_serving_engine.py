@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_pack import APART, CONFIGS, TARGETS, Trial
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -171,6 +173,109 @@ def test_echoed_log_probabilities_are_the_models(prompt_tokens):
     run(engine, [nothing_more])
     assert [t.id for p in nothing_more.pieces for t in p.tokens] == prompt
     assert nothing_more.pieces[-1].finish == "length"
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 9.9e-6, 1e-5, 1.1e-5])  # the last two are drawn
+@pytest.mark.parametrize("top_p", [1.0, 5e-324])
+def test_next_to_no_temperature_takes_the_likeliest(temperature, top_p):
+    engine = engine_of(llama())
+    cold, warm = asked([9, 8, 7], temperature=temperature, top_p=top_p, max_tokens=6), asked([9, 8, 7], max_tokens=6)
+    assert run(engine, [cold, warm]) == [generated(engine.base, [9, 8, 7], 6)] * 2
+
+
+def test_more_alternatives_than_there_are_tokens():
+    engine = Engine(llama(vocab_size=12).requires_grad_(False), make_tokenizer())
+    sequence = asked([2, 3], max_tokens=3, logprobs=20, echo=True)
+    run(engine, [sequence])
+    tokens = [token for piece in sequence.pieces for token in piece.tokens]
+    assert [len(token.top) for token in tokens] == [0] + [12] * (len(tokens) - 1)
+
+
+def raises(*args, **kwargs):
+    raise RuntimeError("on purpose")
+
+
+def break_layer(adapter):
+    """One layer of it raises: where the base's own place calls it, or where its factors are put together."""
+    layer = next(iter(adapter.layers.values()))
+    layer.forward = raises
+    if hasattr(layer, "lora_A") and layer.lora_A:
+        weight = layer.lora_A["default"].weight
+        layer.lora_A["default"].weight = torch.nn.Parameter(weight.detach()[:, :5].clone())
+
+
+@pytest.mark.parametrize("broken", ["lora", "ia3", "oft", "prompt tuning"])
+@pytest.mark.parametrize("prompt_tokens", [256, 7])
+def test_an_adapter_that_raises_in_a_step_ends_its_own_answers_alone(broken, prompt_tokens):
+    engine = engine_of(llama(), ["lora", "ia3", "oft", "prompt tuning"], slots=6, prompt_tokens=prompt_tokens)
+    if broken == "prompt tuning":  # in a pass of its own
+        engine.adapters[broken].model.forward = raises
+    else:
+        break_layer(engine.adapters[broken])
+    names = [broken, None, *engine.adapters, broken, None, broken, *engine.adapters]
+    given = prompts(len(names))
+    sequences = [asked(p, name, max_tokens=12) for p, name in zip(given, names, strict=True)]
+    got = run(engine, sequences, at=[0, 0, 0, 0, 1, 1, 2, 2, 5, 5, 7, 7, 9])
+    for name, prompt, tokens, sequence in zip(names, given, got, sequences, strict=True):
+        if name == broken:
+            assert (tokens, sequence.pieces[-1].finish) == ([], "error")
+            assert sequence.pieces[-1].error.startswith("RuntimeError: ")
+        else:
+            model = engine.adapters[name].model if name else engine.base
+            assert tokens == generated(model, prompt, 12), name
+    assert not engine.busy
+    assert all(adapter.users == 0 for adapter in engine.adapters.values())
+
+
+def test_a_row_that_can_not_be_drawn_ends_alone():
+    engine = engine_of(llama(), ["lora"])
+    settings = {"temperature": 1.3, "top_p": 0.9, "max_tokens": 10}
+    (alone,) = run(engine, [asked([9, 8, 7], "lora", seed=3, **settings)])
+    odd, same = asked([4, 4], "lora", **settings | {"top_p": -1.0}), asked([5, 5], "lora", **settings)
+    good, greedy = asked([9, 8, 7], "lora", seed=3, **settings), asked([4, 4], max_tokens=10)
+    for sequence in (odd, same, good, greedy):
+        engine.submit(sequence)
+    same.generator = "none"
+    while engine.busy:
+        engine.step()
+    assert [s.pieces[-1].finish for s in (odd, same)] == ["error"] * 2
+    assert [s.ids[len(s.prompt) :] for s in (good, greedy)] == [alone, generated(engine.base, [4, 4], 10)]
+
+
+def test_what_can_not_be_told_ends_alone():
+    engine = engine_of(llama())
+    deaf, good = asked([9, 8, 7], max_tokens=10), asked([9, 8, 7], max_tokens=10)
+    deaf.emit = raises
+    assert run(engine, [deaf, good])[1] == generated(engine.base, [9, 8, 7], 10)
+
+
+ODD = st.floats(0, 2) | st.sampled_from([5e-324, 1e-45, 1e-40, 1e-38, 1e-5, 2.0])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_is_asked_neighbours_are_answered(data):
+    if not hasattr(test_whatever_is_asked_neighbours_are_answered, "engine"):
+        test_whatever_is_asked_neighbours_are_answered.engine = engine_of(llama(), ["lora", "ia3"], slots=3)
+    engine = test_whatever_is_asked_neighbours_are_answered.engine
+    tokens = st.lists(st.integers(0, 383), min_size=1, max_size=20)
+    odd = data.draw(
+        st.builds(
+            asked,
+            tokens,
+            st.sampled_from([None, "lora", "ia3"]),
+            max_tokens=st.integers(0, 9),
+            temperature=ODD,
+            top_p=ODD.filter(lambda p: 0 < p <= 1),
+            seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+            stop=st.lists(st.text(min_size=1, max_size=3), max_size=4).map(tuple),
+            logprobs=st.none() | st.integers(0, 20),
+            echo=st.booleans(),
+        )
+    )
+    got = run(engine, [odd, asked([9, 8, 7], "lora", max_tokens=5)])
+    assert odd.pieces[-1].finish in ("stop", "length")
+    assert got[1] == generated(engine.adapters["lora"].model, [9, 8, 7], 5)
 
 
 def text_of(sequence):

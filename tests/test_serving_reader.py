@@ -10,12 +10,15 @@ import time
 from array import array
 from base64 import b64decode
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from ray import serve
 from selenium.webdriver.common.keys import Keys
@@ -222,6 +225,46 @@ def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
     rows = torch.tensor([row for read in reads for row in read.values])
     torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
     assert together == 2
+
+
+def test_a_text_that_fails_leaves_those_read_with_it_alone(tiny_bert):
+    spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
+    reader = PoolingReplica(Config(model=FP32).model_dump(), tiny_bert, 1, spec)
+
+    def refuse(module, args, kwargs):
+        if (kwargs["input_ids"] == 7).any():
+            raise RuntimeError("on purpose")
+
+    reader.base.register_forward_pre_hook(refuse, with_kwargs=True)
+    with torch.no_grad():
+        reader.base.get_input_embeddings().weight[9] = float("nan")
+    jobs = [PoolingRequest(texts, None, None, None, 99) for texts in (TEXTS[:1], [[3, 7]], TEXTS[1:], [[3, 9], [4, 4]])]
+    got = reader._read([replace(reader._tokens(job), model=reader.base) for job in jobs])
+    assert (str(got[1]), type(got[3])) == ("on purpose", FloatingPointError)
+    rows = torch.tensor([row for own in (got[0], got[2]) for row in own])
+    torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
+
+
+WORDS = st.text(max_size=6) | st.sampled_from([" ", "\t \n", "\0", "\u2028", "a" * 300])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(WORDS, min_size=1, max_size=4), st.booleans(), st.sampled_from(["SEQ_CLS", "TOKEN_CLS"]))
+def test_odd_texts_are_read_or_refused(tiny_bert, texts, pairs, task):
+    if task not in READERS:
+        READERS[task] = PoolingReplica(Config(model=FP32).model_dump(), tiny_bert, 1, TaskSpec(task, ("a", "b"), 1))
+    reader = READERS[task]
+    try:
+        encoded = reader._tokens(PoolingRequest(texts, texts if pairs else None, None, None, 99))
+    except UserError:
+        return
+    (rows,) = reader._read([replace(encoded, model=reader.base)])
+    assert len(rows) == len(texts)
+    if task == "TOKEN_CLS":
+        assert [len(row) for row in rows] == [len(text.split()) for text in texts]
+
+
+READERS: dict[str, PoolingReplica] = {}
 
 
 def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from ftray.config import Config
 from ftray.serving.app import application
 from ftray.serving.catalog import find_catalog
+from ftray.serving.generation_request import GenerationRequest, OutputDelta
+from ftray.serving.replica import Replica
 
 
 def processes(of: str, below: int | None = None) -> list[psutil.Process]:
@@ -36,6 +38,46 @@ def until(condition, seconds=90):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def raises(*args, **kwargs):
+    raise RuntimeError("on purpose")
+
+
+class Panic(BaseException):
+    """As tokenizers' own, which is no Exception."""
+
+
+def panics():
+    raise Panic
+
+
+def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
+    replica = Replica(Config(model={"name": tiny_llama, "dtype": "fp32"}).model_dump(), tiny_llama, 1)
+    sampling = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "logprobs": None}
+    job = GenerationRequest([[5, 6, 7]], None, 1, None, None, {**sampling, "echo": False}, False, 100, 100)
+
+    async def answered() -> list[OutputDelta]:
+        return [part for parts in [got async for got in replica.answer(job)] for part in parts.parts]
+
+    wanted = asyncio.run(answered())
+    assert wanted[-1].finish in ("stop", "length")
+    for harm in (raises, panics):
+        replica._inbox.put(harm)
+    replica._outbox[raises] = []
+    step = replica.engine.step
+    for harm in (raises, panics):
+        monkeypatch.setattr(replica.engine, "step", harm)
+        (failed,) = asyncio.run(answered())
+        assert failed.finish.startswith("error: ")
+        monkeypatch.setattr(replica.engine, "step", step)
+        assert asyncio.run(answered()) == wanted
+    monkeypatch.setattr(replica.engine, "submit", raises)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        asyncio.run(answered())
+    monkeypatch.undo()
+    assert asyncio.run(answered()) == wanted
+    asyncio.run(replica.check_health())
 
 
 class App:
@@ -147,6 +189,48 @@ def test_a_killed_endpoint_remembers_the_adapters_and_a_removed_one_is_freed(app
     assert httpx.post(f"{app.url}/v1/adapters", json=new, timeout=60).status_code == 200
     (kept,) = [offer["id"] for offer in _registry(app)["added"].values()]
     assert drop(kept)  # it was there
+
+
+@pytest.mark.slow
+def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(app, monkeypatch):
+    class Deadly(Replica):
+        """Dies of a prompt of one token."""
+
+        def _submit(self, job, *args):
+            if job.prompts == [[7]]:
+                os._exit(1)
+            return super()._submit(job, *args)
+
+    seen = set()
+
+    async def one(client, prompt):
+        ask = {"model": app.base, "prompt": prompt, "max_tokens": 60, "temperature": 0}
+        return await client.post(f"{app.url}/v1/completions", json=ask, timeout=300)
+
+    async def crowd():
+        async with httpx.AsyncClient() as client:
+            tasks = [asyncio.create_task(one(client, prompt)) for prompt in [*["the cat"] * 6, [7], *["the cat"] * 5]]
+            while not all(task.done() for task in tasks):
+                seen.update(process.pid for process in processes("replica"))
+                await asyncio.sleep(0.05)
+            return [task.result() for task in tasks]
+
+    monkeypatch.setattr("ftray.serving.replica.Replica", Deadly)
+    app.deploy(max_replicas=2, min_replicas=2)
+    until(lambda: app.running() == 2)
+    try:
+        before = {process.pid for process in processes("replica")}
+        got = asyncio.run(crowd())
+        assert [g.status_code for g in got] == [200] * 6 + [500] + [200] * 5
+        assert got[6].headers["x-should-retry"] == "false"
+        assert got[6].json()["error"]["code"] == "replica_died"
+        assert len({g.json()["choices"][0]["text"] for g in got if g.status_code == 200}) == 1
+        until(lambda: app.running() == 2)
+        assert len(before - {process.pid for process in processes("replica")}) <= 2
+        assert len(seen | before) <= len(before) + 2
+    finally:
+        monkeypatch.undo()
+        app.deploy()
 
 
 def _registry(app):

@@ -27,7 +27,7 @@ class Step:
     Attributes:
         slots, positions: int64 [T], where each token's key and value go.
         prompts: (slot, first token, end, tokens cached before) of each sequence that has several tokens.
-        last: int64 [N], the last token of each of the slots 0 to N - 1; all of them have one.
+        last: int64 [N], the last token of each of the N slots from `first` on; all of them have one.
         lengths: int64 [N], tokens that those see, themselves included.
         longest: greatest of `lengths`.
     """
@@ -38,6 +38,7 @@ class Step:
     last: torch.Tensor
     lengths: torch.Tensor
     longest: int
+    first: int = 0
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
     def mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
@@ -162,7 +163,8 @@ def attention(
     # the last token of every slot at once; heads that share a key take the place of queries
     slots, longest = len(step.last), step.longest
     q = query[0].index_select(1, step.last).transpose(0, 1).reshape(slots, groups, heads // groups, size)
-    k, v, mask = key[:slots, :, :longest], value[:slots, :, :longest], step.mask(sliding_window, query)
+    used, mask = slice(step.first, step.first + slots), step.mask(sliding_window, query)
+    k, v = key[used, :, :longest], value[used, :, :longest]
     if q.device.type == "cpu" and q.dtype != torch.float32:  # where torch's own kernel is slower
         scores = q @ k.transpose(-1, -2) * (scaling or size**-0.5) + mask
         part = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v

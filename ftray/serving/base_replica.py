@@ -106,7 +106,7 @@ class BaseReplica(ABC):
         """Load an adapter; returns why it can't be."""
         try:
             await self.adapted(adapter, source)
-        except UserError as error:
+        except (UserError, OSError) as error:  # not every path is one that the system takes
             return str(error)
         return None
 

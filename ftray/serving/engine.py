@@ -7,7 +7,8 @@ sorted by adapter, so that each adapter has one span. transformers' own continuo
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
+
+
+Part = tuple[Sequence, int, list[int]]  # what a step reads of a sequence, in which slot
 
 
 @dataclass
@@ -175,8 +179,7 @@ class Engine:
                 f"{len(sequence.prompt)} prompt tokens and {sequence.sampling.max_tokens} of the answer are more than "
                 f"the model's {self.max_length}"
             )
-        if sequence.adapter is not None:
-            self.adapters[sequence.adapter].users += 1
+        adapter = None if sequence.adapter is None else self.adapters[sequence.adapter]
         sequence.text = Text(self.tokenizer, sequence.prompt, sequence.sampling.stop)
         if sequence.sampling.temperature > 0:
             sequence.generator = torch.Generator(self.base.device)
@@ -184,6 +187,8 @@ class Engine:
                 sequence.generator.seed()
             else:
                 sequence.generator.manual_seed(sequence.sampling.seed)
+        if adapter:
+            adapter.users += 1
         self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -211,7 +216,12 @@ class Engine:
             try:
                 self._step_alone(sequence)
             except Exception as error:  # a method that fails harms its own sequences alone
-                self._finish(sequence, SequenceDelta(finish="error", error=f"{type(error).__name__}: {error}"))
+                self._fail(sequence, error)
+
+    def give_up(self, error: BaseException) -> None:
+        """End all sequences: a step failed that was none of theirs."""
+        for sequence in [*self.running, *self.alone, *self.waiting]:
+            self._fail(sequence, error)
 
     def _shared_step(self) -> None:
         budget, plan = self.prompt_tokens, []
@@ -221,6 +231,28 @@ class Engine:
             budget -= count if left > 1 else 0
             plan.append((sequence, slot, sequence.ids[sequence.cached : sequence.cached + count]))
         plan.sort(key=lambda part: part[0].adapter or "")
+        try:
+            rows = self._read(plan)
+        except Exception as error:
+            if len(plan) == 1:
+                self._fail(plan[0][0], error)
+            else:
+                self._find_fault([(sequence, ids) for sequence, _, ids in plan])
+            return
+        self._advance(rows)
+
+    def _find_fault(self, parts: list[tuple[Sequence, list[int]]]) -> None:
+        """A step failed: make it again for one sequence after another, and end those that fail by themselves."""
+        for sequence, ids in parts:
+            try:
+                rows = self._read([(sequence, self.running.index(sequence), ids)])
+            except Exception as error:
+                self._fail(sequence, error)
+            else:
+                self._advance(rows)
+
+    def _read(self, plan: list[Part]) -> list[tuple[Sequence, torch.Tensor]]:
+        """Logits of each sequence that is read so far as to need them; where this raises, nothing has changed."""
         hidden = self._hidden(plan)
         positions, first = [], 0
         for sequence, _, ids in plan:
@@ -230,35 +262,35 @@ class Engine:
                 and len(sequence.ids) == len(sequence.prompt)
             )
             end = first + len(ids)
-            sequence.cached += len(ids)
             if whole:
                 positions.append(range(first, end))
-            elif sequence.cached == len(sequence.ids):
+            elif sequence.cached + len(ids) == len(sequence.ids):
                 positions.append(range(end - 1, end))
             else:
                 positions.append(range(0))
             first = end
         chosen = [place for places in positions for place in places]
-        if not chosen:
-            return
-        logits = self.host.get_output_embeddings()(hidden[torch.tensor(chosen, device=hidden.device)]).float()
-        rows = logits.split([len(places) for places in positions])
-        self._advance([(sequence, part) for (sequence, *_), part in zip(plan, rows, strict=True) if len(part)])
+        rows: Iterable[torch.Tensor] = [hidden[:0]] * len(plan)
+        if chosen:
+            logits = self.host.get_output_embeddings()(hidden[torch.tensor(chosen, device=hidden.device)]).float()
+            rows = logits.split([len(places) for places in positions])
+        for sequence, _, ids in plan:
+            sequence.cached += len(ids)
+        return [(sequence, part) for (sequence, *_), part in zip(plan, rows, strict=True) if len(part)]
 
     def _advance(self, rows: list[tuple[Sequence, torch.Tensor]]) -> None:
         """Choose a token for each sequence that is read to its end; `rows` holds the logits of its newest tokens."""
+        ready = []
         for sequence, logits in rows:
-            if sequence.sampling.echo and len(sequence.ids) == len(sequence.prompt):
-                self._echo(sequence, logits)
-        ready = [(s, logits[-1:]) for s, logits in rows if s.cached == len(s.ids)]
-        for sequence, logits in ready:
-            if not logits.sum().isfinite():
-                if sequence in self.running:
-                    slot = self.running.index(sequence)
-                    self._clear(slice(slot, slot + 1))
-                self._finish(sequence, SequenceDelta(finish="error", error="the model's output is not finite"))
-                self._clear(slice(len(self.running), None))
-        ready = [(s, logits) for s, logits in ready if not s.done]
+            try:
+                if sequence.sampling.echo and len(sequence.ids) == len(sequence.prompt):
+                    self._echo(sequence, logits)
+                if sequence.cached == len(sequence.ids):
+                    if not logits[-1].sum().isfinite():
+                        raise FloatingPointError("the model's output is not finite")
+                    ready.append((sequence, logits[-1:]))
+            except Exception as error:
+                self._fail(sequence, error)
         if not ready:
             return
         sequences = [s for s, _ in ready]
@@ -266,7 +298,12 @@ class Engine:
         chosen = choose(last, [s.sampling for s in sequences], [s.generator for s in sequences])
         for sequence, logits, token in zip(sequences, last.split(1), chosen, strict=True):
             wanted = sequence.sampling.logprobs
-            self._take(sequence, Token(token) if wanted is None else scored(logits, [token], wanted)[0])
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                self._take(sequence, Token(token) if wanted is None else scored(logits, [token], wanted)[0])
+            except Exception as error:
+                self._fail(sequence, error)
 
     def _echo(self, sequence: Sequence, logits: torch.Tensor) -> None:
         prompt, wanted = sequence.prompt, sequence.sampling.logprobs
@@ -325,14 +362,25 @@ class Engine:
         if piece:
             sequence.emit(piece)
 
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        """End a sequence that could not go on; its neighbours do."""
+        if not sequence.done:
+            if sequence in self.running:  # what it left may not be finite: nobody may read it
+                slot = self.running.index(sequence)
+                self._clear(slice(slot, slot + 1))
+            self._finish(sequence)
+            self._clear(slice(len(self.running), None))
+        with suppress(Exception):  # who can't be told either is gone
+            sequence.emit(SequenceDelta(finish="error", error=f"{type(error).__name__}: {error}"))
+
     def _clear(self, slots: slice) -> None:
         for layer in self._cache.layers:
             if layer.is_initialized:
                 layer.clear(slots)
 
-    def _hidden(self, plan: list[tuple[Sequence, int, list[int]]]) -> torch.Tensor:
-        """What the head is given, [T, hidden size], for the new tokens of each (sequence, slot)."""
-        device = self.base.device
+    def _hidden(self, plan: list[Part]) -> torch.Tensor:
+        """What the head is given, [T, hidden size], for the new tokens of each; their slots lie side by side."""
+        device, lowest = self.base.device, min(slot for _, slot, _ in plan)
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -351,7 +399,7 @@ class Engine:
             ids += new
             slots += [slot] * len(new)
             positions += range(sequence.cached, sequence.cached + len(new))
-            last[slot], lengths[slot] = end - 1, sequence.cached + len(new)
+            last[slot - lowest], lengths[slot - lowest] = end - 1, sequence.cached + len(new)
         self._rows.set(segments)
         where = torch.tensor(positions, device=device)
         self._step[:] = [
@@ -362,6 +410,7 @@ class Engine:
                 torch.tensor(last, device=device),
                 torch.tensor(lengths, device=device),
                 max(lengths),
+                lowest,
             )
         ]
         inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}

@@ -43,10 +43,14 @@ class OutputDelta:
 
 @dataclass
 class OutputDeltas:
-    """What a replica sends: first the prompts' tokens, then parts; or why there is nothing to expect."""
+    """What a replica sends: first nothing, to say that it is there, then the prompts' tokens, then parts.
+
+    Or why there is nothing to expect. Where parts come all at the end, it says when it is `answering`.
+    """
 
     parts: list[OutputDelta] = field(default_factory=list)
     prompt_tokens: int | None = None
+    answering: bool = False
     refused: tuple[int, str, str | None] | None = None  # status, reason, field
 
 
@@ -56,24 +60,22 @@ def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[li
     Raises:
         UserError: with the field at fault; there are none, or such as the model doesn't know.
     """
-    from jinja2 import TemplateError
-
     if job.messages is not None:
         if not tokenizer.chat_template:
             raise UserError("the model has no chat template: use /v1/completions", "messages")
         try:
             rendered = tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and raises whatever it likes
             raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
-        return [tokenizer(rendered, add_special_tokens=False)["input_ids"]]
-    result = []
-    for prompt in job.prompts:
-        ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+        result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
+    else:
+        result = [list(tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in job.prompts]
+    where = "prompt" if job.messages is None else "messages"
+    for ids in result:
         if not ids:
-            raise UserError("a prompt has no tokens", "prompt")
+            raise UserError("a prompt has no tokens", where)
         if any(not 0 <= token < words for token in ids):
-            raise UserError(f"prompt tokens must be from 0 to {words - 1}", "prompt")
-        result.append(ids)
+            raise UserError(f"prompt tokens must be from 0 to {words - 1}", where)
     return result
 
 

@@ -95,12 +95,21 @@ class PoolingReplica(BaseReplica):
         except UserError as error:
             return PoolingResponse([], (), 0, (400, *(*error.args, None)[:2]))
         values = await self._batched(replace(encoded, model=model))
+        if isinstance(values, Exception):
+            return PoolingResponse([], (), 0, (500, f"{type(values).__name__}: {values}", None))
         return PoolingResponse(values, self.task.spec.labels, sum(map(len, encoded.ids)))
 
-    async def _read_all(self, asked: list[_Encoded]) -> list[list[Any]]:
+    async def _read_all(self, asked: list[_Encoded]) -> list[list[Any] | Exception]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, asked)
 
-    def _read(self, asked: list[_Encoded]) -> list[list[Any]]:
+    def _read(self, asked: list[_Encoded]) -> list[list[Any] | Exception]:
+        """The rows of each request, or why it has none; what fails with others is read again by itself."""
+        try:
+            return list(self._rows(asked))
+        except Exception as error:
+            return [error] if len(asked) == 1 else [own for one in asked for own in self._read([one])]
+
+    def _rows(self, asked: list[_Encoded]) -> list[list[Any]]:
         """The rows of each request, texts of like length side by side; Serve gives requests of one adapter."""
         import torch
 
@@ -114,6 +123,8 @@ class PoolingReplica(BaseReplica):
             for part in (order[at : at + size] for at in range(0, len(order), size)):
                 batch = self.task.below([ids[i] for i in part], [types[i] for i in part])
                 read = self.task.read(model, {name: tensor.to(self.base.device) for name, tensor in batch.items()})
+                if not read.isfinite().all():
+                    raise FloatingPointError("the model's output is not finite")
                 for i, row in zip(part, read.float().cpu().tolist(), strict=True):
                     values[i] = [row[first] for first in words[i]] if words else row
         rows = iter(values)

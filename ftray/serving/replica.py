@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -30,14 +31,15 @@ class Replica(BaseReplica):
         own_torch_threads(threads)
         while True:
             try:
-                self._inbox.get(block=not self.engine.busy)()
+                _survived(self._inbox.get(block=not self.engine.busy))
                 while True:
-                    self._inbox.get_nowait()()
+                    _survived(self._inbox.get_nowait())
             except queue.Empty:
                 pass
-            self.engine.step()
+            if error := _survived(self.engine.step):
+                _survived(self.engine.give_up, error)
             for deliver, parts in self._outbox.items():
-                deliver(parts)
+                _survived(deliver, parts)
             self._outbox.clear()
 
     async def _in_engine(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -68,11 +70,15 @@ class Replica(BaseReplica):
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
+        import torch
+
         if not any(thread.name == "engine" and thread.is_alive() for thread in threading.enumerate()):
             raise RuntimeError("the engine's thread has died")
+        torch.zeros(1, device=self.base.device).item()  # raises on a GPU that an error has left unusable
 
     async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator frees their slots."""
+        yield OutputDeltas()
         try:
             prompts = prompt_tokens(job, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
             most = output_tokens(job, prompts, self.engine.max_length)
@@ -99,7 +105,7 @@ class Replica(BaseReplica):
                     yield OutputDeltas(refused=(400, str(error), "model"))
                     return
             yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
-            left, kept = len(sequences), []
+            left, kept = len(sequences), list[OutputDelta]()
             while left:
                 parts = await inbox.get()
                 while not inbox.empty():
@@ -107,8 +113,10 @@ class Replica(BaseReplica):
                 left -= sum(part.finish is not None for part in parts)
                 if job.stream:
                     yield OutputDeltas(parts)
-                else:
-                    kept += parts
+                    continue
+                if not kept:
+                    yield OutputDeltas(answering=True)
+                kept += parts
             if kept:
                 yield OutputDeltas(kept)
         finally:
@@ -140,8 +148,12 @@ class Replica(BaseReplica):
                 self._outbox.setdefault(deliver, []).append(self._part(choice, piece, prompt, job))
 
             sequences.append(Sequence(prompt, Sampling(**own), emit, key))
-        for sequence in sequences:
-            self.engine.submit(sequence)
+        try:
+            for sequence in sequences:
+                self.engine.submit(sequence)
+        except Exception:
+            self._cancel(sequences)
+            raise
         return sequences
 
     def _part(self, choice: int, piece: Any, prompt: list[int], job: GenerationRequest) -> OutputDelta:
@@ -156,3 +168,13 @@ class Replica(BaseReplica):
 
     def _word(self, token: int) -> str:
         return self.tokenizer.decode([token])
+
+
+def _survived(function: Callable[..., None], *args: Any) -> BaseException | None:
+    """Call `function` where nothing may end the thread; returns what it raised, which is logged."""
+    try:
+        function(*args)
+    except BaseException as error:  # tokenizers raise Rust's panics, which are no Exception
+        logging.getLogger("ray.serve").exception("the engine goes on after an error")
+        return error
+    return None

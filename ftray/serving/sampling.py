@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TopPLogitsWarper
+
+from ftray.config import COLDEST
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Sampling:
     """What a request asks of the tokens, as the OpenAI reference defines it.
 
     Attributes:
-        temperature: 0: the likeliest token.
+        temperature: below `COLDEST`: the likeliest token.
         seed: of the sequence's own generator; None: at random.
         stop: texts that end the answer and are no part of it.
         logprobs: likeliest alternatives given with each token; None: no log-probabilities at all.
@@ -38,28 +40,42 @@ class Token:
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
-def choose(logits: torch.Tensor, samplings: list[Sampling], generators: list[torch.Generator | None]) -> list[int]:
-    """The next token of each row of float32 `logits` [N, vocabulary]; rows of like settings are warped together."""
-    chosen = logits.argmax(-1).tolist()
+def choose(
+    logits: torch.Tensor, samplings: list[Sampling], generators: list[torch.Generator | None]
+) -> list[int | Exception]:
+    """The next token of each row of float32 `logits` [N, vocabulary], or why none can be drawn for it.
+
+    Rows of like settings are warped together.
+    """
+    chosen: list[int | Exception] = logits.argmax(-1).tolist()
     groups: dict[tuple[float, float], list[int]] = {}
     for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0:
+        if sampling.temperature >= COLDEST:
             groups.setdefault((sampling.temperature, sampling.top_p), []).append(row)
     for (temperature, top_p), rows in groups.items():
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(top_p))
-        probabilities = torch.softmax(warpers(None, logits[rows]), -1)
+        try:
+            probabilities = list(_probabilities(logits[rows], temperature, top_p))
+        except Exception as error:
+            chosen = [error if row in rows else own for row, own in enumerate(chosen)]
+            continue
         for row, p in zip(rows, probabilities, strict=True):
-            chosen[row] = int(torch.multinomial(p, 1, generator=generators[row]))
+            try:
+                chosen[row] = int(torch.multinomial(p, 1, generator=generators[row]))
+            except Exception as error:  # its row alone is lost
+                chosen[row] = error
     return chosen
+
+
+def _probabilities(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the greatest stays finite
+    return torch.softmax(TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits, -1)
 
 
 def scored(logits: torch.Tensor, ids: list[int], alternatives: int) -> list[Token]:
     """Each token of `ids` with its log-probability by its row of float32 `logits` [N, vocabulary], before warping."""
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
-    values, places = logprobs.topk(alternatives)
+    values, places = logprobs.topk(min(alternatives, logprobs.shape[1]))
     tops = [list(zip(p, v, strict=True)) for p, v in zip(places.tolist(), values.tolist(), strict=True)]
     return [Token(*token) for token in zip(ids, own, tops, strict=True)]
 

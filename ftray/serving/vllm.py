@@ -172,7 +172,7 @@ class VLLMReplica:
         try:
             with fetched(source) as directory:
                 rank = lora_rank(directory, self.model_path)
-        except UserError as error:
+        except (UserError, OSError) as error:
             return str(error)
         return None if rank <= self.rank else f"adapter {source}: has rank {rank}; {self.rank} are provided for"
 
@@ -184,6 +184,7 @@ class VLLMReplica:
         """The answers to `job`; whoever closes this iterator ends them."""
         from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
+        yield OutputDeltas()
         try:
             prompts = prompt_tokens(job, self.tokenizer, self.words)
             most = output_tokens(job, prompts, self.max_length)
@@ -205,8 +206,10 @@ class VLLMReplica:
                     going = [part for part in got if not part.finish]
                     if going and job.stream:
                         yield OutputDeltas(going)
-                    else:
-                        whole += going
+                        continue
+                    if going and not whole:
+                        yield OutputDeltas(answering=True)
+                    whole += going
             yield OutputDeltas(whole + last)
         except RayTaskError as error:  # the first request for an adapter loads it
             yield OutputDeltas([OutputDelta(0, finish=f"error: {(str(error.cause) or 'it failed').splitlines()[0]}")])

@@ -3,10 +3,13 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from ftray.config import COLDEST
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-
+Token = Annotated[int, Field(lt=2**31)]
+Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)]
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -41,7 +44,7 @@ class APIError(Exception):
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class StreamOptions(Model):
@@ -52,7 +55,7 @@ class GenerationParameters(Model):
     """What chat and plain completions have in common; of what isn't supported, the value that changes nothing."""
 
     model: str = Field(max_length=200)
-    temperature: float = Field(1.0, ge=0, le=2)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -77,8 +80,8 @@ class GenerationParameters(Model):
 class CompletionRequest(GenerationParameters):
     """POST /v1/completions"""
 
-    prompt: Annotated[str, Field(strict=True)] | list[int] | list[str] | list[list[int]]
-    max_tokens: int = Field(16, ge=0)
+    prompt: Annotated[str, Field(strict=True)] | list[Token] | list[str] | list[list[Token]]
+    max_tokens: int = Field(16, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: Literal[1] | None = None
@@ -110,8 +113,8 @@ class ChatCompletionRequest(GenerationParameters):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -126,7 +129,7 @@ class EmbeddingRequest(Model):
     """POST /v1/embeddings"""
 
     model: str = Field(max_length=200)
-    input: Annotated[str, Field(strict=True)] | list[int] | list[str] | list[list[int]]
+    input: Annotated[str, Field(strict=True)] | list[Token] | list[str] | list[list[Token]]
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
@@ -159,7 +162,7 @@ class AddAdapterRequest(Model):
     """POST /v1/adapters"""
 
     name: str
-    source: str = Field(min_length=1, max_length=1000)
+    source: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")  # no path holds NUL
 
 
 def alike(given: Any) -> Any:
@@ -179,6 +182,7 @@ def parsed(kind: type[Kind], body: bytes) -> Kind:
         raise APIError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(values, dict):
         raise APIError(400, f"the body must be a JSON object, not {type(values).__name__}", code="invalid_json")
+    _refuse_half_characters(values)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -191,3 +195,14 @@ def parsed(kind: type[Kind], body: bytes) -> Kind:
             raise APIError(400, f"unsupported field {path!r}", path, "unsupported_field") from None
         message = first["msg"].removeprefix("Value error, ")
         raise APIError(400, f"{path}: {message}" if path else message, field, "invalid_value") from None
+
+
+def _refuse_half_characters(values: dict[str, Any]) -> None:
+    r"""Refuse text such as "\ud83d": JSON lets half a surrogate pair through, and no tokenizer takes it."""
+    for name, value in values.items():
+        for part, field in ((name, None), (value, name)):
+            try:
+                json.dumps(part, ensure_ascii=False).encode()
+            except (UnicodeEncodeError, RecursionError) as error:
+                what = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "too many levels"
+                raise APIError(400, f"{field or 'a field name'}: holds {what}", field, "invalid_value") from None

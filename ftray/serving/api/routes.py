@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -56,6 +57,19 @@ async def _refused(request: Request, error: APIError) -> JSONResponse:
 @api.exception_handler(OSError)
 async def _not_remembered(request: Request, error: OSError) -> JSONResponse:
     refused = APIError(500, f"can't be remembered: {error.filename}: {error.strerror}", code="not_remembered")
+    return JSONResponse(refused.body, refused.status)
+
+
+@api.exception_handler(RayActorError)
+async def _replica_died(request: Request, error: RayActorError) -> JSONResponse:
+    refused = APIError(503, "the replica that was asked has died", code="replica_died")
+    return JSONResponse(refused.body, refused.status)
+
+
+@api.exception_handler(Exception)
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    """Starlette raises the error once more, for the log."""
+    refused = APIError(500, f"{request.url.path}: {type(error).__name__}", code="internal_error")
     return JSONResponse(refused.body, refused.status)
 
 
