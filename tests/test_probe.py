@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from ftray.config import EvaluationConfig
 from ftray.evaluation.generation import generate
 from ftray.multi_adapter.shared_model import share, trainable
+from ftray.serving.engine import Engine, Sequence
+from ftray.serving.sampling import Sampling
 from ftray.tasks.next_token import score
 from ftray.training.pack import Pack, TorchOptimizer
 
@@ -215,3 +217,25 @@ def recurrent():
     torch.manual_seed(0)
     config = transformers.RwkvConfig(**{**SIZES, "attention_hidden_size": 64, "context_length": 512})
     return transformers.RwkvForCausalLM(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("name", [*MODELS, "recurrent"])
+def test_served_answers_equal_those_of_the_model_alone(name):
+    base, targets = (recurrent(), ["key"]) if name == "recurrent" else (make(name), MODELS[name][-1].split())
+    engine = Engine(base, make_tokenizer(), slots=4)
+    if name == "recurrent" or MODELS[name][3] != "packed":
+        assert engine.isolation_reason
+    adapter = Trial("lora", targets=targets, seed=7).model(base).eval()
+    engine.add("lora", engine.prepare(adapter))
+    draw, sequences = torch.Generator().manual_seed(2), []
+    for owner, length in (("lora", 20), (None, 5), ("lora", 3), (None, 14)):
+        prompt = torch.randint(3, 300, (length,), generator=draw).tolist()
+        sequences.append(Sequence(prompt, Sampling(temperature=0.0, max_tokens=6), lambda piece: None, owner))
+        engine.submit(sequences[-1])
+    while engine.busy:
+        engine.step()
+    for sequence in sequences:
+        model, ids = adapter if sequence.adapter else base, torch.tensor([sequence.prompt])
+        settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": False, "pad_token_id": 1, "eos_token_id": 0}
+        wanted = model.generate(input_ids=ids, **settings)[0].tolist()
+        assert sequence.ids == wanted

@@ -42,15 +42,6 @@ def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> 
     return shared
 
 
-def does_more(shared: Any, hidden: torch.Tensor, whole: torch.Tensor) -> str | None:
-    """Why a :func:`shared_model` can't stand for its base: from `hidden` it should make the float32 logits `whole`."""
-    ours = shared.get_output_embeddings()(hidden).float()
-    tolerance = 64 * torch.finfo(hidden.dtype).eps * whole.abs().max()
-    if ours.shape != whole.shape or (ours - whole).abs().max() > tolerance:
-        return f"{type(shared).__name__} does more than causal attention and a linear head"
-    return None
-
-
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that gradients are given for, in this order."""
     return [p for p in model.parameters() if p.requires_grad]

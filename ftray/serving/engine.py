@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ftray.models.probe import head_obstacle, probe_records, reason_of, wrong_logits
 from ftray.models.stops import stop_tokens
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
 from ftray.multi_adapter.shared_linear import PackingUnsupported
-from ftray.multi_adapter.shared_model import does_more, shared_model, tuner_layers
+from ftray.multi_adapter.shared_model import shared_model, tuner_layers
 from ftray.serving.sampling import Sampling, Text, Token, choose, scored
 
 
@@ -102,6 +103,7 @@ class Engine:
 
     Attributes:
         isolation_reason: why no sequence of this base can share a batch; None: they can.
+        caches: whether a sequence by itself may be read with a cache.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, slots: int = 16, prompt_tokens: int = 256):
@@ -116,25 +118,56 @@ class Engine:
         self.host = shared_model(base, kv_cache.NAME, step=self._step)
         self._cache = kv_cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
         self.isolation_reason = self._obstacle()
+        self.caches = self._caches()
 
     @torch.no_grad()
     def _obstacle(self) -> str | None:
-        """Read one prompt by the model's own attention and head, and by ours: what makes the difference, if any."""
+        """Why sequences that share a batch don't get what the base says of each alone; None: they do.
+
+        A few are read side by side, each in two pieces and a last token: see :mod:`ftray.models.probe`.
+        """
         name = type(self.base).__name__
         kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if kinds - {"full_attention", "sliding_attention"}:
             return f"{name} has layers of {', '.join(sorted(kinds))}"
-        ids = list(range(1, 6))
-        whole = self.base(torch.tensor([ids], device=self.base.device), use_cache=False).logits[0].float()
-        probe = Sequence(ids, Sampling(), lambda piece: None)
+        records = [record[: self.max_length] for record in probe_records(self.base, self.max_length)[-self.slots :]]
+        sequences = [Sequence(record.tolist(), Sampling(), lambda piece: None) for record in records]
+        read: list[list[torch.Tensor]] = [[] for _ in sequences]
         try:
-            parts = []
-            for first, end in ((0, 3), (3, 5)):
-                parts.append(self._hidden([(probe, 0, ids[first:end])]))
-                probe.cached = end
-        except NotImplementedError as error:
-            return f"{name} uses {error}"
-        return does_more(self.host, torch.cat(parts), whole)
+            wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
+            reason = head_obstacle(self.base, records[0])
+            for cut in (lambda n: n // 3, lambda n: n - 1, lambda n: n):
+                plan = [(s, slot, s.ids[s.cached : cut(len(s.ids))]) for slot, s in enumerate(sequences)]
+                parts = self._hidden(plan).split([len(ids) for *_, ids in plan])
+                for (sequence, slot, ids), hidden in zip(plan, parts, strict=True):
+                    sequence.cached += len(ids)
+                    read[slot].append(hidden)
+            ours = [self.host.get_output_embeddings()(torch.cat(pieces)) for pieces in read]
+            reason = reason or wrong_logits(ours, wanted, self.base.dtype)
+        except Exception as error:
+            reason = reason_of(error)
+        self._clear(slice(None))
+        return f"{name}: {reason}" if reason else None
+
+    @torch.no_grad()
+    def _caches(self) -> bool:
+        """Whether the base, with a cache, says of a sequence token by token what it says of the whole."""
+        record = probe_records(self.base, 1)[1]
+        ids = record[None].to(self.base.device)
+        try:
+            wanted = self.base(input_ids=ids, use_cache=False).logits[0]
+            past, ours = None, []
+            for first, end in (
+                (0, len(record) - 2),
+                (len(record) - 2, len(record) - 1),
+                (len(record) - 1, len(record)),
+            ):
+                out = self.base(input_ids=ids[:, first:end], past_key_values=past, use_cache=True)
+                past, part = out.past_key_values, out.logits[0]
+                ours.append(part)
+        except Exception:
+            return False
+        return not wrong_logits([torch.cat(ours)], [wanted], self.base.dtype)
 
     def prepare(self, model: PeftModel) -> EngineAdapter:
         """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of it."""
@@ -420,11 +453,18 @@ class Engine:
         """As a shared step, by the adapter's own model and with a cache of its own."""
         model: Any = self.adapters[sequence.adapter].model if sequence.adapter else self.base
         new = torch.tensor([sequence.ids[sequence.cached :]], device=self.base.device)
-        if sequence.cached and isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        if (
+            self.caches
+            and sequence.cached
+            and isinstance(model, PeftModel)
+            and model.active_peft_config.is_prompt_learning
+        ):
             model = model.get_base_model()  # virtual tokens are in the cache already
-        past = (
-            sequence.past if sequence.cached or isinstance(model, PeftModel) else DynamicCache(config=self.base.config)
-        )
-        out = model(input_ids=new, past_key_values=past, use_cache=True)
-        sequence.past, sequence.cached = out.past_key_values, len(sequence.ids)
+        if not self.caches:  # then all of it is read anew for each token
+            new = torch.tensor([sequence.ids], device=self.base.device)
+            out = model(input_ids=new)
+        else:
+            out = model(input_ids=new, past_key_values=sequence.past, use_cache=True)
+            sequence.past = out.past_key_values
+        sequence.cached = len(sequence.ids)
         self._advance([(sequence, out.logits[0, -new.shape[1] :].float())])
