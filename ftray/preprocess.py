@@ -51,7 +51,7 @@ def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Te
 
     Where labels aren't one a token of the text, the text is all context, and what is to be learnt follows it.
     """
-    from ftray.data.tokens import IGNORE
+    from ftray.task_spec import IGNORE
 
     text, one_a_token = Text(), task in ("CAUSAL_LM", "TOKEN_CLS")
     pairs = zip(row["input_ids"], row["labels"] if one_a_token else repeat(IGNORE), strict=one_a_token)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+IGNORE = -100  # label of what bears no loss
 FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
 # PEFT's name of the task -> module
 TASKS = {

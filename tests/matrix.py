@@ -24,10 +24,10 @@ from ftray.data import prepare
 from ftray.data.loader import batches, collate
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
+from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tasks.embeddings import SCALE
-from ftray.tasks.next_token import token_losses
 from ftray.training.pack import Pack, TorchOptimizer
 from ftray.training.run_spec import RunSpec
 from ftray.training.zero3_trainer import Zero3Trainer

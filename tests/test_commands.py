@@ -74,7 +74,7 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
     from ftray.config import EvaluationConfig
     from ftray.data import TokenizedData
     from ftray.models.load import load_tokenizer
-    from ftray.tasks.next_token import score
+    from ftray.tasks.causal import score
 
     file = tmp_path / "scores.json"
     named = [part for name in ("a", "ia3") for part in ("--adapter", adapters[name])]

@@ -15,10 +15,11 @@ from ftray.config import DataConfig
 from ftray.data import TokenizedData, check, prepare, shards, sources
 from ftray.data.records import Example
 from ftray.data.splits import order_key, split_of
-from ftray.data.tokens import IGNORE, tokenize
+from ftray.data.tokens import tokenize
 from ftray.errors import UserError
 from ftray.preprocess import describe
 from ftray.search.run_manifest import write_data
+from ftray.task_spec import IGNORE
 
 
 def write(path: Path, records) -> str:

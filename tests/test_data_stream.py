@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from ftray.data.loader import batches, batches_in_order, collate
 from ftray.data.row_groups import read_slice, row_group_order, row_groups_in_order
-from ftray.data.tokens import IGNORE
-from ftray.task_spec import TaskSpec
+from ftray.task_spec import IGNORE, TaskSpec
 
 
 class InMemory:

@@ -5,8 +5,9 @@ from tokenizers.processors import TemplateProcessing
 
 from ftray.config import DataConfig
 from ftray.data.records import Example, parse
-from ftray.data.tokens import IGNORE, tokenize
+from ftray.data.tokens import tokenize
 from ftray.errors import UserError
+from ftray.task_spec import IGNORE
 
 PLAIN = Example("the cat", "sat on")
 CHAT = parse(

@@ -8,7 +8,7 @@ from ftray.config import EvaluationConfig
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores, chrf, compare, macro_f1, spearman
 from ftray.tasks.answers import Window, best_span, normalised, word_f1
-from ftray.tasks.next_token import score
+from ftray.tasks.causal import score
 from ftray.tasks.token_labels import entities
 
 

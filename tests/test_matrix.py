@@ -13,8 +13,8 @@ from ftray.adapters.methods import METHODS, attach
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
+from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
-from ftray.tasks.next_token import token_losses
 from ftray.training.pack import Pack, TorchOptimizer
 from ftray.training.zero3_trainer import Zero3Trainer
 

@@ -13,7 +13,7 @@ from ftray.evaluation.generation import generate
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
 from ftray.serving.sampling import Sampling
-from ftray.tasks.next_token import score
+from ftray.tasks.causal import score
 from ftray.training.pack import Pack, TorchOptimizer
 
 SIZES = {

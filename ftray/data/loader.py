@@ -9,7 +9,7 @@ import torch
 
 from ftray.data.row_groups import RowGroupSlice, read_slice, row_group_order, row_groups_in_order
 from ftray.data.shards import TokenizedData
-from ftray.data.tokens import IGNORE
+from ftray.task_spec import IGNORE
 
 
 def batches(

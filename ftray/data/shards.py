@@ -34,10 +34,9 @@ from ftray.data.splits import (
     refuse_unsupervised,
     split_of,
 )
-from ftray.data.tokens import IGNORE
 from ftray.errors import UserError
 from ftray.storage.location import Stored, parse_location
-from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from typing import Any
 from ftray.config import DataConfig
 from ftray.data.records import Example
 from ftray.errors import UserError
-
-IGNORE = -100
+from ftray.task_spec import IGNORE
 
 Segment = tuple[str, bool]  # text, and whether it bears loss
 

@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
 from ftray.data.loader import collate
-from ftray.data.tokens import IGNORE, Tokens, tokenize
+from ftray.data.tokens import Tokens, tokenize
+from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
+from ftray.models.next_token import supervised_loss, supervised_tokens, token_losses
+from ftray.task_spec import IGNORE
 from ftray.tasks import task
-from ftray.tasks.next_token import score, supervised_loss, supervised_tokens
 from ftray.tasks.task import Batch, Row
+
+SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at once
 
 
 class Task(task.Task):
-    """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.tasks.next_token`."""
+    """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.models.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
     packed = True
@@ -47,3 +52,32 @@ class Task(task.Task):
 
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         return score(model, tokenizer, rows, cfg)
+
+
+def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
+    model.eval()
+    loss, tokens = _losses(model, rows, cfg.batch_size)
+    scores = Scores(loss, tokens)
+    if cfg.generate:
+        scores.add_generated(generate(model, tokenizer, rows, cfg), [row["target"] for row in rows])
+    return scores
+
+
+@torch.inference_mode()
+def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
+    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    while waiting:
+        longest = len(rows[waiting[:batch_size][-1]]["input_ids"])
+        fit = max(1, min(batch_size, SCORED_TOKENS // longest))
+        part, waiting = waiting[:fit], waiting[fit:]
+        columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
+        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
+        record = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
+        each = token_losses(model, batch).double().cpu()
+        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
+        counts[part] = torch.bincount(record, minlength=len(part)).numpy()
+    return losses, counts

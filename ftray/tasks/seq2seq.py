@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
 from ftray.data.shapes import Seen, is_empty
-from ftray.data.tokens import IGNORE, Tokens
+from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.models.stops import before_stop, stop_tokens
+from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
 

@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.shapes import Seen, Shape, read
-from ftray.data.tokens import IGNORE, Tokens
+from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores
-from ftray.task_spec import TaskSpec
+from ftray.task_spec import IGNORE, TaskSpec
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.shapes import ANY, Record, Shape
-from ftray.data.tokens import IGNORE, Tokens
+from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores, ratio
+from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.sequence_labels import index, label_of
 from ftray.tasks.task import Batch, Row, encode, types_of

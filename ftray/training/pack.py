@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ftray.models import probe
+from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.head_loss import HeadLoss
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
-from ftray.task_spec import task_of
-from ftray.tasks.next_token import IGNORE, padded, padding_mask, supervised_tokens
+from ftray.task_spec import IGNORE, task_of
 from ftray.training.adalora import orthogonality
 
 Batch = Mapping[str, torch.Tensor]

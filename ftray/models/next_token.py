@@ -1,21 +1,14 @@
-"""Next-token loss over supervised positions only; the logits of a long batch never lie in memory at once."""
+"""Next-token loss of packed rows, at supervised positions only. Plain PyTorch."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ftray.config import EvaluationConfig
-from ftray.data.loader import collate
-from ftray.evaluation.generation import generate
-from ftray.evaluation.metrics import Scores
-from ftray.tasks.task import Row
-
-IGNORE = -100
+from ftray.task_spec import IGNORE
 
 
 def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
@@ -80,30 +73,3 @@ def _keeps_logits(model: nn.Module) -> bool:
     base: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
-    """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
-    model.eval()
-    loss, tokens = _losses(model, rows, cfg.batch_size)
-    scores = Scores(loss, tokens)
-    if cfg.generate:
-        scores.add_generated(generate(model, tokenizer, rows, cfg), [row["target"] for row in rows])
-    return scores
-
-
-@torch.inference_mode()
-def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
-    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
-        columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
-        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
-        record = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
-        each = token_losses(model, batch).double().cpu()
-        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
-        counts[part] = torch.bincount(record, minlength=len(part)).numpy()
-    return losses, counts
