@@ -4,14 +4,14 @@ import pytest
 import torch
 import transformers
 from conftest import llama
+from helpers.packs import Trial, alone, assert_same_weights, together
 from peft import LoraConfig, get_peft_model
-from test_pack import PlainUpdate, Trial, alone, assert_same_weights, together
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.tasks.next_token import score
-from ftray.training.pack import Pack
+from ftray.training.pack import Pack, TorchOptimizer
 
 SIZES = {
     "vocab_size": 384,
@@ -169,7 +169,7 @@ def test_an_adapter_that_changes_other_rows_trains_by_itself():
     layer = next(m for n, m in model.named_modules() if n.endswith("v_proj"))
     plain = layer.forward
     layer.forward = lambda x, *args, **kwargs: plain(x) + 0.1 * plain(x).cumsum(-2)
-    why = pack.add("0", model, PlainUpdate(model, torch.optim.AdamW(trainable(model))))
+    why = pack.add("0", model, TorchOptimizer(model, torch.optim.AdamW(trainable(model))))
     assert "are off by" in why
 
 

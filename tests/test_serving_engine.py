@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
-from test_pack import APART, CONFIGS, TARGETS, Trial
+from helpers.packs import APART, CONFIGS, TARGETS, Trial
+from helpers.servers import generated
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from ftray.errors import UserError
@@ -51,15 +52,6 @@ def run(engine, sequences, at=()):
         if all(s.done for s in sequences):
             return [s.ids[len(s.prompt) :] for s in sequences]
     raise AssertionError("not done")
-
-
-def generated(model, prompt, max_tokens):
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, use_cache=True, pad_token_id=1
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 def prompts(count, longest=40):

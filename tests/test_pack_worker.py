@@ -10,8 +10,8 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from helpers.trainers import with_trainer
 from ray.cluster_utils import Cluster
-from test_training import with_trainer
 
 from ftray.config import Config
 from ftray.search.broker import TrialBroker
