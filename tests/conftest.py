@@ -169,3 +169,25 @@ def data(cluster, words, tiny_llama, tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("shards")
     return prepare(DataConfig(source=words, cache=str(cache), max_length=64), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, words, tiny_llama) -> dict[int, list[tuple[int, float]]]:
+    """Step and value of each report of each trial, by number, without any fault."""
+    from helpers.faults import Search, curves
+
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    search = Search(output, words, tiny_llama)
+    assert search.end() == 0, search.text
+    return curves(output)
+
+
+@pytest.fixture
+def nodes():
+    """A head that trains nothing, and two nodes of two CPUs; each a raylet of its own."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    others = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    yield cluster, others
+    cluster.shutdown()

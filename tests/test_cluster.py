@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,22 +17,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import test_faults
 import yaml
+from helpers.faults import FLAGS, SEARCHES, STEPS, begun, compare, moments, record, reports, untouched
+from helpers.faults import SPACE as FAULT_SPACE
+from helpers.ports import free_port
+from helpers.searches import SPACE, command, finished
 from prometheus_client.parser import text_string_to_metric_families
-from test_faults import FLAGS, SEARCHES, STEPS, begun, compare, moments, record, reports, untouched
-from test_faults import SPACE as FAULT_SPACE
-from test_search import SPACE, command, finished
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
-undisturbed = test_faults.undisturbed  # a fixture
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class GrowingCluster:

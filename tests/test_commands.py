@@ -322,7 +322,7 @@ def keep_configuration_only(checkpoint: Path, aside: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_zero_checkpoint_becomes_the_adapter_that_was_trained(tmp_path, tiny_llama, data, stage, method):
-    from test_training import ADALORA, LORA, make_run, with_trainer
+    from helpers.trainers import ADALORA, LORA, make_run, with_trainer
 
     run = make_run(tiny_llama, {"lora": LORA, "adalora": ADALORA}[method], zero_stage=stage)
     checkpoint = tmp_path / "checkpoint"
@@ -364,7 +364,7 @@ def test_a_zero_checkpoint_of_full_fine_tuning_becomes_a_model(tmp_path, capsys,
 
 def two_workers(tiny_llama: str, data, root: Path, stage: int) -> Path:
     """The last checkpoint of a run under Ray Train."""
-    from test_training import LORA, make_run
+    from helpers.trainers import LORA, make_run
 
     from ftray.config import Config
     from ftray.search.trial_worker import SearchContext, trainer

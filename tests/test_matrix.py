@@ -1,11 +1,11 @@
-"""Every method, precision and ZeRO stage: see `matrix.py`, which also writes docs/matrix.md."""
+"""Every method, precision and ZeRO stage: see `helpers/matrix.py`, which also writes docs/matrix.md."""
 
 from itertools import repeat
 from pathlib import Path
 
-import matrix
 import pytest
 import torch
+from helpers import matrix
 from peft import PeftType
 
 from ftray.adapters.compatibility import NOT_COVERED, document, dry_run, refuse

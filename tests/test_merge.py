@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from conftest import bert, gpt2, llama, make_tokenizer, t5
+from helpers.searches import run as run_command
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from test_search import run as run_command
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 from ftray.adapters import lora_init

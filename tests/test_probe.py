@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 from conftest import llama, make_tokenizer
+from helpers.packs import Trial, alone, assert_same_weights, together
 from peft import LoraConfig, get_peft_model
-from test_pack import Trial, alone, assert_same_weights, together
 from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig

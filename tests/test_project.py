@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+LAYERS = PYPROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 
 
@@ -181,3 +182,73 @@ def test_issue_forms_ask_in_fields(name):
     identifiers = [field["id"] for field in form["body"]]
     assert len(set(identifiers)) == len(identifiers)
     assert all(field["attributes"]["label"] for field in form["body"])
+
+
+FOLDERS = (".github", "benchmarks", "cluster", "docs", "examples", "ftray", "search_spaces", "tests")
+WRITTEN = sorted(
+    path
+    for path in [*REPOSITORY.glob("*"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*"))]
+    if path.suffix in (".md", ".py", ".yaml", ".yml", ".toml", ".html") or path.name in ("Makefile", "Dockerfile")
+)
+PAGES = [path for path in WRITTEN if path.suffix == ".md"]
+
+
+def named(pattern, paths=WRITTEN):
+    """Each match of `pattern` in these files, with the file that it is in."""
+    return [(path, match) for path in paths for match in re.finditer(pattern, path.read_text(encoding="utf-8"))]
+
+
+def defines(file, name):
+    """Whether the module `file` has something called `name`: a function, class, method, attribute or constant."""
+    return re.search(
+        rf"\b(def|class) {name}\b|^ *(self\.)?{name}\b[^=\n(]*=|^ *{name}: ", file.read_text(), re.MULTILINE
+    )
+
+
+def test_files_that_are_named_anywhere_exist():
+    missing = []
+    for path, match in named(rf"(?<![\w/.-])({'|'.join(FOLDERS[1:])})/[\w./-]*\w"):
+        missing += [] if (REPOSITORY / match[0]).exists() else [f"{path.name}: {match[0]}"]
+    for path, match in named(r"`([\w/]+\.py)`", PAGES):
+        places = (REPOSITORY, path.parent, REPOSITORY / "ftray")
+        missing += [] if any((place / match[1]).exists() for place in places) else [f"{path.name}: {match[1]}"]
+    for path, match in named(r"\]\(([^)#:\s]+)(#[^)]*)?\)", PAGES):
+        missing += [] if (path.parent / match[1]).exists() else [f"{path.name}: {match[1]}"]
+    assert missing == []
+
+
+def test_modules_and_what_they_define_are_called_as_text_calls_them():
+    missing = []
+    for path, match in named(r"(?<![\w/.-])ftray((?:\.[A-Za-z]\w*)+)(?![\w-])"):
+        names, place = match[1].split(".")[1:], REPOSITORY / "ftray"
+        while names and (place / names[0]).is_dir():
+            place /= names.pop(0)
+        if names and (place / f"{names[0]}.py").is_file():
+            place /= f"{names.pop(0)}.py"
+        else:
+            place /= "__init__.py"
+        if names and names[0] != "COMMAND" and not re.search(rf"\b{names[0]}\b", place.read_text()):
+            missing.append(f"{path.name}: {match[0]}")
+    modules = [path for path in WRITTEN if path.suffix == ".py"]
+    for path, match in named(r":(?:func|class|meth|data):`(?!ftray\.)([\w.]+)`", modules):
+        if not any(defines(module, match[1].rpartition(".")[2]) for module in modules):
+            missing.append(f"{path.name}: {match[1]}")
+    assert missing == []
+
+
+def test_the_architecture_names_what_is_there():
+    page = REPOSITORY / "docs" / "architecture.md"
+    wrong = []
+    for _, match in named(r"`([\w/]+\.py)`:\s+`([\w.]+)`", [page]):
+        wrong += [name for name in match[2].split(".") if not defines(REPOSITORY / "ftray" / match[1], name)]
+    assert wrong == []
+    walks = re.findall(r"^## .*\((\d+) files\)\n((?:(?!^## ).*\n)*)", page.read_text(), re.MULTILINE)
+    assert len(walks) == 3
+    for count, text in walks:
+        steps = "\n".join(line for line in text.splitlines() if re.match(r"\d+\. | {3,}\S", line))
+        assert len(set(re.findall(r"`([\w/]+\.py)`", steps))) == int(count), text
+    rooms = {name.removeprefix("ftray.") for layer in LAYERS for name in layer.split(" : ")}
+    table = page.read_text().split("## A row")[0]
+    held = set(re.findall(r"`(\w+)(?:/|\.py)`", table))
+    assert rooms - held <= set(re.findall(r"ftray\.(\w+)", LAYERS[0]))  # commands: not each by name
+    assert held <= rooms

@@ -6,15 +6,16 @@ import sys
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
+from helpers.engines import asked, run, text_of
+from helpers.packs import APART, CONFIGS, TARGETS, Trial
+from helpers.servers import generated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_pack import APART, CONFIGS, TARGETS, Trial
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from ftray.errors import UserError
 from ftray.serving.adapters import check_name, load_adapter
-from ftray.serving.engine import Engine, Sequence, SequenceDelta
-from ftray.serving.sampling import Sampling
+from ftray.serving.engine import Engine
 
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -33,35 +34,6 @@ def engine_of(base, methods=(), targets=TARGETS[2], **settings):
     for i, method in enumerate(methods):
         engine.add(method, engine.prepare(Trial(method, targets=targets, seed=i).model(base).eval()))
     return engine
-
-
-def asked(prompt, adapter=None, **sampling):
-    pieces: list[SequenceDelta] = []
-    sequence = Sequence(list(prompt), Sampling(**{"temperature": 0.0, **sampling}), pieces.append, adapter)
-    sequence.pieces = pieces
-    return sequence
-
-
-def run(engine, sequences, at=()):
-    """Submit each sequence at its step (default: at once) and step until all are done."""
-    due = list(zip(at or [0] * len(sequences), sequences, strict=True))
-    for step in range(1000):
-        for when, sequence in due:
-            if when == step:
-                engine.submit(sequence)
-        engine.step()
-        if all(s.done for s in sequences):
-            return [s.ids[len(s.prompt) :] for s in sequences]
-    raise AssertionError("not done")
-
-
-def generated(model, prompt, max_tokens):
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, use_cache=True, pad_token_id=1
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 def prompts(count, longest=40):
@@ -276,10 +248,6 @@ def test_whatever_is_asked_neighbours_are_answered(data):
     got = run(engine, [odd, asked([9, 8, 7], "lora", max_tokens=5)])
     assert odd.pieces[-1].finish in ("stop", "length")
     assert got[1] == generated(engine.adapters["lora"].model, [9, 8, 7], 5)
-
-
-def text_of(sequence):
-    return "".join(piece.text for piece in sequence.pieces)
 
 
 def test_text_ends_before_a_stop_string_that_may_cross_tokens():

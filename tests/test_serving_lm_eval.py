@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_serving_app import KEY, Server
+from helpers.servers import KEY, Server
 
 
 @pytest.mark.slow

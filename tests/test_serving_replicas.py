@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from helpers.packs import Trial
+from helpers.ports import free_port
+from helpers.servers import KEY, Server
 from ray import serve
-from test_pack import Trial
-from test_serving_app import KEY, Server, free_port
 from transformers import AutoModelForCausalLM
 
 from ftray.config import Config

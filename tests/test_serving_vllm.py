@@ -12,9 +12,9 @@ import openai
 import pytest
 import torch
 from conftest import llama, make_tokenizer
+from helpers.ports import free_port
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
-from test_serving_app import free_port
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import parse, run_command

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from conftest import llama, make_tokenizer
+from helpers.engines import asked, run, text_of
 from peft import LoraConfig, get_peft_model
-from test_serving_engine import asked, run, text_of
 from transformers import AutoModelForCausalLM, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from ftray.cli import main

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import boto3
 import pytest
-import test_faults
 import torch
+from helpers.faults import raylet, victims
+from helpers.searches import command, environment
 from safetensors.torch import load_file
-from test_faults import raylet, victims
-from test_search import command, environment
 
 from ftray.adapters.discovery import data_settings, find_adapter
 from ftray.cli import main
@@ -30,7 +29,6 @@ from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
 from ftray.status import read
 from ftray.storage.location import Stored, parse_location, refuse_unreachable
 
-nodes = test_faults.nodes  # a fixture
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
 
 

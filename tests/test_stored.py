@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 from conftest import make_tokenizer
-from test_search import command, run
+from helpers.searches import command, run
 from transformers import AutoModelForCausalLM
 
 from ftray.adapters.compatibility import dry_run

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
-from test_search import command, run
+from helpers.searches import command, run
 
 from ftray.cli import main
 

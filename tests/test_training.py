@@ -4,19 +4,19 @@ import json
 import re
 import subprocess
 import sys
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import llama
+from helpers.trainers import ADALORA, AT, FP32, LORA, assert_same, make_run, with_trainer
 from torch.nn import functional as F
 from transformers import get_scheduler
 
 from ftray.adapters.lora_init import SAMPLES
 from ftray.adapters.methods import attach
-from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
+from ftray.config import Config, TrainingConfig
 from ftray.data.loader import batches, batches_in_order
 from ftray.errors import UserError
 from ftray.models.load import load_base
@@ -24,17 +24,8 @@ from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
 from ftray.training.single_run_trainer import SingleRunTrainer
 from ftray.training.zero3_trainer import Zero3Trainer
 
-FP32 = ModelConfig(dtype="fp32")
-LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
 EVA = {**LORA, "init": "eva"}
-ADALORA = {"method": "adalora", "initial_rank": 6, "target_rank": 3, "dropout": 0.0}
 PREFIX = {"method": "prefix_tuning", "virtual_tokens": 5}
-STEPS, AT = 8, (2, 5, 8)
-
-
-def make_run(path: str, adapter: dict = LORA, **training) -> RunSpec:
-    settings = TrainingConfig(batch_size=8, learning_rate=5e-3, clip_norm=0.5, weight_decay=0.01, **training)
-    return RunSpec(FP32, path, AdapterConfig(**adapter), settings, STEPS, AT)
 
 
 def orthogonality(model) -> torch.Tensor | float:
@@ -79,32 +70,6 @@ def plain_loop(run: RunSpec, data, samples=None) -> list[tuple[int, float, float
             reports.append((step + 1, total / tokens, sum(v.item() for v, _ in held) / sum(n for _, n in held)))
             total, tokens = 0.0, 0
     return reports
-
-
-def with_trainer(
-    run: RunSpec, data, resume_from: str | None = None, save_at: tuple[int, str] | None = None, make=Zero3Trainer
-):
-    trainer = make(run)
-    if resume_from:
-        trainer.restore(resume_from)
-    rows = run.training.micro_batch or run.training.batch_size
-    first = trainer.history.step * run.training.batch_size
-    reports = []
-
-    def report(metrics):
-        reports.append((metrics["step"], metrics["train_loss"], metrics["validation_loss"]))
-        if save_at and metrics["step"] == save_at[0]:
-            trainer.save(save_at[1])
-
-    records = run.training.validation_records
-    held_out = partial(batches_in_order, data, "validation", 8, records=records)
-    trainer.fit(batches(data, run.training.seed, first, rows), held_out, report)
-    return reports
-
-
-def assert_same(got, wanted, tolerance):
-    assert [r[0] for r in got] == [r[0] for r in wanted]
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
@@ -238,7 +203,12 @@ def test_zero_3_shares_the_base_out(tmp_path, tokenizer):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def peaks(stage: int) -> list[float]:
-        command = [*torchrun, str(Path(__file__).with_name("peak_memory.py")), str(tmp_path / "model"), str(stage)]
+        command = [
+            *torchrun,
+            str(Path(__file__).parent / "helpers" / "peak_memory.py"),
+            str(tmp_path / "model"),
+            str(stage),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         found = [float(peak) for peak in re.findall(r"peak (\d+)", done.stdout)]

@@ -10,8 +10,8 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from helpers.trainers import with_trainer
 from ray.cluster_utils import Cluster
-from test_training import with_trainer
 
 from ftray.config import Config
 from ftray.search.broker import TrialBroker
@@ -118,7 +118,7 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     cluster.add_node(num_cpus=2, num_gpus=2)
     code = """if True:
         import ray
-        from ftray.search.cluster import cpus_each, node_resources, room_for
+        from ftray.runtime.cluster import cpus_each, node_resources, room_for
         ray.init(log_to_driver=False)
         print([cpus_each(workers, gpus) for workers, gpus in [(1, 0), (2, 0), (3, 0), (9, 0), (1, 1), (2, 1), (1, 2)]])
         nodes = node_resources()

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from test_search import command, environment, run, study
+from helpers.searches import command, environment, run, study
 
 from ftray.cli import main
 from ftray.status import read

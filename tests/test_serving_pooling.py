@@ -17,13 +17,14 @@ import httpx
 import openai
 import pytest
 import torch
+from helpers.ports import free_port
+from helpers.servers import chromium
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from ray import serve
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_serving_app import chromium, free_port
 from transformers import AutoTokenizer
 
 from ftray.adapters import lora_init

@@ -6,7 +6,7 @@ import sys
 from itertools import islice
 
 import pytest
-from test_training import AT, LORA, STEPS, assert_same, make_run, with_trainer
+from helpers.trainers import AT, LORA, STEPS, assert_same, make_run, with_trainer
 
 from ftray.data.loader import batches, batches_in_order
 from ftray.training.pack_trainer import PackTrainer

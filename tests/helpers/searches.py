@@ -1,0 +1,67 @@
+"""Searches as a user runs them: the command, its environment, and what it left."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+SPACE = """
+method: {choice: [lora, ia3, oft]}
+lora:
+  rank: {choice: [2, 4]}
+  alpha: {times: rank, choice: [1, 2]}
+  learning_rate: {log: [1.0e-3, 1.0e-2]}
+ia3:
+  learning_rate: {log: [1.0e-2, 1.0e-1]}
+oft:
+  block_size: 16
+  learning_rate: {log: [1.0e-3, 1.0e-2]}
+"""
+
+
+def command(output: Path, words: str, model: str, *more: str, space: str = SPACE, steps: int = 18) -> list[str]:
+    path = output.parent / "space.yaml"
+    path.write_text(space)
+    flags = {
+        "--data": words,
+        "--model": model,
+        "--space": str(path),
+        "--output": os.path.relpath(output),
+        "--data.max_length": "64",
+        "--data.cache": str(output.parent / "shards"),
+        "--evaluation.max_new_tokens": "12",
+        "--training.steps": str(steps),
+        "--model.dtype": "fp32",
+    }
+    return [sys.executable, "-m", "ftray.tune", *(part for pair in flags.items() for part in pair), *more]
+
+
+def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def study(output: Path) -> optuna.Study:
+    return optuna.load_study(study_name="ftray", storage=JournalStorage(JournalFileBackend(str(output / "study.log"))))
+
+
+def finished(output: Path) -> dict[str, tuple[str, int]]:
+    """What the trials that are over have written last, and when."""
+    found = {}
+    for pattern in ("outcome.json", "checkpoint_*/report.json"):
+        for path in (output / "tune").glob(f"trial-*/{pattern}"):
+            with suppress(FileNotFoundError):  # a search that runs removes older checkpoints
+                text = path.read_text()
+                # or the schedule is at its end
+                if path.name == "outcome.json" or json.loads(text)["learning_rate"] == 0:
+                    found[str(path)] = text, path.stat().st_mtime_ns
+    return found
