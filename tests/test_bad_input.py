@@ -47,6 +47,13 @@ DATA = {
     "missing file": (None, ["--data", "wrds.jsonl"], "no such file or folder; did you mean words.jsonl"),
     "empty file": ("", [], "empty"),
     "blank lines only": ("\n\n", [], "holds no record"),
+    "half a surrogate pair": (
+        GOOD * 2 + '{"input": "a", "output": "emoji \\ud83d"}\n',
+        [],
+        "data.jsonl:3: output holds \\ud83d, half of a surrogate pair",
+    ),
+    "half a surrogate pair in a key": (GOOD + '{"\\udc00": "a"}\n', [], "data.jsonl:2: \\udc00 holds \\udc00, half of"),
+    "json that goes too deep": (GOOD + "[" * 100000 + "\n", [], "data.jsonl:2: not valid JSON"),
     "broken json": (GOOD * 2 + '{"input": "a", "output": \n', [], "data.jsonl:3: not valid JSON"),
     "not an object": (GOOD + "[1, 2]\n", [], "data.jsonl:2: a record must be a JSON object, not list"),
     "unknown shape": (lines({"question": "q", "reply": "a"}), [], "keys question, reply; known shapes: input/output"),

@@ -228,14 +228,28 @@ def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
     """The record in a line of JSON; `str(place)` says where it stands.
 
     Raises:
-        UserError: not valid JSON, or no object.
+        UserError: not valid JSON, no object, or text that is no Unicode.
     """
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
+    return _checked(record, place, ("\\u" if isinstance(line, str) else b"\\u") in line)
+
+
+def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
+    """A record of JSON; only where that has `escapes` can its text hold what is no character."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
+    for key, value in record.items() if escapes else ():
+        try:
+            json.dumps([key, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(
+                f"{place}: {ascii(key)[1:-1]} holds {half}, half of a surrogate pair, which is no character: "
+                "mend what cut the text there"
+            ) from None
     return record
 
 
@@ -258,9 +272,7 @@ def _read_json(chunk: Chunk) -> Iterator[Located]:
         raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
     for index, record in enumerate(value):
         place = SourceLocation(chunk.path, index)
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
-        yield place, record
+        yield place, _checked(record, place, b"\\u" in content)
 
 
 def _read_csv(chunk: Chunk) -> Iterator[Located]:
