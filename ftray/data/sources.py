@@ -86,7 +86,7 @@ def find_chunks(source: str) -> list[Chunk]:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
             if _may_be_hub_id(source):
-                return _hub_chunks(source)
+                return hub_chunks(source)
             raise UserError(f"data {source}: no such file or folder{_near(source)}")
         files = [info]
         if info.type == pafs.FileType.Directory:
@@ -287,7 +287,8 @@ def _read_parquet(chunk: Chunk) -> Iterator[Located]:
                 number += 1
 
 
-def _hub_chunks(source: str) -> list[Chunk]:
+def hub_chunks(source: str) -> list[Chunk]:
+    """The shards of a data set of the hub, as `datasets` loads it."""
     from huggingface_hub import HfApi
 
     try:
