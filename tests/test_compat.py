@@ -102,7 +102,6 @@ def test_ray_train_solo_trainer_starts_no_cleaner():
 
 
 def test_ray_llm_loaded_adapter():
-    pytest.importorskip("vllm")
     from ftray.compat.ray_llm import loaded_adapter
 
     first, second = (loaded_adapter(name, f"/{name}") for name in "ab")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import llama, make_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from ray.serve.llm import LLMConfig
+from ray.llm._internal.serve.core.configs.llm_config import LLMConfig  # noqa: PLC2701 - ray.serve.llm needs vLLM
 from test_serving_app import free_port
 from transformers import AutoModelForCausalLM
 
