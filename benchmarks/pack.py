@@ -42,7 +42,7 @@ def load(size: str, dtype: str) -> Any:
         )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             base = LlamaForCausalLM(config).to({"fp32": torch.float32}.get(dtype, torch.bfloat16))
-        base.config._attn_implementation = "sdpa"
+        base.set_attn_implementation("sdpa")
     base = base.cuda() if torch.cuda.is_available() else base
     return base.requires_grad_(False)
 

@@ -221,7 +221,7 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
         parser.add_argument(given, nargs="?", metavar=given.rpartition(".")[2].upper(), help=describe(given))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the sections")
     for flag, field in {**command.flags, **SWITCHES}.items():
-        annotation = _field(field).annotation
+        annotation = field_of(field).annotation
         if annotation is bool:
             parser.add_argument(
                 f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
@@ -241,7 +241,12 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
 def complete() -> None:
     """Answer the shell with commands, flags, every field and the values of those that are choices; then exit."""
     import argcomplete
-    from argcomplete.completers import ChoicesCompleter
+    from argcomplete.completers import FilesCompleter
+
+    class Values(FilesCompleter):
+        def __call__(self, prefix: str, **context: Any) -> Any:
+            field = context["action"].dest
+            return dict.fromkeys(choices_of(field), describe(field)) or super().__call__(prefix, **context)
 
     parser = argparse.ArgumentParser(prog="ftray", allow_abbrev=False)
     commands = parser.add_subparsers()
@@ -250,10 +255,7 @@ def complete() -> None:
         for field in fields():
             if "." in field:  # the others are flags of the commands that take them
                 own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
-        for action in own._actions:
-            if choices := _choices(action.dest):
-                action.completer = ChoicesCompleter(choices)  # type: ignore
-    argcomplete.autocomplete(parser)
+    argcomplete.autocomplete(parser, default_completer=Values())
 
 
 def fields() -> list[str]:
@@ -315,15 +317,17 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _field(field: str) -> FieldInfo:
+def field_of(field: str) -> FieldInfo:
+    """What a dotted name stands for."""
     *sections, key = field.split(".")
     return section_at(sections).model_fields[key]
 
 
-def _choices(field: str) -> list[str]:
+def choices_of(field: str) -> list[str]:
+    """The values of a field, by its dotted name; none: it is free."""
     if field not in fields():
         return []
-    annotation = _field(field).annotation
+    annotation = field_of(field).annotation
     if bool in (annotation, *get_args(annotation)):
         return ["true", "false"]
     parts = [annotation, *get_args(annotation)]
@@ -332,6 +336,6 @@ def _choices(field: str) -> list[str]:
 
 def describe(field: str) -> str:
     """What a field means, and its default."""
-    info = _field(field)
+    info = field_of(field)
     default = "" if info.default in (None, False, []) or info.is_required() else f" (default: {info.default})"
     return f"{info.description or field.rsplit('.', 1)[-1].replace('_', ' ')}{default}"

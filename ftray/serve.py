@@ -67,7 +67,8 @@ def _hold_cluster() -> Any:
     """
     import ray
     from ray import serve
-    from ray.serve.context import _get_global_client
+
+    from ftray.compat.ray import serve_runs
 
     way_out = "stop it first, or serve on another Ray cluster: --scaling.address local begins one"
 
@@ -78,7 +79,7 @@ def _hold_cluster() -> Any:
         held = ray.remote(Holder).options(name=NAME, namespace=NAME, num_cpus=0).remote()
     except ValueError:  # the name is taken
         raise UserError(f"another `ftray serve` has the Ray Serve of this cluster: {way_out}") from None
-    if _get_global_client(raise_if_no_controller_running=False):
+    if serve_runs():
         there = ", ".join(sorted(serve.status().applications)) or "no application"
         raise UserError(f"Ray Serve is up on this cluster already, with {there} (`serve shutdown`): {way_out}")
     return held

@@ -8,7 +8,7 @@ from typing import get_args, get_origin
 import pytest
 import yaml
 
-from ftray.cli import COMMANDS, EXIT_CODES, _choices, _field, fields, main, parse
+from ftray.cli import COMMANDS, EXIT_CODES, choices_of, field_of, fields, main, parse
 from ftray.config import Config
 from ftray.reference import commands, reference
 
@@ -33,11 +33,11 @@ SPECIAL = {
 
 def another(field: str):
     """A valid value that is not the default."""
-    info = _field(field)
+    info = field_of(field)
     kinds = {info.annotation, *get_args(info.annotation)}
     if field in SPECIAL:
         return SPECIAL[field]
-    if choices := _choices(field):
+    if choices := choices_of(field):
         value = next(c for c in choices if c != str(info.default).lower())
         return yaml.safe_load(value) if value in ("true", "false") or value.isdigit() else value
     if any(get_origin(kind) is list for kind in kinds):

@@ -431,7 +431,7 @@ def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_l
     from ftray.adapters.methods import attach
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base, load_skeleton
-    from ftray.search.estimate import _kept, measure
+    from ftray.search.estimate import measure, saved_bytes
 
     cfg, adapter = ModelConfig(dtype="fp32"), {"method": "oft", "block_size": 16, "target_modules": "all-linear"}
     shapes = measure(load_skeleton(cfg, tiny_llama), {"adapter": adapter, "training": {}}, 20, checkpointing)
@@ -439,7 +439,7 @@ def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_l
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    assert 50 * shapes.activations + shapes.fixed == pytest.approx(_kept(model.train(), 50), rel=0.1)
+    assert 50 * shapes.activations + shapes.fixed == pytest.approx(saved_bytes(model.train(), 50), rel=0.1)
 
 
 @pytest.mark.parametrize(("fixture", "task"), [("tiny_bert", "TOKEN_CLS"), ("tiny_t5", "SEQ_2_SEQ_LM")])
@@ -447,7 +447,7 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     from ftray.adapters.methods import attach
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base, load_skeleton
-    from ftray.search.estimate import _kept, measure
+    from ftray.search.estimate import measure, saved_bytes
     from ftray.task_spec import TaskSpec
 
     path, spec = request.getfixturevalue(fixture), TaskSpec(task, ("a", "b") if task == "TOKEN_CLS" else ())
@@ -456,7 +456,7 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
     assert shapes.isolation_reason == f"{task} pads its records"
     # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
-    assert 0.9 < (50 * shapes.activations + shapes.fixed) / _kept(model.train(), 50) < 1.25
+    assert 0.9 < (50 * shapes.activations + shapes.fixed) / saved_bytes(model.train(), 50) < 1.25
 
 
 def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):

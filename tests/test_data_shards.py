@@ -201,7 +201,7 @@ def test_the_fingerprint_follows_all_that_makes_the_tokens(prepared, tiny_llama,
 
     def fingerprint(tok=tokenizer, **changes) -> str:
         changed = cfg.model_copy(update=changes)
-        return shards._fingerprint(changed, shards.find_sources(changed), tok, "CAUSAL_LM")
+        return shards.fingerprint_of(changed, shards.find_sources(changed), tok, "CAUSAL_LM")
 
     from ftray.models.load import load_tokenizer
 

@@ -32,7 +32,7 @@ def _build(target: str, log: str) -> None:
             file.write("built\n")
         (aside / "part").write_text("whole")
 
-    finding._built_once(Path(target), build)
+    finding.build_once(Path(target), build)
 
 
 def test_two_processes_at_once_build_a_cached_model_once(tmp_path):
@@ -54,7 +54,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        finding._built_once(tmp_path / "model", build)
+        finding.build_once(tmp_path / "model", build)
     assert [p.name for p in tmp_path.iterdir()] == ["model.lock"]
 
 

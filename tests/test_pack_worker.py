@@ -218,9 +218,9 @@ def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_
     group = pack_worker.PackWorker(pack_worker.PackContext(job, None, 0, tmp_path), second_of_two)
     run, other = (job.run({"method": "lora"}, {"seed": seed}) for seed in (0, 1))
     wanted = {seed: list(islice(batches(data, seed, 0, 2, 1, 2), 6)) for seed in (0, 1)}
-    first = group._batches(run, 0)
+    first = group.batches(run, 0)
     ahead = [next(first) for _ in range(4)]
-    from_start, resumed, differing = group._batches(run, 0), group._batches(run, 3), group._batches(other, 0)
+    from_start, resumed, differing = group.batches(run, 0), group.batches(run, 3), group.batches(other, 0)
     found = {0: [*ahead, *first], 1: list(differing)}
     for seed in (0, 1):
         assert [b["input_ids"].tolist() for b in found[seed]] == [b["input_ids"].tolist() for b in wanted[seed]]

@@ -15,6 +15,7 @@ CLUSTER = Path(__file__).parent.parent / "cluster"
 
 
 def test_the_deploy_files_make_the_application(tiny_llama, monkeypatch):
+    from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
     monkeypatch.setenv("FTRAY_API_KEY", "k")
@@ -23,9 +24,12 @@ def test_the_deploy_files_make_the_application(tiny_llama, monkeypatch):
     assert app.import_path == f"{build.__module__}:{build.__name__}"
     args = {**app.args, "model": {"name": tiny_llama}, "serving": {**app.args["serving"], "run": None}}
     monkeypatch.setattr("ftray.runtime.cluster.gpus_per_worker", lambda cfg: 0.0)  # would ask a cluster
-    made = build(args)
-    (replicas,) = [d for d in made._bound_deployment.init_args if hasattr(d, "_bound_deployment")]
-    assert replicas._bound_deployment.name == "replica"
+    bind, bound = serve.Deployment.bind, []
+    monkeypatch.setattr(serve.Deployment, "bind", lambda self, *a, **k: bound.append((self, a)) or bind(self, *a, **k))
+    build(args)
+    (replica, _), (_, given) = bound
+    assert replica.name == "replica"
+    assert [type(part) for part in given].count(serve.Application) == 1
     service = yaml.safe_load((CLUSTER / "rayservice.yaml").read_text())
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == written
 

@@ -240,7 +240,7 @@ def test_a_text_that_fails_leaves_those_read_with_it_alone(tiny_bert):
     with torch.no_grad():
         reader.base.get_input_embeddings().weight[9] = float("nan")
     jobs = [PoolingRequest(texts, None, None, None, 99) for texts in (TEXTS[:1], [[3, 7]], TEXTS[1:], [[3, 9], [4, 4]])]
-    got = reader._read([replace(reader._tokens(job), model=reader.base) for job in jobs])
+    got = reader.forward([replace(reader.encode(job), model=reader.base) for job in jobs])
     assert (str(got[1]), type(got[3])) == ("on purpose", FloatingPointError)
     rows = torch.tensor([row for own in (got[0], got[2]) for row in own])
     torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
@@ -256,10 +256,10 @@ def test_odd_texts_are_read_or_refused(tiny_bert, texts, pairs, task):
         READERS[task] = PoolingReplica(Config(model=FP32).model_dump(), tiny_bert, 1, TaskSpec(task, ("a", "b"), 1))
     reader = READERS[task]
     try:
-        encoded = reader._tokens(PoolingRequest(texts, texts if pairs else None, None, None, 99))
+        encoded = reader.encode(PoolingRequest(texts, texts if pairs else None, None, None, 99))
     except UserError:
         return
-    (rows,) = reader._read([replace(encoded, model=reader.base)])
+    (rows,) = reader.forward([replace(encoded, model=reader.base)])
     assert len(rows) == len(texts)
     if task == "TOKEN_CLS":
         assert [len(row) for row in rows] == [len(text.split()) for text in texts]

@@ -64,8 +64,8 @@ def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
     wanted = asyncio.run(answered())
     assert wanted[-1].finish in ("stop", "length")
     for harm in (raises, panics):
-        replica._inbox.put(harm)
-    replica._outbox[raises] = []
+        replica.inbox.put(harm)
+    replica.outbox[raises] = []
     step = replica.engine.step
     for harm in (raises, panics):
         monkeypatch.setattr(replica.engine, "step", harm)

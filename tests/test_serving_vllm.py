@@ -14,7 +14,7 @@ import torch
 from conftest import llama, make_tokenizer
 from helpers.ports import free_port
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+from ray.llm._internal.serve.core.configs.llm_config import LLMConfig  # noqa: PLC2701 - ray.serve.llm needs vLLM
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import parse, run_command

@@ -98,7 +98,7 @@ def test_the_default_configuration_comes_first_and_is_learnt_from_where_the_spac
         (tmp_path / name).mkdir()
         sampler = make_sampler(tmp_path / name, learning_rate=rate)
         assert sampler.suggest("t0")["adapter"] == BASELINE
-        assert bool(sampler._ot_study.trials[0].params) is learnt
+        assert bool(sampler.study.trials[0].params) is learnt
         assert sampler.suggest("t1")["number"] == 1
 
 
@@ -171,7 +171,7 @@ def test_the_next_driver_takes_up_what_was_running_and_draws_anew(tmp_path):
 def test_a_driver_that_died_in_the_middle_of_a_suggestion_costs_nothing(tmp_path):
     sampler = make_sampler(tmp_path, learning_rate=2e-4)
     first = sampler.suggest("t0")
-    sampler._ot_study.ask()  # begun, and nothing more
+    sampler.study.ask()  # begun, and nothing more
     again = make_sampler(tmp_path, learning_rate=2e-4)
     assert again.suggest("a") == first
     second = again.suggest("b")
@@ -182,11 +182,13 @@ def test_a_driver_that_died_in_the_middle_of_a_suggestion_costs_nothing(tmp_path
 @pytest.mark.slow  # Optuna gives a lock 30 seconds
 def test_a_lock_left_by_a_killed_process_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "import os; from pathlib import Path; from ftray.search.sampler import open_journal; "
-    code += "open_journal(Path('study.log'))._backend._lock.acquire(); os.kill(os.getpid(), 9)"
+    code = "import os, optuna; from pathlib import Path; from ftray.search.sampler import open_journal; "
+    code += "os.fsync = lambda file: os.kill(os.getpid(), 9); "  # in the middle of writing a line
+    code += "optuna.create_study(study_name='ftray', storage=open_journal(Path('study.log')))"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert Path("study.log.lock").is_symlink()
-    optuna.create_study(study_name="ftray", storage=open_journal(Path("study.log")))
+    study = optuna.create_study(study_name="ftray", storage=open_journal(Path("study.log")), load_if_exists=True)
+    study.ask()
     assert optuna.study.get_all_study_names(open_journal(Path("study.log"))) == ["ftray"]
 
 

@@ -20,6 +20,7 @@ from ftray.adapters.discovery import data_settings, find_adapter
 from ftray.cli import main
 from ftray.config import Config, ServingConfig
 from ftray.errors import UserError
+from ftray.search import control
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
 from ftray.search.run_manifest import running_since, sole_driver
 from ftray.search.sampler import Sampler, past_trials
@@ -302,7 +303,7 @@ def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path, m
     with pytest.raises(UserError, match="none of that number"):
         ask_to_stop(journal, 5)
     driver = Requests(sampler, None)
-    driver._looked = -10.0
+    monkeypatch.setattr(control, "LOOKS", 0)
     driver.on_step_begin(0, [])
     assert driver.stopping == {0}
     assert {"number": 1, **added} == sampler.suggest("b")

@@ -102,16 +102,17 @@ def _loftq(model: Any) -> None:
     """One round of the paper's algorithm, on any device: PEFT's own is for GPUs, and for alpha equal to the rank."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
-    from peft.utils.loftq_utils import _SafetensorLoader
+
+    from ftray.compat.peft import stored_tensors
 
     base = model.get_base_model()
-    path = base.config._name_or_path
-    stored = _SafetensorLoader(model, path if Path(path).is_dir() else None)
+    path = base.config.name_or_path
+    stored = stored_tensors(model, path if Path(path).is_dir() else None)
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             linear: Any = layer.get_base_layer()
             a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-            whole = stored.get_tensor(f"{name}.weight").to(a.device, torch.float32)
+            whole = stored(f"{name}.weight").to(a.device, torch.float32)
             if getattr(linear, "source_cls", None) is Conv1D:
                 whole = whole.T
             error = whole - dequantize_module_weight(linear).float()

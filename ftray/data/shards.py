@@ -154,7 +154,7 @@ def prepare(
 
     sources = find_sources(cfg)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    fingerprint = _fingerprint(cfg, sources, tokenizer, task, labels)
+    fingerprint = fingerprint_of(cfg, sources, tokenizer, task, labels)
     root = parse_location(cfg.cache) if cfg.cache else cache_root() / "data"
     root = root.expanduser() if isinstance(root, Path) else root
     target = root / fingerprint
@@ -190,7 +190,8 @@ def prepare(
     return TokenizedData.load(target)
 
 
-def _fingerprint(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:
+def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:
+    """The same for all that makes the same tokens: the name of their directory in the cache."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "version": VERSION,
@@ -248,7 +249,6 @@ def _pipeline(
     chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool], task: TaskSpec
 ) -> Iterator[pa.Table]:
     """Read -> sort by key -> tokenize, as tables in key order."""
-    import ray
     import ray.data
 
     light = {"num_cpus": 0.5}

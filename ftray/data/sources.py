@@ -86,7 +86,7 @@ def find_chunks(source: str) -> list[Chunk]:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
             if _may_be_hub_id(source):
-                return _hub_chunks(source)
+                return hub_chunks(source)
             raise UserError(f"data {source}: no such file or folder{_near(source)}")
         files = [info]
         if info.type == pafs.FileType.Directory:
@@ -234,7 +234,7 @@ def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    return _checked(record, place, ("\\u" if isinstance(line, str) else b"\\u") in line)
+    return _checked(record, place, b"\\u" in (line.encode(errors="replace") if isinstance(line, str) else line))
 
 
 def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
@@ -299,7 +299,8 @@ def _read_parquet(chunk: Chunk) -> Iterator[Located]:
                 number += 1
 
 
-def _hub_chunks(source: str) -> list[Chunk]:
+def hub_chunks(source: str) -> list[Chunk]:
+    """The shards of a data set of the hub, as `datasets` loads it."""
     from huggingface_hub import HfApi
 
     try:

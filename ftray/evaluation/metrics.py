@@ -101,11 +101,10 @@ def macro_f1(wanted: np.ndarray, predicted: np.ndarray) -> Metric:
 
 def chrf(wanted: Sequence[str], predicted: Sequence[str]) -> Metric:
     """Character n-gram F score (https://aclanthology.org/W15-3049) from 0 to 100, by sacreBLEU."""
-    from sacrebleu.metrics import CHRF
+    from ftray.compat import sacrebleu
 
-    scorer = CHRF()
-    counts = np.array(scorer._extract_corpus_statistics(list(predicted), [list(wanted)]))
-    return lambda draws: np.array([scorer._compute_score_from_stats(list(total)).score for total in draws @ counts])
+    counts, score = sacrebleu.chrf(wanted, predicted)
+    return lambda draws: np.array([score(total) for total in draws @ counts])
 
 
 def spearman(wanted: np.ndarray, predicted: np.ndarray) -> Metric:

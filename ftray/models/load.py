@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ftray.compat.transformers import drop_weight_conversions
 from ftray.config import ModelConfig
 from ftray.models.stored import as_stored
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -96,8 +97,7 @@ def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrain
     if as_stored(cfg, path).quantization != "none":
         base = base.dequantize().float()
         base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
-        kept = [c for c in base._weight_conversions if not any(map(_unpacks, getattr(c, "operations", [])))]
-        base._weight_conversions = kept  # saving would undo the others, and nothing is packed any more
+        drop_weight_conversions(base, _unpacks)  # nothing is packed any more
     return base
 
 

@@ -191,7 +191,8 @@ def alone_adapter(
         # what a prompt method puts before the record has logits of its own, which come first
         own = model(input_ids=ids[None].to(model.device)).logits[0, -len(ids) :]
         found = torch.autograd.grad(token_loss(own, ids), parameters, allow_unused=True, materialize_grads=True)
-        torch._foreach_add_(total, list(found))
+        for whole, part in zip(total, found, strict=True):
+            whole += part
         logits.append(own.detach().float())
     return logits, total
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ftray.compat.torch import copy
 from ftray.multi_adapter.dropout import zero
 
 
@@ -167,7 +168,7 @@ def _together(updates: list[LoraDelta], dtype: torch.dtype) -> tuple[torch.Tenso
     a = make(len(ranks), max(ranks), first.a.shape[1], dtype=dtype, device=first.a.device)
     b = make(len(ranks), first.b.shape[0], max(ranks), dtype=dtype, device=first.a.device)
     places = [a[k, :rank] for k, rank in enumerate(ranks)] + [b[k, :, :rank] for k, rank in enumerate(ranks)]
-    torch._foreach_copy_(places, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
+    copy(places, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
     return a, b
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ftray.compat.transformers import set_attention
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 
 
@@ -33,7 +34,7 @@ def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> 
     """
     shared = share(base)
     config = copy.deepcopy(base.config)
-    config._attn_implementation = implementation
+    set_attention(config, implementation)
     for module in shared.modules():
         if getattr(module, "config", None) is shared.config and module is not shared:
             module.config = config
@@ -89,7 +90,7 @@ def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTun
         base = layer.get_base_layer()
         if isinstance(layer, ParamWrapper):
             raise PackingUnsupported(f"{method} adapts a parameter of {path}, which is no linear layer")
-        if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or layer is inner.get_output_embeddings():
+        if isinstance(base, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer is inner.get_output_embeddings():
             raise PackingUnsupported(f"{method} adapts {path}, which is no linear layer in front of the head")
         weights = zip(base.parameters(), shared.get_submodule(path).parameters(), strict=True)
         if any(own is not theirs for own, theirs in weights):

@@ -57,7 +57,7 @@ def check_address(cfg: Config) -> None:
     Raises:
         UserError: none answers where there should be one.
     """
-    from ray._private.services import canonicalize_bootstrap_address
+    from ftray.compat.ray import bootstrap_address
 
     given = cfg.scaling.address if cfg.scaling.address != "auto" else None
     if given:
@@ -69,7 +69,7 @@ def check_address(cfg: Config) -> None:
     if "://" in (given or ""):
         raise UserError(f"{origin}: host:port of a head is wanted; from outside its cluster: ray job submit")
     try:
-        address = canonicalize_bootstrap_address(given or cfg.scaling.address)
+        address = bootstrap_address(given or cfg.scaling.address)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from None
     if not address:
@@ -89,11 +89,12 @@ def end_with_ray(command: str) -> None:
     the head they end the process after a minute, with C++ stack traces.
     """
     import ray
-    from ray._private.worker import _global_node
+
+    from ftray.compat.ray import raylet_socket
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     watched = [
-        ("node", RAYLET_PATIENCE, socket.AF_UNIX, _global_node.raylet_socket_name.removeprefix("unix:")),
+        ("node", RAYLET_PATIENCE, socket.AF_UNIX, raylet_socket()),
         ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
     ]
 

@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ftray.compat.ray_train import WorkerGroupCallback, preemption_known
 from ftray.errors import Terminated
 
 GRACE = 25.0  # seconds for checkpoints, of the 30 that Kubernetes and Google Cloud give
@@ -62,7 +61,7 @@ def _heed() -> None:
 
 def noticed() -> bool:
     """In a worker: whether this process, or the driver, will soon be killed. Costs no message."""
-    return _told.is_set() or get_train_context().preemption_context.preemption_info is not None
+    return _told.is_set() or preemption_known()
 
 
 class Notice:

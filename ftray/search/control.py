@@ -12,7 +12,7 @@ from ray.tune.experiment import Trial
 
 from ftray.config import Config
 from ftray.errors import UserError
-from ftray.search.sampler import STUDY, Sampler, open_journal, past_trials, whole
+from ftray.search.sampler import STUDY, Sampler, open_journal, past_trials, stored_id, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, Stored, reason
 
@@ -35,7 +35,8 @@ def ask_to_stop(journal: Location, number: int) -> None:
     if isinstance(journal, Stored):
         _leave(journal, {STOP: number})
     else:
-        open_journal(journal).set_trial_user_attr(found[0]._trial_id, STOP, True)
+        storage = open_journal(journal)
+        storage.set_trial_user_attr(stored_id(storage, number), STOP, True)
 
 
 def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict[str, Any]) -> int:
@@ -90,7 +91,7 @@ class Requests(tune.Callback, tune.Stopper):
                 self._take_up(self.sampler.journal.parent / ASKED)
             except OSError as error:
                 self.sampler.broken = f"{self.sampler.journal.parent} can't be reached: {reason(error)}"
-        running = self.sampler._ot_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = self.sampler.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         asked = {trial.number for trial in running if trial.user_attrs.get(STOP)}
         for number in asked - self.stopping:
             if self.broker is not None:
@@ -99,7 +100,7 @@ class Requests(tune.Callback, tune.Stopper):
 
     def _take_up(self, asked: Stored) -> None:
         """Write into the journal what others left in the store."""
-        study = self.sampler._ot_study
+        study, storage = self.sampler.study, self.sampler.storage
         for file in sorted(asked.glob("*.json"), key=str):
             request = json.loads(file.read_text())
             known = study.get_trials(deepcopy=False)
@@ -107,7 +108,7 @@ class Requests(tune.Callback, tune.Stopper):
                 study.enqueue_trial(request["inside"], user_attrs={ADDED: request[ADDED]})
             for trial in known:
                 if trial.number == request.get(STOP) and trial.state is TrialState.RUNNING:
-                    study._storage.set_trial_user_attr(trial._trial_id, STOP, True)
+                    storage.set_trial_user_attr(stored_id(storage, trial.number), STOP, True)
             self.sampler.keep()
             if not self.sampler.broken:
                 file.unlink()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ftray.adapters.compatibility import without_weights
 from ftray.adapters.methods import attach
+from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.models.load import choose_dtype, load_skeleton
@@ -123,7 +124,7 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        once, twice = (_kept(model.train(), tokens) for tokens in (length, 2 * length))
+        once, twice = (saved_bytes(model.train(), tokens) for tokens in (length, 2 * length))
     task = task_of(skeleton)
     apart = None if task.load().packed else f"{task.name} pads its records"
     try:
@@ -133,15 +134,14 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
     return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), apart)
 
 
-def _kept(model: Any, length: int) -> int:
+def saved_bytes(model: Any, length: int) -> int:
     """Bytes that autograd saves for the backward pass of one record, beside parameters."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {storage_key(p) for p in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = storage
+        if (key := storage_key(tensor)) not in own:
+            held[key] = tensor.untyped_storage()
         return tensor
 
     # a whole mask: none has to be made from values, of which there are none
@@ -186,14 +186,14 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     names = [str(n) for n in range(group.measured_capacity())]
     for name in names:
         trainer.join(name, run)
-        trainer.trials[name].batches = group._batches(run, 0)
+        trainer.trials[name].batches = group.batches(run, 0)
     failed = trainer.step(names)  # the first one warms up
     before = {name: trainer.trials[name].history.tokens for name in names}
     started = time.monotonic()
     failed |= trainer.step([name for name in names if name not in failed])
     seconds = time.monotonic() - started
     tokens = sum(trainer.trials[name].history.tokens - before[name] for name in names if name not in failed)
-    batch = next(iter(group._validation()))
+    batch = next(iter(group.validation()))
     started = time.monotonic()
     trainer.validate([name for name in names if name not in failed], [batch])
     held_out = group.data.splits["validation"]

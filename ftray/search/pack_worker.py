@@ -192,7 +192,7 @@ class PackWorker:
     def measured_capacity(self) -> int:
         """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
         probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
-        fit = self.trainer.fit_memory(probe, next(self._batches(probe, 0)))
+        fit = self.trainer.fit_memory(probe, next(self.batches(probe, 0)))
         most = most_trials(self.place.job)
         return most if isinstance(self.place.job.config.search.pack, int) else min(fit, most)
 
@@ -232,7 +232,7 @@ class PackWorker:
             hurried = {str(number) for number in orders["report"]}
             due = [n for n in active if n not in failed and (trials[n].history.due or n in hurried)]
             if due:
-                failed |= self.trainer.validate(due, self._validation())
+                failed |= self.trainer.validate(due, self.validation())
             for name in due:
                 if name not in failed:
                     self._save(name)
@@ -266,17 +266,17 @@ class PackWorker:
 
         try:
             run = self.place.job.run(config["adapter"], config["training"])
-            first = partial(self._batches, run, 0)
+            first = partial(self.batches, run, 0)
             apart = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {name} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
-            trial.batches = self._batches(run, trial.history.step)
+            trial.batches = self.batches(run, trial.history.step)
         except Exception as error:  # of one trial: its mates go on
             return last_line(error)
         return None
 
-    def _batches(self, run: RunSpec, step: int) -> Iterator[Any]:
+    def batches(self, run: RunSpec, step: int) -> Iterator[Any]:
         """This rank's micro-batches from `step` on, streamed by Ray Data.
 
         Trials of the same order share a stream: to start one takes seconds, in which all of the pack would wait.
@@ -294,7 +294,8 @@ class PackWorker:
             self.streams[seed, rows, records], batches = tee(batches)
         return islice(batches, seen, None)
 
-    def _validation(self) -> Iterable[Any]:
+    def validation(self) -> Iterable[Any]:
+        """This rank's batches of the validation records; kept from the first pass on, if they are few."""
         if self.held is not None:
             return self.held
         training = self.place.job.config.training

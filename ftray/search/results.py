@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 from ray.train import Result
-from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
+from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
@@ -49,7 +49,7 @@ def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
             best = Result.from_path(directory.path, directory.filesystem).best_checkpoints
         else:
             best = Result.from_path(str(directory)).best_checkpoints
-    except (RuntimeError, ValueError, CheckpointManagerInitializationError):
+    except (RuntimeError, ValueError, BrokenCheckpointList):
         return []
     kept = [(m, str(directory / Path(c.path).name)) for c, m in best or [] if m and "step" in m]
     return sorted(kept, key=lambda pair: pair[0]["step"])

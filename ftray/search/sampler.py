@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
@@ -46,13 +46,22 @@ class StoredJournal(JournalFileBackend):
         self.stored.write_bytes(self._local.read_bytes())
 
 
-def open_journal(path: Location) -> JournalStorage:
-    """The study's storage, a file that several processes may append to.
+def journal_backend(path: Location) -> JournalFileBackend:
+    """Where the lines of the journal are, a file that several processes may append to.
 
     Its lock is a link to the path: only from an absolute one can another process see that whoever made it is dead.
     """
-    backend = StoredJournal(path) if isinstance(path, Stored) else JournalFileBackend(str(path.absolute()))
-    return JournalStorage(backend)
+    return StoredJournal(path) if isinstance(path, Stored) else JournalFileBackend(str(path.absolute()))
+
+
+def open_journal(path: Location) -> JournalStorage:
+    """The study's storage."""
+    return JournalStorage(journal_backend(path))
+
+
+def stored_id(storage: BaseStorage, number: int) -> int:
+    """What the storage knows the trial of that number by."""
+    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(STUDY), number)
 
 
 def mend(journal: Path) -> None:
@@ -85,7 +94,7 @@ def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Sampler(OptunaSearch):
+class Sampler(Searcher):
     """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
 
     The journal holds all that a search is: it is written line by line, so a driver may die at any time and the next
@@ -98,12 +107,13 @@ class Sampler(OptunaSearch):
 
     def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, room: Callable[[], int]):
         """`room` gives the trials that may run at once, which may change."""
+        super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
         self.room, self._live = room, set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
         known = past_trials(journal)
-        self._unfinished = [trial for trial in known if trial.state is TrialState.RUNNING]
+        self._unfinished = [trial.number for trial in known if trial.state is TrialState.RUNNING]
         sampler = optuna.samplers.TPESampler(
             seed=cfg.search.seed + len(known),  # a resumed search must not draw the same trials again
             multivariate=True,
@@ -112,14 +122,18 @@ class Sampler(OptunaSearch):
             n_startup_trials=min(10, max(3, cfg.search.trials // 3)),
             warn_independent_sampling=False,
         )
-        super().__init__(
-            space=space.suggest,
-            metric=cfg.search.metric,
-            mode=cfg.search.direction,
-            sampler=sampler,
+        self._backend = journal_backend(journal)
+        self.storage = JournalStorage(self._backend)
+        self.study = optuna.create_study(
             study_name=STUDY,
-            storage=open_journal(journal),
+            storage=self.storage,
+            sampler=sampler,
+            pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
+            direction="minimize" if cfg.search.direction == "min" else "maximize",
+            load_if_exists=True,
         )
+        self._trials: dict[str, optuna.Trial] = {}  # by Tune's ids
+        self._told = set[str]()  # of those, what Optuna has heard the end of
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
@@ -130,31 +144,36 @@ class Sampler(OptunaSearch):
         if len(self._live) >= min(self.room(), self.cfg.search.concurrency or math.inf):
             return None
         self._live.add(trial_id)
-        study = self._ot_study
-        if self._unfinished:
-            trial = optuna.trial.Trial(study, self._unfinished.pop(0)._trial_id)
-        else:
-            inside = self.space_of_methods.locate(self.baseline)
-            if inside and not study.get_trials(deepcopy=False):
-                study.enqueue_trial(inside)
-            trial = study.ask()
-        if configuration := trial.user_attrs.get("added"):
-            if self.space_of_methods.locate(whole(self.cfg, configuration)):
-                self.space_of_methods.suggest(trial)  # TPE learns from it
-        elif trial.number == 0:
-            configuration = {"adapter": BASELINE, "training": {}}
-            if self.space_of_methods.locate(self.baseline):
-                self.space_of_methods.suggest(trial)
-        else:
-            configuration = self.space_of_methods.suggest(trial)  # a trial taken up again keeps what was drawn
-        self._ot_trials[trial_id] = trial
+        trial = self._next_trial()
+        configuration = self._configuration(trial)
+        self._trials[trial_id] = trial
         trial.set_user_attr("config", configuration)
         self.keep()
         return {"number": trial.number, **configuration}
 
+    def _next_trial(self) -> optuna.Trial:
+        if self._unfinished:
+            return optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
+        inside = self.space_of_methods.locate(self.baseline)
+        if inside and not self.study.get_trials(deepcopy=False):
+            self.study.enqueue_trial(inside)
+        return self.study.ask()
+
+    def _configuration(self, trial: optuna.Trial) -> dict[str, Any]:
+        """A trial taken up again keeps what was drawn."""
+        if configuration := trial.user_attrs.get("added"):
+            if self.space_of_methods.locate(whole(self.cfg, configuration)):
+                self.space_of_methods.suggest(trial)  # TPE learns from it
+            return configuration
+        if trial.number == 0:
+            if self.space_of_methods.locate(self.baseline):
+                self.space_of_methods.suggest(trial)
+            return {"adapter": BASELINE, "training": {}}
+        return self.space_of_methods.suggest(trial)
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write a report down; a step that a restarted trial reports again counts as it was first."""
-        trial = self._ot_trials[trial_id]
+        trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
         if self.metric in result and result["step"] not in [report["step"] for report in reports]:
             report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
@@ -168,7 +187,7 @@ class Sampler(OptunaSearch):
         A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
         """
         self._live.discard(trial_id)
-        if error or not result or self.metric not in result or trial_id in self._completed_trials:
+        if error or not result or self.metric not in result or trial_id in self._told:
             return
         self.on_trial_result(trial_id, result)
         early, value = result["records"] < 0.95 * self.budget, result[self.metric]
@@ -176,20 +195,19 @@ class Sampler(OptunaSearch):
 
     def fail(self, trial_id: str, reason: str) -> None:
         """Tell Optuna that a trial failed, and why: Tune itself gives a search algorithm no reason."""
-        self._ot_trials[trial_id].set_user_attr("reason", reason)
+        self._trials[trial_id].set_user_attr("reason", reason)
         self._tell(trial_id, TrialState.FAIL, None)
 
     def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
-        self._ot_study.tell(self._ot_trials[trial_id], value, state=state)
-        self._completed_trials.add(trial_id)
+        self.study.tell(self._trials[trial_id], value, state=state)
+        self._told.add(trial_id)
         self.keep()
 
     def keep(self) -> None:
         """What was written goes to the store, if the journal is there, before anything comes of it."""
-        backend = self._storage._backend
-        if isinstance(backend, StoredJournal):
+        if isinstance(self._backend, StoredJournal):
             try:
-                backend.push()
+                self._backend.push()
             except OSError as error:
                 self.broken = f"{self.journal} can't be written: {reason(error)}"
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import train
-from ray._private.state import state
-from ray._raylet import ActorID, PlacementGroupID
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray import ActorID, PlacementGroupID, train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from ftray.compat.ray import is_removed, placement_groups
+from ftray.compat.ray_train import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
@@ -82,17 +81,6 @@ class SearchContext:
         return budget(self.config, TokenizedData.load(self.data).splits["train"].records)
 
 
-class SoloTrainer(TorchTrainer):
-    """A `TorchTrainer` whose placement group is given back by :func:`release` if it is stopped from outside.
-
-    Ray's own helper for that is one more process a trial, and needs the dashboard to notice that a trainer is gone.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
-
-
 def trainer(
     job: SearchContext, run: RunSpec, name: str, storage: Location, callbacks: list[Any] | None = None
 ) -> TorchTrainer:
@@ -117,7 +105,10 @@ def group_trainer(
     storage: Location,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
-    """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`, each with its rows of `datasets`."""
+    """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`, each with its rows of `datasets`.
+
+    If it is stopped from outside, :func:`release` gives its placement group back.
+    """
     return SoloTrainer(
         worker,
         train_loop_config=config,
@@ -215,9 +206,8 @@ def release(everything: bool = False) -> None:
         everything: also what those hold that are about to stop.
     """
     job = ray.get_runtime_context().get_job_id()
-    for entry in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(entry)
+    for group in placement_groups():
         # Tune's own groups are made by the driver, which is no actor
         ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
-        if ours and group.state != PlacementGroupTableData.REMOVED and (everything or group.creator_actor_dead):
+        if ours and not is_removed(group) and (everything or group.creator_actor_dead):
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))

@@ -90,7 +90,7 @@ class PoolingReplica(BaseReplica):
             if job.adapter is None and self.base.new_modules:
                 reason = f"the base model has no {self.base.new_modules[0]} of its own: name an adapter"
                 raise UserError(reason, "model")
-            encoded = self._tokens(job)
+            encoded = self.encode(job)
             model = self.base if job.adapter is None else await self.adapted(job.adapter, job.source)
         except UserError as error:
             return PoolingResponse([], (), 0, (400, *(*error.args, None)[:2]))
@@ -100,14 +100,14 @@ class PoolingReplica(BaseReplica):
         return PoolingResponse(values, self.task.spec.labels, sum(map(len, encoded.ids)))
 
     async def _read_all(self, asked: list[_Encoded]) -> list[list[Any] | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, asked)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.forward, asked)
 
-    def _read(self, asked: list[_Encoded]) -> list[list[Any] | Exception]:
+    def forward(self, asked: list[_Encoded]) -> list[list[Any] | Exception]:
         """The rows of each request, or why it has none; what fails with others is read again by itself."""
         try:
             return list(self._rows(asked))
         except Exception as error:
-            return [error] if len(asked) == 1 else [own for one in asked for own in self._read([one])]
+            return [error] if len(asked) == 1 else [own for one in asked for own in self.forward([one])]
 
     def _rows(self, asked: list[_Encoded]) -> list[list[Any]]:
         """The rows of each request, texts of like length side by side; Serve gives requests of one adapter."""
@@ -130,7 +130,7 @@ class PoolingReplica(BaseReplica):
         rows = iter(values)
         return [list(islice(rows, len(one.ids))) for one in asked]
 
-    def _tokens(self, job: PoolingRequest) -> _Encoded:
+    def encode(self, job: PoolingRequest) -> _Encoded:
         """The texts as tokens.
 
         Raises:

@@ -21,8 +21,8 @@ class Replica(BaseReplica):
 
         super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
         self._keys = itertools.count()
         threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
 
@@ -31,16 +31,16 @@ class Replica(BaseReplica):
         own_torch_threads(threads)
         while True:
             try:
-                _survived(self._inbox.get(block=not self.engine.busy))
+                _survived(self.inbox.get(block=not self.engine.busy))
                 while True:
-                    _survived(self._inbox.get_nowait())
+                    _survived(self.inbox.get_nowait())
             except queue.Empty:
                 pass
             if error := _survived(self.engine.step):
                 _survived(self.engine.give_up, error)
-            for deliver, parts in self._outbox.items():
+            for deliver, parts in self.outbox.items():
                 _survived(deliver, parts)
-            self._outbox.clear()
+            self.outbox.clear()
 
     async def _in_engine(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call in the engine's thread."""
@@ -57,7 +57,7 @@ class Replica(BaseReplica):
             except Exception as error:
                 loop.call_soon_threadsafe(settle, None, error)
 
-        self._inbox.put(call)
+        self.inbox.put(call)
         return await done
 
     async def _load(self, source: str) -> LoadedAdapter:
@@ -66,7 +66,7 @@ class Replica(BaseReplica):
         model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # one that comes again is another
         await self._in_engine(self.engine.add, key, self.engine.prepare(model))
-        return LoadedAdapter(key, lambda key: self._inbox.put(lambda: self.engine.remove(key)))
+        return LoadedAdapter(key, lambda key: self.inbox.put(lambda: self.engine.remove(key)))
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -120,7 +120,7 @@ class Replica(BaseReplica):
             if kept:
                 yield OutputDeltas(kept)
         finally:
-            self._inbox.put(lambda: self._cancel(sequences))
+            self.inbox.put(lambda: self._cancel(sequences))
 
     def _cancel(self, sequences: list[Any]) -> None:
         for sequence in sequences:
@@ -145,7 +145,7 @@ class Replica(BaseReplica):
             own = {**job.sampling, "max_tokens": most, "seed": None if seed is None else (seed + i) % 2**63}
 
             def emit(piece: SequenceDelta, choice: int = choice, prompt: list[int] = prompt) -> None:
-                self._outbox.setdefault(deliver, []).append(self._part(choice, piece, prompt, job))
+                self.outbox.setdefault(deliver, []).append(self._part(choice, piece, prompt, job))
 
             sequences.append(Sequence(prompt, Sampling(**own), emit, key))
         try:

@@ -132,16 +132,10 @@ class Adapters:
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
         """Where vLLM finds the adapter."""
-        from ray.llm._internal.common.models import global_id_manager
-        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+        from ftray.compat.ray_llm import loaded_adapter
 
         directory = self._fetched.enter_context(fetched(lora_model_id.partition("|")[2]))
-        return DiskMultiplexConfig(
-            model_id=lora_model_id,
-            max_total_tokens=None,
-            local_path=str(directory),
-            lora_assigned_int_id=global_id_manager.next(),
-        )
+        return loaded_adapter(lora_model_id, str(directory))
 
 
 class VLLMReplica:
@@ -182,7 +176,7 @@ class VLLMReplica:
 
     async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator ends them."""
-        from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
+        from ray.serve.llm.openai_api_models import CompletionRequest
 
         yield OutputDeltas()
         try:

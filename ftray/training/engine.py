@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import get_scheduler
 
+from ftray.compat.deepspeed import skip_shared_memory_extension
 from ftray.config import TrainingConfig
 from ftray.errors import UserError
 from ftray.training.run_spec import accumulation_steps, micro_batch_size
@@ -24,9 +25,7 @@ def join_process_group() -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it of whoever starts the process
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # an extension for inference that we never call: compiling it takes half a minute on a new machine, and a process
-    # killed meanwhile leaves a lock in ~/.cache/torch_extensions that all later ones would wait for
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_extension()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 

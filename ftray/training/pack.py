@@ -14,8 +14,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
+from ftray.compat.torch import add
+from ftray.compat.transformers import attention_of
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.multi_adapter import attention
@@ -139,7 +142,7 @@ class Pack:
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
     def _host(self) -> Any:
-        implementation = self.base.config._attn_implementation if self.padded else attention.NAME
+        implementation = attention_of(self.base.config) if self.padded else attention.NAME
         shared = shared_model(self.base, implementation, layout=self._layout)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
@@ -314,8 +317,7 @@ class Pack:
             losses, gradients, exhausted = losses | again[0], gradients | again[1], exhausted | again[2]
         local = []
         for name in names:
-            norms = torch._foreach_norm(gradients[name]) if gradients[name] else [torch.zeros(1)]
-            square = torch.stack(list(norms)).double().square().sum().item()
+            square = get_total_norm(gradients[name]).double().square().item()
             local += [losses[name], square, float(name in exhausted)]
         stepped = {}
         for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
@@ -386,7 +388,7 @@ class Pack:
             for (name, own), part in zip(parameters.items(), parts, strict=True):
                 losses[name] += part
                 new = [g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]]
-                gradients[name] = list(torch._foreach_add(gradients[name], new)) if gradients[name] else new
+                gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
 
     @torch.no_grad()

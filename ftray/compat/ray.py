@@ -1,0 +1,49 @@
+"""Private names of Ray's core; seen in Ray 2.60.0."""
+
+from typing import Any
+
+
+def bootstrap_address(address: str | None) -> str | None:
+    """Where `ray.init(address)` would look for a head, host:port; None: it would start a cluster of its own.
+
+    Without asking: `ray.init` itself tries for minutes, and ends in a traceback.
+
+    Raises:
+        ConnectionError, ValueError: it is no address, or "auto" finds none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address(address)
+
+
+def raylet_socket() -> str:
+    """The path of the socket at which this node's raylet answers: the runtime context doesn't say."""
+    from ray._private import worker
+
+    return worker._global_node.raylet_socket_name.removeprefix("unix:")
+
+
+def placement_groups() -> list[Any]:
+    """Ray's record of each placement group of the cluster (a `PlacementGroupTableData`).
+
+    `ray.util.placement_group_table` leaves out who made a group, and whether that actor is dead.
+    """
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    return [PlacementGroupTableData.FromString(entry) for entry in table]
+
+
+def is_removed(group: Any) -> bool:
+    """Whether a record of :func:`placement_groups` is of one that is given back already."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    return group.state == PlacementGroupTableData.REMOVED
+
+
+def serve_runs() -> bool:
+    """Whether Ray Serve is up on this cluster, with or without an application: `serve.status` would start it."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False) is not None

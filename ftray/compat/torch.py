@@ -1,0 +1,21 @@
+"""Private names of PyTorch; seen in PyTorch 2.13.0.
+
+Operations on lists of tensors run in a few kernels on a GPU, however many tensors there are, and have no public name.
+"""
+
+import torch
+
+
+def add(first: list[torch.Tensor], second: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sums of pairs."""
+    return list(torch._foreach_add(first, second))
+
+
+def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Fill each target with its source."""
+    torch._foreach_copy_(targets, sources)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for all tensors that share memory; `data_ptr`, the public one, is 0 for all on the meta device."""
+    return tensor.untyped_storage()._cdata

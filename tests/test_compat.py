@@ -1,0 +1,194 @@
+"""What ftray takes from other libraries by private names: each test names one, and fails where it has changed."""
+
+import inspect
+import math
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from peft import LoraConfig, get_peft_model
+from ray import ActorID, PlacementGroupID, serve
+from ray.util.placement_group import placement_group, remove_placement_group
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def test_ray_bootstrap_address(monkeypatch):
+    from ftray.compat.ray import bootstrap_address
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:7000")
+    assert bootstrap_address("auto") == "10.0.0.9:7000"
+    assert bootstrap_address("10.0.0.8:6379") == "10.0.0.8:6379"
+    assert bootstrap_address("local") is None
+    with pytest.raises(ValueError, match="nonsense"):
+        bootstrap_address("nonsense")
+
+
+def test_ray_raylet_socket(cluster):
+    import socket
+
+    from ftray.compat.ray import raylet_socket
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(raylet_socket())
+
+
+def test_ray_serve_runs(cluster):
+    from ftray.compat.ray import serve_runs
+
+    assert not serve_runs()
+    serve.start()
+    assert serve_runs()
+    serve.shutdown()
+    assert not serve_runs()
+
+
+def test_ray_placement_groups(cluster):
+    from ftray.compat.ray import is_removed, placement_groups
+
+    group = placement_group([{"CPU": 0.01}])
+    ray.get(group.ready())
+
+    def found():
+        (entry,) = [e for e in placement_groups() if PlacementGroupID(e.placement_group_id) == group.id]
+        return entry
+
+    entry = found()
+    assert entry.creator_job_id.hex() == ray.get_runtime_context().get_job_id()
+    assert ActorID(entry.creator_actor_id).is_nil()  # the driver made it
+    assert not entry.creator_actor_dead
+    assert not is_removed(entry)
+    remove_placement_group(group)
+    assert is_removed(found())
+
+
+def test_ray_train_broken_checkpoint_list(tmp_path):
+    from ray.train import Result
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    from ftray.compat.ray_train import BrokenCheckpointList
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text('{"checkpoint_results": [')
+    with pytest.raises(BrokenCheckpointList):
+        Result.from_path(str(tmp_path / "run"))
+
+
+def test_ray_train_worker_group_callback():
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+    from ftray.compat.ray_train import WorkerGroupCallback
+
+    assert [*inspect.signature(WorkerGroupCallback.after_worker_group_start).parameters] == ["self", "worker_group"]
+    assert next(iter(inspect.signature(WorkerGroup.execute).parameters.values())).name == "self"
+
+
+def test_ray_train_preemption_known(monkeypatch):
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.preemption import PreemptionContext
+
+    from ftray.compat import ray_train
+
+    told = SimpleNamespace(preemption_context=PreemptionContext())
+    monkeypatch.setattr(ray_train, "get_train_context", lambda: told)
+    assert not ray_train.preemption_known()
+    told.preemption_context.preemption_info = "soon"
+    assert ray_train.preemption_known()
+    assert "preemption_context" in inspect.signature(context.TrainContext).parameters
+
+
+def test_ray_train_solo_trainer_starts_no_cleaner():
+    from ray.train.torch import TorchTrainer
+
+    from ftray.compat.ray_train import SoloTrainer
+
+    usual, ours = (
+        [type(c).__name__ for c in make(print)._create_default_callbacks()] for make in (TorchTrainer, SoloTrainer)
+    )
+    assert "PlacementGroupCleanerCallback" in usual
+    assert ours == [name for name in usual if name != "PlacementGroupCleanerCallback"]
+
+
+def test_ray_llm_loaded_adapter():
+    from ftray.compat.ray_llm import loaded_adapter
+
+    first, second = (loaded_adapter(name, f"/{name}") for name in "ab")
+    assert (first.model_id, first.local_path) == ("a", "/a")
+    assert first.lora_assigned_int_id != second.lora_assigned_int_id
+
+
+def test_peft_stored_tensors(tiny_llama):
+    from ftray.compat.peft import stored_tensors
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(task_type="CAUSAL_LM"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(stored_tensors(model, tiny_llama)(name), load_file(f"{tiny_llama}/model.safetensors")[name])
+
+
+def test_transformers_attention(tiny_llama):
+    from ftray.compat.transformers import attention_of, set_attention
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa")
+    assert attention_of(model.config) == "sdpa"
+    ids = torch.arange(5)[None]
+    assert model(ids, output_attentions=False).attentions is None
+    set_attention(model.config, "eager")  # the one that gives its weights
+    assert model(ids, output_attentions=True).attentions[0].shape[-1] == 5
+
+
+def test_transformers_drop_weight_conversions(tiny_llama):
+    from ftray.compat.transformers import drop_weight_conversions
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert isinstance(model._weight_conversions, list)
+    packed, renamed = SimpleNamespace(operations=["unpack", "x"]), SimpleNamespace()
+    model._weight_conversions = [packed, renamed]
+    drop_weight_conversions(model, lambda operation: operation == "unpack")
+    assert model._weight_conversions == [renamed]
+
+
+def test_deepspeed_shared_memory_extension(monkeypatch):
+    import deepspeed
+
+    from ftray.compat.deepspeed import skip_shared_memory_extension
+
+    communication = import_module("deepspeed.comm.torch")  # as an attribute, it is torch itself
+    builder = SimpleNamespace(NAME="deepspeed_shm_comm", load=lambda: "compiled", absolute_name=lambda: "it")
+    accelerator = SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setattr(communication, "get_accelerator", lambda: accelerator)
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, builder.NAME, True)
+    assert communication.build_shm_op() == "compiled"
+    skip_shared_memory_extension()
+    assert communication.build_shm_op() is None
+
+
+def test_torch_lists_of_tensors():
+    from ftray.compat.torch import add, copy
+
+    first, second = [torch.ones(2), torch.ones(1, 3)], [torch.arange(2.0), torch.full((1, 3), 4.0)]
+    assert [t.tolist() for t in add(first, second)] == [[1.0, 2.0], [[5.0] * 3]]
+    assert [t.tolist() for t in first] == [[1.0, 1.0], [[1.0] * 3]]
+    copy([first[0][:1], first[1]], [second[0][1:], second[1].double()])
+    assert [t.tolist() for t in first] == [[1.0, 1.0], [[4.0] * 3]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_torch_storage_key(device):
+    from ftray.compat.torch import storage_key
+
+    whole, other = torch.empty(4, device=device), torch.empty(4, device=device)
+    assert storage_key(whole) == storage_key(whole[1:]) == storage_key(whole.view(2, 2))
+    assert storage_key(whole) != storage_key(other)
+
+
+def test_sacrebleu_chrf():
+    from sacrebleu.metrics import CHRF
+
+    from ftray.compat.sacrebleu import chrf
+
+    wanted, predicted = ["a cat sat", "on the mat"], ["a cat sits", "at a mat"]
+    counts, score = chrf(wanted, predicted)
+    assert math.isclose(score(counts.sum(0)), CHRF().corpus_score(predicted, [wanted]).score)
+    assert math.isclose(score(counts[1]), CHRF().sentence_score(predicted[1], [wanted[1]]).score)
