@@ -37,7 +37,7 @@ def run(cfg: Config) -> int:
     from ftray.models.find import find
     from ftray.models.load import load_tokenizer
     from ftray.models.stored import as_stored
-    from ftray.storage.location import atomic_dir
+    from ftray.storage.atomic import atomic_dir
     from ftray.training.checkpoint import adapter_from, is_checkpoint, model_from
 
     if [name for name in cfg.adapters if is_checkpoint(name) and not _has_adapter(name)]:

@@ -12,7 +12,8 @@ from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.search.results import newest_whole
 from ftray.serving.adapters import check_adapter, fetched
-from ftray.storage.manifest import MANIFEST, check, find_corruption, publish, seal
+from ftray.storage.atomic import publish
+from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
 
 
 def written(directory):

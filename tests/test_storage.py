@@ -102,8 +102,8 @@ def test_a_file_is_written_read_listed_and_removed(store, tmp_path):
 
 
 def test_one_driver_holds_an_output(store, monkeypatch):
-    monkeypatch.setattr("ftray.storage.lease.BEAT", 0.2)
-    monkeypatch.setattr("ftray.storage.lease.PATIENCE", 3.0)
+    monkeypatch.setattr("ftray.storage.lock.BEAT", 0.2)
+    monkeypatch.setattr("ftray.storage.lock.PATIENCE", 3.0)
     output = Stored("s3://runs/held")
     with sole_driver(output):
         assert time.time() - running_since(output) < 60

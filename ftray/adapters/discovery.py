@@ -1,7 +1,6 @@
 """Adapter directories that others wrote: finding them, and whether they fit a base model, without weights or a GPU."""
 
 import atexit
-import difflib
 import hashlib
 import shutil
 import tempfile
@@ -12,8 +11,8 @@ from typing import Any
 import yaml
 
 from ftray.config import Config, DataConfig
-from ftray.errors import UserError
-from ftray.models.find import find
+from ftray.errors import UserError, near
+from ftray.models.find import find, is_hub_id
 from ftray.models.stored import as_stored
 from ftray.storage.location import Stored, as_local_dir, reason
 from ftray.storage.manifest import check
@@ -46,8 +45,7 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
             raise UserError(f"adapter {name}: is a whole model, not an adapter: give it as --model")
         raise UserError(f"adapter {name}: the directory holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, 2, 0.6)
-    hint = f"; did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
+    hint = near(path.name, siblings, otherwise="", likeness=0.6, shown=lambda sibling: path.parent / sibling)
     raise UserError(f"adapter {name}: no such directory{hint}")
 
 
@@ -178,8 +176,7 @@ def _known_to_differ(named: str, base: str) -> bool:
     """Whether weights differ for sure; a base that was moved or is known by another name may be the same one."""
     if Path(base).is_dir() and Path(named).is_dir():
         return not same_base(named, base)
-    is_hub_id = named.count("/") == 1 and not named.startswith((".", "/", "~"))
-    return is_hub_id and not Path(base).exists() and named != base
+    return is_hub_id(named) and not Path(base).exists() and named != base
 
 
 def samples(model: Path) -> list[tuple[int, str]]:

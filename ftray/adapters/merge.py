@@ -20,7 +20,8 @@ from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
 from ftray.models.stops import stop_tokens
 from ftray.models.stored import as_stored
-from ftray.storage.location import Location, atomic_dir, parse_location
+from ftray.storage.atomic import atomic_dir
+from ftray.storage.location import Location, parse_location
 from ftray.task_spec import CAUSAL, TaskSpec
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")  # of the tasks' models

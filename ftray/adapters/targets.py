@@ -1,13 +1,12 @@
 """Which modules an adapter goes to: names, a regular expression, or groups read off the model itself."""
 
-import difflib
 import re
 from collections.abc import Iterable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftray.errors import UserError
+from ftray.errors import UserError, near
 
 QUERY_VALUE = re.compile(r"q|v|query|value|[qv]_(proj|lin)|c_attn|qkv(_proj)?|Wqkv|query_key_value|in_proj|wq|wv")
 KEY_VALUE = re.compile(r"k|v|key|value|[kv]_(proj|lin)|c_attn|qkv(_proj)?|Wqkv|query_key_value|in_proj|wk|wv")
@@ -42,10 +41,9 @@ def resolve_targets(model: nn.Module, spec: str | Iterable[str], blocks: Iterabl
         found = groups.get(part) or _matching(part, linears)
         if not found:
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            near = difflib.get_close_matches(part, [*GROUPS, *leaves], 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"groups: {', '.join(GROUPS)}"
+            hint = near(part, [*GROUPS, *leaves], otherwise=f"groups: {', '.join(GROUPS)}", most=3)
             raise UserError(
-                f"target_modules: {part!r} matches no linear layer; {hint} (layers: {', '.join(leaves[:12])})"
+                f"target_modules: {part!r} matches no linear layer{hint} (layers: {', '.join(leaves[:12])})"
             )
         selected.update(found)
     for block in blocks or ():

@@ -4,10 +4,7 @@ import hashlib
 import heapq
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +32,7 @@ from ftray.data.splits import (
     split_of,
 )
 from ftray.errors import UserError
+from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Stored, parse_location
 from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
@@ -162,32 +160,17 @@ def prepare(
         log.info("reusing the tokenized shards in %s", target)
         return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.source, target)
-    if isinstance(root, Path):
-        root.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=root if isinstance(root, Path) else None))
-    try:
+    with atomic_dir(target, cached=True, marker="manifest.json") as directory:
         spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
-        splits, read = _write(cfg, sources, (model, trust_remote_code), aside, spec)
+        splits, read = _write(cfg, sources, (model, trust_remote_code), directory, spec)
         manifest = {
             "fingerprint": fingerprint,
             "task": asdict(spec),
             "splits": {name: asdict(split) for name, split in splits.items()},
             "read": {name: asdict(reading) for name, reading in read.items()},
         }
-        if isinstance(target, Stored):
-            target.upload(aside)
-            (target / "manifest.json").write_text(json.dumps(manifest, indent=1))  # last: it says that all is there
-            return TokenizedData.load(str(target))
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        aside.chmod(0o755)  # mkdtemp's 0700 would keep the shards from others who share the cache
-        try:
-            os.rename(aside, target)
-        except OSError:  # another process was first: its shards are the same
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return TokenizedData.load(target)
+        (directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return TokenizedData.load(str(target))
 
 
 def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:

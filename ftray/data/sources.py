@@ -1,7 +1,6 @@
 """Where records come from: files and folders, object stores, the hub, and bundled data sets."""
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -17,13 +16,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ftray.errors import UserError
+from ftray.errors import UserError, near
+from ftray.models.find import is_hub_id
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?|[\w-]+:[\w.-]+")
 csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
 
 
@@ -177,16 +176,16 @@ def _open(source: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _may_be_hub_id(source: str) -> bool:
-    parent = Path(source).parent
-    in_a_folder = parent != Path() and parent.is_dir()  # then it's a file whose name is misspelt
-    return bool(HUB_ID.fullmatch(source)) and not in_a_folder and not Path(source).suffix[1:].isalpha()
+    repository, colon, name = source.partition(":")
+    is_named = is_hub_id(repository) or (colon and re.fullmatch(r"[\w-]+", repository))  # some old ones have no owner
+    is_whole = not colon or re.fullmatch(r"[\w.-]+", name)
+    return bool(is_named and is_whole) and not Path(source).suffix[1:].isalpha()
 
 
 def _near(source: str) -> str:
     path = Path(source).expanduser()
     names = [p.name for p in path.parent.iterdir()] if "://" not in source and path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [*names, "cmudict"], 2, 0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 
 
 def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str) -> list[Chunk]:

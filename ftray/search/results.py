@@ -1,9 +1,7 @@
 """What a search leaves behind: leaderboard, summary, the best adapter and its model card."""
 
 import csv
-import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,8 @@ from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
-from ftray.storage.location import Location, Stored, as_local_dir, atomic_dir, parse_location
+from ftray.storage.atomic import atomic_dir, atomic_write
+from ftray.storage.location import Location, Stored, as_local_dir, parse_location
 from ftray.storage.manifest import MANIFEST, check, find_corruption
 from ftray.task_spec import TaskSpec
 
@@ -123,7 +122,7 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -
     settings = list(dict.fromkeys(key for f in flat for key in f))
     columns = ["rank_in_search", "trial", "status", metric, "records", "tokens", "seconds", *settings, "reason"]
 
-    def write(file: Any) -> None:
+    with atomic_write(path) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for place, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
@@ -131,19 +130,19 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -
             plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
             writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
 
-    _write_aside(path, write)
-
 
 def write_json(value: Any, path: Location) -> None:
     """Pretty JSON, whole or not at all."""
-    _write_aside(path, lambda file: json.dump(value, file, indent=2, default=str))
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, default=str)
 
 
 def write_yaml(value: Any, path: Location) -> None:
     """YAML, whole or not at all."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    _write_aside(path, lambda file: yaml.safe_dump(value, file, sort_keys=False))
+    with atomic_write(path) as file:
+        yaml.safe_dump(value, file, sort_keys=False)
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
@@ -199,17 +198,3 @@ def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) 
         "```",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _write_aside(path: Location, write: Any) -> None:
-    if isinstance(path, Stored):
-        text = io.StringIO(newline="")
-        write(text)
-        path.write_text(text.getvalue())
-        return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8", newline="") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution
 
 from ftray.adapters.discovery import samples
@@ -23,8 +22,8 @@ from ftray.errors import UserError
 from ftray.search.results import JOURNAL, write_json, write_yaml
 from ftray.search.sampler import past_trials
 from ftray.search.space import Space
-from ftray.storage.lease import held, since
 from ftray.storage.location import Location, Stored, parse_location, refuse_unreachable
+from ftray.storage.lock import held_since, hold
 
 CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 
@@ -102,26 +101,13 @@ def packable(cfg: Config, space: Space) -> bool:
 
 @contextmanager
 def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
-    """Hold the output; the system lets go of a directory when this process ends, however it ends.
+    """Hold the output; it is let go of when this process ends, however it ends.
 
     Raises:
         UserError: a search or a run that is under way holds it, one of `kind` unless its files tell.
     """
-    if isinstance(output, Stored):
-        with held(output / LOCK, lambda: _under_way(output, kind)):
-            yield
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK)
-    try:
-        lock.acquire(timeout=1)  # longer than a `status` looks at it
-    except Timeout:
-        raise _under_way(output, kind) from None
-    try:
-        os.utime(output / LOCK)  # since when it runs, for whoever asks
+    with hold(output / LOCK, lambda: _under_way(output, kind)):
         yield
-    finally:
-        lock.release()
 
 
 def _under_way(output: Location, kind: Kind) -> UserError:
@@ -132,17 +118,7 @@ def _under_way(output: Location, kind: Kind) -> UserError:
 
 def running_since(output: Location) -> float | None:
     """When the driver that holds the output directory began, in seconds since 1970; None: nobody holds it."""
-    if isinstance(output, Stored):
-        return since(output / LOCK)
-    if not (output / LOCK).exists():
-        return None
-    lock = FileLock(output / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return (output / LOCK).stat().st_mtime
-    lock.release()
-    return None
+    return held_since(output / LOCK)
 
 
 def check_output(cfg: Config, space: Space | None) -> None:

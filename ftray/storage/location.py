@@ -4,7 +4,6 @@ Stores are reached as their own tools reach them (`AWS_ACCESS_KEY_ID`, `AWS_ENDP
 what stands in the URI (https://arrow.apache.org/docs/python/filesystems.html).
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.fs
 
 from ftray.errors import UserError
-from ftray.storage.manifest import publish, seal
 
 PROBE = ".probe"
 
@@ -135,26 +133,6 @@ def as_local_dir(source: Location) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
         pyarrow.fs.copy_files(source.path, directory, source_filesystem=source.filesystem)
         yield Path(directory)
-
-
-@contextmanager
-def atomic_dir(target: Location) -> Iterator[Path]:
-    """An empty local directory whose content takes the place of `target`, if all goes well."""
-    if isinstance(target, Stored):
-        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-            yield Path(directory)
-            seal(Path(directory))
-            remove(target)
-            target.upload(Path(directory))
-        return
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        publish(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove(target: Location) -> None:

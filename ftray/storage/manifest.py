@@ -1,9 +1,8 @@
-"""Directories that appear whole or not at all, and whose damage shows: a manifest holds the hash of every file."""
+"""Directories whose damage shows: a manifest holds the hash of every file."""
 
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from ftray.errors import UserError
@@ -25,19 +24,11 @@ def seal(directory: Path, part: int = 0, parts: int = 1) -> None:
         if path.is_file() and path.suffix != ".md" and not own:
             files[path.relative_to(directory).as_posix()] = _digest(path)
         if not own:
-            _sync(path)
+            sync(path)
     name = f"{MANIFEST}.json" if part == 0 else f"{MANIFEST}.{part}.json"
     (directory / name).write_text(json.dumps({"parts": parts, "sha256": files}, indent=1), encoding="utf-8")
-    _sync(directory / name)
-    _sync(directory)
-
-
-def publish(aside: Path, place: Path) -> None:
-    """Seal `aside` and give it the name `place`, in the stead of what has it."""
-    seal(aside)
-    shutil.rmtree(place, ignore_errors=True)
-    aside.rename(place)
-    _sync(place.parent)
+    sync(directory / name)
+    sync(directory)
 
 
 def find_corruption(directory: Path, partly: bool = False) -> str | None:
@@ -82,7 +73,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """As fsync(2); a directory's own entries are synced with it."""
     handle = os.open(path, os.O_RDONLY)
     try:

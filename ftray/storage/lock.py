@@ -1,0 +1,116 @@
+"""Who holds a file or an output: a lock of the system, or, in an object store that knows none, a lease.
+
+The holder of a lease writes its file there again and again.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ftray.errors import UserError
+from ftray.storage.location import Location, Stored
+
+LOOK = 1.0  # seconds: longer than :func:`held_since` has the lock of a file
+BEAT, PATIENCE = 5.0, 16.0  # seconds between two writes; without a new one, after which the holder counts as dead
+
+
+@contextmanager
+def hold(lock: Location, refusal: Callable[[], UserError]) -> Iterator[None]:
+    """Hold `lock`; the system lets go of a file when this process ends, however it ends.
+
+    In a store, the lease of a process that was killed is taken over once it has been still for long enough. A process
+    that finds its own taken over, as it was asleep or cut off for longer, ends at once: another goes on from what it
+    left.
+
+    Raises:
+        UserError: what `refusal` gives: another process, which lives, holds it.
+    """
+    if isinstance(lock, Stored):
+        with _lease(lock, refusal):
+            yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
+    try:
+        file.acquire(timeout=LOOK)
+    except Timeout:
+        raise refusal() from None
+    try:
+        os.utime(lock)  # since when it is held, for whoever asks
+        yield
+    finally:
+        file.release()
+
+
+def held_since(lock: Location) -> float | None:
+    """When the process that holds `lock` began to, in seconds since 1970; None: nobody holds it."""
+    if not lock.exists():
+        return None
+    if isinstance(lock, Stored):
+        return None if time.time() - lock.modified > PATIENCE else json.loads(lock.read_text())["since"]
+    file = FileLock(lock)
+    try:
+        file.acquire(timeout=0)
+    except Timeout:
+        return lock.stat().st_mtime
+    file.release()
+    return None
+
+
+@contextmanager
+def wait_for(lock: Path) -> Iterator[None]:
+    """Hold a local `lock`, as soon as no other process does."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        yield
+
+
+@contextmanager
+def _lease(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
+    """Only changes are looked at, no clocks of two machines compared."""
+    mine = {"driver": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    if lock.exists():
+        before, deadline = lock.read_text(), time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and lock.exists():
+            if lock.read_text() != before:
+                raise refusal()
+            time.sleep(1)
+    lock.write_text(json.dumps(mine | {"beat": 0}))
+    time.sleep(1)  # two may begin at once: the last to write has it
+    if _driver(lock) != mine["driver"]:
+        raise refusal()
+    over = threading.Event()
+
+    def beat() -> None:
+        n = 0
+        while not over.wait(BEAT):
+            n += 1
+            with suppress(OSError):  # the search itself finds out, and says so
+                if _driver(lock) != mine["driver"]:
+                    print(f"ftray: output {lock.parent}: another driver has taken it over", file=sys.stderr)
+                    os._exit(1)
+                lock.write_text(json.dumps(mine | {"beat": n}))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(BEAT)
+        if not thread.is_alive():  # else the store doesn't answer
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _driver(lock: Stored) -> str | None:
+    return json.loads(lock.read_text())["driver"] if lock.exists() else None
