@@ -191,3 +191,21 @@ def nodes():
     others = [cluster.add_node(num_cpus=2) for _ in range(2)]
     yield cluster, others
     cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store():
+    """An S3 server, with a bucket `runs`, and the environment by which all clients find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        import boto3
+        from helpers.object_store import Store
+
+        store = Store()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            patch.setenv(f"AWS_{name}", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", store.url)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield store
+        store.process.kill()
+        store.process.wait()

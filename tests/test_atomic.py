@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import test_storage
 
 from ftray.errors import UserError
 from ftray.models.find import is_hub_id
@@ -14,8 +13,6 @@ from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Stored, parse_location
 from ftray.storage.lock import held_since, hold
 from ftray.storage.manifest import find_corruption
-
-store = test_storage.store  # a fixture
 
 
 @pytest.fixture(params=["disk", "store"])

@@ -127,7 +127,7 @@ def test_out_of_memory_makes_passes_smaller():
         if keywords["input_ids"].shape[1] > 70:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    pack.host.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    pack.shared.base_model.register_forward_pre_hook(limit, with_kwargs=True)
     models = [trial.model(base) for trial in chosen]
     for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
         pack.add(str(i), model, trial.update(model))
@@ -154,7 +154,7 @@ def test_one_that_is_too_much_for_the_memory_leaves_alone():
         if keywords["input_ids"].shape[1] > 70:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    pack.host.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    pack.shared.base_model.register_forward_pre_hook(limit, with_kwargs=True)
     models = [trial.model(base) for trial in chosen]
     for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
         pack.add(str(i), model, trial.update(model))

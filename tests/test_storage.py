@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import boto3
 import pytest
 import torch
 from helpers.faults import raylet, victims
+from helpers.object_store import Store
 from helpers.searches import command, environment
 from safetensors.torch import load_file
 
@@ -31,43 +31,6 @@ from ftray.status import read
 from ftray.storage.location import Stored, parse_location, refuse_unreachable
 
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
-
-
-class Store:
-    """moto's S3 server, as a process that can be stopped and continued."""
-
-    def __init__(self, **settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        start = [sys.executable, "-m", "moto.server", "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | settings
-        )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def store():
-    """The server, with a bucket `runs`, and the environment by which all clients find it."""
-    with pytest.MonkeyPatch.context() as patch:
-        store = Store()
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-            patch.setenv(f"AWS_{name}", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", store.url)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield store
-        store.process.kill()
-        store.process.wait()
 
 
 def asked(tmp_path: Path, words: str, model: str, output: str, *more: str, steps: int = 18) -> list[str]:

@@ -1,4 +1,4 @@
-"""Methods that change linear layers, beside LoRA's family."""
+"""Methods that change layers, apart from the LoRA family."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ class BOFTParameters(LayerParameters):
         8, serialization_alias="boft_block_size", description="size of the rotated blocks; must divide layers' inputs"
     )
     factors: PositiveInt = Field(1, serialization_alias="boft_n_butterfly_factor", description="butterfly factors")
-    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="boft_dropout", description="share of blocks left out")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="boft_dropout", description="share of blocks dropped")
 
 
 class LoHaParameters(LayerParameters):
@@ -43,7 +43,7 @@ class VeRAParameters(LayerParameters):
 class HRAParameters(LayerParameters):
     """Chains of Householder reflections, https://arxiv.org/abs/2405.17484."""
 
-    rank: PositiveInt = Field(8, serialization_alias="r", description="reflections; an even number starts at none")
+    rank: PositiveInt = Field(8, serialization_alias="r", description="reflections; an even number starts as identity")
 
 
 class MiSSParameters(LayerParameters):

@@ -261,12 +261,12 @@ def _mistakes() -> Iterator[None]:
 
 
 def _read(chunk: dict[str, Any], cfg: DataConfig, source: str) -> Iterable[dict[str, Any]]:
-    rows = (_row(parse_location, cfg, source) for parse_location in read_chunk(Chunk(**chunk)))
+    rows = (_row(located, cfg, source) for located in read_chunk(Chunk(**chunk)))
     return heapq.nsmallest(cfg.limit, rows, key=lambda row: row["key"]) if cfg.limit else rows
 
 
-def _row(parse_location: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
-    place, record = parse_location
+def _row(located: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
+    place, record = located
     return {
         "key": order_key(record, cfg.seed) - 2**63,  # signed, for the sort
         "split": split_of(record, cfg, source),

@@ -1,4 +1,4 @@
-"""Attention over records that lie one after another in a single row: only here are they padded, and to their like.
+"""Attention over records that lie one after another in a single row; it pads them only here, grouped by length.
 
 Registered with transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface).
 """
@@ -18,11 +18,11 @@ SHORTEST = 16  # records of up to this many tokens are padded to one length
 
 @dataclass
 class Layout:
-    """Where the records of a packed row of T tokens lie, and where each token goes when they are padded to P in all.
+    """Where the records of a packed row of T tokens lie, and where each token goes when they are padded to P tokens.
 
     Attributes:
-        blocks: records and padded length of each group of records of like length.
-        padded: int64 [P], the token at each place; a record's last token fills what is left over.
+        blocks: number of records and padded length of each group of records of similar length.
+        padded: int64 [P], the token at each place; at padding the record's last token.
         places: int64 [T], the place of each token.
     """
 
@@ -32,7 +32,7 @@ class Layout:
 
 
 def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
-    """The layout, on `device`, of a packed row with `position_ids`, int64 [1, T], 0 at the start of every record."""
+    """The layout, on `device`, of a packed row; `position_ids` are int64 [1, T], 0 at the start of each record."""
     positions = position_ids[0].cpu()
     starts = (positions == 0).nonzero().squeeze(1)
     lengths = torch.diff(starts, append=torch.tensor([len(positions)]))
@@ -53,7 +53,7 @@ def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
 
 
 class _Pad(torch.autograd.Function):
-    """Rows to padded places; what is padding bears no gradient."""
+    """Rows to padded places; padding has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -93,11 +93,11 @@ def attention(
     """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim].
 
     Args:
-        module: its `layout` is that of the row at hand.
-        sliding_window: keys that a query sees, itself included; None: all before it.
+        module: holds the `layout` of the current row.
+        sliding_window: number of keys that a query attends to, itself included; None: all before it.
 
     Raises:
-        NotImplementedError: the model wants more than that (soft capping, sinks, attention in both directions).
+        NotImplementedError: the model asks for soft capping, sinks or attention in both directions.
     """
     refuse_unknown(kwargs)
     if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
@@ -110,7 +110,7 @@ def attention(
         offset = block.stop
         qb, kb, vb = (t[block].view(records, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
         mask = _band(length, sliding_window, q.device) if sliding_window and sliding_window < length else None
-        if q.device.type == "cpu" and q.dtype != torch.float32:  # where torch's own kernel is several times slower
+        if q.device.type == "cpu" and q.dtype != torch.float32:  # for these PyTorch's kernel is several times slower
             out = _attend(qb, kb, vb, _band(length, sliding_window or length, q.device), scaling)
         else:
             out = F.scaled_dot_product_attention(
@@ -120,16 +120,16 @@ def attention(
     return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], lay.places)[None], None
 
 
-def refuse_unknown(wishes: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError if the model wants more of attention than plain products (soft capping, sinks)."""
-    if unknown := [name for name in ("softcap", "s_aux") if wishes.get(name) is not None]:
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError if the model asks for soft capping or attention sinks."""
+    if unknown := [name for name in ("softcap", "s_aux") if arguments.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Attention by plain products: query [N, heads, L, d], key and value [N, groups, L, d], mask [L, L]."""
+    """Attention by matrix products: query [N, heads, L, d], key and value [N, groups, L, d], mask bool [L, L]."""
     n, heads, length, size = query.shape
     groups = key.shape[1]
     folded = (query * (scaling or size**-0.5)).reshape(n, groups, heads // groups * length, size)

@@ -1,4 +1,4 @@
-"""Randomness that depends on a run's seed and position alone: not on who trains beside it, nor on recomputation."""
+"""Dropout that depends on a run's seed and position alone, not on other trials or on recomputation."""
 
 import math
 from typing import Any
@@ -9,10 +9,11 @@ from torch import nn
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` that, on a CPU, draws a number for each element that it drops, not for each that there is.
+    """`nn.Dropout` that, on a CPU, draws one number per dropped element instead of one per element.
 
     Attributes:
-        scale: what is kept times this keeps the mean.
+        p: probability that an element is dropped.
+        scale: factor of the kept elements, 1 / (1 - p), which keeps the mean.
     """
 
     def __init__(self, p: float):
@@ -26,10 +27,10 @@ class Dropout(nn.Module):
         return x * zero(mask, self.draw(x.shape, x.device))
 
     def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """What is dropped of a tensor of `shape`, each element with probability `p`: for :func:`zero`.
+        """Draw which elements of a tensor of `shape` are dropped, each with probability `p`; for :func:`zero`.
 
-        Between two that are dropped lies a number of others with a geometric distribution. On a GPU it would have to
-        be waited for how many there are: there, all are drawn.
+        The number of kept elements between two dropped ones has a geometric distribution. On a GPU this would have to
+        wait for the count, so there one number is drawn per element.
         """
         if device.type != "cpu":
             return torch.rand(shape, device=device) < self.p
@@ -41,7 +42,7 @@ class Dropout(nn.Module):
 
 
 def zero(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Set to 0, in `x` itself, what is `dropped`: flat places in its first rows, int64, or a mask of those rows."""
+    """Set the `dropped` elements of `x` to 0 in place: flat int64 indices, or a bool mask of its first rows."""
     if dropped.dtype is torch.bool:
         x[: len(dropped)].masked_fill_(dropped, 0.0)
     else:
@@ -53,7 +54,7 @@ class DropoutRNG:
     """Seeds the generator before each adapted layer from (seed, step, micro-batch, rank, layer).
 
     Attributes:
-        step, micro_batch: where the run is; whoever trains sets them.
+        step, micro_batch: position of the run; the trainer sets them.
     """
 
     def __init__(self, model: nn.Module, seed: int, rank: int = 0):
@@ -67,16 +68,17 @@ class DropoutRNG:
         self._hooks = [layer.register_forward_pre_hook(lambda layer, _: self.begin(layer)) for layer in self._index]
 
     def begin(self, layer: nn.Module) -> None:
-        """Seed for `layer`, if it draws anything."""
+        """Seed the generator for `layer`, if it draws random numbers."""
         if layer.training and layer in self._index:
-            place = hash((self.seed, self.step, self.micro_batch, self.rank, self._index[layer]))  # of integers: fixed
-            # torch.manual_seed would look for every kind of device each time
-            torch.default_generator.manual_seed(place & 0xFFFFFFFF)
+            # a hash of integers is the same in every process
+            seed = hash((self.seed, self.step, self.micro_batch, self.rank, self._index[layer]))
+            # torch.manual_seed would query every kind of device each time
+            torch.default_generator.manual_seed(seed & 0xFFFFFFFF)
             if torch.cuda.is_initialized():
-                torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(place & 0xFFFFFFFF)
+                torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed & 0xFFFFFFFF)
 
     def end(self) -> None:
-        """Take the hooks away again."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,8 +1,8 @@
 """Keys and values of the sequences that decode together, and the attention over them.
 
-transformers' own caches grow by copying (`DynamicCache`) or hold rows of one age (`StaticCache`), and its continuous
-batching pages for GPU kernels and knows no adapters: here sequences of any age lie in slots of one buffer a layer,
-which `transformers.Cache` carries through the model. Registered with transformers' attention interface.
+The caches of transformers grow by copying (`DynamicCache`) or hold sequences of equal length (`StaticCache`), and its
+continuous batching needs GPU kernels and supports no adapters. Here sequences of any length lie in slots of one buffer
+per layer, which `transformers.Cache` carries through the model. Registered with transformers' attention interface.
 """
 
 from dataclasses import dataclass, field
@@ -17,19 +17,20 @@ from transformers.cache_utils import CacheLayerMixin
 from ftray.multi_adapter.attention import refuse_unknown
 
 NAME = "ftray_serving"
-GROWTH = 256  # tokens that a slot first has room for; then it doubles
+GROWTH = 256  # tokens that a slot has room for at first; the room doubles as needed
 
 
 @dataclass
 class Step:
-    """Which token of a flat row of T belongs where, in one step.
+    """Where the tokens of a flat row of T belong, in one step.
 
     Attributes:
         slots, positions: int64 [T], where each token's key and value go.
         prompts: (slot, first token, end, tokens cached before) of each sequence that has several tokens.
         last: int64 [N], the last token of each of the N slots from `first` on; all of them have one.
-        lengths: int64 [N], tokens that those see, themselves included.
+        lengths: int64 [N], number of tokens that those attend to, themselves included.
         longest: greatest of `lengths`.
+        masks: by sliding window, masks that :meth:`mask` has made.
     """
 
     slots: torch.Tensor
@@ -39,10 +40,10 @@ class Step:
     lengths: torch.Tensor
     longest: int
     first: int = 0
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """[N, 1, 1, longest] in the dtype of `like`: 0 where a last token sees, -inf elsewhere."""
+        """[N, 1, 1, longest] in the dtype of `like`: 0 where a last token attends, -inf elsewhere."""
         if window not in self.masks:
             place = torch.arange(self.longest, device=like.device)
             seen = place < self.lengths[:, None]
@@ -54,9 +55,9 @@ class Step:
 
 
 class Slots(CacheLayerMixin):
-    """One layer's keys and values, [slots, heads, room, head_dim]; `step` holds the step at hand.
+    """One layer's keys and values, [slots, heads, room, head_dim]; `step` holds the current step.
 
-    What no sequence sees must be finite all the same: 0 times NaN is NaN.
+    Values outside of all sequences must be finite too: 0 times NaN is NaN.
     """
 
     is_sliding = False
@@ -102,7 +103,7 @@ class Slots(CacheLayerMixin):
 
 
 def _doubled(states: torch.Tensor) -> torch.Tensor:
-    """Twice the room; what is new is not touched, so that on a CPU it takes no memory yet."""
+    """Double the room; the new part is not written to, so that on a CPU it takes no memory yet."""
     slots, heads, room, size = states.shape
     grown = states.new_zeros(slots, heads, 2 * room, size)
     grown[:, :, :room] = states

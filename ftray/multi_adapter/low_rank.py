@@ -1,10 +1,10 @@
-"""The low-rank products of many adapters at once: LoRA's and AdaLoRA's `dropout(x) Aᵀ Bᵀ`, batched over adapters.
+"""Low-rank updates of many adapters at once: LoRA's and AdaLoRA's `dropout(x) Aᵀ Bᵀ`, batched over adapters.
 
-Ranks are filled up with zeros to the greatest, rows to the longest of adapters with about as many (see S-LoRA,
-arXiv 2311.03285, for the problem). One product for all then takes the place of two small ones an adapter.
+Ranks are padded with zeros to the greatest, and rows to the most among adapters with similar numbers of rows (S-LoRA,
+arXiv 2311.03285, describes the problem). One batched product then replaces two small products per adapter.
 
-Over a bfloat16 base the products are made in bfloat16 too, as under torch.autocast: what they are added to is no more
-exact. The factors and their gradients stay in float32. Over any other base they are made in float32, as PEFT does.
+With a bfloat16 base the products are computed in bfloat16 too, as under torch.autocast: the result that they are added
+to is no more exact. Factors and their gradients stay in float32. With any other base all is float32, as in PEFT.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from ftray.multi_adapter.dropout import zero
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What one adapter adds to a layer: `scaling * x Aᵀ Bᵀ`, with some elements of x taken for zero.
+    """What one adapter adds to a layer's output: `scaling * dropout(x) Aᵀ Bᵀ`.
 
     Attributes:
-        a, b: [rank, in] and [out, rank], float32; where nothing is trained also bfloat16.
-        dropped: which elements of the adapter's rows [rows, in], see
-            :func:`ftray.multi_adapter.dropout.zero`; None: none. What keeps the mean is a part of `scaling`.
+        a, b: the factors [rank, in] and [out, rank], float32; for inference also bfloat16.
+        scaling: of the update, times the scale of dropout.
+        dropped: which elements of the adapter's rows [rows, in] are dropped, see
+            :func:`ftray.multi_adapter.dropout.zero`; None: none.
     """
 
     a: torch.Tensor
@@ -35,14 +36,14 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class PaddedSegments:
-    """Rows of K adapters of like numbers, laid out as [K, L].
+    """The rows of K adapters with similar numbers of rows, padded to [K, L].
 
     Attributes:
-        members: which of the adapters.
-        lengths: rows of each, at most L.
-        rows: int64 [R], those rows in the batch; None: all rows of the batch, in order.
-        chosen: int64 [K * L], the row at each place, an adapter's last one where it has no more; None: as they come.
-        places, padding: int64, which places are rows' and which are not; None: all are.
+        members: indices of the adapters.
+        lengths: number of rows of each, at most L.
+        rows: int64 [R], indices of the rows in the batch; None: all rows of the batch, in order.
+        chosen: int64 [K * L], the row at each place, the adapter's last one at padding; None: the batch as it is.
+        places, padding: int64, places of rows and of padding; None: there is no padding.
     """
 
     members: tuple[int, ...]
@@ -53,18 +54,18 @@ class PaddedSegments:
     padding: torch.Tensor | None
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, n] to [K, L, n], in :func:`precision`."""
+        """Pad [T, n] to [K, L, n], in :func:`precision`."""
         laid = x if self.chosen is None else x.index_select(0, self.chosen)
         return laid.to(precision(x)).view(len(self.lengths), max(self.lengths), x.shape[1])
 
     def collect(self, grid: torch.Tensor) -> torch.Tensor:
-        """[K, L, n] to [R, n]."""
+        """Take the rows out of the padding: [K, L, n] to [R, n]."""
         flat = grid.flatten(0, 1)
         return flat if self.places is None else flat.index_select(0, self.places)
 
 
 def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[PaddedSegments]:
-    """The grids for adapters that have the `segments` (first row, end) of a batch of `rows`."""
+    """Group adapters by similar numbers of rows; `segments` are (first row, end) of each in a batch of `rows`."""
     alike: dict[int, list[int]] = {}
     for i, (first, end) in enumerate(segments):
         alike.setdefault((end - first).bit_length(), []).append(i)
@@ -90,15 +91,15 @@ def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torc
 
 
 def precision(x: torch.Tensor) -> torch.dtype:
-    """In which the products over `x` are made."""
+    """The dtype in which products with `x` are computed."""
     return x.dtype if x.dtype is torch.bfloat16 else torch.float32
 
 
 class AddLowRank(torch.autograd.Function):
-    """Adds each adapter's update to its rows of `y`.
+    """Adds each adapter's update to its rows of `y`, in place.
 
-    One node of the graph for all adapters, which works in place: slices of `x` and `y` would each be filled up again
-    in the backward pass.
+    It is one autograd node for all adapters: with slices of `x` and `y`, the backward pass would fill a whole tensor
+    for each slice.
     """
 
     @staticmethod
@@ -110,9 +111,9 @@ class AddLowRank(torch.autograd.Function):
         updates: list[LoraDelta],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        """`y` [1, T, out] and `x` [1, T, in]; `factors` are A and B of each of the `updates`, in turn.
+        """Add to `y` [1, T, out] the updates for `x` [1, T, in]; `factors` are A and B of each update, in turn.
 
-        What is changed in place has to come first: it may be a view (PyTorch's CopySlices).
+        The tensor that is changed in place must come first, as it may be a view (PyTorch's CopySlices).
         """
         saved: list[torch.Tensor] = []
         for grid in layout:
@@ -161,7 +162,7 @@ class AddLowRank(torch.autograd.Function):
 
 
 def _together(updates: list[LoraDelta], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """All A as [K, R, in] and all B as [K, out, R]: a handful of calls, however many adapters."""
+    """All A as [K, R, in] and all B as [K, out, R], in a few calls however many adapters there are."""
     ranks = [len(u.a) for u in updates]
     make = torch.empty if len(set(ranks)) == 1 else torch.zeros
     first = updates[0]

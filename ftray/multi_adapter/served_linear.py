@@ -1,4 +1,4 @@
-"""The shared linear layer where nothing is trained: low-rank factors don't change, so they are put together once."""
+"""The shared linear layer for inference: low-rank factors don't change, so they are concatenated once."""
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -12,7 +12,7 @@ Places = tuple[tuple[int, int], ...]
 
 
 class ServedSegments(AdapterSegments):
-    """AdapterSegments that also know which of the ranks side by side are a row's own."""
+    """Adapter segments that also say which of the concatenated ranks belong to a row's adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ServedSegments(AdapterSegments):
         self._own.clear()
 
     def own(self, places: Places, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
-        """[T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the adapter at that place, else 0."""
+        """A mask [T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the row's own adapter, else 0."""
         key = x.shape[1], places, ranks
         if key not in self._own:
             own = torch.zeros(x.shape[1], sum(ranks), device=x.device, dtype=precision(x))
@@ -36,7 +36,7 @@ class ServedSegments(AdapterSegments):
 
 
 class ServedLinear(SharedLinear):
-    """Two products for the low-rank updates of all adapters, whatever their ranks (see S-LoRA, arXiv 2311.03285)."""
+    """Applies the low-rank updates of all adapters in two products, whatever their ranks (S-LoRA, arXiv 2311.03285)."""
 
     segments: ServedSegments
 
@@ -47,7 +47,7 @@ class ServedLinear(SharedLinear):
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         super().join(name, layer, rng)
         if type(layer) is LoraLinear and update_of(layer, rng, 0):
-            layer.to(precision(layer.get_base_layer().weight))  # its factors are multiplied in no other
+            layer.to(precision(layer.get_base_layer().weight))  # the only precision in which its factors are multiplied
 
     def leave(self, name: str) -> None:
         super().leave(name)

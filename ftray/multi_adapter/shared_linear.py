@@ -1,4 +1,4 @@
-"""A linear layer that many adapters share: its weight multiplies once, then each adapter changes its own rows."""
+"""A linear layer that many adapters share: it multiplies once by its weight, then each adapter changes its own rows."""
 
 from itertools import accumulate
 from typing import Any
@@ -18,54 +18,57 @@ class PackingUnsupported(ValueError):
 
 
 class AdapterSegments:
-    """Which rows of the batch at hand are whose; all shared layers of a pack look here.
+    """Which rows of the current batch belong to which adapter; shared by all layers of a pack.
 
     Attributes:
-        spans: (adapter, first row, end), in order, without gaps.
-        mask: int64 [records, longest] of a padded batch, 1 at these rows, in their order, 0 at padding; None: they lie
-            one after another and nothing is padded.
+        spans: (adapter, first row, end) of each, in order, without gaps.
+        mask: int64 [records, longest] of a padded batch, 1 at tokens and 0 at padding; None: the rows lie one after
+            another, without padding.
+        places: int64 [T], positions of the rows in the flattened mask; None: nothing is padded.
     """
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
         self.mask: torch.Tensor | None = None
-        self.places: torch.Tensor | None = None  # of the rows in the flattened mask, int64 [T]
+        self.places: torch.Tensor | None = None
         self._padded: dict[tuple[int, tuple[tuple[int, int], ...]], list[PaddedSegments]] = {}
 
     def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
-        """The batch at hand is another one."""
+        """Describe the next batch."""
         self.spans, self.mask = spans, mask
         self.places = None if mask is None else mask.flatten().nonzero().squeeze(1)
         self._padded.clear()
 
     @property
     def size(self) -> int:
-        """AdapterSegments that a layer is given, padding included."""
+        """Number of rows of a layer's input, padding included."""
         return self.spans[-1][2] if self.mask is None else self.mask.numel()
 
     def padded(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[PaddedSegments]:
-        """How the rows at `places` of `x` [1, T, in] are laid out; made once for all layers with that T and places."""
-        key = x.shape[1], places  # where an adapter multiplies by itself, its rows are not among those of `x`
+        """The layout of the rows at `places` of `x` [1, T, in]; made once for all layers with these places."""
+        key = x.shape[1], places  # rows of an adapter that multiplies separately are not in `x`
         if key not in self._padded:
             self._padded[key] = padded_segments(places, x.shape[1], x.device)
         return self._padded[key]
 
 
 class SharedLinear(nn.Module):
-    """Takes the place of a frozen `base` layer in the model that runs the rows of all adapters.
+    """Replaces a frozen `base` layer in the model that runs the rows of all adapters.
 
     Attributes:
         base: an `nn.Linear`, a `Conv1D` or a quantised layer.
+        members: by adapter, its PEFT layer and its dropout.
+        multiplies: adapters that change the layer's input, so that their rows are multiplied separately.
     """
 
     def __init__(self, base: nn.Module, segments: AdapterSegments):
         super().__init__()
         self.base, self.segments = base, segments
         self.members: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
-        self.multiplies: set[str] = set()  # adapters that change the layer's input, and so must multiply by themselves
+        self.multiplies: set[str] = set()
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
-        """Let `layer`, PEFT's own, have the rows of adapter `name`."""
+        """Add the PEFT `layer` of adapter `name`."""
         self.members[name] = layer, rng
         if update_of(layer.eval(), rng, 0):  # adds to the layer's output
             return
@@ -82,15 +85,15 @@ class SharedLinear(nn.Module):
             self.multiplies.add(name)
 
     def leave(self, name: str) -> None:
-        """Nothing of adapter `name` stays."""
+        """Remove adapter `name`."""
         del self.members[name]
         self.multiplies.discard(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out], for the spans that `segments` hold now; what pads a batch comes out as zeros.
+        """[..., in] to [..., out], each adapter on its rows, as `segments` say; padding comes out as zeros.
 
         Raises:
-            PackingUnsupported: the layer is given other rows than the batch holds, as an expert is.
+            PackingUnsupported: the input has other rows than the batch, as that of an expert.
         """
         flat, places = x.reshape(1, -1, x.shape[-1]), self.segments.places
         if flat.shape[1] != self.segments.size:
@@ -126,31 +129,31 @@ class SharedLinear(nn.Module):
             multiplied = dict(zip(kept, results, strict=True))
         for i in own:
             layer, _ = self.members[spans[i][0]]
-            # a copy: some methods add to what they are given in place
+            # a copy, as some methods add to their input in place
             answer = _Answer(layer.get_base_layer(), inputs[i], multiplied[i].clone() if i in multiplied else None)
             try:
                 multiplied[i] = layer(inputs[i])
-            finally:  # out of memory, the pack goes on without it
+            finally:  # after running out of memory the pack continues without it
                 answer.end()
         return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
 
     def _multiply(
         self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, LoraDelta]
     ) -> torch.Tensor:
-        """The shared weight times `x`, and to the rows at `places` what the low-rank `updates` add."""
+        """Multiply `x` by the shared weight, and add the low-rank `updates` to the rows at `places`."""
         result = self.base(x)
         return self._add(result, x, places, [updates[i] for i in places]) if updates else result
 
     def _add(
         self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[LoraDelta]
     ) -> torch.Tensor:
-        """`result` with the `updates` of the segments that are the keys of `places`, in that order."""
+        """Add the `updates` to `result`; they are those of the segments that are keys of `places`, in that order."""
         factors = [factor for update in updates for factor in (update.a, update.b)]
         return AddLowRank.apply(result, x, self.segments.padded(tuple(places.values()), x), updates, *factors)
 
 
 class _Answer:
-    """For the length of one call, a base layer that has been multiplied already gives that result for that input."""
+    """During one call, makes a base layer return a result that is already computed when it gets the same input."""
 
     def __init__(self, base: nn.Module, given: torch.Tensor, result: torch.Tensor | None):
         self.base, self.given, self.result, self.multiplied = base, given, result, False
@@ -163,13 +166,13 @@ class _Answer:
         return type(self.base).forward(self.base, x)
 
     def end(self) -> bool:
-        """Leave the base layer as it was; whether it was asked for another product than the one at hand."""
+        """Restore the base layer; returns whether it had to multiply another input."""
         del self.base.__dict__["forward"]
         return self.multiplied
 
 
 def update_of(layer: BaseTunerLayer, rng: DropoutRNG, rows: int) -> LoraDelta | None:
-    """What a plain LoRA or AdaLoRA layer adds, with its dropout drawn for `rows`; None for other layers."""
+    """The update of a plain LoRA or AdaLoRA layer, with dropout drawn for `rows` rows; None for other layers."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]

@@ -1,4 +1,4 @@
-"""Packs under Ray Train: resident worker groups, each with one base model, that train the trials of a search."""
+"""Packs under Ray Train: long-lived worker groups, each with one base model, that train the trials of a search."""
 
 import shutil
 import tempfile
@@ -35,19 +35,26 @@ from ftray.storage.location import Location, Stored, as_local_dir, parse_locatio
 from ftray.storage.manifest import MANIFEST, seal
 from ftray.training.run_spec import RunSpec, micro_batch_size
 
-MOST_TRIALS = 32  # that a pack takes by itself
-# each trial is a process too, if a light one; and fewer at once are fewer that are drawn without knowing of each other
+MOST_TRIALS = 32  # of a pack whose size is not configured
+# each trial is also a light process; and the fewer run at once, the fewer are drawn without each other's results
 STAND_INS_PER_CPU = 2
-EARLY = 8  # trials whose processes start while the packs load
-KEPT_BYTES = 2**30  # of micro-batches that a worker keeps for the next trial of the same order
-TOKEN_BYTES = 24  # ids, labels and positions, int64
+EARLY = 8  # trials whose processes start while the packs load their models
+KEPT_BYTES = 2**30  # most memory of micro-batches that a worker keeps for later trials with the same data order
+TOKEN_BYTES = 24  # of a token in a batch: id, label and position, int64
 
 
 @dataclass(frozen=True)
 class PackContext:
-    """One pack's place in a search."""
+    """What a pack's workers are started with.
 
-    job: SearchContext
+    Attributes:
+        search: what all trials of the search share.
+        broker: handle of the :class:`ftray.search.broker.TrialBroker`.
+        index: of the pack, from 0.
+        experiment: directory of the trials.
+    """
+
+    search: SearchContext
     broker: Any
     index: int
     experiment: Location
@@ -55,152 +62,160 @@ class PackContext:
 
 @dataclass
 class Capacity:
-    """How many trials can train at once, a guess until the first pack is ready; and since when they can."""
+    """How many trials can train at once.
+
+    Attributes:
+        trials: an estimate until the first pack is ready.
+        since: when it was, by `time.monotonic`; None: none is ready yet.
+    """
 
     trials: int
     since: float | None = None
 
     def measure(self, broker: Any, packs: int) -> None:
-        """Wait for the first pack."""
-        with suppress(ray.exceptions.RayError, RuntimeError):  # none comes: who waits for it is told by the broker
+        """Wait for the first pack, and take its number of trials."""
+        with suppress(ray.exceptions.RayError, RuntimeError):  # no pack can start: the broker tells the trials
             self.trials = ray.get(broker.capacity.remote(packs))
             self.since = time.monotonic()
             print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)
 
 
 @contextmanager
-def packs(job: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[Any, Capacity]]:
-    """The broker, for `trials` to come, of as many packs as the cluster has room for; they load while Tune starts.
+def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[Any, Capacity]]:
+    """Start a broker for `trials` and as many packs as the cluster has room for; they load while Tune starts.
+
+    Yields the broker and the capacity of the packs.
 
     Raises:
-        UserError: none of them started; the message says why.
+        UserError: no pack could start; the message says why.
     """
-    count = packs_that_fit(job)
-    # beside the driver: then no other node's loss ends the search
+    count = packs_that_fit(search)
+    # on the driver's node: then losing another node doesn't end the search
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(trials)
-    places = [PackContext(job, broker, i, experiment) for i in range(count)]
-    groups = [threading.Thread(target=_run, args=(place,), daemon=True) for place in places]
-    room = Capacity(min(EARLY, count * most_trials(job)))
-    for thread in (*groups, threading.Thread(target=room.measure, args=(broker, count), daemon=True)):
+    contexts = [PackContext(search, broker, i, experiment) for i in range(count)]
+    groups = [threading.Thread(target=_run, args=(context,), daemon=True) for context in contexts]
+    capacity = Capacity(min(EARLY, count * most_trials(search)))
+    for thread in (*groups, threading.Thread(target=capacity.measure, args=(broker, count), daemon=True)):
         thread.start()
     patience = threading.TIMEOUT_MAX
     try:
-        yield broker, room
+        yield broker, capacity
     except SearchBroken as error:
-        patience = 5.0  # seconds: a store that doesn't answer holds up each of a pack's last words for a minute
+        patience = 5.0  # seconds: an object store that doesn't answer delays each last write of a pack by a minute
         with suppress(ray.exceptions.RayActorError):
             if not ray.get(broker.ready_packs.remote()):
                 raise UserError(f"no pack could start: {error}") from None
         raise
     finally:
-        with suppress(ray.exceptions.RayActorError):  # it has died, and the packs with it
+        with suppress(ray.exceptions.RayActorError):  # the broker has died, and the packs with it
             ray.get(broker.close.remote("the search is over"))
             deadline = time.monotonic() + patience
-            for index in ray.get(broker.ready_packs.remote()):  # the others still wait for a node: Ray takes them down
+            for index in ray.get(broker.ready_packs.remote()):  # Ray ends the others, which still wait for a node
                 groups[index].join(max(0.0, deadline - time.monotonic()))
 
 
-def most_trials(job: SearchContext) -> int:
-    """That a pack takes, whatever its memory has room for."""
-    search = job.config.search
-    if isinstance(search.pack, int):
-        return search.pack
-    useful = -(-search.trials // 2)  # the other half is suggested in the light of these
+def most_trials(search: SearchContext) -> int:
+    """The most trials that a pack takes, however many its memory has room for."""
+    cfg = search.config.search
+    if isinstance(cfg.pack, int):
+        return cfg.pack
+    useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
     useful = min(useful, MOST_TRIALS, max(1, STAND_INS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
-    return min(useful, search.concurrency or useful)
+    return min(useful, cfg.concurrency or useful)
 
 
-def packs_that_fit(job: SearchContext) -> int:
-    """As configured, else those that the cluster has room for: by GPUs where it has any, or `workers` nodes each."""
-    if job.config.scaling.packs:
-        return job.config.scaling.packs
+def packs_that_fit(search: SearchContext) -> int:
+    """Number of packs: as configured, else as many as the GPUs allow, without GPUs one per `workers` nodes."""
+    if search.config.scaling.packs:
+        return search.config.scaling.packs
     nodes = node_resources()
-    fit = room_for(0, job.gpus_per_worker, nodes) if job.gpus_per_worker else sum("CPU" in node for node in nodes)
-    return max(1, fit // job.config.scaling.workers)
+    fit = room_for(0, search.gpus_per_worker, nodes) if search.gpus_per_worker else sum("CPU" in node for node in nodes)
+    return max(1, fit // search.config.scaling.workers)
 
 
 def pack_trainer(
-    job: SearchContext, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
+    search: SearchContext, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
 ) -> TorchTrainer:
-    """A `TorchTrainer` whose workers, with a pack's share of the CPUs each, run `worker(config)`."""
-    workers = packs_that_fit(job) * job.config.scaling.workers
-    cpus = job.config.scaling.cpus_per_worker or cpus_each(workers, job.gpus_per_worker)
-    seed = job.config.training.seed
-    held_out = validation_row_groups(TokenizedData.load(job.data), job.config.training.validation_records)
-    return group_trainer(job, worker, config, cpus, {"validation": held_out}, seed, name, storage)
+    """A `TorchTrainer` whose workers run `worker(config)`, each with its share of the CPUs."""
+    workers = packs_that_fit(search) * search.config.scaling.workers
+    cpus = search.config.scaling.cpus_per_worker or cpus_each(workers, search.gpus_per_worker)
+    seed = search.config.training.seed
+    held_out = validation_row_groups(TokenizedData.load(search.data), search.config.training.validation_records)
+    return group_trainer(search, worker, config, cpus, {"validation": held_out}, seed, name, storage)
 
 
-def _run(place: PackContext) -> None:
-    name, left = f"pack-{place.index}", place.job.config.search.max_failures
+def _run(context: PackContext) -> None:
+    name, left = f"pack-{context.index}", context.search.config.search.max_failures
     while True:
-        remove(place.experiment / name)  # trials keep their own checkpoints
-        trainer = pack_trainer(place.job, pack_worker, {"place": place}, name, place.experiment)
+        remove(context.experiment / name)  # trials keep their own checkpoints
+        trainer = pack_trainer(context.search, pack_worker, {"context": context}, name, context.experiment)
         try:
             if trainer.fit().return_value:
                 break
-            print(f"pack {place.index}: its node goes away; it starts again from checkpoints", flush=True)
-        except ray.exceptions.RayActorError as error:  # what watches over the workers has died: not for Train to mend
+            print(f"pack {context.index}: its node goes away; it restarts from checkpoints", flush=True)
+        except ray.exceptions.RayActorError as error:  # Train's controller has died, which Train itself doesn't restart
             if not left:
-                _close(place, last_line(error))
+                _close(context, last_line(error))
                 break
             left -= 1
         except Exception as error:
-            _close(place, training_failure(error))
+            _close(context, training_failure(error))
             break
 
 
-def _close(place: PackContext, reason: str) -> None:
-    with suppress(ray.exceptions.RayActorError):  # nobody is left to be told
-        ray.get(place.broker.close.remote(reason))
+def _close(context: PackContext, reason: str) -> None:
+    with suppress(ray.exceptions.RayActorError):  # the broker is gone, and with it everyone to tell
+        ray.get(context.broker.close.remote(reason))
 
 
 def pack_worker(config: dict[str, Any]) -> bool:
-    """What each worker of a pack runs until the search is over (true), or the node goes away (false)."""
-    from ftray.training.pack_trainer import PackTrainer  # here: the driver needs none of it
+    """Runs in each worker of a pack until the search is over (returns true) or its node goes away (false)."""
+    from ftray.training.pack_trainer import PackTrainer  # here, as the driver doesn't need torch
 
-    place: PackContext = config["place"]
-    settings = place.job.config
-    task = TokenizedData.load(place.job.data).task
+    context: PackContext = config["context"]
+    settings = context.search.config
+    task = TokenizedData.load(context.search.data).task
     checkpointing = settings.training.gradient_checkpointing
-    trainer = PackTrainer(settings.model, place.job.model_path, checkpointing, task, settings.data.max_length)
+    trainer = PackTrainer(settings.model, context.search.model_path, checkpointing, task, settings.data.max_length)
     if trainer.rank == 0:
-        print(f"pack {place.index}: {trainer.pack.verdict}", flush=True)
-    trainer.measure = place.job.measure()
-    pack = PackWorker(place, trainer)
+        print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
+    trainer.measure = context.search.measure()
+    pack = PackWorker(context, trainer)
     pack.size_up()
     return pack.train()
 
 
 class PackWorker:
-    """One worker's view of its pack: what the broker orders, the trainer does."""
+    """One worker of a pack: carries out the broker's orders with a :class:`ftray.training.pack_trainer.PackTrainer`."""
 
-    def __init__(self, place: PackContext, trainer: Any):
-        self.place, self.trainer = place, trainer
-        self.data = TokenizedData.load(place.job.data)
+    def __init__(self, context: PackContext, trainer: Any):
+        self.context, self.trainer = context, trainer
+        self.data = TokenizedData.load(context.search.data)
         self.collate = self.data.task.load().collate
-        self.streams: dict[tuple[int, int, int], Any] = {}  # each at its start, what was read of it is kept
-        self.held: list[Any] | None = None  # the validation batches, if they are few
+        # by data order, each from its first batch; batches that were read are kept
+        self.streams: dict[tuple[int, int, int], Any] = {}
+        self.held: list[Any] | None = None  # the validation batches, if they fit in memory
         first = trainer.rank == 0
-        self.metrics = PackMetrics(place.job.config.output, place.index) if first else None
+        self.metrics = PackMetrics(context.search.config.output, context.index) if first else None
 
     def size_up(self) -> None:
-        """Tell the broker how many trials fit."""
+        """Measure how many trials fit, and tell the broker."""
         capacity = self.measured_capacity()
         if self.trainer.rank == 0:
-            ray.get(self.place.broker.ready.remote(self.place.index, capacity))
+            ray.get(self.context.broker.ready.remote(self.context.index, capacity))
 
     def measured_capacity(self) -> int:
-        """Set the tokens of a pass by a probe step; returns how many trials the pack takes."""
-        probe = self.place.job.run(BASELINE | {"target_modules": "all-linear"}, {})
+        """Set the tokens of a pass from a probe step; returns how many trials the pack takes."""
+        probe = self.context.search.run(BASELINE | {"target_modules": "all-linear"}, {})
         fit = self.trainer.fit_memory(probe, next(self.batches(probe, 0)))
-        most = most_trials(self.place.job)
-        return most if isinstance(self.place.job.config.search.pack, int) else min(fit, most)
+        most = most_trials(self.context.search)
+        return most if isinstance(self.context.search.config.search.pack, int) else min(fit, most)
 
     def train(self) -> bool:
-        """Until the broker closes (true), or a rank's process has not long to live (false).
+        """Train until the broker closes (returns true) or the process of a rank must end soon (false).
 
-        Trials that are not over then leave a checkpoint of where they are.
+        Then writes a checkpoint of each trial that is not over.
         """
         reports: dict[int, list[Any]] = {}
         failures: dict[int, str] = {}
@@ -248,13 +263,13 @@ class PackWorker:
     def _orders(self, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
         orders = None
         if self.trainer.rank == 0:
-            orders = ray.get(self.place.broker.orders.remote(self.place.index, reports, failures))
+            orders = ray.get(self.context.broker.orders.remote(self.context.index, reports, failures))
         return self.trainer.from_first_rank(orders)
 
     def _join(self, number: int, config: dict[str, Any]) -> str | None:
-        """Bring a trial in; returns why it can't be, on whichever rank."""
+        """Add a trial to the pack; returns the reason if that fails on any rank."""
         name = str(number)
-        kept = self.trainer.from_first_rank(newest_whole(self.place.experiment / trial_name(number)))
+        kept = self.trainer.from_first_rank(newest_whole(self.context.experiment / trial_name(number)))
         with as_local_dir(parse_location(kept)) if kept else nullcontext() as directory:
             reason = self._bring(name, config, str(directory) if directory else None)
         reason = self.trainer.first_of_ranks(reason)
@@ -266,29 +281,29 @@ class PackWorker:
         from ftray.adapters.lora_init import SAMPLES
 
         try:
-            run = self.place.job.run(config["adapter"], config["training"])
+            run = self.context.search.run(config["adapter"], config["training"])
             first = partial(self.batches, run, 0)
             apart = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))
             if apart and self.trainer.rank == 0:
                 print(f"trial {name} trains by itself: {apart}", flush=True)
             trial = self.trainer.trials[name]
             trial.batches = self.batches(run, trial.history.step)
-        except Exception as error:  # of one trial: its mates go on
+        except Exception as error:  # it concerns one trial: the others continue
             return last_line(error)
         return None
 
     def batches(self, run: RunSpec, step: int) -> Iterator[Any]:
-        """This rank's micro-batches from `step` on, streamed by Ray Data.
+        """This rank's micro-batches from optimiser step `step` on, streamed by Ray Data.
 
-        Trials of the same order share a stream: to start one takes seconds, in which all of the pack would wait.
+        Trials with the same data order share a stream: starting one takes seconds, in which the whole pack would wait.
         """
         rows, ranks = micro_batch_size(run.training, self.trainer.world_size), self.trainer.world_size
         seed, records = run.training.seed, run.steps * run.training.batch_size
         seen = step * run.training.batch_size // (rows * ranks)
         if kept := self.streams.get((seed, rows, records)):
             return islice(copy(kept), seen, None)
-        windows = training_row_groups(self.data, seed, records)
-        stream = RankedShards(self.data, seed).stream("train", windows, self.trainer.rank, ranks).iterator()
+        row_groups = training_row_groups(self.data, seed, records)
+        stream = RankedShards(self.data, seed).stream("train", row_groups, self.trainer.rank, ranks).iterator()
         batches = iter(stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2))
         split = self.data.splits["train"]
         if records / ranks * split.tokens / split.records * TOKEN_BYTES < KEPT_BYTES:
@@ -299,8 +314,8 @@ class PackWorker:
         """This rank's batches of the validation records; kept from the first pass on, if they are few."""
         if self.held is not None:
             return self.held
-        training = self.place.job.config.training
-        rows = 4 * micro_batch_size(training, self.trainer.world_size)  # no activation is kept
+        training = self.context.search.config.training
+        rows = 4 * micro_batch_size(training, self.trainer.world_size)  # four times: validation keeps no activations
         shard = train.get_dataset_shard("validation")
         batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
         if min(self.data.splits["validation"].records, training.validation_records) > WINDOW:
@@ -309,11 +324,11 @@ class PackWorker:
         return self.held
 
     def _save(self, name: str) -> None:
-        """Write a trial's checkpoint, whole or not at all; its best one and this one are kept.
+        """Write a trial's checkpoint atomically; keep it and the best one, remove the others.
 
-        One from between two rungs bears no report: it is there to go on from.
+        A checkpoint from between two rungs holds no report: it only serves to resume from.
         """
-        directory, search = self.place.experiment / trial_name(int(name)), self.place.job.config.search
+        directory, search = self.context.experiment / trial_name(int(name)), self.context.search.config.search
         history = self.trainer.trials[name].history
         sign = 1 if search.direction == "min" else -1
         best = min(history.reports, key=lambda report: sign * report[search.metric], default=None)
@@ -344,7 +359,7 @@ class PackWorker:
             publish(aside, target)
 
     def _upload(self, name: str, target: Stored, report: dict[str, Any] | None) -> None:
-        """Every rank uploads what it wrote; manifest and report come last, and without them there is no checkpoint."""
+        """Each rank uploads what it wrote; manifest and report come last, as they make a checkpoint valid."""
         rank, ranks = self.trainer.rank, self.trainer.world_size
         if rank == 0:
             remove(target)

@@ -1,7 +1,7 @@
-"""Many adapters over one frozen base model, trained together; each gets what it would get alone.
+"""Many adapters on one frozen base model, trained together, with the same results as each alone.
 
-Plain PyTorch, PEFT and transformers. One model runs the rows of all adapters as one batch; adapters share no weight,
-so one backward pass gives every one its own gradient. See PLoRA (arXiv 2508.02932) and mLoRA (2312.02515).
+Plain PyTorch, PEFT and transformers. One model runs the rows of all adapters as one batch. Adapters share no weight,
+so one backward pass gives each its own gradient. See PLoRA (arXiv 2508.02932) and mLoRA (2312.02515).
 """
 
 import math
@@ -34,18 +34,18 @@ Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
 class AdapterOptimizer(Protocol):
-    """What makes a step of an adapter out of its gradients."""
+    """Updates an adapter from its gradients."""
 
     def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        """Take `gradients`, in the order of the adapter's trainable parameters; `step` counts from 0."""
+        """Make one step with `gradients`, in the order of the adapter's trainable parameters; `step` counts from 0."""
 
 
 @dataclass
 class TorchOptimizer:
-    """Clipping, optimiser and schedule in one process, by torch alone.
+    """Clipping, optimiser and schedule in one process, with PyTorch alone.
 
     Attributes:
-        clip_norm: of this adapter's gradient; 0: no clipping.
+        clip_norm: greatest norm of this adapter's gradient; 0: no clipping.
     """
 
     model: PeftModel
@@ -73,9 +73,9 @@ class Member:
 
     Attributes:
         layers: its adapted layers, by their path in the base model.
-        parameters: those that are trained.
+        parameters: its trained parameters.
         step: optimiser steps made.
-        isolation_reason: why its rows go through a model of its own, by themselves; None: they share the batch.
+        isolation_reason: why its rows can't share a batch and go through its own model; None: they share the batch.
     """
 
     model: PeftModel
@@ -89,11 +89,11 @@ class Member:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, over all ranks.
+    """The result of a step, over all ranks.
 
     Attributes:
         loss: summed over the supervised tokens, nats.
-        failure: why the adapter has left the pack, unharmed its mates; None: it goes on.
+        failure: why the adapter was removed from the pack; None: it was not. The others are unaffected.
     """
 
     loss: float
@@ -103,19 +103,19 @@ class StepResult:
 
 
 class Pack:
-    """The adapters that train together on `base`.
+    """Adapters that train together on `base`.
 
     Args:
-        base: frozen model, its parameters are shared, it is not changed itself.
-        tokens: rows of one forward and backward pass; an adapter's micro-batch is never cut in two.
+        base: frozen model; its parameters are shared, and the model itself is not changed.
+        tokens: most tokens of one forward and backward pass; an adapter's micro-batch is never split.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
-        sum_over_ranks: element-wise.
-        longest: tokens that a record may have; None: any number.
+        sum_over_ranks: sums lists of numbers element-wise over ranks.
+        longest: most tokens of a record; None: any number.
 
     Attributes:
-        padded: each record has a row of its own in the batch, as the model does not keep records of one row apart.
+        padded: whether each record has its own row in the batch, as the model mixes records of one row.
         isolation_reason: why no adapter of this model can share a batch; None: they can.
-        verdict: how records share a pass, and why not otherwise; one line for the log.
+        verdict: how records share a pass, and why; one line for the log.
     """
 
     def __init__(
@@ -131,26 +131,26 @@ class Pack:
         self.task = task_of(base).load()
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
-        self._rows = AdapterSegments()
-        self._layout: list[attention.Layout] = []  # one, of the row at hand
-        self._probed: dict[Any, str | None] = {}  # what was found of adapters that change the model alike
+        self._segments = AdapterSegments()
+        self._layout: list[attention.Layout] = []  # one, of the current row
+        self._probed: dict[Any, str | None] = {}  # by kind of adapter: the obstacle found, if any
         self.padded = False
-        self.host = self._host()
+        self.shared = self._shared_model()
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
-    def _host(self) -> Any:
+    def _shared_model(self) -> Any:
         implementation = attention_of(self.base.config) if self.padded else attention.NAME
         shared = shared_model(self.base, implementation, layout=self._layout)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the base draws nothing: a draw over all rows would tie trials to their mates
+                module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
         return shared
 
     def _settle(self, longest: int | None) -> str | None:
-        """Find out how records share a pass: in one row, else padded; returns why neither gives what each gets alone.
+        """Decide how records share a pass, in one row or padded; returns why neither gives the results of each alone.
 
         See :mod:`ftray.models.probe`.
         """
@@ -158,7 +158,7 @@ class Pack:
         reasons: list[str] = []
         head = self._agreed(lambda: probe.head_obstacle(self.base.eval(), self._records[0]))
         for self.padded in (False, True):
-            self.host = self._host()
+            self.shared = self._shared_model()
             reason = head or self._agreed(self._obstacle)
             if not reason:
                 self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records lie packed in one row"
@@ -168,7 +168,7 @@ class Pack:
         return f"{type(self.base).__name__}: {reasons[1]}"
 
     def _agreed(self, find: Callable[[], str | None]) -> str | None:
-        """What `find` finds in the way; it counts if it does on any rank, an exception counts too."""
+        """The obstacle that `find` returns, or the exception that it raises, on any rank; None: there is none."""
         try:
             reason = find()
         except Exception as error:
@@ -178,48 +178,48 @@ class Pack:
 
     @torch.enable_grad()
     def _obstacle(self) -> str | None:
-        """Why the base's records don't get in a pass of the host what each gets alone; None: they do."""
+        """Why records in a pass of the shared model don't get the results of each alone; None: they do."""
         dtype = self.base.dtype
         self._alone, wanted = probe.alone(self.base.eval(), self._records)
-        self.host.eval()
+        self.shared.eval()
         with torch.no_grad():
             again = self._probe_pass("", probe.other_first(self._records))
-        with probe.embedded(self.host) as embeddings:
+        with probe.embedded(self.shared) as embeddings:
             logits = self._probe_pass("", self._records)
         if reason := probe.leak(logits, again, dtype):
             return reason
         (gradient,) = torch.autograd.grad(self._probe_loss(logits), embeddings[0])
         flat = gradient.flatten(0, 1)
-        flat = flat if self._rows.places is None else flat[self._rows.places]
+        flat = flat if self._segments.places is None else flat[self._segments.places]
         return probe.wrong_logits(logits, self._alone, dtype) or probe.wrong_gradients(
             flat.split([len(ids) for ids in self._records]), wanted, dtype
         )
 
     def _probe_pass(self, owner: str, records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits of `records` [tokens, vocabulary], in a pass of the host: all but the first are rows of `owner`."""
+        """Logits [tokens, vocabulary] of `records` in one shared pass; all but the first are rows of `owner`."""
         lengths = [len(ids) for ids in records]
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         segments = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
         hidden = self._hidden(torch.cat(list(records))[None], positions, segments)
-        return list(self.host.get_output_embeddings()(hidden).split(lengths))
+        return list(self.shared.get_output_embeddings()(hidden).split(lengths))
 
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
 
     def add(self, name: str, model: PeftModel, update: AdapterOptimizer, seed: int = 0, step: int = 0) -> str | None:
-        """Let an adapter join.
+        """Add an adapter.
 
         Args:
             model: PEFT model over a :func:`share` of the base, adapter in float32.
             update: makes its steps; see :class:`TorchOptimizer`.
             seed: of its dropout.
-            step: optimiser steps that it has made before.
+            step: optimiser steps that it has already made.
 
         Returns:
-            None; or why its rows can't share a batch: it then trains on the same base by itself, between the others.
+            None; or why its rows can't share a batch: it then trains on the same base, in passes of its own.
 
         Raises:
-            PackingUnsupported: not even by itself do its records get what each of them gets alone.
+            PackingUnsupported: its records affect each other even in passes of its own.
         """
         rng, apart, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
         if not apart:
@@ -228,11 +228,11 @@ class Pack:
             except PackingUnsupported as error:
                 apart = str(error)
         for path, layer in layers.items():
-            place = self.host.get_submodule(path)
-            if not isinstance(place, SharedLinear):
-                place = SharedLinear(place, self._rows)
-                self.host.set_submodule(path, place)
-            place.join(name, layer, rng)
+            linear = self.shared.get_submodule(path)
+            if not isinstance(linear, SharedLinear):
+                linear = SharedLinear(linear, self._segments)
+                self.shared.set_submodule(path, linear)
+            linear.join(name, layer, rng)
         self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, apart)
         if not apart and (reason := self._adapter_obstacle(name)):
             self.remove(name)
@@ -245,9 +245,9 @@ class Pack:
         return apart
 
     def _adapter_obstacle(self, name: str) -> str | None:
-        """As :meth:`_obstacle`, for records of an adapter that is moved off its start, after one of nobody.
+        """As :meth:`_obstacle`, for records of an adapter with changed weights, after a record without an adapter.
 
-        Adapters of one kind run the same code: the first of each is tried.
+        Adapters of one kind run the same code: only the first of each kind is tried.
         """
         member = self.members[name]
         layers = ((path, type(layer), update_of(layer, member.rng, 0) is None) for path, layer in member.layers.items())
@@ -259,7 +259,7 @@ class Pack:
         return self._probed[kind]
 
     def _differs_shared(self, member: Member, name: str) -> str | None:
-        self.host.eval()
+        self.shared.eval()
         own = range(1, len(self._records))
         wanted, gradients = probe.alone_adapter(member.model, [self._records[i] for i in own], member.parameters)
         logits = self._probe_pass(name, self._records)
@@ -282,26 +282,26 @@ class Pack:
         return probe.wrong_gradients(ours, gradients, self.base.dtype)
 
     def remove(self, name: str) -> PeftModel:
-        """Let an adapter go; its model works by itself."""
+        """Remove an adapter; returns its model, which works without the pack."""
         member = self.members.pop(name)
         member.rng.end()
         for path in member.layers:
-            self.host.get_submodule(path).leave(name)
+            self.shared.get_submodule(path).leave(name)
         return member.model
 
     def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
-        """One optimiser step of every adapter in `batches`.
+        """Make one optimiser step of every adapter in `batches`.
 
         Args:
             batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
                 adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
 
         Returns:
-            An adapter whose loss or gradient is no longer finite has a `failure`, keeps the weights that it had
-            before this step and is no member any more.
+            By adapter. One whose loss or gradient is not finite has a `failure`: it is removed from the pack, with the
+            weights that it had before this step.
 
-        Out of memory, passes are made smaller by halves; an adapter of which one micro-batch alone is too much fails,
-        and the others step as if it had not been there. So does one whose update is too much, in a single process.
+        When memory runs out, passes are halved. An adapter of which a single micro-batch is too large fails, and the
+        others step as if it had not been there. In a single process, so does one whose update is too large.
         """
         names = list(batches)
         local = [float(n) for name in names for n in _count(self.task, batches[name])]
@@ -310,7 +310,7 @@ class Pack:
         weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
         before = self.tokens
         losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights))
-        if exhausted and self.tokens < before:  # they were the reason: the others step as if those were not there
+        if exhausted and self.tokens < before:  # they were the cause: the others step without them
             self.tokens = before
             others = {name: own for name, own in batches.items() if name not in exhausted}
             again = self._in_memory(lambda: self._gradients(others, weights))
@@ -342,7 +342,7 @@ class Pack:
         return stepped
 
     def _in_memory(self, attempt: Callable[[], Any]) -> Any:
-        """What `attempt` makes, in passes of as many tokens as the memory has room for."""
+        """Call `attempt` until it succeeds, halving the tokens of a pass each time memory runs out."""
         while True:
             try:
                 return attempt()
@@ -356,16 +356,16 @@ class Pack:
     def _gradients(
         self, batches: Mapping[str, Sequence[Batch]], weights: Mapping[str, float]
     ) -> tuple[dict[str, float], dict[str, list[torch.Tensor]], set[str]]:
-        """Summed loss, and gradient of `weights` times it (and of the method's own penalty), of each adapter.
+        """The loss of each adapter, summed, and the gradient of its weighted loss plus the method's penalty.
 
-        The third result names those of which a micro-batch alone is too much for the memory.
+        The third result names the adapters of which a single micro-batch is too large for the memory.
 
         Raises:
-            RuntimeError: a pass of several adapters is; see :func:`out_of_memory`.
+            RuntimeError: a pass of several adapters ran out of memory; see :func:`out_of_memory`.
         """
         exhausted: set[str] = set()
-        if not self.host.training:
-            train_mode(self.host)
+        if not self.shared.training:
+            train_mode(self.shared)
         losses, gradients = dict.fromkeys(batches, 0.0), {}
         for name in batches:
             if not self.members[name].model.training:
@@ -395,9 +395,9 @@ class Pack:
     def losses(self, names: Sequence[str], batch: Batch) -> list[float | None]:
         """The loss of each of the named adapters on this rank's `batch`, summed over its supervised tokens.
 
-        None where the batch of that adapter alone is too much for the memory.
+        None where that adapter's batch alone is too large for the memory.
         """
-        self.host.eval()
+        self.shared.eval()
         for name in names:
             if self.members[name].model.training:
                 self.members[name].model.eval()
@@ -420,7 +420,7 @@ class Pack:
         return found
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
-        """All units, in order, as many to a pass as its tokens allow; never two of one adapter, none with one apart."""
+        """Divide `units` into passes by tokens, in order; one unit per adapter a pass, an isolated one by itself."""
         while units:
             now: list[Unit] = []
             later: list[Unit] = []
@@ -437,21 +437,21 @@ class Pack:
             units = later
 
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
-        """The weighted sum of the units' losses, and each one's loss summed over its supervised tokens."""
+        """The weighted sum of the units' losses, and the loss of each, summed over its supervised tokens."""
         if self.members[units[0][0]].isolation_reason:
             rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
             loss = self.task.loss(self.members[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
-        segments = [(name, *place) for (name, *_), place in zip(units, pairwise(ends), strict=True)]
+        segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         total, losses = HeadLoss.apply(
             hidden[positions.to(hidden.device)],
-            self.host.get_output_embeddings(),
+            self.shared.get_output_embeddings(),
             targets[positions].to(hidden.device),
             torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
         )
@@ -460,21 +460,21 @@ class Pack:
     def _hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[tuple[str, int, int]]
     ) -> torch.Tensor:
-        """What the head is given, [T, hidden size], for a packed row [1, T] of which each adapter has its span."""
+        """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter."""
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         if not self.padded:
-            self._rows.set(segments)
+            self._segments.set(segments)
             self._layout[:] = [attention.layout(position_ids, self.base.device)]
-            return self.host.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+            return self.shared.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         mask = padding_mask(positions)
-        self._rows.set(segments, mask)
+        self._segments.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
-        hidden = self.host.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, self._rows.places)
+        hidden = self.shared.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, self._segments.places)
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
-    """Gradient of what a method adds to the loss by itself (AdaLoRA); empty if it adds nothing."""
+    """Gradient of a method's own penalty (AdaLoRA); empty if it has none."""
     if not hasattr(model.base_model, "update_and_allocate"):
         return []
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

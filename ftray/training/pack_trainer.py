@@ -1,4 +1,4 @@
-"""A pack of trials from first step to last: each with a DeepSpeed engine of its own over the one base model."""
+"""Trains a pack of trials from first step to last: one base model, and a DeepSpeed engine for each trial."""
 
 import math
 import os
@@ -25,13 +25,13 @@ from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
 
-MOST_TOKENS = 16384  # of a pass: beyond, more rows don't make the products faster
+MOST_TOKENS = 16384  # of a pass: more rows don't make the matrix products more efficient
 
-STATE_BYTES = 16  # float32 weight and gradient, two moments, of each trained parameter
+STATE_BYTES = 16  # of each trained parameter: float32 weight, gradient and two moments
 
 
 class TrainableParameters(nn.Module):
-    """The trained parameters of a PEFT model and nothing else: what an engine has to know of it."""
+    """The trained parameters of a PEFT model and nothing else: all that a DeepSpeed engine needs of it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -41,7 +41,7 @@ class TrainableParameters(nn.Module):
 
 
 class InjectGradients(torch.autograd.Function):
-    """A scalar whose backward pass hands gradients that are known already to their parameters."""
+    """A scalar whose backward pass gives each parameter a gradient that has already been computed."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
@@ -54,21 +54,21 @@ class InjectGradients(torch.autograd.Function):
 
 
 class DeepSpeedOptimizer:
-    """Reduction over workers, ZeRO, clipping, optimiser and schedule of one adapter, all DeepSpeed's.
+    """Gradient reduction, ZeRO, clipping, optimiser and schedule of one adapter, all by DeepSpeed.
 
-    An engine a trial, not a parameter group a trial: trials then join, leave, clip, checkpoint and diverge without
-    touching each other's optimiser.
+    Each trial has an engine, not a parameter group in a common one: trials then join, leave, clip, checkpoint and
+    diverge without touching each other's optimiser.
     """
 
     def __init__(self, model: Any, cfg: TrainingConfig, steps: int):
         adapter = TrainableParameters(model)
         self.parameters = trainable(model)
-        # the pack has summed the micro-batches up already
+        # the pack has already summed the micro-batches
         self.engine = build_engine(adapter, cfg.model_copy(update={"micro_batch": None}), steps)
         self.allocation = RankAllocation(self.engine, model)
 
     def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        """See :class:`ftray.training.pack.AdapterOptimizer`; every rank calls it with its own gradients."""
+        """As :meth:`ftray.training.pack.AdapterOptimizer.apply`; each rank passes its own gradients."""
         self.engine.backward(InjectGradients.apply(gradients, *self.parameters), scale_wrt_gas=False)
         self.allocation.before_step()
         self.engine.step()
@@ -77,7 +77,7 @@ class DeepSpeedOptimizer:
 
 @dataclass
 class PackedTrial:
-    """One run in a pack.
+    """One trial of a pack.
 
     Attributes:
         batches: this rank's micro-batches from `history.step` on.
@@ -91,7 +91,7 @@ class PackedTrial:
 
 
 class PackTrainer:
-    """The base model and the trials over it, in one process of `world_size`; all processes make the same calls.
+    """The base model and its trials, in one of `world_size` processes; all processes make the same calls.
 
     Attributes:
         trials: by name.
@@ -108,7 +108,7 @@ class PackTrainer:
         task: TaskSpec = CAUSAL,
         longest: int | None = None,
     ):
-        """`longest`: tokens that a record may have; None: any number."""
+        """Load the base model; `longest` is the most tokens of a record, None: any number."""
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -128,13 +128,22 @@ class PackTrainer:
         checkpoint: str | None = None,
         samples: Callable[[], list[Batch]] | None = None,
     ) -> str | None:
-        """Let a trial take part, from the start or from where `checkpoint`, written by :meth:`save`, left it.
+        """Add a trial, from its first step or from a checkpoint.
 
-        Its `batches` have to be set before it can :meth:`step`; `samples` are for
-        :func:`ftray.adapters.methods.attach`.
+        Its `batches` must be set before the first :meth:`step`.
+
+        Args:
+            name: of the trial.
+            run: what to train.
+            checkpoint: directory written by :meth:`save`; None: start anew.
+            samples: gives batches for initialisation by data, see :func:`ftray.adapters.methods.attach`.
 
         Returns:
-            Why it can't share a batch with others, if so: see :meth:`ftray.training.pack.Pack.add`.
+            Why it can't share a batch with others, None if it can: see :meth:`ftray.training.pack.Pack.add`.
+
+        Raises:
+            UserError: the run's settings can't be combined.
+            PackingUnsupported: it can't be trained on batches of several records.
         """
         refuse(run.adapter, run.model, run.training)
         model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed, samples)
@@ -147,13 +156,13 @@ class PackTrainer:
         return apart
 
     def leave(self, name: str) -> None:
-        """Let a trial go, whether or not the pack has dropped it already."""
+        """Remove a trial, whether or not the pack has already dropped it."""
         if name in self.pack.members:
             self.pack.remove(name)
         self.trials.pop(name).update.engine.destroy()
 
     def step(self, names: Sequence[str]) -> dict[str, str]:
-        """One optimiser step of each of the named trials; returns why those failed that can't go on."""
+        """Make one optimiser step of each of the named trials; returns the reason for each that failed."""
         started = time.monotonic()
         trials = {name: self.trials[name] for name in names}
         batches = {name: [next(trial.batches) for _ in range(trial.accumulation)] for name, trial in trials.items()}
@@ -165,7 +174,7 @@ class PackTrainer:
         return {name: result.failure for name, result in stepped.items() if result.failure}
 
     def validate(self, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, str]:
-        """Add a report to the history of each of the named trials; returns why those failed that can't go on.
+        """Validate the named trials and add a report to their histories; returns the reason for each that failed.
 
         Args:
             batches: this rank's share of the validation split.
@@ -196,7 +205,7 @@ class PackTrainer:
         return failures
 
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
-        """Add what `measure` gives; or why it gives nothing, on whichever rank."""
+        """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank."""
         if self.measure is None:
             return None
         reason = None
@@ -209,15 +218,15 @@ class PackTrainer:
         return self.first_of_ranks(reason)
 
     def save(self, name: str, directory: str) -> None:
-        """Write a trial's checkpoint; every rank calls it with its own view of the same directory."""
+        """Write a trial's checkpoint; every rank passes its own view of the same directory."""
         trial = self.trials[name]
         save_checkpoint(trial.update.engine, trial.update.allocation, directory, trial.history.state())
 
     def fit_memory(self, run: RunSpec, batch: Batch) -> int:
-        """Set the tokens of a pass from what a probe step of `run` on `batch` keeps; returns how many trials fit.
+        """Set the tokens of a pass from the memory of a probe step of `run` on `batch`; returns how many trials fit.
 
-        Half of the free memory is for what the backward pass keeps, a quarter for the trials' weights, gradients and
-        optimiser states.
+        Half of the free memory is for activations kept for the backward pass, a quarter for the trials' weights,
+        gradients and optimiser states.
         """
         self.join("probe", run)
         own = {p.untyped_storage().data_ptr() for p in self.pack.base.parameters()}
@@ -244,14 +253,14 @@ class PackTrainer:
         return max(1, min(self.pack.tokens // a_trial, int(fit[1])))
 
     def from_first_rank(self, value: Any) -> Any:
-        """What rank 0 has as `value`."""
+        """The `value` that rank 0 passes."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, 0, device=torch.device(self.device))
         return values[0]
 
     def first_of_ranks(self, value: str | None) -> str | None:
-        """The first that any rank has, None if none has one."""
+        """The first `value` over ranks that is not None; None if all are."""
         values: list[str | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return next((v for v in values if v is not None), None)
@@ -261,7 +270,7 @@ class PackTrainer:
         return self._sum([float(flag)])[0] > 0
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has made this call."""
         dist.barrier()
 
     def _sum(self, values: list[float]) -> list[float]:
