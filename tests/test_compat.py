@@ -1,8 +1,11 @@
 """What ftray takes from other libraries by private names: each test names one, and fails where it has changed."""
 
+import ast
 import inspect
 import math
+import re
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,8 @@ from ray import ActorID, PlacementGroupID, serve
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+import ftray
 
 
 def test_ray_bootstrap_address(monkeypatch):
@@ -192,3 +197,12 @@ def test_sacrebleu_chrf():
     counts, score = chrf(wanted, predicted)
     assert math.isclose(score(counts.sum(0)), CHRF().corpus_score(predicted, [wanted]).score)
     assert math.isclose(score(counts[1]), CHRF().sentence_score(predicted[1], [wanted[1]]).score)
+
+
+def test_what_ruff_takes_for_public():
+    """Names like `_this_` are private too, and SLF001 lets them pass."""
+    package = Path(ftray.__file__).parent
+    files = [file for file in package.rglob("*.py") if file.parent != package / "compat"]
+    trees = {file: ast.walk(ast.parse(file.read_text())) for file in files}
+    used = [(file.name, n.attr) for file, tree in trees.items() for n in tree if isinstance(n, ast.Attribute)]
+    assert [(file, name) for file, name in used if re.fullmatch("_[^_].*_", name)] == []
