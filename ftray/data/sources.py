@@ -84,7 +84,7 @@ def find_chunks(source: str) -> list[Chunk]:
         filesystem, root = _open(source)
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
-            if _may_be_hub_id(source):
+            if hub_dataset(source):
                 return hub_chunks(source)
             raise UserError(f"data {source}: no such file or folder{_near(source)}")
         files = [info]
@@ -175,11 +175,12 @@ def _open(source: str) -> tuple[pafs.FileSystem, str]:
     return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
 
 
-def _may_be_hub_id(source: str) -> bool:
+def hub_dataset(source: str) -> str | None:
+    """The data set's id on the hub, without its configuration, that `source` may name; None: it is no such name."""
     repository, colon, name = source.partition(":")
     is_named = is_hub_id(repository) or (colon and re.fullmatch(r"[\w-]+", repository))  # some old ones have no owner
     is_whole = not colon or re.fullmatch(r"[\w.-]+", name)
-    return bool(is_named and is_whole) and not Path(source).suffix[1:].isalpha()
+    return repository if is_named and is_whole and not Path(source).suffix[1:].isalpha() else None
 
 
 def _near(source: str) -> str:

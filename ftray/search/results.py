@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from optuna.trial import TrialState
@@ -13,12 +13,16 @@ from ray.train import Result
 
 from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
+from ftray.data.sources import hub_dataset
 from ftray.search.progress import describe
 from ftray.search.sampler import past_trials
 from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Location, Stored, as_local_dir, parse_location
 from ftray.storage.manifest import MANIFEST, check, find_corruption
 from ftray.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
@@ -159,14 +163,52 @@ def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Loc
 
 
 def model_card(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) -> str:
-    """The README.md of the best adapter, in the hub's model-card form."""
+    """The README.md of the best adapter: a model card of the hub, with what it scored as its model index."""
+    from huggingface_hub import ModelCard
+
+    header = _card_data(cfg, best, proof).to_yaml()
+    return str(ModelCard(f"---\n{header}\n---\n{_card_text(cfg, best, proof)}"))
+
+
+def _card_data(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) -> "ModelCardData":
+    """`best` as validated; with a `proof`, what the test split gave."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
+    dataset = hub_dataset(cfg.data.source)
+    found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
+    if proof:
+        found = {name: metric["best"] for name, metric in proof["metrics"].items()}
+    results = [
+        EvalResult(
+            task_type=task.pipeline_tag,
+            dataset_type=dataset or Path(cfg.data.source).name,
+            dataset_name=dataset or Path(cfg.data.source).name,
+            dataset_split="test" if proof else "validation",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in found.items()
+    ]
+    return ModelCardData(
+        base_model=cfg.model.name,
+        datasets=[dataset] if dataset else None,
+        eval_results=results,
+        library_name="peft",
+        metrics=list(found),
+        model_name=_card_title(cfg, best),
+        pipeline_tag=task.pipeline_tag,
+        tags=["ftray", method],
+    )
+
+
+def _card_title(cfg: Config, best: dict[str, Any]) -> str:
+    return f"{best['config']['adapter']['method']} adapter for {cfg.model.name}"
+
+
+def _card_text(cfg: Config, best: dict[str, Any], proof: dict[str, Any] | None) -> str:
     lines = [
-        "---",
-        "library_name: peft",
-        f"base_model: {cfg.model.name}",
-        f"tags: [ftray, {best['config']['adapter']['method']}]",
-        "---",
-        f"# {best['config']['adapter']['method']} adapter for {cfg.model.name}",
+        f"# {_card_title(cfg, best)}",
         "",
         f"Trained on `{cfg.data.source}`; the best of a search over {cfg.search.trials} configurations.",
         "",

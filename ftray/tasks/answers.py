@@ -100,6 +100,7 @@ class Task(task.PaddedTask):
     """
 
     auto_class = "AutoModelForQuestionAnswering"
+    pipeline_tag = "question-answering"
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
     metric = "squad_f1"
     shapes = (Shape("question", ("question", "context", "answers"), _parse, ("is_impossible",), REFUSED),)

@@ -24,6 +24,7 @@ class Task(task.Task):
     """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.models.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
+    pipeline_tag = "text-generation"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     shapes = records.SHAPES

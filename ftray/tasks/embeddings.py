@@ -69,6 +69,7 @@ class Task(task.PaddedTask):
     """
 
     auto_class = "AutoModel"
+    pipeline_tag = "sentence-similarity"
     columns = ("input_ids", "token_type_ids", "labels", "lengths", "score")
     metrics: ClassVar[Mapping[str, str]] = PAIRS | SCORED
     shapes = (

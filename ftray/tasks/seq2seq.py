@@ -23,6 +23,7 @@ class Task(task.PaddedTask):
     """Cross-entropy of the decoder's next token; one item a target token, its end included."""
 
     auto_class = "AutoModelForSeq2SeqLM"
+    pipeline_tag = "text2text-generation"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     shapes = records.SHAPES
     record_keys = "input/output, instruction/input/output or prompt/completion"

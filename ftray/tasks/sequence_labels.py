@@ -49,6 +49,7 @@ class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the model's summary of the text; one item a record."""
 
     auto_class = "AutoModelForSequenceClassification"
+    pipeline_tag = "text-classification"
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
     metric = "macro_f1"
     has_labels = True

@@ -24,6 +24,7 @@ class Task(ABC):
 
     Attributes:
         auto_class: of transformers, that loads the model with the right head.
+        pipeline_tag: how the hub names the task.
         columns: of the shards, that :meth:`collate` takes.
         packed: whether records lie one after another in a single row, without padding.
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
@@ -36,6 +37,7 @@ class Task(ABC):
     """
 
     auto_class: ClassVar[str]
+    pipeline_tag: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     packed: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, str]]

@@ -58,6 +58,7 @@ class Task(task.PaddedTask):
     """Cross-entropy of a linear layer over the first token of each word; one item a word."""
 
     auto_class = "AutoModelForTokenClassification"
+    pipeline_tag = "token-classification"
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "entity_f1": "max"}
     metric = "entity_f1"
     has_labels = True
