@@ -237,11 +237,16 @@ def test_next_to_no_temperature_is_none(server, odd):
 
 
 def test_an_adapter_that_gives_nothing_finite_fails_alone(server):
-    broken = server.directory / "broken"
-    shutil.copytree(server.directory / "lora", broken)
-    weights = load_file(broken / "adapter_model.safetensors")
-    save_file({name: weight * float("nan") for name, weight in weights.items()}, broken / "adapter_model.safetensors")
-    assert server.post("/v1/adapters", json={"name": "broken", "source": str(broken)}).status_code == 200
+    weights = load_file(server.directory / "lora" / "adapter_model.safetensors")
+    for name, factor in (("nan", float("nan")), ("broken", 1e30)):
+        shutil.copytree(server.directory / "lora", server.directory / name)
+        file = server.directory / name / "adapter_model.safetensors"
+        save_file({key: weight * factor for key, weight in weights.items()}, file)
+    refused = server.post("/v1/adapters", json={"name": "nan", "source": str(server.directory / "nan")})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "source")
+    assert "not finite" in refused.json()["error"]["message"]
+    source = str(server.directory / "broken")
+    assert server.post("/v1/adapters", json={"name": "broken", "source": source}).status_code == 200
     ids = server.tokenizer("a b c")["input_ids"]
 
     async def ask(client, name):
@@ -290,7 +295,7 @@ ODD |= st.tuples(TEXTS, VALUES)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": TEXTS | VALUES})
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     changes=st.lists(ODD, min_size=1, max_size=4),
     messages=st.none() | st.lists(MESSAGE, max_size=2) | VALUES,

@@ -98,12 +98,14 @@ def test_who_goes_away_frees_the_slot():
     assert_as_alone(engine, [None])
 
 
-def test_an_adapter_that_is_not_finite_ends_its_own_answers_alone():
-    engine = engine_of(llama(), ["lora", "ia3"])
-    for parameter in engine.adapters["ia3"].model.parameters():
+@pytest.mark.parametrize("method", ["rslora", "adalora", "dora", "ia3", "oft"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_adapter_that_is_not_finite_ends_its_own_answers_alone(method, value):
+    engine = engine_of(llama(), ["lora", method])
+    for parameter in engine.adapters[method].model.parameters():
         if parameter.requires_grad:
-            parameter.data.fill_(float("nan"))
-    bad, good = asked([7] * 50, "ia3"), asked([5, 6], "lora", max_tokens=20)
+            parameter.data.fill_(float(value))
+    bad, good = asked([7] * 50, method), asked([5, 6], "lora", max_tokens=20)
     got = run(engine, [bad, good])
     assert "not finite" in bad.pieces[-1].error
     assert got[1] == generated(engine.adapters["lora"].model, [5, 6], 20)

@@ -59,7 +59,10 @@ class ServedLinear(SharedLinear):
         names = tuple(self.segments.spans[i][0] for i in places)
         if self._together is None or self._together[0] != names:
             a, b = (torch.cat(part) for part in ([u.a for u in updates], [u.b.T * u.scaling for u in updates]))
-            self._together = names, a.to(precision(x)), b.to(precision(x))
+            a, b = a.to(precision(x)), b.to(precision(x))
+            if not (a.isfinite().all() and b.isfinite().all()):  # NaN times 0 is NaN in the others' rows too
+                raise FloatingPointError("an adapter's weights are not finite")
+            self._together = names, a, b
         _, a, b = self._together
         own = self.segments.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
         result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)

@@ -116,4 +116,6 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
     if stray or missing:
         reason = missing[0] if missing else f"the model has no place for {sorted(stray)[0]}"
         raise UserError(f"adapter {source}: does not fit {base.name_or_path}: {reason[:200]}")
+    if not all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(model).values()):
+        raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
     return model.to(base.device).eval()
