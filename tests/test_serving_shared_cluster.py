@@ -10,9 +10,9 @@ import httpx
 import pytest
 import ray
 from conftest import llama
+from helpers.ports import free_port
 from ray import serve
 from starlette.requests import Request
-from test_serving_app import free_port
 
 from ftray.serving.app import build
 
