@@ -1,4 +1,4 @@
-"""One driver an output in an object store, which knows no locks: its driver writes a file there again and again."""
+"""A lock in an object store, which has none itself: the driver that holds an output keeps rewriting a file there."""
 
 import json
 import os
@@ -18,13 +18,17 @@ BEAT, PATIENCE = 5.0, 16.0  # seconds between two writes; without a new one, aft
 
 @contextmanager
 def held(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
-    """Hold `lock`; that of a driver that was killed is taken over once it has been still for long enough.
+    """Hold `lock`; the lock of a killed driver is taken over when it has not changed for `PATIENCE` seconds.
 
-    Only changes are looked at, no clocks of two machines compared. A driver that finds its lock taken over, as it was
-    asleep or cut off for longer, ends at once: another goes on from what it left.
+    Only changes count, clocks of two machines are never compared. A driver that finds its lock taken over, because it
+    was suspended or disconnected for longer than that, ends at once: another one continues from what it left.
+
+    Args:
+        lock: the file.
+        refusal: makes the error that is raised when another driver holds it.
 
     Raises:
-        UserError: what `refusal` gives: a driver that lives holds it.
+        UserError: from `refusal`: a running driver holds it.
     """
     mine = {"driver": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     if lock.exists():
@@ -62,7 +66,7 @@ def held(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
 
 
 def since(lock: Stored) -> float | None:
-    """When the driver that holds `lock` began, in seconds since 1970; None: there is none that lives."""
+    """When the driver that holds `lock` started, in seconds since 1970; None: no running driver holds it."""
     if not lock.exists() or time.time() - lock.modified > PATIENCE:
         return None
     return json.loads(lock.read_text())["since"]
