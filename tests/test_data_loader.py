@@ -66,7 +66,7 @@ def test_epochs_and_seeds_differ():
     assert epochs[:41] != epochs[41:]
     assert stream(data, 41, seed=4) != epochs[:41]
     assert epochs[:41] != list(range(41))
-    windows = [reading.window for reading in row_group_order(InMemory([4] * 10), 3, 0, 80)]
+    windows = [reading.row_group for reading in row_group_order(InMemory([4] * 10), 3, 0, 80)]
     assert sorted(windows[:10]) == sorted(windows[10:]) == list(range(10))
     assert windows[:10] != windows[10:]
 

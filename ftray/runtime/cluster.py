@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, without its log noise."""
+"""Join a Ray cluster, or start one on this machine, without its log noise."""
 
 import logging
 import os
@@ -13,26 +13,26 @@ from typing import Any
 from ftray.config import Config
 from ftray.errors import UserError
 
-# seconds; a head that is made anew by KubeRay is back in less than a minute
+# seconds; KubeRay restarts a head in less than a minute
 JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
-RAYLET_NOISE = "PYTHON worker processes have been started"  # expected: a trial is several small processes
+RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a trial has several small processes
 
 
 def quiet() -> None:
-    """Keep the logs of the libraries below us from the terminal; must run before they are imported."""
+    """Silence the logs of other libraries on the terminal; must be called before they are imported."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ftray draws its own
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYLET_NOISE)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)  # of this process alone; libraries set levels back, and Tune logs tracebacks
+    logging.disable(logging.ERROR)  # in this process only; libraries reset levels, and Tune logs tracebacks
 
 
 def connect(cfg: Config) -> None:
-    """Join the cluster at `scaling.address`, the one this job runs in, or a new one on this machine.
+    """Join the cluster at `scaling.address` or the one that this job runs in, else start one on this machine.
 
     Raises:
-        UserError: none answers where there should be one.
+        UserError: no cluster answers at the address.
     """
     import ray
 
@@ -52,10 +52,10 @@ def connect(cfg: Config) -> None:
 
 
 def check_address(cfg: Config) -> None:
-    """Whether there is a cluster to join: Ray's own attempt takes minutes, and ends in a traceback.
+    """Check that the cluster to join answers: Ray's own attempt takes minutes and ends in a traceback.
 
     Raises:
-        UserError: none answers where there should be one.
+        UserError: no cluster answers at the address.
     """
     from ftray.compat.ray import bootstrap_address
 
@@ -83,10 +83,13 @@ def check_address(cfg: Config) -> None:
 
 
 def end_with_ray(command: str) -> None:
-    """From now on this process ends, with one line, soon after Ray's processes that it talks to are gone.
+    """Watch the Ray processes that this one talks to; when one is gone, end this process with one line.
 
-    Ray's own calls would wait for the raylet for ever (https://github.com/ray-project/ray/issues/20239), and without
-    the head they end the process after a minute, with C++ stack traces.
+    Ray's own calls would wait for the raylet forever (https://github.com/ray-project/ray/issues/20239), and without the
+    head they end the process after a minute, with C++ stack traces.
+
+    Args:
+        command: of ftray, for the message.
     """
     import ray
 
@@ -109,7 +112,9 @@ def end_with_ray(command: str) -> None:
                     seen[name] = time.monotonic()
                 elif time.monotonic() - seen[name] > patience and ray.is_initialized():
                     sys.stdout.flush()
-                    if threading.main_thread().is_alive():  # else it has said why it ends, and waits for Ray
+                    if (
+                        threading.main_thread().is_alive()
+                    ):  # else it has already said why it ends, and only waits for Ray
                         line = f"Ray's {name} process is gone; the same command with --resume goes on"
                         print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
                     os._exit(1)
@@ -128,7 +133,7 @@ def _listens(family: int, address: Any) -> bool:
 
 
 def gpus_per_worker(cfg: Config) -> float:
-    """As configured, else one where the cluster has any."""
+    """GPUs of each worker: as configured, else 1 if the cluster has any GPU."""
     import ray
 
     if cfg.scaling.gpus_per_worker is not None:
@@ -137,30 +142,30 @@ def gpus_per_worker(cfg: Config) -> float:
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What each node that is up has, by kind; a kind that it has none of is left out."""
+    """The resources of each running node, by kind; kinds that it lacks are left out."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def room_for(cpus: float, gpus: float, nodes: list[dict[str, float]]) -> int:
-    """Workers with so many CPUs and GPUs each that `nodes` can run at once; a worker lies on one node."""
+    """Number of workers with `cpus` and `gpus` each that `nodes` can run at once; a worker lies on one node."""
     asked = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     return sum(int(min(node.get(kind, 0) // amount for kind, amount in asked.items())) for node in nodes)
 
 
 def cpus_each(workers: int, gpus: float) -> int:
-    """The most CPUs that each of `workers` can have, beside its GPUs, on the nodes as they are now."""
+    """The most CPUs that each of `workers` can have, along with `gpus`, on the nodes that are running now."""
     nodes = node_resources()
     largest = int(max(node.get("CPU", 0) for node in nodes))
     return max((cpus for cpus in range(1, largest + 1) if room_for(cpus, gpus, nodes) >= workers), default=1)
 
 
 def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any, max_retries: int = 3) -> Any:
-    """Run `function` as a task that has all CPUs of a node, and a GPU where there is one; returns its reference.
+    """Run `function` as a Ray task with all CPUs of a node, and a GPU if there is one; returns its object reference.
 
     Args:
-        max_retries: how often it is begun anew where its process has died; 0: not where it ran out of memory, either.
+        max_retries: how often it is restarted if its process dies; 0: never, not even after running out of memory.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""What a search leaves behind: leaderboard, summary, the best adapter and its model card."""
+"""What a search writes: leaderboard, summary, the best adapter and its model card."""
 
 import csv
 import json
@@ -36,12 +36,12 @@ STATUS = {
 
 
 def trial_name(number: int) -> str:
-    """What a trial's directory and trainer are called; a trainer of the same name goes on where the last one was."""
+    """The name of a trial's directory and trainer; a trainer of the same name resumes where the last one stopped."""
     return f"trial-{number}"
 
 
 def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
-    """The report and the path of every checkpoint that a trial still has, newest last; none if its list is broken."""
+    """The report and the path of every checkpoint that a trial still has, newest last; none if the list is damaged."""
     directory = directory if isinstance(directory, Stored) else directory.resolve()
     reports = directory.glob(f"checkpoint_*/{PACKED_REPORT}")
     packed = [(json.loads(path.read_text()), str(path.parent)) for path in reports]
@@ -59,25 +59,25 @@ def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
 
 
 def places(directory: Location) -> Sequence[Location]:
-    """The checkpoints of a trial of a pack, newest first."""
+    """The checkpoints of a trial in a pack, newest first."""
     if isinstance(directory, Path):
         return sorted(directory.resolve().glob("checkpoint_*"), reverse=True)
     return sorted((file.parent for file in directory.glob(f"checkpoint_*/{MANIFEST}.json")), key=str, reverse=True)
 
 
 def newest_whole(directory: Location) -> str | None:
-    """The checkpoint that a trial of a pack goes on from; None: it begins anew."""
+    """The checkpoint that a trial in a pack resumes from; None: it starts from the beginning."""
     return next((str(place) for place in places(directory) if damage_of(place) is None), None)
 
 
 def damage_of(place: Location) -> str | None:
-    """As :func:`ftray.storage.manifest.find_corruption`, wherever it lies."""
+    """As :func:`ftray.storage.manifest.find_corruption`, also for a checkpoint in an object store."""
     with as_local_dir(place) as directory:
         return find_corruption(directory)
 
 
 def say_damaged(output: Location) -> None:
-    """Name the checkpoints that a search which goes on can't take up."""
+    """Print the checkpoints that a resumed search can't use because they are damaged."""
     for trial in past_trials(output / JOURNAL):
         if trial.state is TrialState.RUNNING:
             for place in reversed(places(output / EXPERIMENT / trial_name(trial.number))):
@@ -88,8 +88,8 @@ def say_damaged(output: Location) -> None:
 def trial_rows(cfg: Config, output: Location) -> list[dict[str, Any]]:
     """One dict a trial, best first: trial, status, value, records, tokens, seconds, config, checkpoint, reason.
 
-    `value` is the best of the trial's reports and `checkpoint` the one written with it. A trial that failed keeps
-    what it had reached, but ranks behind all that did not.
+    `value` is the best of the trial's reports and `checkpoint` the one written with it. A failed trial keeps its value,
+    but ranks after all trials that did not fail.
     """
     metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
     rows = []
@@ -121,7 +121,7 @@ def trial_rows(cfg: Config, output: Location) -> list[dict[str, Any]]:
 
 
 def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -> None:
-    """One line a trial, best first; every setting that any trial has is a column."""
+    """Write a CSV file with one line per trial, best first, and a column for every setting that any trial has."""
     flat = [{**r["config"]["adapter"], **r["config"]["training"]} for r in rows]
     settings = list(dict.fromkeys(key for f in flat for key in f))
     columns = ["rank_in_search", "trial", "status", metric, "records", "tokens", "seconds", *settings, "reason"]
@@ -142,7 +142,7 @@ def write_json(value: Any, path: Location) -> None:
 
 
 def write_yaml(value: Any, path: Location) -> None:
-    """YAML, whole or not at all."""
+    """Write YAML atomically."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -150,10 +150,10 @@ def write_yaml(value: Any, path: Location) -> None:
 
 
 def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
-    """Copy the adapter out of a checkpoint (a path or URI), with tokenizer and card, whole or not at all.
+    """Copy the adapter of a checkpoint (a path or URI), with tokenizer and model card, atomically.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the adapter is damaged.
     """
     with as_local_dir(parse_location(checkpoint) / "adapter") as adapter, atomic_dir(directory) as made:
         check(adapter, f"adapter {checkpoint}/adapter")

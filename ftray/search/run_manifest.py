@@ -1,4 +1,4 @@
-"""What defines a search, or a training run: written into its output when it begins, compared when it goes on."""
+"""What defines a search or a training run: written to its output at the start, compared when it is resumed."""
 
 import errno
 import json
@@ -30,13 +30,13 @@ CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 
 @dataclass(frozen=True)
 class Kind:
-    """What an output holds.
+    """A kind of output: a search or a training run.
 
     Attributes:
         name: for messages.
-        state: any of these shows that it is there.
-        parts: without which it can't go on.
-        free: fields, and sections, that may change when it goes on: how long and where it runs, what comes after it.
+        state: files; if any of them exists, the output holds one.
+        parts: files without which it can't be resumed.
+        free: fields and sections that may change when it is resumed: how long and where it runs, what follows it.
     """
 
     name: str
@@ -76,19 +76,19 @@ RUN = Kind(
     "run",
     ("train",),
     (CONFIG,),
-    # all that it takes from the search section is which of its checkpoints is the best
+    # the search section only says which of its checkpoints is the best
     _ANYWHERE | {f"search.{name}" for name in SearchConfig.model_fields if name not in ("metric", "direction")},
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SPARE = 2**25  # bytes: a disk with less holds no more checkpoints
+SPARE = 2**25  # bytes: a disk with less free space counts as full
 _AGAIN = "take that, or name another --output"
 
 
 def packable(cfg: Config, space: Space) -> bool:
-    """Whether every worker can hold the whole base model; where ZeRO 3 shares it out, each trial has its own.
+    """Whether trials can train in packs: not where ZeRO 3 shards the base model over the workers of one trial.
 
     Raises:
-        UserError: it can't, and a pack is asked for by its size.
+        UserError: they can't, and `search.pack` is a number.
     """
     stages = {cfg.training.zero_stage, *(corner["training"].get("zero_stage", 0) for corner in space.corners())}
     if 3 in stages and isinstance(cfg.search.pack, int):
@@ -104,7 +104,7 @@ def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
     """Hold the output; it is let go of when this process ends, however it ends.
 
     Raises:
-        UserError: a search or a run that is under way holds it, one of `kind` unless its files tell.
+        UserError: another driver holds it.
     """
     with hold(output / LOCK, lambda: _under_way(output, kind)):
         yield
@@ -122,15 +122,16 @@ def running_since(output: Location) -> float | None:
 
 
 def check_output(cfg: Config, space: Space | None) -> None:
-    """Refuse a directory that holds another search or run, can't be written or has no room.
+    """Refuse an output that holds another search or run, can't be written to or has no free space.
 
-    With `--resume`, where there is none yet one begins: a job that is submitted again by itself has one command.
+    With `--resume` and nothing to resume, a new one starts: a job that is resubmitted automatically has one command.
 
     Args:
+        cfg: configuration, with the output.
         space: of a search; None: it is a training run.
 
     Raises:
-        UserError: one of these; for `--resume`, also a configuration or space that would make it another one.
+        UserError: one of these; with `--resume`, also a configuration or space that differs from the stored one.
     """
     output, kind = parse_location(cfg.output), RUN if space is None else SEARCH
     if isinstance(output, Stored):
@@ -165,7 +166,7 @@ def check_output(cfg: Config, space: Space | None) -> None:
 
 
 def is_full(output: Location, error: BaseException) -> bool:
-    """Whether `error` came of a disk, or a quota, that holds no more; it may have passed through any library."""
+    """Whether `error` was caused by a full disk or an exhausted quota; any library may have wrapped it."""
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -185,7 +186,7 @@ def is_full(output: Location, error: BaseException) -> bool:
 
 
 def write_definition(cfg: Config, space: Space | None, output: Location) -> None:
-    """Print the configuration; keep it, and the space, where nothing goes on: else :func:`write_data` does."""
+    """Print the configuration; write it and the space, unless this resumes: then :func:`write_data` does."""
     resolved = _resolved(cfg)
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     if not _state(output, RUN if space is None else SEARCH):
@@ -193,12 +194,12 @@ def write_definition(cfg: Config, space: Space | None, output: Location) -> None
 
 
 def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData, output: Location) -> None:
-    """Keep what is trained on: each split's counts and digest, and what tells the base from another of its name.
+    """Write what is trained on: each split's counts and digest, and digests that identify the base model.
 
-    Only then does a configuration take the place of the one that was kept: nothing is left that was not run.
+    Only then is the stored configuration replaced, so that the output never holds one that was not run.
 
     Raises:
-        UserError: the search or run goes on, and they are not what they were: trials could not be compared any more.
+        UserError: this resumes, and data or base model have changed: trials could not be compared.
     """
     kind, path = RUN if space is None else SEARCH, output / DATA
     splits = {name: {k: v for k, v in asdict(split).items() if k != "files"} for name, split in data.splits.items()}
@@ -227,7 +228,7 @@ def _keep(cfg: Config, space: Space | None, output: Location) -> None:
 
 
 def _alike(before: Any, now: Any) -> bool:
-    """Whether they are equal where both say something; what is older than a field does not."""
+    """Whether they are equal in the fields that both have; files of older versions lack some."""
     if isinstance(before, dict):
         return all(_alike(value, now.get(name)) for name, value in before.items())
     return before == now or "" in (before, now)
@@ -235,7 +236,7 @@ def _alike(before: Any, now: Any) -> bool:
 
 def _refuse_another(cfg: Config, kind: Kind, output: Location) -> None:
     given = _fields(cfg.model_dump(mode="json"), kind)
-    # one that is older than a field has its default
+    # files of older versions lack some fields: those had their defaults
     stored = _fields(Config().model_dump(mode="json"), kind) | _fields(_read(output / CONFIG), kind)
     for field in given:
         if stored.get(field) != given[field]:
@@ -249,7 +250,7 @@ def _refuse_other_space(space: Space, output: Location) -> None:
 
 
 def _refuse_other_choices(space: Space, output: Location) -> None:
-    """Optuna ends with a traceback where a parameter's choices are not those that it has stored."""
+    """Refuse choices that differ from the stored ones, for which Optuna would end with a traceback."""
     choices = space.choices()
     for trial in past_trials(output / JOURNAL):
         for name, known in trial.distributions.items():
@@ -261,7 +262,7 @@ def _refuse_other_choices(space: Space, output: Location) -> None:
 
 
 def _fields(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    """What makes a search or run the one that it is, by dotted name; of an adapter, every parameter of its method."""
+    """The fields that define a search or run, by dotted name; for an adapter, every parameter of its method."""
     sections = {k: v for k, v in config.items() if isinstance(v, dict) and k not in kind.free}
     if adapter := sections.get("adapter"):
         own = parameters(AdapterConfig(**adapter)).model_dump(mode="json")
