@@ -22,12 +22,12 @@ def run(cfg: Config) -> int:
     from ftray.adapters.compatibility import dry_run
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
+    from ftray.reports.status import searched
     from ftray.search.control import ask_to_add
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE, running_since
     from ftray.search.space import load_space
-    from ftray.status import searched
     from ftray.task_spec import TaskSpec
 
     configuration, output = parsed(cfg.request.configuration), output_of(cfg)

@@ -127,7 +127,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
 def show(result: dict[str, Any]) -> None:
     """A row a metric, a column for the base and one for each adapter with the interval of its difference to it."""
-    from ftray.tune import console
+    from ftray.reports.search import console
 
     table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
     for name, value in result["base"].items():

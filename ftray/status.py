@@ -1,20 +1,13 @@
 """Show how far a search is: its trials, their rungs, the best so far, tokens a second and the time left."""
 
-import json
 import sys
-import time
-from dataclasses import dataclass
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ftray.cli import run_command
-from ftray.config import Config, config_from
-from ftray.errors import UserError
-from ftray.storage.location import Location, reason
-
-STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
+from ftray.config import Config
+from ftray.reports.search import console
+from ftray.reports.status import read
 
 
 def run(cfg: Config) -> int:
@@ -29,7 +22,6 @@ def run(cfg: Config) -> int:
     from ftray.search.jobs import output_of
 
     search = read(output_of(cfg))
-    console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table("trial", "configuration", "state", "rung", "records", search.metric, "tokens/s")
     for row in search.trials:
         value = "" if row["value"] is None else f"{row['value']:.4f}"
@@ -37,110 +29,9 @@ def run(cfg: Config) -> int:
         state = row["state"] + (f": {row['reason']}" if row["reason"] else "")
         rung, records = f"{row['rung']}/{search.rungs}", f"{row['records']}/{search.budget}"
         table.add_row(str(row["trial"]), row["configuration"], state, rung, records, value, speed)
-    console.print(table)
+    console().print(table)
     print(search.summary())
     return 0
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search as its output directory shows it.
-
-    Attributes:
-        total: trials that it is to have.
-        budget: records of a trial that nothing stops.
-        running_since: seconds since 1970; None: it does not run.
-        trials: one dict each, by number: trial, configuration, state, rung (reached), records, value (best), speed as
-            `tokens_per_second` (None unless it runs), reason, and `ended`, seconds since 1970.
-    """
-
-    metric: str
-    direction: str
-    total: int
-    rungs: int
-    budget: int
-    running_since: float | None
-    trials: list[dict[str, Any]]
-
-    def summary(self) -> str:
-        """One line: how many are over, the best, the speed, and the time left or how to go on."""
-        over = [t for t in self.trials if t["ended"]]
-        parts = [f"{len(over)}/{self.total} trials over"]
-        values = [(t["value"], t["trial"]) for t in self.trials if t["value"] is not None and t["state"] != "failed"]
-        if values:
-            value, number = min(values) if self.direction == "min" else max(values)
-            parts.append(f"best {self.metric} {value:.4f} (trial {number})")
-        if self.running_since is None:
-            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume goes on")])
-        parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
-        here = sum(t["ended"] > self.running_since for t in over)
-        if here and len(over) < self.total:
-            left = (time.time() - self.running_since) / here * (self.total - len(over))
-            parts.append(f"about {left / 60:.0f} min left")
-        return ", ".join(parts)
-
-
-def read(output: Location) -> Search:
-    """What the output directory of a search says.
-
-    Raises:
-        UserError: there is no search, or it has not come to its first trial.
-    """
-    from ftray.search.control import ADDED, STOP
-    from ftray.search.progress import describe
-    from ftray.search.results import JOURNAL
-    from ftray.search.run_manifest import DATA, running_since
-    from ftray.search.rungs import budget, rung_records
-    from ftray.search.sampler import past_trials
-
-    cfg = searched(output)
-    if not (output / DATA).exists() or not (output / JOURNAL).exists():
-        raise UserError(f"output {output}: the search has not come to its first trial yet")
-    whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
-    metric, best = cfg.search.metric, min if cfg.search.direction == "min" else max
-    since, rows = running_since(output), []
-    for trial in past_trials(output / JOURNAL):
-        settings, asked = trial.user_attrs, trial.state.name
-        configuration = settings.get("config") or settings.get(ADDED)
-        if not configuration:  # its driver died before it could begin
-            continue
-        reports = settings.get("reports", [])
-        runs = asked == "RUNNING" and since is not None
-        state = STATES[asked] if asked != "RUNNING" or runs else "unfinished"
-        rows.append(
-            {
-                "trial": trial.number,
-                "configuration": describe(configuration),
-                "state": "stopping" if runs and settings.get(STOP) else state,
-                "rung": len(reports),
-                "records": reports[-1]["records"] if reports else 0,
-                "value": best((report[metric] for report in reports), default=None),
-                "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
-                "reason": settings.get("reason"),
-                "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
-            }
-        )
-    rungs = len(rung_records(whole, cfg))
-    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
-
-
-def searched(output: Location) -> Config:
-    """The configuration of the search in `output`.
-
-    Raises:
-        UserError: there is none.
-    """
-    import yaml
-
-    from ftray.search.run_manifest import CONFIG, SPACE
-
-    try:
-        there = (output / CONFIG).exists() and (output / SPACE).exists()
-    except OSError as error:  # of an object store
-        raise UserError(f"output {output}: can't be read ({reason(error)})") from None
-    if not there:
-        raise UserError(f"output {output} holds no search: name one by --run")
-    return config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ def run(cfg: Config) -> int:
     from ftray.runtime.cluster import quiet
 
     quiet()
+    from ftray.reports.status import searched
     from ftray.search.control import ask_to_stop
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import running_since
-    from ftray.status import searched
 
     number = cfg.request.trial
     if number is None:

@@ -54,7 +54,7 @@ def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> int
     from ray.train import TrainingFailedError
 
     from ftray.data import prepare
-    from ftray.preprocess import describe
+    from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
     from ftray.runtime.preemption import ending_on_sigterm, notice
     from ftray.search.progress import last_line

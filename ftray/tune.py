@@ -5,14 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config
 from ftray.errors import UserError
+from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason, remove
-from ftray.task_spec import TaskSpec
 
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
 
@@ -80,7 +77,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
 
     from ftray.adapters.methods import METHODS
     from ftray.data import prepare
-    from ftray.preprocess import describe, padding_share
+    from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker, on_hardware
     from ftray.search.driver import search
     from ftray.search.metrics import Metrics
@@ -174,7 +171,7 @@ def show_plan(cfg: Config, space: Any, model_path: str) -> int:
     import yaml
 
     from ftray.data import prepare
-    from ftray.preprocess import describe
+    from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
@@ -300,47 +297,6 @@ def merge_best(job: Any, output: Location) -> dict[str, Any]:
             "reason": str(error) if isinstance(error, UserError) else f"merge: {type(error).__name__}: {reason(error)}"
         }
     return merged
-
-
-def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
-    """The trials, best first."""
-    from ftray.search.progress import describe
-
-    table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
-    for place, row in enumerate(rows, 1):
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        state = row["status"] + (f": {row['reason']}" if row["reason"] else "")
-        table.add_row(str(place), str(row["trial"]), value, describe(row["config"]), str(row["records"]), state)
-    console().print(table)
-
-
-def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Location) -> None:
-    """Leaderboard, proof, samples, where everything lies and how to serve it."""
-    print_leaderboard(rows, cfg)
-    table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")
-    for name, m in proof["metrics"].items():
-        low, high = m["interval"]
-        numbers = [f"{v:.4g}" for v in (m["base"], m["best"], m["difference"])]
-        table.add_row(name, *numbers, f"{low:.4g} to {high:.4g}")
-    console().print(table)
-    for sample in proof["samples"]:
-        shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
-        print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
-    print(f"adapter  {output / 'best' / 'adapter'}")
-    merged = proof["merged"]
-    loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
-    print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
-    print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    generates = cfg.task == "CAUSAL_LM"  # served as it is, merged or not
-    if generates or "path" in merged:
-        use = TaskSpec(cfg.task).load().usage_example.format(run=output, path=output / "best" / "merged")
-        print(f"{'serve' if generates else 'use  '}    {use}")
-    print(f"summary  {output / 'summary.json'}", flush=True)
-
-
-def console() -> Console:
-    """Wide enough for a table even where output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 if __name__ == "__main__":

@@ -539,7 +539,7 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
     from ftray.config import DataConfig
     from ftray.data.records import parse
     from ftray.data.tokens import tokenize
-    from ftray.preprocess import rendered
+    from ftray.reports.data import rendered
 
     turns = [{"role": "user", "content": "wie [bold]groß?"}, {"role": "assistant", "content": "ganz groß €"}]
     tokens = tokenize([parse({"messages": turns}, "")], tokenizer, DataConfig())[0]

@@ -9,7 +9,7 @@ import pytest
 from helpers.searches import command, environment, run, study
 
 from ftray.cli import main
-from ftray.status import read
+from ftray.reports.status import read
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
 STEPS = 10000

@@ -17,7 +17,7 @@ from ftray.data.records import Example
 from ftray.data.splits import order_key, split_of
 from ftray.data.tokens import tokenize
 from ftray.errors import UserError
-from ftray.preprocess import describe
+from ftray.reports.data import describe
 from ftray.search.run_manifest import write_data
 from ftray.task_spec import IGNORE
 

@@ -20,6 +20,7 @@ from ftray.adapters.discovery import data_settings, find_adapter
 from ftray.cli import main
 from ftray.config import Config, ServingConfig
 from ftray.errors import UserError
+from ftray.reports.status import read
 from ftray.search import control
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
 from ftray.search.run_manifest import running_since, sole_driver
@@ -27,7 +28,6 @@ from ftray.search.sampler import Sampler, past_trials
 from ftray.search.space import load_space
 from ftray.serving.adapters import fetched
 from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
-from ftray.status import read
 from ftray.storage.location import Stored, parse_location, refuse_unreachable
 
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"

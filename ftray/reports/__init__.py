@@ -1,0 +1,1 @@
+"""What a person is shown: data, the progress of a search, its result."""

@@ -1,0 +1,52 @@
+"""What is said of a search that is over: leaderboard, proof, samples and where everything lies."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftray.config import Config
+from ftray.storage.location import Location
+from ftray.task_spec import TaskSpec
+
+
+def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
+    """The trials, best first."""
+    from ftray.search.progress import describe
+
+    table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
+    for place, row in enumerate(rows, 1):
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        state = row["status"] + (f": {row['reason']}" if row["reason"] else "")
+        table.add_row(str(place), str(row["trial"]), value, describe(row["config"]), str(row["records"]), state)
+    console().print(table)
+
+
+def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Location) -> None:
+    """Leaderboard, proof, samples, where everything lies and how to serve it."""
+    print_leaderboard(rows, cfg)
+    table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")
+    for name, m in proof["metrics"].items():
+        low, high = m["interval"]
+        numbers = [f"{v:.4g}" for v in (m["base"], m["best"], m["difference"])]
+        table.add_row(name, *numbers, f"{low:.4g} to {high:.4g}")
+    console().print(table)
+    for sample in proof["samples"]:
+        shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
+        print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
+    print(f"adapter  {output / 'best' / 'adapter'}")
+    merged = proof["merged"]
+    loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
+    print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
+    print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
+    generates = cfg.task == "CAUSAL_LM"  # served as it is, merged or not
+    if generates or "path" in merged:
+        use = TaskSpec(cfg.task).load().usage_example.format(run=output, path=output / "best" / "merged")
+        print(f"{'serve' if generates else 'use  '}    {use}")
+    print(f"summary  {output / 'summary.json'}", flush=True)
+
+
+def console() -> Console:
+    """Wide enough for a table even where output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
