@@ -53,7 +53,7 @@ class Task(task.PaddedTask):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
     metric = "macro_f1"
     has_labels = True
-    least = 2
+    min_label_count = 2
     shapes = (Shape("labelled text", ("text", "label"), _parse, ("text_pair",), REFUSED, SECOND),)
     record_keys = NEEDS
     usage_example = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
