@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ftray.config import DataConfig
+from ftray.config import Config, DataConfig
 from ftray.data import TokenizedData, check, prepare, shards, sources
 from ftray.data.records import Example
 from ftray.data.splits import order_key, split_of
@@ -19,6 +19,7 @@ from ftray.data.tokens import tokenize
 from ftray.errors import UserError
 from ftray.reports.data import describe
 from ftray.search.run_manifest import write_data
+from ftray.search.space import load_space
 from ftray.task_spec import IGNORE
 
 
@@ -301,17 +302,19 @@ def test_one_source_of_one_shape_has_one_line_and_no_ignored_keys_none(prepared)
     assert shown == ["shape: input/output (input, output): 300 records"]
 
 
-def test_a_search_from_before_shapes_were_counted_goes_on(prepared, tmp_path):
+def test_a_search_from_before_shapes_were_counted_goes_on(prepared, tmp_path, tiny_llama):
     """Its data.json holds these counts alone."""
+    space, arguments = load_space("quick"), (tiny_llama, prepared[2], tmp_path)
+    (tmp_path / "tune").mkdir()
     _, _, data = prepared
     fields = ("windows", "records", "tokens", "supervised_tokens", "lengths", "dropped", "truncated")
     old = {name: {field: getattr(split, field) for field in fields} for name, split in data.splits.items()}
     (tmp_path / "data.json").write_text(json.dumps(old))
-    write_data(data, tmp_path)
+    write_data(Config(), space, *arguments)
     old["train"]["records"] += 1
     (tmp_path / "data.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="not what the search in"):
-        write_data(data, tmp_path)
+        write_data(Config(), space, *arguments)
 
 
 def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):

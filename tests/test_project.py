@@ -247,7 +247,7 @@ def test_the_architecture_names_what_is_there():
     for count, text in walks:
         steps = "\n".join(line for line in text.splitlines() if re.match(r"\d+\. | {3,}\S", line))
         assert len(set(re.findall(r"`([\w/]+\.py)`", steps))) == int(count), text
-    rooms = {name.removeprefix("ftray.") for layer in LAYERS for name in layer.split(" : ")}
+    rooms = {name.removeprefix("ftray.") for layer in LAYERS for name in layer.split(" | ")}
     table = page.read_text().split("## A row")[0]
     held = set(re.findall(r"`(\w+)(?:/|\.py)`", table))
     assert rooms - held <= set(re.findall(r"ftray\.(\w+)", LAYERS[0]))  # commands: not each by name

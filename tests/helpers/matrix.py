@@ -160,7 +160,11 @@ def cell(wanted: RunSpec, batch: dict[str, torch.Tensor], directory: Path) -> Ce
 def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor], task: TaskSpec = CAUSAL) -> torch.Tensor:
     """Each token's loss; of tasks that don't give one, the mean."""
     model.eval()
-    return token_losses(model, batch) if task == CAUSAL else task.load().loss(model, batch) / task.load().items(batch)
+    return (
+        token_losses(model, batch)
+        if task == CAUSAL
+        else task.load().loss(model, batch) / task.load().num_targets(batch)
+    )
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
