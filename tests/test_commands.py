@@ -186,6 +186,18 @@ def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys,
     assert len(sampled) == 2
 
 
+def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama):
+    common = ["infer", "--model", tiny_llama, "--model.dtype", "fp32", "--generation.max_new_tokens", "8"]
+    said = []
+    for temperature in ("0", "1e-40", "5e-324"):
+        assert main([*common, "--prompt", "a b", "--generation.temperature", temperature]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    for temperature in ("nan", "inf", "-1"):
+        assert main([*common, "--prompt", "a b", f"--generation.temperature={temperature}"]) == 2
+        assert "generation.temperature" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -18,6 +18,7 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from ftray.config import Config
+from ftray.serving.api.routes import Endpoint
 from ftray.serving.app import application
 from ftray.serving.catalog import find_catalog
 from ftray.serving.generation_request import GenerationRequest, OutputDelta
@@ -193,7 +194,7 @@ def test_a_killed_endpoint_remembers_the_adapters_and_a_removed_one_is_freed(app
 
 
 @pytest.mark.slow
-def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(app, monkeypatch):
+def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(app):
     class Deadly(Replica):
         """Dies of a prompt of one token."""
 
@@ -216,8 +217,11 @@ def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(ap
                 await asyncio.sleep(0.05)
             return [task.result() for task in tasks]
 
-    monkeypatch.setattr("ftray.serving.replica.Replica", Deadly)
-    app.deploy(max_replicas=2, min_replicas=2)
+    cfg = Config.model_validate({"model": app.model, "serving": app.serving})
+    options = {"num_replicas": 2, "health_check_period_s": 5, "ray_actor_options": {"num_cpus": 1}}
+    deadly = serve.deployment(Deadly, name="replica", **options).bind(cfg.model_dump(), app.model["name"], 1)
+    endpoint = serve.deployment(Endpoint, name="endpoint", ray_actor_options={"num_cpus": 0})
+    serve.run(endpoint.bind(cfg.model_dump(), app.base, {}, None, deadly), name="ftray")
     until(lambda: app.running() == 2)
     try:
         before = {process.pid for process in processes("replica")}
@@ -230,7 +234,6 @@ def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(ap
         assert len(before - {process.pid for process in processes("replica")}) <= 2
         assert len(seen | before) <= len(before) + 2
     finally:
-        monkeypatch.undo()
         app.deploy()
 
 
