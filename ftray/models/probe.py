@@ -7,7 +7,7 @@ masks without asking where records begin. No list of architectures says so relia
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,10 +15,34 @@ from torch.nn import functional as F
 
 LENGTHS = (5, 19, 11)  # tokens: a short record before longer ones, and two that packed attention pads alike
 MOVED = 0.02  # standard deviation by which an adapter's weights leave their start, where most of them do nothing
-# relative error that rounding may make, by the dtype of the activations: of logits and of all gradients together; of
-# one tensor's gradient, where a sum over few tokens has few digits left, and what is forgotten is off by 1; and of the
-# logits of equal records at equal places, between two passes in which their neighbours differ
-TOLERANCE = {torch.float32: (1e-4, 1e-2, 1e-5), torch.bfloat16: (0.1, 0.7, 0.02), torch.float16: (0.03, 0.3, 5e-3)}
+
+
+class Tolerance(NamedTuple):
+    """Relative errors that rounding may make.
+
+    Attributes:
+        logits: of a record's logits; twice as much of all gradients together.
+        gradient: of one tensor's gradient: a sum over few tokens has few digits left, and what is forgotten is off by 1.
+        leak: of a record's logits between two passes of the same shape in which only its neighbours differ.
+    """
+
+    logits: float
+    gradient: float
+    leak: float
+
+
+# by dtype, the coarsest first
+TOLERANCES = {
+    torch.bfloat16: Tolerance(0.1, 0.7, 0.02),
+    torch.float16: Tolerance(0.03, 0.3, 5e-3),
+    torch.float32: Tolerance(1e-4, 1e-2, 1e-5),
+}
+
+
+def tolerance(model: Any) -> Tolerance:
+    """By the coarsest arithmetic that `model` may use; that over quantised weights is as coarse as bfloat16."""
+    dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in model.parameters()}
+    return next(found for dtype, found in TOLERANCES.items() if dtype in dtypes)
 
 
 def probe_records(model: Any, longest: int | None = None) -> list[torch.Tensor]:
@@ -102,8 +126,8 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
         return reason_of(error)
     lengths, other = [len(r) for r in records], torch.cat(other_first(records))[None]
     again = model(input_ids=other.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
-    return wrong_logits(row.split(lengths), wanted, model.dtype) or leak(
-        row.split(lengths), again.split(lengths), model.dtype
+    return wrong_logits(row.split(lengths), wanted, tolerance(model)) or leak(
+        row.split(lengths), again.split(lengths), tolerance(model)
     )
 
 
@@ -125,7 +149,7 @@ def decodes_together(model: Any) -> Literal["all", "equal", "none"]:
         same = [(a[0].argmax() == b[0].argmax()).item() for a, b in zip(together, alone, strict=True)]
         steps = [2 if equal else 1 for equal in same]  # after another first token the second has other logits
         ours, theirs = ([t[:n] for t, n in zip(side, steps, strict=True)] for side in (together, alone))
-        if not wrong_logits(ours, theirs, model.dtype):
+        if not wrong_logits(ours, theirs, tolerance(model)):
             return cast(Literal["all", "equal"], kind)
     return "none"
 
@@ -173,7 +197,7 @@ def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
         if found:
             break
     ours = model.get_output_embeddings()(found[0][0])
-    if ours.shape != logits.shape or _relative(ours.float(), logits.float()) > TOLERANCE[model.dtype][0]:
+    if ours.shape != logits.shape or _relative(ours.float(), logits.float()) > tolerance(model).logits:
         return "its head is more than one linear layer"
     return None
 
@@ -202,16 +226,16 @@ def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [records[0].roll(1), *records[1:]]
 
 
-def leak(once: Sequence[torch.Tensor], again: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+def leak(once: Sequence[torch.Tensor], again: Sequence[torch.Tensor], allowed: Tolerance) -> str | None:
     """Why logits of records after the first, in passes that differ in the first alone, show that they saw it."""
     for mine, other in zip(once[1:], again[1:], strict=True):
         error = _relative(_centred(mine), _centred(other))
-        if not error <= TOLERANCE[dtype][2]:
+        if not error <= allowed.leak:
             return f"a record's logits change by {error:.2g} with what the record before it says"
     return None
 
 
-def wrong_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+def wrong_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], allowed: Tolerance) -> str | None:
     """Why logits [tokens, vocabulary] of some record are not those that it has alone; None: they are.
 
     What is the same for all words of a position changes no probability: each position's mean is taken off.
@@ -220,18 +244,18 @@ def wrong_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], d
         if mine.shape != wanted.shape:
             return f"record {i} has logits of shape {list(mine.shape)}, alone {list(wanted.shape)}"
         error = _relative(_centred(mine), _centred(wanted))
-        if not error <= TOLERANCE[dtype][0]:
+        if not error <= allowed.logits:
             return f"the logits of a record beside others are off by {error:.2g} of what they are alone"
     return None
 
 
-def wrong_gradients(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+def wrong_gradients(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], allowed: Tolerance) -> str | None:
     """Why some gradient is not that of the records alone; None: all are. Those near zero beside others don't count."""
     errors = [float((mine.float() - wanted.float()).norm()) for mine, wanted in zip(ours, theirs, strict=True)]
     norms = [float(wanted.float().norm()) for wanted in theirs]
     together = math.hypot(*errors) / max(math.hypot(*norms), 1e-20)
     single = max(error / max(norm, 0.1 * max(norms), 1e-20) for error, norm in zip(errors, norms, strict=True))
-    if not (together <= 2 * TOLERANCE[dtype][0] and single <= TOLERANCE[dtype][1]):
+    if not (together <= 2 * allowed.logits and single <= allowed.gradient):
         return f"the gradients of records beside others are off by {max(together, single):.2g} of what they are alone"
     return None
 

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ftray.models.probe import head_obstacle, probe_records, reason_of, wrong_logits
+from ftray.models.probe import head_obstacle, probe_records, reason_of, tolerance, wrong_logits
 from ftray.models.stops import stop_tokens
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -143,7 +143,7 @@ class Engine:
                     sequence.cached += len(ids)
                     read[slot].append(hidden)
             ours = [self.host.get_output_embeddings()(torch.cat(pieces)) for pieces in read]
-            reason = reason or wrong_logits(ours, wanted, self.base.dtype)
+            reason = reason or wrong_logits(ours, wanted, tolerance(self.base))
         except Exception as error:
             reason = reason_of(error)
         self._clear(slice(None))
@@ -167,7 +167,7 @@ class Engine:
                 ours.append(part)
         except Exception:
             return False
-        return not wrong_logits([torch.cat(ours)], [wanted], self.base.dtype)
+        return not wrong_logits([torch.cat(ours)], [wanted], tolerance(self.base))
 
     def prepare(self, model: PeftModel) -> EngineAdapter:
         """What :meth:`add` takes, of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of it."""

@@ -179,20 +179,20 @@ class Pack:
     @torch.enable_grad()
     def _obstacle(self) -> str | None:
         """Why records in a pass of the shared model don't get the results of each alone; None: they do."""
-        dtype = self.base.dtype
+        allowed = probe.tolerance(self.base)
         self._alone, wanted = probe.alone(self.base.eval(), self._records)
         self.shared.eval()
         with torch.no_grad():
             again = self._probe_pass("", probe.other_first(self._records))
         with probe.embedded(self.shared) as embeddings:
             logits = self._probe_pass("", self._records)
-        if reason := probe.leak(logits, again, dtype):
+        if reason := probe.leak(logits, again, allowed):
             return reason
         (gradient,) = torch.autograd.grad(self._probe_loss(logits), embeddings[0])
         flat = gradient.flatten(0, 1)
         flat = flat if self._segments.places is None else flat[self._segments.places]
-        return probe.wrong_logits(logits, self._alone, dtype) or probe.wrong_gradients(
-            flat.split([len(ids) for ids in self._records]), wanted, dtype
+        return probe.wrong_logits(logits, self._alone, allowed) or probe.wrong_gradients(
+            flat.split([len(ids) for ids in self._records]), wanted, allowed
         )
 
     def _probe_pass(self, owner: str, records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -260,15 +260,13 @@ class Pack:
 
     def _differs_shared(self, member: Member, name: str) -> str | None:
         self.shared.eval()
-        own = range(1, len(self._records))
+        own, allowed = range(1, len(self._records)), probe.tolerance(self.base)
         wanted, gradients = probe.alone_adapter(member.model, [self._records[i] for i in own], member.parameters)
         logits = self._probe_pass(name, self._records)
         expected = [self._alone[0], *wanted]
         loss = torch.stack([probe.token_loss(logits[i], self._records[i]) for i in own]).sum()
         ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
-        return probe.wrong_logits(logits, expected, self.base.dtype) or probe.wrong_gradients(
-            ours, gradients, self.base.dtype
-        )
+        return probe.wrong_logits(logits, expected, allowed) or probe.wrong_gradients(ours, gradients, allowed)
 
     def _differs_apart(self, member: Member, name: str) -> str | None:
         wanted, gradients = probe.alone_adapter(member.model, self._records, member.parameters)
@@ -277,9 +275,10 @@ class Pack:
         loss = self.task.loss(member.model, batch)
         ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
         alone = sum(float(probe.token_loss(*pair)) for pair in zip(wanted, self._records, strict=True))
-        if not abs(loss.item() - alone) <= probe.TOLERANCE[self.base.dtype][0] * abs(alone):
+        allowed = max(probe.TOLERANCES.values())  # what is refused has to be off by more than any rounding
+        if not abs(loss.item() - alone) <= allowed.logits * abs(alone):
             return f"their loss is {loss.item():.6g}, one by one {alone:.6g}"
-        return probe.wrong_gradients(ours, gradients, self.base.dtype)
+        return probe.wrong_gradients(ours, gradients, allowed)
 
     def remove(self, name: str) -> PeftModel:
         """Remove an adapter; returns its model, which works without the pack."""

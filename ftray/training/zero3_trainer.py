@@ -112,6 +112,7 @@ class Zero3Trainer:
     def _step(self, micro_batches: list[Batch]) -> tuple[float, int, int]:
         """One optimiser step; returns the summed loss, the supervised and all tokens of the global batch."""
         step = self.history.step
+        self.engine.train()
         train_mode(self.engine.module)
         counts = self._sum(
             [sum(self.task.num_targets(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
