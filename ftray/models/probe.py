@@ -22,7 +22,7 @@ class Tolerance(NamedTuple):
 
     Attributes:
         logits: of a record's logits; twice as much of all gradients together.
-        gradient: of one tensor's gradient: a sum over few tokens has few digits left, and what is forgotten is off by 1.
+        gradient: of one tensor's gradient: a sum over few tokens has few digits left; what is forgotten is off by 1.
         leak: of a record's logits between two passes of the same shape in which only its neighbours differ.
     """
 
