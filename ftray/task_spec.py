@@ -5,7 +5,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftray.tasks.task import Task
 
 IGNORE = -100  # label of what bears no loss
 FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
@@ -49,8 +52,8 @@ class TaskSpec:
         """Write it into an adapter directory."""
         (adapter / FILE).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2), encoding="utf-8")
 
-    def load(self) -> Any:
-        """The :class:`ftray.tasks.task.Task` itself."""
+    def load(self) -> "Task":
+        """The task itself."""
         return importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
 
 

@@ -66,7 +66,7 @@ class PoolingReplica(BaseReplica):
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int, task: TaskSpec):
         super().__init__(settings, model_path, task)
-        self.task = task.load()
+        self.task: Any = task.load()  # one of those that `read` texts
         size = self.cfg.evaluation.batch_size
         self._batched = serve.batch(self._read_all, max_batch_size=size, batch_wait_timeout_s=WAIT)
         # one at a time: the models share their parameters, and a processor

@@ -30,7 +30,6 @@ class Task(task.Task):
     shapes = records.SHAPES
     record_keys = records.KNOWN
     usage_example = "ftray serve --run {run}"
-    pad = True  # whoever has tried a model may find that it keeps the records of one row apart
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         return tokenize(examples, tokenizer, cfg)

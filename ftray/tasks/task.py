@@ -27,6 +27,8 @@ class Task(ABC):
         pipeline_tag: how the hub names the task.
         columns: of the shards, that :meth:`collate` takes.
         packed: whether records lie one after another in a single row, without padding.
+        pad: of a packed task, whether :meth:`loss` gives each record a row of its own; who has tried a model may find
+            that it keeps the records of one row apart.
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
         has_labels: whether records name classes; :meth:`labels` then gives them.
@@ -40,6 +42,7 @@ class Task(ABC):
     pipeline_tag: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     packed: ClassVar[bool] = False
+    pad: bool = True
     metrics: ClassVar[Mapping[str, str]]
     metric: ClassVar[str] = "loss"
     has_labels: ClassVar[bool] = False
