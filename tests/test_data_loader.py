@@ -76,7 +76,9 @@ def test_a_plan_leaves_out_what_lies_before_and_after():
     every = list(row_group_order(data, 0, 0, 240))
     assert len(every) == 30
     part = list(row_group_order(data, 0, 100, 130))
-    assert [(r.window, r.epoch, r.position) for r in part] == [(r.window, r.epoch, r.position) for r in every[12:17]]
+    assert [(r.row_group, r.epoch, r.position) for r in part] == [
+        (r.row_group, r.epoch, r.position) for r in every[12:17]
+    ]
     assert [(r.start, r.stop) for r in part] == [(4, 8), (0, 8), (0, 8), (0, 8), (0, 2)]
 
 

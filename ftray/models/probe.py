@@ -117,18 +117,19 @@ def alone(model: Any, records: Sequence[torch.Tensor]) -> tuple[list[torch.Tenso
 @torch.no_grad()
 def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
     """Why `model` does not keep the records of one packed row apart by their positions; None: it does."""
+    positions, lengths = torch.cat([torch.arange(len(r)) for r in records])[None], [len(r) for r in records]
+    device, allowed = model.get_input_embeddings().weight.device, tolerance(model)
+
+    def row(records: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        ids = torch.cat(list(records))[None].to(device)
+        return model(input_ids=ids, position_ids=positions.to(device), use_cache=False).logits[0].split(lengths)
+
     try:
-        ids, positions = torch.cat(list(records))[None], torch.cat([torch.arange(len(r)) for r in records])[None]
-        device = model.get_input_embeddings().weight.device
-        row = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
-        wanted = [model(input_ids=r[None].to(device), use_cache=False).logits[0] for r in records]
-    except Exception as error:
+        together, again = row(records), row(other_first(records))
+        alone = [model(input_ids=r[None].to(device), use_cache=False).logits[0] for r in records]
+    except Exception as error:  # one: a method that puts tokens before the row
         return reason_of(error)
-    lengths, other = [len(r) for r in records], torch.cat(other_first(records))[None]
-    again = model(input_ids=other.to(device), position_ids=positions.to(device), use_cache=False).logits[0]
-    return wrong_logits(row.split(lengths), wanted, tolerance(model)) or leak(
-        row.split(lengths), again.split(lengths), tolerance(model)
-    )
+    return wrong_logits(together, alone, allowed) or leak(together, again, allowed)
 
 
 @torch.no_grad()
