@@ -1,7 +1,6 @@
 """Generate: one prompt, a file of prompts, or a conversation on the terminal."""
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 from ftray.cli import run_command
 from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
+from ftray.storage.atomic import atomic_write
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -258,9 +258,8 @@ def answer_file(
         return
     output = Path(cfg.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    aside.write_text("".join(lines), encoding="utf-8")
-    aside.rename(output)
+    with atomic_write(output) as file:
+        file.write("".join(lines))
     print(f"generated {output}")
 
 

@@ -135,10 +135,10 @@ class Pack:
         self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[Any, str | None] = {}  # by kind of adapter: the obstacle found, if any
         self.padded = False
-        self.shared = self._shared_model()
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
+            self.shared = self._shared_model()
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
     def _shared_model(self) -> Any:
