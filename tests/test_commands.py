@@ -289,7 +289,9 @@ def test_combinations_that_peft_can_not_make_are_refused_with_the_reason(
     made = {
         "dora": make_adapter(tiny_llama, tmp_path / "dora", 4, use_dora=True),
         "rank": make_adapter(tiny_llama, tmp_path / "rank", 5, r=2),
-        "regex": make_adapter(tiny_llama, tmp_path / "regex", 6, target_modules=r".*\.(q|v)_proj"),
+        "pattern": make_adapter(tiny_llama, tmp_path / "pattern", 6, rank_pattern={"q_proj": 2}),
+        "bias": make_adapter(tiny_llama, tmp_path / "bias", 7, bias="lora_only"),
+        "head": make_adapter(tiny_llama, tmp_path / "head", 8, modules_to_save=["norm"]),
         **adapters,
     }
     capsys.readouterr()
@@ -297,8 +299,10 @@ def test_combinations_that_peft_can_not_make_are_refused_with_the_reason(
         ("a", "ia3"): ([], "of one method only, these are LORA and IA3"),
         ("ia3", "ia3"): ([], "by linear only"),
         ("a", "dora"): ([], "use_dora"),
-        ("a", "rank"): (["--combination", "linear"], "same r value"),
-        ("a", "regex"): ([], "same target modules type"),
+        ("a", "rank"): (["--combination", "linear"], "rank 2 and 4"),
+        ("a", "pattern"): (["--combination", "linear"], "rank 2 and 4, and it needs the same one: take cat"),
+        ("a", "bias"): ([], "bias"),
+        ("a", "head"): ([], "modules_to_save"),
         ("a", "b"): (["--combination", "ties"], "needs --density"),
         ("b", "a"): (["--weights", "1"], "1 for 2 adapters"),
         ("b", "b"): (["--merge.rank", "3"], "only svd"),

@@ -12,6 +12,7 @@ from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
 COMBINED = "combined"
+LEFT_OUT = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")  # settings of an adapter
 NEED_DENSITY = ("ties", "dare", "magnitude_prune")
 
 
@@ -36,8 +37,8 @@ def check_combination(cfg: Config, base: str, adapters: list[Path], task: TaskSp
     if methods[0] == "IA3" and asked.combination != "linear":
         raise UserError(f"merge.combination {asked.combination}: PEFT combines IA3 adapters by linear only")
     for adapter, config in zip(adapters, configs, strict=True):
-        for setting in ("use_dora", "lora_bias"):
-            if getattr(config, setting, False):
+        for setting in LEFT_OUT:
+            if getattr(config, setting, None) not in (None, False, "none", []):
                 raise UserError(f"adapter {adapter}: PEFT's combination would leave out what {setting} has learnt")
     if asked.combination.startswith(NEED_DENSITY) and asked.density is None:
         raise UserError(f"merge.combination {asked.combination}: needs --density, the share of values to keep")
@@ -69,18 +70,73 @@ def _combined(cfg: Config, base: Any, adapters: list[Path]) -> Any:
     model = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(str(adapter), adapter_name=name)
+    layers = [_name_layers(model, name) for name in names]
     weights = cfg.merge.weights or [1 / len(adapters)] * len(adapters)
     settings: dict[str, Any] = {"adapters": names, "weights": weights, "adapter_name": COMBINED}
     first = model.peft_config[names[0]]
     if first.peft_type.value == "LORA":
         # each adapter's own scaling is applied already; PEFT means the result to have a scaling of one, by alpha = rank
         first.use_rslora = False
+        if "svd" not in cfg.merge.combination and cfg.merge.combination != "cat":
+            _refuse_other_ranks(layers, names)
         settings |= {
             "combination_type": cfg.merge.combination,
             "density": cfg.merge.density,
             "svd_rank": cfg.merge.rank,
             "svd_full_matrices": False,
         }
+    elif unlike := set.union(*map(set, layers)) - set.intersection(*map(set, layers)):
+        raise ValueError(f"only some of the adapters change {min(unlike)}, and PEFT would add up only their factors")
     torch.manual_seed(cfg.merge.seed)
     model.add_weighted_adapter(**settings)
+    if first.peft_type.value == "LORA":
+        _fill_ranks(model)
     return model
+
+
+def _name_layers(model: Any, name: str) -> dict[str, Any]:
+    """The layers that adapter `name` changes, by path; from now on its configuration names each of them.
+
+    PEFT gives the combination the targets of all adapters, but other choices of layers (`layers_to_transform`,
+    `exclude_modules`) as the first adapter has them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config, modules = model.peft_config[name], model.get_base_model().named_modules()
+    layers = {
+        path: layer
+        for path, layer in modules
+        if isinstance(layer, BaseTunerLayer) and any(name in getattr(layer, part) for part in layer.adapter_layer_names)
+    }
+    config.target_modules, config.exclude_modules = set(layers), None
+    if config.peft_type.value == "LORA":
+        config.layers_to_transform = config.layers_pattern = None
+    else:
+        config.feedforward_modules = {path for path, layer in layers.items() if layer.is_feedforward}
+    return layers
+
+
+def _refuse_other_ranks(layers: list[dict[str, Any]], names: list[str]) -> None:
+    for path in set.union(*map(set, layers)):
+        ranks = {own[path].r[name] for own, name in zip(layers, names, strict=True) if path in own}
+        if len(ranks) > 1:
+            shown = " and ".join(str(rank) for rank in sorted(ranks))
+            raise ValueError(f"{path} has rank {shown}, and it needs the same one: take cat, or one that ends in svd")
+
+
+def _fill_ranks(model: Any) -> None:
+    """Fill the factors of the combination with zeros up to the one rank that its configuration names.
+
+    PEFT leaves them as wide as those of the adapters, which `rank_pattern` and small layers may make narrower.
+    """
+    from torch.nn.functional import pad
+
+    rank = model.peft_config[COMBINED].r
+    for layer in model.get_base_model().modules():
+        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            factors = [getattr(layer, part, {}) for part in (a, b)]
+            if COMBINED not in factors[0]:
+                continue
+            down, up = (getattr(f[COMBINED], "weight", f[COMBINED]) for f in factors)
+            down.data = pad(down.data, (0, 0, 0, rank - down.shape[0]))
+            up.data = pad(up.data, (0, rank - up.shape[1]))
