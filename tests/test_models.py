@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import gpt2, llama
+from transformers import RobertaConfig, RobertaModel
 
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models import find as finding
 from ftray.models.find import find
 from ftray.models.load import choose_dtype, load_base, load_skeleton, load_tokenizer
+from ftray.task_spec import TaskSpec
 
 
 def test_the_bundled_model_answers_sensibly():
@@ -102,3 +105,40 @@ def test_quantised_base_holds_fewer_bytes_and_gives_near_logits(tiny_llama, bits
 def test_skeleton_takes_no_memory(tiny_llama):
     skeleton = load_skeleton(ModelConfig(), tiny_llama)
     assert all(p.device.type == "meta" for p in skeleton.parameters())
+
+
+@pytest.mark.parametrize("pad", [None, -1, 5, 1])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_decoder_classifies_by_the_last_token_whatever_its_config_says_of_padding(tmp_path, tokenizer, kind, pad):
+    """The right value by hand: the classifier over what the body says of a text's last token, one text at a time."""
+    model = {"llama": llama, "gpt2": gpt2}[kind]()
+    model.config.pad_token_id = pad
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [[9, 5, 7, 5], [5], [11, 12, 13, 14, 15, 16, 5]]  # 5 ends a text as any other token
+    spec = TaskSpec("SEQ_CLS", ("a", "b", "c"), tokenizer.pad_token_id)
+    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec)
+    task = spec.load()
+    batch = task.collate({"input_ids": texts, "token_type_ids": [[]] * 3, "labels": [[0]] * 3})
+    with torch.no_grad():
+        found = base(**task.inputs(batch)).logits
+        for text, row in zip(texts, found, strict=True):
+            hidden = base.base_model(torch.tensor([text])).last_hidden_state[0, -1]
+            torch.testing.assert_close(row, base.score(hidden), rtol=0, atol=1e-5)
+
+
+def test_an_encoder_counts_positions_by_the_padding_of_its_own(tmp_path, tokenizer):
+    config = RobertaConfig(
+        vocab_size=384, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=7
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    spec = TaskSpec("SEQ_CLS", ("a", "b"), tokenizer.pad_token_id)
+    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec)
+    assert base.config.pad_token_id == 7
+    texts = [[9, 5, 3], [11, 12, 13, 14, 15]]
+    batch = spec.load().collate({"input_ids": texts, "token_type_ids": [[]] * 2, "labels": [[0]] * 2})
+    with torch.no_grad():
+        found = base(**spec.load().inputs(batch)).logits
+        alone = [base(torch.tensor([text])).logits[0] for text in texts]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)

@@ -85,7 +85,7 @@ def _combined(cfg: Config, base: Any, adapters: list[Path]) -> Any:
             "svd_rank": cfg.merge.rank,
             "svd_full_matrices": False,
         }
-    elif unlike := set.union(*map(set, layers)) - set.intersection(*map(set, layers)):
+    elif unlike := {path for own in layers for path in own if any(path not in other for other in layers)}:
         raise ValueError(f"only some of the adapters change {min(unlike)}, and PEFT would add up only their factors")
     torch.manual_seed(cfg.merge.seed)
     model.add_weighted_adapter(**settings)
@@ -117,7 +117,7 @@ def _name_layers(model: Any, name: str) -> dict[str, Any]:
 
 
 def _refuse_other_ranks(layers: list[dict[str, Any]], names: list[str]) -> None:
-    for path in set.union(*map(set, layers)):
+    for path in sorted({path for own in layers for path in own}):
         ranks = {own[path].r[name] for own, name in zip(layers, names, strict=True) if path in own}
         if len(ranks) > 1:
             shown = " and ".join(str(rank) for rank in sorted(ranks))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -82,6 +83,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
     new = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     model.new_modules = sorted({key.rpartition(".")[0] for key in new})
     model.task = task
+    _find_ends_by(model, task)
     return model.requires_grad_(False)
 
 
@@ -108,6 +110,7 @@ def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTr
     with torch.device("meta"):
         model = _auto_class(task).from_config(config, trust_remote_code=cfg.trust_remote_code)
     model.task = task
+    _find_ends_by(model, task)
     return model
 
 
@@ -129,9 +132,21 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
-    if task.name != "CAUSAL_LM" and config.pad_token_id is None:
-        config.pad_token_id = task.pad  # a decoder finds the last token of a text by it
+    text = config.get_text_config()
+    if task.name != "CAUSAL_LM" and text.pad_token_id not in range(getattr(text, "vocab_size", 2**31)):  # none, or -1
+        text.pad_token_id = task.pad
     return config
+
+
+def _find_ends_by(model: PreTrainedModel, task: TaskSpec) -> None:
+    """Let a decoder with a classifier find the last token of a text by the padding of ftray's batches.
+
+    Encoders that count positions by a padding token of their own, as RoBERTa, keep it.
+    """
+    words = model.get_input_embeddings()
+    own = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words and m.padding_idx is not None]
+    if task.name == "SEQ_CLS" and not own and not model.config.is_encoder_decoder:
+        model.config.get_text_config().pad_token_id = task.pad
 
 
 def _without_dropout(config: Any) -> dict[str, float]:
