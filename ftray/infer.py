@@ -171,7 +171,7 @@ class Generator:
         """Print the answer as it comes; Ctrl-C ends it. Returns its text."""
         import torch
 
-        from ftray.models.stops import before_stop
+        from ftray.models.stops import answer_text
 
         streamer, said = _streamer(self.tokenizer, self.stops), Said()
         ids = torch.tensor([prompt], device=self.model.device)
@@ -194,7 +194,7 @@ class Generator:
             signal.signal(signal.SIGINT, before)
         if said.interrupted and (not sys.stdin.isatty() or self.cfg.generation.prompt is not None):
             raise KeyboardInterrupt
-        return self.tokenizer.decode(before_stop(said.ids[len(prompt) :], self.stops), skip_special_tokens=True)
+        return answer_text(self.tokenizer, said.ids[len(prompt) :], self.stops)
 
     def batch(self, prompts: list[list[int]]) -> list[str]:
         """The answers, in the order of `prompts`, decoded `evaluation.batch_size` at once."""
@@ -209,12 +209,16 @@ def _streamer(tokenizer: Any, stops: list[int]) -> Any:
     """Prints an answer as it comes, without the token that ends it."""
     from transformers import TextStreamer
 
+    from ftray.models.stops import framing
+
+    unsaid = framing(tokenizer).union(stops)
+
     class Streamer(TextStreamer):
         def put(self, value: Any) -> None:
-            if self.next_tokens_are_prompt or value.item() not in stops:
+            if self.next_tokens_are_prompt or value.item() not in unsaid:
                 super().put(value)
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Streamer(tokenizer, skip_prompt=True)
 
 
 class Said:

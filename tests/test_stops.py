@@ -8,14 +8,17 @@ import torch
 from conftest import llama, make_tokenizer
 from helpers.engines import asked, run, text_of
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from ftray.cli import main
-from ftray.config import EvaluationConfig
+from ftray.config import DataConfig, EvaluationConfig
 from ftray.evaluation.generation import generate
+from ftray.infer import Renderer
 from ftray.models.load import load_tokenizer
 from ftray.models.stops import stop_tokens
 from ftray.serving.engine import Engine
+from ftray.serving.generation_request import GenerationRequest, prompt_tokens
 from ftray.serving.vllm import VLLMReplica
 from ftray.task_spec import TaskSpec
 
@@ -161,3 +164,39 @@ def test_what_names_no_token_is_no_stop_token(tmp_path, tokenizer):
     endless = load_tokenizer(tmp_path / "bare")
     endless.eos_token = None
     assert stop_tokens(endless, model.config, GenerationConfig()) == []
+
+
+USER, ASSISTANT = 2, 3  # special tokens
+MARKED = {NEWLINE: USER, USER: B, B: ASSISTANT, ASSISTANT: C, C: PAD, PAD: END}
+MARKS = "<|user|>b<|assistant|> c"  # padding and end are no part of it
+
+
+def test_special_tokens_inside_an_answer_are_part_of_its_text(cluster, tmp_path, capsys):
+    model = speaker(tmp_path / "model", MARKED)
+    common = ["--model", model, "--model.dtype", "fp32", "--adapter", adapter(model, tmp_path / "adapter")]
+    assert main(["infer", *common, "--prompt", "a"]) == 0
+    assert capsys.readouterr().out == MARKS + "\n"
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(model)
+    engine = Engine(base.requires_grad_(False), tokenizer)
+    sequences = [asked([NEWLINE], max_tokens=9), asked([NEWLINE], max_tokens=9, stop=("<|assistant|>",))]
+    run(engine, sequences)
+    assert [text_of(sequence) for sequence in sequences] == [MARKS, "<|user|>b"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"input": "a" * (1 + i % 9), "output": MARKS}) + "\n" for i in range(40)))
+    given = [*common, "--data", str(data), "--data.cache", str(tmp_path / "shards"), "--split", "all"]
+    given += ["--data.validation_fraction", "0.2", "--data.test_fraction", "0.2"]
+    assert main(["evaluate", *given, "--output", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["base"]["exact_match"] == 1
+
+
+@pytest.mark.parametrize(("frame", "first"), [("$A <|end|>", []), ("<|system|> $A <|end|>", [4]), ("$A", [])])
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_texts(tokenizer, frame, first):
+    """The same tokens by the endpoint as by `infer`: the tokenizer's beginning, the text, and no end."""
+    framed = make_tokenizer()
+    framed.bos_token = "<|system|>"
+    special = [("<|end|>", END), ("<|system|>", 4)]
+    framed.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
+    wanted = [*first, *tokenizer("a b")["input_ids"]]
+    request = GenerationRequest(["a b"], None, 1, None, None, {}, False, 99, 99)
+    assert prompt_tokens(request, framed, 384) == [wanted]
+    assert Renderer(framed, DataConfig(template="{prompt}"), None).plain("a b") == wanted

@@ -58,13 +58,12 @@ def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[T
     texts = [text for part in all_segments for text, _ in part]
     # the whole batch at once: that is where the fast tokenizers use their threads
     pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    start = tokenizer("")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
+    start = beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     result = []
     for example, part in zip(examples, all_segments, strict=True):
         plain = example.messages is None
-        ids: list[int] = list(start) if plain else []
+        ids = list(start) if plain else []
         labels, prompt_tokens = [IGNORE] * len(ids), 0
         for _, bears_loss in part:
             piece = list(next(pieces))
@@ -77,6 +76,12 @@ def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[T
         target = example.target if example.messages is None else example.messages[example.learnt[-1]][1]
         result.append(_fit(Tokens(ids, labels, prompt, target, prompt_tokens), tokenizer.bos_token_id, cfg))
     return result
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, if the tokenizer puts one before a text."""
+    first = list(tokenizer("")["input_ids"][:1])
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def segments(example: Example, tokenizer: Any, cfg: DataConfig) -> list[Segment]:

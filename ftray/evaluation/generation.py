@@ -9,7 +9,7 @@ import torch
 
 from ftray.config import EvaluationConfig
 from ftray.models.probe import decodes_together
-from ftray.models.stops import before_stop, stop_tokens
+from ftray.models.stops import answer_text, stop_tokens
 
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
 _together: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what was found of models that were tried
@@ -40,7 +40,7 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
             **{"do_sample": False} | sampling,
         )
         for i, answer in zip(part, output[:, width:].tolist(), strict=True):
-            texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
+            texts[i] = answer_text(tokenizer, answer, stops)
     return texts
 
 

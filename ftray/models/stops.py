@@ -35,3 +35,18 @@ def saved_stop_tokens(tokenizer: Any, config: Any, directory: str) -> list[int]:
 def before_stop(ids: list[int], stops: Collection[int]) -> list[int]:
     """`ids` up to the first of `stops`, which is left out, as is all that was put after it to fill a batch up."""
     return list(takewhile(lambda token: token not in stops, ids))
+
+
+def answer_text(tokenizer: Any, ids: list[int], stops: Collection[int]) -> str:
+    """The text of an answer: its tokens before the first of `stops`.
+
+    Special tokens are part of it, as they are of training targets: marks of thinking or of a tool's call. Those that
+    the tokenizer itself puts around a text are not (:func:`framing`).
+    """
+    frame = framing(tokenizer)
+    return tokenizer.decode([token for token in before_stop(ids, stops) if token not in frame])
+
+
+def framing(tokenizer: Any) -> set[int]:
+    """Tokens that fill up a batch or that the tokenizer puts around any text: beginnings, languages, padding."""
+    return {tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer(text_target="")["input_ids"]}

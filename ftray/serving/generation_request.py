@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftray.data.tokens import beginning
 from ftray.errors import UserError
 
 
@@ -69,7 +70,12 @@ def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[li
             raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
         result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
     else:
-        result = [list(tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in job.prompts]
+        first = beginning(tokenizer)  # and no end, whatever the tokenizer puts there: the text goes on
+
+        def ids_of(text: str) -> list[int]:
+            return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+        result = [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in job.prompts]
     where = "prompt" if job.messages is None else "messages"
     for ids in result:
         if not ids:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ftray.errors import UserError
+from ftray.models.stops import answer_text
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
 from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
 
@@ -159,7 +160,7 @@ class Replica(BaseReplica):
     def _part(self, choice: int, piece: Any, prompt: list[int], job: GenerationRequest) -> OutputDelta:
         part = OutputDelta(choice, piece.text, count=len(piece.tokens) - piece.echoed, finish=piece.finish)
         if piece.echoed:
-            part.text = self.tokenizer.decode(prompt, skip_special_tokens=True) + part.text
+            part.text = answer_text(self.tokenizer, prompt, ()) + part.text
         if job.sampling["logprobs"] is not None:
             part.tokens = [(self._word(t.id), t.logprob, [(self._word(i), p) for i, p in t.top]) for t in piece.tokens]
         if piece.error:

@@ -8,6 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import TopPLogitsWarper
 
 from ftray.config import COLDEST
+from ftray.models.stops import framing
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ class Text:
 
     def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self._stream = DecodeStream(ids=prompt[-8:], skip_special_tokens=True)
+        self._stream, self._frame = DecodeStream(ids=prompt[-8:], skip_special_tokens=False), framing(tokenizer)
         self._held = ""  # may be the start of a stop string
         self._waiting: list[int] = []  # tokens that are no whole character yet
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
+        if token in self._frame:
+            return ""
         self._waiting.append(token)
         new = self._stream.step(self.tokenizer.backend_tokenizer, token)
         if new is None:
@@ -111,7 +114,7 @@ class Text:
         """What was held back; half a character becomes U+FFFD."""
         if self.stopped:
             return ""
-        rest = self.tokenizer.decode(self._waiting, skip_special_tokens=True) if self._waiting else ""
+        rest = self.tokenizer.decode(self._waiting) if self._waiting else ""
         return self._release(self._held + rest, last=True)
 
     def _release(self, text: str, last: bool) -> str:

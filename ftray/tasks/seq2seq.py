@@ -13,7 +13,7 @@ from ftray.data.shapes import Seen, is_empty
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
-from ftray.models.stops import before_stop, stop_tokens
+from ftray.models.stops import answer_text, stop_tokens
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
@@ -83,7 +83,7 @@ class Task(task.PaddedTask):
                 source = {name: batch[name] for name in ("input_ids", "attention_mask")}
                 output = model.generate(**source, **settings, use_cache=True)
                 for i, answer in zip(part, output[:, 1:].tolist(), strict=True):  # the first starts the decoder
-                    texts[i] = tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)
+                    texts[i] = answer_text(tokenizer, answer, stops)
         scores = Scores(loss, tokens)
         if cfg.generate:
             scores.add_generated(texts, [row["target"] for row in rows])
