@@ -127,7 +127,8 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): it also ends a line at characters that may stand inside of a text, as U+2028
+        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
     if not any(line.strip() for line in lines):

@@ -12,6 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import main
+from ftray.infer import read_records
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +212,16 @@ def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, tiny_llama, name, co
     (tmp_path / name).write_text(content)
     assert main(["infer", "--model", tiny_llama, "--file", str(tmp_path / name)]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_only_line_breaks_end_a_line_of_prompts(tmp_path, suffix, odd):
+    prompts = [f"a{odd}b", "c"]
+    lines = prompts if suffix == ".txt" else [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]
+    file = tmp_path / f"prompts{suffix}"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    assert list(read_records(str(file))) == [(f"{file}:{i}", {"prompt": p}) for i, p in enumerate(prompts, 1)]
 
 
 def test_a_conversation_on_a_terminal(tiny_llama, adapters):
