@@ -5,7 +5,9 @@ A value comes from the first of: the command line (``--section.key value``), the
 """
 
 import importlib
+import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -74,6 +76,21 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     method: str = Field("lora", description="see docs/methods.md; its parameters stand beside it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_peft_config(cls, values: Any) -> Any:
+        """Of `method: peft`, what lies in the named file, or in the directory of an adapter: workers may not see it."""
+        if not isinstance(values, dict) or values.get("method") != "peft" or not isinstance(values.get("config"), str):
+            return values
+        path = Path(values["config"]).expanduser()
+        path = path / "adapter_config.json" if path.is_dir() else path
+        try:
+            return values | {"config": json.loads(path.read_text(encoding="utf-8"))}
+        except OSError as error:
+            raise ValueError(f"config: can't read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"config: {path} is not valid JSON: {error}") from None
 
     @property
     def parameters(self) -> dict[str, Any]:

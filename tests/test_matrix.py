@@ -1,5 +1,6 @@
 """Every method, precision and ZeRO stage: see `helpers/matrix.py`, which also writes docs/matrix.md."""
 
+import json
 from itertools import repeat
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from peft import PeftType
 
 from ftray.adapters.compatibility import NOT_COVERED, document, dry_run, refuse
 from ftray.adapters.methods import METHODS, attach
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
+from ftray.search.space import load_space
 from ftray.training.pack import Pack, TorchOptimizer
 from ftray.training.zero3_trainer import Zero3Trainer
 
@@ -44,7 +46,7 @@ CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in 
 
 def test_every_method_of_the_installed_peft_is_covered_or_has_a_reason():
     known = {kind.value for kind in PeftType}
-    covered = {name.upper() for name in METHODS} - {"FULL"}  # PEFT has no type for it
+    covered = {name.upper() for name in METHODS} - {"FULL", "PEFT"}  # PEFT has no types for these
     assert covered <= known
     assert covered.isdisjoint(NOT_COVERED)
     assert covered | set(NOT_COVERED) == known
@@ -193,6 +195,13 @@ def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
         ({"method": "road", "group_size": 24}, {}, {}, "PEFT refuses.* divisible by group_size"),
         ({"method": "adaption_prompt", "layers": 9}, {}, {}, "LlamaForCausalLM has 2"),
         ({"method": "lora", "rank_pattern": {"q_prj": 4}}, {}, {}, "did you mean q_proj"),
+        ({"method": "peft", "config": {"peft_type": "LORRA"}}, {}, {}, "did you mean lora"),
+        ({"method": "peft", "config": {"peft_type": "LORA", "rank": 3}}, {}, {}, "LoraConfig has no 'rank'"),
+        ({"method": "peft", "config": {"peft_type": "LORA", "init_lora_weights": "pissa"}}, {}, {}, "method lora"),
+        ({"method": "peft", "config": {"r": 3}}, {}, {}, "must name its peft_type"),
+        ({"method": "peft", "config": {"peft_type": "XLORA"}}, {}, {}, "trained already"),
+        ({"method": "peft", "config": {"peft_type": "LOHA"}}, {}, {"zero_stage": 3}, "loha with training.zero_stage 3"),
+        ({"method": "peft", "config": {"peft_type": "HRA"}}, {"quantization": "4bit"}, {}, "hra with model.quantiz"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(adapter, model, training, reason, tiny_llama):
@@ -200,6 +209,34 @@ def test_what_cannot_be_had_is_refused_in_one_line(adapter, model, training, rea
     with pytest.raises(UserError, match=reason) as refused:
         dry_run(AdapterConfig(**adapter), load_skeleton(model, tiny_llama), model, training)
     assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_of_peft_trains_as_the_method_itself(tiny_llama, tmp_path):
+    """From a dictionary, a file and the directory of an adapter, beside the registry's own LoRA."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS", "peft_version": "0.1"}))
+    adapters = [{"method": "peft", "config": c} for c in (config, str(tmp_path), f"{tmp_path}/adapter_config.json")]
+    weights = []
+    for adapter in [matrix.LORA, *adapters]:
+        model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(**adapter), 3, 1)
+        token_losses(model, matrix.records()).mean().backward()
+        weights.append([(p.detach(), p.grad) for p in trainable(model)])
+    for own in weights[1:]:
+        for (weight, gradient), (wanted, slope) in zip(own, weights[0], strict=True):
+            assert torch.equal(weight, wanted)
+            assert torch.equal(gradient, slope)
+    with pytest.raises(UserError, match="can't read nowhere"):
+        config_from({"adapter": {"method": "peft", "config": "nowhere"}})
+
+
+def test_a_space_may_hold_mappings(tmp_path):
+    """Where a parameter is a mapping, as a value or as one of several."""
+    space = tmp_path / "space.yaml"
+    one, two = {"peft_type": "LORA", "r": 2}, {"peft_type": "IA3"}
+    space.write_text(f"method: peft\npeft: {{config: {{choice: {json.dumps([one, two])}}}}}\n")
+    assert {c["adapter"]["config"]["peft_type"] for c in load_space(str(space)).corners()} == {"LORA", "IA3"}
+    space.write_text("method: lora\nlora: {rank_pattern: {q_proj: 2}}\n")
+    assert [c["adapter"]["rank_pattern"] for c in load_space(str(space)).corners()] == [{"q_proj": 2}]
 
 
 def test_the_list_of_methods_and_refusals_is_up_to_date():

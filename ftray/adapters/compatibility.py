@@ -6,9 +6,10 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from ftray.adapters.methods import METHODS, attach, parameters
+from ftray.adapters.methods import METHODS, PeftParameters, attach, named, parameters
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 
@@ -91,7 +92,7 @@ REFUSALS = [
     Refusal(
         "lora.use_dora with model.quantization 8bit",
         "PEFT reads DoRA's magnitudes from weights that bitsandbytes has not packed yet: take 4bit",
-        lambda w: w.method == "lora" and w.own.use_dora and w.model.quantization == "8bit",
+        lambda w: w.method == "lora" and getattr(w.own, "use_dora", False) and w.model.quantization == "8bit",
     ),
     Refusal(
         "lora.init orthogonal with model.quantization",
@@ -102,6 +103,11 @@ REFUSALS = [
         "lora.init orthogonal with an odd rank",
         "the factors are made of pairs of rows: take an even one",
         lambda w: w.init == "orthogonal" and any(r % 2 for r in (w.own.rank, *w.own.rank_pattern.values())),
+    ),
+    Refusal(
+        "deft, supertuning or tinylora with training.zero_stage 3",
+        "they start from whole weights, which ZeRO 3 shares out over the workers: take stage 2",
+        lambda w: w.method in ("deft", "supertuning", "tinylora") and w.training.zero_stage == 3,
     ),
     Refusal(
         "delora with training.zero_stage 3",
@@ -135,33 +141,20 @@ REFUSALS = [
     ),
 ]
 
-ENTRY = "nothing in the way: wants an entry"
 NOT_COVERED = {
     "ADAMSS": "picks its subspaces by calls between steps, as AdaLoRA does its ranks, with a protocol of its own",
-    "BEFT": ENTRY,
-    "C3A": ENTRY,
+    "BEFT": "merges into layers that have a bias alone, which those of most models have not",
     "CARTRIDGE": "starts from the cache of a long text, and is distilled, not trained on targets",
     "CPT": "wants a context of its own in tokens and masks, and has a loss of its own",
-    "DEFT": ENTRY,
     "FROD": "factorises all weights of the base together before it starts",
-    "GLORA": ENTRY,
-    "GRALORA": ENTRY,
-    "HIRA": ENTRY,
-    "LILY": ENTRY,
+    "LILY": "its router takes the mean over all tokens of a batch: what a record gives would depend on the others",
     "MULTITASK_PROMPT_TUNING": "wants a task id with every record",
     "OSF": "trains parts of the base's own weights, which a pack shares",
-    "PEANUT": ENTRY,
     "POLY": "wants a task id with every record",
-    "PSOFT": ENTRY,
     "PVERA": "draws random numbers outside of any dropout: a resumed run would differ from an undisturbed one",
     "SHADOW": "trains a second model beside the base, with a loss of its own",
-    "SHIRA": ENTRY,
-    "SUPERTUNING": ENTRY,
-    "TINYLORA": ENTRY,
+    "SHIRA": "draws its entries from the weights themselves, without which no setting can be checked",
     "TRAINABLE_TOKENS": "trains embeddings of tokens that the tokenizer has to be given first",
-    "UNILORA": ENTRY,
-    "VBLORA": ENTRY,
-    "WAVEFT": ENTRY,
     "XLORA": "mixes adapters that are trained already",
 }
 
@@ -172,7 +165,11 @@ def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig,
     Raises:
         UserError: one of them applies, or the parameters are wrong (:func:`ftray.adapters.methods.parameters`).
     """
-    combination = Combination(adapter.method, parameters(adapter), model, training, base)
+    name, given = named(adapter)[0], parameters(adapter)
+    if name.upper() in NOT_COVERED:
+        raise UserError(f"adapter.config: {name}: {NOT_COVERED[name.upper()]}")
+    own = SimpleNamespace(**given.config) if isinstance(given, PeftParameters) else given
+    combination = Combination(name, own, model, training, base)
     for refusal in REFUSALS:
         if refusal.applies(combination):
             raise UserError(f"{refusal.what}: {refusal.reason}")
@@ -187,7 +184,7 @@ def dry_run(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training:
     import torch
 
     refuse(adapter, model, training, skeleton)
-    with torch.device("meta" if METHODS[adapter.method].on_meta else "cpu"):
+    with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 
@@ -202,9 +199,12 @@ def document() -> str:
     lines += ["| method | | on a quantised base | merges |", "| --- | --- | --- | --- |"]
     for name, method in METHODS.items():
         text = (method.parameters.__doc__ or "").strip()
-        merges = "no: it adds to the input" if method.merge_tolerance is None else f"to {method.merge_tolerance:g}"
+        merges = "no" if method.merge_tolerance is None else f"to {method.merge_tolerance:g}"
         lines.append(f"| `{name}` | {text} | {', '.join(method.quantized) or 'no'} | {merges} |")
     lines += [
+        "",
+        "`peft` takes any configuration of PEFT, as `adapter: {method: peft, config: {peft_type: LORA}}`, or a file.",
+        "What is refused of a method, or is said of its merging, holds for it there too.",
         "",
         "`merges`: difference of fp32 logits, relative to the greatest. A merged model is read again and held to it,",
         "but for what float32 itself moves in a deep one and what rounding to the stored dtype does.",

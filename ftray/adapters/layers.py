@@ -83,6 +83,107 @@ class RoAdParameters(LayerParameters):
     group_size: PositiveInt = Field(64, description="outputs between the partners of a pair, doubled")
 
 
+class C3AParameters(LayerParameters):
+    """Block-circular convolutions, https://arxiv.org/abs/2407.19342."""
+
+    block_size: PositiveInt = Field(32, description="of the circulant blocks; must divide the layers' widths")
+
+
+class DEFTParameters(LayerParameters):
+    """Takes a subspace out of the weight and puts a learned one in, as PEFT's `DeftConfig` describes it."""
+
+    rank: PositiveInt = Field(8, serialization_alias="r")
+    alpha: int | None = Field(None, gt=0, description="what is put in is scaled by alpha / rank (default: not at all)")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="deft_dropout")
+    projection: Literal["relu", "qr"] = Field(
+        "relu", serialization_alias="decomposition_method", description="of the subspace: learned freely, or orthogonal"
+    )
+
+
+class GLoRAParameters(LayerParameters):
+    """LoRA that also rescales weights and shifts outputs, https://arxiv.org/abs/2306.07967."""
+
+    rank: PositiveInt = Field(8, serialization_alias="r")
+
+
+class GraLoRAParameters(LayerParameters):
+    """A grid of small LoRAs over blocks of the weight, https://arxiv.org/abs/2505.20355."""
+
+    rank: PositiveInt = Field(32, serialization_alias="r", description="a multiple of `blocks`")
+    alpha: int = Field(64, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="gralora_dropout")
+    blocks: PositiveInt = Field(2, serialization_alias="gralora_k", description="a side of the grid")
+
+
+class HiRAParameters(LayerParameters):
+    """Low-rank factors multiplied by the weight itself, https://openreview.net/forum?id=TwJrTz9cRS."""
+
+    rank: PositiveInt = Field(32, serialization_alias="r")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="hira_dropout")
+
+
+class PEANuTParameters(LayerParameters):
+    """A small network that makes the update out of the weight, https://arxiv.org/abs/2410.01870."""
+
+    rank: PositiveInt = Field(32, serialization_alias="r")
+    scaling: float = Field(1.0, gt=0)
+    depth: int = Field(0, ge=0, description="hidden layers; even")
+    activation: str = Field("relu", serialization_alias="act_fn")
+
+
+class PSOFTParameters(LayerParameters):
+    """Orthogonal rotation in the weight's principal subspace, https://openreview.net/forum?id=FSHrinMArK."""
+
+    rank: PositiveInt = Field(32, serialization_alias="r")
+    alpha: int = Field(32, gt=0, serialization_alias="psoft_alpha", description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="psoft_dropout")
+
+
+class SuperTuningParameters(LayerParameters):
+    """The largest entries of the weight alone, https://arxiv.org/abs/2607.09287."""
+
+    sparsity: float = Field(0.99, ge=0, lt=1, description="share of entries that stay as they are")
+    largest: bool = Field(True, serialization_alias="select_top", description="false: the smallest ones")
+
+
+class TinyLoRAParameters(LayerParameters):
+    """A handful of numbers that steer fixed random factors, https://arxiv.org/abs/2602.04118."""
+
+    rank: PositiveInt = Field(2, serialization_alias="r")
+    size: PositiveInt = Field(64, serialization_alias="u", description="numbers that are learned for a layer")
+    tying: float = Field(0.0, ge=0, le=1, serialization_alias="weight_tying", description="1: all layers share them")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="tinylora_dropout")
+    seed: int = Field(0, serialization_alias="projection_seed", description="of the random factors")
+
+
+class UniLoRAParameters(LayerParameters):
+    """LoRA of all layers from one short vector, https://arxiv.org/abs/2506.00799."""
+
+    rank: PositiveInt = Field(4, serialization_alias="r")
+    size: PositiveInt = Field(256, serialization_alias="theta_d_length", description="of the vector that is learned")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="unilora_dropout")
+    seed: int = Field(0, serialization_alias="proj_seed", description="of its projection to the factors")
+
+
+class VBLoRAParameters(LayerParameters):
+    """LoRA composed of vectors from a bank that layers share, https://arxiv.org/abs/2405.15179."""
+
+    rank: PositiveInt = Field(4, serialization_alias="r")
+    vectors: PositiveInt = Field(256, serialization_alias="num_vectors", description="in the bank")
+    vector_length: PositiveInt = Field(256, description="must divide the layers' widths")
+    topk: PositiveInt = Field(2, description="vectors that are mixed for a part of a factor")
+    dropout: float = Field(0.0, ge=0, lt=1, serialization_alias="vblora_dropout")
+
+
+class WaveFTParameters(LayerParameters):
+    """Sparse wavelet coefficients of the update, https://arxiv.org/abs/2505.12532."""
+
+    frequencies: PositiveInt = Field(2592, serialization_alias="n_frequency", description="coefficients a layer")
+    scaling: float = Field(25.0, gt=0)
+    wavelet: str = Field("db1", serialization_alias="wavelet_family", description="family, as PyWavelets names it")
+    seed: int = Field(777, serialization_alias="random_loc_seed", description="of the choice of coefficients")
+
+
 class LNTuningParameters(LayerParameters):
     """The scales (and shifts) of normalisation layers alone, https://arxiv.org/abs/2312.11420."""
 
@@ -125,6 +226,18 @@ METHODS: dict[str, Method] = {
     "randlora": Method(RandLoRAParameters, config("RandLoraConfig"), merge_tolerance=1e-4, quantized=ANY),
     "delora": Method(DeLoRAParameters, config("DeloraConfig"), merge_tolerance=1e-5),
     "road": Method(RoAdParameters, config("RoadConfig"), merge_tolerance=1e-5, quantized=ANY),
+    "c3a": Method(C3AParameters, config("C3AConfig"), merge_tolerance=1e-4),
+    "deft": Method(DEFTParameters, config("DeftConfig"), merge_tolerance=1e-4),
+    "glora": Method(GLoRAParameters, config("GloraConfig"), merge_tolerance=1e-4),
+    "gralora": Method(GraLoRAParameters, config("GraloraConfig"), merge_tolerance=1e-5),
+    "hira": Method(HiRAParameters, config("HiraConfig"), merge_tolerance=1e-5, quantized=ANY),
+    "peanut": Method(PEANuTParameters, config("PeanutConfig"), merge_tolerance=1e-4),
+    "psoft": Method(PSOFTParameters, config("PsoftConfig"), merge_tolerance=1e-4),
+    "supertuning": Method(SuperTuningParameters, config("SupertuningConfig"), merge_tolerance=1e-5),
+    "tinylora": Method(TinyLoRAParameters, config("TinyLoraConfig"), merge_tolerance=1e-5),
+    "unilora": Method(UniLoRAParameters, config("UniLoraConfig"), merge_tolerance=1e-5, on_meta=False),
+    "vblora": Method(VBLoRAParameters, config("VBLoRAConfig"), merge_tolerance=1e-5),
+    "waveft": Method(WaveFTParameters, config("WaveFTConfig"), merge_tolerance=1e-4),
     "full": Method(FullParameters, _full, merge_tolerance=1e-6, autocast=True),
     "ln_tuning": Method(
         LNTuningParameters, config("LNTuningConfig"), merge_tolerance=1e-5, quantized=ANY, autocast=True

@@ -38,7 +38,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """
     method = model.active_peft_config.peft_type.value.lower()
     if method in METHODS and METHODS[method].merge_tolerance is None:
-        raise UserError(f"{method} adds to the model's input and changes no weight: serve the adapter itself")
+        raise UserError(f"{method} can't be folded into the base's weights: serve the adapter itself")
     untie(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)

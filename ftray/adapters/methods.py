@@ -3,11 +3,12 @@
 Adding a method is one entry in `METHODS`.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 
 from ftray.adapters import layers, prompts
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
@@ -24,6 +25,8 @@ INITS = {
     "loftq": "what quantisation has rounded off, https://arxiv.org/abs/2310.08659",
     "eva": "principal components of the data's activations, https://arxiv.org/abs/2410.07170",
 }
+# what a saved configuration says of a base, a task and a version, which are ours to say
+NO_SETTINGS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 INIT_LORA_WEIGHTS: dict[str, Any] = {"default": True, "loftq": True}  # where PEFT has another name for it
 
 
@@ -150,6 +153,51 @@ def _oft(p: OFTParameters, targets: list[str], model: Any, steps: int) -> Any:
     )
 
 
+def _names_method(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("peft_type"), str):
+        raise ValueError("must name its peft_type, as LORA")
+    return value
+
+
+class PeftParameters(LayerParameters):
+    """Any method of PEFT, by a configuration of PEFT's own."""
+
+    config: Annotated[dict[str, Any], AfterValidator(_names_method)] = Field(
+        description="what adapter_config.json holds, or where such a file is; at least `peft_type`"
+    )
+
+    @property
+    def name(self) -> str:
+        """The registry's name of the method."""
+        return str(self.config["peft_type"]).lower()
+
+
+def _peft(p: PeftParameters, targets: list[str], model: Any, steps: int) -> Any:
+    import peft
+
+    given = {key: value for key, value in p.config.items() if key not in NO_SETTINGS}
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(given.pop("peft_type").upper())
+    if kind is None:
+        known = [name.lower() for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
+        raise UserError(f"adapter.config: PEFT has no peft_type {p.config['peft_type']!r}{near(p.name, known)}")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if unknown := [key for key in given if key not in fields]:
+        raise UserError(f"adapter.config: {kind.__name__} has no {unknown[0]!r}{near(unknown[0], fields)}")
+    if given.get("init_lora_weights", True) not in (True, "gaussian", "orthogonal"):
+        raise UserError("adapter.config: init_lora_weights: set adapter.method lora with its init instead")
+    if "target_modules" in fields and not given.get("target_modules"):
+        given["target_modules"] = targets
+    if "fan_in_fan_out" in fields:
+        names = given["target_modules"]
+        given["fan_in_fan_out"] = stores_transposed(model, names if isinstance(names, list) else targets)
+    if "total_step" in fields:
+        given["total_step"] = steps
+    try:
+        return kind(**given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter.config: PEFT refuses: {' '.join(str(error).split())}") from None
+
+
 METHODS: dict[str, Method] = {
     "lora": Method(LoraParameters, _lora, merge_tolerance=1e-5, quantized=("8bit", "4bit")),
     "adalora": Method(AdaLoraParameters, _adalora, merge_tolerance=1e-5, quantized=("8bit", "4bit")),
@@ -157,7 +205,19 @@ METHODS: dict[str, Method] = {
     "oft": Method(OFTParameters, _oft, merge_tolerance=1e-4, quantized=("8bit", "4bit")),
     **layers.METHODS,
     **prompts.METHODS,
+    "peft": Method(PeftParameters, _peft, merge_tolerance=1e-4, on_meta=False),
 }
+
+
+def named(adapter: AdapterConfig) -> tuple[str, Method]:
+    """What is trained, by its name in the registry: of `peft`, the method that its configuration is of.
+
+    Raises:
+        UserError: as :func:`parameters`.
+    """
+    own = parameters(adapter)
+    name = own.name if isinstance(own, PeftParameters) else adapter.method
+    return name, METHODS.get(name, METHODS["peft"])
 
 
 def parameters(adapter: AdapterConfig) -> Parameters:
@@ -177,7 +237,8 @@ def parameters(adapter: AdapterConfig) -> Parameters:
         if first["type"] == "extra_forbidden":
             known = method.parameters.model_fields
             raise UserError(f"adapter.{name}: {adapter.method} has no such parameter{near(name, known)}") from None
-        raise UserError(f"adapter.{name}: {first['msg']} (got {first['input']!r})") from None
+        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        raise UserError(f"adapter.{name}: {reason} (got {first['input']!r})") from None
 
 
 def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
@@ -218,7 +279,7 @@ def attach(
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    copied = [m for m in model.modules() if adapter.method == "ln_tuning" and "Norm" in type(m).__name__]
+    copied = [m for m in model.modules() if config.peft_type.value == "LN_TUNING" and "Norm" in type(m).__name__]
     norms = [p for module in copied for p in module.parameters(recurse=False)]
     with torch.random.fork_rng(), gather_params_ctx(norms):
         torch.manual_seed(seed)
@@ -234,7 +295,7 @@ def attach(
             parameter.data = parameter.data.float()
             if "lora_B" in name:
                 parameter.rate = getattr(settings, "rate_ratio", 1.0)
-    if METHODS[adapter.method].autocast and dtype != torch.float32:
+    if named(adapter)[1].autocast and dtype != torch.float32:
         adapted.forward = torch.autocast(model.device.type, dtype)(adapted.forward)
     else:
         exact_heads(adapted)

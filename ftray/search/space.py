@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -232,7 +232,11 @@ class _Reader:
         for key, content in (value or {}).items():
             if key not in known:
                 raise self.error(f"{method}.{key}", f"unknown key{near(key, sorted(known))}")
-            settings[key] = self.setting(f"{method}.{key}", content, settings)
+            field = METHODS[method].parameters.model_fields.get(key)
+            if isinstance(content, dict) and not set(KINDS) & content.keys() and field and _holds_mapping(field):
+                settings[key] = self.plain(f"{method}.{key}", content)
+            else:
+                settings[key] = self.setting(f"{method}.{key}", content, settings)
         return settings
 
     def setting(self, where: str, value: Any, above: dict[str, Setting]) -> Setting:
@@ -313,6 +317,10 @@ class _Reader:
 
     def error(self, where: str, what: str) -> UserError:
         return UserError(f"{self.path}: {where}: {what}")
+
+
+def _holds_mapping(field: Any) -> bool:
+    return dict in [get_origin(kind) for kind in (field.annotation, *get_args(field.annotation))]
 
 
 def _as_yaml(value: Any) -> str:
