@@ -2,14 +2,13 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config
 from ftray.errors import UserError
 from ftray.reports.search import console, print_leaderboard, show
-from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason, remove
+from ftray.storage.location import Location, parse_location, reason
 
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
 
@@ -38,14 +37,12 @@ def run(cfg: Config) -> int:
     from ftray.search.jobs import announce
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import is_full, sole_driver, write_definition
-    from ftray.search.sampler import mend
 
     check_address(cfg)
     output = parse_location(cfg.output)
     try:
         with sole_driver(output):
-            if isinstance(output, Path):
-                mend(output / JOURNAL)
+            (output / JOURNAL).drop_cut_line()
             write_definition(cfg, space, output)
             announce(output)
             connect(cfg)
@@ -59,8 +56,8 @@ def run(cfg: Config) -> int:
             why = f"output {output}: its disk is full: make room, then"
         elif isinstance(error, SearchBroken):
             why = f"{error};"
-        elif isinstance(output, Stored) and isinstance(error, OSError):
-            why = f"{output}: {reason(error)};"
+        elif said := output.why_unreachable(error):
+            why = f"{output}: {said};"
         else:
             raise
         print(f"ftray tune: {why} the same command with --resume goes on", file=sys.stderr)
@@ -130,7 +127,7 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    where = output.absolute() if isinstance(output, Path) else output
+    where = output.absolute()
     proof = _awaited(on_hardware(cfg, prove, job, where))
     summary |= {
         "proof": proof,
@@ -246,7 +243,7 @@ def prove(job: Any, output: Location) -> dict[str, Any]:
     cfg: Config = job.config
     data = TokenizedData.load(job.data)
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
-    with as_local_dir(output / "best" / "adapter") as adapter:
+    with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
@@ -282,17 +279,17 @@ def merge_best(job: Any, output: Location) -> dict[str, Any]:
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     merged: dict[str, Any] = {"path": str(place)}
     try:
-        with as_local_dir(output / "best" / "adapter") as adapter:
+        with (output / "best" / "adapter").as_local_dir() as adapter:
             records = [row["input_ids"] for row in rows]
             merged |= save_merged(cfg.model, job.model_path, adapter, place, data.task, records)
         if cfg.model.quantization != "none":
-            with as_local_dir(place) as made:
+            with place.as_local_dir() as made:
                 whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
     except Exception as error:  # whatever it is, the search and its proof stand
-        remove(place)  # one of another best, from before
+        place.remove()  # one of another best, from before
         return {
             "reason": str(error) if isinstance(error, UserError) else f"merge: {type(error).__name__}: {reason(error)}"
         }

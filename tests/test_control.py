@@ -10,6 +10,7 @@ from helpers.searches import command, environment, run, study
 
 from ftray.cli import main
 from ftray.reports.status import read
+from ftray.storage.location import LocalLocation
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
 STEPS = 10000
@@ -37,7 +38,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         wait_for(lambda: (output / "study.log").exists() and (output / "data.json").exists(), process)
 
         def both_report():
-            seen = read(output)
+            seen = read(LocalLocation(output))
             return seen if sum(t["rung"] > 0 for t in seen.trials) == 2 else None
 
         seen = wait_for(both_report, process)
@@ -58,12 +59,14 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         assert capsys.readouterr().out == "trial 2 is the next to begin\n"
         assert main(["add", added, *on]) == 2
         assert "trial 2 has this configuration already" in capsys.readouterr().err
-        assert [t["state"] for t in read(output).trials] == ["runs", "runs", "waits"]
+        assert [t["state"] for t in read(LocalLocation(output)).trials] == ["runs", "runs", "waits"]
         assert main(["stop", "2", *on]) == 2
         assert "it does not run (waiting)" in capsys.readouterr().err
 
         for number in range(4):
-            wait_for(lambda n=number: any(t["trial"] == n and t["rung"] for t in read(output).trials), process)
+            wait_for(
+                lambda n=number: any(t["trial"] == n and t["rung"] for t in read(LocalLocation(output)).trials), process
+            )
             assert main(["stop", str(number), *on]) == 0
         output_text, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output_text

@@ -12,7 +12,8 @@ from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.search.results import newest_whole
 from ftray.serving.adapters import check_adapter, fetched
-from ftray.storage.atomic import publish
+from ftray.storage.atomic import atomic_dir
+from ftray.storage.location import LocalLocation
 from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
 
 
@@ -22,6 +23,11 @@ def written(directory):
     (directory / "config.json").write_text("{}")
     (directory / "README.md").write_text("a card")
     return directory
+
+
+def publish(content, target):
+    with atomic_dir(target) as made:
+        shutil.copytree(content, made, dirs_exist_ok=True)
 
 
 def flip(path):
@@ -78,15 +84,16 @@ def test_what_two_processes_write_is_whole_with_both_parts(tmp_path):
 
 
 def test_a_trial_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path):
+    trial = LocalLocation(tmp_path)
     for step in (3, 9, 27):
-        publish(written(tmp_path / ".checkpoint"), tmp_path / f"checkpoint_{step:08d}")
-    assert newest_whole(tmp_path).endswith("checkpoint_00000027")
+        publish(written(tmp_path / f"made-{step}"), trial / f"checkpoint_{step:08d}")
+    assert newest_whole(trial).endswith("checkpoint_00000027")
     flip(tmp_path / "checkpoint_00000027" / "state" / "shard.pt")
-    assert newest_whole(tmp_path).endswith("checkpoint_00000009")
+    assert newest_whole(trial).endswith("checkpoint_00000009")
     (tmp_path / "checkpoint_00000009" / f"{MANIFEST}.json").unlink()  # half-written
-    assert newest_whole(tmp_path).endswith("checkpoint_00000003")
+    assert newest_whole(trial).endswith("checkpoint_00000003")
     shutil.rmtree(tmp_path / "checkpoint_00000003" / "state")
-    assert newest_whole(tmp_path) is None
+    assert newest_whole(trial) is None
 
 
 @pytest.fixture

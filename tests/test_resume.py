@@ -16,6 +16,7 @@ from conftest import llama
 from ftray.cli import main
 from ftray.runtime import cluster
 from ftray.search.run_manifest import RUN, SEARCH, sole_driver
+from ftray.storage.location import LocalLocation
 
 
 class Begins(Exception):
@@ -130,7 +131,7 @@ def test_a_search_and_a_run_do_not_share_an_output(there, other, resume, asked, 
 )
 def test_an_output_has_one_driver(command, kind, what, asked, tmp_path, capsys):
     begin(command, asked, tmp_path / "out")
-    with sole_driver(tmp_path / "out", kind):
+    with sole_driver(LocalLocation(tmp_path / "out"), kind):
         assert what in refused([command, *asked, "--resume"], capsys)
     with pytest.raises(Begins):
         main([command, *asked, "--resume"])
