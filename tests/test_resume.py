@@ -94,17 +94,17 @@ def test_a_run_that_would_be_another_is_refused(more, what, asked, tmp_path, cap
 @pytest.mark.parametrize(
     "more",
     [
-        ["--adapter.rank", "8"],  # what it is without being said
-        ["--search.trials", "99", "--search.scheduler", "none"],
-        ["--scaling.cpus_per_worker", "0.5", "--max-failures", "3"],
-        ["--evaluation.samples", "1"],
+        {"adapter": {"rank": 8}},  # what it is without being said
+        {"search": {"trials": 99, "scheduler": "none"}},
+        {"scaling": {"cpus_per_worker": 0.5}, "search": {"max_failures": 3}},
+        {"evaluation": {"samples": 1}},
     ],
 )
 def test_where_and_what_comes_after_may_change(more, asked, tmp_path):
     begin("train", asked, tmp_path / "out")
-    more = ["--search.max_failures" if part == "--max-failures" else part for part in more]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
     with pytest.raises(Begins):
-        main(["train", *asked, *more, "--resume"])
+        main(["train", *asked, "--config", str(tmp_path / "more.yaml"), "--resume"])
 
 
 def test_where_there_is_nothing_to_resume_it_begins(asked, tmp_path, capsys):
