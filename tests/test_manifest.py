@@ -8,6 +8,7 @@ from conftest import llama
 from peft import LoraConfig, get_peft_model
 
 from ftray.adapters.discovery import find_adapter
+from ftray.config import Config
 from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.search.results import newest_whole
@@ -15,6 +16,7 @@ from ftray.serving.adapters import check_adapter, fetched
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import LocalLocation
 from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
+from ftray.tune import save_best
 
 
 def written(directory):
@@ -130,3 +132,22 @@ def test_a_damaged_model_is_refused(tmp_path, tiny_llama):
     (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     with pytest.raises(UserError, match=r"merged: is damaged: config\.json is not as it was written"):
         find(str(tmp_path / "merged"))
+
+
+def test_the_best_trial_whose_adapter_is_whole_is_the_best(adapter, tokenizer, tmp_path, capsys):
+    cfg = Config.model_validate({"task": "CAUSAL_LM", "data": {"source": "words.jsonl"}})
+    rows = []
+    for number in range(3):
+        checkpoint = tmp_path / "tune" / f"trial-{number}"
+        publish(adapter, checkpoint / "adapter")
+        settings = {"adapter": {"method": "lora"}, "training": {}}
+        row = {"trial": number, "value": 1.0 + number, "records": 8, "tokens": 99, "config": settings}
+        rows.append(row | {"checkpoint": str(checkpoint) if number else None})
+    flip(tmp_path / "tune" / "trial-1" / "adapter" / "adapter_model.safetensors")
+    assert save_best(cfg, rows, tokenizer, LocalLocation(tmp_path)) is rows[2]
+    assert [row["checkpoint"] for row in rows[:2]] == [None, None]
+    assert "trial 1: adapter" in capsys.readouterr().out
+    weights = (tmp_path / "best" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (adapter / "adapter_model.safetensors").read_bytes()
+    assert find_corruption(tmp_path / "best" / "adapter") is None
+    assert save_best(cfg, rows[:2], tokenizer, LocalLocation(tmp_path)) is None
