@@ -84,10 +84,12 @@ def sampler(trials: int, directory: Path) -> list[dict[str, float]]:
 
     Two of three trials end at the first rung, as under ASHA; eight run side by side.
     """
-    from ftray.search.sampler import Sampler, past_trials
+    from ftray.search.journal import past_trials
+    from ftray.search.sampler import Sampler
     from ftray.search.space import load_space
+    from ftray.storage.location import LocalLocation
 
-    journal = directory / "study.log"
+    journal = LocalLocation(directory / "study.log")
     made = Sampler(load_space("methods"), settings(trials), BUDGET, journal, lambda: trials)
     marks = sorted({max(16, trials // part) for part in (20, 4, 2, 1)})
     rows, suggestions, reports, running = [], [], [], []

@@ -26,6 +26,7 @@ class Command:
     summary: str
     flags: dict[str, str]  # short flag -> dotted field of Config
     example: str  # one a line
+    reads: tuple[str, ...]  # sections and fields that it reads beside those of its flags; others are refused
     module: str = ""  # ftray/<module>.py holds its `run(config)`; default: of the command's own name
     argument: str = ""  # the field that is given without a flag
 
@@ -37,6 +38,7 @@ DATA = {
     "model": "model.name",
     "task": "task",
 }
+SCORING = ("evaluation.generate", "evaluation.max_new_tokens", "evaluation.batch_size")
 COMMANDS = {
     "preprocess": Command(
         "tokenize a data set into cached shards and show statistics and a sample",
@@ -44,6 +46,7 @@ COMMANDS = {
         "ftray preprocess --data records.jsonl --model smollm2-135m\n"
         "ftray preprocess --data chats/ --model path/to/model --data.max_length 2048 --data.overlong drop\n"
         "ftray preprocess --data s3://bucket/records.parquet --data.limit 10000",
+        ("data", "model.trust_remote_code", "scaling.address"),
     ),
     "train": Command(
         "train one adapter",
@@ -51,6 +54,12 @@ COMMANDS = {
         "ftray train --data records.jsonl --method lora --adapter.rank 16 --output runs/one\n"
         "ftray train --config run.yaml --training.epochs 3 --scaling.workers 4 --training.zero_stage 2\n"
         "ftray train --config run.yaml --output runs/one --resume",
+        (
+            *("model", "data", "adapter", "training", "resume"),
+            *("scaling.workers", "scaling.cpus_per_worker", "scaling.gpus_per_worker", "scaling.address"),
+            *("search.metric", "search.direction", "search.max_failures"),  # which of its checkpoints is the best
+            *SCORING,
+        ),
     ),
     "tune": Command(
         "search for the best adapter, prove it against the base model and merge it",
@@ -68,17 +77,23 @@ COMMANDS = {
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
+        (
+            *("model", "data", "training", "scaling", "search", "resume"),
+            *(*SCORING, "evaluation.records", "evaluation.bootstrap", "evaluation.samples"),
+        ),
     ),
     "status": Command(
         "show how far a search is, from any terminal that sees its output or its cluster",
         {"run": "output"},
         "ftray status --run runs/search\nftray status --run s3://bucket/runs/search\n"
         "ftray status --run raysubmit_8tdZtxgNQxRVWq3f",
+        ("scaling.address",),
     ),
     "stop": Command(
         "end a trial of a running search; what it has reached counts",
         {"run": "output"},
         "ftray stop 3 --run runs/search\nftray stop 12 --run /shared/runs/search",
+        ("scaling.address",),
         argument="request.trial",
     ),
     "add": Command(
@@ -86,6 +101,7 @@ COMMANDS = {
         {"run": "output"},
         "ftray add '{adapter: {method: lora, rank: 64}, training: {learning_rate: 0.001}}' --run runs/search\n"
         'ftray add \'{"adapter": {"method": "ia3"}}\' --run runs/search',
+        ("scaling.address",),
         argument="request.configuration",
     ),
     "evaluate": Command(
@@ -94,6 +110,7 @@ COMMANDS = {
         "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
         "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
+        ("model", "data", "evaluation", "scaling.gpus_per_worker", "scaling.address"),
     ),
     "infer": Command(
         "generate: one prompt, a file of prompts, or a conversation on the terminal",
@@ -107,6 +124,7 @@ COMMANDS = {
         "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
         "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
         "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
+        ("model", "generation", "task", "data.template", "evaluation.batch_size"),
     ),
     "merge": Command(
         "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",
@@ -122,11 +140,13 @@ COMMANDS = {
         "ftray merge --adapter runs/one/adapter --output merged\n"
         "ftray merge --adapter a --adapter b --weights 0.7,0.3 --combination ties --density 0.5 --output merged\n"
         "ftray merge --adapter runs/one/train/checkpoint_000003 --form adapter --output adapter",
+        ("model", "merge", "task"),
     ),
     "config": Command(
         "print the reference of all configuration; with flags or a file, the configuration that they make",
         DATA,
         "ftray config\nftray config --config run.yaml --training.epochs 3 > resolved.yaml",
+        tuple(Config.model_fields),
         "reference",
     ),
     "serve": Command(
@@ -144,6 +164,10 @@ COMMANDS = {
         "ftray serve --model path/to/model --adapter terse=runs/a/adapter --adapter kind=runs/b/adapter\n"
         "ftray serve --run runs/search --merged --port 9000\n"
         "ftray serve --run runs/search --engine vllm",
+        (
+            *("model", "serving", "task", "evaluation.batch_size"),
+            *("scaling.cpus_per_worker", "scaling.gpus_per_worker", "scaling.address"),
+        ),
     ),
 }
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
@@ -188,8 +212,11 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
 def parse(name: str, argv: Sequence[str]) -> Config:
     """Build the configuration from the command line.
 
+    A YAML file may hold sections that the command does not read, as several commands share one; the command line not.
+
     Raises:
-        UserError: unknown flag or field, bad value, or a YAML file that can't be read.
+        UserError: unknown flag or field, one that the command does not read, bad value, or a YAML file that can't be
+            read.
     """
     parser = parser_of(name)
     try:
@@ -200,10 +227,53 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     for field, value in vars(known).items():
         if field != "config" and value is not None:
             _assign(values, field, value)
-    flags = [*COMMANDS[name].flags, *SWITCHES, "config"]
-    for field, text in _pairs(rest, flags):
-        _assign(values, field, yaml.safe_load(text))
+    for field, text in _pairs(name, rest):
+        value = yaml.safe_load(text)
+        for key in value if isinstance(value, dict) and field in _sections() else ():
+            _refuse_unread(name, f"{field}.{key}")
+        _assign(values, field, value)
     return config_from(values)
+
+
+def reads(name: str, field: str) -> bool:
+    """Whether a command reads a field, by its dotted name, or a whole section."""
+    command = COMMANDS[name]
+    view = {*command.reads, *command.flags.values(), command.argument, "verbose"}
+    return field in view or field.partition(".")[0] in view
+
+
+def view_of(name: str) -> str:
+    """What a command reads beside its own flags: sections, with the fields where it doesn't read all of them."""
+    command = COMMANDS[name]
+    shown = [field for field in fields() if "." not in field and field in set(command.reads) - set(SWITCHES)]
+    for section in _sections():
+        some = ", ".join(field.partition(".")[2] for field in _readable(name, section))
+        if some:
+            shown.append(section if reads(name, section) else f"{section} ({some})")
+    return ", ".join(shown)
+
+
+def _readable(name: str, section: str) -> list[str]:
+    """The fields of a section that the command reads."""
+    return [field for field in fields() if field.startswith(f"{section}.") and reads(name, field)]
+
+
+def _refuse_unread(name: str, field: str) -> None:
+    """Refuse a field that the command does not read; a section is refused if it reads none of it."""
+    section, dot, _ = field.partition(".")
+    if section not in Config.model_fields:
+        raise UserError(f"unknown option --{field}{near(section, Config.model_fields)}")
+    if reads(name, field) or (not dot and _readable(name, field)):
+        return
+    if field not in fields() and (hint := near(field, _readable(name, section), otherwise="", likeness=0.8)):
+        raise UserError(f"unknown option --{field}{hint}")
+    others = [other for other in COMMANDS if other not in (name, "config") and _reads_any(other, field)]
+    raise UserError(f"--{field}: ftray {name} does not read it; {', '.join(others)} {'do' if others[1:] else 'does'}")
+
+
+def _reads_any(name: str, field: str) -> bool:
+    """Whether the command reads the field, or, of a section or where there is no such field, any of the section."""
+    return reads(name, field) if field in fields() else bool(_readable(name, field.partition(".")[0]))
 
 
 def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
@@ -214,13 +284,15 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
     parser.prog, parser.description = f"ftray {name}", command.summary
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        f"any field: --section.key value (sections: {', '.join(_sections())}; see ftray config)\n\n"
-        f"examples:\n{examples}\n\n{EXIT_CODES}"
+        f"fields: --section.key value of {view_of(name)}; see ftray config\n\nexamples:\n{examples}\n\n{EXIT_CODES}"
     )
     if given := command.argument:
         parser.add_argument(given, nargs="?", metavar=given.rpartition(".")[2].upper(), help=describe(given))
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the sections")
-    for flag, field in {**command.flags, **SWITCHES}.items():
+        for field in command.reads:  # else their values could be taken for the argument
+            parser.add_argument(f"--{field}", help=describe(field))
+    parser.add_argument("--config", metavar="FILE", help="YAML file; sections of other commands are left alone")
+    switches = {flag: field for flag, field in SWITCHES.items() if reads(name, field)}
+    for flag, field in {**command.flags, **switches}.items():
         annotation = field_of(field).annotation
         if annotation is bool:
             parser.add_argument(
@@ -253,7 +325,7 @@ def complete() -> None:
     for name, command in COMMANDS.items():
         own = parser_of(name, commands.add_parser(name, help=command.summary, allow_abbrev=False))
         for field in fields():
-            if "." in field:  # the others are flags of the commands that take them
+            if "." in field and reads(name, field) and not command.argument:  # the others are flags already
                 own.add_argument(f"--{field}", help=describe(field).replace("%", "%%"))
     argcomplete.autocomplete(parser, default_completer=Values())
 
@@ -267,14 +339,19 @@ def fields() -> list[str]:
     return names
 
 
-def _pairs(rest: list[str], flags: list[str]) -> list[tuple[str, str]]:
+def _pairs(command: str, rest: list[str]) -> list[tuple[str, str]]:
+    flags = [*COMMANDS[command].flags, *(flag for flag in SWITCHES if reads(command, flag)), "config"]
     pairs, i = [], 0
     while i < len(rest):
         name, equals, value = rest[i].partition("=")
         if not name.startswith("--"):
             raise UserError(f"unexpected argument {rest[i]!r}: options start with --")
-        if "." not in name and name.removeprefix("--") not in Config.model_fields:
-            raise UserError(f"unknown option {name}{near(name.removeprefix('--'), flags)}")
+        flag = name.removeprefix("--")
+        if "." not in flag and flag not in Config.model_fields:
+            others = [other for other in COMMANDS if flag in COMMANDS[other].flags]
+            hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it" if others else near(flag, flags)
+            raise UserError(f"unknown option {name}{hint}")
+        _refuse_unread(command, flag)
         if not equals:
             i += 1
             if i == len(rest) or rest[i].startswith("--"):

@@ -2,11 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
-from ftray.config import Config
+from ftray.config import Config, SearchConfig
 from ftray.storage.location import Location, parse_location
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+    from ftray.search.trial_worker import SearchContext
 
 
 def run(cfg: Config) -> int:
@@ -21,6 +26,28 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
+    cfg, model_path, tokenizer = check(cfg)
+    from ftray.search.run_manifest import RUN, sole_driver, write_definition
+    from ftray.training.run_spec import RunFailed
+
+    check_address(cfg)
+    output = parse_location(cfg.output)
+    with sole_driver(output, RUN):
+        write_definition(cfg, None, output)
+        try:
+            drive(cfg, model_path, tokenizer, output)
+        except RunFailed as failure:
+            print(f"ftray train: failed: {failure}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def check(cfg: Config) -> tuple[Config, str, Any]:
+    """All that can be found wrong without Ray, weights or a GPU.
+
+    Returns:
+        The configuration as it will run, the model's directory and its tokenizer.
+    """
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.tasks.infer_task import infer_task
@@ -30,65 +57,84 @@ def run(cfg: Config) -> int:
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run
-    from ftray.data import check
+    from ftray.data import check as check_data
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.run_manifest import RUN, check_output, sole_driver, write_definition
+    from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    task = check(cfg.data, tokenizer, cfg.task)
+    task = check_data(cfg.data, tokenizer, cfg.task)
     dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly
-    cfg = cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})})
-    check_address(cfg)
-    output = parse_location(cfg.output)
-    with sole_driver(output, RUN):
-        write_definition(cfg, None, output)
-        return drive(cfg, model_path, tokenizer, output)
+    return cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})}), model_path, tokenizer
 
 
-def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> int:
-    """Train as :func:`run` found it to be possible; returns the exit code."""
-    from ray.train import TrainingFailedError
+def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> None:
+    """Train as :func:`check` found it to be possible, and save the best checkpoint's adapter.
 
+    Raises:
+        RunFailed: see :func:`fit`.
+    """
     from ftray.data import prepare
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
-    from ftray.runtime.preemption import ending_on_sigterm, notice
-    from ftray.search.progress import last_line
     from ftray.search.results import save_best_adapter
     from ftray.search.run_manifest import write_data
-    from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer
+    from ftray.search.trial_worker import SearchContext
 
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
-    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    result = fit(SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg)), output)
+    print_reports(result.return_value["reports"], cfg.search.metric)
+    best = output / "train" / best_checkpoint(result, cfg.search)
+    save_best_adapter(str(best), "", tokenizer, output / "adapter")
+    print(f"adapter {output / 'adapter'}")
+
+
+def fit(job: "SearchContext", output: Location) -> "Result":
+    """Train to the last step; where a node that goes away cuts training off, it resumes on another.
+
+    Raises:
+        RunFailed: it can't be finished; the message says why.
+    """
+    from ray.train import TrainingFailedError
+
+    from ftray.runtime.preemption import ending_on_sigterm, notice
+    from ftray.search.progress import last_line
+    from ftray.search.trial_worker import CUT_OFF, trainer
+    from ftray.training.run_spec import RunFailed
+
+    run = job.run(job.config.adapter.model_dump(), {})
     try:
         with ending_on_sigterm(), notice():
-            cut_off = True
-            while cut_off:
-                result = trainer(job, job.run(cfg.adapter.model_dump(), {}), "train", output).fit()
-                cut_off = result.return_value[CUT_OFF]
-        failure = result.return_value["failure"]
+            result = trainer(job, run, "train", output).fit()
+            while result.return_value[CUT_OFF]:
+                result = trainer(job, run, "train", output).fit()
     except TrainingFailedError as error:
-        failure = last_line(error)
-    if failure:
-        print(f"ftray train: failed: {failure}", file=sys.stderr)
-        return 1
-    metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
-    for report in result.return_value["reports"]:
+        raise RunFailed(last_line(error)) from None
+    if failure := result.return_value["failure"]:
+        raise RunFailed(failure)
+    return result
+
+
+def print_reports(reports: list[dict[str, Any]], metric: str) -> None:
+    """One line a validation."""
+    for report in reports:
         shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
         print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
-    reported = [pair for pair in result.best_checkpoints if metric in pair[1]]
-    best, _ = min(reported, key=lambda pair: sign * pair[1][metric])
-    save_best_adapter(str(output / "train" / Path(best.path).name), "", tokenizer, output / "adapter")
-    print(f"adapter {output / 'adapter'}")
-    return 0
+
+
+def best_checkpoint(result: "Result", search: SearchConfig) -> str:
+    """The directory name of the checkpoint with the best metric."""
+    sign = 1 if search.direction == "min" else -1
+    reported = [pair for pair in result.best_checkpoints if search.metric in pair[1]]
+    best, _ = min(reported, key=lambda pair: sign * pair[1][search.metric])
+    return Path(best.path).name
 
 
 if __name__ == "__main__":

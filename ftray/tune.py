@@ -2,14 +2,17 @@
 
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config
 from ftray.errors import UserError
 from ftray.reports.search import console, print_leaderboard, show
-from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason, remove
+from ftray.storage.location import Location, parse_location, reason
+
+if TYPE_CHECKING:
+    from ftray.search.space import Space
+    from ftray.search.trial_worker import SearchContext
 
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
 
@@ -34,18 +37,15 @@ def run(cfg: Config) -> int:
         return show_plan(cfg, space, model_path)
     from ftray.runtime.cluster import check_address, connect, end_with_ray
     from ftray.runtime.preemption import ending_on_sigterm
-    from ftray.search.broker import SearchBroken
     from ftray.search.jobs import announce
     from ftray.search.results import JOURNAL
-    from ftray.search.run_manifest import is_full, sole_driver, write_definition
-    from ftray.search.sampler import mend
+    from ftray.search.run_manifest import sole_driver, write_definition
 
     check_address(cfg)
     output = parse_location(cfg.output)
     try:
         with sole_driver(output):
-            if isinstance(output, Path):
-                mend(output / JOURNAL)
+            (output / JOURNAL).drop_cut_line()
             write_definition(cfg, space, output)
             announce(output)
             connect(cfg)
@@ -55,65 +55,39 @@ def run(cfg: Config) -> int:
     except UserError:
         raise
     except Exception as error:
-        if is_full(output, error):
-            why = f"output {output}: its disk is full: make room, then"
-        elif isinstance(error, SearchBroken):
-            why = f"{error};"
-        elif isinstance(output, Stored) and isinstance(error, OSError):
-            why = f"{output}: {reason(error)};"
-        else:
+        why = _why_it_stopped(error, output)
+        if why is None:
             raise
         print(f"ftray tune: {why} the same command with --resume goes on", file=sys.stderr)
         return 1
 
 
-def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Location) -> int:
+def _why_it_stopped(error: Exception, output: Location) -> str | None:
+    """What the search can resume from once it is mended; None: an error of ftray itself."""
+    from ftray.search.broker import SearchBroken
+    from ftray.search.run_manifest import is_full
+
+    if is_full(output, error):
+        return f"output {output}: its disk is full: make room, then"
+    if isinstance(error, SearchBroken):
+        return f"{error};"
+    said = output.why_unreachable(error)
+    return said and f"{output}: {said};"
+
+
+def drive(cfg: Config, space: "Space", model_path: str, tokenizer: Any, output: Location) -> int:
     """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
 
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
-    from ray.exceptions import RayError
-
-    from ftray.adapters.methods import METHODS
-    from ftray.data import prepare
-    from ftray.reports.data import describe, padding_share
-    from ftray.runtime.cluster import gpus_per_worker, on_hardware
-    from ftray.search.driver import search
-    from ftray.search.metrics import Metrics
-    from ftray.search.progress import Progress, last_line
-    from ftray.search.results import (
-        model_card,
-        save_best_adapter,
-        say_damaged,
-        trial_rows,
-        write_json,
-        write_leaderboard,
-    )
-    from ftray.search.run_manifest import write_data
-    from ftray.search.trackers import trackers
-    from ftray.search.trial_worker import SearchContext
+    from ftray.runtime.cluster import on_hardware
+    from ftray.search.results import model_card, trial_rows, write_json, write_leaderboard
 
     started = time.monotonic()
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
-    write_data(cfg, space, model_path, data, output)
-    say_damaged(output)
-    print(describe(data))
-    print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
-    budget = job.budget()
-    past = trial_rows(cfg, output)
-    progress = Progress(cfg.search.trials, budget, cfg.search.metric, cfg.search.direction, past)
-    search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
-
+    job = search_for_best(cfg, space, model_path, output)
     rows = trial_rows(cfg, output)
-    best = None
-    while best is None and (best := next((r for r in rows if r["checkpoint"]), None)):
-        try:
-            save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
-        except UserError as error:  # the next best, then
-            print(f"trial {best['trial']}: {error}", flush=True)
-            best["checkpoint"], best = None, None
+    best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
@@ -123,33 +97,88 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
         "proof": None,
         "trials": rows,
         "tokens": sum(r["tokens"] for r in rows),
-        "seconds": time.monotonic() - started,
     }
-    write_json(summary, output / "summary.json")
+
+    def keep_summary() -> None:
+        summary["seconds"] = time.monotonic() - started
+        write_json(summary, output / "summary.json")
+
+    keep_summary()
     if best is None:
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    where = output.absolute() if isinstance(output, Path) else output
-    proof = _awaited(on_hardware(cfg, prove, job, where))
-    summary |= {
-        "proof": proof,
-        "base": {name: metric["base"] for name, metric in proof["metrics"].items()},
-        "seconds": time.monotonic() - started,
-    }
+    proof = _awaited(on_hardware(cfg, prove, job, output.absolute()))
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
-    write_json(summary, output / "summary.json")  # whatever becomes of the merged model
+    summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
+    keep_summary()  # whatever becomes of the merged model
+    proof["merged"] = merged_on_hardware(job, output)
+    keep_summary()
+    show(rows, proof, cfg, output)
+    return exit_code(best, proof["merged"])
+
+
+def search_for_best(cfg: Config, space: "Space", model_path: str, output: Location) -> "SearchContext":
+    """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
+    from ftray.data import prepare
+    from ftray.reports.data import describe, padding_share
+    from ftray.runtime.cluster import gpus_per_worker
+    from ftray.search.driver import search
+    from ftray.search.metrics import Metrics
+    from ftray.search.progress import Progress
+    from ftray.search.results import say_damaged, trial_rows
+    from ftray.search.run_manifest import write_data
+    from ftray.search.trackers import trackers
+    from ftray.search.trial_worker import SearchContext
+
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    write_data(cfg, space, model_path, data, output)
+    say_damaged(output)
+    print(describe(data))
+    print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
+    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    past = trial_rows(cfg, output)
+    progress = Progress(cfg.search.trials, job.budget(), cfg.search.metric, cfg.search.direction, past)
+    search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
+    return job
+
+
+def save_best(cfg: Config, rows: list[dict[str, Any]], tokenizer: Any, output: Location) -> dict[str, Any] | None:
+    """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row."""
+    from ftray.search.results import model_card, save_best_adapter
+
+    for row in rows:
+        if row["checkpoint"]:
+            try:
+                save_best_adapter(row["checkpoint"], model_card(cfg, row, None), tokenizer, output / "best" / "adapter")
+                return row
+            except UserError as error:  # the next best, then
+                print(f"trial {row['trial']}: {error}", flush=True)
+                row["checkpoint"] = None
+    return None
+
+
+def merged_on_hardware(job: "SearchContext", output: Location) -> dict[str, Any]:
+    """What :func:`merge_best` returns; the `reason` if its process did not survive."""
+    from ray.exceptions import RayError
+
+    from ftray.runtime.cluster import on_hardware
+    from ftray.search.progress import last_line
+
     try:
         # an attempt that ran out of memory would do so again, for ever
-        proof["merged"] = _awaited(on_hardware(cfg, merge_best, job, where, max_retries=0))
+        return _awaited(on_hardware(job.config, merge_best, job, output.absolute(), max_retries=0))
     except RayError as error:
-        proof["merged"] = {"reason": f"its process ended: {last_line(error)}"}
-    summary["seconds"] = time.monotonic() - started
-    write_json(summary, output / "summary.json")
-    show(rows, proof, cfg, output)
-    if "path" in proof["merged"] or METHODS[best["config"]["adapter"]["method"]].merge_tolerance is None:
+        return {"reason": f"its process ended: {last_line(error)}"}
+
+
+def exit_code(best: dict[str, Any], merged: dict[str, Any]) -> int:
+    """0, unless there is no merged model of a method that can be merged; then says why."""
+    from ftray.adapters.methods import METHODS
+
+    if "path" in merged or METHODS[best["config"]["adapter"]["method"]].merge_tolerance is None:
         return 0
-    print(f"ftray tune: {proof['merged']['reason']}; the same command with --resume tries again", file=sys.stderr)
+    print(f"ftray tune: {merged['reason']}; the same command with --resume tries again", file=sys.stderr)
     return 1
 
 
@@ -164,7 +193,7 @@ def _awaited(task: Any) -> Any:
     return ray.get(task)
 
 
-def show_plan(cfg: Config, space: Any, model_path: str) -> int:
+def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     """What `--plan` prints; nothing is left in `output`."""
     import json
 
@@ -187,7 +216,7 @@ def show_plan(cfg: Config, space: Any, model_path: str) -> int:
     return 0
 
 
-def check(cfg: Config) -> tuple[Config, Any, str, Any]:
+def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
     """All that can be found wrong without Ray, weights or a GPU.
 
     Returns:
@@ -230,7 +259,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
     return cfg, space, model_path, tokenizer
 
 
-def prove(job: Any, output: Location) -> dict[str, Any]:
+def prove(job: "SearchContext", output: Location) -> dict[str, Any]:
     """Score base and best adapter on the test split; runs where the hardware is.
 
     Returns:
@@ -243,10 +272,10 @@ def prove(job: Any, output: Location) -> dict[str, Any]:
     from ftray.evaluation.metrics import compare
     from ftray.models.load import load_on_device, load_tokenizer
 
-    cfg: Config = job.config
+    cfg = job.config
     data = TokenizedData.load(job.data)
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
-    with as_local_dir(output / "best" / "adapter") as adapter:
+    with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base, str(adapter))
     tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
@@ -266,7 +295,7 @@ def prove(job: Any, output: Location) -> dict[str, Any]:
     }
 
 
-def merge_best(job: Any, output: Location) -> dict[str, Any]:
+def merge_best(job: "SearchContext", output: Location) -> dict[str, Any]:
     """Write the merged model, compared with the adapter on test records; runs where the hardware is.
 
     Returns:
@@ -277,22 +306,22 @@ def merge_best(job: Any, output: Location) -> dict[str, Any]:
     from ftray.data import TokenizedData
     from ftray.models.load import load_on_device, load_tokenizer
 
-    cfg: Config = job.config
+    cfg = job.config
     data, place = TokenizedData.load(job.data), output / "best" / "merged"
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     merged: dict[str, Any] = {"path": str(place)}
     try:
-        with as_local_dir(output / "best" / "adapter") as adapter:
+        with (output / "best" / "adapter").as_local_dir() as adapter:
             records = [row["input_ids"] for row in rows]
             merged |= save_merged(cfg.model, job.model_path, adapter, place, data.task, records)
         if cfg.model.quantization != "none":
-            with as_local_dir(place) as made:
+            with place.as_local_dir() as made:
                 whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
     except Exception as error:  # whatever it is, the search and its proof stand
-        remove(place)  # one of another best, from before
+        place.remove()  # one of another best, from before
         return {
             "reason": str(error) if isinstance(error, UserError) else f"merge: {type(error).__name__}: {reason(error)}"
         }

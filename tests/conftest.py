@@ -8,6 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from helpers.views import guarded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -22,10 +23,19 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ftray import cli
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def commands_read_what_they_say(monkeypatch):
+    """Of the commands that a test runs in its own process, none may read what it would refuse on its command line."""
+    parse = cli.parse
+    monkeypatch.setattr(cli, "parse", lambda name, argv: guarded(name, parse(name, argv)))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

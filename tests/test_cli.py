@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import get_args, get_origin
 import pytest
 import yaml
 
-from ftray.cli import COMMANDS, EXIT_CODES, choices_of, field_of, fields, main, parse
+from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, choices_of, field_of, fields, main, parse, reads
 from ftray.config import Config
 from ftray.reference import commands, reference
 
@@ -111,7 +113,8 @@ def bash():
 def test_values_come_from_command_line_then_yaml_then_defaults(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("training: {learning_rate: 1.0e-3, batch_size: 4}\nadapter: {method: lora, rank: 2}\n")
-    cfg = parse("tune", ["--config", str(path), "--training.batch_size=16", "--adapter.alpha", "7", "--trials", "3"])
+    arguments = ["--training.batch_size=16", "--adapter.alpha", "7", "--search.trials", "3"]
+    cfg = parse("config", ["--config", str(path), *arguments])
     assert cfg.training.learning_rate == 1e-3
     assert cfg.training.batch_size == 16
     assert cfg.adapter.parameters == {"rank": 2, "alpha": 7}
@@ -133,6 +136,62 @@ def test_help_shows_flags_and_an_example(name):
         assert all(f"  {line}\n" in done.stdout for line in COMMANDS[name].example.splitlines())
         assert EXIT_CODES in done.stdout
         assert all(f"--{flag}" in done.stdout for flag in COMMANDS[name].flags)
+        (shown,) = [line for line in done.stdout.splitlines() if line.startswith("fields: ")]
+        named = re.sub(r" \(.*?\)|;.*", "", shown.partition(" of ")[2]).split(", ")
+        for section in {field.partition(".")[0] for field in fields() if "." in field}:
+            read = any(reads(name, field) for field in fields() if field.startswith(f"{section}."))
+            assert (section in named) == read, section
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("stop --serving.port 3", "--serving.port: ftray stop does not read it; serve does"),
+        ("stop 3 --serving.port=3", "--serving.port: ftray stop does not read it; serve does"),
+        ("stop 3 --serving '{port: 3}'", "--serving: ftray stop does not read it; serve does"),
+        ("stop 3 --serving.prot 3", "--serving.prot: ftray stop does not read it; serve does"),
+        ("stop 3 --srving.port 3", "unknown option --srving.port; did you mean serving"),
+        ("stop 3 --port 3", "unknown option --port; serve has it"),
+        ("stop 3 --resume", "--resume: ftray stop does not read it; train, tune do"),
+        ("status --request.trial 3", "--request.trial: ftray status does not read it; stop does"),
+        ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train does"),
+        ("train --plan", "--plan: ftray train does not read it; tune does"),
+        ("train --search.trials 4", "--search.trials: ftray train does not read it; tune does"),
+        ("infer --evaluation.split all", "--evaluation.split: ftray infer does not read it; evaluate does"),
+        ("infer --evaluation '{split: all}'", "--evaluation.split: ftray infer does not read it; evaluate does"),
+        ("infer --evaluation.batch_sise 4", "--evaluation.batch_sise; did you mean evaluation.batch_size?"),
+        ("merge --data.limit 4", "--data.limit: ftray merge does not read it; preprocess, train, tune, evaluate do"),
+    ],
+)
+def test_what_a_command_does_not_read_is_refused(typed, said, capsys):
+    command, *arguments = shlex.split(typed)
+    assert main([command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ftray {command}: error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_file_serves_all_commands(name, tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text(yaml.safe_dump(Config().model_dump()))
+    assert parse(name, ["--config", str(path)]) == Config()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_documented_of_a_command_it_takes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("training: {epochs: 2}")
+    for line in COMMANDS[name].example.splitlines():
+        parse(name, shlex.split(line.partition(" > ")[0])[2:])
+    for field in fields():
+        if reads(name, field) and field.partition(".")[0] not in COMMANDS[name].flags and field not in SWITCHES:
+            parse(name, [f"--{field}={json.dumps(another(field))}", *needed(field)])
+
+
+def needed(field: str) -> list[str]:
+    return ["--training.zero_stage=2"] if field == "training.offload" else []
 
 
 def test_unknown_command(capsys):
@@ -141,8 +200,6 @@ def test_unknown_command(capsys):
 
 
 def test_readme_names_only_commands_and_files_that_exist():
-    import re
-
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / target).exists(), target

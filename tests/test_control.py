@@ -9,7 +9,13 @@ import pytest
 from helpers.searches import command, environment, run, study
 
 from ftray.cli import main
+from ftray.config import Config
+from ftray.errors import UserError
 from ftray.reports.status import read
+from ftray.search.control import ask_to_add, ask_to_stop
+from ftray.search.sampler import Sampler
+from ftray.search.space import load_space
+from ftray.storage.location import LocalLocation
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
 STEPS = 10000
@@ -37,7 +43,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         wait_for(lambda: (output / "study.log").exists() and (output / "data.json").exists(), process)
 
         def both_report():
-            seen = read(output)
+            seen = read(LocalLocation(output))
             return seen if sum(t["rung"] > 0 for t in seen.trials) == 2 else None
 
         seen = wait_for(both_report, process)
@@ -58,12 +64,14 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         assert capsys.readouterr().out == "trial 2 is the next to begin\n"
         assert main(["add", added, *on]) == 2
         assert "trial 2 has this configuration already" in capsys.readouterr().err
-        assert [t["state"] for t in read(output).trials] == ["runs", "runs", "waits"]
+        assert [t["state"] for t in read(LocalLocation(output)).trials] == ["runs", "runs", "waits"]
         assert main(["stop", "2", *on]) == 2
         assert "it does not run (waiting)" in capsys.readouterr().err
 
         for number in range(4):
-            wait_for(lambda n=number: any(t["trial"] == n and t["rung"] for t in read(output).trials), process)
+            wait_for(
+                lambda n=number: any(t["trial"] == n and t["rung"] for t in read(LocalLocation(output)).trials), process
+            )
             assert main(["stop", str(number), *on]) == 0
         output_text, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output_text
@@ -105,3 +113,20 @@ def test_the_module_is_a_command(tmp_path):
         [sys.executable, "-m", "ftray.status", "--run", str(tmp_path)], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_what_is_asked_on_a_shared_disk_is_in_the_journal_at_once(tmp_path):
+    """Without a driver too: the next one finds it."""
+    (tmp_path / "space.yaml").write_text("method: lora\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n")
+    cfg, space = Config.model_validate({"search": {"trials": 4}}), load_space(str(tmp_path / "space.yaml"))
+    journal = LocalLocation(tmp_path / "study.log")
+    assert Sampler(space, cfg, 100, journal, lambda: 3).suggest("a")["number"] == 0
+    ask_to_stop(journal, 0)
+    added = {"adapter": {"method": "lora"}, "training": {"learning_rate": 0.002}}
+    assert ask_to_add(journal, cfg, space, added) == 1
+    with pytest.raises(UserError, match="trial 1 has this configuration already"):
+        ask_to_add(journal, cfg, space, added)
+    running, waiting = study(tmp_path).get_trials()
+    assert (running.state.name, running.user_attrs["stop"]) == ("RUNNING", True)
+    assert (waiting.state.name, waiting.user_attrs["added"]) == ("WAITING", added)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["space.yaml", "study.log"]  # nothing is left beside it

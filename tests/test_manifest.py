@@ -8,12 +8,15 @@ from conftest import llama
 from peft import LoraConfig, get_peft_model
 
 from ftray.adapters.discovery import find_adapter
+from ftray.config import Config
 from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.search.results import newest_whole
 from ftray.serving.adapters import check_adapter, fetched
-from ftray.storage.atomic import publish
+from ftray.storage.atomic import atomic_dir
+from ftray.storage.location import LocalLocation
 from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
+from ftray.tune import save_best
 
 
 def written(directory):
@@ -22,6 +25,11 @@ def written(directory):
     (directory / "config.json").write_text("{}")
     (directory / "README.md").write_text("a card")
     return directory
+
+
+def publish(content, target):
+    with atomic_dir(target) as made:
+        shutil.copytree(content, made, dirs_exist_ok=True)
 
 
 def flip(path):
@@ -78,15 +86,16 @@ def test_what_two_processes_write_is_whole_with_both_parts(tmp_path):
 
 
 def test_a_trial_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path):
+    trial = LocalLocation(tmp_path)
     for step in (3, 9, 27):
-        publish(written(tmp_path / ".checkpoint"), tmp_path / f"checkpoint_{step:08d}")
-    assert newest_whole(tmp_path).endswith("checkpoint_00000027")
+        publish(written(tmp_path / f"made-{step}"), trial / f"checkpoint_{step:08d}")
+    assert newest_whole(trial).endswith("checkpoint_00000027")
     flip(tmp_path / "checkpoint_00000027" / "state" / "shard.pt")
-    assert newest_whole(tmp_path).endswith("checkpoint_00000009")
+    assert newest_whole(trial).endswith("checkpoint_00000009")
     (tmp_path / "checkpoint_00000009" / f"{MANIFEST}.json").unlink()  # half-written
-    assert newest_whole(tmp_path).endswith("checkpoint_00000003")
+    assert newest_whole(trial).endswith("checkpoint_00000003")
     shutil.rmtree(tmp_path / "checkpoint_00000003" / "state")
-    assert newest_whole(tmp_path) is None
+    assert newest_whole(trial) is None
 
 
 @pytest.fixture
@@ -123,3 +132,22 @@ def test_a_damaged_model_is_refused(tmp_path, tiny_llama):
     (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     with pytest.raises(UserError, match=r"merged: is damaged: config\.json is not as it was written"):
         find(str(tmp_path / "merged"))
+
+
+def test_the_best_trial_whose_adapter_is_whole_is_the_best(adapter, tokenizer, tmp_path, capsys):
+    cfg = Config.model_validate({"task": "CAUSAL_LM", "data": {"source": "words.jsonl"}})
+    rows = []
+    for number in range(3):
+        checkpoint = tmp_path / "tune" / f"trial-{number}"
+        publish(adapter, checkpoint / "adapter")
+        settings = {"adapter": {"method": "lora"}, "training": {}}
+        row = {"trial": number, "value": 1.0 + number, "records": 8, "tokens": 99, "config": settings}
+        rows.append(row | {"checkpoint": str(checkpoint) if number else None})
+    flip(tmp_path / "tune" / "trial-1" / "adapter" / "adapter_model.safetensors")
+    assert save_best(cfg, rows, tokenizer, LocalLocation(tmp_path)) is rows[2]
+    assert [row["checkpoint"] for row in rows[:2]] == [None, None]
+    assert "trial 1: adapter" in capsys.readouterr().out
+    weights = (tmp_path / "best" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (adapter / "adapter_model.safetensors").read_bytes()
+    assert find_corruption(tmp_path / "best" / "adapter") is None
+    assert save_best(cfg, rows[:2], tokenizer, LocalLocation(tmp_path)) is None

@@ -21,6 +21,7 @@ from ftray.config import AdapterConfig, Config, ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.search.trial_worker import SearchContext
+from ftray.storage.location import LocalLocation
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tune import merge_best
 
@@ -284,7 +285,7 @@ def test_whatever_goes_wrong_in_merging_is_a_reason(tmp_path, tiny_llama, data):
     adapter_of(str(base), lora("q_proj"), tmp_path / "best" / "adapter")
     (base / "model.safetensors").write_bytes(b"damaged")
     job = SearchContext(Config.model_validate({"model": {"dtype": "fp32"}}), str(base), data.directory, 0.0)
-    reason = merge_best(job, tmp_path)["reason"]
+    reason = merge_best(job, LocalLocation(tmp_path))["reason"]
     assert reason.startswith("merge: ")
     assert "\n" not in reason
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["adapter"]

@@ -17,6 +17,7 @@ from ftray.config import Config
 from ftray.search.broker import TrialBroker
 from ftray.search.driver import TimeBudget
 from ftray.search.pack_worker import Capacity
+from ftray.storage.location import LocalLocation
 
 
 def test_a_board_gives_room_away_and_takes_it_back():
@@ -150,8 +151,8 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
         "search": {"trials": 8, "pack": 3},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    search(job, load_space(str(space)), tmp_path, [])
-    rows = trial_rows(job.config, tmp_path)
+    search(job, load_space(str(space)), LocalLocation(tmp_path), [])
+    rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 8
     assert {row["status"] for row in rows} == {"finished", "stopped early"}
     for row in [row for row in rows if row["status"] == "finished" and row["trial"]][:2]:
@@ -176,8 +177,8 @@ def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_pat
         "search": {"trials": 6, "pack": 2, "scheduler": "none"},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    search(job, load_space(str(space)), tmp_path, [])
-    rows = trial_rows(job.config, tmp_path)
+    search(job, load_space(str(space)), LocalLocation(tmp_path), [])
+    rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 6
     wrong = [row for row in rows if row["config"]["adapter"]["target_modules"] == "nonsense"]
     assert wrong
@@ -200,7 +201,8 @@ def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, d
 
     job = job_of_packs(tiny_llama, data, training={"steps": 6, "validation_records": 5})
     assert data.splits["validation"].records > 5
-    for made in (pack_trainer(job, print, {}, "pack", tmp_path), trainer(job, job.run({}, {}), "alone", tmp_path)):
+    storage = LocalLocation(tmp_path)
+    for made in (pack_trainer(job, print, {}, "pack", storage), trainer(job, job.run({}, {}), "alone", storage)):
         assert sum(reading["stop"] - reading["start"] for reading in made.datasets["validation"].take_all()) == 5
 
 

@@ -16,6 +16,7 @@ from conftest import llama
 from ftray.cli import main
 from ftray.runtime import cluster
 from ftray.search.run_manifest import RUN, SEARCH, sole_driver
+from ftray.storage.location import LocalLocation
 
 
 class Begins(Exception):
@@ -93,17 +94,17 @@ def test_a_run_that_would_be_another_is_refused(more, what, asked, tmp_path, cap
 @pytest.mark.parametrize(
     "more",
     [
-        ["--adapter.rank", "8"],  # what it is without being said
-        ["--search.trials", "99", "--search.scheduler", "none"],
-        ["--scaling.cpus_per_worker", "0.5", "--max-failures", "3"],
-        ["--evaluation.samples", "1"],
+        {"adapter": {"rank": 8}},  # what it is without being said
+        {"search": {"trials": 99, "scheduler": "none"}},
+        {"scaling": {"cpus_per_worker": 0.5}, "search": {"max_failures": 3}},
+        {"evaluation": {"samples": 1}},
     ],
 )
 def test_where_and_what_comes_after_may_change(more, asked, tmp_path):
     begin("train", asked, tmp_path / "out")
-    more = ["--search.max_failures" if part == "--max-failures" else part for part in more]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
     with pytest.raises(Begins):
-        main(["train", *asked, *more, "--resume"])
+        main(["train", *asked, "--config", str(tmp_path / "more.yaml"), "--resume"])
 
 
 def test_where_there_is_nothing_to_resume_it_begins(asked, tmp_path, capsys):
@@ -130,7 +131,7 @@ def test_a_search_and_a_run_do_not_share_an_output(there, other, resume, asked, 
 )
 def test_an_output_has_one_driver(command, kind, what, asked, tmp_path, capsys):
     begin(command, asked, tmp_path / "out")
-    with sole_driver(tmp_path / "out", kind):
+    with sole_driver(LocalLocation(tmp_path / "out"), kind):
         assert what in refused([command, *asked, "--resume"], capsys)
     with pytest.raises(Begins):
         main([command, *asked, "--resume"])

@@ -15,17 +15,24 @@ from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.errors import UserError
 from ftray.search.driver import scheduler
+from ftray.search.journal import open_journal, past_trials
 from ftray.search.results import trial_rows
 from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.rungs import rung_records
-from ftray.search.sampler import BASELINE, Sampler, open_journal, past_trials
+from ftray.search.sampler import BASELINE, Sampler
 from ftray.search.space import DIRECTORY, Domain, load_space
+from ftray.storage.location import LocalLocation
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))
 DEFAULTS = {
     "adapter": BASELINE | parameters(AdapterConfig(**BASELINE)).model_dump(),
     "training": {"learning_rate": 2e-3},
 }
+
+
+@pytest.fixture
+def tmp_path(tmp_path) -> LocalLocation:
+    return LocalLocation(tmp_path)
 
 
 def study(seed: int = 0) -> optuna.Study:
@@ -182,14 +189,16 @@ def test_a_driver_that_died_in_the_middle_of_a_suggestion_costs_nothing(tmp_path
 @pytest.mark.slow  # Optuna gives a lock 30 seconds
 def test_a_lock_left_by_a_killed_process_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "import os, optuna; from pathlib import Path; from ftray.search.sampler import open_journal; "
+    code = "import os, optuna; from ftray.search.journal import open_journal; "
+    code += "from ftray.storage.location import LocalLocation; "
     code += "os.fsync = lambda file: os.kill(os.getpid(), 9); "  # in the middle of writing a line
-    code += "optuna.create_study(study_name='ftray', storage=open_journal(Path('study.log')))"
+    code += "optuna.create_study(study_name='ftray', storage=open_journal(LocalLocation('study.log')))"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert Path("study.log.lock").is_symlink()
-    study = optuna.create_study(study_name="ftray", storage=open_journal(Path("study.log")), load_if_exists=True)
+    journal = LocalLocation("study.log")
+    study = optuna.create_study(study_name="ftray", storage=open_journal(journal), load_if_exists=True)
     study.ask()
-    assert optuna.study.get_all_study_names(open_journal(Path("study.log"))) == ["ftray"]
+    assert optuna.study.get_all_study_names(open_journal(journal)) == ["ftray"]
 
 
 def test_asha_remembers_the_trials_of_a_search_that_goes_on(tmp_path):
@@ -284,8 +293,8 @@ def lists(path: Path) -> str:
 
 def test_lists_and_mappings_are_learnt_from_by_a_search_that_was_killed(tmp_path):
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from test_space import *\n"
-        "sampler = make_sampler(Path(sys.argv[2]), sys.argv[3])\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from test_space import *\n"
+        "sampler = make_sampler(LocalLocation(sys.argv[2]), sys.argv[3])\n"
         "for n in range(8):\n"
         "    sampler.suggest(f't{n}'); n < 6 and sampler.on_trial_complete(f't{n}', report(10, 1.0 + n))\n"
         "os.kill(os.getpid(), 9)"

@@ -23,12 +23,13 @@ from ftray.errors import UserError
 from ftray.reports.status import read
 from ftray.search import control
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
+from ftray.search.journal import past_trials
 from ftray.search.run_manifest import running_since, sole_driver
-from ftray.search.sampler import Sampler, past_trials
+from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.serving.adapters import fetched
 from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
-from ftray.storage.location import Stored, parse_location, refuse_unreachable
+from ftray.storage.location import ObjectStoreLocation, parse_location
 
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
 
@@ -46,11 +47,11 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def states(output: str) -> list[str]:
-    return [trial.state.name for trial in past_trials(Stored(output) / "study.log")]
+    return [trial.state.name for trial in past_trials(ObjectStoreLocation(output) / "study.log")]
 
 
 def test_a_file_is_written_read_listed_and_removed(store, tmp_path):
-    here = Stored("s3://runs/files?region=us-east-1")
+    here = ObjectStoreLocation("s3://runs/files?region=us-east-1")
     assert not (here / "a.txt").exists()
     (here / "a.txt").write_text("ä")
     (tmp_path / "b").mkdir()
@@ -67,7 +68,7 @@ def test_a_file_is_written_read_listed_and_removed(store, tmp_path):
 def test_one_driver_holds_an_output(store, monkeypatch):
     monkeypatch.setattr("ftray.storage.lock.BEAT", 0.2)
     monkeypatch.setattr("ftray.storage.lock.PATIENCE", 3.0)
-    output = Stored("s3://runs/held")
+    output = ObjectStoreLocation("s3://runs/held")
     with sole_driver(output):
         assert time.time() - running_since(output) < 60
         with pytest.raises(UserError, match="a search is running there"), sole_driver(output):
@@ -89,7 +90,7 @@ def test_one_driver_holds_an_output(store, monkeypatch):
 )
 def test_a_store_that_can_not_be_written_is_told_before_ray_starts(store, output, reason, capsys):
     with pytest.raises(UserError, match=reason):
-        refuse_unreachable(Stored(output))
+        ObjectStoreLocation(output).check_writable()
     assert main(["tune", "--output", output]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -111,7 +112,7 @@ def test_wrong_credentials_are_told_on_one_line(store, monkeypatch):
 
 @pytest.mark.parametrize("pack", ["auto", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, tiny_llama, pack, capsys):
-    data = Stored("s3://runs/records.jsonl")
+    data = ObjectStoreLocation("s3://runs/records.jsonl")
     data.write_bytes(Path(words).read_bytes())
     output = f"s3://runs/{pack}"
     more = ["--pack", pack, "--trials", "3", "--search.scheduler", "none", "--concurrency", "1"]
@@ -125,24 +126,27 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
         time.sleep(0.5)
     assert main(["status", "--run", output]) == 0
     assert "/3 trials over" in capsys.readouterr().out
-    assert running_since(Stored(output))
+    assert running_since(ObjectStoreLocation(output))
     search.send_signal(signal.SIGKILL)
     search.wait()
-    before = {trial.number: trial.user_attrs["reports"] for trial in past_trials(Stored(output) / "study.log")[:1]}
-    assert not (Stored(output) / "summary.json").exists()
+    before = {
+        trial.number: trial.user_attrs["reports"]
+        for trial in past_trials(ObjectStoreLocation(output) / "study.log")[:1]
+    }
+    assert not (ObjectStoreLocation(output) / "summary.json").exists()
 
     second = asked(tmp_path / "two", str(data), tiny_llama, output, *more, "--resume", steps=150)
     done = run(second)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((Stored(output) / "summary.json").read_text())
+    summary = json.loads((ObjectStoreLocation(output) / "summary.json").read_text())
     assert [trial["status"] for trial in summary["trials"]] == ["finished"] * 3
-    assert past_trials(Stored(output) / "study.log")[0].user_attrs["reports"] == before[0]
+    assert past_trials(ObjectStoreLocation(output) / "study.log")[0].user_attrs["reports"] == before[0]
     assert states(output) == ["COMPLETE"] * 3
     assert summary["best"]["checkpoint"].startswith(f"{output}/tune/trial-")
-    made = {str(file).removeprefix(f"{output}/best/") for file in (Stored(output) / "best").glob("*")}
+    made = {str(file).removeprefix(f"{output}/best/") for file in (ObjectStoreLocation(output) / "best").glob("*")}
     assert {"adapter/adapter_model.safetensors", "adapter/README.md", "merged/model.safetensors"} <= made
-    assert not (Stored(output) / ".lock").exists()
-    assert read(Stored(output)).summary().startswith("3/3 trials over")
+    assert not (ObjectStoreLocation(output) / ".lock").exists()
+    assert read(ObjectStoreLocation(output)).summary().startswith("3/3 trials over")
     assert f"summary  {output}/summary.json" in done.stdout
 
     offer = find_catalog(model_of_run(Config(serving=ServingConfig(run=output))))
@@ -171,7 +175,7 @@ def test_a_killed_training_goes_on_from_the_store_alone(store, tmp_path, words, 
     arguments = [sys.executable, "-m", "ftray.train", *(part for pair in flags.items() for part in pair)]
     training = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
-    while not (Stored(output) / "train").glob("checkpoint_*/MANIFEST*.json"):
+    while not (ObjectStoreLocation(output) / "train").glob("checkpoint_*/MANIFEST*.json"):
         assert time.monotonic() < deadline
         assert training.poll() is None, training.stdout.read().decode()
         time.sleep(0.1)
@@ -211,7 +215,7 @@ def test_several_nodes_share_nothing_but_the_store(store, nodes, tmp_path, words
         search = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environs)
     deadline = time.monotonic() + 240
     while len(trains := [n for n in others if victims("ray::RayTrainWorker", raylet(n).pid)]) < 2 or not (
-        Stored(output) / "tune"
+        ObjectStoreLocation(output) / "tune"
     ).glob("trial-*/checkpoint_*/MANIFEST*.json"):
         assert time.monotonic() < deadline, log.read_text()
         assert search.poll() is None, log.read_text()
@@ -220,7 +224,7 @@ def test_several_nodes_share_nothing_but_the_store(store, nodes, tmp_path, words
         process.kill()
     assert search.wait(400) == 0, log.read_text()
     assert states(output) == ["COMPLETE"] * 4
-    summary = json.loads((Stored(output) / "summary.json").read_text())
+    summary = json.loads((ObjectStoreLocation(output) / "summary.json").read_text())
     assert [trial["status"] for trial in summary["trials"]] == ["finished"] * 4
 
 
@@ -253,7 +257,7 @@ def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path, m
     store = Store()  # of its own: it will go away
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     boto3.client("s3").create_bucket(Bucket="runs")
-    output = Stored("s3://runs/asked")
+    output = ObjectStoreLocation("s3://runs/asked")
     cfg = Config.model_validate({"search": {"trials": 4}})
     (tmp_path / "space.yaml").write_text(SPACE)
     space = load_space(str(tmp_path / "space.yaml"))

@@ -180,11 +180,12 @@ def test_training_imports_no_ray():
 )
 def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, stage, adapter, offload):
     from ftray.search.trial_worker import SearchContext, trainer
+    from ftray.storage.location import LocalLocation
 
     run = make_run(tiny_llama, adapter, zero_stage=stage, micro_batch=2, offload=offload)
     config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})
     job = SearchContext(config, tiny_llama, data.directory, 0.0)
-    result = trainer(job, run, "two", tmp_path).fit()
+    result = trainer(job, run, "two", LocalLocation(tmp_path)).fit()
     assert result.return_value["failure"] is None
     # EVA looks at the first batches of rank 0
     wanted = plain_loop(run, data, lambda: list(islice(batches(data, run.training.seed, 0, 2, 0, 2), SAMPLES)))

@@ -14,7 +14,7 @@ from ftray.config import Config, DataConfig
 from ftray.errors import UserError, near
 from ftray.models.find import find, is_hub_id
 from ftray.models.stored import as_stored
-from ftray.storage.location import Stored, as_local_dir, reason
+from ftray.storage.location import parse_location, reason
 from ftray.storage.manifest import check
 from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
@@ -56,15 +56,15 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
 @lru_cache
 def _copied(uri: str) -> Path:
     for inside in ("", *INSIDE):
-        source = Stored(uri, inside)
+        source = parse_location(uri) / inside
         try:
             if not (source / CONFIG).is_file():
                 continue
             directory = Path(tempfile.mkdtemp(prefix="ftray-adapter-"))
             atexit.register(shutil.rmtree, directory, ignore_errors=True)
-            if (Stored(uri) / "config.yaml").is_file():  # see data_settings
-                (directory / "config.yaml").write_bytes((Stored(uri) / "config.yaml").read_bytes())
-            with as_local_dir(source) as local:
+            if (settings := parse_location(uri) / "config.yaml").is_file():  # see data_settings
+                (directory / "config.yaml").write_bytes(settings.read_bytes())
+            with source.as_local_dir() as local:
                 return Path(shutil.copytree(local, directory / (inside or "adapter")))
         except OSError as error:
             raise UserError(f"adapter {uri}: can't be read ({reason(error)})") from None

@@ -74,7 +74,7 @@ def save_merged(
     cfg: ModelConfig,
     base_path: str,
     adapter: str | Path,
-    output: str | Location,
+    output: Path | Location,
     task: TaskSpec = CAUSAL,
     records: Sequence[list[int]] = (),
 ) -> dict[str, float]:
@@ -114,7 +114,7 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: Any,
     cfg: ModelConfig,
-    output: str | Location,
+    output: Path | Location,
     task: TaskSpec = CAUSAL,
     texts: Sequence[list[int]] = (),
 ) -> torch.Tensor:
@@ -138,7 +138,7 @@ def save_model(
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"merge: no merged model: {name} does not hold its weights: take --model.dtype fp32 or bf16")
     model.config.use_cache = True
-    with atomic_dir(parse_location(str(output))) as made:
+    with atomic_dir(parse_location(output)) as made:
         device = model.device
         model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ from ftray.data.splits import (
 )
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
-from ftray.storage.location import Stored, parse_location
+from ftray.storage.location import parse_location
 from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ class TokenizedData:
     def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
         path = parse_location(self.directory) / self.splits[split].files[index // WINDOWS_PER_FILE]
-        source = path.filesystem.open_input_file(path.path) if isinstance(path, Stored) else path
-        with pq.ParquetFile(source) as file:
+        with pq.ParquetFile(path.path, filesystem=path.filesystem) as file:
             return file.read_row_group(index % WINDOWS_PER_FILE, columns)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -153,8 +153,7 @@ def prepare(
     sources = find_sources(cfg)
     tokenizer = load_tokenizer(model, trust_remote_code)
     fingerprint = fingerprint_of(cfg, sources, tokenizer, task, labels)
-    root = parse_location(cfg.cache) if cfg.cache else cache_root() / "data"
-    root = root.expanduser() if isinstance(root, Path) else root
+    root = parse_location(os.path.expanduser(cfg.cache or cache_root() / "data"))
     target = root / fingerprint
     if (target / "manifest.json").exists():
         log.info("reusing the tokenized shards in %s", target)

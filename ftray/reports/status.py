@@ -56,12 +56,11 @@ def read(output: Location) -> Search:
     Raises:
         UserError: there is no search, or it has not come to its first trial.
     """
-    from ftray.search.control import ADDED, STOP
+    from ftray.search.journal import ADDED, STOP, past_trials
     from ftray.search.progress import describe
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import DATA, running_since
     from ftray.search.rungs import budget, rung_records
-    from ftray.search.sampler import past_trials
 
     cfg = searched(output)
     if not (output / DATA).exists() or not (output / JOURNAL).exists():

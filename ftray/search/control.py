@@ -2,23 +2,20 @@
 
 import json
 import time
-import uuid
 from typing import Any
 
-import optuna
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.experiment import Trial
 
 from ftray.config import Config
 from ftray.errors import UserError
-from ftray.search.sampler import STUDY, Sampler, open_journal, past_trials, stored_id, whole
+from ftray.search.journal import ADDED, REQUESTS, STOP, fulfil, journal_at, past_trials
+from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
-from ftray.storage.location import Location, Stored, reason
+from ftray.storage.location import Location, reason
 
-STOP, ADDED = "stop", "added"  # user attributes of a trial
-ASKED = "requests"  # where an object store is: nobody but the driver writes its journal
-LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, at an object store
+LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, at requests that wait beside it
 
 
 def ask_to_stop(journal: Location, number: int) -> None:
@@ -32,11 +29,7 @@ def ask_to_stop(journal: Location, number: int) -> None:
         raise UserError(f"trial {number}: the search has none of that number")
     if found[0].state is not TrialState.RUNNING:
         raise UserError(f"trial {number}: it does not run ({found[0].state.name.lower()})")
-    if isinstance(journal, Stored):
-        _leave(journal, {STOP: number})
-    else:
-        storage = open_journal(journal)
-        storage.set_trial_user_attr(stored_id(storage, number), STOP, True)
+    journal_at(journal).submit({STOP: number})
 
 
 def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict[str, Any]) -> int:
@@ -55,17 +48,9 @@ def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict
         if tried and whole(cfg, tried) == whole(cfg, configuration):
             raise UserError(f"trial {trial.number} has this configuration already")
     inside = space.locate(whole(cfg, configuration)) or {}
-    if isinstance(journal, Stored):
-        _leave(journal, {ADDED: configuration, "inside": inside})
-        return len(known)
-    study = optuna.load_study(study_name=STUDY, storage=open_journal(journal))
-    study.enqueue_trial(inside, user_attrs={ADDED: configuration})
-    trials = reversed(study.get_trials(deepcopy=False))
-    return next(trial.number for trial in trials if trial.user_attrs.get(ADDED) == configuration)
-
-
-def _leave(journal: Stored, request: dict[str, Any]) -> None:
-    (journal.parent / ASKED / f"{time.time():.3f}-{uuid.uuid4().hex}.json").write_text(json.dumps(request))
+    journal_at(journal).submit({ADDED: configuration, "inside": inside})
+    added = (trial.number for trial in past_trials(journal) if trial.user_attrs.get(ADDED) == configuration)
+    return next(added, len(known))
 
 
 class Requests(tune.Callback, tune.Stopper):
@@ -85,10 +70,10 @@ class Requests(tune.Callback, tune.Stopper):
         if time.monotonic() - self._heard < LISTENS:
             return
         self._heard = time.monotonic()
-        if isinstance(self.sampler.journal, Stored) and self._heard - self._looked > LOOKS:
+        if self._heard - self._looked > LOOKS:
             self._looked = self._heard
             try:
-                self._take_up(self.sampler.journal.parent / ASKED)
+                self._take_up(self.sampler.journal.parent / REQUESTS)
             except OSError as error:
                 self.sampler.broken = f"{self.sampler.journal.parent} can't be reached: {reason(error)}"
         running = self.sampler.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -98,17 +83,10 @@ class Requests(tune.Callback, tune.Stopper):
                 self.broker.hurry.remote(number)
         self.stopping = asked
 
-    def _take_up(self, asked: Stored) -> None:
-        """Write into the journal what others left in the store."""
-        study, storage = self.sampler.study, self.sampler.storage
-        for file in sorted(asked.glob("*.json"), key=str):
-            request = json.loads(file.read_text())
-            known = study.get_trials(deepcopy=False)
-            if ADDED in request and request[ADDED] not in [trial.user_attrs.get(ADDED) for trial in known]:
-                study.enqueue_trial(request["inside"], user_attrs={ADDED: request[ADDED]})
-            for trial in known:
-                if trial.number == request.get(STOP) and trial.state is TrialState.RUNNING:
-                    storage.set_trial_user_attr(stored_id(storage, trial.number), STOP, True)
+    def _take_up(self, requests: Location) -> None:
+        """Write into the journal what others, who could not append to it, left beside it."""
+        for file in sorted(requests.glob("*.json"), key=str):
+            fulfil(json.loads(file.read_text()), self.sampler.study, self.sampler.storage)
             self.sampler.keep()
             if not self.sampler.broken:
                 file.unlink()

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -22,15 +21,16 @@ from ftray.runtime.cluster import node_resources, room_for
 from ftray.runtime.preemption import notice
 from ftray.search.broker import PacksGone, SearchBroken, TrialEndCallback, TrialFailed, TrialProxy
 from ftray.search.control import Requests
+from ftray.search.journal import past_trials
 from ftray.search.pack_worker import Capacity, packs
 from ftray.search.progress import failure_reason, training_failure
 from ftray.search.results import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
 from ftray.search.run_manifest import is_full, packable
 from ftray.search.rungs import rung_records
-from ftray.search.sampler import Sampler, past_trials
+from ftray.search.sampler import Sampler
 from ftray.search.space import Space
 from ftray.search.trial_worker import CUT_OFF, SearchContext, release, trainer
-from ftray.storage.location import Location, for_ray, remove
+from ftray.storage.location import Location
 
 
 def run_trial(config: dict[str, Any], job: SearchContext, experiment: Location) -> None:
@@ -48,9 +48,8 @@ def run_trial(config: dict[str, Any], job: SearchContext, experiment: Location) 
     else:
         run = job.run(config["adapter"], config["training"])
         if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
-            remove(directory)
-        if isinstance(directory, Path):
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.remove()
+        directory.mkdir(parents=True, exist_ok=True)
         outcome = {CUT_OFF: True}
         while outcome[CUT_OFF]:
             outcome = _outcome(trainer(job, run, trial_name(config["number"]), experiment, [Reports()]))
@@ -136,7 +135,7 @@ def search(job: SearchContext, space: Space, output: Location, callbacks: list[t
         SearchBroken: what trains the trials is gone.
         KeyboardInterrupt: after checkpoints; see :func:`ftray.runtime.preemption.ending_on_sigterm`.
     """
-    output = output.resolve() if isinstance(output, Path) else output
+    output = output.resolve()
     cfg, experiment, journal = job.config, output / EXPERIMENT, output / JOURNAL
     past = [trial for trial in past_trials(journal) if trial.state.is_finished()]
     if len(past) >= cfg.search.trials:
@@ -186,7 +185,7 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name=EXPERIMENT,
-            **for_ray(output),
+            **output.ray_storage(),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
             callbacks=[*callbacks, TrialEnd(sampler), requests],
             stop=CombinedStopper(budget, requests),  # in this order: the budget hears of every result

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE
 from ftray.search.space import Space
 from ftray.search.trial_worker import SearchContext, trainer
+from ftray.storage.location import LocalLocation
 from ftray.task_spec import task_of
 from ftray.training.pack_trainer import MOST_TOKENS, STATE_BYTES
 from ftray.training.run_spec import micro_batch_size
@@ -170,7 +170,7 @@ def probe_pack(job: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
         config = {"job": job, "corner": corner}
-        result = pack_trainer(job, _probe_worker, config, "plan", Path(scratch)).fit()
+        result = pack_trainer(job, _probe_worker, config, "plan", LocalLocation(scratch)).fit()
     return Probe(**result.return_value)
 
 
@@ -182,7 +182,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     task = TokenizedData.load(job.data).task
     trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
     trainer.measure = job.measure()
-    group = PackWorker(PackContext(job, None, 0, Path()), trainer)
+    group = PackWorker(PackContext(job, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(group.measured_capacity())]
     for name in names:
         trainer.join(name, run)
@@ -210,7 +210,7 @@ def probe_solo(job: SearchContext, corner: Corner) -> Probe:
     run = SearchContext(short, job.model_path, job.data, job.gpus_per_worker).run(corner["adapter"], corner["training"])
     run = replace(run, evaluate_at=(1, 2, 5))
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
-        first, second, last = trainer(job, run, "plan", Path(scratch)).fit().return_value["reports"]
+        first, second, last = trainer(job, run, "plan", LocalLocation(scratch)).fit().return_value["reports"]
     one, three = second["seconds"] - first["seconds"], last["seconds"] - second["seconds"]
     step = max(1e-3, (three - one) / 2)
     return Probe(1, (last["tokens"] - second["tokens"]) // 3, step, max(0.0, one - step))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ftray.config import Config
 from ftray.errors import UserError
-from ftray.storage.location import Location, Stored, parse_location
+from ftray.storage.location import Location, parse_location, reason
 
 SAYS = "output   "  # how the driver's log names its output
 
 
 def announce(output: Location) -> None:
     """Say in the job's log where the search is."""
-    print(f"{SAYS}{output if isinstance(output, Stored) else output.absolute()}", flush=True)
+    print(f"{SAYS}{output.absolute()}", flush=True)
 
 
 def output_of(cfg: Config) -> Location:
@@ -34,7 +34,11 @@ def output_of(cfg: Config) -> Location:
     if not found:
         raise UserError(f"job {name}: its search has not begun yet, or it is another program's")
     output = parse_location(found[1])
-    if isinstance(output, Path) and not output.exists():
+    try:
+        seen = output.exists()
+    except OSError as error:  # of an object store
+        raise UserError(f"job {name}: its output {output} can't be read ({reason(error)})") from None
+    if not seen:
         raise UserError(f"job {name}: its output {output} is not on this machine: ask on one that sees it")
     return output
 

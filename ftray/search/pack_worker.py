@@ -1,7 +1,5 @@
 """Packs under Ray Train: long-lived worker groups, each with one base model, that train the trials of a search."""
 
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +8,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, tee
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,9 +27,7 @@ from ftray.search.progress import last_line, training_failure
 from ftray.search.results import PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.sampler import BASELINE
 from ftray.search.trial_worker import SearchContext, group_trainer
-from ftray.storage.atomic import publish
-from ftray.storage.location import Location, Stored, as_local_dir, parse_location, remove
-from ftray.storage.manifest import MANIFEST, seal
+from ftray.storage.location import Location, parse_location
 from ftray.training.run_spec import RunSpec, micro_batch_size
 
 MOST_TRIALS = 32  # of a pack whose size is not configured
@@ -148,7 +143,7 @@ def pack_trainer(
 def _run(context: PackContext) -> None:
     name, left = f"pack-{context.index}", context.search.config.search.max_failures
     while True:
-        remove(context.experiment / name)  # trials keep their own checkpoints
+        (context.experiment / name).remove()  # trials keep their own checkpoints
         trainer = pack_trainer(context.search, pack_worker, {"context": context}, name, context.experiment)
         try:
             if trainer.fit().return_value:
@@ -270,7 +265,7 @@ class PackWorker:
         """Add a trial to the pack; returns the reason if that fails on any rank."""
         name = str(number)
         kept = self.trainer.from_first_rank(newest_whole(self.context.experiment / trial_name(number)))
-        with as_local_dir(parse_location(kept)) if kept else nullcontext() as directory:
+        with parse_location(kept).as_local_dir() if kept else nullcontext() as directory:
             reason = self._bring(name, config, str(directory) if directory else None)
         reason = self.trainer.first_of_ranks(reason)
         if reason and name in self.trainer.trials:
@@ -334,50 +329,17 @@ class PackWorker:
         best = min(history.reports, key=lambda report: sign * report[search.metric], default=None)
         report = history.reports[-1] if best and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
-        if isinstance(target, Stored):
-            self._upload(name, target, report)
-        else:
-            self._rename(name, target, report)
+        rank, ranks, wait = self.trainer.rank, self.trainer.world_size, self.trainer.wait_for_all
+        with target.shared_dir(rank, ranks, wait, last=[PACKED_REPORT]) as made:
+            self.trainer.save(name, str(made))
+            if report and rank == 0:
+                write_json(report, made / PACKED_REPORT)
         if self.trainer.rank:
             return
         kept = {str(target), *([str(directory / f"checkpoint_{best['step']:08d}")] if best else [])}
         for old in places(directory):
             if str(old) not in kept:
-                remove(old)
-
-    def _rename(self, name: str, target: Path, report: dict[str, Any] | None) -> None:
-        aside = target.with_name(".checkpoint")
-        if self.trainer.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.trainer.wait_for_all()
-        self.trainer.save(name, str(aside))
-        self.trainer.wait_for_all()
-        if self.trainer.rank == 0:
-            if report:
-                write_json(report, aside / PACKED_REPORT)
-            publish(aside, target)
-
-    def _upload(self, name: str, target: Stored, report: dict[str, Any] | None) -> None:
-        """Each rank uploads what it wrote; manifest and report come last, as they make a checkpoint valid."""
-        rank, ranks = self.trainer.rank, self.trainer.world_size
-        if rank == 0:
-            remove(target)
-        self.trainer.wait_for_all()
-        with tempfile.TemporaryDirectory(prefix="ftray-") as name_of_directory:
-            directory, last = Path(name_of_directory), []
-            self.trainer.save(name, str(directory))
-            if report and rank == 0:
-                write_json(report, directory / PACKED_REPORT)
-            seal(directory, rank, ranks)
-            for path in (directory / f"{MANIFEST}.json", directory / PACKED_REPORT):
-                if path.exists():
-                    last.append((path.name, path.read_bytes()))
-                    path.unlink()
-            target.upload(directory)
-        self.trainer.wait_for_all()
-        for file, content in last:
-            (target / file).write_bytes(content)
+                old.remove()
 
 
 def _marked(trial: Any) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from ray.train import Result
 from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
 from ftray.data.sources import hub_dataset
+from ftray.search.journal import past_trials
 from ftray.search.progress import describe
-from ftray.search.sampler import past_trials
 from ftray.storage.atomic import atomic_dir, atomic_write
-from ftray.storage.location import Location, Stored, as_local_dir, parse_location
-from ftray.storage.manifest import MANIFEST, check, find_corruption
+from ftray.storage.location import Location, parse_location
+from ftray.storage.manifest import check, find_corruption
 from ftray.task_spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -42,16 +42,13 @@ def trial_name(number: int) -> str:
 
 def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
     """The report and the path of every checkpoint that a trial still has, newest last; none if the list is damaged."""
-    directory = directory if isinstance(directory, Stored) else directory.resolve()
+    directory = directory.resolve()
     reports = directory.glob(f"checkpoint_*/{PACKED_REPORT}")
     packed = [(json.loads(path.read_text()), str(path.parent)) for path in reports]
     if packed:
         return sorted(packed, key=lambda kept: kept[0]["step"])
     try:
-        if isinstance(directory, Stored):
-            best = Result.from_path(directory.path, directory.filesystem).best_checkpoints
-        else:
-            best = Result.from_path(str(directory)).best_checkpoints
+        best = Result.from_path(directory.path, directory.filesystem).best_checkpoints
     except (RuntimeError, ValueError, BrokenCheckpointList):
         return []
     kept = [(m, str(directory / Path(c.path).name)) for c, m in best or [] if m and "step" in m]
@@ -60,9 +57,7 @@ def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
 
 def places(directory: Location) -> Sequence[Location]:
     """The checkpoints of a trial in a pack, newest first."""
-    if isinstance(directory, Path):
-        return sorted(directory.resolve().glob("checkpoint_*"), reverse=True)
-    return sorted((file.parent for file in directory.glob(f"checkpoint_*/{MANIFEST}.json")), key=str, reverse=True)
+    return sorted(directory.resolve().published_dirs("checkpoint_*"), key=str, reverse=True)
 
 
 def newest_whole(directory: Location) -> str | None:
@@ -72,7 +67,7 @@ def newest_whole(directory: Location) -> str | None:
 
 def damage_of(place: Location) -> str | None:
     """As :func:`ftray.storage.manifest.find_corruption`, also for a checkpoint in an object store."""
-    with as_local_dir(place) as directory:
+    with place.as_local_dir() as directory:
         return find_corruption(directory)
 
 
@@ -135,7 +130,7 @@ def write_leaderboard(rows: list[dict[str, Any]], path: Location, metric: str) -
             writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
 
 
-def write_json(value: Any, path: Location) -> None:
+def write_json(value: Any, path: Path | Location) -> None:
     """Pretty JSON, whole or not at all."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, default=str)
@@ -143,8 +138,7 @@ def write_json(value: Any, path: Location) -> None:
 
 def write_yaml(value: Any, path: Location) -> None:
     """Write YAML atomically."""
-    if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         yaml.safe_dump(value, file, sort_keys=False)
 
@@ -155,7 +149,7 @@ def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Loc
     Raises:
         UserError: the adapter is damaged.
     """
-    with as_local_dir(parse_location(checkpoint) / "adapter") as adapter, atomic_dir(directory) as made:
+    with (parse_location(checkpoint) / "adapter").as_local_dir() as adapter, atomic_dir(directory) as made:
         check(adapter, f"adapter {checkpoint}/adapter")
         shutil.copytree(adapter, made, dirs_exist_ok=True)
         tokenizer.save_pretrained(made)

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,11 +17,10 @@ from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config, SearchConfig
 from ftray.data import TokenizedData
 from ftray.errors import UserError
+from ftray.search.journal import past_trials
 from ftray.search.results import JOURNAL, write_json, write_yaml
-from ftray.search.sampler import past_trials
 from ftray.search.space import Space
-from ftray.storage.location import Location, Stored, parse_location, refuse_unreachable
-from ftray.storage.lock import held_since, hold
+from ftray.storage.location import FULL, Location, parse_location
 
 CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 
@@ -79,8 +76,6 @@ RUN = Kind(
     # the search section only says which of its checkpoints is the best
     _ANYWHERE | {f"search.{name}" for name in SearchConfig.model_fields if name not in ("metric", "direction")},
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)
-SPARE = 2**25  # bytes: a disk with less free space counts as full
 _AGAIN = "take that, or name another --output"
 
 
@@ -106,7 +101,7 @@ def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
     Raises:
         UserError: another driver holds it.
     """
-    with hold(output / LOCK, lambda: _under_way(output, kind)):
+    with (output / LOCK).hold(lambda: _under_way(output, kind)):
         yield
 
 
@@ -118,7 +113,7 @@ def _under_way(output: Location, kind: Kind) -> UserError:
 
 def running_since(output: Location) -> float | None:
     """When the driver that holds the output directory began, in seconds since 1970; None: nobody holds it."""
-    return held_since(output / LOCK)
+    return (output / LOCK).held_since()
 
 
 def check_output(cfg: Config, space: Space | None) -> None:
@@ -134,8 +129,7 @@ def check_output(cfg: Config, space: Space | None) -> None:
         UserError: one of these; with `--resume`, also a configuration or space that differs from the stored one.
     """
     output, kind = parse_location(cfg.output), RUN if space is None else SEARCH
-    if isinstance(output, Stored):
-        refuse_unreachable(output)
+    output.check_writable()
     other = SEARCH if kind is RUN else RUN
     if there := _state(output, other):
         raise UserError(f"output {output} holds a {other.name} ({there}), not a {kind.name}: name another --output")
@@ -152,15 +146,7 @@ def check_output(cfg: Config, space: Space | None) -> None:
             _refuse_other_space(space, output)
     elif cfg.resume:
         print(f"output {output} holds no {kind.name} yet: it begins", flush=True)
-    if isinstance(output, Stored):
-        return
-    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"output {output}: can't write there ({error.strerror})") from None
-    free = shutil.disk_usage(nearest).free
+    free = output.free_bytes()
     if free < 2**30:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a {kind.name} needs at least 1 GiB")
 
@@ -172,17 +158,7 @@ def is_full(output: Location, error: BaseException) -> bool:
         chain.append(cause)
     if any((isinstance(e, OSError) and e.errno in FULL) or os.strerror(errno.ENOSPC) in str(e) for e in chain):
         return True
-    if isinstance(output, Stored):
-        return False
-    try:
-        if shutil.disk_usage(output).free < SPARE:
-            return True
-        with tempfile.TemporaryFile(dir=output) as probe:
-            probe.write(bytes(2**20))
-            os.fsync(probe.fileno())
-    except OSError as refused:
-        return refused.errno in FULL
-    return False
+    return output.is_full()
 
 
 def write_definition(cfg: Config, space: Space | None, output: Location) -> None:

@@ -1,23 +1,20 @@
 """Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
 
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages import JournalStorage
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
+from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import Space
-from ftray.storage.location import Location, Stored, reason
+from ftray.storage.location import Location, reason
 
-STUDY = "ftray"
 REPORTED = ("step", "records", "tokens", "supervised", "seconds", "tokens_per_second")
 BASELINE: dict[str, Any] = {
     "method": "lora",
@@ -26,63 +23,6 @@ BASELINE: dict[str, Any] = {
     "dropout": 0.05,
     "target_modules": "attention-qv",
 }
-
-
-class StoredJournal(JournalFileBackend):
-    """A journal in an object store, where nothing can be appended to: a local copy, put there again by :meth:`push`.
-
-    Only the driver that holds the output may push.
-    """
-
-    def __init__(self, stored: Stored):
-        self.stored, self._directory = stored, tempfile.TemporaryDirectory(prefix="ftray-")
-        self._local = Path(self._directory.name) / "journal"
-        if stored.exists():
-            self._local.write_bytes(stored.read_bytes())
-        super().__init__(str(self._local))
-
-    def push(self) -> None:
-        """Put all that was written into the store; raises an OSError if that can't be done."""
-        self.stored.write_bytes(self._local.read_bytes())
-
-
-def journal_backend(path: Location) -> JournalFileBackend:
-    """Where the lines of the journal are, a file that several processes may append to.
-
-    Its lock is a link to the path: only from an absolute one can another process see that whoever made it is dead.
-    """
-    return StoredJournal(path) if isinstance(path, Stored) else JournalFileBackend(str(path.absolute()))
-
-
-def open_journal(path: Location) -> JournalStorage:
-    """The study's storage."""
-    return JournalStorage(journal_backend(path))
-
-
-def stored_id(storage: BaseStorage, number: int) -> int:
-    """What the storage knows the trial of that number by."""
-    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(STUDY), number)
-
-
-def mend(journal: Path) -> None:
-    """Take away a last line that was cut off, by a full disk or a power failure: Optuna would add the next one to it.
-
-    Only for the driver that holds the output.
-    """
-    if journal.exists():
-        with open(journal, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def past_trials(journal: Location) -> list[FrozenTrial]:
-    """All trials of the study in `journal`, by number; none if there is no study yet.
-
-    Their user attributes are `config`, `reports` (one dict a rung, see REPORTED) and, if they failed, `reason`.
-    """
-    storage = open_journal(journal)
-    if STUDY not in optuna.study.get_all_study_names(storage):
-        return []
-    return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +62,7 @@ class Sampler(Searcher):
             n_startup_trials=min(10, max(3, cfg.search.trials // 3)),
             warn_independent_sampling=False,
         )
-        self._backend = journal_backend(journal)
+        self._backend = journal_at(journal)
         self.storage = JournalStorage(self._backend)
         self.study = optuna.create_study(
             study_name=STUDY,
@@ -204,12 +144,11 @@ class Sampler(Searcher):
         self.keep()
 
     def keep(self) -> None:
-        """What was written goes to the store, if the journal is there, before anything comes of it."""
-        if isinstance(self._backend, StoredJournal):
-            try:
-                self._backend.push()
-            except OSError as error:
-                self.broken = f"{self.journal} can't be written: {reason(error)}"
+        """What was written goes to where the journal is kept, before anything comes of it."""
+        try:
+            self._backend.push()
+        except OSError as error:
+            self.broken = f"{self.journal} can't be written: {reason(error)}"
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the journal is all the state there is."""

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 from ftray.config import Config
 from ftray.errors import UserError
-from ftray.storage.location import Location, Stored, parse_location
+from ftray.storage.location import Location, parse_location
 
 PROJECT = "ftray"  # of Weights & Biases, unless WANDB_PROJECT names another
 
@@ -61,4 +61,5 @@ def _logged_in() -> bool:
 def _tracking_uri(output: Location) -> str | None:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    return None if isinstance(output, Stored) else f"sqlite:///{output.resolve() / 'mlflow.db'}"
+    database = (output.resolve() / "mlflow.db").local_path
+    return f"sqlite:///{database}" if database else None

@@ -20,7 +20,7 @@ from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
 from ftray.runtime.preemption import HeedSigterm, listening, noticed
 from ftray.search.rungs import budget, rung_records
-from ftray.storage.location import Location, for_ray
+from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
 from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 
@@ -122,7 +122,7 @@ def group_trainer(
         ),
         run_config=train.RunConfig(
             name=name,
-            **for_ray(storage),
+            **storage.ray_storage(),
             failure_config=train.FailureConfig(max_failures=job.config.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,

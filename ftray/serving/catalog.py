@@ -11,7 +11,7 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving.pooling import READS
 from ftray.serving.registry import Registry
-from ftray.storage.location import Location, Stored, parse_location, reason
+from ftray.storage.location import Location, parse_location, reason
 from ftray.task_spec import CAUSAL, TaskSpec
 
 
@@ -36,7 +36,7 @@ def find_catalog(cfg: Config) -> Catalog:
     from ftray.serving.adapters import check_adapter, check_name
 
     run = parse_location(cfg.serving.run) if cfg.serving.run else None
-    run = run.absolute() if isinstance(run, Path) else run
+    run = run and run.absolute()
     if run and not (run / "summary.json").is_file():
         raise UserError(f"serving.run {run}: no finished search: it has no summary.json")
     if cfg.serving.max_replicas < cfg.serving.min_replicas:
@@ -44,9 +44,10 @@ def find_catalog(cfg: Config) -> Catalog:
     if cfg.serving.merged:
         if run is None or cfg.adapters:
             raise UserError("serving.merged: serves the merged model of a run alone: name a --run, and no --adapter")
-        if isinstance(run, Stored):
-            raise UserError(f"serving.merged: copy {run / 'best' / 'merged'} to a directory, and give that as --model")
-        return Catalog("best", find(str(run / "best" / "merged")), {}, _served(cfg, run, {}, ""))
+        merged = run / "best" / "merged"
+        if merged.local_path is None:
+            raise UserError(f"serving.merged: copy {merged} to a directory, and give that as --model")
+        return Catalog("best", find(str(merged)), {}, _served(cfg, run, {}, ""))
     path = find(cfg.model.name)
     if cfg.serving.engine == "builtin":  # vLLM takes what it can
         as_stored(cfg.model, path)

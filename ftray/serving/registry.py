@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ftray.config import ServingConfig
 from ftray.errors import UserError
-from ftray.storage.location import Location, Stored, parse_location
+from ftray.storage.location import Location, parse_location
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,7 @@ class Registry:
         if self.file:
             added = {name: asdict(offer) for name, offer in offers.items() if offer.id != name}
             text = json.dumps({"added": added, "removed": removed}, indent=2)
-            if isinstance(self.file, Stored):
-                self.file.write_text(text)
-            else:
-                new = self.file.with_name(f"{self.file.name}.new")
-                new.write_text(text, encoding="utf-8")
-                os.replace(new, self.file)
+            self.file.write_text(text)
         self.offers, self.removed = offers, removed
 
 

@@ -13,31 +13,26 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from ftray.errors import UserError
-from ftray.storage.location import Location, Stored
 
-LOOK = 1.0  # seconds: longer than :func:`held_since` has the lock of a file
+if TYPE_CHECKING:
+    from ftray.storage.location import ObjectStoreLocation
+
+LOOK = 1.0  # seconds: longer than :func:`file_held_since` has the lock of a file
 BEAT, PATIENCE = 5.0, 16.0  # seconds between two writes; without a new one, after which the holder counts as dead
 
 
 @contextmanager
-def hold(lock: Location, refusal: Callable[[], UserError]) -> Iterator[None]:
-    """Hold `lock`; the system lets go of a file when this process ends, however it ends.
-
-    In a store, the lease of a process that was killed is taken over once it has been still for long enough. A process
-    that finds its own taken over, as it was asleep or cut off for longer, ends at once: another goes on from what it
-    left.
+def hold_file(lock: Path, refusal: Callable[[], UserError]) -> Iterator[None]:
+    """Hold a local `lock`; the system releases it when this process ends, however it ends.
 
     Raises:
-        UserError: what `refusal` gives: another process, which lives, holds it.
+        UserError: what `refusal` returns: another live process holds it.
     """
-    if isinstance(lock, Stored):
-        with _lease(lock, refusal):
-            yield
-        return
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = FileLock(lock)
     try:
@@ -51,12 +46,10 @@ def hold(lock: Location, refusal: Callable[[], UserError]) -> Iterator[None]:
         file.release()
 
 
-def held_since(lock: Location) -> float | None:
-    """When the process that holds `lock` began to, in seconds since 1970; None: nobody holds it."""
+def file_held_since(lock: Path) -> float | None:
+    """When the process that holds a local `lock` began to, in seconds since 1970; None: nobody holds it."""
     if not lock.exists():
         return None
-    if isinstance(lock, Stored):
-        return None if time.time() - lock.modified > PATIENCE else json.loads(lock.read_text())["since"]
     file = FileLock(lock)
     try:
         file.acquire(timeout=0)
@@ -75,8 +68,15 @@ def wait_for(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
-    """Only changes are looked at, no clocks of two machines compared."""
+def hold_lease(lock: "ObjectStoreLocation", refusal: Callable[[], UserError]) -> Iterator[None]:
+    """Hold the lease `lock`. Only changes are looked at, no clocks of two machines compared.
+
+    The lease of a process that was killed is taken over once it has not changed for long enough. A process that finds
+    its own taken over, as it was suspended or cut off for longer, ends at once: another resumes what it left.
+
+    Raises:
+        UserError: what `refusal` returns: another live process holds it.
+    """
     mine = {"driver": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     if lock.exists():
         before, deadline = lock.read_text(), time.monotonic() + PATIENCE
@@ -112,5 +112,12 @@ def _lease(lock: Stored, refusal: Callable[[], UserError]) -> Iterator[None]:
                 lock.unlink()
 
 
-def _driver(lock: Stored) -> str | None:
+def lease_held_since(lock: "ObjectStoreLocation") -> float | None:
+    """As :func:`file_held_since`, for a lease."""
+    if not lock.exists() or time.time() - lock.modified > PATIENCE:
+        return None
+    return json.loads(lock.read_text())["since"]
+
+
+def _driver(lock: "ObjectStoreLocation") -> str | None:
     return json.loads(lock.read_text())["driver"] if lock.exists() else None
