@@ -94,7 +94,7 @@ def test_the_engine_ends_where_the_turn_ends(model):
     sequences = [asked([NEWLINE], max_tokens=9), asked([A], max_tokens=4)]
     run(engine, sequences)
     assert [text_of(sequence) for sequence in sequences] == [WANTED, "~~~~"]
-    assert [sequence.pieces[-1].finish for sequence in sequences] == ["stop", "length"]
+    assert [sequence.deltas[-1].finish for sequence in sequences] == ["stop", "length"]
     assert set(VLLMReplica("m", model, False, 8, None).stops) == engine.ends
 
 
