@@ -21,7 +21,7 @@ from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 WEIGHTS = "adapter_model.safetensors"
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations; a shared base must stay as it is
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base, which is shared here
 
 
 def check_name(name: str) -> str:

@@ -50,7 +50,7 @@ def application(cfg: Config, catalog: Catalog, key: str | None, cpus: float, gpu
 
     s = cfg.serving
     options = {
-        "max_ongoing_requests": max(4 * s.slots, s.max_queue),  # the engine keeps its own line
+        "max_ongoing_requests": max(4 * s.slots, s.max_queue),  # the engine has a queue of its own
         "autoscaling_config": {
             "min_replicas": s.min_replicas,
             "max_replicas": s.max_replicas,
@@ -85,7 +85,7 @@ def endpoint(cfg: Config, catalog: Catalog, key: str | None, replicas: serve.App
         serve.ingress(lambda: create_app(key, s.max_body_bytes))(Endpoint),  # made in the replica
         name="endpoint",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * s.max_queue,  # it refuses what is too much itself, with 429
+        max_ongoing_requests=4 * s.max_queue,  # more are refused by the router, with 429
         graceful_shutdown_timeout_s=s.drain_seconds,
     )
     return deployment.bind(cfg.model_dump(), catalog.base, catalog.adapters, replicas, catalog.task.name)

@@ -334,7 +334,7 @@ class Engine:
                 self.runner.clear(slice(slot, slot + 1))
             self._release(sequence)
             self.runner.clear(slice(len(self.running), None))
-        with suppress(Exception):  # a caller that can't be told either is gone
+        with suppress(Exception):  # a caller that can't be reached either is gone
             sequence.emit(OutputDelta(sequence.choice, finish="error", error=f"{type(error).__name__}: {error}"))
 
     def _release(self, sequence: Sequence) -> None:

@@ -59,7 +59,7 @@ class TokenLogprob:
     """A token of an answer.
 
     Attributes:
-        text: the token, decoded by itself.
+        text: of this token alone.
         logprob: its log-probability; None: it is the first of an echoed prompt.
         top: the likeliest tokens in its place, each with its log-probability.
     """
@@ -120,7 +120,7 @@ def prompt_tokens(request: GenerationRequest, tokenizer: Any, vocab_size: int) -
             raise invalid("the model has no chat template: use /v1/completions", "messages")
         try:
             rendered = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program, and raises whatever it likes
+        except Exception as error:  # a template is a program: it may raise anything
             raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from None
         result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
     else:

@@ -83,7 +83,7 @@ class Registry:
         return entry
 
     def _write(self, entries: dict[str, AdapterEntry], removed: dict[str, str]) -> None:
-        """The file first: what a client is told must outlive this process."""
+        """The file first: what is answered to a client must outlive this process."""
         if self.file:
             added = {name: asdict(entry) for name, entry in entries.items() if entry.id != name}
             text = json.dumps({"added": added, "removed": removed}, indent=2)

@@ -97,10 +97,10 @@ class Replica(BaseReplica):
         deliver: Deliver,
         submitted: list["Sequence"],
     ) -> None:
-        """Put the sequences of a request in line, their adapter loaded if need be.
+        """Queue the sequences of a request, with their adapter loaded if need be.
 
         Args:
-            submitted: gets each sequence as it is put in line, so that a caller who is cancelled meanwhile has them.
+            submitted: each sequence is appended as it is queued: a caller that is cancelled meanwhile knows them.
 
         Raises:
             UserError: the adapter can't be loaded.

@@ -78,7 +78,7 @@ async def respond(
     endpoint.router.refuse_when_full()
     messages = endpoint.router.generate(body.model, request)
     if body.stream:
-        first = await anext(messages)  # before the response begins, so that a refusal has its status
+        first = await anext(messages)  # before the response begins: a refusal needs a status
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = stream_events(writer, messages, first.prompt_tokens or 0, with_usage)
         return StreamingResponse(events, media_type="text/event-stream")

@@ -88,7 +88,7 @@ def check_addition(endpoint: Endpoint, body: AddAdapterRequest) -> str:
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """What the registry could not write is told to the client.
+    """Report to the client what the registry could not write.
 
     Raises:
         APIError: 500.

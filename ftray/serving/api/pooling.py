@@ -13,7 +13,7 @@ from ftray.serving.api.responses import usage
 from ftray.serving.errors import invalid
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
 
-MAX_TEXTS = 2048  # of one request, as OpenAI has it
+MAX_TEXTS = 2048  # of one request, as in OpenAI's API
 router = APIRouter()
 
 
