@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +80,30 @@ def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
     monkeypatch.undo()
     assert asyncio.run(answered()) == wanted
     asyncio.run(replica.check_health())
+
+
+def test_a_client_that_goes_away_while_its_request_is_queued_leaves_nothing(tiny_llama):
+    replica = Replica(Config(model={"name": tiny_llama, "dtype": "fp32"}).model_dump(), tiny_llama, 1)
+    request = GenerationRequest([[5, 6, 7]], None, 2, None, None, 400, Sampling(0.0), False, 100, 1000)
+    go = threading.Event()
+    replica.inbox.put(go.wait)  # the engine is in a step
+
+    async def leave() -> None:
+        async def ask():
+            return [message async for message in replica.generate(request)]
+
+        task = asyncio.create_task(ask())
+        await asyncio.sleep(0.2)
+        assert replica.inbox.qsize() == 1
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    busy: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    replica.inbox.put(lambda: busy.put(replica.engine.busy))
+    go.set()
+    assert not busy.get(timeout=60)
 
 
 class App:
