@@ -12,15 +12,15 @@ from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_write
 
-HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def run(cfg: Config) -> int:
-    """The command. Answers stream as they come; those to a `--file` go to `output`, or as JSONL to standard output.
+    """The command. Answers are printed as they are generated; those to a `--file` go to `output` if it is given.
 
     A prompt is rendered as in training: records of turns by the tokenizer's chat template, others by `data.template`,
-    the one of the run that left the adapter where none is given. With neither prompt nor file, a conversation begins:
-    each answer is given in the light of what was said before, or, by `--generation.chat false`, of its line alone.
+    which defaults to that of the run that made the adapter. With neither prompt nor file, a conversation begins: each
+    prompt holds all earlier turns, or, with `--generation.chat false`, its own line alone.
 
     Raises:
         UserError: anything the user can mend, before weights are read.
@@ -63,7 +63,7 @@ def run(cfg: Config) -> int:
 
 
 class Renderer:
-    """From what is asked to token ids, by the very rules that training records are rendered with."""
+    """Renders prompts to token ids, by the same rules as training records."""
 
     def __init__(self, tokenizer: Any, data: DataConfig, system: str | None):
         self.tokenizer, self.system = tokenizer, system
@@ -74,14 +74,14 @@ class Renderer:
         return self.record("prompt", {"prompt": prompt}, False)
 
     def turns(self, turns: list[tuple[str, str]]) -> list[int]:
-        """A conversation in the tokenizer's chat template, ready for the assistant's turn."""
+        """A conversation in the tokenizer's chat template, up to the start of the assistant's turn."""
         return self.record("prompt", {"messages": [{"role": role, "content": text} for role, text in turns]}, True)
 
     def record(self, where: Any, record: dict[str, Any], chat: bool) -> list[int]:
-        """A record of any shape that training takes; it may lack its answer, and one that it has is not looked at.
+        """A record of any shape that training takes, with or without an answer, which is ignored.
 
         Raises:
-            UserError: not such a record; says where.
+            UserError: it has no such shape; says where.
         """
         from ftray.data.records import begun_by, parse
         from ftray.data.tokens import tokenize
@@ -100,7 +100,7 @@ class Renderer:
 
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with an answer that is never shown, so that it parses as the training record it would be."""
+    """The record with a placeholder for an answer, so that it parses as a training record."""
     for turns, role, text, assistant in (
         ("messages", "role", "content", "assistant"),
         ("conversations", "from", "value", "gpt"),
@@ -116,10 +116,10 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
+    """File and line of each prompt, and its record; a line of a .txt file is a plain prompt.
 
     Raises:
-        UserError: no such file, nothing in it, or a line that is no record.
+        UserError: the file can't be read, holds no prompt, or has a line that is not a record.
     """
     from ftray.data.sources import parse_json
 
@@ -144,7 +144,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Generator:
-    """The model with its adapter, on a GPU if there is one."""
+    """Generates with the model and its adapter, on a GPU if there is one."""
 
     def __init__(self, cfg: Config, model_path: str, adapter: Path | None, tokenizer: Any):
         from peft import PeftModel
@@ -159,22 +159,22 @@ class Generator:
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
         self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
-        asked = cfg.generation
+        given = cfg.generation
         self.sampling: dict[str, Any] = {
-            "do_sample": asked.temperature >= COLDEST,
-            "repetition_penalty": asked.repetition_penalty,
+            "do_sample": given.temperature >= COLDEST,
+            "repetition_penalty": given.repetition_penalty,
         }
-        if asked.temperature >= COLDEST:
-            self.sampling |= {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
-        set_seed(asked.seed)
+        if given.temperature >= COLDEST:
+            self.sampling |= {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+        set_seed(given.seed)
 
     def stream(self, prompt: list[int]) -> str:
-        """Print the answer as it comes; Ctrl-C ends it. Returns its text."""
+        """Print the answer as it is generated; Ctrl-C ends it. Returns its text."""
         import torch
 
         from ftray.models.stops import answer_text
 
-        streamer, said = _streamer(self.tokenizer, self.stops), Said()
+        streamer, said = _streamer(self.tokenizer, self.stops), StopOnInterrupt()
         ids = torch.tensor([prompt], device=self.model.device)
         before = signal.signal(signal.SIGINT, said.interrupt)
         try:
@@ -207,7 +207,7 @@ class Generator:
 
 
 def _streamer(tokenizer: Any, stops: list[int]) -> Any:
-    """Prints an answer as it comes, without the token that ends it."""
+    """Prints an answer as it is generated, without the token that ends it."""
     from transformers import TextStreamer
 
     from ftray.models.stops import framing
@@ -222,10 +222,10 @@ def _streamer(tokenizer: Any, stops: list[int]) -> Any:
     return Streamer(tokenizer, skip_prompt=True)
 
 
-class Said:
-    """A stopping criterion that keeps the tokens so far, and stops after Ctrl-C.
+class StopOnInterrupt:
+    """A stopping criterion that stops after Ctrl-C, and keeps prompt and answer as `ids`.
 
-    As an exception, Ctrl-C could be lost in a callback of some library, which prints and goes on.
+    Libraries may catch and print an exception that Ctrl-C raises in one of their callbacks.
     """
 
     def __init__(self) -> None:
@@ -233,10 +233,10 @@ class Said:
         self.interrupted = False
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """A signal handler; the second time it doesn't wait for the next token.
+        """The signal handler; a second Ctrl-C doesn't wait for the next token.
 
         Raises:
-            KeyboardInterrupt: it is the second time.
+            KeyboardInterrupt: it is the second.
         """
         if self.interrupted:
             raise KeyboardInterrupt
@@ -252,7 +252,7 @@ class Said:
 def answer_file(
     cfg: Config, generator: Generator, records: list[tuple[str, dict[str, Any]]], prompts: list[list[int]]
 ) -> None:
-    """Each record with its answer as `generated`: into `output`, whole or not at all, or to standard output."""
+    """Write each record with its answer as `generated`: to `output`, all or nothing, else to standard output."""
     texts = generator.batch(prompts)
     lines = [
         json.dumps({**record, "generated": text}, ensure_ascii=False) + "\n"
@@ -269,9 +269,9 @@ def answer_file(
 
 
 def converse(cfg: Config, generator: Generator, renderer: Renderer) -> None:
-    """A line in, an answer out, until the input ends.
+    """Answer each line of standard input, until it ends.
 
-    With a chat template each answer is given in the light of what was said before, else each line is a plain prompt.
+    With a chat template a prompt holds all earlier turns; else each line is a plain prompt.
     """
     terminal = sys.stdin.isatty()
     if terminal:

@@ -1,4 +1,4 @@
-"""Answer over HTTP as OpenAI does: one base model, many adapters."""
+"""Serve one base model and many adapters over HTTP, with OpenAI's API."""
 
 import signal
 import socket
@@ -15,20 +15,20 @@ NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
 
 def run(cfg: Config) -> int:
-    """The command: starts Ray Serve, prints where, and goes on until it is interrupted or terminated.
+    """The command: starts Ray Serve, prints the URL, and serves until it is interrupted or terminated.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts; that Serve is in use on the cluster, thereafter.
+        UserError: anything the user can mend, before Ray starts; afterwards, that Serve is in use on the cluster.
     """
     from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.serving.app import application, checked, key_digest
+    from ftray.serving.app import application, check_catalog, key_digest
     from ftray.serving.catalog import model_of_run
 
     cfg = model_of_run(cfg)
-    key, what = key_digest(cfg), checked(cfg)
+    key, catalog = key_digest(cfg), check_catalog(cfg)
     _check_port(cfg.serving.host, cfg.serving.port)
 
     from ray import serve
@@ -43,13 +43,13 @@ def run(cfg: Config) -> int:
             http_options={"host": cfg.serving.host, "port": cfg.serving.port},
             logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
         )
-        serve.run(application(cfg, what, key, cpus, gpus), name=NAME)
+        serve.run(application(cfg, catalog, key, cpus, gpus), name=NAME)
         stop = threading.Event()
-        # only now: Ray puts a handler of its own
+        # only now: Ray installs handlers of its own
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         host = f"[{cfg.serving.host}]" if ":" in cfg.serving.host else cfg.serving.host
-        print(f"serving {', '.join([what.base, *what.adapters])}")
+        print(f"serving {', '.join([catalog.base, *catalog.adapters])}")
         print(f"endpoint http://{host}:{cfg.serving.port}/v1", flush=True)
         stop.wait()
         print("draining", flush=True)

@@ -12,7 +12,7 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.search.results import newest_whole
-from ftray.serving.adapters import check_adapter, fetched
+from ftray.serving.adapters import check_adapter, local_adapter
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import LocalLocation
 from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
@@ -112,13 +112,13 @@ def adapter(tmp_path, tiny_llama):
 def test_a_damaged_adapter_is_refused_everywhere(adapter, tiny_llama):
     assert find_adapter(str(adapter)) == adapter
     check_adapter(adapter, tiny_llama)
-    with fetched(f"file://{adapter}") as copy:
+    with local_adapter(f"file://{adapter}") as copy:
         check_adapter(copy, tiny_llama)
     flip(adapter / "adapter_model.safetensors")
     for use in (
         lambda: find_adapter(str(adapter)),  # evaluate, infer, merge
         lambda: check_adapter(adapter, tiny_llama),  # serve
-        lambda: fetched(f"file://{adapter}").__enter__(),  # serve, from a URI
+        lambda: local_adapter(f"file://{adapter}").__enter__(),  # serve, from a URI
     ):
         with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was written"):
             use()

@@ -12,7 +12,7 @@ from ftray.config import EvaluationConfig
 from ftray.evaluation.generation import generate
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
-from ftray.serving.sampling import Sampling
+from ftray.serving.generation_request import Sampling
 from ftray.tasks.causal import score
 from ftray.training.pack import Pack, TorchOptimizer
 
@@ -230,7 +230,7 @@ def test_served_answers_equal_those_of_the_model_alone(name):
     draw, sequences = torch.Generator().manual_seed(2), []
     for owner, length in (("lora", 20), (None, 5), ("lora", 3), (None, 14)):
         prompt = torch.randint(3, 300, (length,), generator=draw).tolist()
-        sequences.append(Sequence(prompt, Sampling(temperature=0.0, max_tokens=6), lambda piece: None, owner))
+        sequences.append(Sequence(prompt, 6, Sampling(temperature=0.0), lambda delta: None, owner))
         engine.submit(sequences[-1])
     while engine.busy:
         engine.step()

@@ -87,13 +87,13 @@ def test_who_goes_away_frees_the_slot():
     engine.submit(first)
     engine.submit(second)
     engine.step()
-    assert not second.pieces
+    assert not second.deltas
     engine.cancel(first)
     engine.remove("lora")  # goes with the last that asked for it
     while engine.busy:
         engine.step()
-    assert sum(len(p.tokens) for p in second.pieces) == 5
-    assert second.pieces[-1].finish in ("length", "stop")
+    assert sum(delta.count for delta in second.deltas) == 5
+    assert second.deltas[-1].finish in ("length", "stop")
     assert not engine.adapters
     assert_as_alone(engine, [None])
 
@@ -107,7 +107,7 @@ def test_an_adapter_that_is_not_finite_ends_its_own_answers_alone(method, value)
             parameter.data.fill_(float(value))
     bad, good = asked([7] * 50, method), asked([5, 6], "lora", max_tokens=20)
     got = run(engine, [bad, good])
-    assert "not finite" in bad.pieces[-1].error
+    assert "not finite" in bad.deltas[-1].error
     assert got[1] == generated(engine.adapters["lora"].model, [5, 6], 20)
     assert_as_alone(engine, ["lora", None, "lora"], longest=60)
 
@@ -135,18 +135,26 @@ def test_echoed_log_probabilities_are_the_models(prompt_tokens):
     for name in ("lora", "prompt tuning"):
         sequence = asked(prompt, name, max_tokens=3, echo=True, logprobs=2)
         run(engine, [sequence])
-        tokens = [t for piece in sequence.pieces for t in piece.tokens]
-        assert [t.id for t in tokens] == sequence.ids
+        tokens = [t for delta in sequence.deltas for t in delta.tokens]
+        texts = [engine.tokenizer.decode([token]) for token in range(384)]
+        assert [t.text for t in tokens] == [texts[token] for token in sequence.ids]
+        assert "".join(delta.text for delta in sequence.deltas).startswith(
+            engine.tokenizer.decode(prompt, skip_special_tokens=True)
+        )
         logits = engine.adapters[name].model(torch.tensor([sequence.ids])).logits[0, -len(tokens) :].float()
         wanted = torch.log_softmax(logits, -1)
         assert tokens[0].logprob is None
-        for place, token in enumerate(tokens[1:]):
-            assert token.logprob == pytest.approx(wanted[place, token.id].item(), abs=1e-4)
-            assert [t for t, _ in token.top] == wanted[place].topk(2).indices.tolist()
+        for place, (token, own) in enumerate(zip(tokens[1:], sequence.ids[1:], strict=True)):
+            likeliest = wanted[place].topk(2)
+            assert token.logprob == pytest.approx(wanted[place, own].item(), abs=1e-4)
+            assert [text for text, _ in token.top] == [texts[i] for i in likeliest.indices]
+            assert [logprob for _, logprob in token.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
     nothing_more = asked(prompt, "lora", max_tokens=0, echo=True, logprobs=0)
     run(engine, [nothing_more])
-    assert [t.id for p in nothing_more.pieces for t in p.tokens] == prompt
-    assert nothing_more.pieces[-1].finish == "length"
+    (delta,) = nothing_more.deltas
+    assert [t.text for t in delta.tokens] == [texts[token] for token in prompt]
+    assert (delta.text, delta.count) == (engine.tokenizer.decode(prompt, skip_special_tokens=True), 0)
+    assert nothing_more.deltas[-1].finish == "length"
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 9.9e-6, 1e-5, 1.1e-5])  # the last two are drawn
@@ -161,7 +169,7 @@ def test_more_alternatives_than_there_are_tokens():
     engine = Engine(llama(vocab_size=12).requires_grad_(False), make_tokenizer())
     sequence = asked([2, 3], max_tokens=3, logprobs=20, echo=True)
     run(engine, [sequence])
-    tokens = [token for piece in sequence.pieces for token in piece.tokens]
+    tokens = [token for delta in sequence.deltas for token in delta.tokens]
     assert [len(token.top) for token in tokens] == [0] + [12] * (len(tokens) - 1)
 
 
@@ -192,8 +200,8 @@ def test_an_adapter_that_raises_in_a_step_ends_its_own_answers_alone(broken, pro
     got = run(engine, sequences, at=[0, 0, 0, 0, 1, 1, 2, 2, 5, 5, 7, 7, 9])
     for name, prompt, tokens, sequence in zip(names, given, got, sequences, strict=True):
         if name == broken:
-            assert (tokens, sequence.pieces[-1].finish) == ([], "error")
-            assert sequence.pieces[-1].error.startswith("RuntimeError: ")
+            assert (tokens, sequence.deltas[-1].finish) == ([], "error")
+            assert sequence.deltas[-1].error.startswith("RuntimeError: ")
         else:
             model = engine.adapters[name].model if name else engine.base
             assert tokens == generated(model, prompt, 12), name
@@ -212,7 +220,7 @@ def test_a_row_that_can_not_be_drawn_ends_alone():
     same.generator = "none"
     while engine.busy:
         engine.step()
-    assert [s.pieces[-1].finish for s in (odd, same)] == ["error"] * 2
+    assert [s.deltas[-1].finish for s in (odd, same)] == ["error"] * 2
     assert [s.ids[len(s.prompt) :] for s in (good, greedy)] == [alone, generated(engine.base, [4, 4], 10)]
 
 
@@ -248,7 +256,7 @@ def test_whatever_is_asked_neighbours_are_answered(data):
         )
     )
     got = run(engine, [odd, asked([9, 8, 7], "lora", max_tokens=5)])
-    assert odd.pieces[-1].finish in ("stop", "length")
+    assert odd.deltas[-1].finish in ("stop", "length")
     assert got[1] == generated(engine.adapters["lora"].model, [9, 8, 7], 5)
 
 
@@ -263,7 +271,7 @@ def test_text_ends_before_a_stop_string_that_may_cross_tokens():
         stopped = asked([9, 8, 7], max_tokens=30, stop=("never this", stop))
         run(engine, [stopped])
         assert text_of(stopped) == whole[: whole.find(stop)]
-        assert stopped.pieces[-1].finish == "stop"
+        assert stopped.deltas[-1].finish == "stop"
 
 
 @pytest.mark.parametrize("method", ["lora", "lora and head", "prompt tuning"])

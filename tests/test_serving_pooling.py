@@ -35,6 +35,7 @@ from ftray.config import AdapterConfig, Config, ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.serving.catalog import find_catalog
+from ftray.serving.errors import APIError
 from ftray.serving.pooling import PoolingReplica, PoolingRequest
 from ftray.task_spec import TaskSpec
 
@@ -208,19 +209,19 @@ def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
     class Counting(PoolingReplica):
         """Says how many requests it reads at a time."""
 
-        async def _read_all(self, asked):
-            self.together = len(asked)
-            return await super()._read_all(asked)
+        async def _pool_all(self, requests):
+            self.together = len(requests)
+            return await super()._pool_all(requests)
 
-        async def at_once(self, jobs):
-            return await asyncio.gather(*(self.read(job) for job in jobs)), self.together
+        async def at_once(self, requests):
+            return await asyncio.gather(*(self.pool(one) for one in requests)), self.together
 
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
     settings = Config(model=FP32).model_dump()
     handle = serve.run(serve.deployment(Counting).bind(settings, tiny_bert, 1, spec), name="reader", route_prefix=None)
-    jobs = [PoolingRequest(TEXTS[:2], None, None, None, 99), PoolingRequest(TEXTS[2:], None, None, None, 99)]
+    requests = [PoolingRequest(TEXTS[:2], None, None, None, 99), PoolingRequest(TEXTS[2:], None, None, None, 99)]
     try:
-        reads, together = handle.at_once.remote(jobs).result()
+        reads, together = handle.at_once.remote(requests).result()
     finally:
         serve.delete("reader")
     rows = torch.tensor([row for read in reads for row in read.values])
@@ -239,8 +240,10 @@ def test_a_text_that_fails_leaves_those_read_with_it_alone(tiny_bert):
     reader.base.register_forward_pre_hook(refuse, with_kwargs=True)
     with torch.no_grad():
         reader.base.get_input_embeddings().weight[9] = float("nan")
-    jobs = [PoolingRequest(texts, None, None, None, 99) for texts in (TEXTS[:1], [[3, 7]], TEXTS[1:], [[3, 9], [4, 4]])]
-    got = reader.forward([replace(reader.encode(job), model=reader.base) for job in jobs])
+    requests = [
+        PoolingRequest(texts, None, None, None, 99) for texts in (TEXTS[:1], [[3, 7]], TEXTS[1:], [[3, 9], [4, 4]])
+    ]
+    got = reader.forward([replace(reader.encode(one), model=reader.base) for one in requests])
     assert (str(got[1]), type(got[3])) == ("on purpose", FloatingPointError)
     rows = torch.tensor([row for own in (got[0], got[2]) for row in own])
     torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
@@ -257,7 +260,7 @@ def test_odd_texts_are_read_or_refused(tiny_bert, texts, pairs, task):
     reader = READERS[task]
     try:
         encoded = reader.encode(PoolingRequest(texts, texts if pairs else None, None, None, 99))
-    except UserError:
+    except APIError:
         return
     (rows,) = reader.forward([replace(encoded, model=reader.base)])
     assert len(rows) == len(texts)

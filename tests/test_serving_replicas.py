@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,10 +20,9 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from ftray.config import Config
-from ftray.serving.api.routes import Endpoint
-from ftray.serving.app import application
+from ftray.serving.app import application, endpoint
 from ftray.serving.catalog import find_catalog
-from ftray.serving.generation_request import GenerationRequest, OutputDelta
+from ftray.serving.generation_request import GenerationRequest, OutputDelta, Sampling
 from ftray.serving.replica import Replica
 
 
@@ -56,11 +57,10 @@ def panics():
 
 def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
     replica = Replica(Config(model={"name": tiny_llama, "dtype": "fp32"}).model_dump(), tiny_llama, 1)
-    sampling = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "logprobs": None}
-    job = GenerationRequest([[5, 6, 7]], None, 1, None, None, {**sampling, "echo": False}, False, 100, 100)
+    request = GenerationRequest([[5, 6, 7]], None, 1, None, None, 6, Sampling(0.0), False, 100, 100)
 
     async def answered() -> list[OutputDelta]:
-        return [part for parts in [got async for got in replica.answer(job)] for part in parts.parts]
+        return [delta async for message in replica.generate(request) for delta in message.deltas]
 
     wanted = asyncio.run(answered())
     assert wanted[-1].finish in ("stop", "length")
@@ -71,7 +71,7 @@ def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
     for harm in (raises, panics):
         monkeypatch.setattr(replica.engine, "step", harm)
         (failed,) = asyncio.run(answered())
-        assert failed.finish.startswith("error: ")
+        assert (failed.finish, "on purpose" in failed.error or "Panic" in failed.error) == ("error", True)
         monkeypatch.setattr(replica.engine, "step", step)
         assert asyncio.run(answered()) == wanted
     monkeypatch.setattr(replica.engine, "submit", raises)
@@ -80,6 +80,30 @@ def test_nothing_ends_the_engines_thread(tiny_llama, monkeypatch):
     monkeypatch.undo()
     assert asyncio.run(answered()) == wanted
     asyncio.run(replica.check_health())
+
+
+def test_a_client_that_goes_away_while_its_request_is_queued_leaves_nothing(tiny_llama):
+    replica = Replica(Config(model={"name": tiny_llama, "dtype": "fp32"}).model_dump(), tiny_llama, 1)
+    request = GenerationRequest([[5, 6, 7]], None, 2, None, None, 400, Sampling(0.0), False, 100, 1000)
+    go = threading.Event()
+    replica.inbox.put(go.wait)  # the engine is in a step
+
+    async def leave() -> None:
+        async def ask():
+            return [message async for message in replica.generate(request)]
+
+        task = asyncio.create_task(ask())
+        await asyncio.sleep(0.2)
+        assert replica.inbox.qsize() == 1
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    busy: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    replica.inbox.put(lambda: busy.put(replica.engine.busy))
+    go.set()
+    assert not busy.get(timeout=60)
 
 
 class App:
@@ -163,9 +187,9 @@ def test_replicas_come_with_load_and_go_without_and_no_answer_is_cut(app):
 @pytest.mark.slow
 def test_a_killed_endpoint_remembers_the_adapters_and_a_removed_one_is_freed(app):
     def kill():
-        (endpoint,) = processes("endpoint")
-        endpoint.kill()
-        until(lambda: processes("endpoint") and processes("endpoint")[0].pid != endpoint.pid)
+        (victim,) = processes("endpoint")
+        victim.kill()
+        until(lambda: processes("endpoint") and processes("endpoint")[0].pid != victim.pid)
         until(app.names)
 
     def answer():
@@ -198,10 +222,10 @@ def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(ap
     class Deadly(Replica):
         """Dies of a prompt of one token."""
 
-        def _submit(self, job, *args):
-            if job.prompts == [[7]]:
+        def _enqueue(self, request, *args):
+            if request.prompts == [[7]]:
                 os._exit(1)
-            return super()._submit(job, *args)
+            return super()._enqueue(request, *args)
 
     seen = set()
 
@@ -220,8 +244,7 @@ def test_a_request_that_kills_is_tried_twice_and_those_beside_it_are_answered(ap
     cfg = Config.model_validate({"model": app.model, "serving": app.serving})
     options = {"num_replicas": 2, "health_check_period_s": 5, "ray_actor_options": {"num_cpus": 1}}
     deadly = serve.deployment(Deadly, name="replica", **options).bind(cfg.model_dump(), app.model["name"], 1)
-    endpoint = serve.deployment(Endpoint, name="endpoint", ray_actor_options={"num_cpus": 0})
-    serve.run(endpoint.bind(cfg.model_dump(), app.base, {}, None, deadly), name="ftray")
+    serve.run(endpoint(cfg, find_catalog(cfg), None, deadly), name="ftray")
     until(lambda: app.running() == 2)
     try:
         before = {process.pid for process in processes("replica")}

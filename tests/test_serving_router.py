@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ftray.config import ServingConfig
-from ftray.serving.api.requests import APIError
+from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import OutputDelta, OutputDeltas
 from ftray.serving.pooling import PoolingResponse
 from ftray.serving.router import ATTEMPTS, Router
@@ -47,12 +47,12 @@ class Replicas:
 
     def __init__(self, scripts):
         self.answers = [Answer(script) for script in scripts]
-        self.asked, self.answer = 0, self
+        self.asked, self.generate = 0, self
 
     def options(self, **kwargs):
         return self
 
-    def remote(self, job):
+    def remote(self, request):
         self.asked += 1
         return self.answers[self.asked - 1]
 
@@ -60,11 +60,11 @@ class Replicas:
 def ask(*scripts, seconds=5.0):
     """The parts, the error if there is one, and the replicas."""
     replicas = Replicas(scripts)
-    dispatch = Router(ServingConfig(request_seconds=seconds), replicas)
+    router = Router(ServingConfig(request_seconds=seconds), replicas)
     parts = []
 
     async def collect():
-        async for got in dispatch.parts("m", SimpleNamespace(adapter=None)):
+        async for got in router.generate("m", SimpleNamespace(adapter=None)):
             parts.append(got)
 
     try:
@@ -72,7 +72,7 @@ def ask(*scripts, seconds=5.0):
         error = None
     except APIError as refused:
         error = refused
-    assert dispatch.under_way == 0
+    assert router.under_way == 0
     return parts, error, replicas
 
 
@@ -104,17 +104,17 @@ class Mortal:
     """A handle of one replica, whose requests are begun after one another; a deadly one ends all that it has."""
 
     def __init__(self):
-        self.died, self.deaths, self.answer, self.read = asyncio.Event(), 0, self, self
+        self.died, self.deaths, self.generate, self.pool = asyncio.Event(), 0, self, self
 
     def options(self, stream=False, **kwargs):
         self.stream = stream
         return self
 
-    def remote(self, job):
-        return Answering(self, job) if self.stream else self.whole(job)
+    def remote(self, request):
+        return Answering(self, request) if self.stream else self.whole(request)
 
-    async def whole(self, job):
-        async for _ in Answering(self, job):
+    async def whole(self, request):
+        async for _ in Answering(self, request):
             pass
         return PoolingResponse([], (), 1)
 
@@ -122,12 +122,9 @@ class Mortal:
 class Answering:
     """What a mortal replica answers: it takes some time to begin, and as long to end."""
 
-    def __init__(self, replica, job):
-        self.replica, self.job, self.parts = (
-            replica,
-            job,
-            iter([OutputDeltas(), WHOLE[0], OutputDeltas(answering=True), WHOLE[2]]),
-        )
+    def __init__(self, replica, request):
+        self.replica, self.request = replica, request
+        self.parts = iter([OutputDeltas(), WHOLE[0], OutputDeltas(answering=True), WHOLE[2]])
         self.died = replica.died
 
     def __aiter__(self):
@@ -139,7 +136,7 @@ class Answering:
             raise StopAsyncIteration
         await asyncio.sleep(0.01)  # let the others begin too
         if what is not WHOLE[0] and what != OutputDeltas():
-            if self.job.deadly and not self.died.is_set():
+            if self.request.deadly and not self.died.is_set():
                 self.died.set()
                 self.replica.died, self.replica.deaths = asyncio.Event(), self.replica.deaths + 1
             with contextlib.suppress(TimeoutError):
@@ -156,13 +153,13 @@ class Answering:
 @pytest.mark.parametrize("deadly", [1, 3])
 def test_who_stands_by_is_answered_and_a_killer_costs_two_replicas(reads, deadly):
     replicas = Mortal()
-    dispatch = Router(ServingConfig(), replicas)
+    router = Router(ServingConfig(), replicas)
 
     async def one(number):
-        job = SimpleNamespace(adapter=None, deadly=number < deadly)
+        request = SimpleNamespace(adapter=None, deadly=number < deadly)
         if reads:
-            return await dispatch.read("m", job)
-        return [got async for got in dispatch.parts("m", job)]
+            return await router.pool("m", request)
+        return [got async for got in router.generate("m", request)]
 
     async def crowd():
         return await asyncio.gather(*(one(number) for number in range(9)), return_exceptions=True)
@@ -170,7 +167,19 @@ def test_who_stands_by_is_answered_and_a_killer_costs_two_replicas(reads, deadly
     got = asyncio.run(crowd())
     assert [getattr(result, "status", 200) for result in got] == [500] * deadly + [200] * (9 - deadly)
     assert replicas.deaths == 1 + deadly
-    assert dispatch.under_way == 0
+    assert router.under_way == 0
+
+
+class Preempted(ActorDiedError):
+    preempted = True
+
+
+def test_a_request_has_not_killed_a_replica_whose_node_was_preempted():
+    gone = [OutputDeltas(), WHOLE[0], Preempted()]
+    parts, error, replicas = ask(gone, gone, [OutputDeltas(), *WHOLE])
+    assert (parts, error, replicas.asked) == (WHOLE, None, 3)
+    _, error, replicas = ask(gone, gone, gone)
+    assert (error.status, replicas.asked) == (503, ATTEMPTS)
 
 
 def test_replicas_that_keep_dying_are_told():
@@ -186,5 +195,5 @@ def test_a_request_that_takes_too_long_is_given_up_and_cancelled(script):
 
 
 def test_what_a_replica_refuses_names_the_field():
-    _, error, _ = ask([OutputDeltas(refused=(400, "too long", "prompt"))])
+    _, error, _ = ask([OutputDeltas(refused=invalid("too long", "prompt"))])
     assert (error.status, error.param, error.message) == (400, "prompt", "too long")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from ftray.cli import parse, run_command
 from ftray.serving import vllm
 from ftray.serving.catalog import find_catalog
-from ftray.serving.generation_request import GenerationRequest, OutputDelta
+from ftray.serving.generation_request import GenerationRequest, OutputDelta, Sampling, TokenLogprob
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -93,49 +93,47 @@ def test_serve_llm_takes_what_a_run_comes_to(tiny_llama, adapters):
     assert "enable_lora" not in merged.engine_kwargs
 
 
-def job(**changes):
-    sampling = {"max_tokens": 5, "temperature": 0.5, "top_p": 1.0, "seed": 3, "stop": ("x",), "logprobs": 1}
+def request(temperature=0.5, **changes):
+    sampling = Sampling(temperature, seed=3, stop=("x",), logprobs=1)
     given = {"prompts": ["a"], "messages": None, "n": 2, "adapter": "a@1", "source": "/a", "stream": True}
-    limits = {"max_prompt_tokens": 9, "max_output_tokens": 99}
-    return GenerationRequest(**given | limits | changes, sampling=sampling | {"echo": False})
+    limits = {"max_tokens": 5, "max_prompt_tokens": 9, "max_output_tokens": 99}
+    return GenerationRequest(**given | limits | changes, sampling=sampling)
 
 
 def test_an_adapter_is_found_by_its_id(tiny_llama, adapters):
-    bridge = vllm.VLLMReplica("tiny", tiny_llama, False, 32, None)
-    assert asyncio.run(bridge.load("a", str(adapters / "plain"))) is None
-    assert "this is IA3" in asyncio.run(bridge.load("a", f"file://{adapters}/ia3"))
+    replica = vllm.VLLMReplica("tiny", tiny_llama, False, 32, None)
+    assert asyncio.run(replica.load("a", str(adapters / "plain"))) is None
+    assert "this is IA3" in asyncio.run(replica.load("a", f"file://{adapters}/ia3"))
     narrow = vllm.VLLMReplica("tiny", tiny_llama, False, 8, None)
     assert "has rank 20; 8 are provided for" in asyncio.run(narrow.load("a", str(adapters / "plain")))
-    loader = vllm.Adapters(download_timeout_s=1, max_tries=1)  # as Serve LLM makes it
+    loader = vllm.AdapterLoader(download_timeout_s=1, max_tries=1)  # as Serve LLM makes it
     for source in (str(adapters / "plain"), f"file://{adapters}/plain"):
-        name = vllm.model_id(job(source=source))
+        name = vllm.model_id(request(source=source))
         found = asyncio.run(loader.load_model_from_config(lora_model_id=name, llm_config=None))
         assert found.model_id == name
         assert vllm.lora_rank(vllm.Path(found.local_path), tiny_llama) == 20
-    assert vllm.model_id(job(adapter=None, source=None)) == ""
+    assert vllm.model_id(request(adapter=None, source=None)) == ""
 
 
 def test_requests_and_answers_in_openais_words():
-    greedy = job()
-    greedy.sampling["temperature"] = 0
-    asked = vllm.completion(greedy, [[4, 5], [6]], 5, "a@1|/a", [0, 7])
-    assert (asked["prompt"], asked["n"]) == ([[4, 5], [4, 5], [6], [6]], 1)
-    asked = vllm.completion(job(), [[4, 5]], 5, "a@1|/a", [0, 7])
+    fields = vllm.completion_fields(request(temperature=0), [[4, 5], [6]], 5, "a@1|/a", [0, 7])
+    assert (fields["prompt"], fields["n"]) == ([[4, 5], [4, 5], [6], [6]], 1)
+    fields = vllm.completion_fields(request(), [[4, 5]], 5, "a@1|/a", [0, 7])
     wanted = {"model": "a@1|/a", "prompt": [[4, 5]], "n": 2, "max_tokens": 5, "stop": ["x"], "logprobs": 1}
-    wanted["stop_token_ids"] = [0, 7]
-    assert wanted.items() <= asked.items()
-    assert (asked["stream"], asked["stream_options"]) == (True, {"include_usage": True})
+    wanted |= {"stop_token_ids": [0, 7], "temperature": 0.5, "top_p": 1.0, "seed": 3, "echo": False}
+    assert wanted.items() <= fields.items()
+    assert (fields["stream"], fields["stream_options"]) == (True, {"include_usage": True})
     logprobs = {"tokens": ["b"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -0.5, "c": -2.0}], "text_offset": [0]}
     choice = {"index": 1, "text": "b", "logprobs": logprobs, "finish_reason": None}
     end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
     bodies = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {"completion_tokens": 7}}]
     text = "".join(f"data: {json.dumps(body)}\n\n" for body in bodies) + "data: [DONE]\n\n"
-    assert vllm.read(text) == (
-        [OutputDelta(1, "b", [("b", -0.5, [("b", -0.5), ("c", -2.0)])]), OutputDelta(0, finish="length")],
+    assert vllm.parse_chunk(text) == (
+        [OutputDelta(1, "b", [TokenLogprob("b", -0.5, [("b", -0.5), ("c", -2.0)])]), OutputDelta(0, finish="length")],
         7,
     )
-    (failed,), _ = vllm.read('data: {"error": {"message": "too long"}}\n\n')
-    assert failed.finish == "error: too long"
+    (failed,), _ = vllm.parse_chunk('data: {"error": {"message": "too long"}}\n\n')
+    assert (failed.finish, failed.error) == ("error", "too long")
 
 
 class VLLMServer:

@@ -18,7 +18,7 @@ from ftray.infer import Renderer
 from ftray.models.load import load_tokenizer
 from ftray.models.stops import stop_tokens
 from ftray.serving.engine import Engine
-from ftray.serving.generation_request import GenerationRequest, prompt_tokens
+from ftray.serving.generation_request import GenerationRequest, Sampling, prompt_tokens
 from ftray.serving.vllm import VLLMReplica
 from ftray.task_spec import TaskSpec
 
@@ -97,7 +97,7 @@ def test_the_engine_ends_where_the_turn_ends(model):
     sequences = [asked([NEWLINE], max_tokens=9), asked([A], max_tokens=4)]
     run(engine, sequences)
     assert [text_of(sequence) for sequence in sequences] == [WANTED, "~~~~"]
-    assert [sequence.pieces[-1].finish for sequence in sequences] == ["stop", "length"]
+    assert [sequence.deltas[-1].finish for sequence in sequences] == ["stop", "length"]
     assert set(VLLMReplica("m", model, False, 8, None).stops) == engine.ends
 
 
@@ -197,6 +197,6 @@ def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_texts(tokenizer, frame, 
     special = [("<|end|>", END), ("<|system|>", 4)]
     framed.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
     wanted = [*first, *tokenizer("a b")["input_ids"]]
-    request = GenerationRequest(["a b"], None, 1, None, None, {}, False, 99, 99)
+    request = GenerationRequest(["a b"], None, 1, None, None, 9, Sampling(), False, 99, 99)
     assert prompt_tokens(request, framed, 384) == [wanted]
     assert Renderer(framed, DataConfig(template="{prompt}"), None).plain("a b") == wanted

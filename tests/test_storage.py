@@ -27,7 +27,7 @@ from ftray.search.journal import past_trials
 from ftray.search.run_manifest import running_since, sole_driver
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
-from ftray.serving.adapters import fetched
+from ftray.serving.adapters import local_adapter
 from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
 from ftray.storage.location import ObjectStoreLocation, parse_location
 
@@ -151,7 +151,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
 
     offer = find_catalog(model_of_run(Config(serving=ServingConfig(run=output))))
     assert {"best", "trial-0", "trial-1", "trial-2"} == offer.adapters.keys()
-    with fetched(offer.adapters["best"]) as directory:
+    with local_adapter(offer.adapters["best"]) as directory:
         assert (directory / "adapter_model.safetensors").is_file()
     assert [trial["status"] for trial in leaderboard(output)["trials"]] == ["finished"] * 3
     adapter = find_adapter(output)
@@ -193,7 +193,7 @@ def test_a_killed_training_goes_on_from_the_store_alone(store, tmp_path, words, 
     undisturbed = [line for line in whole.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(",")[:2] for line in undisturbed][-len(losses) :] == [line.split(",")[:2] for line in losses]
     assert len(undisturbed) == 4
-    with fetched(f"{output}/adapter") as one, fetched(f"{output}-whole/adapter") as other:
+    with local_adapter(f"{output}/adapter") as one, local_adapter(f"{output}-whole/adapter") as other:
         one, other = (load_file(found / "adapter_model.safetensors") for found in (one, other))
     assert one.keys() == other.keys()
     for name, tensor in one.items():

@@ -1,4 +1,4 @@
-"""An adapter directory made fit to serve: looked at before it is read, and never more than tensors are read from it."""
+"""Adapters to serve: a directory is checked before it is read, and nothing but tensors is loaded from it."""
 
 import re
 import tempfile
@@ -21,14 +21,14 @@ from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 WEIGHTS = "adapter_model.safetensors"
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations; a shared base must stay as it is
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base, which is shared here
 
 
 def check_name(name: str) -> str:
-    """`name`, if it can be an adapter's.
+    """Returns `name`.
 
     Raises:
-        UserError: it can't.
+        UserError: it can't be the name of an adapter.
     """
     if not NAME.fullmatch(name) or ".." in name:
         raise UserError(
@@ -38,8 +38,10 @@ def check_name(name: str) -> str:
 
 
 @contextmanager
-def fetched(source: str) -> Iterator[Path]:
-    """The adapter of a directory or URI (anything pyarrow reads) as a local directory.
+def local_adapter(source: str) -> Iterator[Path]:
+    """The adapter in a directory or at a URI (of any store that pyarrow reads) as a local directory.
+
+    Of a URI, only the files that serving needs are copied, and removed at the end.
 
     Raises:
         UserError: there is none.
@@ -56,15 +58,15 @@ def fetched(source: str) -> Iterator[Path]:
         except (OSError, ValueError) as error:
             raise UserError(f"adapter {source}: can't be read: {str(error).splitlines()[0]}") from None
         check(Path(directory), f"adapter {source}", partly=True)
-        Path(directory, f"{MANIFEST}.json").unlink(missing_ok=True)  # it holds more than was fetched
+        Path(directory, f"{MANIFEST}.json").unlink(missing_ok=True)  # it names files that were not copied
         yield Path(directory)
 
 
 def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> PeftConfig:
-    """The adapter's configuration, if the adapter is whole, of `base_path` and for `spec`, and holds safetensors.
+    """The adapter's configuration.
 
     Raises:
-        UserError: it does not fit; the message says why.
+        UserError: the adapter is damaged, holds no safetensors, or was not made for `base_path` and `spec`.
     """
     check(directory, f"adapter {directory}")
     if not (directory / CONFIG).is_file():
@@ -94,28 +96,31 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
     Raises:
         UserError: `source` holds no adapter of this base.
     """
-    with fetched(source) as directory:
+    with local_adapter(source) as directory:
         config = check_adapter(directory, base.name_or_path, spec)
         try:
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of keys that are missing: they are looked for below
                 # as if to train it: only so does the model tell which of its parameters are the adapter's
                 trained = not config.is_prompt_learning
                 model = PeftModel.from_pretrained(
                     share(base), str(directory), config=config, is_trainable=trained, use_safetensors=True
                 )
-        except Exception as error:  # whatever PEFT makes of a directory that does not fit
+        except Exception as error:  # PEFT raises many kinds for a directory that does not fit
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
                 f"adapter {source}: does not fit {base.name_or_path}: {' '.join(lines[:2])[:300]}"
             ) from None
         with safe_open(directory / WEIGHTS, "pt") as file:
-            stray = {key for key in file.keys() if prefix in key} - set(get_peft_model_state_dict(model))  # noqa: SIM118
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if stray or missing:
-        reason = missing[0] if missing else f"the model has no place for {sorted(stray)[0]}"
-        raise UserError(f"adapter {source}: does not fit {base.name_or_path}: {reason[:200]}")
-    if not all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(model).values()):
+            stored = {key for key in file.keys() if prefix in key}  # noqa: SIM118
+    state = get_peft_model_state_dict(model)
+    if stray := stored - state.keys():
+        raise UserError(
+            f"adapter {source}: does not fit {base.name_or_path}: the model has no place for {min(stray)}"[:400]
+        )
+    if missing := {key for key in state if prefix in key} - stored:
+        raise UserError(f"adapter {source}: does not fit {base.name_or_path}: it lacks {min(missing)}"[:400])
+    if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
     return model.to(base.device).eval()

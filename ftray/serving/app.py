@@ -1,4 +1,4 @@
-"""The Serve application: an endpoint in front of replicas, made from the configuration."""
+"""The Ray Serve application: an endpoint in front of replicas, made from the configuration."""
 
 import hashlib
 import os
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
@@ -14,10 +13,10 @@ from ftray.serving.catalog import Catalog, find_catalog, model_of_run
 
 
 def key_digest(cfg: Config) -> str | None:
-    """SHA-256 of the bearer token, which itself goes nowhere; None: there is none.
+    """SHA-256 of the API key, hexadecimal, so that the key itself is not passed on; None: no key is needed.
 
     Raises:
-        UserError: the file can't be read or is empty, or none is given and others than this machine could ask.
+        UserError: its file can't be read or is empty, or there is no key where other machines can connect.
     """
     key = os.environ.get("FTRAY_API_KEY", "")
     if cfg.serving.api_key_file:
@@ -37,16 +36,21 @@ def key_digest(cfg: Config) -> str | None:
     return None
 
 
-def application(cfg: Config, what: Catalog, key: str | None, cpus: float, gpus: float) -> serve.Application:
-    """The application; each replica reserves `cpus` and `gpus`."""
+def application(cfg: Config, catalog: Catalog, key: str | None, cpus: float, gpus: float) -> serve.Application:
+    """The application.
+
+    Args:
+        key: SHA-256 of the API key; None: no key is needed.
+        cpus: that each replica reserves.
+        gpus: that each replica reserves.
+    """
     from ftray.serving import vllm
-    from ftray.serving.api.routes import Endpoint
     from ftray.serving.pooling import PoolingReplica
     from ftray.serving.replica import Replica
 
     s = cfg.serving
     options = {
-        "max_ongoing_requests": max(4 * s.slots, s.max_queue),  # the engine keeps its own line
+        "max_ongoing_requests": max(4 * s.slots, s.max_queue),  # the engine has a queue of its own
         "autoscaling_config": {
             "min_replicas": s.min_replicas,
             "max_replicas": s.max_replicas,
@@ -57,39 +61,48 @@ def application(cfg: Config, what: Catalog, key: str | None, cpus: float, gpus: 
         "graceful_shutdown_timeout_s": s.drain_seconds,
         "health_check_period_s": 5,
     }
-    handle: DeploymentHandle
+    replicas: serve.Application
     if s.engine == "vllm":
-        handle = vllm.server(cfg, what, options)
+        replicas = vllm.vllm_replica(cfg, catalog, options)
     else:
-        generates = what.task.name == "CAUSAL_LM"
+        generates = catalog.task.name == "CAUSAL_LM"
         actor = {"num_cpus": cpus, "num_gpus": gpus}
-        replicas: Any = serve.deployment(
+        deployment: Any = serve.deployment(
             Replica if generates else PoolingReplica, name="replica", ray_actor_options=actor, **options
         )
-        own = () if generates else (what.task,)
-        handle = replicas.bind(cfg.model_dump(), what.model_path, max(1, int(cpus)), *own)
-    endpoint: Any = serve.deployment(
-        Endpoint,
+        task = () if generates else (catalog.task,)
+        replicas = deployment.bind(cfg.model_dump(), catalog.model_path, max(1, int(cpus)), *task)
+    return endpoint(cfg, catalog, key, replicas)
+
+
+def endpoint(cfg: Config, catalog: Catalog, key: str | None, replicas: serve.Application) -> serve.Application:
+    """The HTTP endpoint in front of `replicas`."""
+    from ftray.serving.api.app import create_app
+    from ftray.serving.api.endpoint import Endpoint
+
+    s = cfg.serving
+    deployment: Any = serve.deployment(
+        serve.ingress(lambda: create_app(key, s.max_body_bytes))(Endpoint),  # made in the replica
         name="endpoint",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * s.max_queue,  # it refuses what is too much itself, with 429
+        max_ongoing_requests=4 * s.max_queue,  # more are refused by the router, with 429
         graceful_shutdown_timeout_s=s.drain_seconds,
     )
-    return endpoint.bind(cfg.model_dump(), what.base, what.adapters, key, handle, what.task.name)
+    return deployment.bind(cfg.model_dump(), catalog.base, catalog.adapters, replicas, catalog.task.name)
 
 
-def checked(cfg: Config) -> Catalog:
-    """What is to be served, if the engine can.
+def check_catalog(cfg: Config) -> Catalog:
+    """What is to be served.
 
     Raises:
-        UserError: it can't, or something is missing or does not fit.
+        UserError: something is missing or does not fit, or the engine can't serve it.
     """
     from ftray.serving import vllm
 
-    what = find_catalog(cfg)
+    catalog = find_catalog(cfg)
     if cfg.serving.engine == "vllm":
-        vllm.check(cfg, what)
-    return what
+        vllm.check(cfg, catalog)
+    return catalog
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -97,4 +110,5 @@ def build(args: dict[str, Any]) -> serve.Application:
     from ftray.runtime.cluster import gpus_per_worker
 
     cfg = model_of_run(config_from(args))
-    return application(cfg, checked(cfg), key_digest(cfg), cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg))
+    cpus, gpus = cfg.scaling.cpus_per_worker or 1, gpus_per_worker(cfg)
+    return application(cfg, check_catalog(cfg), key_digest(cfg), cpus, gpus)

@@ -1,4 +1,4 @@
-"""What every replica has, whatever its task: one base model, its tokenizer, and adapters that come on demand."""
+"""What every replica has, whatever its task: one base model, its tokenizer, and adapters loaded on demand."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -20,15 +20,15 @@ class LoadedAdapter:
     """An adapter in memory; Serve calls `__del__` when it is the least recently used of too many.
 
     Attributes:
-        model: what answers for it; None: dropped.
-        forget: is called with `model` once it is.
+        model: the replica's handle of it: a model, or its name in the engine; None: dropped.
+        forget: is called with `model` when it is dropped.
     """
 
     model: Any
     forget: Callable[[Any], None]
 
     def drop(self) -> None:
-        """Free what it holds; who uses it at the moment goes on."""
+        """Free what it holds; answers under way are finished."""
         if self.model is not None:
             model, self.model = self.model, None
             self.forget(model)
@@ -37,20 +37,20 @@ class LoadedAdapter:
 
 
 def own_torch_threads(count: int) -> None:
-    """How many threads torch computes with where the calling thread asks it to.
+    """Let torch use `count` threads for what the calling thread computes.
 
-    OpenMP keeps a pool for each thread that wants several. With more of them than processors they no longer spin, but
-    sleep between two products: only the thread that answers gets any.
+    OpenMP keeps a pool for each calling thread. Where all pools together have more threads than there are processors,
+    they sleep between two products instead of spinning: only the thread that answers gets more than one.
     """
     import torch
 
     torch.set_num_threads(count)
-    torch.get_num_threads()  # only now it is this thread's: until then, what another one sets would be
+    torch.get_num_threads()  # makes it this thread's: until then, a value that another thread sets would hold
 
 
 def give_memory_back() -> None:
-    """Of what the C library holds free, which after a load is more than an adapter, all that it can; milliseconds."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    """Return the memory that the C library keeps free to the system: after a load, more than an adapter's; takes ms."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim:
         trim(0)
 
@@ -80,7 +80,7 @@ class BaseReplica(ABC):
             give_memory_back()
             return loaded
 
-        self._loaded = serve.multiplexed(load, max_num_models_per_replica=self.cfg.serving.max_adapters)
+        self._multiplexed = serve.multiplexed(load, max_num_models_per_replica=self.cfg.serving.max_adapters)
 
     @abstractmethod
     async def _load(self, source: str) -> LoadedAdapter:
@@ -90,14 +90,14 @@ class BaseReplica(ABC):
             UserError: it can't be.
         """
 
-    async def adapted(self, adapter: str, source: str | None) -> Any:
-        """What answers for an adapter, loaded if need be.
+    async def loaded(self, adapter: str, source: str | None) -> Any:
+        """The replica's handle of an adapter (:attr:`LoadedAdapter.model`), which is loaded if need be.
 
         Raises:
-            UserError: it can't be, or it was dropped.
+            UserError: it can't be loaded, or it was dropped.
         """
         self._sources[adapter] = source or ""
-        model = (await self._loaded(adapter)).model
+        model = (await self._multiplexed(adapter)).model
         if model is None:
             raise UserError("the adapter was removed")
         return model
@@ -105,13 +105,13 @@ class BaseReplica(ABC):
     async def load(self, adapter: str, source: str) -> str | None:
         """Load an adapter; returns why it can't be."""
         try:
-            await self.adapted(adapter, source)
-        except (UserError, OSError) as error:  # not every path is one that the system takes
+            await self.loaded(adapter, source)
+        except (UserError, OSError) as error:  # the system refuses some paths, as those that are too long
             return str(error)
         return None
 
     async def drop(self, adapter: str) -> bool:
-        """Free what an adapter holds; nobody asks for it by that id again. Returns whether it was loaded."""
+        """Free what an adapter holds; its id is not used again. Returns whether it was loaded."""
         loaded = self._kept.pop(adapter, None)
         if loaded is None or loaded.model is None:
             return False

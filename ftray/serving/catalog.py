@@ -1,4 +1,4 @@
-"""What is on offer: a base model, named adapters, and the search that they come from."""
+"""What is to be served: a base model, named adapters, and the search that they come from."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import yaml
 
 from ftray.config import Config
 from ftray.errors import UserError
-from ftray.serving.pooling import READS
+from ftray.serving import pooling
 from ftray.serving.registry import Registry
 from ftray.storage.location import Location, parse_location, reason
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -17,7 +17,14 @@ from ftray.task_spec import CAUSAL, TaskSpec
 
 @dataclass(frozen=True)
 class Catalog:
-    """What is served: the base model's name and directory, where each adapter is, and what all of them do."""
+    """What is served.
+
+    Attributes:
+        base: name of the base model.
+        model_path: directory of the base model.
+        adapters: directory or URI of each adapter, by name.
+        task: of all models.
+    """
 
     base: str
     model_path: str
@@ -26,7 +33,7 @@ class Catalog:
 
 
 def find_catalog(cfg: Config) -> Catalog:
-    """Look at all that is to be served, without reading weights.
+    """Find and check all that is to be served, without reading weights.
 
     Raises:
         UserError: something is missing or does not fit.
@@ -49,7 +56,7 @@ def find_catalog(cfg: Config) -> Catalog:
             raise UserError(f"serving.merged: copy {merged} to a directory, and give that as --model")
         return Catalog("best", find(str(merged)), {}, _served(cfg, run, {}, ""))
     path = find(cfg.model.name)
-    if cfg.serving.engine == "builtin":  # vLLM takes what it can
+    if cfg.serving.engine == "builtin":  # vLLM reads more formats
         as_stored(cfg.model, path)
     adapters = {} if run is None else _of_run(run)
     for given in cfg.adapters:
@@ -64,37 +71,37 @@ def find_catalog(cfg: Config) -> Catalog:
     for source in adapters.values():
         if "://" not in source:
             check_adapter(Path(source), path, task)
-    Registry(cfg.serving, adapters)  # can be read
+    Registry(cfg.serving, adapters)  # refuses a file that can't be read
     return Catalog(base, path, adapters, task)
 
 
 def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: str) -> TaskSpec:
-    """The task that the run's best adapter is for, else the first given one, else the model by itself.
+    """The task of the run's best adapter, else of the first given adapter, else of the model by itself.
 
     Raises:
-        UserError: no replica does it.
+        UserError: no route serves it.
     """
     from ftray.models.load import own_labels
 
     places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
-    spec = next((found for place in places if (found := _task(place))), None)
+    spec = next((found for place in places if (found := _task_of(place))), None)
     if spec is None:
         named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
         spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
-    if spec.name not in ("CAUSAL_LM", *READS):
+    if spec.name not in ("CAUSAL_LM", *pooling.ROUTES):
         raise UserError(f"serve: no route answers {spec.name}; the merged model is a plain transformers directory")
     return spec
 
 
-def _task(source: str) -> TaskSpec | None:
-    from ftray.serving.adapters import fetched
+def _task_of(source: str) -> TaskSpec | None:
+    from ftray.serving.adapters import local_adapter
 
-    with fetched(source) as directory:
+    with local_adapter(source) as directory:
         return TaskSpec.read(directory)
 
 
 def _of_run(run: Location) -> dict[str, str]:
-    """The best adapter of a search, and those of all trials that have a checkpoint."""
+    """The best adapter of a search, and that of every trial that has a checkpoint."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     trials = {f"trial-{row['trial']}": row["checkpoint"] for row in summary["trials"] if row["checkpoint"]}
     best = run / "best" / "adapter"
@@ -104,7 +111,7 @@ def _of_run(run: Location) -> dict[str, str]:
 
 
 def model_of_run(cfg: Config) -> Config:
-    """With the base model that the run was made with, where a run is served."""
+    """`cfg` with the base model of the run, where a run is served."""
     if not cfg.serving.run:
         return cfg
     try:
@@ -116,7 +123,7 @@ def model_of_run(cfg: Config) -> Config:
 
 
 def leaderboard(run: str | None) -> dict[str, Any]:
-    """What the page shows of a search; no trials if there is none. `template` renders plain prompts."""
+    """What the page shows of a search: its metric, its trials, the template of plain prompts; empty without one."""
     from ftray.search.progress import describe
 
     if run is None:

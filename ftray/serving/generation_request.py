@@ -1,10 +1,31 @@
-"""What the endpoint asks of a replica that generates, and what it gets: plain data, whatever the engine."""
+"""What the endpoint sends to a replica that generates and what it gets back, whatever the engine; imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ftray.data.tokens import beginning
-from ftray.errors import UserError
+from ftray.serving.errors import APIError, invalid
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and which of them are reported, as the OpenAI reference defines it.
+
+    Attributes:
+        temperature: below `COLDEST`, the likeliest token is taken.
+        top_p: only the likeliest tokens that together have this probability are drawn from.
+        seed: of the sequence's own generator; None: at random.
+        stop: texts that end the answer and are not part of it.
+        logprobs: number of likeliest alternatives reported with each token; None: no log-probabilities at all.
+        echo: the answer begins with the prompt, with its log-probabilities if those are asked for.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -12,12 +33,14 @@ class GenerationRequest:
     """A request as a replica takes it.
 
     Attributes:
-        prompts: text or tokens of each prompt; or one conversation.
+        prompts: text or token ids of each prompt; empty where `messages` holds one conversation.
         n: answers to each prompt; answer i of prompt p is choice p * n + i.
-        adapter, source: id and place of the adapter; None: the base model.
-        sampling: as :class:`ftray.serving.sampling.Sampling`; `max_tokens` None: as many as may be.
-        stream: give parts as they come, not all at the end.
-        max_prompt_tokens, max_output_tokens: what is more is refused.
+        adapter: id of the adapter; None: the base model.
+        source: directory or URI of the adapter.
+        max_tokens: of each answer; None: as many as fit.
+        stream: send deltas as they come, not all at the end.
+        max_prompt_tokens: longer prompts are refused.
+        max_output_tokens: more tokens than this, in all answers together, are refused.
     """
 
     prompts: list[str] | list[list[int]]
@@ -25,49 +48,81 @@ class GenerationRequest:
     n: int
     adapter: str | None
     source: str | None
-    sampling: dict[str, Any]
+    max_tokens: int | None
+    sampling: Sampling
     stream: bool
     max_prompt_tokens: int
     max_output_tokens: int
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer.
+
+    Attributes:
+        text: of this token alone.
+        logprob: its log-probability; None: it is the first of an echoed prompt.
+        top: the likeliest tokens in its place, each with its log-probability.
+    """
+
+    text: str
+    logprob: float | None = None
+    top: list[tuple[str, float]] = field(default_factory=list)
+
+
 @dataclass
 class OutputDelta:
-    """What is new of one choice. Tokens are (text, log-probability, likeliest (text, log-probability))."""
+    """What is new of one answer; this shape leaves the engine and reaches the response writer.
+
+    Attributes:
+        choice: index of the answer.
+        text: that is certain now.
+        tokens: empty unless log-probabilities are asked for; an echoed prompt's come before the first of the answer.
+        count: new tokens of the answer; an echoed prompt's don't count.
+        finish: why the answer ends here; None: it continues.
+        error: what ended it, where `finish` is "error".
+    """
 
     choice: int
     text: str = ""
-    tokens: list[tuple[str, float | None, list[tuple[str, float]]]] = field(default_factory=list)
-    count: int = 0  # tokens of the answer
-    finish: str | None = None
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    count: int = 0
+    finish: Literal["stop", "length", "error"] | None = None
+    error: str | None = None
 
 
 @dataclass
 class OutputDeltas:
-    """What a replica sends: first nothing, to say that it is there, then the prompts' tokens, then parts.
+    """A message of a replica about one request.
 
-    Or why there is nothing to expect. Where parts come all at the end, it says when it is `answering`.
+    The first is empty and says that the replica has the request; the second holds `prompt_tokens`; deltas follow.
+
+    Attributes:
+        deltas: what is new of the answers.
+        prompt_tokens: of all prompts together; None in all messages but the second.
+        answering: the first tokens have been chosen, though deltas are only sent at the end.
+        refused: why nothing follows.
     """
 
-    parts: list[OutputDelta] = field(default_factory=list)
+    deltas: list[OutputDelta] = field(default_factory=list)
     prompt_tokens: int | None = None
     answering: bool = False
-    refused: tuple[int, str, str | None] | None = None  # status, reason, field
+    refused: APIError | None = None
 
 
-def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[list[int]]:
-    """Each prompt as tokens, for a model that knows `words` of them; a conversation by the model's chat template.
+def prompt_tokens(request: GenerationRequest, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """The token ids of each prompt; a conversation is rendered by the model's chat template.
 
     Raises:
-        UserError: with the field at fault; there are none, or such as the model doesn't know.
+        APIError: with the field at fault: a prompt has no tokens, or some that the model doesn't know.
     """
-    if job.messages is not None:
+    if request.messages is not None:
         if not tokenizer.chat_template:
-            raise UserError("the model has no chat template: use /v1/completions", "messages")
+            raise invalid("the model has no chat template: use /v1/completions", "messages")
         try:
-            rendered = tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program, and raises whatever it likes
-            raise UserError(f"the model's chat template refuses these messages: {error}", "messages") from None
+            rendered = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from None
         result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
     else:
         first = beginning(tokenizer)  # and no end, whatever the tokenizer puts there: the text goes on
@@ -75,37 +130,39 @@ def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[li
         def ids_of(text: str) -> list[int]:
             return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-        result = [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in job.prompts]
-    where = "prompt" if job.messages is None else "messages"
+        result = [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+    param = _prompt_field(request)
     for ids in result:
         if not ids:
-            raise UserError("a prompt has no tokens", where)
-        if any(not 0 <= token < words for token in ids):
-            raise UserError(f"prompt tokens must be from 0 to {words - 1}", where)
+            raise invalid("a prompt has no tokens", param)
+        if any(not 0 <= token < vocab_size for token in ids):
+            raise invalid(f"prompt tokens must be from 0 to {vocab_size - 1}", param)
     return result
 
 
-def output_tokens(job: GenerationRequest, prompts: list[list[int]], max_length: int) -> int:
-    """How many tokens each answer may have, of a model that takes `max_length` in all.
+def output_tokens(request: GenerationRequest, prompts: list[list[int]], max_length: int) -> int:
+    """The most tokens that each answer may have, of a model that takes `max_length` in all.
 
     Raises:
-        UserError: with the field at fault; more than there may be.
+        APIError: with the field at fault: the prompt is too long, or more tokens are asked for than are allowed.
     """
-    where = "prompt" if job.messages is None else "messages"
-    longest, answers = max(map(len, prompts)), len(prompts) * job.n
-    allowed = min(job.max_prompt_tokens, max_length)
+    longest, answers = max(map(len, prompts)), len(prompts) * request.n
+    allowed = min(request.max_prompt_tokens, max_length)
     if longest > allowed:
-        raise UserError(f"the prompt has {longest} tokens; {allowed} are allowed", where)
-    room, share = max_length - longest, job.max_output_tokens // answers
-    most: int | None = job.sampling["max_tokens"]
-    if most is None:
-        most = min(room, share)
+        raise invalid(f"the prompt has {longest} tokens; {allowed} are allowed", _prompt_field(request))
+    room, share = max_length - longest, request.max_output_tokens // answers
+    most = min(room, share) if request.max_tokens is None else request.max_tokens
     if most > share:
-        raise UserError(
-            f"max_tokens {most} for each of {answers} answers: {job.max_output_tokens} are allowed in all", "max_tokens"
+        raise invalid(
+            f"max_tokens {most} for each of {answers} answers: {request.max_output_tokens} are allowed in all",
+            "max_tokens",
         )
     if most > room:
-        raise UserError(
+        raise invalid(
             f"{longest} prompt tokens and {most} of the answer are more than the model's {max_length}", "max_tokens"
         )
     return most
+
+
+def _prompt_field(request: GenerationRequest) -> str:
+    return "prompt" if request.messages is None else "messages"

@@ -1,4 +1,4 @@
-"""The adapters on offer, by name: those given from the start, less those removed over HTTP, and those added so."""
+"""The adapters that are served, by name: those given at the start and those added over HTTP, without those removed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ftray.storage.location import Location, parse_location
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter on offer: `id` is unique to this name and source."""
+    """An adapter that is served; `id` is unique to this name and source, `created` in seconds since 1970."""
 
     id: str
     source: str
@@ -22,14 +22,14 @@ class AdapterEntry:
 
 
 class Registry:
-    """Remembers what was added and removed in a file, if there is a place for it; one process at a time has it.
+    """Remembers what was added and removed, in a file if the configuration names one; a file is for one process.
 
     Args:
-        cfg: says where: `registry`, else `serving.json` in `run`.
-        given: directory or URI of each adapter that is on offer from the start.
+        cfg: names the file: `registry`, else `serving.json` in `run`.
+        given: directory or URI of each adapter that is served from the start.
 
     Attributes:
-        offers: by name.
+        entries: by name.
 
     Raises:
         UserError: the file can't be read.
@@ -44,11 +44,11 @@ class Registry:
             self.file = parse_location(cfg.run) / "serving.json"
         added, self.removed = self._read()
         kept = {n: source for n, source in given.items() if self.removed.get(n) != source}
-        self.offers = {n: AdapterEntry(n, source, self.started) for n, source in kept.items()}
-        self.offers |= {n: o for n, o in added.items() if n not in kept and allowed(cfg, o.source)}
+        self.entries = {n: AdapterEntry(n, source, self.started) for n, source in kept.items()}
+        self.entries |= {n: e for n, e in added.items() if n not in kept and allowed(cfg, e.source)}
 
     def _read(self) -> tuple[dict[str, AdapterEntry], dict[str, str]]:
-        """What was added; and removed, with its source: from another one it is another adapter."""
+        """The entries that were added, and the source of each that was removed: with another source, it is another."""
         if self.file is None or not self.file.is_file():
             return {}, {}
         try:
@@ -58,37 +58,41 @@ class Registry:
             raise UserError(f"{self.file}: can't be read ({error}): mend or remove it") from None
 
     def new(self, name: str, source: str) -> AdapterEntry:
-        """An offer that is not made yet."""
+        """An entry for :meth:`add`."""
         return AdapterEntry(f"{name}@{uuid.uuid4().hex[:8]}", source, int(time.time()))
 
-    def add(self, name: str, offer: AdapterEntry) -> None:
-        """AdapterEntry it from now on.
+    def add(self, name: str, entry: AdapterEntry) -> None:
+        """Serve it from now on.
 
         Raises:
-            OSError: it can't be remembered; then it isn't offered. :meth:`remove` does likewise.
+            OSError: the file can't be written; nothing has changed.
         """
-        self._write(self.offers | {name: offer}, self.removed)
+        self._write(self.entries | {name: entry}, self.removed)
 
     def remove(self, name: str) -> AdapterEntry:
-        """No longer offer it; returns what was offered."""
-        left, removed = dict(self.offers), dict(self.removed)
-        offer = left.pop(name)
+        """Serve it no longer; returns what it was.
+
+        Raises:
+            OSError: the file can't be written; nothing has changed.
+        """
+        left, removed = dict(self.entries), dict(self.removed)
+        entry = left.pop(name)
         if name in self.given:
             removed[name] = self.given[name]
         self._write(left, removed)
-        return offer
+        return entry
 
-    def _write(self, offers: dict[str, AdapterEntry], removed: dict[str, str]) -> None:
-        """First in the file: what a client is told lasts."""
+    def _write(self, entries: dict[str, AdapterEntry], removed: dict[str, str]) -> None:
+        """The file first: what is answered to a client must outlive this process."""
         if self.file:
-            added = {name: asdict(offer) for name, offer in offers.items() if offer.id != name}
+            added = {name: asdict(entry) for name, entry in entries.items() if entry.id != name}
             text = json.dumps({"added": added, "removed": removed}, indent=2)
             self.file.write_text(text)
-        self.offers, self.removed = offers, removed
+        self.entries, self.removed = entries, removed
 
 
 def allowed(cfg: ServingConfig, source: str) -> str | None:
-    """`source`, made absolute, if it lies where adapters may come from over HTTP; None: it doesn't."""
+    """`source`, made absolute; None: it lies outside of all :func:`roots`."""
     for root in roots(cfg):
         if "://" in root:
             if source.startswith(root.rstrip("/") + "/") and ".." not in source:
@@ -101,5 +105,5 @@ def allowed(cfg: ServingConfig, source: str) -> str | None:
 
 
 def roots(cfg: ServingConfig) -> list[str]:
-    """Where adapters may come from over HTTP."""
+    """Directories and URIs from which adapters may be added over HTTP."""
     return cfg.adapter_sources or ([cfg.run] if cfg.run else [])

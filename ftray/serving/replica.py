@@ -1,4 +1,4 @@
-"""One copy of the base model with its engine: a Ray Serve deployment that answers what the endpoint hands on."""
+"""One copy of the base model with its engine: a Ray Serve deployment that answers what the endpoint sends."""
 
 import asyncio
 import itertools
@@ -6,16 +6,22 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ftray.errors import UserError
-from ftray.models.stops import answer_text
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
+from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
+
+if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
+    from ftray.serving.engine import Sequence
+
+Deliver = Callable[[list[OutputDelta]], None]
 
 
 class Replica(BaseReplica):
-    """The deployment; see :class:`BaseReplica`. What answers for an adapter is its name in the engine."""
+    """The deployment; see :class:`BaseReplica`. An adapter is known by its name in the engine."""
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
         from ftray.serving.engine import Engine
@@ -23,24 +29,138 @@ class Replica(BaseReplica):
         super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
+        self.outbox: dict[Deliver, list[OutputDelta]] = {}  # what a step gave, by request
         self._keys = itertools.count()
-        threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
+        """The answers to `request`; closing this iterator frees their slots."""
+        yield OutputDeltas()
+        try:
+            prompts = prompt_tokens(request, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            max_tokens = output_tokens(request, prompts, self.engine.max_length)
+        except APIError as error:
+            yield OutputDeltas(refused=error)
+            return
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[OutputDelta]]()
+
+        def deliver(deltas: list[OutputDelta]) -> None:  # a function of its own for each request: it is a key
+            loop.call_soon_threadsafe(inbox.put_nowait, deltas)
+
+        sequences: list[Sequence] = []
+        try:
+            try:
+                await self._submit(request, prompts, max_tokens, deliver, sequences)
+            except UserError as error:
+                yield OutputDeltas(refused=invalid(str(error), "model"))
+                return
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
+            left, kept = len(sequences), list[OutputDelta]()
+            while left:
+                deltas = await inbox.get()
+                while not inbox.empty():
+                    deltas = deltas + inbox.get_nowait()
+                left -= sum(delta.finish is not None for delta in deltas)
+                if request.stream:
+                    yield OutputDeltas(deltas)
+                    continue
+                if not kept:
+                    yield OutputDeltas(answering=True)
+                kept += deltas
+            if kept:
+                yield OutputDeltas(kept)
+        finally:
+            self.inbox.put(lambda: self._cancel(sequences))
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        import torch
+
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has died")
+        torch.zeros(1, device=self.base.device).item()  # raises on a GPU that an error has left unusable
+
+    async def _load(self, source: str) -> LoadedAdapter:
+        from ftray.serving.adapters import load_adapter
+
+        model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
+        key = f"{source} {next(self._keys)}"  # the same source, loaded again, is another adapter
+        await self._in_engine(self.engine.add, key, self.engine.prepare(model))
+        return LoadedAdapter(key, lambda key: self.inbox.put(lambda: self.engine.remove(key)))
+
+    async def _submit(
+        self,
+        request: GenerationRequest,
+        prompts: list[list[int]],
+        max_tokens: int,
+        deliver: Deliver,
+        submitted: list["Sequence"],
+    ) -> None:
+        """Queue the sequences of a request, with their adapter loaded if need be.
+
+        Args:
+            submitted: each sequence is appended as it is queued: a caller that is cancelled meanwhile knows them.
+
+        Raises:
+            UserError: the adapter can't be loaded.
+        """
+        while True:
+            key = None if request.adapter is None else await self.loaded(request.adapter, request.source)
+            try:
+                await self._in_engine(self._enqueue, request, prompts, max_tokens, key, deliver, submitted)
+                return
+            except KeyError:  # other adapters have pushed it out again
+                continue
+
+    def _enqueue(
+        self,
+        request: GenerationRequest,
+        prompts: list[list[int]],
+        max_tokens: int,
+        key: str | None,
+        deliver: Deliver,
+        submitted: list["Sequence"],
+    ) -> None:
+        """What :meth:`_submit` does in the engine's thread.
+
+        Raises:
+            KeyError: the adapter is no longer here.
+        """
+        from ftray.serving.engine import Sequence
+
+        if key is not None and key not in self.engine.adapters:
+            raise KeyError(key)
+
+        def emit(delta: OutputDelta) -> None:
+            self.outbox.setdefault(deliver, []).append(delta)
+
+        for choice, (prompt, i) in enumerate(itertools.product(prompts, range(request.n))):
+            sampling = request.sampling
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
+            sequence = Sequence(prompt, max_tokens, sampling, emit, key, choice)
+            self.engine.submit(sequence)
+            submitted.append(sequence)
+
+    def _cancel(self, sequences: list["Sequence"]) -> None:
+        for sequence in sequences:
+            self.engine.cancel(sequence)
 
     def _run(self, threads: int) -> None:
-        """The engine's thread: what others want of it, then a step, for ever; torch's `threads` are all for it."""
+        """The engine's thread: calls that others put in, then a step, for ever. It may use torch's `threads` alone."""
         own_torch_threads(threads)
         while True:
             try:
-                _survived(self.inbox.get(block=not self.engine.busy))
+                _survive(self.inbox.get(block=not self.engine.busy))
                 while True:
-                    _survived(self.inbox.get_nowait())
+                    _survive(self.inbox.get_nowait())
             except queue.Empty:
                 pass
-            if error := _survived(self.engine.step):
-                _survived(self.engine.give_up, error)
-            for deliver, parts in self.outbox.items():
-                _survived(deliver, parts)
+            if error := _survive(self.engine.step):
+                _survive(self.engine.give_up, error)
+            for deliver, deltas in self.outbox.items():
+                _survive(deliver, deltas)
             self.outbox.clear()
 
     async def _in_engine(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -61,121 +181,12 @@ class Replica(BaseReplica):
         self.inbox.put(call)
         return await done
 
-    async def _load(self, source: str) -> LoadedAdapter:
-        from ftray.serving.adapters import load_adapter
 
-        model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
-        key = f"{source} {next(self._keys)}"  # one that comes again is another
-        await self._in_engine(self.engine.add, key, self.engine.prepare(model))
-        return LoadedAdapter(key, lambda key: self.inbox.put(lambda: self.engine.remove(key)))
-
-    async def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
-        import torch
-
-        if not any(thread.name == "engine" and thread.is_alive() for thread in threading.enumerate()):
-            raise RuntimeError("the engine's thread has died")
-        torch.zeros(1, device=self.base.device).item()  # raises on a GPU that an error has left unusable
-
-    async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
-        """The answers to `job`; whoever closes this iterator frees their slots."""
-        yield OutputDeltas()
-        try:
-            prompts = prompt_tokens(job, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
-            most = output_tokens(job, prompts, self.engine.max_length)
-        except UserError as error:
-            yield OutputDeltas(refused=(400, *error.args))
-            return
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[OutputDelta]]()
-
-        def deliver(parts: list[OutputDelta]) -> None:  # one object a job: its identity is the job's
-            loop.call_soon_threadsafe(inbox.put_nowait, parts)
-
-        sequences: list[Any] = []
-        try:
-            while True:
-                try:
-                    key = None
-                    if job.adapter is not None:
-                        key = await self.adapted(job.adapter, job.source)
-                    sequences += await self._in_engine(self._submit, job, prompts, most, key, deliver)
-                    break
-                except KeyError:  # others have pushed it out again
-                    continue
-                except UserError as error:
-                    yield OutputDeltas(refused=(400, str(error), "model"))
-                    return
-            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
-            left, kept = len(sequences), list[OutputDelta]()
-            while left:
-                parts = await inbox.get()
-                while not inbox.empty():
-                    parts = parts + inbox.get_nowait()
-                left -= sum(part.finish is not None for part in parts)
-                if job.stream:
-                    yield OutputDeltas(parts)
-                    continue
-                if not kept:
-                    yield OutputDeltas(answering=True)
-                kept += parts
-            if kept:
-                yield OutputDeltas(kept)
-        finally:
-            self.inbox.put(lambda: self._cancel(sequences))
-
-    def _cancel(self, sequences: list[Any]) -> None:
-        for sequence in sequences:
-            self.engine.cancel(sequence)
-
-    def _submit(
-        self,
-        job: GenerationRequest,
-        prompts: list[list[int]],
-        most: int,
-        key: str | None,
-        deliver: Callable[[list[OutputDelta]], None],
-    ) -> list[Any]:
-        from ftray.serving.engine import Sequence, SequenceDelta
-        from ftray.serving.sampling import Sampling
-
-        if key is not None and key not in self.engine.adapters:
-            raise KeyError(key)
-        sequences = []
-        for choice, (prompt, i) in enumerate(itertools.product(prompts, range(job.n))):
-            seed = job.sampling["seed"]
-            own = {**job.sampling, "max_tokens": most, "seed": None if seed is None else (seed + i) % 2**63}
-
-            def emit(piece: SequenceDelta, choice: int = choice, prompt: list[int] = prompt) -> None:
-                self.outbox.setdefault(deliver, []).append(self._part(choice, piece, prompt, job))
-
-            sequences.append(Sequence(prompt, Sampling(**own), emit, key))
-        try:
-            for sequence in sequences:
-                self.engine.submit(sequence)
-        except Exception:
-            self._cancel(sequences)
-            raise
-        return sequences
-
-    def _part(self, choice: int, piece: Any, prompt: list[int], job: GenerationRequest) -> OutputDelta:
-        part = OutputDelta(choice, piece.text, count=len(piece.tokens) - piece.echoed, finish=piece.finish)
-        if piece.echoed:
-            part.text = answer_text(self.tokenizer, prompt, ()) + part.text
-        if job.sampling["logprobs"] is not None:
-            part.tokens = [(self._word(t.id), t.logprob, [(self._word(i), p) for i, p in t.top]) for t in piece.tokens]
-        if piece.error:
-            part.finish = f"error: {piece.error}"
-        return part
-
-    def _word(self, token: int) -> str:
-        return self.tokenizer.decode([token])
-
-
-def _survived(function: Callable[..., None], *args: Any) -> BaseException | None:
+def _survive(function: Callable[..., None], *args: Any) -> BaseException | None:
     """Call `function` where nothing may end the thread; returns what it raised, which is logged."""
     try:
         function(*args)
-    except BaseException as error:  # tokenizers raise Rust's panics, which are no Exception
-        logging.getLogger("ray.serve").exception("the engine goes on after an error")
+    except BaseException as error:  # tokenizers raise Rust's panics, which are not an Exception
+        logging.getLogger("ray.serve").exception("the engine continues after an error")
         return error
     return None

@@ -1,7 +1,9 @@
-"""Handing a request to a replica, and to another one if that dies; and the account of all requests.
+"""Sends a request to a replica, and to another one if that dies; counts all requests.
 
 Any request that a dead replica had and had not begun to answer may have killed it. Each of those is tried once more,
-one at a time: those that only stood by are answered, and of the one that kills no more than two replicas die.
+one at a time: those that only stood by are answered, and the one that kills costs no more than two replicas. Which of
+them it was can't be told from the death itself: a process killed from outside looks the same, and its requests must
+be answered. Where the node was preempted, no request is to blame.
 
 Serve's multiplexing picks a replica that has the adapter loaded if there is one. See
 https://docs.ray.io/en/latest/serve/model-multiplexing.html.
@@ -10,20 +12,20 @@ https://docs.ray.io/en/latest/serve/model-multiplexing.html.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import ServingConfig
-from ftray.serving.api.requests import APIError
+from ftray.serving.errors import APIError
 from ftray.serving.generation_request import GenerationRequest, OutputDeltas
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
 
 ATTEMPTS = 3  # replicas that a request is tried on, if they die
-DEADLY = 2  # of which so many may have died of it
-NOT_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients would send it again by themselves
+MAX_KILLED = 2  # of which so many may have died of it
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send it again by themselves
 
 
 class Usage:
@@ -45,103 +47,105 @@ class Router:
 
     Args:
         cfg: limits.
-        replicas: those of :class:`ftray.serving.replica.Replica`, or of :class:`ftray.serving.pooling.PoolingReplica`.
+        replicas: of :class:`ftray.serving.replica.Replica` or :class:`ftray.serving.pooling.PoolingReplica`.
 
     Attributes:
-        usage: what was asked and answered.
+        usage: requests and tokens, counted.
         under_way: requests that are not answered yet.
     """
 
     def __init__(self, cfg: ServingConfig, replicas: DeploymentHandle):
         self.cfg, self.replicas, self.usage, self.under_way = cfg, replicas, Usage(), 0
-        self._suspect = asyncio.Lock()  # for the one that is tried again
+        self._suspect = asyncio.Lock()  # held by the request that is tried again
 
-    def room(self) -> None:
-        """Refuse what is too much."""
+    def refuse_when_full(self) -> None:
+        """Refuse a request while too many are under way.
+
+        Raises:
+            APIError: 429.
+        """
         if self.under_way >= self.cfg.max_queue:
             headers = {"Retry-After": "1"}
             raise APIError(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
 
-    async def read(self, model: str, job: PoolingRequest) -> PoolingResponse:
-        """What a replica makes of texts; on another one, once, if it dies.
+    async def pool(self, model: str, request: PoolingRequest) -> PoolingResponse:
+        """What a replica makes of texts; of another one if it dies.
 
         Raises:
             APIError: the replica refuses them, all that were tried have died, or it takes too long.
         """
-        handle = self.replicas.options(multiplexed_model_id=job.adapter or "")
+        handle = self.replicas.options(multiplexed_model_id=request.adapter or "")
         with self._counted(model, "500"):
             async with asyncio.timeout(self.cfg.request_seconds):
-                for attempt in range(DEADLY):
-                    async with self._suspect if attempt else nullcontext():
-                        with suppress(RayActorError):
-                            read: PoolingResponse = await handle.read.remote(job)
+                killed = 0
+                for attempt in range(ATTEMPTS):
+                    async with self._suspect if killed else nullcontext():
+                        try:
+                            response: PoolingResponse = await handle.pool.remote(request)
                             break
+                        except RayActorError as error:
+                            killed += not error.preempted
+                    _refuse_retry(attempt, killed)
                     await asyncio.sleep(0.1)
-                else:
-                    raise _deadly()
-            if read.refused:
-                code, message, param = read.refused
-                raise APIError(code, message, param, "invalid_value" if code < 500 else "model_error")
-            self.usage.prompt.labels(model).inc(read.tokens)
-            return read
+            if response.refused:
+                raise response.refused
+            self.usage.prompt.labels(model).inc(response.tokens)
+            return response
 
-    async def parts(self, model: str, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
-        """What a replica answers; on another one if it dies, unless something has been given away or it died of this.
+    async def generate(self, model: str, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
+        """What a replica answers; another one if it dies, unless a part was sent already or the request kills.
 
         Raises:
             APIError: the replica refuses the request, all that were tried have died, or it takes too long.
         """
         began = time.monotonic()
-        deadline, deaths = began + self.cfg.request_seconds, 0
+        deadline, killed = began + self.cfg.request_seconds, 0
         announced = given = False
         with self._counted(model, "499"):
             for attempt in range(ATTEMPTS):
                 taken = answering = False
                 try:
                     async with AsyncExitStack() as turn:
-                        if deaths:
+                        if killed:
                             async with asyncio.timeout(deadline - time.monotonic()):
                                 await turn.enter_async_context(self._suspect)
-                        async for got in self._once(job, deadline):
+                        async for message in self._try(request, deadline):
                             taken = True
-                            if got.refused:
-                                code, message, param = got.refused
-                                raise APIError(code, message, param, "invalid_value")
-                            if got.answering or got.parts:
+                            if message.refused:
+                                raise message.refused
+                            if message.answering or message.deltas:
                                 answering = True
                                 await turn.aclose()  # the next suspect's turn
-                            if got.prompt_tokens is not None:
+                            if message.prompt_tokens is not None:
                                 if announced:  # by a replica that died
                                     continue
                                 announced = True
-                                self.usage.prompt.labels(model).inc(got.prompt_tokens)
-                            elif not got.parts:
+                                self.usage.prompt.labels(model).inc(message.prompt_tokens)
+                            elif not message.deltas:
                                 continue
                             elif not given:
                                 given = True
                                 self.usage.first.labels(model).observe(time.monotonic() - began)
-                            self.usage.output.labels(model).inc(sum(part.count for part in got.parts))
-                            yield got
+                            self.usage.output.labels(model).inc(sum(delta.count for delta in message.deltas))
+                            yield message
                     break
-                except RayActorError:
-                    deaths += taken and not answering
+                except RayActorError as error:
+                    killed += taken and not answering and not error.preempted
                     if given:
                         raise APIError(500, "the replica that gave this answer has died", code="replica_died") from None
-                    if deaths == DEADLY:
-                        raise _deadly() from None
-                    if attempt == ATTEMPTS - 1:
-                        raise APIError(503, "replicas keep dying", code="replica_died") from None
+                    _refuse_retry(attempt, killed)
                     await asyncio.sleep(0.1 * 2**attempt)
 
-    async def _once(self, job: GenerationRequest, deadline: float) -> AsyncIterator[OutputDeltas]:
-        handle = self.replicas.options(stream=True, multiplexed_model_id=job.adapter or "")
-        answer = handle.answer.remote(job)
-        parts, done = aiter(answer), False
+    async def _try(self, request: GenerationRequest, deadline: float) -> AsyncIterator[OutputDeltas]:
+        """What one replica answers; closing this iterator cancels it."""
+        handle = self.replicas.options(stream=True, multiplexed_model_id=request.adapter or "")
+        answer = handle.generate.remote(request)
+        messages, done = aiter(answer), False
         try:
             while True:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    got = await anext(parts)
-                yield got
+                    message = await anext(messages)
+                yield message
         except StopAsyncIteration:
             done = True
         finally:
@@ -150,7 +154,7 @@ class Router:
 
     @contextmanager
     def _counted(self, model: str, otherwise: str) -> Iterator[None]:
-        """A request is under way; how it ended is counted, as `otherwise` where nothing was answered.
+        """A request is under way; its end is counted, as status `otherwise` where it was broken off.
 
         Raises:
             APIError: what was in it took too long.
@@ -171,5 +175,13 @@ class Router:
             self.usage.requests.labels(model, status).inc()
 
 
-def _deadly() -> APIError:
-    return APIError(500, f"{DEADLY} replicas have died of this request", None, "replica_died", NOT_AGAIN)
+def _refuse_retry(attempt: int, killed: int) -> None:
+    """After a replica died.
+
+    Raises:
+        APIError: the request is not tried again.
+    """
+    if killed == MAX_KILLED:
+        raise APIError(500, f"{MAX_KILLED} replicas have died of this request", None, "replica_died", NO_RETRY)
+    if attempt == ATTEMPTS - 1:
+        raise APIError(503, "replicas keep dying", code="replica_died")

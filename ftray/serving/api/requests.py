@@ -1,4 +1,4 @@
-"""What may be asked, and what is refused: https://platform.openai.com/docs/api-reference."""
+"""The bodies of requests, as https://platform.openai.com/docs/api-reference defines them, and what is refused."""
 
 import json
 from typing import Annotated, Any, Literal, TypeVar
@@ -6,41 +6,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ftray.config import COLDEST
+from ftray.serving.errors import APIError, invalid
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)]
 
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-class APIError(Exception):
-    """A request that gets an error for an answer.
-
-    Args:
-        status: of HTTP.
-        message: for people.
-        param: the field at fault.
-        code: for machines.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(status, message, param, code, headers)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The error in OpenAI's shape."""
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Model(BaseModel):
@@ -52,7 +24,7 @@ class StreamOptions(Model):
 
 
 class GenerationParameters(Model):
-    """What chat and plain completions have in common; of what isn't supported, the value that changes nothing."""
+    """What chat and plain completions share. Parameters that aren't supported take the value that changes nothing."""
 
     model: str = Field(max_length=200)
     temperature: Temperature = 1.0
@@ -89,7 +61,7 @@ class CompletionRequest(GenerationParameters):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """All prompts, as text or tokens."""
-        return alike(self.prompt)
+        return as_list(self.prompt)
 
 
 class Part(Model):
@@ -136,11 +108,11 @@ class EmbeddingRequest(Model):
     @property
     def texts(self) -> list[str] | list[list[int]]:
         """All texts, as text or tokens."""
-        return alike(self.input)
+        return as_list(self.input)
 
 
 class ClassificationRequest(Model):
-    """POST /v1/classify, as vLLM words it; `pair` holds the second text of each, for models that compare two."""
+    """POST /v1/classify, as vLLM defines it; `pair` holds the second text of each, for models that compare two."""
 
     model: str = Field(max_length=200)
     input: Annotated[str, Field(strict=True)] | list[str]
@@ -150,12 +122,12 @@ class ClassificationRequest(Model):
     @property
     def texts(self) -> list[str]:
         """All texts."""
-        return alike(self.input)
+        return as_list(self.input)
 
     @property
     def pairs(self) -> list[str] | None:
         """All second texts."""
-        return None if self.pair is None else alike(self.pair)
+        return None if self.pair is None else as_list(self.pair)
 
 
 class AddAdapterRequest(Model):
@@ -165,13 +137,13 @@ class AddAdapterRequest(Model):
     source: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")  # no path holds NUL
 
 
-def alike(given: Any) -> Any:
-    """One text, or the tokens of one, as a list of one; a list of several as it is."""
+def as_list(given: Any) -> Any:
+    """One text, or the token ids of one, as a list of one; a list of several as it is."""
     return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
 
 
-def parsed(kind: type[Kind], body: bytes) -> Kind:
-    """The request in `body`.
+def parse(kind: type[Body], body: bytes) -> Body:
+    """The request in `body`, which is JSON.
 
     Raises:
         APIError: with status 400 and the field at fault.
@@ -193,8 +165,8 @@ def parsed(kind: type[Kind], body: bytes) -> Kind:
         field = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
             raise APIError(400, f"unsupported field {path!r}", path, "unsupported_field") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise APIError(400, f"{path}: {message}" if path else message, field, "invalid_value") from None
+        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        raise invalid(f"{path}: {message}" if path else message, field) from None
 
 
 def _refuse_half_characters(values: dict[str, Any]) -> None:
@@ -205,4 +177,4 @@ def _refuse_half_characters(values: dict[str, Any]) -> None:
                 json.dumps(part, ensure_ascii=False).encode()
             except (UnicodeEncodeError, RecursionError) as error:
                 what = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "too many levels"
-                raise APIError(400, f"{field or 'a field name'}: holds {what}", field, "invalid_value") from None
+                raise invalid(f"{field or 'a field name'}: holds {what}", field) from None

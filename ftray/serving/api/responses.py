@@ -1,11 +1,12 @@
-"""How the parts that a replica sends become an answer in OpenAI's words, whole or as a stream."""
+"""Writes the deltas of a replica as an answer in OpenAI's shape, whole or as a stream."""
 
 import json
 import time
 import uuid
 from typing import Any
 
-from ftray.serving.api.requests import APIError, GenerationParameters
+from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters
+from ftray.serving.errors import model_error
 from ftray.serving.generation_request import OutputDelta
 
 
@@ -19,107 +20,132 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class Response:
-    """How parts become an answer in OpenAI's words."""
+class ResponseWriter:
+    """Writes the deltas of one request."""
 
     prefix, kind, chunk_kind = "", "", ""
 
-    def __init__(self, asked: GenerationParameters):
-        self.asked, self.id, self.created = asked, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+    def __init__(self, body: GenerationParameters):
+        self.model, self.id, self.created = body.model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
-        return {**head, "choices": choices}
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One event of a stream."""
-        return self._frame(self.chunk_kind, choices)
-
-    def whole(self, parts: list[OutputDelta], count: int) -> dict[str, Any]:
-        """The answer with its `count` choices.
+    def whole(self, deltas: list[OutputDelta], count: int) -> dict[str, Any]:
+        """The answer with its `count` choices, without usage.
 
         Raises:
             APIError: the engine could not finish one.
         """
         joined = [OutputDelta(choice) for choice in range(count)]
-        for part in parts:
-            own = joined[part.choice]
-            own.text += part.text
-            own.tokens += part.tokens
-            own.finish = part.finish or own.finish
-        for part in joined:
-            if (part.finish or "").startswith("error"):
-                raise APIError(500, part.finish or "", code="model_error")
-        return self._frame(self.kind, [self.choice(part) for part in joined])
+        for delta in deltas:
+            refuse_failed(delta)
+            own = joined[delta.choice]
+            own.text += delta.text
+            own.tokens += delta.tokens
+            own.finish = delta.finish or own.finish
+        return self._frame(self.kind, [self.choice(delta) for delta in joined])
 
-    def choice(self, part: OutputDelta) -> dict[str, Any]:
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """One event of a stream."""
+        return self._frame(self.chunk_kind, choices)
+
+    def chunks(self, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
+        """The events of a stream that `deltas` make.
+
+        Raises:
+            APIError: the engine could not finish an answer.
+        """
+        raise NotImplementedError
+
+    def choice(self, delta: OutputDelta) -> dict[str, Any]:
         """A whole choice."""
         raise NotImplementedError
 
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-class CompletionResponse(Response):
+
+class CompletionWriter(ResponseWriter):
     """Of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, asked: GenerationParameters):
-        super().__init__(asked)
-        self.offsets: dict[int, int] = {}  # characters given of each choice
+    def __init__(self, body: CompletionRequest):
+        super().__init__(body)
+        self._offsets: dict[int, int] = {}  # characters of the tokens of each choice so far
 
-    def choice(self, part: OutputDelta) -> dict[str, Any]:
-        logprobs = None
-        if part.tokens:
-            offsets, at = [], self.offsets.get(part.choice, 0)
-            for text, *_ in part.tokens:
-                offsets.append(at)
-                at += len(text)
-            self.offsets[part.choice] = at
-            tops = [None if own is None else {**dict(top), text: own} for text, own, top in part.tokens]
-            logprobs = {
-                "tokens": [text for text, *_ in part.tokens],
-                "token_logprobs": [own for _, own, _ in part.tokens],
-                "top_logprobs": tops,
-                "text_offset": offsets,
-            }
-        return {"index": part.choice, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish}
+    def choice(self, delta: OutputDelta) -> dict[str, Any]:
+        logprobs = self._logprobs(delta) if delta.tokens else None
+        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
-    def chunks(self, parts: list[OutputDelta]) -> list[dict[str, Any]]:
-        """The events of a stream that `parts` make."""
-        return [self.chunk([self.choice(part)]) for part in parts if part.text or part.tokens or part.finish]
+    def chunks(self, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
+        result = []
+        for delta in deltas:
+            refuse_failed(delta)
+            if delta.text or delta.tokens or delta.finish:
+                result.append(self.chunk([self.choice(delta)]))
+        return result
+
+    def _logprobs(self, delta: OutputDelta) -> dict[str, Any]:
+        offsets, at = [], self._offsets.get(delta.choice, 0)
+        for token in delta.tokens:
+            offsets.append(at)
+            at += len(token.text)
+        self._offsets[delta.choice] = at
+        return {
+            "tokens": [token.text for token in delta.tokens],
+            "token_logprobs": [token.logprob for token in delta.tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {**dict(token.top), token.text: token.logprob}
+                for token in delta.tokens
+            ],
+            "text_offset": offsets,
+        }
 
 
-class ChatCompletionResponse(Response):
+class ChatCompletionWriter(ResponseWriter):
     """Of /v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, asked: GenerationParameters):
-        super().__init__(asked)
-        self.begun: set[int] = set()
+    def __init__(self, body: ChatCompletionRequest):
+        super().__init__(body)
+        self._begun: set[int] = set()  # choices whose first event has been written
 
-    def _logprobs(self, part: OutputDelta) -> dict[str, Any] | None:
+    def choice(self, delta: OutputDelta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        choice = {"index": delta.choice, "message": message, "logprobs": self._logprobs(delta)}
+        return {**choice, "finish_reason": delta.finish}
+
+    def chunks(self, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
+        result = []
+        for delta in deltas:
+            refuse_failed(delta)
+            content: dict[str, Any] = {"content": delta.text} if delta.text else {}
+            if delta.choice not in self._begun:
+                self._begun.add(delta.choice)
+                content = {"role": "assistant", "content": delta.text}
+            if content or delta.tokens or delta.finish:
+                choice = {"index": delta.choice, "delta": content, "logprobs": self._logprobs(delta)}
+                result.append(self.chunk([{**choice, "finish_reason": delta.finish}]))
+        return result
+
+    def _logprobs(self, delta: OutputDelta) -> dict[str, Any] | None:
         def entry(text: str, logprob: float | None) -> dict[str, Any]:
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        if not part.tokens:
+        if not delta.tokens:
             return None
-        content = [{**entry(t, own), "top_logprobs": [entry(*e) for e in top]} for t, own, top in part.tokens]
+        content = [
+            {**entry(token.text, token.logprob), "top_logprobs": [entry(*top) for top in token.top]}
+            for token in delta.tokens
+        ]
         return {"content": content, "refusal": None}
 
-    def choice(self, part: OutputDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
-        choice = {"index": part.choice, "message": message, "logprobs": self._logprobs(part)}
-        return {**choice, "finish_reason": part.finish}
 
-    def chunks(self, parts: list[OutputDelta]) -> list[dict[str, Any]]:
-        """The events of a stream that `parts` make."""
-        result = []
-        for part in parts:
-            delta: dict[str, Any] = {"content": part.text} if part.text else {}
-            if part.choice not in self.begun:
-                self.begun.add(part.choice)
-                delta = {"role": "assistant", "content": part.text}
-            if delta or part.tokens or part.finish:
-                choice = {"index": part.choice, "delta": delta, "logprobs": self._logprobs(part)}
-                result.append(self.chunk([{**choice, "finish_reason": part.finish}]))
-        return result
+def refuse_failed(delta: OutputDelta) -> None:
+    """End the response with an error where the engine did.
+
+    Raises:
+        APIError: says what failed.
+    """
+    if delta.finish == "error":
+        raise model_error(delta.error or "no reason given")

@@ -1,0 +1,110 @@
+"""Routes of models that generate: plain and chat completions."""
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
+from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters, parse
+from ftray.serving.api.responses import ChatCompletionWriter, CompletionWriter, ResponseWriter, event, usage
+from ftray.serving.errors import APIError, invalid
+from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, Sampling
+
+MAX_PROMPTS = 256
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
+    body = parse(CompletionRequest, await http.body())
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens: 0 makes sense with echo alone", "max_tokens")
+    if not body.prompt or len(body.prompts) > MAX_PROMPTS:
+        raise invalid(f"prompt: from 1 to {MAX_PROMPTS} prompts that are not empty", "prompt")
+    sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, body.logprobs, body.echo)
+    request = generation_request(endpoint, body, body.prompts, None, body.max_tokens, sampling)
+    return await respond(endpoint, body, request, CompletionWriter(body))
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(http: Request, endpoint: CurrentEndpoint) -> Response:
+    body = parse(ChatCompletionRequest, await http.body())
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, logprobs)
+    messages = [message.plain for message in body.messages]
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    request = generation_request(endpoint, body, [], messages, max_tokens, sampling)
+    return await respond(endpoint, body, request, ChatCompletionWriter(body))
+
+
+def generation_request(
+    endpoint: Endpoint,
+    body: GenerationParameters,
+    prompts: list[str] | list[list[int]],
+    messages: list[dict[str, str]] | None,
+    max_tokens: int | None,
+    sampling: Sampling,
+) -> GenerationRequest:
+    """What a replica gets.
+
+    Raises:
+        APIError: 404: there is no such model.
+    """
+    adapter = endpoint.adapter(body.model)
+    return GenerationRequest(
+        prompts=prompts,
+        messages=messages,
+        n=body.n,
+        adapter=adapter.id if adapter else None,
+        source=adapter.source if adapter else None,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stream=body.stream,
+        max_prompt_tokens=endpoint.cfg.max_prompt_tokens,
+        max_output_tokens=endpoint.cfg.max_output_tokens,
+    )
+
+
+async def respond(
+    endpoint: Endpoint, body: GenerationParameters, request: GenerationRequest, writer: ResponseWriter
+) -> Response:
+    """The answer of a replica, whole or as a stream.
+
+    Raises:
+        APIError: there is none.
+    """
+    endpoint.require_task("CAUSAL_LM")
+    endpoint.router.refuse_when_full()
+    messages = endpoint.router.generate(body.model, request)
+    if body.stream:
+        first = await anext(messages)  # before the response begins: a refusal needs a status
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = stream_events(writer, messages, first.prompt_tokens or 0, with_usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+    deltas: list[OutputDelta] = []
+    prompt_tokens = 0
+    async for message in messages:
+        prompt_tokens = message.prompt_tokens or prompt_tokens
+        deltas += message.deltas
+    whole = writer.whole(deltas, len(request.prompts or [0]) * request.n)
+    return JSONResponse(whole | {"usage": usage(prompt_tokens, sum(delta.count for delta in deltas))})
+
+
+async def stream_events(
+    writer: ResponseWriter, messages: AsyncIterator[OutputDeltas], prompt_tokens: int, with_usage: bool
+) -> AsyncIterator[str]:
+    """The server-sent events of `messages`; an error is the last of them."""
+    count = 0
+    try:
+        async for message in messages:
+            count += sum(delta.count for delta in message.deltas)
+            for chunk in writer.chunks(message.deltas):
+                yield event(chunk | ({"usage": None} if with_usage else {}))
+        if with_usage:
+            yield event(writer.chunk([]) | {"usage": usage(prompt_tokens, count)})
+        yield "data: [DONE]\n\n"
+    except APIError as error:
+        yield f"event: error\n{event(error.body)}"
+    finally:
+        await messages.aclose()  # type: ignore[attr-defined]

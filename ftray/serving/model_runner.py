@@ -1,0 +1,206 @@
+"""One pass over a base model for many sequences and many adapters; imports no Ray.
+
+Every pass reads one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next
+token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie
+sorted by adapter, so that each adapter has one span. See Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ftray.models.probe import head_obstacle, probe_records, reason_of, tolerance, wrong_logits
+from ftray.multi_adapter import kv_cache
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
+from ftray.multi_adapter.shared_model import shared_model
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one sequence that a pass reads.
+
+    Attributes:
+        slot: where the keys and values of the sequence lie.
+        adapter: its name; None: the base model.
+        cached: tokens of the sequence that earlier passes read.
+        ids: the tokens that follow them.
+    """
+
+    slot: int
+    adapter: str | None
+    cached: int
+    ids: list[int]
+
+
+class ModelRunner:
+    """Reads tokens with a base model and its adapters, and keeps the keys and values of what was read.
+
+    Args:
+        base: frozen causal language model; it is not changed.
+        slots: sequences that one pass can read.
+
+    Attributes:
+        max_length: tokens that a sequence may have.
+        isolation_reason: why no sequences of this base can share a pass; None: they can.
+        can_cache: whether a sequence in a pass of its own may be read with a cache.
+    """
+
+    def __init__(self, base: PreTrainedModel, slots: int):
+        text = base.config.get_text_config()
+        self.base, self.slots = base.eval(), slots
+        self.max_length = int(getattr(text, "max_position_embeddings", 0) or 2**31)
+        self._segments = ServedSegments()
+        self._step: list[kv_cache.Step] = []
+        self._model = shared_model(base, kv_cache.NAME, step=self._step)
+        self._cache = kv_cache.slotted_cache(text.num_hidden_layers, slots, self._step)
+        self.isolation_reason = self._find_isolation_reason()
+        self.can_cache = self._probe_cache()
+
+    def add(self, name: str, model: PeftModel, layers: dict[str, Any]) -> None:
+        """Adapt the base's layers, by their path in `layers`, for the chunks of adapter `name`."""
+        rng = DropoutRNG(model, 0)
+        for path, layer in layers.items():
+            shared = self._model.get_submodule(path)
+            if not isinstance(shared, ServedLinear):
+                shared = ServedLinear(shared, self._segments)
+                self._model.set_submodule(path, shared)
+            shared.join(name, layer, rng)
+
+    def remove(self, name: str, layers: dict[str, Any]) -> None:
+        """Undo :meth:`add`."""
+        for path in layers:
+            self._model.get_submodule(path).leave(name)
+
+    def hidden_states(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Read `chunks`, whose slots lie side by side; returns the head's input for their tokens, [T, hidden size]."""
+        device, lowest = self.base.device, min(chunk.slot for chunk in chunks)
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        prompts: list[tuple[int, int, int, int]] = []
+        last, lengths = [0] * len(chunks), [0] * len(chunks)
+        segments: list[tuple[str, int, int]] = []
+        for chunk in chunks:
+            first, end = len(ids), len(ids) + len(chunk.ids)
+            name = chunk.adapter or ""  # no layer has a member of that name
+            if segments and segments[-1][0] == name:
+                segments[-1] = (name, segments[-1][1], end)
+            else:
+                segments.append((name, first, end))
+            if len(chunk.ids) > 1:
+                prompts.append((chunk.slot, first, end, chunk.cached))
+            ids += chunk.ids
+            slots += [chunk.slot] * len(chunk.ids)
+            length = chunk.cached + len(chunk.ids)
+            positions += range(chunk.cached, length)
+            last[chunk.slot - lowest], lengths[chunk.slot - lowest] = end - 1, length
+        self._segments.set(segments)
+        where = torch.tensor(positions, device=device)
+        self._step[:] = [
+            kv_cache.Step(
+                torch.tensor(slots, device=device),
+                where,
+                prompts,
+                torch.tensor(last, device=device),
+                torch.tensor(lengths, device=device),
+                max(lengths),
+                lowest,
+            )
+        ]
+        inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}
+        return self._model.base_model(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head makes of `hidden` [N, hidden size]: [N, vocabulary], in the model's dtype."""
+        return self._model.get_output_embeddings()(hidden)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another."""
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.move(source, target, length)
+
+    def clear(self, slots: slice) -> None:
+        """Zero the keys and values of these slots."""
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.clear(slots)
+
+    def read_isolated(
+        self, model: PeftModel | None, ids: list[int], cached: int, past: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Read one sequence in a pass of its own.
+
+        Args:
+            model: the adapter's; None: the base.
+            ids: all tokens of the sequence.
+            cached: how many of them `past` holds.
+            past: the cache that the previous pass returned.
+
+        Returns:
+            Logits in the model's dtype, [tokens read, vocabulary], and the cache.
+        """
+        reader: Any = model if model is not None else self.base
+        if not self.can_cache:  # all tokens are read again for each new one
+            return reader(input_ids=torch.tensor([ids], device=self.base.device)).logits[0, -len(ids) :], None
+        if cached and model is not None and model.active_peft_config.is_prompt_learning:
+            reader = model.get_base_model()  # the cache holds the virtual tokens already
+        new = torch.tensor([ids[cached:]], device=self.base.device)
+        out = reader(input_ids=new, past_key_values=past, use_cache=True)
+        return out.logits[0, -new.shape[1] :], out.past_key_values
+
+    @torch.no_grad()
+    def _find_isolation_reason(self) -> str | None:
+        """Why sequences that share a pass don't get what the base gives each alone; None: they do.
+
+        A few are read side by side, each in two pieces and a last token: see :mod:`ftray.models.probe`.
+        """
+        name = type(self.base).__name__
+        kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if kinds - {"full_attention", "sliding_attention"}:
+            return f"{name} has layers of {', '.join(sorted(kinds))}"
+        records = [record[: self.max_length] for record in probe_records(self.base, self.max_length)[-self.slots :]]
+        try:
+            wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
+            reason = head_obstacle(self.base, records[0])
+            reason = reason or wrong_logits(self._read_in_pieces(records), wanted, tolerance(self.base))
+        except Exception as error:
+            reason = reason_of(error)
+        self.clear(slice(None))
+        return f"{name}: {reason}" if reason else None
+
+    def _read_in_pieces(self, records: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The logits of each record, [tokens, vocabulary]; three passes read a piece of all of them."""
+        read: list[list[torch.Tensor]] = [[] for _ in records]
+        cached = [0] * len(records)
+        for cut in (lambda n: n // 3, lambda n: n - 1, lambda n: n):
+            chunks = [
+                Chunk(slot, None, cached[slot], record[cached[slot] : cut(len(record))].tolist())
+                for slot, record in enumerate(records)
+            ]
+            parts = self.hidden_states(chunks).split([len(chunk.ids) for chunk in chunks])
+            for chunk, hidden in zip(chunks, parts, strict=True):
+                cached[chunk.slot] += len(chunk.ids)
+                read[chunk.slot].append(hidden)
+        return [self.logits(torch.cat(pieces)) for pieces in read]
+
+    @torch.no_grad()
+    def _probe_cache(self) -> bool:
+        """Whether the base, with a cache, gives token by token what it gives for the whole sequence."""
+        record = probe_records(self.base, 1)[1]
+        ids = record[None].to(self.base.device)
+        try:
+            wanted = self.base(input_ids=ids, use_cache=False).logits[0]
+            past, ours = None, []
+            for piece in ids.split([len(record) - 2, 1, 1], dim=1):
+                out = self.base(input_ids=piece, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                ours.append(out.logits[0])
+        except Exception:
+            return False
+        return not wrong_logits([torch.cat(ours)], [wanted], tolerance(self.base))
