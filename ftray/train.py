@@ -21,23 +21,24 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
+    from ftray.data import DataCheck
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.tasks.infer_task import infer_task
 
     model_path = find(cfg.model.name)
-    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
+    check = DataCheck(cfg.data)
+    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, check.first)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run
-    from ftray.data import check
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import RUN, check_output, sole_driver, write_definition
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    task = check(cfg.data, tokenizer, cfg.task)
+    task = check.run(tokenizer, cfg.task)
     dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly
