@@ -11,7 +11,7 @@ from ftray.reports.data import LEARNT, MASKED, describe, rendered
 
 
 def run(cfg: Config) -> int:
-    """The command: prints statistics of every split, and one record as the model sees it, its target highlighted.
+    """The command: statistics of every split, and one record as the model sees it, context and target in two colours.
 
     Raises:
         UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
