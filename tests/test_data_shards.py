@@ -320,6 +320,22 @@ def test_a_search_from_before_shapes_were_counted_goes_on(prepared, tmp_path, ti
         write_data(Config(), space, *arguments)
 
 
+def test_a_manifest_of_the_first_version_is_read_and_written_as_it_was(tmp_path):
+    counts = {"records": 5, "tokens": 40, "supervised_tokens": 20, "lengths": [2, 8, 9, 9, 9]}
+    train = {"files": ["train/00000.parquet"], "windows": [4, 1], **counts, "dropped": 1, "truncated": 2, "digest": "a"}
+    read = {"train": {"shapes": {"text (text)": 5}, "ignored": ["id"]}}
+    task = {"name": "CAUSAL_LM", "labels": [], "pad": 3}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"fingerprint": "f", "task": task, "splits": {"train": train}, "read": read}))
+    data = TokenizedData.load(tmp_path)
+    assert data.splits["train"].row_groups == [4, 1]
+    assert (data.sources["train"].shapes, data.sources["train"].ignored) == ({"text (text)": 5}, ["id"])
+    path.unlink()
+    data.save()
+    written = json.loads(path.read_text())
+    assert (written["splits"], written["read"]) == ({"train": train}, read)
+
+
 def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):
     records = some_records(80)
     source = write(tmp_path / "r.jsonl", records)

@@ -64,6 +64,8 @@ def training_batches(
         first, last: positions in that order (`last` exclusive). A resumed run starts at the one where it stands, and
             reads nothing that comes before it.
     """
+    if first >= last:
+        return iter(())  # a run at its end starts no stream
     stream = RankedShards(data, seed).stream("train", training_row_groups(data, seed, first, last), rank, world_size)
     collate = data.task.load().collate
     return iter(stream.iterator().iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2))
