@@ -138,22 +138,22 @@ def stored(journal: Path) -> float:
         server.stop()
 
 
-def plan(windows: int) -> dict[str, float]:
-    """Seconds and memory to lay out an epoch of `windows` windows of 1,024 records for a worker's stream."""
-    from ftray.data.row_groups import row_group_order as readings
-    from ftray.data.shards import WINDOW, Split, TokenizedData
+def plan(row_groups: int) -> dict[str, float]:
+    """Seconds and memory to lay out an epoch of `row_groups` row groups of 1,024 records for a worker's stream."""
+    from ftray.data.row_groups import row_group_order
+    from ftray.data.shards import ROW_GROUP_ROWS, Split, TokenizedData
 
     before = memory()
-    split = Split(windows=[WINDOW] * windows, records=WINDOW * windows)
+    split = Split(row_groups=[ROW_GROUP_ROWS] * row_groups, records=ROW_GROUP_ROWS * row_groups)
     data = TokenizedData("", "", {"train": split})
     count = 0
 
     def all_of_them() -> None:
         nonlocal count
-        count = sum(1 for _ in readings(data, 0, 0, split.records))
+        count = sum(1 for _ in row_group_order(data, 0, 0, split.records))
 
     row = {"records": split.records, "seconds": timed(all_of_them), "memory_mib": memory() - before}
-    assert count == windows
+    assert count == row_groups
     print("  plan:", *(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
     return row
 

@@ -29,7 +29,7 @@ def run(cfg: Config) -> int:
     if not cfg.verbose:
         quiet()
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
-    from ftray.data import check, prepare
+    from ftray.data import DataCheck, prepare
     from ftray.task_spec import TaskSpec
     from ftray.tasks.infer_task import infer_task
 
@@ -37,12 +37,13 @@ def run(cfg: Config) -> int:
     model_path = base_of(cfg, adapters)
     data_cfg = data_settings(cfg, adapters[0] if adapters else None)
     task = saved_task(cfg, adapters)
-    cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path)
+    check = DataCheck(data_cfg)
+    cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
 
     from ftray.models.load import load_tokenizer, own_labels  # takes seconds: a name misspelt has been found by now
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
-    check(data_cfg, load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
+    check.run(load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
     place = output_file(cfg)
 
     import ray

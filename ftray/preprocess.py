@@ -1,4 +1,4 @@
-"""Tokenize a data set into cached shards and show what came of it."""
+"""Tokenize a data set into cached shards and show the result."""
 
 import sys
 
@@ -11,26 +11,27 @@ from ftray.reports.data import LEARNT, MASKED, describe, rendered
 
 
 def run(cfg: Config) -> int:
-    """The command: statistics of every split, and one record as the model sees it, the masked part in its own colour.
+    """The command: statistics of every split, and one record as the model sees it, context and target in two colours.
 
     Raises:
-        UserError: anything wrong with the data.
+        UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
     """
     from ftray.runtime.cluster import connect, quiet
 
     if not cfg.verbose:
         quiet()
-    from ftray.data import check, prepare
+    from ftray.data import DataCheck, prepare
     from ftray.models.find import find
     from ftray.tasks.infer_task import infer_task
 
     model_path = find(cfg.model.name)
-    cfg = infer_task(cfg, model_path)
+    check = DataCheck(cfg.data)
+    cfg = infer_task(cfg, model_path, check.first)
 
     from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    check(cfg.data, tokenizer, cfg.task)
+    check.run(tokenizer, cfg.task)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(describe(data))

@@ -48,23 +48,24 @@ def check(cfg: Config) -> tuple[Config, str, Any]:
     Returns:
         The configuration as it will run, the model's directory and its tokenizer.
     """
+    from ftray.data import DataCheck
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.tasks.infer_task import infer_task
 
     model_path = find(cfg.model.name)
-    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
+    data = DataCheck(cfg.data)
+    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run
-    from ftray.data import check as check_data
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    task = check_data(cfg.data, tokenizer, cfg.task)
+    task = data.run(tokenizer, cfg.task)
     dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly

@@ -222,6 +222,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
+    from ftray.data import DataCheck
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.search.space import load_space
@@ -232,11 +233,11 @@ def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
     model_path = find(cfg.model.name)
-    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path)
+    data = DataCheck(cfg.data)
+    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
-    from ftray.data import check as check_data
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
@@ -245,7 +246,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
     packable(cfg, space)
     check_output(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
-    task = check_data(cfg.data, tokenizer, cfg.task)
+    task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:

@@ -8,9 +8,9 @@ from ftray.adapters.merge import merge, save_merged
 from ftray.adapters.methods import METHODS, attach, parameters
 from ftray.adapters.targets import resolve_targets
 from ftray.config import AdapterConfig, ModelConfig
-from ftray.data.loader import collate
 from ftray.errors import UserError
 from ftray.models.load import load_base
+from ftray.tasks.causal import collate
 
 FP32 = ModelConfig(dtype="fp32")
 VARIANTS = {

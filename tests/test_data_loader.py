@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data.loader import batches, batches_in_order, collate
+from ftray.data.loader import batches, batches_in_order
 from ftray.data.row_groups import read_slice, row_group_order, row_groups_in_order
 from ftray.task_spec import IGNORE, TaskSpec
+from ftray.tasks.causal import collate
 
 
 class InMemory:
@@ -22,11 +23,13 @@ class InMemory:
 
     task = TaskSpec()
 
-    def __init__(self, windows: list[int]):
-        self.starts = np.cumsum([0, *windows])
-        self.splits = dict.fromkeys(("train", "validation"), SimpleNamespace(windows=windows))
+    def __init__(self, sizes: list[int]):
+        self.starts = np.cumsum([0, *sizes])
+        self.read: list[int] = []  # row groups, in the order in which they were read
+        self.splits = dict.fromkeys(("train", "validation"), SimpleNamespace(row_groups=sizes))
 
-    def window(self, split: str, index: int, columns: list[str]) -> pa.Table:
+    def row_group(self, split: str, index: int, columns: list[str]) -> pa.Table:
+        self.read.append(index)
         rows = [[n] * (2 + n % 3) for n in range(self.starts[index], self.starts[index + 1])]
         return pa.table(dict.fromkeys(columns, pa.array(rows, pa.list_(pa.int32()))))
 
@@ -41,15 +44,15 @@ def stream(data, count: int, seed=0, first=0, rank=0, world_size=1) -> list[int]
     return [records_of(next(one_by_one))[0] for _ in range(count)]
 
 
-windows_of = st.builds(
+sizes_of = st.builds(
     lambda full, size, last: [size] * full + [last], st.integers(0, 4), st.integers(1, 6), st.integers(1, 6)
 )
 
 
 @settings(deadline=None, max_examples=40)
-@given(windows=windows_of, seed=st.integers(0, 2**32), first=st.integers(0, 70), world_size=st.sampled_from([1, 2, 4]))
-def test_the_order_depends_on_seed_and_position_alone(windows, seed, first, world_size):
-    data, total = InMemory(windows), sum(windows)
+@given(sizes=sizes_of, seed=st.integers(0, 2**32), first=st.integers(0, 70), world_size=st.sampled_from([1, 2, 4]))
+def test_the_order_depends_on_seed_and_position_alone(sizes, seed, first, world_size):
+    data, total = InMemory(sizes), sum(sizes)
     whole = stream(data, 120, seed)
     for epoch in range(120 // total):  # every epoch is all records once
         assert sorted(whole[epoch * total : (epoch + 1) * total]) == list(range(total))
@@ -60,18 +63,46 @@ def test_the_order_depends_on_seed_and_position_alone(windows, seed, first, worl
     assert together == whole[start : start + len(together)]
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=sizes_of,
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 4),
+    world_size=st.sampled_from([1, 2, 3]),
+    accumulation=st.integers(1, 3),
+    step=st.integers(0, 12),
+)
+def test_the_order_from_the_middle_is_the_tail_of_the_whole_and_reads_no_more(
+    sizes, seed, rows, world_size, accumulation, step
+):
+    """Over several epochs, for each rank; what lies before the step is neither read nor collated."""
+    batch_size, steps = rows * world_size * accumulation, 16
+    for rank in range(world_size):
+        replayed, resumed = InMemory(sizes), InMemory(sizes)
+        whole = list(islice(batches(replayed, seed, 0, rows, rank, world_size), steps * accumulation))
+        tail = batches(resumed, seed, step * batch_size, rows, rank, world_size)
+        got = list(islice(tail, (steps - step) * accumulation))
+        wanted = whole[step * accumulation :]
+        assert len(got) == len(wanted)
+        assert all(torch.equal(g[name], w[name]) for g, w in zip(got, wanted, strict=True) for name in w)
+        # a replay reads each row group that it passes once: the resumed run reads the last of them, from that of `step`
+        ends = np.cumsum(np.diff(replayed.starts)[replayed.read])
+        passed = int(np.searchsorted(ends, step * batch_size, side="right"))
+        assert resumed.read == replayed.read[passed:]
+
+
 def test_epochs_and_seeds_differ():
     data = InMemory([16, 16, 9])
     epochs = stream(data, 82, seed=3)
     assert epochs[:41] != epochs[41:]
     assert stream(data, 41, seed=4) != epochs[:41]
     assert epochs[:41] != list(range(41))
-    windows = [reading.row_group for reading in row_group_order(InMemory([4] * 10), 3, 0, 80)]
-    assert sorted(windows[:10]) == sorted(windows[10:]) == list(range(10))
-    assert windows[:10] != windows[10:]
+    groups = [part.row_group for part in row_group_order(InMemory([4] * 10), 3, 0, 80)]
+    assert sorted(groups[:10]) == sorted(groups[10:]) == list(range(10))
+    assert groups[:10] != groups[10:]
 
 
-def test_a_plan_leaves_out_what_lies_before_and_after():
+def test_an_order_leaves_out_what_lies_before_and_after():
     data = InMemory([8] * 10)
     every = list(row_group_order(data, 0, 0, 240))
     assert len(every) == 30
@@ -83,16 +114,16 @@ def test_a_plan_leaves_out_what_lies_before_and_after():
 
 
 @settings(deadline=None, max_examples=40)
-@given(windows=windows_of, rows=st.integers(1, 7), world_size=st.integers(1, 4), most=st.none() | st.integers(1, 60))
-def test_validation_is_every_record_once_in_stored_order_or_the_first_ones(windows, rows, world_size, most):
-    data = InMemory(windows)
+@given(sizes=sizes_of, rows=st.integers(1, 7), world_size=st.integers(1, 4), most=st.none() | st.integers(1, 60))
+def test_validation_is_every_record_once_in_stored_order_or_the_first_ones(sizes, rows, world_size, most):
+    data = InMemory(sizes)
     for rank in range(world_size):
         found = [records_of(b) for b in batches_in_order(data, "validation", rows, rank, world_size, most)]
-        assert [n for batch in found for n in batch] == list(range(sum(windows)))[:most][rank::world_size]
+        assert [n for batch in found for n in batch] == list(range(sum(sizes)))[:most][rank::world_size]
         assert all(len(batch) == rows for batch in found[:-1])
 
 
-def test_micro_batches_are_cut_across_windows():
+def test_micro_batches_are_cut_across_row_groups():
     data = InMemory([5, 5, 2])
     one = stream(data, 24)
     by_four = batches(data, 0, 0, 4)
@@ -145,7 +176,7 @@ def test_no_token_of_real_shards_is_padding(data):
 
 # --- through Ray Train
 
-WORKERS, MICRO_BATCH, STEPS, SEED = 2, 3, 40, 7
+WORKERS, MICRO_BATCH, STEPS, RESUMED_AT, SEED = 2, 3, 40, 23, 7
 
 
 def report_batches():
@@ -157,14 +188,21 @@ def report_batches():
 
         from ray import train
 
-        from ftray.data.loader import collate
+        from ftray.data.ray_loader import training_batches
+        from ftray.tasks.causal import collate
 
-        rank = train.get_context().get_world_rank()
-        seen = {}
-        for name in ("train", "validation", "validation"):  # validation twice: it must be streamed anew each time
-            shard = train.get_dataset_shard(name)
-            stream = shard.iter_torch_batches(batch_size=config["micro_batch"], collate_fn=collate)
-            seen.setdefault(name, []).append([{k: v.tolist() for k, v in batch.items()} for batch in stream])
+        def plain(stream):
+            return [{k: v.tolist() for k, v in batch.items()} for batch in stream]
+
+        rank, workers, rows = train.get_context().get_world_rank(), config["workers"], config["micro_batch"]
+        last = config["steps"] * workers * rows
+        seen = {"validation": []}
+        for name, step in (("train", 0), ("resumed", config["resumed_at"]), ("over", config["steps"])):
+            stream = training_batches(config["data"], config["seed"], step * workers * rows, last, rows, rank, workers)
+            seen[name] = plain(stream)
+        for _ in range(2):  # it must be streamed anew each time
+            shard = train.get_dataset_shard("validation")
+            seen["validation"].append(plain(shard.iter_torch_batches(batch_size=rows, collate_fn=collate)))
         (Path(config["directory"]) / f"{rank}.json").write_text(json.dumps(seen))
 
     return worker
@@ -178,17 +216,14 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
+    from ftray.data.ray_loader import RankedShards, validation_row_groups
 
-    records = STEPS * WORKERS * MICRO_BATCH  # more than two epochs
-    assert records > 2 * data.splits["train"].records
+    assert 2 * data.splits["train"].records < STEPS * WORKERS * MICRO_BATCH
+    order = {"data": data, "seed": SEED, "steps": STEPS, "resumed_at": RESUMED_AT}
     TorchTrainer(
         report_batches(),
-        train_loop_config={"directory": str(tmp_path), "micro_batch": MICRO_BATCH},
-        datasets={
-            "train": training_row_groups(data, SEED, records),
-            "validation": validation_row_groups(data, data.splits["validation"].records),
-        },
+        train_loop_config={"directory": str(tmp_path), "micro_batch": MICRO_BATCH, "workers": WORKERS, **order},
+        datasets={"validation": validation_row_groups(data, data.splits["validation"].records)},
         dataset_config=RankedShards(data, SEED),
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(num_workers=WORKERS),
@@ -197,7 +232,9 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORKERS)]
     for rank in range(WORKERS):
         plain = islice(batches(data, SEED, 0, MICRO_BATCH, rank, WORKERS), STEPS)
-        assert seen[rank]["train"] == [plain_batches(plain)]
+        assert seen[rank]["train"] == plain_batches(plain)
+        assert seen[rank]["resumed"] == seen[rank]["train"][RESUMED_AT:]
+        assert seen[rank]["over"] == []
         validation = plain_batches(batches_in_order(data, "validation", MICRO_BATCH, rank, WORKERS))
         assert seen[rank]["validation"] == [validation, validation]
 
@@ -211,7 +248,7 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
 
     single = plain_batches(islice(batches(data, SEED, 0, MICRO_BATCH * WORKERS), STEPS))
     for step in range(STEPS):  # the union of both workers' rows is the global batch of one process
-        assert rows([seen[rank]["train"][0][step] for rank in range(WORKERS)]) == rows([single[step]])
+        assert rows([seen[rank]["train"][step] for rank in range(WORKERS)]) == rows([single[step]])
     whole = rows(plain_batches(batches_in_order(data, "validation", 8)))
     assert sum((rows(seen[rank]["validation"][0]) for rank in range(WORKERS)), Counter()) == whole
 
@@ -219,19 +256,19 @@ def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_pa
 def test_a_rank_without_validation_records_gets_none():
     data = InMemory([1])
     assert list(batches_in_order(data, "validation", 4, 1, 2)) == []
-    reading = next(row_groups_in_order(data, "validation"))
-    assert read_slice(data, "validation", reading, 0, 1, 2, ["input_ids"]).num_rows == 0
+    part = next(row_groups_in_order(data, "validation"))
+    assert read_slice(data, "validation", part, 0, 1, 2, ["input_ids"]).num_rows == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_take_turns_within_a_window(rank):
+def test_ranks_take_turns_within_a_row_group(rank):
     data = InMemory([7])
-    reading = next(row_groups_in_order(data, "validation"))
-    table = read_slice(data, "validation", reading, 0, rank, 2, ["input_ids"])
+    part = next(row_groups_in_order(data, "validation"))
+    table = read_slice(data, "validation", part, 0, rank, 2, ["input_ids"])
     assert [row[0] for row in table["input_ids"].to_pylist()] == list(range(7))[rank::2]
 
 
-def test_a_task_that_reads_windows_imports_no_torch():
+def test_a_task_that_reads_row_groups_imports_no_torch():
     code = "import sys, ftray.data.ray_loader; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

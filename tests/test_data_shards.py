@@ -10,9 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.file_reads import opens
 
-from ftray.config import Config, DataConfig
-from ftray.data import TokenizedData, check, prepare, shards, sources
+from ftray import preprocess
+from ftray.config import Config, DataConfig, config_from
+from ftray.data import DataCheck, TokenizedData, pipeline, prepare, shards, sources
 from ftray.data.records import Example
 from ftray.data.splits import order_key, split_of
 from ftray.data.tokens import tokenize
@@ -75,8 +77,8 @@ def test_check_passes_good_data_and_imports_no_ray(tmp_path, tiny_llama):
     source = write(tmp_path / "r.jsonl", some_records(60))
     code = (
         "import sys; from transformers import AutoTokenizer; from ftray.config import DataConfig\n"
-        "from ftray.data import check; import ftray.data.loader\n"
-        f"check(DataConfig(source={source!r}), AutoTokenizer.from_pretrained({tiny_llama!r}))\n"
+        "from ftray.data import DataCheck; import ftray.data.loader\n"
+        f"DataCheck(DataConfig(source={source!r})).run(AutoTokenizer.from_pretrained({tiny_llama!r}))\n"
         "assert 'ray' not in sys.modules; print('checked')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -108,7 +110,7 @@ WRONG = {
 def test_check_refuses(tmp_path, tokenizer, case):
     records, changes, message = WRONG[case]
     with pytest.raises(UserError, match=message):
-        check(settings(tmp_path, write(tmp_path / "r.jsonl", records), **changes), tokenizer)
+        DataCheck(settings(tmp_path, write(tmp_path / "r.jsonl", records), **changes)).run(tokenizer)
 
 
 def test_check_looks_at_explicit_validation_and_test_sources(tmp_path, tokenizer):
@@ -119,20 +121,21 @@ def test_check_looks_at_explicit_validation_and_test_sources(tmp_path, tokenizer
     blank.write_text("\n \n")
     for name in ("validation", "test"):
         with pytest.raises(UserError, match=r"bad\.jsonl:1: record with keys x"):
-            check(settings(tmp_path, source, **{name: bad}), tokenizer)
+            DataCheck(settings(tmp_path, source, **{name: bad})).run(tokenizer)
         with pytest.raises(UserError, match=r"blank\.jsonl: holds no record"):
-            check(settings(tmp_path, source, **{name: str(blank)}), tokenizer)
-    check(settings(tmp_path, source, validation=good, test=good, validation_fraction=0, test_fraction=0), tokenizer)
+            DataCheck(settings(tmp_path, source, **{name: str(blank)})).run(tokenizer)
+    fractions = {"validation_fraction": 0, "test_fraction": 0}
+    DataCheck(settings(tmp_path, source, validation=good, test=good, **fractions)).run(tokenizer)
 
 
 def test_check_of_a_part_does_not_conclude_about_the_whole(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "CHECKED_BYTES", 1000)
     monkeypatch.setattr(sources, "CHECKED_RECORDS", 20)
     source = write(tmp_path / "r.jsonl", some_records(300))
-    check(settings(tmp_path, source, validation_fraction=0.002, test_fraction=0.002), tokenizer)
+    DataCheck(settings(tmp_path, source, validation_fraction=0.002, test_fraction=0.002)).run(tokenizer)
     monkeypatch.undo()
     with pytest.raises(UserError, match="split of 300 record"):
-        check(settings(tmp_path, source, validation_fraction=1e-9), tokenizer)
+        DataCheck(settings(tmp_path, source, validation_fraction=1e-9)).run(tokenizer)
 
 
 # --- the pipeline
@@ -146,8 +149,8 @@ def prepared(cluster, tiny_llama, tmp_path_factory):
     records += records[:7]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "CHUNK_BYTES", 3000)
-        patch.setattr(shards, "WINDOW", 16)
-        patch.setattr(shards, "WINDOWS_PER_FILE", 4)
+        patch.setattr(shards, "ROW_GROUP_ROWS", 16)
+        patch.setattr(shards, "ROW_GROUPS_PER_FILE", 4)
         cfg = settings(root, write(root / "r.jsonl", records), validation_fraction=0.2, test_fraction=0.2)
         data = prepare(cfg, tiny_llama)
         yield cfg, records, data
@@ -179,19 +182,19 @@ def test_row_groups_are_as_the_manifest_says(prepared):
     for split in data.splits.values():
         files = [pq.ParquetFile(Path(data.directory) / name).metadata for name in split.files]
         groups = [f.row_group(g).num_rows for f in files for g in range(f.num_row_groups)]
-        assert groups == split.windows
-        assert set(split.windows[:-1]) <= {16}
+        assert groups == split.row_groups
+        assert set(split.row_groups[:-1]) <= {16}
     train = data.splits["train"]
     assert len(train.files) > 1
-    assert data.window("train", 5, ["key"])["key"].to_pylist() == [r["key"] for r in data.rows("train")[80:96]]
+    assert data.row_group("train", 5, ["key"])["key"].to_pylist() == [r["key"] for r in data.rows("train")[80:96]]
     assert TokenizedData.load(data.directory) == data
     assert data.rows("train", 3) == data.rows("train")[:3]
 
 
 def test_a_second_run_reuses_the_shards(prepared, tiny_llama, caplog, monkeypatch):
     cfg, _, data = prepared
-    monkeypatch.setattr(shards, "_pipeline", None)  # calling it would fail
-    with caplog.at_level(logging.INFO, "ftray.data.shards"):
+    monkeypatch.setattr(pipeline, "_read", None)  # calling it would fail
+    with caplog.at_level(logging.INFO, "ftray.data.pipeline"):
         assert prepare(cfg, tiny_llama) == data
     assert f"reusing the tokenized shards in {data.directory}" in caplog.text
     assert [p.name for p in Path(cfg.cache).iterdir()] == [data.fingerprint]  # nothing half-written is left
@@ -202,7 +205,7 @@ def test_the_fingerprint_follows_all_that_makes_the_tokens(prepared, tiny_llama,
 
     def fingerprint(tok=tokenizer, **changes) -> str:
         changed = cfg.model_copy(update=changes)
-        return shards.fingerprint_of(changed, shards.find_sources(changed), tok, "CAUSAL_LM")
+        return pipeline.fingerprint_of(changed, pipeline.find_sources(changed), tok, "CAUSAL_LM")
 
     from ftray.models.load import load_tokenizer
 
@@ -238,7 +241,7 @@ def test_shards_are_the_same_bytes_from_other_chunks_and_cluster_sizes(prepared,
     )
     code = (
         "import ray; from ftray.config import DataConfig; from ftray.data import prepare, shards\n"
-        "shards.WINDOW, shards.WINDOWS_PER_FILE = 16, 4\n"
+        "shards.ROW_GROUP_ROWS, shards.ROW_GROUPS_PER_FILE = 16, 4\n"
         "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
         f"print(prepare(DataConfig.model_validate_json({other.model_dump_json()!r}), {tiny_llama!r}).directory)"
     )
@@ -270,7 +273,7 @@ def test_limit_takes_the_smallest_keys_and_explicit_sources_win(cluster, tiny_ll
 
 def test_what_was_recognised_in_all_records_is_told(cluster, tiny_llama, tokenizer, tmp_path, monkeypatch):
     """Of each source: also what lies beyond the part that is checked, and beyond the first row group."""
-    monkeypatch.setattr(shards, "WINDOW", 16)
+    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 16)
     plain = [record | {"id": n, "kind": None, "system": None} for n, record in enumerate(some_records(50))]
     answer = {"role": "assistant", "content": "no", "weight": 0}
     turns = [{"role": "user", "content": "a", "name": "Al"}, answer, {"role": "assistant", "content": "b"}]
@@ -308,13 +311,29 @@ def test_a_search_from_before_shapes_were_counted_goes_on(prepared, tmp_path, ti
     (tmp_path / "tune").mkdir()
     _, _, data = prepared
     fields = ("windows", "records", "tokens", "supervised_tokens", "lengths", "dropped", "truncated")
-    old = {name: {field: getattr(split, field) for field in fields} for name, split in data.splits.items()}
+    old = {name: {field: split.to_json()[field] for field in fields} for name, split in data.splits.items()}
     (tmp_path / "data.json").write_text(json.dumps(old))
     write_data(Config(), space, *arguments)
     old["train"]["records"] += 1
     (tmp_path / "data.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="not what the search in"):
         write_data(Config(), space, *arguments)
+
+
+def test_a_manifest_of_the_first_version_is_read_and_written_as_it_was(tmp_path):
+    counts = {"records": 5, "tokens": 40, "supervised_tokens": 20, "lengths": [2, 8, 9, 9, 9]}
+    train = {"files": ["train/00000.parquet"], "windows": [4, 1], **counts, "dropped": 1, "truncated": 2, "digest": "a"}
+    read = {"train": {"shapes": {"text (text)": 5}, "ignored": ["id"]}}
+    task = {"name": "CAUSAL_LM", "labels": [], "pad": 3}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"fingerprint": "f", "task": task, "splits": {"train": train}, "read": read}))
+    data = TokenizedData.load(tmp_path)
+    assert data.splits["train"].row_groups == [4, 1]
+    assert (data.sources["train"].shapes, data.sources["train"].ignored) == ({"text (text)": 5}, ["id"])
+    path.unlink()
+    data.save()
+    written = json.loads(path.read_text())
+    assert (written["splits"], written["read"]) == ({"train": train}, read)
 
 
 def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):
@@ -348,3 +367,28 @@ def test_errors_beyond_the_checked_part_come_out_as_user_errors(cluster, tiny_ll
             prepare(settings(tmp_path, source, **changes), tiny_llama)
         assert "\n" not in str(raised.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# --- how often a source is read
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify")
+@pytest.mark.parametrize("checked", [2**26, 100])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_preprocess_reads_a_source_once_to_check_and_once_to_tokenize(
+    cluster, tiny_llama, tmp_path, monkeypatch, capsys, task, checked
+):
+    """In all processes together; also where the first pass ends before it has seen all classes."""
+    monkeypatch.setattr(sources, "CHECKED_BYTES", checked)
+    monkeypatch.setattr(sources, "CHECKED_RECORDS", 20)
+    records = some_records(60)
+    if task == "SEQ_CLS":
+        records = [{"text": record["input"], "label": n // 20} for n, record in enumerate(records)]
+    source = write(tmp_path / "r.jsonl", records)
+    data = {"source": source, "cache": str(tmp_path), "max_length": 64}
+    cfg = config_from({"data": data, "model": {"name": tiny_llama}})
+    with opens(source) as count:
+        assert preprocess.run(cfg) == 0
+    assert count == [2]
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("labels")] == (["labels: 0, 1, 2"] if task == "SEQ_CLS" else [])

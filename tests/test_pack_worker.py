@@ -231,6 +231,33 @@ def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_
     assert len(started) == (2 if kept else 4)
 
 
+def test_a_resumed_trial_reads_only_what_is_left(cluster, tiny_llama, data, tmp_path, monkeypatch):
+    """Also after the first batch was read to measure the memory; trials that resume at the same step share a stream."""
+    from ftray.data import ray_loader
+    from ftray.data.loader import batches
+    from ftray.search import pack_worker
+
+    monkeypatch.setattr(ray_loader, "ROW_GROUP_ROWS", 4)
+    row_groups, read = ray_loader.training_row_groups, []
+
+    def counted(*args):
+        listed = row_groups(*args)
+        read.append(sum(part["stop"] - part["start"] for part in listed.take_all()))
+        return listed
+
+    monkeypatch.setattr(ray_loader, "training_row_groups", counted)
+    first_of_two = SimpleNamespace(rank=0, world_size=2)
+    job = job_of_packs(tiny_llama, data, training={"steps": 9, "batch_size": 8, "micro_batch": 2})
+    group = pack_worker.PackWorker(pack_worker.PackContext(job, None, 0, tmp_path), first_of_two)
+    run = job.run({"method": "lora"}, {})
+    wanted = [b["input_ids"].tolist() for b in islice(batches(data, 0, 0, 2, 0, 2), 18)]
+    next(group.batches(run, 0))
+    resumed = [group.batches(run, step) for step in (5, 5, 6, 1)]  # 1: as near as a row group
+    assert read == [9 * 8, (9 - 5) * 8, (9 - 6) * 8]
+    for step, found in zip((5, 5, 6, 1), resumed, strict=True):
+        assert [b["input_ids"].tolist() for b in found] == wanted[2 * step :]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
     from ftray.search.pack_worker import pack_trainer

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from ftray.adapters.merge import save_merged
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig, config_from
-from ftray.data import check, prepare
+from ftray.data import DataCheck, prepare
 from ftray.data.loader import batches, batches_in_order
 from ftray.models.load import load_tokenizer
 from ftray.task_spec import TaskSpec
@@ -30,11 +30,13 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     fixture, record, rate, metric, least = CASES[name]
     model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record)
     name = name.split()[0]
-    cfg = infer_task(config_from({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}}), model)
+    cfg = config_from({"data": {"source": source, "cache": str(tmp_path), "max_length": 64}})
+    check = DataCheck(cfg.data)
+    cfg = infer_task(cfg, model, check.first)
     assert cfg.task == name
     tokenizer = load_tokenizer(model)
     data = prepare(cfg.data, model, task=name)
-    assert data.task == check(cfg.data, tokenizer, name)
+    assert data.task == check.run(tokenizer, name)
 
     adapter = AdapterConfig(method="lora", rank=8, target_modules="all-linear", dropout=0.0)
     training = TrainingConfig(batch_size=16, learning_rate=rate)

@@ -1,29 +1,54 @@
-"""Which record belongs to which split, decided by its content; and what is wrong with the data before work starts."""
+"""Which record belongs to which split, by its content; and the check of the data before work starts."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
 from ftray.data.sources import Chunk, find_chunks, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
+if TYPE_CHECKING:
+    from ftray.tasks.task import Task
+
 SPLITS = ("train", "validation", "test")
-Sources = dict[str, tuple[list[Chunk], DataConfig]]
+TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where records come from.
+
+    Attributes:
+        chunks: parts of it that can be read in parallel.
+        cfg: how its records are split and tokenized; `source` names it.
+    """
+
+    chunks: list[Chunk]
+    cfg: DataConfig
+
+
+# by the split that a source was given for; that of `train` is cut into the splits that have none of their own
+Sources = dict[str, Source]
 
 
 def find_sources(cfg: DataConfig) -> Sources:
-    """The split a source belongs to (train: all that it is cut into) -> its chunks and settings."""
+    """The sources of a configuration, `train` first.
+
+    Raises:
+        UserError: as :func:`ftray.data.sources.find_chunks`.
+    """
     given = {"validation": cfg.validation, "test": cfg.test}
-    shares = {f"{name}_fraction": 0.0 for name, source in given.items() if source}
-    sources = {"train": (find_chunks(cfg.source), cfg.model_copy(update=shares))}
+    fractions = {f"{name}_fraction": 0.0 for name, source in given.items() if source}
+    sources = {"train": Source(find_chunks(cfg.source), cfg.model_copy(update=fractions))}
     for name, source in given.items():
         if source:
-            sources[name] = (find_chunks(source), cfg.model_copy(update={"source": source, "limit": None}))
+            sources[name] = Source(find_chunks(source), cfg.model_copy(update={"source": source, "limit": None}))
     return sources
 
 
@@ -33,7 +58,7 @@ def needed(cfg: DataConfig) -> list[str]:
 
 
 def order_key(record: dict[str, Any], seed: int) -> int:
-    """Place of a record among all, an unsigned 64-bit number."""
+    """The record's place in the order of all records, an unsigned 64-bit number."""
     return _hash(record, seed, "order")
 
 
@@ -55,66 +80,106 @@ def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
 
-def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
-    """Find what is wrong with the data before anything expensive starts.
+@dataclass(frozen=True)
+class _Record:
+    """A record that was read: its place in the order, its split, and what the task found in it."""
+
+    key: int
+    split: str
+    example: Any
+
+
+class DataCheck:
+    """One pass over the data before anything expensive starts: gives the first record, checks and splits them all.
 
     Sources up to 64 MiB are read in full, of larger ones the first 1000 records.
 
-    Args:
-        labels: the classes of the task; none: those of the training records.
-
-    Returns:
-        The task with the labels of the records that were read, or the given ones.
+    Attributes:
+        first: the first training record, by which the task is inferred.
 
     Raises:
-        UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
-            supervised token within `max_length`, where the whole source was read.
+        UserError: as :func:`find_sources`; or the first training record can't be read.
     """
-    found: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    total, complete = 0, True
-    known: list[Any] = []
-    of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
-    for name, (chunks, local) in find_sources(cfg).items():
-        keyed = []
-        for place, record in read_for_check(chunks):
-            example = of.parse(record, place)
-            keyed.append((order_key(record, cfg.seed), split_of(record, local, name), example))
-        if not keyed:
-            raise UserError(f"data {local.source}: holds no record")
-        known = [*known[:1], *(example for _, _, example in keyed)]
-        refuse_mixture(known, of)
-        if name == "train" and of.has_labels and not labels:
-            seen = Counter(label for _, _, example in keyed for label in of.labels(example))
-            if is_small(chunks):
-                refuse_labels(seen, [example for _, _, example in keyed], of, local)
-            of = replace(of.spec, labels=in_order(seen)).load()
-        keyed.sort(key=lambda entry: entry[0])
-        examples: dict[str, list[Any]] = {split: [] for split in SPLITS}
-        for _, split, example in keyed[: local.limit]:
-            examples[split].append(example)
-        for split in SPLITS:
-            found[split] += len(examples[split])
-        total += len(keyed[: local.limit])
-        complete = complete and is_small(chunks)
-        learned = examples[name] or [example for _, _, example in keyed]
-        # in small helpings, for as a rule the first one has something to learn
-        helpings = (learned[at : at + 64] for at in range(0, len(learned), 64))
-        if not any(any(of.tokenize(helping, tokenizer, local)) for helping in helpings) and is_small(chunks):
-            refuse_unsupervised(local)
-    if complete:
-        for split in needed(cfg):
-            if not found[split]:
-                refuse_empty(split, total, cfg)
-    return of.spec
+
+    def __init__(self, cfg: DataConfig):
+        self.cfg, self.sources = cfg, find_sources(cfg)
+        self._records = {name: read_for_check(source.chunks) for name, source in self.sources.items()}
+        first = next(self._records["train"], None)
+        if first is None:
+            raise _no_record(cfg)
+        self.first = first
+        self._records["train"] = chain([first], self._records["train"])
+
+    def run(self, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
+        """Find what is wrong with the data. Reads on from :attr:`first`, so it can be called once.
+
+        Args:
+            labels: the classes of the task; empty: those of the training records.
+
+        Returns:
+            The task with the labels of the records that were read, or the given ones.
+
+        Raises:
+            UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
+                supervised token within `max_length`, where the whole source was read.
+        """
+        of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
+        counts: Counter[str] = Counter()
+        first: list[Any] = []  # of all, with which those of other sources must agree
+        for name, source in self.sources.items():
+            records = self._read(name, of)
+            first = first or [records[0].example]
+            refuse_mixture([*first, *(record.example for record in records)], of)
+            if name == "train" and of.has_labels and not labels:
+                of = replace(of.spec, labels=_classes(records, of, source)).load()
+            taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
+            counts.update(record.split for record in taken)
+            if is_small(source.chunks):
+                own = [record.example for record in taken if record.split == name]
+                _refuse_nothing_to_learn(own or [record.example for record in records], tokenizer, of, source.cfg)
+        if all(is_small(source.chunks) for source in self.sources.values()):
+            for split in needed(self.cfg):
+                if not counts[split]:
+                    refuse_empty(split, counts.total(), self.cfg)
+        return of.spec
+
+    def _read(self, name: str, of: "Task") -> list[_Record]:
+        cfg = self.sources[name].cfg
+        records = [
+            _Record(order_key(record, cfg.seed), split_of(record, cfg, name), of.parse(record, place))
+            for place, record in self._records[name]
+        ]
+        if not records:
+            raise _no_record(cfg)
+        return records
+
+
+def _no_record(cfg: DataConfig) -> UserError:
+    return UserError(f"data {cfg.source}: holds no record")
+
+
+def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, ...]:
+    """The class names of the training records, none of which is too rare."""
+    seen = Counter(label for record in records for label in of.labels(record.example))
+    if is_small(source.chunks):
+        refuse_labels(seen, [record.example for record in records], of, source.cfg)
+    return in_order(seen)
+
+
+def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: "Task", cfg: DataConfig) -> None:
+    """Raise the UserError about records of which tokenization leaves nothing, if that is so."""
+    batches = (examples[at : at + TOKENIZED_AT_ONCE] for at in range(0, len(examples), TOKENIZED_AT_ONCE))
+    if not any(any(of.tokenize(batch, tokenizer, cfg)) for batch in batches):
+        refuse_unsupervised(cfg)
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Class names sorted; numbers by their size."""
+    """Class names sorted; whole numbers by their size."""
     return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
 
 
-def refuse_mixture(examples: list[Any], task: Any) -> None:
-    """Raise the UserError about records of two shapes, if there are any."""
+def refuse_mixture(examples: list[Any], task: "Task") -> None:
+    """Raise the UserError about records that can't be trained on together, if there are any."""
     first = examples[0]
     for example in examples:
         if task.shape(example) != task.shape(first):
@@ -124,7 +189,7 @@ def refuse_mixture(examples: list[Any], task: Any) -> None:
             )
 
 
-def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataConfig) -> None:
+def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: DataConfig) -> None:
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
         raise UserError(f"data {cfg.source}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")

@@ -30,10 +30,10 @@ def describe(data: TokenizedData) -> str:
     percentiles, what was cut; and the share of padding in a batch.
     """
     lines = []
-    for name, read in data.read.items():
-        source = f" in data.{name}" if name != "train" else " in data.source" if len(data.read) > 1 else ""
-        lines += [f"shape{source}: {shape}: {count} records" for shape, count in read.shapes.items()]
-        lines += [f"ignored{source}: {', '.join(read.ignored)}"] if read.ignored else []
+    for name, summary in data.sources.items():
+        source = f" in data.{name}" if name != "train" else " in data.source" if len(data.sources) > 1 else ""
+        lines += [f"shape{source}: {shape}: {count} records" for shape, count in summary.shapes.items()]
+        lines += [f"ignored{source}: {', '.join(summary.ignored)}"] if summary.ignored else []
     for name, split in data.splits.items():
         percentiles = "/".join(map(str, split.lengths))
         lines.append(

@@ -4,10 +4,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, tee
+from itertools import islice
 from typing import Any
 
 import ray
@@ -16,8 +15,8 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.data import TokenizedData
-from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
-from ftray.data.shards import WINDOW
+from ftray.data.ray_loader import SharedBatches, training_batches, validation_row_groups
+from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.errors import UserError
 from ftray.runtime.cluster import cpus_each, node_resources, room_for
 from ftray.runtime.preemption import noticed
@@ -188,8 +187,7 @@ class PackWorker:
         self.context, self.trainer = context, trainer
         self.data = TokenizedData.load(context.search.data)
         self.collate = self.data.task.load().collate
-        # by data order, each from its first batch; batches that were read are kept
-        self.streams: dict[tuple[int, int, int], Any] = {}
+        self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
         self.held: list[Any] | None = None  # the validation batches, if they fit in memory
         first = trainer.rank == 0
         self.metrics = PackMetrics(context.search.config.output, context.index) if first else None
@@ -293,17 +291,18 @@ class PackWorker:
         Trials with the same data order share a stream: starting one takes seconds, in which the whole pack would wait.
         """
         rows, ranks = micro_batch_size(run.training, self.trainer.world_size), self.trainer.world_size
-        seed, records = run.training.seed, run.steps * run.training.batch_size
-        seen = step * run.training.batch_size // (rows * ranks)
-        if kept := self.streams.get((seed, rows, records)):
-            return islice(copy(kept), seen, None)
-        row_groups = training_row_groups(self.data, seed, records)
-        stream = RankedShards(self.data, seed).stream("train", row_groups, self.trainer.rank, ranks).iterator()
-        batches = iter(stream.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2))
+        seed, first, last = run.training.seed, step * run.training.batch_size, run.steps * run.training.batch_size
+        shared = self.streams.setdefault((seed, rows, last), [])
+        for stream in shared:
+            if stream.has(first):
+                return stream.start_at(first)
+        batches = training_batches(self.data, seed, first, last, rows, self.trainer.rank, ranks)
         split = self.data.splits["train"]
-        if records / ranks * split.tokens / split.records * TOKEN_BYTES < KEPT_BYTES:
-            self.streams[seed, rows, records], batches = tee(batches)
-        return islice(batches, seen, None)
+        kept = last - first + sum(last - stream.first for stream in shared)
+        if kept / ranks * split.tokens / split.records * TOKEN_BYTES >= KEPT_BYTES:
+            return batches
+        shared.append(SharedBatches(batches, first, rows * ranks))
+        return shared[-1].start_at(first)
 
     def validation(self) -> Iterable[Any]:
         """This rank's batches of the validation records; kept from the first pass on, if they are few."""
@@ -313,7 +312,7 @@ class PackWorker:
         rows = 4 * micro_batch_size(training, self.trainer.world_size)  # four times: validation keeps no activations
         shard = train.get_dataset_shard("validation")
         batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
-        if min(self.data.splits["validation"].records, training.validation_records) > WINDOW:
+        if min(self.data.splits["validation"].records, training.validation_records) > ROW_GROUP_ROWS:
             return batches
         self.held = list(batches)
         return self.held

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData,
         UserError: this resumes, and data or base model have changed: trials could not be compared.
     """
     kind, path = RUN if space is None else SEARCH, output / DATA
-    splits = {name: {k: v for k, v in asdict(split).items() if k != "files"} for name, split in data.splits.items()}
+    splits = {name: {k: v for k, v in split.to_json().items() if k != "files"} for name, split in data.splits.items()}
     found: dict[str, Any] = {**splits, "base": [list(sample) for sample in samples(Path(base))]}
     known = json.loads(path.read_text()) if path.exists() and _state(output, kind) else {}
     for name, before in known.items():

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from ftray.compat.ray import is_removed, placement_groups
 from ftray.compat.ray_train import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
-from ftray.data.ray_loader import RankedShards, training_row_groups, validation_row_groups
+from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
 from ftray.runtime.preemption import HeedSigterm, listening, noticed
 from ftray.search.rungs import budget, rung_records
 from ftray.storage.location import Location
@@ -86,10 +86,7 @@ def trainer(
 ) -> TorchTrainer:
     """A `TorchTrainer` for `run`; one of the same name and storage goes on from its last checkpoint."""
     data, seed = TokenizedData.load(job.data), run.training.seed
-    datasets = {
-        "train": training_row_groups(data, seed, run.steps * run.training.batch_size),
-        "validation": validation_row_groups(data, run.training.validation_records),
-    }
+    datasets = {"validation": validation_row_groups(data, run.training.validation_records)}
     cpus = job.config.scaling.cpus_per_worker or 1
     return group_trainer(job, train_worker, {"run": run, "job": job}, cpus, datasets, seed, name, storage, callbacks)
 
@@ -149,15 +146,22 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ftray.training.zero3_trainer import Batch, Zero3Trainer
 
     run: RunSpec = config["run"]
-    micro_batch = micro_batch_size(run.training, train.get_context().get_world_size())
-    collate = run.task.load().collate
+    data, seed, batch_size = TokenizedData.load(config["job"].data), run.training.seed, run.training.batch_size
+    rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    micro_batch = micro_batch_size(run.training, world_size)
 
-    def batches(name: str) -> Iterable[Batch]:
-        shard = train.get_dataset_shard(name)
+    def batches(step: int) -> Iterator[Batch]:
+        """Micro-batches from a step on, to the run's last."""
+        last = run.steps * batch_size
+        return training_batches(data, seed, step * batch_size, last, micro_batch, rank, world_size)
+
+    def validation() -> Iterable[Batch]:
+        shard = train.get_dataset_shard("validation")
+        collate = run.task.load().collate
         return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
 
     make = Zero3Trainer if run.training.zero_stage == 3 else SingleRunTrainer
-    trainer = make(run, lambda: list(islice(batches("train"), SAMPLES)))
+    trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
     trainer.measure, trainer.noticed = config["job"].measure(), noticed
     if _restore(trainer):
         for past in trainer.history.reports:  # whoever listens now may have heard none of them
@@ -169,11 +173,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             seal(Path(directory), trainer.rank, trainer.world_size)
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(directory))
 
-    seen = trainer.history.step * trainer.accumulation
     failure = None
     try:
         with listening():
-            trainer.fit(islice(batches("train"), seen, None), lambda: batches("validation"), report)
+            trainer.fit(batches(trainer.history.step), validation, report)
             if not trainer.history.over:
                 report({CUT_OFF: trainer.history.step})
     except RunFailed as error:

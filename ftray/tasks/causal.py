@@ -8,7 +8,6 @@ import torch
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
-from ftray.data.loader import collate
 from ftray.data.tokens import Tokens, tokenize
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
@@ -21,7 +20,7 @@ SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at o
 
 
 class Task(task.Task):
-    """See :mod:`ftray.data.tokens`, :func:`ftray.data.loader.collate` and :mod:`ftray.models.next_token`."""
+    """See :mod:`ftray.data.tokens` and :mod:`ftray.models.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
     pipeline_tag = "text-generation"
@@ -52,6 +51,26 @@ class Task(task.Task):
 
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         return score(model, tokenizer, rows, cfg)
+
+
+def collate(batch: Mapping[str, Sequence[Sequence[int]]]) -> Batch:
+    """Lay records one after another in a single row: nothing is padded.
+
+    Args:
+        batch: `input_ids` and `labels`, each with a sequence of token ids per record.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, int64 of shape [1, tokens]. Positions restart at 0 with every
+        record, which is how transformers keeps their attention apart; the first label of a record is -100, since no
+        token of the same record comes before it.
+    """
+    ids = [np.asarray(record, np.int64) for record in batch["input_ids"]]
+    labels = [np.asarray(record, np.int64).copy() for record in batch["labels"]]
+    for record in labels:
+        record[0] = IGNORE
+    positions = [np.arange(len(record)) for record in ids]
+    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in columns.items()}
 
 
 def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:

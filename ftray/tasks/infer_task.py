@@ -1,11 +1,11 @@
-"""Which task, and what to search for in it, where the user doesn't say."""
+"""Infers the task, and the metric to search for, where the user names none."""
 
 from typing import Any
 
 from ftray.config import Config
 from ftray.data.records import KNOWN, SHAPES
 from ftray.data.shapes import recognise, refuse
-from ftray.data.sources import find_chunks, read_for_check
+from ftray.data.sources import Located
 from ftray.errors import UserError, near
 from ftray.task_spec import TASKS, TaskSpec
 
@@ -19,15 +19,16 @@ KEYS = [
 ]
 
 
-def infer_task(cfg: Config, model_path: str) -> Config:
-    """`cfg` with `task`, `search.metric` and `search.direction` said in full.
+def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
+    """`cfg` with `task`, `search.metric` and `search.direction` filled in.
+
+    Args:
+        model_path: directory of the base model.
+        first: training record, with its location.
 
     Raises:
-        UserError: the task can't be told from the first record and the model, or has no such metric.
+        UserError: the task can't be inferred from the first record and the model, or has no such metric.
     """
-    first = next(read_for_check(find_chunks(cfg.data.source)), None)
-    if first is None:
-        raise UserError(f"data {cfg.data.source}: holds no record")
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec(name).load()
@@ -60,6 +61,6 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     if not kinds or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         return "CAUSAL_LM"
     raise UserError(
-        f"task: can't be told from records with {', '.join(record)} and a {kinds[0]}: give --task, "
+        f"task: can't be inferred from records with {', '.join(record)} and a {kinds[0]}: give --task, "
         f"one of {', '.join(TASKS)}, or a model that generates"
     )

@@ -28,7 +28,7 @@ class SingleRunTrainer:
         self.pack = PackTrainer(run.model, run.model_path, checkpointing, run.task, run.longest)
         self.pack.join(NAME, run, samples=samples)
         self.trial = self.pack.trials[NAME]
-        self.rank, self.world_size, self.accumulation = self.pack.rank, self.pack.world_size, self.trial.accumulation
+        self.rank, self.world_size = self.pack.rank, self.pack.world_size
 
     @property
     def history(self) -> TrainState:

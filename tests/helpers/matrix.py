@@ -20,12 +20,13 @@ from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import METHODS, attach
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
 from ftray.data import prepare
-from ftray.data.loader import batches, collate
+from ftray.data.loader import batches
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.tasks.causal import collate
 from ftray.tasks.embeddings import SCALE
 from ftray.training.pack import Pack, TorchOptimizer
 from ftray.training.run_spec import RunSpec
