@@ -62,7 +62,6 @@ def report(number: int, rung: int) -> dict[str, Any]:
         "step": records // 8,
         "records": records,
         "tokens": records * 100,
-        "supervised": records * 50,
         "seconds": records / 100,
         "tokens_per_second": 1e4,
         "train_loss": 1.0,
@@ -175,7 +174,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
     @contextlib.contextmanager
     def stub(job: Any, place: Any) -> Iterator[tuple[Any, int]]:
-        """In place of :func:`ftray.search.pack_worker.packs`: the same broker, and a thread that makes reports up."""
+        """In place of :func:`ftray.search.packs.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
         from ftray.search.broker import TrialBroker
@@ -186,10 +185,10 @@ def searched(trials: int, output: Path) -> dict[str, float]:
         def train() -> None:
             rungs: dict[int, int] = {}
             reports: dict[int, list[Any]] = {}
-            while not (orders := ray.get(broker.orders.remote(0, reports, {})))["close"]:
-                rungs |= dict.fromkeys(orders["join"], 0)
+            while not (orders := ray.get(broker.orders.remote(0, reports, {}))).close:
+                rungs |= dict.fromkeys(orders.join, 0)
                 reports = {}
-                for number in orders["run"]:
+                for number in orders.run:
                     reports[number] = [report(number, rung) for rung in range(rungs[number] + 1)]
                     made[number, reports[number][-1]["step"]] = time.time()
                     rungs[number] += 1

@@ -57,7 +57,7 @@ def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> int
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
     from ftray.runtime.preemption import ending_on_sigterm, notice
-    from ftray.search.progress import last_line
+    from ftray.search.failures import last_line
     from ftray.search.results import save_best_adapter
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer

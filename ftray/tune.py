@@ -34,7 +34,7 @@ def run(cfg: Config) -> int:
         return show_plan(cfg, space, model_path)
     from ftray.runtime.cluster import check_address, connect, end_with_ray
     from ftray.runtime.preemption import ending_on_sigterm
-    from ftray.search.broker import SearchBroken
+    from ftray.search.failures import SearchBroken
     from ftray.search.jobs import announce
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import is_full, sole_driver, write_definition
@@ -80,16 +80,11 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker, on_hardware
     from ftray.search.driver import search
+    from ftray.search.failures import last_line
     from ftray.search.metrics import Metrics
-    from ftray.search.progress import Progress, last_line
-    from ftray.search.results import (
-        model_card,
-        save_best_adapter,
-        say_damaged,
-        trial_rows,
-        write_json,
-        write_leaderboard,
-    )
+    from ftray.search.model_card import model_card
+    from ftray.search.progress import Progress
+    from ftray.search.results import save_best_adapter, say_damaged, trial_rows, write_json, write_leaderboard
     from ftray.search.run_manifest import write_data
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
@@ -110,7 +105,9 @@ def drive(cfg: Config, space: Any, model_path: str, tokenizer: Any, output: Loca
     best = None
     while best is None and (best := next((r for r in rows if r["checkpoint"]), None)):
         try:
-            save_best_adapter(best["checkpoint"], model_card(cfg, best, None), tokenizer, output / "best" / "adapter")
+            save_best_adapter(
+                str(best["checkpoint"]), model_card(cfg, best, None), tokenizer, output / "best" / "adapter"
+            )
         except UserError as error:  # the next best, then
             print(f"trial {best['trial']}: {error}", flush=True)
             best["checkpoint"], best = None, None

@@ -1,4 +1,4 @@
-"""How far a search is, as its output says: trials, rungs, the best so far, the time left."""
+"""The progress of a search, read from its output: trials, rungs, the best so far, the time left."""
 
 import json
 import time
@@ -7,9 +7,9 @@ from typing import Any
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
-
-STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
+from ftray.training.train_state import Report, best_report, metric_value
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Search:
     """A search as its output directory shows it.
 
     Attributes:
-        total: trials that it is to have.
+        total: trials that it will have.
         budget: records of a trial that nothing stops.
-        running_since: seconds since 1970; None: it does not run.
+        running_since: seconds since 1970; None: no driver runs it.
         trials: one dict each, by number: trial, configuration, state, rung (reached), records, value (best), speed as
             `tokens_per_second` (None unless it runs), reason, and `ended`, seconds since 1970.
     """
@@ -33,15 +33,19 @@ class Search:
     trials: list[dict[str, Any]]
 
     def summary(self) -> str:
-        """One line: how many are over, the best, the speed, and the time left or how to go on."""
+        """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
         over = [t for t in self.trials if t["ended"]]
         parts = [f"{len(over)}/{self.total} trials over"]
-        values = [(t["value"], t["trial"]) for t in self.trials if t["value"] is not None and t["state"] != "failed"]
+        values = [
+            (t["value"], t["trial"])
+            for t in self.trials
+            if t["value"] is not None and t["state"] is not TrialStatus.FAILED
+        ]
         if values:
             value, number = min(values) if self.direction == "min" else max(values)
             parts.append(f"best {self.metric} {value:.4f} (trial {number})")
         if self.running_since is None:
-            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume goes on")])
+            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
         parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
         here = sum(t["ended"] > self.running_since for t in over)
         if here and len(over) < self.total:
@@ -51,7 +55,7 @@ class Search:
 
 
 def read(output: Location) -> Search:
-    """What the output directory of a search says.
+    """Read the state of a search from its output directory.
 
     Raises:
         UserError: there is no search, or it has not come to its first trial.
@@ -67,26 +71,27 @@ def read(output: Location) -> Search:
     if not (output / DATA).exists() or not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
-    metric, best = cfg.search.metric, min if cfg.search.direction == "min" else max
+    metric = cfg.search.metric
     since, rows = running_since(output), []
     for trial in past_trials(output / JOURNAL):
-        settings, asked = trial.user_attrs, trial.state.name
-        configuration = settings.get("config") or settings.get(ADDED)
+        attributes = trial.user_attrs
+        configuration = attributes.get("config") or attributes.get(ADDED)
         if not configuration:  # its driver died before it could begin
             continue
-        reports = settings.get("reports", [])
-        runs = asked == "RUNNING" and since is not None
-        state = STATES[asked] if asked != "RUNNING" or runs else "unfinished"
+        reports: list[Report] = attributes.get("reports", [])
+        best = best_report(reports, metric, cfg.search.direction)
+        state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
+        runs = state in (TrialStatus.RUNNING, TrialStatus.STOPPING)
         rows.append(
             {
                 "trial": trial.number,
                 "configuration": describe(configuration),
-                "state": "stopping" if runs and settings.get(STOP) else state,
+                "state": state,
                 "rung": len(reports),
                 "records": reports[-1]["records"] if reports else 0,
-                "value": best((report[metric] for report in reports), default=None),
+                "value": metric_value(best, metric) if best else None,
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
-                "reason": settings.get("reason"),
+                "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
             }
         )

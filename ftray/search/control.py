@@ -95,7 +95,7 @@ class Requests(tune.Callback, tune.Stopper):
         asked = {trial.number for trial in running if trial.user_attrs.get(STOP)}
         for number in asked - self.stopping:
             if self.broker is not None:
-                self.broker.hurry.remote(number)
+                self.broker.report_early.remote(number)
         self.stopping = asked
 
     def _take_up(self, asked: Stored) -> None:

@@ -165,11 +165,15 @@ def check_output(cfg: Config, space: Space | None) -> None:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a {kind.name} needs at least 1 GiB")
 
 
-def is_full(output: Location, error: BaseException) -> bool:
-    """Whether `error` was caused by a full disk or an exhausted quota; any library may have wrapped it."""
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
+def is_full(output: Location, error: BaseException | None) -> bool:
+    """Whether the disk of `output` is full, or its quota exhausted, or `error` was caused by that.
+
+    Libraries wrap such an error, and Ray passes the text of what a worker raised on without its cause: the text counts.
+    """
+    chain: list[BaseException] = []
+    while error:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
     if any((isinstance(e, OSError) and e.errno in FULL) or os.strerror(errno.ENOSPC) in str(e) for e in chain):
         return True
     if isinstance(output, Stored):

@@ -7,7 +7,7 @@ from ftray.training.checkpoint import load_checkpoint
 from ftray.training.pack import Batch
 from ftray.training.pack_trainer import PackTrainer
 from ftray.training.run_spec import RunFailed, RunSpec
-from ftray.training.train_state import TrainState
+from ftray.training.train_state import Report, TrainState
 
 NAME = "run"
 
@@ -17,11 +17,11 @@ class SingleRunTrainer:
     not for ZeRO 3, where no worker has the whole base.
 
     Attributes:
-        measure, noticed: see there.
+        measure, preempted: see there.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
-    noticed: Callable[[], bool] = staticmethod(lambda: False)
+    preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
         checkpointing = run.training.gradient_checkpointing
@@ -49,7 +49,7 @@ class SingleRunTrainer:
         self,
         batches: Iterator[Batch],
         validation: Callable[[], Iterable[Batch]],
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[Report], None],
     ) -> None:
         """Train to the last step; see :meth:`ftray.training.zero3_trainer.Zero3Trainer.fit`.
 
@@ -57,7 +57,7 @@ class SingleRunTrainer:
             RunFailed: it diverged, or one micro-batch is too much for the memory.
         """
         self.pack.measure, self.trial.batches = self.measure, batches
-        while not self.history.over and not self.pack.any_rank(self.noticed()):
+        while not self.history.over and not self.pack.any_rank(self.preempted()):
             failures = self.pack.step([NAME])
             if self.history.due and not failures:
                 failures = self.pack.validate([NAME], validation())

@@ -24,7 +24,7 @@ from ftray.training.engine import (
     sum_over_ranks,
 )
 from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
-from ftray.training.train_state import TrainState, validation_metrics
+from ftray.training.train_state import Report, TrainState, validation_metrics
 
 Batch = dict[str, torch.Tensor]
 
@@ -34,11 +34,11 @@ class Zero3Trainer:
 
     Attributes:
         measure: gives further metrics of the model at each validation, the same on all ranks; None: the loss is all.
-        noticed: whether this rank has to end soon; asked before each step, one rank's yes is enough.
+        preempted: whether this rank must end soon; called before each step, and true for all if it is for one.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
-    noticed: Callable[[], bool] = staticmethod(lambda: False)
+    preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
         """`samples` are for :func:`ftray.adapters.methods.attach`."""
@@ -84,11 +84,11 @@ class Zero3Trainer:
         self,
         batches: Iterator[Batch],
         validation: Callable[[], Iterable[Batch]],
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[Report], None],
     ) -> None:
         """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
 
-        Once a rank has `noticed` something, all return after the same step, before the last one.
+        Once a rank is `preempted`, all return after the same step, before the last one.
 
         Args:
             batches: this rank's micro-batches from `history.step` on, as the task collates them.
@@ -99,7 +99,7 @@ class Zero3Trainer:
             RunFailed: the loss became NaN or infinite.
         """
         history = self.history
-        while not history.over and not self._sum([float(self.noticed())])[0]:
+        while not history.over and not self._sum([float(self.preempted())])[0]:
             started = time.monotonic()
             counted = self._step([next(batches) for _ in range(self.accumulation)])
             history.add(*counted, time.monotonic() - started)
