@@ -19,7 +19,7 @@ RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a tri
 
 
 def quiet() -> None:
-    """Silence the logs of other libraries on the terminal; must be called before they are imported."""
+    """Silence the logs of other libraries on the terminal; call it before they are imported."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ftray draws its own
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYLET_NOISE)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -83,7 +83,7 @@ def check_address(cfg: Config) -> None:
 
 
 def end_with_ray(command: str) -> None:
-    """Watch the Ray processes that this one talks to; when one is gone, end this process with one line.
+    """Watch the Ray processes that this one talks to; when one has died, end this process with one line.
 
     Ray's own calls would wait for the raylet forever (https://github.com/ray-project/ray/issues/20239), and without the
     head they end the process after a minute, with C++ stack traces.

@@ -1,4 +1,4 @@
-"""What a search would run, how much memory it would take and how long, by a probe step; nothing of it is kept."""
+"""Estimates a search from a probe step: what it would run, its memory and its time; nothing is kept."""
 
 import tempfile
 import time
@@ -36,12 +36,12 @@ Corner = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a method's largest configuration comes to, read off the architecture.
+    """The size of a method's largest configuration, computed from the architecture.
 
     Attributes:
         parameters: trained ones.
-        activations: bytes that the backward pass keeps a token.
-        fixed: bytes that it keeps besides, however many tokens there are (as the rotations of OFT).
+        activations: bytes that are kept for the backward pass, per token.
+        fixed: further bytes, however many tokens there are (as the rotations of OFT).
         isolation_reason: why it can't share a pass with other trials; None: it can.
     """
 
@@ -54,7 +54,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured on the real model: seconds of a step and of a validation, of `trials` that train together."""
+    """Measurements on the real model: seconds of a step and of a validation of `trials` that train together."""
 
     trials: int
     tokens: int  # of the step
@@ -63,7 +63,7 @@ class Probe:
 
 
 def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
-    """Measure and count.
+    """Estimate a search.
 
     Returns:
         `methods`, `rungs` (records and expected trials), `tokens`, `memory` (bytes a worker) and `seconds`.
@@ -118,7 +118,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
 
 
 def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> Shapes:
-    """Count a configuration's parameters and what its backward pass keeps, on the meta device."""
+    """Count a configuration's parameters and the bytes kept for its backward pass, on the meta device."""
     with torch.device("meta"):
         model = attach(share(skeleton), without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -219,7 +219,7 @@ def probe_solo(context: SearchContext, corner: Corner) -> Probe:
 
 def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
     if not packable(cfg, space):
-        return "workers of its own: ZeRO 3 shares the base model out over them"
+        return "workers of its own: ZeRO 3 shards the base model over them"
     if cfg.search.pack == "off":
         return "workers of its own: pack off"
     return (
@@ -230,7 +230,7 @@ def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """The plan for people."""
+    """Print the plan."""
     table = Table("method", "runs", "largest configuration", "trained parameters", title="methods")
     for name, method in result["methods"].items():
         largest = " ".join(f"{k}={v}" for k, v in method["largest"].items() if k != "method")

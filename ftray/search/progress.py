@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a live table on a terminal, plain lines elsewhere."""
+"""Shows a search while it runs: a live table on a terminal, plain lines elsewhere."""
 
 import time
 from typing import TYPE_CHECKING, Any

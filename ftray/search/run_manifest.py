@@ -93,7 +93,7 @@ def packable(cfg: Config, space: Space) -> bool:
     stages = {cfg.training.zero_stage, *(corner["training"].get("zero_stage", 0) for corner in space.corners())}
     if 3 in stages and isinstance(cfg.search.pack, int):
         raise UserError(
-            f"search.pack {cfg.search.pack}: ZeRO 3 shares the base model out over the workers of one trial; "
+            f"search.pack {cfg.search.pack}: ZeRO 3 shards the base model over the workers of one trial; "
             "take zero_stage 0, 1 or 2, or pack off"
         )
     return 3 not in stages

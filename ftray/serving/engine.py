@@ -115,7 +115,7 @@ class Engine:
         self.ends = set(stop_tokens(tokenizer, base.config, base.generation_config))
         self.max_length = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
         self._rows, self._step = ServedSegments(), []  # type: tuple[ServedSegments, list[kv_cache.Step]]
-        self.host = shared_model(base, kv_cache.NAME, step=self._step)
+        self.host = shared_model(base, kv_cache.slotted_attention(self._step))
         self._cache = kv_cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
         self.isolation_reason = self._obstacle()
         self.caches = self._caches()

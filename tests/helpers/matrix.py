@@ -27,7 +27,8 @@ from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tasks.embeddings import SCALE
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 from ftray.training.run_spec import RunSpec
 from ftray.training.zero3_trainer import Zero3Trainer
 from helpers.task_cases import CASES, write
