@@ -173,7 +173,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
             latencies.append(time.time() - made[result["config"]["number"], result["step"]])
 
     @contextlib.contextmanager
-    def stub(job: Any, place: Any) -> Iterator[tuple[Any, int]]:
+    def stub(context: Any, place: Any) -> Iterator[tuple[Any, int]]:
         """In place of :func:`ftray.search.packs.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
@@ -203,8 +203,8 @@ def searched(trials: int, output: Path) -> dict[str, float]:
     driver.packs = stub
     driver.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
     before, started = memory(), time.monotonic()
-    job = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
-    driver.search(job, load_space("methods"), output, [Listener()])
+    context = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
+    driver.search(context, load_space("methods"), output, [Listener()])
     seconds = time.monotonic() - started
     row = {
         "trials": trials,

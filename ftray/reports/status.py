@@ -3,13 +3,38 @@
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
 from ftray.training.train_state import Report, best_report, metric_value
+
+
+class TrialProgress(TypedDict):
+    """One trial of a search.
+
+    Attributes:
+        trial: its number.
+        configuration: on one line.
+        rung: number of rungs that it has reached.
+        records: seen at its last report.
+        value: the best of its reports; None: it made none.
+        tokens_per_second: its speed; None: it does not run.
+        reason: why it failed; None: it did not.
+        ended: seconds since 1970; None: it has not.
+    """
+
+    trial: int
+    configuration: str
+    state: TrialStatus
+    rung: int
+    records: int
+    value: float | None
+    tokens_per_second: float | None
+    reason: str | None
+    ended: float | None
 
 
 @dataclass(frozen=True)
@@ -20,8 +45,7 @@ class Search:
         total: trials that it will have.
         budget: records of a trial that nothing stops.
         running_since: seconds since 1970; None: no driver runs it.
-        trials: one dict each, by number: trial, configuration, state, rung (reached), records, value (best), speed as
-            `tokens_per_second` (None unless it runs), reason, and `ended`, seconds since 1970.
+        trials: by number.
     """
 
     metric: str
@@ -30,7 +54,7 @@ class Search:
     rungs: int
     budget: int
     running_since: float | None
-    trials: list[dict[str, Any]]
+    trials: list[TrialProgress]
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
@@ -47,7 +71,7 @@ class Search:
         if self.running_since is None:
             return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
         parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
-        here = sum(t["ended"] > self.running_since for t in over)
+        here = sum((t["ended"] or 0.0) > self.running_since for t in over)
         if here and len(over) < self.total:
             left = (time.time() - self.running_since) / here * (self.total - len(over))
             parts.append(f"about {left / 60:.0f} min left")
@@ -72,7 +96,8 @@ def read(output: Location) -> Search:
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
     metric = cfg.search.metric
-    since, rows = running_since(output), []
+    since = running_since(output)
+    rows: list[TrialProgress] = []
     for trial in past_trials(output / JOURNAL):
         attributes = trial.user_attrs
         configuration = attributes.get("config") or attributes.get(ADDED)

@@ -118,5 +118,5 @@ class Requests(tune.Callback, tune.Stopper):
         return result["config"]["number"] in self.stopping
 
     def stop_all(self) -> bool:
-        """The search goes on."""
+        """Never: a request ends single trials."""
         return False

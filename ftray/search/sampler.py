@@ -98,9 +98,9 @@ def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
 class Sampler(Searcher):
     """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
 
-    The journal holds all that a search is: it is written line by line, so a driver may die at any time and the next
-    one goes on from it. Ray Tune's own saved state is not used: it is copied aside file by file, and a driver killed
-    in between leaves files that do not fit together.
+    The journal holds the whole state of a search. It is written line by line: a driver may die at any time, and the
+    next one resumes from it. Ray Tune's own saved state is not used: it is copied file by file, and a driver killed in
+    between leaves files that do not fit together.
 
     Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, TPE
     learns from it; otherwise it is in the study without parameters.
