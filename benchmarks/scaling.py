@@ -163,6 +163,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
     from ray import tune
 
     from ftray.search import driver
+    from ftray.search.packs import Capacity
     from ftray.search.space import load_space
 
     cfg, made, latencies = settings(trials), {}, []
@@ -173,13 +174,13 @@ def searched(trials: int, output: Path) -> dict[str, float]:
             latencies.append(time.time() - made[result["config"]["number"], result["step"]])
 
     @contextlib.contextmanager
-    def stub(context: Any, place: Any) -> Iterator[tuple[Any, int]]:
+    def stub(context: Any, experiment: Any, trials: int) -> Iterator[tuple[Any, Capacity]]:
         """In place of :func:`ftray.search.packs.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
         from ftray.search.broker import TrialBroker
 
-        broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote()
+        broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote(trials)
         ray.get(broker.ready.remote(0, 8))
 
         def train() -> None:
@@ -195,7 +196,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
         thread = threading.Thread(target=train)
         thread.start()
-        yield broker, 8
+        yield broker, Capacity(8, time.monotonic())
         ray.get(broker.close.remote("over"))
         thread.join()
 
