@@ -92,11 +92,11 @@ class Requests(tune.Callback, tune.Stopper):
             except OSError as error:
                 self.sampler.broken = f"{self.sampler.journal.parent} can't be reached: {reason(error)}"
         running = self.sampler.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        asked = {trial.number for trial in running if trial.user_attrs.get(STOP)}
-        for number in asked - self.stopping:
+        requested = {trial.number for trial in running if trial.user_attrs.get(STOP)}
+        for number in requested - self.stopping:
             if self.broker is not None:
                 self.broker.report_early.remote(number)
-        self.stopping = asked
+        self.stopping = requested
 
     def _take_up(self, asked: Stored) -> None:
         """Write into the journal what others left in the store."""

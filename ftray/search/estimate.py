@@ -81,7 +81,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
         if corner["adapter"]["method"] in space.methods and (not known or shapes.parameters > known.parameters):
             methods[corner["adapter"]["method"]] = shapes
     largest = max(methods.values(), key=lambda shapes: shapes.parameters)
-    probe = probe_pack(context, largest.corner) if shared else probe_solo(context, largest.corner)
+    probe = probe_pack(context, largest.corner) if shared else probe_trial(context, largest.corner)
 
     records = rung_records(context.budget(), cfg)
     factor = cfg.search.reduction_factor if cfg.search.scheduler != "none" else 1
@@ -204,7 +204,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"trials": len(names), "tokens": tokens, "step": seconds, "validation": validation}
 
 
-def probe_solo(context: SearchContext, corner: Corner) -> Probe:
+def probe_trial(context: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of one trial with its own workers: validated after 1, 2 and 5 steps."""
     settings = TrainingConfig.model_validate(context.config.training.model_dump() | corner["training"])
     short = context.config.model_copy(update={"training": settings.model_copy(update={"steps": 5})})

@@ -142,7 +142,7 @@ def check_output(cfg: Config, space: Space | None) -> None:
     there = _state(output, kind)
     if there and not cfg.resume:
         raise UserError(
-            f"output {output} already holds a {kind.name} ({there}): add --resume to go on, or name another"
+            f"output {output} already holds a {kind.name} ({there}): add --resume to continue it, or name another"
         )
     if there:
         if lost := [name for name in kind.parts if not (output / name).exists()]:
