@@ -36,7 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import machine, seconds, versions
 from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 RANKS = (4, 8, 16, 32)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import compare
 from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 RANKS = (4, 8, 16, 32)
 TOKENS = 64

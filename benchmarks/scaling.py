@@ -62,7 +62,6 @@ def report(number: int, rung: int) -> dict[str, Any]:
         "step": records // 8,
         "records": records,
         "tokens": records * 100,
-        "supervised": records * 50,
         "seconds": records / 100,
         "tokens_per_second": 1e4,
         "train_loss": 1.0,
@@ -166,6 +165,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
     from ray import tune
 
     from ftray.search import driver
+    from ftray.search.packs import Capacity
     from ftray.search.space import load_space
 
     cfg, made, latencies = settings(trials), {}, []
@@ -176,29 +176,29 @@ def searched(trials: int, output: Path) -> dict[str, float]:
             latencies.append(time.time() - made[result["config"]["number"], result["step"]])
 
     @contextlib.contextmanager
-    def stub(job: Any, place: Any) -> Iterator[tuple[Any, int]]:
-        """In place of :func:`ftray.search.pack_worker.packs`: the same broker, and a thread that makes reports up."""
+    def stub(context: Any, experiment: Any, trials: int) -> Iterator[tuple[Any, Capacity]]:
+        """In place of :func:`ftray.search.packs.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
         from ftray.search.broker import TrialBroker
 
-        broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote()
+        broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000).remote(trials)
         ray.get(broker.ready.remote(0, 8))
 
         def train() -> None:
             rungs: dict[int, int] = {}
             reports: dict[int, list[Any]] = {}
-            while not (orders := ray.get(broker.orders.remote(0, reports, {})))["close"]:
-                rungs |= dict.fromkeys(orders["join"], 0)
+            while not (orders := ray.get(broker.orders.remote(0, reports, {}))).close:
+                rungs |= dict.fromkeys(orders.join, 0)
                 reports = {}
-                for number in orders["run"]:
+                for number in orders.run:
                     reports[number] = [report(number, rung) for rung in range(rungs[number] + 1)]
                     made[number, reports[number][-1]["step"]] = time.time()
                     rungs[number] += 1
 
         thread = threading.Thread(target=train)
         thread.start()
-        yield broker, 8
+        yield broker, Capacity(8, time.monotonic())
         ray.get(broker.close.remote("over"))
         thread.join()
 
@@ -206,8 +206,8 @@ def searched(trials: int, output: Path) -> dict[str, float]:
     driver.packs = stub
     driver.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
     before, started = memory(), time.monotonic()
-    job = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
-    driver.search(job, load_space("methods"), output, [Listener()])
+    context = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
+    driver.search(context, load_space("methods"), output, [Listener()])
     seconds = time.monotonic() - started
     row = {
         "trials": trials,

@@ -158,8 +158,8 @@ def run_ours(args: argparse.Namespace) -> None:
     heard: list[tuple[float, float]] = []
     path = find(cfg.model.name)
     connect(cfg)
-    job = SearchContext(cfg, path, shards(args.cache), gpus_per_worker(cfg))
-    search(job, load_space(str(output / "space.yaml")), output, [listener(heard, args.goal)])
+    context = SearchContext(cfg, path, shards(args.cache), gpus_per_worker(cfg))
+    search(context, load_space(str(output / "space.yaml")), output, [listener(heard, args.goal)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 

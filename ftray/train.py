@@ -97,7 +97,7 @@ def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> Non
     print(f"adapter {output / 'adapter'}")
 
 
-def fit(job: "SearchContext", output: Location) -> "Result":
+def fit(context: "SearchContext", output: Location) -> "Result":
     """Train to the last step; where a node that goes away cuts training off, it resumes on another.
 
     Raises:
@@ -106,16 +106,16 @@ def fit(job: "SearchContext", output: Location) -> "Result":
     from ray.train import TrainingFailedError
 
     from ftray.runtime.preemption import ending_on_sigterm, notice
-    from ftray.search.progress import last_line
+    from ftray.search.failures import last_line
     from ftray.search.trial_worker import CUT_OFF, trainer
     from ftray.training.run_spec import RunFailed
 
-    run = job.run(job.config.adapter.model_dump(), {})
+    run = context.run(context.config.adapter.model_dump(), {})
     try:
         with ending_on_sigterm(), notice():
-            result = trainer(job, run, "train", output).fit()
+            result = trainer(context, run, "train", output).fit()
             while result.return_value[CUT_OFF]:
-                result = trainer(job, run, "train", output).fit()
+                result = trainer(context, run, "train", output).fit()
     except TrainingFailedError as error:
         raise RunFailed(last_line(error)) from None
     if failure := result.return_value["failure"]:

@@ -11,6 +11,7 @@ from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
 if TYPE_CHECKING:
+    from ftray.search.results import TrialRow
     from ftray.search.space import Space
     from ftray.search.trial_worker import SearchContext
 
@@ -64,7 +65,7 @@ def run(cfg: Config) -> int:
 
 def _why_it_stopped(error: Exception, output: Location) -> str | None:
     """What the search can resume from once it is mended; None: an error of ftray itself."""
-    from ftray.search.broker import SearchBroken
+    from ftray.search.failures import SearchBroken
     from ftray.search.run_manifest import is_full
 
     if is_full(output, error):
@@ -82,10 +83,11 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: Any, output: 
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
     from ftray.runtime.cluster import on_hardware
-    from ftray.search.results import model_card, trial_rows, write_json, write_leaderboard
+    from ftray.search.model_card import model_card
+    from ftray.search.results import trial_rows, write_json, write_leaderboard
 
     started = time.monotonic()
-    job = search_for_best(cfg, space, model_path, output)
+    context = search_for_best(cfg, space, model_path, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
@@ -108,11 +110,11 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: Any, output: 
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    proof = _awaited(on_hardware(cfg, prove, job, output.absolute()))
+    proof = _awaited(on_hardware(cfg, prove, context, output.absolute()))
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
-    proof["merged"] = merged_on_hardware(job, output)
+    proof["merged"] = merged_on_hardware(context, output)
     keep_summary()
     show(rows, proof, cfg, output)
     return exit_code(best, proof["merged"])
@@ -136,21 +138,23 @@ def search_for_best(cfg: Config, space: "Space", model_path: str, output: Locati
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    job = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    context = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
     past = trial_rows(cfg, output)
-    progress = Progress(cfg.search.trials, job.budget(), cfg.search.metric, cfg.search.direction, past)
-    search(job, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
-    return job
+    progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
+    search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
+    return context
 
 
-def save_best(cfg: Config, rows: list[dict[str, Any]], tokenizer: Any, output: Location) -> dict[str, Any] | None:
+def save_best(cfg: Config, rows: "list[TrialRow]", tokenizer: Any, output: Location) -> "TrialRow | None":
     """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row."""
-    from ftray.search.results import model_card, save_best_adapter
+    from ftray.search.model_card import model_card
+    from ftray.search.results import save_best_adapter
 
     for row in rows:
         if row["checkpoint"]:
             try:
-                save_best_adapter(row["checkpoint"], model_card(cfg, row, None), tokenizer, output / "best" / "adapter")
+                card, directory = model_card(cfg, row, None), output / "best" / "adapter"
+                save_best_adapter(str(row["checkpoint"]), card, tokenizer, directory)
                 return row
             except UserError as error:  # the next best, then
                 print(f"trial {row['trial']}: {error}", flush=True)
@@ -158,21 +162,21 @@ def save_best(cfg: Config, rows: list[dict[str, Any]], tokenizer: Any, output: L
     return None
 
 
-def merged_on_hardware(job: "SearchContext", output: Location) -> dict[str, Any]:
+def merged_on_hardware(context: "SearchContext", output: Location) -> dict[str, Any]:
     """What :func:`merge_best` returns; the `reason` if its process did not survive."""
     from ray.exceptions import RayError
 
     from ftray.runtime.cluster import on_hardware
-    from ftray.search.progress import last_line
+    from ftray.search.failures import last_line
 
     try:
         # an attempt that ran out of memory would do so again, for ever
-        return _awaited(on_hardware(job.config, merge_best, job, output.absolute(), max_retries=0))
+        return _awaited(on_hardware(context.config, merge_best, context, output.absolute(), max_retries=0))
     except RayError as error:
         return {"reason": f"its process ended: {last_line(error)}"}
 
 
-def exit_code(best: dict[str, Any], merged: dict[str, Any]) -> int:
+def exit_code(best: "TrialRow", merged: dict[str, Any]) -> int:
     """0, unless there is no merged model of a method that can be merged; then says why."""
     from ftray.adapters.methods import METHODS
 
@@ -260,7 +264,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
     return cfg, space, model_path, tokenizer
 
 
-def prove(job: "SearchContext", output: Location) -> dict[str, Any]:
+def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     """Score base and best adapter on the test split; runs where the hardware is.
 
     Returns:
@@ -273,12 +277,12 @@ def prove(job: "SearchContext", output: Location) -> dict[str, Any]:
     from ftray.evaluation.metrics import compare
     from ftray.models.load import load_on_device, load_tokenizer
 
-    cfg = job.config
-    data = TokenizedData.load(job.data)
-    task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
+    cfg = context.config
+    data = TokenizedData.load(context.data)
+    task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base, str(adapter))
-    tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
         before = task.score(model, tokenizer, rows, cfg.evaluation)
@@ -296,7 +300,7 @@ def prove(job: "SearchContext", output: Location) -> dict[str, Any]:
     }
 
 
-def merge_best(job: "SearchContext", output: Location) -> dict[str, Any]:
+def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
     """Write the merged model, compared with the adapter on test records; runs where the hardware is.
 
     Returns:
@@ -307,19 +311,19 @@ def merge_best(job: "SearchContext", output: Location) -> dict[str, Any]:
     from ftray.data import TokenizedData
     from ftray.models.load import load_on_device, load_tokenizer
 
-    cfg = job.config
-    data, place = TokenizedData.load(job.data), output / "best" / "merged"
+    cfg = context.config
+    data, place = TokenizedData.load(context.data), output / "best" / "merged"
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     merged: dict[str, Any] = {"path": str(place)}
     try:
         with (output / "best" / "adapter").as_local_dir() as adapter:
             records = [row["input_ids"] for row in rows]
-            merged |= save_merged(cfg.model, job.model_path, adapter, place, data.task, records)
+            merged |= save_merged(cfg.model, context.model_path, adapter, place, data.task, records)
         if cfg.model.quantization != "none":
             with place.as_local_dir() as made:
                 whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
             quick = cfg.evaluation.model_copy(update={"generate": False})
-            tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+            tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
     except Exception as error:  # whatever it is, the search and its proof stand
         place.remove()  # one of another best, from before

@@ -183,7 +183,7 @@ CONFIG = {
     "fractions too large": (["--data.validation_fraction", "0.95"], "nothing is left to train on"),
     "template without prompt": (["--data.template", "x"], "template must hold {prompt}"),
     "batch not divisible": (["--training.micro_batch", "3"], "make it a multiple of 3"),
-    "pack under ZeRO 3": (["--pack", "4", "--training.zero_stage", "3"], "ZeRO 3 shares the base model out"),
+    "pack under ZeRO 3": (["--pack", "4", "--training.zero_stage", "3"], "ZeRO 3 shards the base model"),
     "offload without stage": (["--training.offload", "optimizer"], "needs zero_stage"),
     "output of another search": (["--output", "used"], "already holds a search (summary.json)"),
     "search without definition": (["--resume", "--output", "used"], "can't be resumed without its config.yaml"),

@@ -17,7 +17,8 @@ from ftray.models.load import load_base, load_skeleton
 from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.search.space import load_space
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 from ftray.training.zero3_trainer import Zero3Trainer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"

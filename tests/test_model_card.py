@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import InferenceClient, ModelCard
 
 from ftray.config import Config
-from ftray.search.results import model_card
+from ftray.search.model_card import model_card
 from ftray.task_spec import TASKS, TaskSpec
 
 BEST = {

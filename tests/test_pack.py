@@ -20,7 +20,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from ftray.multi_adapter.dropout import Dropout
 from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 trials = st.builds(
     Trial,

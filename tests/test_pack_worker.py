@@ -16,11 +16,12 @@ from ray.cluster_utils import Cluster
 from ftray.config import Config
 from ftray.search.broker import TrialBroker
 from ftray.search.driver import TimeBudget
-from ftray.search.pack_worker import Capacity
+from ftray.search.failures import PacksGone, TrialFailed
+from ftray.search.packs import Capacity
 from ftray.storage.location import LocalLocation
 
 
-def test_a_board_gives_room_away_and_takes_it_back():
+def test_a_broker_assigns_places_and_takes_them_back():
     async def play() -> None:
         broker = TrialBroker(4)
         await broker.ready(0, 2)
@@ -29,32 +30,36 @@ def test_a_board_gives_room_away_and_takes_it_back():
         reading = [asyncio.create_task(broker.next(number, 0)) for number in range(3)]
         await asyncio.sleep(0)
         first = await broker.orders(0, {}, {})
-        assert first["join"] == {0: {"number": 0}, 1: {"number": 1}}
-        assert first["run"] == [0, 1]
+        assert first.join == {0: {"number": 0}, 1: {"number": 1}}
+        assert first.run == [0, 1]
         second = await broker.orders(0, {0: [{"step": 5}]}, {1: "diverged"})
-        assert second["join"] == {2: {"number": 2}}  # in the place of the one that failed
-        assert second["run"] == [2]  # 0 waits until its report has been judged
+        assert second.join == {2: {"number": 2}}  # in the place of the one that failed
+        assert second.run == [2]  # 0 waits until its report has been judged
         assert await reading[0] == {"step": 5}
-        assert await reading[1] == {"failure": "diverged"}
+        with pytest.raises(TrialFailed, match="diverged"):
+            await reading[1]
         again = asyncio.create_task(broker.next(0, 1))
         await asyncio.sleep(0)
-        assert (await broker.orders(0, {}, {}))["run"] == [0, 2]
+        assert (await broker.orders(0, {}, {})).run == [0, 2]
         await broker.leave(0, for_good=False)
-        assert (await again)["failure"]
-        assert (await broker.orders(0, {}, {}))["leave"] == {0}
-        await broker.ready(0, 2)  # the workers died and came back: their trials have to be brought in again
-        assert (await broker.orders(0, {}, {}))["join"] == {2: {"number": 2}}
+        with pytest.raises(TrialFailed):
+            await again
+        assert (await broker.orders(0, {}, {})).leave == {0}
+        await broker.ready(0, 2)  # the workers died and came back: their trials have to join again
+        assert (await broker.orders(0, {}, {})).join == {2: {"number": 2}}
         await broker.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
-        assert (await broker.orders(0, {}, {}))["run"] == [2]
+        assert (await broker.orders(0, {}, {})).run == [2]
         await broker.leave(2, for_good=True)
-        await broker.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no room
-        assert (await reading[2])["failure"]
-        assert (await broker.orders(0, {}, {}))["join"] == {}
+        await broker.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no place
+        with pytest.raises(TrialFailed):
+            await reading[2]
+        assert (await broker.orders(0, {}, {})).join == {}
         await broker.enter(3, {"number": 3})
         reading.append(asyncio.create_task(broker.next(3, 0)))
         await broker.close("over")
-        assert (await broker.orders(0, {}, {}))["close"]
-        assert await reading[3] == {"closed": "over"}
+        assert (await broker.orders(0, {}, {})).close
+        with pytest.raises(PacksGone, match="over"):
+            await reading[3]
 
     asyncio.run(play())
 
@@ -73,25 +78,25 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
         await asyncio.sleep(0.1)
         assert not orders.done()  # and says at once that it may train
         reading.append(asyncio.create_task(broker.next(2, 0)))
-        assert (await orders)["run"] == [0, 1, 2]
-        assert (await broker.orders(0, {}, {}))["run"] == [0, 1, 2]  # between two rungs nobody is waited for
+        assert (await orders).run == [0, 1, 2]
+        assert (await broker.orders(0, {}, {})).run == [0, 1, 2]  # between two rungs nobody is waited for
         await asyncio.sleep(0.5)  # a step
         orders = asyncio.create_task(broker.orders(0, {n: [{"step": 5}] for n in range(3)}, {}))
         await asyncio.gather(*reading)
         reading = [asyncio.create_task(broker.next(1, 1))]
         await asyncio.sleep(0)
-        assert (await asyncio.wait_for(orders, 0.5))["run"] == [1]  # not for longer than half of what a step takes
+        assert (await asyncio.wait_for(orders, 0.5)).run == [1]  # not for longer than half of what a step takes
         reading[0].cancel()
 
     asyncio.run(play())
 
 
 def test_a_time_budget_counts_from_when_trials_can_train():
-    room = Capacity(2)
-    budget = TimeBudget(0.2, room, has_result=True)
+    capacity = Capacity(2)
+    budget = TimeBudget(0.2, capacity, has_result=True)
     time.sleep(0.3)  # nodes come up
     assert not budget.stop_all()
-    room.since = time.monotonic()
+    capacity.since = time.monotonic()
     assert not budget.stop_all()
     time.sleep(0.3)
     assert budget.stop_all()
@@ -104,7 +109,7 @@ def test_a_time_budget_waits_for_a_first_result():
     assert budget.stop_all()
 
 
-def test_a_stand_in_imports_no_torch():
+def test_the_process_of_a_trial_imports_no_torch():
     code = "import sys, ftray.search.broker; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -119,11 +124,11 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     cluster.add_node(num_cpus=2, num_gpus=2)
     code = """if True:
         import ray
-        from ftray.runtime.cluster import cpus_each, node_resources, room_for
+        from ftray.runtime.cluster import cpus_each, node_resources, workers_that_fit
         ray.init(log_to_driver=False)
         print([cpus_each(workers, gpus) for workers, gpus in [(1, 0), (2, 0), (3, 0), (9, 0), (1, 1), (2, 1), (1, 2)]])
         nodes = node_resources()
-        print([room_for(*one, nodes) for one in [(1, 0), (2, 0), (3, 0), (6, 0), (1, 1), (2, 1), (1, 0.5)]])
+        print([workers_that_fit(*one, nodes) for one in [(1, 0), (2, 0), (3, 0), (6, 0), (1, 1), (2, 1), (1, 0.5)]])
     """
     asked = os.environ | {"RAY_ADDRESS": cluster.address}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked)
@@ -196,7 +201,7 @@ def job_of_packs(tiny_llama, data, **sections):
 
 
 def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.pack_worker import pack_trainer
+    from ftray.search.packs import pack_trainer
     from ftray.search.trial_worker import trainer
 
     job = job_of_packs(tiny_llama, data, training={"steps": 6, "validation_records": 5})
@@ -260,7 +265,7 @@ def test_a_resumed_trial_reads_only_what_is_left(cluster, tiny_llama, data, tmp_
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.pack_worker import pack_trainer
+    from ftray.search.packs import pack_trainer
 
     def pages_of_a_second_buffer(config):
         """That the system has to give anew for a tensor as large as one that was just freed."""

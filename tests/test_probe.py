@@ -14,7 +14,8 @@ from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
 from ftray.serving.generation_request import Sampling
 from ftray.tasks.causal import score
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 SIZES = {
     "vocab_size": 384,

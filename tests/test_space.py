@@ -3,18 +3,23 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
+import ray
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
 from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.errors import UserError
-from ftray.search.driver import scheduler
+from ftray.search import trial_status
+from ftray.search.driver import TrialEnd, scheduler
+from ftray.search.failures import PacksGone, SearchBroken, TrialFailed, failure_reason
 from ftray.search.journal import open_journal, past_trials
 from ftray.search.results import trial_rows
 from ftray.search.run_manifest import check_output, write_definition
@@ -109,11 +114,11 @@ def test_the_default_configuration_comes_first_and_is_learnt_from_where_the_spac
         assert sampler.suggest("t1")["number"] == 1
 
 
-def test_no_more_trials_than_there_is_room_for(tmp_path):
-    room = [2]
-    sampler = Sampler(load_space("quick"), make_config(), 100, tmp_path / "study.log", lambda: room[0])
+def test_no_more_trials_than_can_run(tmp_path):
+    capacity = [2]
+    sampler = Sampler(load_space("quick"), make_config(), 100, tmp_path / "study.log", lambda: capacity[0])
     assert [bool(sampler.suggest(name)) for name in "abc"] == [True, True, False]
-    room[0] = 3  # a pack is ready, and takes more
+    capacity[0] = 3  # a pack is ready, and takes more
     assert sampler.suggest("c")["number"] == 2
     sampler.on_trial_complete("a", error=True)
     assert [bool(sampler.suggest(name)) for name in "de"] == [True, False]
@@ -408,3 +413,35 @@ def test_values_that_no_setting_can_have_are_refused_in_one_line(tmp_path, conte
         load_space(str(tmp_path / "space.yaml"))
     assert what in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_packs_that_are_gone_leave_their_trials_unfinished(tmp_path, gone):
+    """Told by the class of the exception: its message may say anything."""
+    sampler = make_sampler(tmp_path)
+    number = sampler.suggest("t0")["number"]
+    error = (PacksGone if gone else TrialFailed)("PacksGone: TrialFailed: s3://runs: no answer")
+    trial = SimpleNamespace(trial_id="t0", error_file=str(tmp_path / "error.txt"), pickled_error_file=None)
+    for raised in (error, None):  # None: its process died, with nothing but a line of Tune's own
+        if raised:
+            trial.pickled_error_file = str(tmp_path / "error.pkl")
+            wrapped = ray.exceptions.RayTaskError("train", "Traceback\nRuntimeError: of Ray's own", error)
+            (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(wrapped.as_instanceof_cause()))
+        else:
+            trial.pickled_error_file = None
+        (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\nThe actor died")
+        assert failure_reason(trial) == (str(error) if raised else "The actor died")
+    trial.pickled_error_file = str(tmp_path / "error.pkl")
+    end = TrialEnd(sampler)
+    end.on_trial_error(1, [trial], trial)
+    assert states(tmp_path) == {number: "RUNNING" if gone else "FAIL"}
+    if gone:
+        with pytest.raises(SearchBroken, match=r"^PacksGone: TrialFailed: s3://runs: no answer$"):
+            end.on_step_begin(2, [trial])
+
+
+def test_every_state_has_its_word():
+    """Those of Optuna and of Tune, as they are in the installed versions."""
+    assert {state.name for state in TrialState} == set(trial_status.IN_JOURNAL)
+    tune_states = (Trial.PENDING, Trial.RUNNING, Trial.PAUSED, Trial.TERMINATED, Trial.ERROR)
+    assert set(tune_states) == set(trial_status.IN_TUNE)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from ftray.errors import UserError
 from ftray.task_spec import task_of
 
 SAMPLES = 16  # batches that EVA repeats until the components converge
+# by model, the initial weights of an adapter that took a part of the base
+_starts: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 def takes_from_base(config: Any) -> bool:
@@ -51,7 +54,7 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
     """
     if takes_from_base(model.active_peft_config):
         tensors = get_peft_model_state_dict(model).items()
-        model.start = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors if "lora_" in name}
+        _starts[model] = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors if "lora_" in name}
     elif init == "eva":
         _eva(model, samples)
     elif init == "loftq":
@@ -61,12 +64,12 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
 def save(model: Any, directory: Path) -> None:
     """Write the adapter as a PEFT directory for the unchanged base, and the task that it is for."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    if begun := getattr(model, "start", None):
-        _take_start_away(directory, begun)
+    if start := _starts.get(model):
+        _subtract_start(directory, start)
     task_of(model.get_base_model()).save(directory)
 
 
-def _take_start_away(directory: Path, start: dict[str, torch.Tensor]) -> None:
+def _subtract_start(directory: Path, start: dict[str, torch.Tensor]) -> None:
     """Rewrite a saved LoRA B A as B A - B0 A0, of twice the rank, which fits the unchanged base.
 
     PEFT's own conversion drops other trained modules (`modules_to_save`).

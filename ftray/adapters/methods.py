@@ -257,6 +257,11 @@ def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     return for_task(METHODS[adapter.method].build(settings, targets, model, steps), model)
 
 
+def rate_ratio(adapter: AdapterConfig) -> float:
+    """The learning rate of LoRA's B, in multiples of the run's; 1 for other methods."""
+    return getattr(parameters(adapter), "rate_ratio", 1.0)
+
+
 def attach(
     model: Any, adapter: AdapterConfig, steps: int, seed: int, samples: Callable[[], list[Any]] | None = None
 ) -> Any:
@@ -290,11 +295,9 @@ def attach(
             reason = " ".join(str(error).split())
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
-    for name, parameter in adapted.named_parameters():
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            if "lora_B" in name:
-                parameter.rate = getattr(settings, "rate_ratio", 1.0)
     if named(adapter)[1].autocast and dtype != torch.float32:
         adapted.forward = torch.autocast(model.device.type, dtype)(adapted.forward)
     else:

@@ -3,8 +3,10 @@
 Registered with transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-NAME = "ftray_packed"
 SHORTEST = 16  # records of up to this many tokens are padded to one length
+_numbers = count()
 
 
 @dataclass
@@ -22,13 +24,13 @@ class Layout:
 
     Attributes:
         blocks: number of records and padded length of each group of records of similar length.
-        padded: int64 [P], the token at each place; at padding the record's last token.
-        places: int64 [T], the place of each token.
+        pad_index: int64 [P], the token at each padded position; at padding the record's last token.
+        unpad_index: int64 [T], the padded position of each token.
     """
 
     blocks: list[tuple[int, int]]
-    padded: torch.Tensor
-    places: torch.Tensor
+    pad_index: torch.Tensor
+    unpad_index: torch.Tensor
 
 
 def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
@@ -39,26 +41,26 @@ def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
     groups: dict[int, list[int]] = {}
     for record, length in enumerate(lengths.tolist()):
         groups.setdefault(max(SHORTEST, 1 << (length - 1).bit_length()), []).append(record)
-    blocks, padded, places, offset = [], [], torch.empty_like(positions), 0
+    blocks, pad_index, unpad_index, offset = [], [], torch.empty_like(positions), 0
     for records in groups.values():
         longest = int(lengths[records].max())
         inside = torch.arange(longest)
         tokens = starts[records, None] + torch.minimum(inside, lengths[records, None] - 1)
         real = inside < lengths[records, None]
-        places[tokens[real]] = offset + real.flatten().nonzero().squeeze(1)
+        unpad_index[tokens[real]] = offset + real.flatten().nonzero().squeeze(1)
         blocks.append((len(records), longest))
-        padded.append(tokens.flatten())
+        pad_index.append(tokens.flatten())
         offset += tokens.numel()
-    return Layout(blocks, torch.cat(padded).to(device), places.to(device))
+    return Layout(blocks, torch.cat(pad_index).to(device), unpad_index.to(device))
 
 
 class _Pad(torch.autograd.Function):
-    """Rows to padded places; padding has no gradient."""
+    """Rows to padded positions; padding has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return rows.index_select(0, padded)
+    def forward(ctx: Any, rows: torch.Tensor, pad_index: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(unpad_index)
+        return rows.index_select(0, pad_index)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -66,13 +68,13 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Padded places back to rows."""
+    """Padded positions back to rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, rows: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(unpad_index)
         ctx.rows = len(rows)
-        return rows.index_select(0, places)
+        return rows.index_select(0, unpad_index)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -80,7 +82,25 @@ class _Unpad(torch.autograd.Function):
         return padded.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
+def register(name: str, function: Callable[..., Any]) -> str:
+    """Register an attention with transformers, without a mask, under a new name that begins with `name`."""
+    name = f"{name}_{next(_numbers)}"
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    return name
+
+
+def packed_attention(layouts: list[Layout]) -> str:
+    """Register :func:`attention` for one model; returns the name of it.
+
+    Args:
+        layouts: holds the layout of the current row alone, set before each pass.
+    """
+    return register("ftray_packed", partial(attention, layouts))
+
+
 def attention(
+    layouts: list[Layout],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -93,7 +113,7 @@ def attention(
     """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim].
 
     Args:
-        module: holds the `layout` of the current row.
+        layouts: holds the layout of the current row alone.
         sliding_window: number of keys that a query attends to, itself included; None: all before it.
 
     Raises:
@@ -102,10 +122,10 @@ def attention(
     refuse_unknown(kwargs)
     if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
         raise NotImplementedError("attention in both directions")
-    lay: Layout = module.__dict__["layout"][0]
-    q, k, v = (_Pad.apply(t[0].transpose(0, 1), lay.padded, lay.places) for t in (query, key, value))
+    (row,) = layouts
+    q, k, v = (_Pad.apply(t[0].transpose(0, 1), row.pad_index, row.unpad_index) for t in (query, key, value))
     attended, offset = [], 0
-    for records, length in lay.blocks:
+    for records, length in row.blocks:
         block = slice(offset, offset + records * length)
         offset = block.stop
         qb, kb, vb = (t[block].view(records, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
@@ -117,7 +137,7 @@ def attention(
                 qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=qb.shape[1] != kb.shape[1]
             )
         attended.append(out.transpose(1, 2).reshape(records * length, *q.shape[1:]))
-    return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], lay.places)[None], None
+    return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], row.unpad_index)[None], None
 
 
 def refuse_unknown(arguments: Mapping[str, Any]) -> None:
@@ -142,7 +162,3 @@ def _attend(
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

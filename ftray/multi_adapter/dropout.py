@@ -37,8 +37,8 @@ class Dropout(nn.Module):
         mean = shape.numel() * self.p
         enough = int(mean + 10 * math.sqrt(mean) + 30)  # ten standard deviations
         gaps = torch.empty(enough).exponential_(-math.log1p(-self.p)).long()
-        places = (gaps + 1).cumsum(0) - 1
-        return places[: torch.searchsorted(places, shape.numel())]
+        indices = (gaps + 1).cumsum(0) - 1
+        return indices[: torch.searchsorted(indices, shape.numel())]
 
 
 def zero(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum of the losses (float32 scalar) and, bearing no gradient, the loss of each position.
+        """Weighted sum of the losses (float32 scalar), and the loss of each position, without gradient.
 
         Args:
             hidden: [S, hidden size], the head's input at the supervised positions.

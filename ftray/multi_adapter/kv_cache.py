@@ -6,18 +6,18 @@ per layer, which `transformers.Cache` carries through the model. Registered with
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from ftray.multi_adapter.attention import refuse_unknown
+from ftray.multi_adapter.attention import refuse_unknown, register
 
-NAME = "ftray_serving"
-GROWTH = 256  # tokens that a slot has room for at first; the room doubles as needed
+INITIAL_CAPACITY = 256  # tokens of a slot at first; it doubles as needed
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Step:
 
 
 class Slots(CacheLayerMixin):
-    """One layer's keys and values, [slots, heads, room, head_dim]; `step` holds the current step.
+    """One layer's keys and values, [slots, heads, capacity, head_dim]; `step` holds the current step.
 
     Values outside of all sequences must be finite too: 0 times NaN is NaN.
     """
@@ -68,7 +68,7 @@ class Slots(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = (
-            t.new_zeros(self.slots, t.shape[1], GROWTH, t.shape[3]) for t in (key_states, value_states)
+            t.new_zeros(self.slots, t.shape[1], INITIAL_CAPACITY, t.shape[3]) for t in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -103,10 +103,10 @@ class Slots(CacheLayerMixin):
 
 
 def _doubled(states: torch.Tensor) -> torch.Tensor:
-    """Double the room; the new part is not written to, so that on a CPU it takes no memory yet."""
-    slots, heads, room, size = states.shape
-    grown = states.new_zeros(slots, heads, 2 * room, size)
-    grown[:, :, :room] = states
+    """Double the capacity; the new part is not written to, so that on a CPU it takes no memory yet."""
+    slots, heads, capacity, size = states.shape
+    grown = states.new_zeros(slots, heads, 2 * capacity, size)
+    grown[:, :, :capacity] = states
     return grown
 
 
@@ -115,7 +115,17 @@ def slotted_cache(layers: int, slots: int, step: list[Step]) -> Cache:
     return Cache(layers=[Slots(slots, step) for _ in range(layers)])
 
 
+def slotted_attention(step: list[Step]) -> str:
+    """Register :func:`attention` for one model; returns the name of it.
+
+    Args:
+        step: holds the current step alone, set before each pass.
+    """
+    return register("ftray_serving", partial(attention, step))
+
+
 def attention(
+    current: list[Step],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -128,7 +138,7 @@ def attention(
     """Causal attention of each token to its own sequence.
 
     Args:
-        module: its `step` is that of the row at hand.
+        current: holds the current step alone.
         query: [1, heads, T, head_dim].
         key, value: the buffers of :class:`Slots`.
         sliding_window: keys that a query sees, itself included; None: all before it.
@@ -137,10 +147,10 @@ def attention(
         [1, T, heads, head_dim] and None.
 
     Raises:
-        NotImplementedError: the model wants more than that.
+        NotImplementedError: the model asks for soft capping or attention sinks.
     """
     refuse_unknown(kwargs)
-    step: Step = module.__dict__["step"][0]
+    (step,) = current
     heads, groups, size = query.shape[1], key.shape[1], query.shape[3]
     output = query.new_empty(query.shape[2], heads, value.shape[3])
     for slot, first, end, before in step.prompts:
@@ -173,7 +183,3 @@ def attention(
         part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, -1, q.shape[2], -1), scale=scaling)
     output[step.last] = part.reshape(slots, heads, -1)
     return output[None], None
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -42,26 +42,27 @@ class PaddedSegments:
         members: indices of the adapters.
         lengths: number of rows of each, at most L.
         rows: int64 [R], indices of the rows in the batch; None: all rows of the batch, in order.
-        chosen: int64 [K * L], the row at each place, the adapter's last one at padding; None: the batch as it is.
-        places, padding: int64, places of rows and of padding; None: there is no padding.
+        pad_index: int64 [K * L], the row at each padded position, the adapter's last one at padding; None: the batch
+            as it is.
+        unpad_index, padding_index: int64, padded positions of rows and of padding; None: there is no padding.
     """
 
     members: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: torch.Tensor | None
-    chosen: torch.Tensor | None
-    places: torch.Tensor | None
-    padding: torch.Tensor | None
+    pad_index: torch.Tensor | None
+    unpad_index: torch.Tensor | None
+    padding_index: torch.Tensor | None
 
-    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Pad [T, n] to [K, L, n], in :func:`precision`."""
-        laid = x if self.chosen is None else x.index_select(0, self.chosen)
-        return laid.to(precision(x)).view(len(self.lengths), max(self.lengths), x.shape[1])
+        padded = x if self.pad_index is None else x.index_select(0, self.pad_index)
+        return padded.to(precision(x)).view(len(self.lengths), max(self.lengths), x.shape[1])
 
-    def collect(self, grid: torch.Tensor) -> torch.Tensor:
-        """Take the rows out of the padding: [K, L, n] to [R, n]."""
-        flat = grid.flatten(0, 1)
-        return flat if self.places is None else flat.index_select(0, self.places)
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """Remove the padding: [K, L, n] to [R, n]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.unpad_index is None else flat.index_select(0, self.unpad_index)
 
 
 def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torch.device) -> list[PaddedSegments]:
@@ -116,18 +117,18 @@ class AddLowRank(torch.autograd.Function):
         The tensor that is changed in place must come first, as it may be a view (PyTorch's CopySlices).
         """
         saved: list[torch.Tensor] = []
-        for grid in layout:
-            mine = [updates[i] for i in grid.members]
-            a, b = _together(mine, precision(x))
+        for segments in layout:
+            mine = [updates[i] for i in segments.members]
+            a, b = _stacked_factors(mine, precision(x))
             scaling = torch.tensor([u.scaling for u in mine], dtype=a.dtype).to(x.device)[:, None, None]
-            hidden = (_given(x[0], grid, mine) @ a.transpose(1, 2)).mul_(scaling)
-            if grid.rows is None and grid.places is None and y.dtype is torch.bfloat16:
+            hidden = (_padded_input(x[0], segments, mine) @ a.transpose(1, 2)).mul_(scaling)
+            if segments.rows is None and segments.unpad_index is None and y.dtype is torch.bfloat16:
                 y[0].view(*hidden.shape[:2], -1).baddbmm_(hidden, b.transpose(1, 2))
-            elif grid.rows is None:
-                y[0].add_(grid.collect(hidden @ b.transpose(1, 2)))
+            elif segments.rows is None:
+                y[0].add_(segments.unpad(hidden @ b.transpose(1, 2)))
             else:
-                added = y[0].index_select(0, grid.rows) + grid.collect(hidden @ b.transpose(1, 2))
-                y[0].index_copy_(0, grid.rows, added.to(y.dtype))
+                added = y[0].index_select(0, segments.rows) + segments.unpad(hidden @ b.transpose(1, 2))
+                y[0].index_copy_(0, segments.rows, added.to(y.dtype))
             saved += [a, b, scaling, hidden]
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, *saved)
@@ -139,49 +140,50 @@ class AddLowRank(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         inner: torch.Tensor | None = None
         gradients: list[Any] = [None] * (2 * len(ctx.updates))
-        for grid, a, b, scaling, hidden in zip(ctx.layout, *(saved[i::4] for i in range(4)), strict=True):
-            mine = [ctx.updates[i] for i in grid.members]
-            outer = grid.lay_out(gradient[0])
-            if grid.padding is not None:
-                outer.flatten(0, 1).index_fill_(0, grid.padding, 0.0)
+        for segments, a, b, scaling, hidden in zip(ctx.layout, *(saved[i::4] for i in range(4)), strict=True):
+            mine = [ctx.updates[i] for i in segments.members]
+            outer = segments.pad(gradient[0])
+            if segments.padding_index is not None:
+                outer.flatten(0, 1).index_fill_(0, segments.padding_index, 0.0)
             dh = (outer @ b).mul_(scaling)
-            da = (dh.transpose(1, 2) @ _given(x[0], grid, mine)).float()
+            da = (dh.transpose(1, 2) @ _padded_input(x[0], segments, mine)).float()
             db = (outer.transpose(1, 2) @ hidden).float()
-            for k, (i, update) in enumerate(zip(grid.members, mine, strict=True)):
+            for k, (i, update) in enumerate(zip(segments.members, mine, strict=True)):
                 rank = len(update.a)
                 gradients[2 * i], gradients[2 * i + 1] = da[k, :rank], db[k, :, :rank].contiguous()
             if ctx.needs_input_grad[0]:
                 part = dh @ a
                 _drop(part, mine)
-                if grid.rows is None:
-                    inner = grid.collect(part).to(x.dtype)
+                if segments.rows is None:
+                    inner = segments.unpad(part).to(x.dtype)
                 else:
                     inner = torch.zeros_like(x[0]) if inner is None else inner
-                    inner.index_copy_(0, grid.rows, grid.collect(part).to(x.dtype))
+                    inner.index_copy_(0, segments.rows, segments.unpad(part).to(x.dtype))
         return gradient, inner if inner is None else inner[None], None, None, *gradients
 
 
-def _together(updates: list[LoraDelta], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked_factors(updates: list[LoraDelta], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """All A as [K, R, in] and all B as [K, out, R], in a few calls however many adapters there are."""
     ranks = [len(u.a) for u in updates]
     make = torch.empty if len(set(ranks)) == 1 else torch.zeros
     first = updates[0]
     a = make(len(ranks), max(ranks), first.a.shape[1], dtype=dtype, device=first.a.device)
     b = make(len(ranks), first.b.shape[0], max(ranks), dtype=dtype, device=first.a.device)
-    places = [a[k, :rank] for k, rank in enumerate(ranks)] + [b[k, :, :rank] for k, rank in enumerate(ranks)]
-    copy(places, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
+    targets = [a[k, :rank] for k, rank in enumerate(ranks)] + [b[k, :, :rank] for k, rank in enumerate(ranks)]
+    copy(targets, [u.a.detach() for u in updates] + [u.b.detach() for u in updates])
     return a, b
 
 
-def _given(x: torch.Tensor, grid: PaddedSegments, updates: list[LoraDelta]) -> torch.Tensor:
-    given = grid.lay_out(x)
-    if any(update.dropped is not None for update in updates) and given.data_ptr() == x.data_ptr():
-        given = given.clone()
-    _drop(given, updates)
-    return given
+def _padded_input(x: torch.Tensor, segments: PaddedSegments, updates: list[LoraDelta]) -> torch.Tensor:
+    """The rows of the adapters [K, L, in], with dropout."""
+    padded = segments.pad(x)
+    if any(update.dropped is not None for update in updates) and padded.data_ptr() == x.data_ptr():
+        padded = padded.clone()
+    _drop(padded, updates)
+    return padded
 
 
-def _drop(grid: torch.Tensor, updates: list[LoraDelta]) -> None:
-    for rows, update in zip(grid, updates, strict=True):
+def _drop(padded: torch.Tensor, updates: list[LoraDelta]) -> None:
+    for rows, update in zip(padded, updates, strict=True):
         if update.dropped is not None:
             zero(rows, update.dropped)

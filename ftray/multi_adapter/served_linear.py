@@ -8,7 +8,7 @@ from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.low_rank import LoraDelta, precision
 from ftray.multi_adapter.shared_linear import AdapterSegments, SharedLinear, update_of
 
-Places = tuple[tuple[int, int], ...]
+RowRanges = tuple[tuple[int, int], ...]
 
 
 class ServedSegments(AdapterSegments):
@@ -16,19 +16,19 @@ class ServedSegments(AdapterSegments):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own: dict[tuple[int, Places, tuple[int, ...]], torch.Tensor] = {}
+        self._own: dict[tuple[int, RowRanges, tuple[int, ...]], torch.Tensor] = {}
 
     def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
         super().set(spans, mask)
         self._own.clear()
 
-    def own(self, places: Places, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+    def own(self, row_ranges: RowRanges, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
         """A mask [T, sum of `ranks`] for `x` [1, T, in]: 1 at the ranks of the row's own adapter, else 0."""
-        key = x.shape[1], places, ranks
+        key = x.shape[1], row_ranges, ranks
         if key not in self._own:
             own = torch.zeros(x.shape[1], sum(ranks), device=x.device, dtype=precision(x))
             at = 0
-            for (first, end), rank in zip(places, ranks, strict=True):
+            for (first, end), rank in zip(row_ranges, ranks, strict=True):
                 own[first:end, at : at + rank] = 1
                 at += rank
             self._own[key] = own
@@ -42,7 +42,7 @@ class ServedLinear(SharedLinear):
 
     def __init__(self, base: torch.nn.Module, segments: ServedSegments):
         super().__init__(base, segments)
-        self._together: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
+        self._concatenated: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         super().join(name, layer, rng)
@@ -51,19 +51,19 @@ class ServedLinear(SharedLinear):
 
     def leave(self, name: str) -> None:
         super().leave(name)
-        self._together = None
+        self._concatenated = None
 
     def _add(
-        self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[LoraDelta]
+        self, result: torch.Tensor, x: torch.Tensor, ranges: dict[int, tuple[int, int]], updates: list[LoraDelta]
     ) -> torch.Tensor:
-        names = tuple(self.segments.spans[i][0] for i in places)
-        if self._together is None or self._together[0] != names:
+        names = tuple(self.segments.spans[i][0] for i in ranges)
+        if self._concatenated is None or self._concatenated[0] != names:
             a, b = (torch.cat(part) for part in ([u.a for u in updates], [u.b.T * u.scaling for u in updates]))
             a, b = a.to(precision(x)), b.to(precision(x))
             if not (a.isfinite().all() and b.isfinite().all()):  # NaN times 0 is NaN in the others' rows too
                 raise FloatingPointError("an adapter's weights are not finite")
-            self._together = names, a, b
-        _, a, b = self._together
-        own = self.segments.own(tuple(places.values()), tuple(len(update.a) for update in updates), x)
+            self._concatenated = names, a, b
+        _, a, b = self._concatenated
+        own = self.segments.own(tuple(ranges.values()), tuple(len(update.a) for update in updates), x)
         result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
         return result

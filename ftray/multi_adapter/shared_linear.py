@@ -24,19 +24,19 @@ class AdapterSegments:
         spans: (adapter, first row, end) of each, in order, without gaps.
         mask: int64 [records, longest] of a padded batch, 1 at tokens and 0 at padding; None: the rows lie one after
             another, without padding.
-        places: int64 [T], positions of the rows in the flattened mask; None: nothing is padded.
+        unpad_index: int64 [T], positions of the rows in the flattened mask; None: nothing is padded.
     """
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int, int]] = []
         self.mask: torch.Tensor | None = None
-        self.places: torch.Tensor | None = None
+        self.unpad_index: torch.Tensor | None = None
         self._padded: dict[tuple[int, tuple[tuple[int, int], ...]], list[PaddedSegments]] = {}
 
     def set(self, spans: list[tuple[str, int, int]], mask: torch.Tensor | None = None) -> None:
         """Describe the next batch."""
         self.spans, self.mask = spans, mask
-        self.places = None if mask is None else mask.flatten().nonzero().squeeze(1)
+        self.unpad_index = None if mask is None else mask.flatten().nonzero().squeeze(1)
         self._padded.clear()
 
     @property
@@ -44,11 +44,11 @@ class AdapterSegments:
         """Number of rows of a layer's input, padding included."""
         return self.spans[-1][2] if self.mask is None else self.mask.numel()
 
-    def padded(self, places: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[PaddedSegments]:
-        """The layout of the rows at `places` of `x` [1, T, in]; made once for all layers with these places."""
-        key = x.shape[1], places  # rows of an adapter that multiplies separately are not in `x`
+    def padded(self, row_ranges: tuple[tuple[int, int], ...], x: torch.Tensor) -> list[PaddedSegments]:
+        """The layout of these rows of `x` [1, T, in]; made once for all layers with the same ranges."""
+        key = x.shape[1], row_ranges  # rows of an adapter that multiplies separately are not in `x`
         if key not in self._padded:
-            self._padded[key] = padded_segments(places, x.shape[1], x.device)
+            self._padded[key] = padded_segments(row_ranges, x.shape[1], x.device)
         return self._padded[key]
 
 
@@ -95,14 +95,14 @@ class SharedLinear(nn.Module):
         Raises:
             PackingUnsupported: the input has other rows than the batch, as that of an expert.
         """
-        flat, places = x.reshape(1, -1, x.shape[-1]), self.segments.places
+        flat, unpad_index = x.reshape(1, -1, x.shape[-1]), self.segments.unpad_index
         if flat.shape[1] != self.segments.size:
             raise PackingUnsupported(f"a layer that it adapts is given {flat.shape[1]} of {self.segments.size} tokens")
-        if places is None:
+        if unpad_index is None:
             result = self._rows(flat)
         else:
-            own = self._rows(flat.index_select(1, places))
-            result = own.new_zeros(1, flat.shape[1], own.shape[2]).index_copy(1, places, own)
+            own = self._rows(flat.index_select(1, unpad_index))
+            result = own.new_zeros(1, flat.shape[1], own.shape[2]).index_copy(1, unpad_index, own)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,8 +124,8 @@ class SharedLinear(nn.Module):
         if kept:
             together = x if len(kept) == len(spans) else torch.cat([inputs[i] for i in kept], 1)
             ends = list(accumulate(sizes[i] for i in kept))
-            places = {i: (end - sizes[i], end) for i, end in zip(kept, ends, strict=True) if i in updates}
-            results = self._multiply(together, places, updates).split([sizes[i] for i in kept], dim=1)
+            ranges = {i: (end - sizes[i], end) for i, end in zip(kept, ends, strict=True) if i in updates}
+            results = self._multiply(together, ranges, updates).split([sizes[i] for i in kept], dim=1)
             multiplied = dict(zip(kept, results, strict=True))
         for i in own:
             layer, _ = self.members[spans[i][0]]
@@ -138,18 +138,18 @@ class SharedLinear(nn.Module):
         return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
 
     def _multiply(
-        self, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: dict[int, LoraDelta]
+        self, x: torch.Tensor, ranges: dict[int, tuple[int, int]], updates: dict[int, LoraDelta]
     ) -> torch.Tensor:
-        """Multiply `x` by the shared weight, and add the low-rank `updates` to the rows at `places`."""
+        """Multiply `x` by the shared weight, and add the low-rank `updates` to the rows in `ranges`."""
         result = self.base(x)
-        return self._add(result, x, places, [updates[i] for i in places]) if updates else result
+        return self._add(result, x, ranges, [updates[i] for i in ranges]) if updates else result
 
     def _add(
-        self, result: torch.Tensor, x: torch.Tensor, places: dict[int, tuple[int, int]], updates: list[LoraDelta]
+        self, result: torch.Tensor, x: torch.Tensor, ranges: dict[int, tuple[int, int]], updates: list[LoraDelta]
     ) -> torch.Tensor:
-        """Add the `updates` to `result`; they are those of the segments that are keys of `places`, in that order."""
+        """Add the `updates` to `result`; they belong to the segments that are keys of `ranges`, in that order."""
         factors = [factor for update in updates for factor in (update.a, update.b)]
-        return AddLowRank.apply(result, x, self.segments.padded(tuple(places.values()), x), updates, *factors)
+        return AddLowRank.apply(result, x, self.segments.padded(tuple(ranges.values()), x), updates, *factors)
 
 
 class _Answer:

@@ -1,4 +1,4 @@
-"""A base model whose parameters many adapters share, and what an adapter changes of it."""
+"""A base model whose parameters many adapters share, and the layers that an adapter changes."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from ftray.multi_adapter.shared_linear import PackingUnsupported
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is that: of a GPU, or of this machine, for which PyTorch has no class."""
+    """Whether a GPU, or this machine, ran out of memory: for the latter PyTorch has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -26,31 +26,27 @@ def share(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
-    """A :func:`share` of the base that runs the rows of many adapters.
-
-    Args:
-        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
-    """
+def shared_model(base: PreTrainedModel, implementation: str) -> Any:
+    """A :func:`share` of the base that runs the rows of many adapters, with the attention of that name."""
     shared = share(base)
     config = copy.deepcopy(base.config)
     set_attention(config, implementation)
     for module in shared.modules():
         if getattr(module, "config", None) is shared.config and module is not shared:
             module.config = config
-        module.__dict__.update(at_hand)
     shared.config = config
     return shared
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that gradients are given for, in this order."""
+    """The parameters that are trained, in the order in which gradients are given."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def train_mode(model: nn.Module) -> None:
-    """As `model.train()`, but what is frozen computes as in evaluation, where routers draw nothing and no fused kernel
-    takes the place of an adapted layer; only layers that recompute their activations ask whether it is training.
+    """As `model.train()`, but frozen modules stay in evaluation mode, but for layers that recompute their activations.
+
+    In evaluation mode routers draw no random numbers, and no fused kernel replaces an adapted layer.
     """
     model.train()
     adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)

@@ -1,4 +1,4 @@
-"""What is said of tokenized data: counts of each split, a record as the model sees it."""
+"""Shows tokenized data: counts of each split, a record as the model sees it."""
 
 from itertools import groupby, islice, repeat
 from typing import Any
@@ -8,13 +8,13 @@ from rich.text import Text
 from ftray.data import TokenizedData
 
 MASKED, LEARNT = "cyan", "bold green"
-ROWS = 8  # of a batch whose padding is told
+ROWS = 8  # of a batch whose padding is shown
 
 
 def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Text:
-    """The tokens of a row as text: those without loss in one colour, those that bear it in another.
+    """The tokens of a row as text: those without loss in one colour, those with loss in another.
 
-    Where labels aren't one a token of the text, the text is all context, and what is to be learnt follows it.
+    For a task without a label for each token, the text is all context, and the target follows it.
     """
     from ftray.task_spec import IGNORE
 
@@ -26,8 +26,8 @@ def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Te
 
 
 def describe(data: TokenizedData) -> str:
-    """A line a shape of records and one of ignored keys, of each source; a line a split: records, tokens, length
-    percentiles, what was cut; and the share of padding in a batch.
+    """Several lines: for each source its record shapes and ignored keys; for each split its records, tokens, length
+    percentiles and truncated records; the share of padding in a batch.
     """
     lines = []
     for name, summary in data.sources.items():

@@ -1,7 +1,7 @@
-"""What is said of a search that is over: leaderboard, proof, samples and where everything lies."""
+"""The output of `ftray tune` after a search: leaderboard, proof, samples and the paths of everything."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,9 +10,12 @@ from ftray.config import Config
 from ftray.storage.location import Location
 from ftray.task_spec import TaskSpec
 
+if TYPE_CHECKING:
+    from ftray.search.results import TrialRow
 
-def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
-    """The trials, best first."""
+
+def print_leaderboard(rows: list["TrialRow"], cfg: Config) -> None:
+    """Print the trials, best first."""
     from ftray.search.progress import describe
 
     table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
@@ -23,8 +26,8 @@ def print_leaderboard(rows: list[dict[str, Any]], cfg: Config) -> None:
     console().print(table)
 
 
-def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output: Location) -> None:
-    """Leaderboard, proof, samples, where everything lies and how to serve it."""
+def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Location) -> None:
+    """Print leaderboard, proof, samples, the paths of everything and how to serve it."""
     print_leaderboard(rows, cfg)
     table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")
     for name, m in proof["metrics"].items():
@@ -48,5 +51,5 @@ def show(rows: list[dict[str, Any]], proof: dict[str, Any], cfg: Config, output:
 
 
 def console() -> Console:
-    """Wide enough for a table even where output goes to a file."""
+    """A console that is wide enough for a table even if the output goes to a file."""
     return Console() if sys.stdout.isatty() else Console(width=160)

@@ -1,15 +1,40 @@
-"""How far a search is, as its output says: trials, rungs, the best so far, the time left."""
+"""The progress of a search, read from its output: trials, rungs, the best so far, the time left."""
 
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
+from ftray.training.train_state import Report, best_report, metric_value
 
-STATES = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "runs", "WAITING": "waits"}
+
+class TrialProgress(TypedDict):
+    """One trial of a search.
+
+    Attributes:
+        trial: its number.
+        configuration: on one line.
+        rung: number of rungs that it has reached.
+        records: seen at its last report.
+        value: the best of its reports; None: it made none.
+        tokens_per_second: its speed; None: it does not run.
+        reason: why it failed; None: it did not.
+        ended: seconds since 1970; None: it has not.
+    """
+
+    trial: int
+    configuration: str
+    state: TrialStatus
+    rung: int
+    records: int
+    value: float | None
+    tokens_per_second: float | None
+    reason: str | None
+    ended: float | None
 
 
 @dataclass(frozen=True)
@@ -17,11 +42,10 @@ class Search:
     """A search as its output directory shows it.
 
     Attributes:
-        total: trials that it is to have.
+        total: trials that it will have.
         budget: records of a trial that nothing stops.
-        running_since: seconds since 1970; None: it does not run.
-        trials: one dict each, by number: trial, configuration, state, rung (reached), records, value (best), speed as
-            `tokens_per_second` (None unless it runs), reason, and `ended`, seconds since 1970.
+        running_since: seconds since 1970; None: no driver runs it.
+        trials: by number.
     """
 
     metric: str
@@ -30,20 +54,24 @@ class Search:
     rungs: int
     budget: int
     running_since: float | None
-    trials: list[dict[str, Any]]
+    trials: list[TrialProgress]
 
     def summary(self) -> str:
-        """One line: how many are over, the best, the speed, and the time left or how to go on."""
+        """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
         over = [t for t in self.trials if t["ended"]]
         parts = [f"{len(over)}/{self.total} trials over"]
-        values = [(t["value"], t["trial"]) for t in self.trials if t["value"] is not None and t["state"] != "failed"]
+        values = [
+            (t["value"], t["trial"])
+            for t in self.trials
+            if t["value"] is not None and t["state"] is not TrialStatus.FAILED
+        ]
         if values:
             value, number = min(values) if self.direction == "min" else max(values)
             parts.append(f"best {self.metric} {value:.4f} (trial {number})")
         if self.running_since is None:
-            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume goes on")])
+            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
         parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
-        here = sum(t["ended"] > self.running_since for t in over)
+        here = sum((t["ended"] or 0.0) > self.running_since for t in over)
         if here and len(over) < self.total:
             left = (time.time() - self.running_since) / here * (self.total - len(over))
             parts.append(f"about {left / 60:.0f} min left")
@@ -51,7 +79,7 @@ class Search:
 
 
 def read(output: Location) -> Search:
-    """What the output directory of a search says.
+    """Read the state of a search from its output directory.
 
     Raises:
         UserError: there is no search, or it has not come to its first trial.
@@ -66,26 +94,28 @@ def read(output: Location) -> Search:
     if not (output / DATA).exists() or not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
-    metric, best = cfg.search.metric, min if cfg.search.direction == "min" else max
-    since, rows = running_since(output), []
+    metric = cfg.search.metric
+    since = running_since(output)
+    rows: list[TrialProgress] = []
     for trial in past_trials(output / JOURNAL):
-        settings, asked = trial.user_attrs, trial.state.name
-        configuration = settings.get("config") or settings.get(ADDED)
+        attributes = trial.user_attrs
+        configuration = attributes.get("config") or attributes.get(ADDED)
         if not configuration:  # its driver died before it could begin
             continue
-        reports = settings.get("reports", [])
-        runs = asked == "RUNNING" and since is not None
-        state = STATES[asked] if asked != "RUNNING" or runs else "unfinished"
+        reports: list[Report] = attributes.get("reports", [])
+        best = best_report(reports, metric, cfg.search.direction)
+        state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
+        runs = state in (TrialStatus.RUNNING, TrialStatus.STOPPING)
         rows.append(
             {
                 "trial": trial.number,
                 "configuration": describe(configuration),
-                "state": "stopping" if runs and settings.get(STOP) else state,
+                "state": state,
                 "rung": len(reports),
                 "records": reports[-1]["records"] if reports else 0,
-                "value": best((report[metric] for report in reports), default=None),
+                "value": metric_value(best, metric) if best else None,
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
-                "reason": settings.get("reason"),
+                "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
             }
         )

@@ -19,7 +19,7 @@ RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a tri
 
 
 def quiet() -> None:
-    """Silence the logs of other libraries on the terminal; must be called before they are imported."""
+    """Silence the logs of other libraries on the terminal; call it before they are imported."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ftray draws its own
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYLET_NOISE)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -83,7 +83,7 @@ def check_address(cfg: Config) -> None:
 
 
 def end_with_ray(command: str) -> None:
-    """Watch the Ray processes that this one talks to; when one is gone, end this process with one line.
+    """Watch the Ray processes that this one talks to; when one has died, end this process with one line.
 
     Ray's own calls would wait for the raylet forever (https://github.com/ray-project/ray/issues/20239), and without the
     head they end the process after a minute, with C++ stack traces.
@@ -148,17 +148,17 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def room_for(cpus: float, gpus: float, nodes: list[dict[str, float]]) -> int:
+def workers_that_fit(cpus: float, gpus: float, nodes: list[dict[str, float]]) -> int:
     """Number of workers with `cpus` and `gpus` each that `nodes` can run at once; a worker lies on one node."""
-    asked = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    return sum(int(min(node.get(kind, 0) // amount for kind, amount in asked.items())) for node in nodes)
+    needed = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in needed.items())) for node in nodes)
 
 
 def cpus_each(workers: int, gpus: float) -> int:
     """The most CPUs that each of `workers` can have, along with `gpus`, on the nodes that are running now."""
     nodes = node_resources()
     largest = int(max(node.get("CPU", 0) for node in nodes))
-    return max((cpus for cpus in range(1, largest + 1) if room_for(cpus, gpus, nodes) >= workers), default=1)
+    return max((cpus for cpus in range(1, largest + 1) if workers_that_fit(cpus, gpus, nodes) >= workers), default=1)
 
 
 def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any, max_retries: int = 3) -> Any:

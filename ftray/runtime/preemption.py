@@ -1,7 +1,7 @@
-"""Notice that a process has not long to live: SIGTERM, as spot instances and Kubernetes send it, or a drained node.
+"""Preemption: SIGTERM, as spot instances and Kubernetes send it before they end a process, or a node that Ray drains.
 
-The driver then ends, and all that it has under way writes a checkpoint before. A worker group writes its checkpoints
-and returns, to be started again, where Ray knows the node as draining on another one.
+The driver ends after its workers have written checkpoints. A worker group writes its checkpoints and returns; it is
+then started again, on another node if Ray knows its own as draining.
 https://docs.ray.io/en/latest/train/api/doc/ray.train.get_preemption_info.html
 """
 
@@ -19,71 +19,71 @@ from ftray.compat.ray_train import WorkerGroupCallback, preemption_known
 from ftray.errors import Terminated
 
 GRACE = 25.0  # seconds for checkpoints, of the 30 that Kubernetes and Google Cloud give
-_told = threading.Event()
+_preempted = threading.Event()
 
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """In the main thread, after `ray.init`, which sets a handler of its own: SIGTERM ends what is inside.
+    """End the block on SIGTERM; for the main thread, after `ray.init`, which sets a handler of its own.
 
-    There it is a KeyboardInterrupt, the one exception that Ray's calls let through.
+    Inside, SIGTERM raises KeyboardInterrupt, the one exception that Ray's calls let through.
 
     Raises:
-        Terminated: it came.
+        Terminated: SIGTERM ended the block.
     """
-    came = False
+    received = False
 
     def end(signum: int, frame: Any) -> None:
-        nonlocal came
-        came = True
+        nonlocal received
+        received = True
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
     except KeyboardInterrupt:
-        if came:
+        if received:
             raise Terminated from None
         raise
 
 
 class HeedSigterm(WorkerGroupCallback):
-    """Lets the workers of a group go on after SIGTERM, until they have seen by :func:`noticed` that it came."""
+    """Keeps the workers of a group running after SIGTERM, until they learn of it by :func:`preempted`."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """In each worker's main thread: the training function has another one, where signals can't be caught."""
+        """Set the handler in each worker's main thread; the training function runs in another, which can't."""
         worker_group.execute(_heed)
 
 
 def _heed() -> None:
-    signal.signal(signal.SIGTERM, lambda signum, frame: _told.set())
+    signal.signal(signal.SIGTERM, lambda signum, frame: _preempted.set())
 
 
-def noticed() -> bool:
-    """In a worker: whether this process, or the driver, will soon be killed. Costs no message."""
-    return _told.is_set() or preemption_known()
+def preempted() -> bool:
+    """Whether this worker, or the driver, will soon be killed; costs no message."""
+    return _preempted.is_set() or preemption_known()
 
 
 class Notice:
-    """Tells workers that the driver ends; an asyncio actor of the job, for those without a broker."""
+    """Tells workers that have no broker that the driver ends; an asyncio actor, one a Ray job."""
 
     def __init__(self) -> None:
-        self.rung = asyncio.Event()
+        self.given = asyncio.Event()
         self.listeners: dict[str, asyncio.Event] = {}
 
     async def listen(self, worker: str) -> None:
-        """Returns when the driver ends."""
+        """Wait until the driver ends."""
         self.listeners[worker] = asyncio.Event()
-        await self.rung.wait()
+        await self.given.wait()
 
     async def leave(self, worker: str) -> None:
-        """The worker has nothing left to write."""
+        """Stop listening: the worker has nothing left to write."""
         if worker in self.listeners:
             self.listeners.pop(worker).set()
 
-    async def ring(self) -> None:
-        """Returns when all have left that listen now."""
-        self.rung.set()
+    async def give(self) -> None:
+        """Give notice, and wait until all workers that listen now have left."""
+        self.given.set()
         await asyncio.gather(*(left.wait() for left in list(self.listeners.values())))
 
 
@@ -93,7 +93,7 @@ def _name() -> str:
 
 @contextmanager
 def notice() -> Iterator[None]:
-    """In the driver: if it is interrupted, workers of this job that are :func:`listening` write checkpoints first."""
+    """In the driver: if the block is interrupted, wait until workers that are :func:`listening` wrote checkpoints."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": _name(), "num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
     actor = ray.remote(Notice).options(**options).remote()
@@ -101,7 +101,7 @@ def notice() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with suppress(ray.exceptions.RayError):
-            ray.get(actor.ring.remote(), timeout=GRACE)
+            ray.get(actor.give.remote(), timeout=GRACE)
         raise
     finally:
         ray.kill(actor)
@@ -109,7 +109,7 @@ def notice() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """In a worker: :func:`noticed` hears of the driver's end too, which waits for this to be over."""
+    """In a worker: :func:`preempted` includes the end of the driver, which waits for this block to end."""
     try:
         actor, worker = ray.get_actor(_name()), ray.get_runtime_context().get_worker_id()
     except ValueError:  # the driver gives no notice
@@ -119,7 +119,7 @@ def listening() -> Iterator[None]:
     def wait() -> None:
         with suppress(ray.exceptions.RayError):  # the search is over, and the actor with it
             ray.get(actor.listen.remote(worker))
-            _told.set()
+            _preempted.set()
 
     threading.Thread(target=wait, daemon=True).start()
     try:

@@ -3,26 +3,17 @@
 import asyncio
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import tune
 
+from ftray.search.failures import PacksGone, TrialFailed
+
 PATIENCE = 5.0  # seconds an idle pack waits for orders before it asks again
 COMPANY = 5.0  # seconds, at most, that a pack with work waits for more trials to join the same step
-
-
-class TrialFailed(RuntimeError):
-    """A trial failed, and would fail again if it were restarted; the message is the reason."""
-
-
-class SearchBroken(RuntimeError):
-    """The search can't continue in this process; it can be resumed from its journal. The message says why."""
-
-
-class PacksGone(RuntimeError):
-    """No pack trains any more. The trial is unfinished: a resumed search continues it. The message is the reason."""
 
 
 @dataclass
@@ -33,17 +24,41 @@ class TrialState:
         config: the configuration that Tune gives it.
         pack: index of the pack that trains it; None while it waits for one.
         reports: all reports so far; the last one is marked `done`.
-        wanted: number of reports that Tune has asked for; the trial may train until it has made them.
-        hurried: whether it must report after its next step.
+        requested: number of reports that Tune has asked for; the trial may train until it has made them.
+        report_early: whether it must report after its next step, even between two rungs.
         failure: why it failed; None: it did not.
     """
 
     config: dict[str, Any]
     pack: int | None = None
     reports: list[dict[str, Any]] = field(default_factory=list)
-    wanted: int = 0
-    hurried: bool = False
+    requested: int = 0
+    report_early: bool = False
     failure: str | None = None
+
+    @property
+    def may_train(self) -> bool:
+        """Whether Tune waits for another report of it."""
+        return len(self.reports) < self.requested and not self.failure
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a pack must do before and in its next step.
+
+    Attributes:
+        join: by number, the configurations of trials to add.
+        leave: numbers of trials to remove.
+        run: numbers of the trials to train for one step.
+        report: those of them that must report after it, even between two rungs.
+        close: whether the pack must end.
+    """
+
+    join: dict[int, dict[str, Any]]
+    leave: set[int]
+    run: list[int]
+    report: list[int]
+    close: bool
 
 
 class TrialBroker:
@@ -53,16 +68,23 @@ class TrialBroker:
     and stop one of them, or reuse the process of a finished trial for a later one.
 
     Args:
-        trials: number of trials that the search has yet to finish.
+        total: number of trials that the search has yet to finish.
+
+    Attributes:
+        trials: by number, those that have entered and are not over.
+        over: numbers of those that are.
+        left: by pack, numbers of trials that it must remove.
+        capacities: by pack, number of trials that it can train at once; a pack that is not ready has none.
+        closed: why the broker closed; None: it did not.
     """
 
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-        self.entries: dict[int, TrialState] = {}
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.trials: dict[int, TrialState] = {}
         self.over: set[int] = set()
-        self.left: dict[int, set[int]] = {}  # by pack
+        self.left: dict[int, set[int]] = {}
         self.capacities: dict[int, int] = {}
-        self.closed: str | None = None  # the reason
+        self.closed: str | None = None
         self._sent: dict[int, float] = {}  # by pack: when its last orders were sent
         self._changed = asyncio.Condition()
 
@@ -70,7 +92,7 @@ class TrialBroker:
         """Enter a trial that is to train; a trial that is already known continues."""
         async with self._changed:
             if number not in self.over:
-                self.entries.setdefault(number, TrialState(config))
+                self.trials.setdefault(number, TrialState(config))
             self._changed.notify_all()
 
     async def next(self, number: int, heard: int) -> dict[str, Any]:
@@ -80,38 +102,39 @@ class TrialBroker:
             number: of the trial.
             heard: number of its reports that the caller already has.
 
-        Returns:
-            The report; or `failure`, the reason why the trial ended; or `closed`, the reason why the broker closed.
+        Raises:
+            TrialFailed: it failed, or is over.
+            PacksGone: the broker closed before the trial ended.
         """
         async with self._changed:
-            entry = self.entries.get(number)
-            if entry is None:
-                return {"failure": "it is over"}
-            entry.wanted = max(entry.wanted, heard + 1)
+            trial = self.trials.get(number)
+            if trial is None:
+                raise TrialFailed("it is over")
+            trial.requested = max(trial.requested, heard + 1)
             self._changed.notify_all()
             await self._changed.wait_for(
-                lambda: len(entry.reports) > heard or entry.failure or self.closed or number not in self.entries
+                lambda: len(trial.reports) > heard or trial.failure or self.closed or number not in self.trials
             )
-            if len(entry.reports) > heard:
-                return entry.reports[heard]
-            if self.closed and not entry.failure:
-                return {"closed": self.closed}
-            return {"failure": entry.failure or "it is over"}
+            if len(trial.reports) > heard:
+                return trial.reports[heard]
+            if self.closed and not trial.failure:
+                raise PacksGone(self.closed)
+            raise TrialFailed(trial.failure or "it is over")
 
-    async def hurry(self, number: int) -> None:
+    async def report_early(self, number: int) -> None:
         """Make the trial report after its next step, even between two rungs."""
         async with self._changed:
-            if number in self.entries:
-                self.entries[number].hurried = True
+            if number in self.trials:
+                self.trials[number].report_early = True
 
     async def leave(self, number: int, for_good: bool) -> None:
         """Take a trial out: `for_good` if it is over, else until it enters again."""
         async with self._changed:
             if for_good:
                 self.over.add(number)
-            entry = self.entries.pop(number, None)
-            if entry and entry.pack is not None:
-                self.left.setdefault(entry.pack, set()).add(number)
+            trial = self.trials.pop(number, None)
+            if trial and trial.pack is not None:
+                self.left.setdefault(trial.pack, set()).add(number)
             self._changed.notify_all()
 
     async def ready(self, pack: int, capacity: int) -> None:
@@ -119,9 +142,8 @@ class TrialBroker:
         async with self._changed:
             self.capacities[pack] = capacity
             self.left.pop(pack, None)
-            for entry in self.entries.values():
-                if entry.pack == pack and not entry.failure:
-                    entry.pack = None
+            for trial in self._healthy(pack).values():
+                trial.pack = None
             self._changed.notify_all()
 
     async def capacity(self, packs: int) -> int:
@@ -130,76 +152,84 @@ class TrialBroker:
         The others may still wait for the cluster to grow.
 
         Raises:
-            RuntimeError: no pack can start; the message says why.
+            PacksGone: no pack can start; the message says why.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self.capacities or self.closed)
             if self.closed:
-                raise RuntimeError(self.closed)
+                raise PacksGone(self.closed)
             return packs * max(self.capacities.values())
 
     async def ready_packs(self) -> list[int]:
         """Indices of the packs that have become ready."""
         return list(self.capacities)
 
-    async def orders(self, pack: int, reports: dict[int, list[Any]], failures: dict[int, str]) -> dict[str, Any]:
+    async def orders(self, pack: int, reports: dict[int, list[Any]], failures: dict[int, str]) -> Orders:
         """Take the results of a pack's last orders; returns its next ones, after a short wait if there are none.
 
         Args:
             pack: index of the pack.
             reports: by trial, all its reports so far.
             failures: by trial, why it failed.
-
-        Returns:
-            `join` (number to configuration), `leave` (numbers), `run` (numbers of its trials that may train), `report`
-            (those of them that must report after one step) and `close` (whether the pack must end).
         """
         clock = asyncio.get_running_loop().time
         async with self._changed:
             took = clock() - self._sent.get(pack, -math.inf)
-            changes = bool(reports or failures or self._waiting())
-            for number in reports.keys() & self.entries.keys():
-                entry = self.entries[number]
-                entry.reports += reports[number][len(entry.reports) :]
-                entry.hurried = False
-            for number in failures.keys() & self.entries.keys():
-                self.entries[number].failure = failures[number]
+            changes = bool(reports or failures or self._any_waiting())
+            self._record(reports, failures)
             self._changed.notify_all()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._work(pack)), PATIENCE)
-            if changes or self._waiting():  # a step of few trials costs nearly as much as a step of all
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait_for(lambda: self._complete(pack)), min(COMPANY, took / 2))
-            mine = {number: entry for number, entry in self.entries.items() if entry.pack == pack}
-            free = self.capacities[pack] - sum(not entry.failure for entry in mine.values())
-            join = dict([(n, e) for n, e in self.entries.items() if e.pack is None][: max(0, free)])
-            for entry in join.values():
-                entry.pack = pack
-            leave = self.left.pop(pack, set())
-            run = [n for n, e in (mine | join).items() if len(e.reports) < e.wanted and not e.failure]
+            await self._wait_until(lambda: self._has_work(pack), PATIENCE)
+            if changes or self._any_waiting():  # a step of few trials costs nearly as much as a step of all
+                await self._wait_until(lambda: self._is_complete(pack), min(COMPANY, took / 2))
             self._sent[pack] = clock()
-            return {
-                "join": {number: entry.config for number, entry in join.items()},
-                "leave": leave,
-                "run": run,
-                "report": [number for number in run if (mine | join)[number].hurried],
-                "close": self.closed is not None,
-            }
+            return self._next_orders(pack)
 
-    def _waiting(self) -> bool:
-        return any(entry.pack is None for entry in self.entries.values())
+    def _record(self, reports: dict[int, list[Any]], failures: dict[int, str]) -> None:
+        for number in reports.keys() & self.trials.keys():
+            trial = self.trials[number]
+            trial.reports += reports[number][len(trial.reports) :]
+            trial.report_early = False
+        for number in failures.keys() & self.trials.keys():
+            self.trials[number].failure = failures[number]
 
-    def _complete(self, pack: int) -> bool:
+    async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for `condition`, `seconds` at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait_for(condition), seconds)
+
+    def _next_orders(self, pack: int) -> Orders:
+        """What the pack must do now; it is given as many of the waiting trials as it can take."""
+        mine = self._healthy(pack)
+        free = max(0, self.capacities[pack] - len(mine))
+        joining = dict([(n, trial) for n, trial in self.trials.items() if trial.pack is None][:free])
+        for trial in joining.values():
+            trial.pack = pack
+        run = [number for number, trial in (mine | joining).items() if trial.may_train]
+        return Orders(
+            join={number: trial.config for number, trial in joining.items()},
+            leave=self.left.pop(pack, set()),
+            run=run,
+            report=[number for number in run if self.trials[number].report_early],
+            close=self.closed is not None,
+        )
+
+    def _healthy(self, pack: int) -> dict[int, TrialState]:
+        """The trials of a pack that have not failed."""
+        return {number: trial for number, trial in self.trials.items() if trial.pack == pack and not trial.failure}
+
+    def _any_waiting(self) -> bool:
+        return any(trial.pack is None for trial in self.trials.values())
+
+    def _is_complete(self, pack: int) -> bool:
         """Whether the pack is full, or no more trials can join it, and all its trials may train."""
-        mine = [e for e in self.entries.values() if e.pack in (pack, None) and not e.failure]
-        to_come = len(mine) < self.capacities[pack] and len(self.over | self.entries.keys()) < self.trials
-        return bool(self.closed or not (to_come or any(len(e.reports) >= e.wanted for e in mine)))
+        mine = [t for t in self.trials.values() if t.pack in (pack, None) and not t.failure]
+        to_come = len(mine) < self.capacities[pack] and len(self.over | self.trials.keys()) < self.total
+        return bool(self.closed or (not to_come and all(trial.may_train for trial in mine)))
 
-    def _work(self, pack: int) -> bool:
-        waiting = self._waiting()
-        mine = [e for e in self.entries.values() if e.pack == pack and not e.failure]
-        runs = any(len(entry.reports) < entry.wanted for entry in mine)
-        return bool(self.closed or runs or pack in self.left or (waiting and len(mine) < self.capacities[pack]))
+    def _has_work(self, pack: int) -> bool:
+        mine = self._healthy(pack).values()
+        can_join = self._any_waiting() and len(mine) < self.capacities[pack]
+        return bool(self.closed or any(trial.may_train for trial in mine) or pack in self.left or can_join)
 
     async def close(self, reason: str) -> None:
         """End all packs, and the wait of all trials, with this reason."""
@@ -233,7 +263,7 @@ class TrialProxy(tune.Trainable):
 
     def _enter(self, config: dict[str, Any]) -> None:
         self.number, self.heard = config["number"], 0
-        self._ask(self.broker.enter.remote(self.number, config))
+        self._call(self.broker.enter.remote(self.number, config))
 
     def step(self) -> dict[str, Any]:
         """Wait for the trial's next report.
@@ -242,18 +272,17 @@ class TrialProxy(tune.Trainable):
             TrialFailed: the trial failed; the message is the reason.
             PacksGone: no pack trains any more.
         """
-        report = self._ask(self.broker.next.remote(self.number, self.heard))
-        if "closed" in report:
-            raise PacksGone(report["closed"])
-        if "failure" in report:
-            raise TrialFailed(report["failure"])
+        report = self._call(self.broker.next.remote(self.number, self.heard))
         self.heard += 1
         return report
 
     @staticmethod
-    def _ask(answer: Any) -> Any:
+    def _call(result: Any) -> Any:
+        """The result of a call of the broker; raises what the broker raised."""
         try:
-            return ray.get(answer)
+            return ray.get(result)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except ray.exceptions.RayActorError:
             raise PacksGone("the process between the trials and the packs has died") from None
 
@@ -264,7 +293,7 @@ class TrialProxy(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Pause the trial, as a scheduler asks; its weights are in the pack's own checkpoint."""
-        self._ask(self.broker.leave.remote(self.number, for_good=False))
+        self._call(self.broker.leave.remote(self.number, for_good=False))
         return {"heard": self.heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:

@@ -77,11 +77,11 @@ class Requests(tune.Callback, tune.Stopper):
             except OSError as error:
                 self.sampler.broken = f"{self.sampler.journal.parent} can't be reached: {reason(error)}"
         running = self.sampler.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        asked = {trial.number for trial in running if trial.user_attrs.get(STOP)}
-        for number in asked - self.stopping:
+        requested = {trial.number for trial in running if trial.user_attrs.get(STOP)}
+        for number in requested - self.stopping:
             if self.broker is not None:
-                self.broker.hurry.remote(number)
-        self.stopping = asked
+                self.broker.report_early.remote(number)
+        self.stopping = requested
 
     def _take_up(self, requests: Location) -> None:
         """Write into the journal what others, who could not append to it, left beside it."""
@@ -96,5 +96,5 @@ class Requests(tune.Callback, tune.Stopper):
         return result["config"]["number"] in self.stopping
 
     def stop_all(self) -> bool:
-        """The search goes on."""
+        """Never: a request ends single trials."""
         return False

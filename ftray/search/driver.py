@@ -1,6 +1,5 @@
 """The search itself: Ray Tune over Optuna's suggestions, weak trials stopped early, everything resumable."""
 
-import json
 import math
 import os
 import time
@@ -8,83 +7,37 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 from ray import tune
-from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
-from ftray.runtime.cluster import node_resources, room_for
+from ftray.runtime.cluster import node_resources, workers_that_fit
 from ftray.runtime.preemption import notice
-from ftray.search.broker import PacksGone, SearchBroken, TrialEndCallback, TrialFailed, TrialProxy
+from ftray.search.broker import TrialEndCallback, TrialProxy
 from ftray.search.control import Requests
+from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.journal import past_trials
-from ftray.search.pack_worker import Capacity, packs
-from ftray.search.progress import failure_reason, training_failure
-from ftray.search.results import EXPERIMENT, JOURNAL, checkpoints, trial_name, write_json
-from ftray.search.run_manifest import is_full, packable
+from ftray.search.packs import Capacity, packs
+from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
+from ftray.search.run_manifest import packable
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler
 from ftray.search.space import Space
-from ftray.search.trial_worker import CUT_OFF, SearchContext, release, trainer
+from ftray.search.trial_runner import run_trial
+from ftray.search.trial_worker import SearchContext, release
 from ftray.storage.location import Location
 
 
-def run_trial(config: dict[str, Any], job: SearchContext, experiment: Location) -> None:
-    """A Tune trial: one `TorchTrainer`, whose reports go on to Tune.
-
-    What it came to is written down before Tune hears of it: a driver that died in between asks again, and is answered
-    from there.
-    """
-    directory = experiment / trial_name(config["number"])
-    outcome_file = directory / "outcome.json"
-    if outcome_file.exists():
-        outcome = json.loads(outcome_file.read_text())
-        for report in outcome["reports"]:
-            tune.report(report)
-    else:
-        run = job.run(config["adapter"], config["training"])
-        if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
-            directory.remove()
-        directory.mkdir(parents=True, exist_ok=True)
-        outcome = {CUT_OFF: True}
-        while outcome[CUT_OFF]:
-            outcome = _outcome(trainer(job, run, trial_name(config["number"]), experiment, [Reports()]))
-        if outcome["failure"] and is_full(experiment, RuntimeError(outcome["failure"])):
-            raise PacksGone(outcome["failure"])
-        write_json(outcome, outcome_file)
-    if outcome["failure"]:
-        raise TrialFailed(outcome["failure"])
-
-
-def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        return {"failure": training_failure(error), "reports": [], CUT_OFF: False}
-    return result.return_value
-
-
-class Reports(TuneReportCallback):
-    """Hands the workers' reports on to Tune."""
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """What only brings a checkpoint is none."""
-        if CUT_OFF not in metrics[0]:
-            super().after_report(run_context, metrics, checkpoint)
-
-
 class TimeBudget(tune.Stopper):
-    """Ends the search so many seconds after trials could train: a cluster that has to grow first costs none.
+    """Ends the search so many seconds after trials could train: the time that a cluster takes to grow doesn't count.
 
     It waits for a first result: without one, all that time would have been for nothing.
     """
 
-    def __init__(self, seconds: float, room: Capacity, has_result: bool):
-        self.seconds, self.room, self.has_result = seconds, room, has_result
+    def __init__(self, seconds: float, capacity: Capacity, has_result: bool):
+        self.seconds, self.capacity, self.has_result = seconds, capacity, has_result
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial ends by itself."""
@@ -93,12 +46,12 @@ class TimeBudget(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether the time is over."""
-        since = self.room.since
+        since = self.capacity.since
         return self.has_result and since is not None and time.monotonic() - since > self.seconds
 
 
 class TrialEnd(tune.Callback):
-    """Frees the workers of a trial soon after it was stopped, and says why a failed one failed."""
+    """Frees the workers of a trial soon after it was stopped, and records why a failed one failed."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
@@ -106,7 +59,7 @@ class TrialEnd(tune.Callback):
         self._gone = ""
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Tune goes through this many times a second.
+        """Called many times a second.
 
         Raises:
             SearchBroken: no pack trains any more, or the journal can't be written.
@@ -118,16 +71,16 @@ class TrialEnd(tune.Callback):
             self._released = time.monotonic()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It failed; or the packs did, and it is left as it is in the journal."""
+        """Record why the trial failed; if it was because the packs are gone, it stays unfinished in the journal."""
         reason = failure_reason(trial)
-        if f"{PacksGone.__name__}: " in reason:
-            self._gone = reason.rpartition(": ")[2]
+        if isinstance(trial_error(trial), PacksGone):
+            self._gone = reason
         else:
             self.sampler.fail(trial.trial_id, reason)
 
 
-def search(job: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]) -> None:
-    """Run, or go on with, the search whose journal lies in `output`, until `search.trials` are over.
+def search(context: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]) -> None:
+    """Run, or resume, the search whose journal lies in `output`, until `search.trials` are over.
 
     Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
 
@@ -136,49 +89,57 @@ def search(job: SearchContext, space: Space, output: Location, callbacks: list[t
         KeyboardInterrupt: after checkpoints; see :func:`ftray.runtime.preemption.ending_on_sigterm`.
     """
     output = output.resolve()
-    cfg, experiment, journal = job.config, output / EXPERIMENT, output / JOURNAL
-    past = [trial for trial in past_trials(journal) if trial.state.is_finished()]
+    cfg, experiment = context.config, output / EXPERIMENT
+    past = [trial for trial in past_trials(output / JOURNAL) if trial.state.is_finished()]
     if len(past) >= cfg.search.trials:
         return
-    shared = packable(cfg, space)
-    if not shared and cfg.search.pack != "off":
-        print("one trainer a trial: ZeRO 3 shares the base model out over its workers", flush=True)
-    if cfg.search.pack == "off" or not shared:
-        trainable = tune.with_parameters(run_trial, job=job, experiment=experiment)
+    if not _in_packs(context, space):
+        trainable = tune.with_parameters(run_trial, context=context, experiment=experiment)
         with notice():
-            room = Capacity(trials_that_fit(job), time.monotonic())
-            _tune(trainable, room, job, space, output, callbacks, past, None)
+            capacity = Capacity(trials_that_fit(context), time.monotonic())
+            _tune(trainable, capacity, context, space, output, callbacks, past, None)
         return
-    if not TokenizedData.load(job.data).task.load().packed:
-        print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
-    with packs(job, experiment, cfg.search.trials - len(past)) as (broker, room):
+    with packs(context, experiment, cfg.search.trials - len(past)) as (broker, capacity):
         trainable = tune.with_parameters(TrialProxy, broker=broker)
-        _tune(trainable, room, job, space, output, [*callbacks, TrialEndCallback(broker)], past, broker)
+        _tune(trainable, capacity, context, space, output, [*callbacks, TrialEndCallback(broker)], past, broker)
+
+
+def _in_packs(context: SearchContext, space: Space) -> bool:
+    """Whether trials train in packs; says so where a user may have expected something else."""
+    cfg = context.config
+    if cfg.search.pack == "off":
+        return False
+    if not packable(cfg, space):
+        print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
+        return False
+    if not TokenizedData.load(context.data).task.load().packed:
+        print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
+    return True
 
 
 def _tune(
     trainable: Any,
-    room: Capacity,
-    job: SearchContext,
+    capacity: Capacity,
+    context: SearchContext,
     space: Space,
     output: Location,
     callbacks: list[tune.Callback],
     past: list[FrozenTrial],
     broker: Any | None,
 ) -> None:
-    cfg = job.config
-    # Tune would start one trial's process after the other; `room` says how many there may be
+    cfg, budget = context.config, context.budget()
+    # Tune would start one trial's process after the other; `capacity` says how many there may be
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
-    sampler = Sampler(space, cfg, job.budget(), output / JOURNAL, lambda: room.trials)
+    sampler = Sampler(space, cfg, budget, output / JOURNAL, lambda: capacity.trials)
     requests = Requests(sampler, broker)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
-    budget = TimeBudget(cfg.search.time_budget or math.inf, room, has_result)
+    time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=scheduler(cfg, job.budget(), past),
+            scheduler=scheduler(cfg, budget, past),
             num_samples=cfg.search.trials - len(past),
             reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
@@ -188,7 +149,7 @@ def _tune(
             **output.ray_storage(),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
             callbacks=[*callbacks, TrialEnd(sampler), requests],
-            stop=CombinedStopper(budget, requests),  # in this order: the budget hears of every result
+            stop=CombinedStopper(time_budget, requests),  # in this order: the time budget hears of every result
             verbose=0,
         ),
     )
@@ -196,9 +157,11 @@ def _tune(
 
 
 def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialScheduler:
-    """What stops weak trials: they are compared at equal numbers of records seen.
+    """The scheduler that stops weak trials: they are compared at equal numbers of records seen.
 
-    ASHA compares with `past` trials too, those of a search that goes on; Hyperband begins new brackets.
+    Args:
+        budget: records of a trial that nothing stops.
+        past: finished trials of a resumed search. ASHA compares with them too; Hyperband begins new brackets.
     """
     common = {"time_attr": "records", "metric": cfg.search.metric, "mode": cfg.search.direction, "max_t": budget}
     if cfg.search.scheduler == "asha":
@@ -215,8 +178,8 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
     return FIFOScheduler()
 
 
-def trials_that_fit(job: SearchContext) -> int:
-    """Trials that the cluster, as it is now, can run at once."""
-    scaling = job.config.scaling
-    workers = room_for(scaling.cpus_per_worker or 1, job.gpus_per_worker, node_resources())
+def trials_that_fit(context: SearchContext) -> int:
+    """Number of trials that the cluster, as it is now, can run at once."""
+    scaling = context.config.scaling
+    workers = workers_that_fit(scaling.cpus_per_worker or 1, context.gpus_per_worker, node_resources())
     return max(1, workers // scaling.workers)

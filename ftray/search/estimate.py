@@ -1,4 +1,4 @@
-"""What a search would run, how much memory it would take and how long, by a probe step; nothing of it is kept."""
+"""Estimates a search from a probe step: what it would run, its memory and its time; nothing is kept."""
 
 import tempfile
 import time
@@ -18,7 +18,8 @@ from ftray.models.load import choose_dtype, load_skeleton
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, tuner_layers
 from ftray.search.driver import trials_that_fit
-from ftray.search.pack_worker import PackContext, PackWorker, pack_trainer, packs_that_fit
+from ftray.search.pack_worker import PackContext, PackWorker
+from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE
@@ -35,12 +36,12 @@ Corner = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a method's largest configuration comes to, read off the architecture.
+    """The size of a method's largest configuration, computed from the architecture.
 
     Attributes:
         parameters: trained ones.
-        activations: bytes that the backward pass keeps a token.
-        fixed: bytes that it keeps besides, however many tokens there are (as the rotations of OFT).
+        activations: bytes that are kept for the backward pass, per token.
+        fixed: further bytes, however many tokens there are (as the rotations of OFT).
         isolation_reason: why it can't share a pass with other trials; None: it can.
     """
 
@@ -53,7 +54,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured on the real model: seconds of a step and of a validation, of `trials` that train together."""
+    """Measurements on the real model: seconds of a step and of a validation of `trials` that train together."""
 
     trials: int
     tokens: int  # of the step
@@ -61,16 +62,16 @@ class Probe:
     validation: float
 
 
-def estimate(job: SearchContext, space: Space) -> dict[str, Any]:
-    """Measure and count.
+def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
+    """Estimate a search.
 
     Returns:
         `methods`, `rungs` (records and expected trials), `tokens`, `memory` (bytes a worker) and `seconds`.
     """
-    cfg, shared = job.config, packable(job.config, space) and job.config.search.pack != "off"
-    tokenized = TokenizedData.load(job.data)
+    cfg, shared = context.config, packable(context.config, space) and context.config.search.pack != "off"
+    tokenized = TokenizedData.load(context.data)
     data = tokenized.splits
-    skeleton = load_skeleton(cfg.model, job.model_path, tokenized.task).to(choose_dtype(cfg.model))
+    skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task).to(choose_dtype(cfg.model))
     length = max(2, round(data["train"].tokens / data["train"].records))
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
@@ -80,15 +81,15 @@ def estimate(job: SearchContext, space: Space) -> dict[str, Any]:
         if corner["adapter"]["method"] in space.methods and (not known or shapes.parameters > known.parameters):
             methods[corner["adapter"]["method"]] = shapes
     largest = max(methods.values(), key=lambda shapes: shapes.parameters)
-    probe = probe_pack(job, largest.corner) if shared else probe_solo(job, largest.corner)
+    probe = probe_pack(context, largest.corner) if shared else probe_trial(context, largest.corner)
 
-    records = rung_records(job.budget(), cfg)
+    records = rung_records(context.budget(), cfg)
     factor = cfg.search.reduction_factor if cfg.search.scheduler != "none" else 1
     trials = [max(1.0, cfg.search.trials / factor**k) for k in range(len(records))]
     grown = [b - a for a, b in zip([0, *records], records, strict=False)]
     seen = sum(n * more for n, more in zip(trials, grown, strict=True))
-    workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(job) if shared else 1)
-    groups = packs_that_fit(job) if shared else trials_that_fit(job)
+    workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)
+    groups = packs_that_fit(context) if shared else trials_that_fit(context)
     steps = seen * length / probe.tokens * probe.step
     validations = sum(trials) / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
@@ -117,7 +118,7 @@ def estimate(job: SearchContext, space: Space) -> dict[str, Any]:
 
 
 def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> Shapes:
-    """Count a configuration's parameters and what its backward pass keeps, on the meta device."""
+    """Count a configuration's parameters and the bytes kept for its backward pass, on the meta device."""
     with torch.device("meta"):
         model = attach(share(skeleton), without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -126,12 +127,12 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
             model.enable_input_require_grads()
         once, twice = (saved_bytes(model.train(), tokens) for tokens in (length, 2 * length))
     task = task_of(skeleton)
-    apart = None if task.load().packed else f"{task.name} pads its records"
+    isolation_reason = None if task.load().packed else f"{task.name} pads its records"
     try:
         tuner_layers(model, skeleton)
     except PackingUnsupported as error:
-        apart = apart or str(error)
-    return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), apart)
+        isolation_reason = isolation_reason or str(error)
+    return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), isolation_reason)
 
 
 def saved_bytes(model: Any, length: int) -> int:
@@ -166,51 +167,51 @@ def base_bytes(cfg: ModelConfig, skeleton: Any) -> float:
     return sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters())
 
 
-def probe_pack(job: SearchContext, corner: Corner) -> Probe:
+def probe_pack(context: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
-        config = {"job": job, "corner": corner}
-        result = pack_trainer(job, _probe_worker, config, "plan", LocalLocation(scratch)).fit()
+        config = {"context": context, "corner": corner}
+        result = pack_trainer(context, _probe_worker, config, "plan", LocalLocation(scratch)).fit()
     return Probe(**result.return_value)
 
 
 def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ftray.training.pack_trainer import PackTrainer
 
-    job: SearchContext = config["job"]
-    cfg, run = job.config, job.run(config["corner"]["adapter"], config["corner"]["training"])
-    task = TokenizedData.load(job.data).task
-    trainer = PackTrainer(cfg.model, job.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
-    trainer.measure = job.measure()
-    group = PackWorker(PackContext(job, None, 0, LocalLocation()), trainer)
-    names = [str(n) for n in range(group.measured_capacity())]
+    context: SearchContext = config["context"]
+    cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
+    task = TokenizedData.load(context.data).task
+    trainer = PackTrainer(cfg.model, context.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
+    trainer.measure = context.measure()
+    worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
+    names = [str(n) for n in range(worker.measured_capacity())]
     for name in names:
         trainer.join(name, run)
-        trainer.trials[name].batches = group.batches(run, 0)
+        trainer.trials[name].batches = worker.batches(run, 0)
     failed = trainer.step(names)  # the first one warms up
     before = {name: trainer.trials[name].history.tokens for name in names}
     started = time.monotonic()
     failed |= trainer.step([name for name in names if name not in failed])
     seconds = time.monotonic() - started
     tokens = sum(trainer.trials[name].history.tokens - before[name] for name in names if name not in failed)
-    batch = next(iter(group.validation()))
+    batch = next(iter(worker.validation()))
     started = time.monotonic()
     trainer.validate([name for name in names if name not in failed], [batch])
-    held_out = group.data.splits["validation"]
+    held_out = worker.data.splits["validation"]
     read = held_out.tokens * min(1.0, cfg.training.validation_records / held_out.records)
     share = trainer.pack.task.tokens(batch) * trainer.world_size / read
     validation = (time.monotonic() - started) / min(1.0, share)
     return {"trials": len(names), "tokens": tokens, "step": seconds, "validation": validation}
 
 
-def probe_solo(job: SearchContext, corner: Corner) -> Probe:
+def probe_trial(context: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of one trial with its own workers: validated after 1, 2 and 5 steps."""
-    settings = TrainingConfig.model_validate(job.config.training.model_dump() | corner["training"])
-    short = job.config.model_copy(update={"training": settings.model_copy(update={"steps": 5})})
-    run = SearchContext(short, job.model_path, job.data, job.gpus_per_worker).run(corner["adapter"], corner["training"])
-    run = replace(run, evaluate_at=(1, 2, 5))
+    settings = TrainingConfig.model_validate(context.config.training.model_dump() | corner["training"])
+    short = context.config.model_copy(update={"training": settings.model_copy(update={"steps": 5})})
+    short_search = replace(context, config=short)
+    run = replace(short_search.run(corner["adapter"], corner["training"]), evaluate_at=(1, 2, 5))
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
-        first, second, last = trainer(job, run, "plan", LocalLocation(scratch)).fit().return_value["reports"]
+        first, second, last = trainer(context, run, "plan", LocalLocation(scratch)).fit().return_value["reports"]
     one, three = second["seconds"] - first["seconds"], last["seconds"] - second["seconds"]
     step = max(1e-3, (three - one) / 2)
     return Probe(1, (last["tokens"] - second["tokens"]) // 3, step, max(0.0, one - step))
@@ -218,7 +219,7 @@ def probe_solo(job: SearchContext, corner: Corner) -> Probe:
 
 def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
     if not packable(cfg, space):
-        return "workers of its own: ZeRO 3 shares the base model out over them"
+        return "workers of its own: ZeRO 3 shards the base model over them"
     if cfg.search.pack == "off":
         return "workers of its own: pack off"
     return (
@@ -229,7 +230,7 @@ def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """The plan for people."""
+    """Print the plan."""
     table = Table("method", "runs", "largest configuration", "trained parameters", title="methods")
     for name, method in result["methods"].items():
         largest = " ".join(f"{k}={v}" for k, v in method["largest"].items() if k != "method")

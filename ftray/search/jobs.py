@@ -12,14 +12,14 @@ SAYS = "output   "  # how the driver's log names its output
 
 
 def announce(output: Location) -> None:
-    """Say in the job's log where the search is."""
+    """Print the output of the search in the job's log, where :func:`output_of` finds it."""
     print(f"{SAYS}{output.absolute()}", flush=True)
 
 
 def output_of(cfg: Config) -> Location:
     """The output that `--run` names.
 
-    A job is asked for at `scaling.address`, else as Ray's own commands do (`RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`).
+    A job is looked up at `scaling.address`, else where Ray's own commands do (`RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`).
 
     Raises:
         UserError: there is no such job, its search has not begun, or this machine does not see its output.
@@ -47,9 +47,10 @@ def _log(job: str, address: str | None) -> str:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address).get_job_logs(job)
+        client = JobSubmissionClient(address)
+        if not any(job in (known.submission_id, known.job_id) for known in client.list_jobs()):
+            raise UserError(f"job {job}: no job of that id (ray job list)")
+        return client.get_job_logs(job)
     except (RuntimeError, ConnectionError, ValueError) as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "does not exist" in str(error):
-            why = "no job of that id (ray job list)"
         raise UserError(f"job {job}: {why}") from None

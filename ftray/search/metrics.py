@@ -1,4 +1,4 @@
-"""A search in numbers for Prometheus, by Ray's own exporter on every node (see cluster/observability)."""
+"""Metrics of a search for Prometheus, exported by Ray on every node (see cluster/observability)."""
 
 import time
 from collections import Counter as Counts
@@ -10,13 +10,13 @@ from ray.tune.experiment import Trial
 from ray.util.metrics import Counter, Gauge
 
 from ftray.config import Config
-from ftray.search.progress import STATUS
+from ftray.search.trial_status import IN_TUNE
 
 EVERY = 2.0  # seconds
 
 
 class Metrics(tune.Callback):
-    """What Tune's driver knows: trials by state, the best value, tokens a second, records trained at each rung.
+    """The metrics of Tune's driver: trials by state, the best value, tokens a second, records trained at each rung.
 
     Ray puts `ray_` before the names.
     """
@@ -32,7 +32,7 @@ class Metrics(tune.Callback):
         return {**self.__dict__, "_gauges": {}}
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """Make the metrics; all bear the name of the search's output."""
+        """Make the metrics; all are tagged with the search's output."""
         search = {"search": self.cfg.output}
         made = {
             "trials": Gauge("ftray_trials", "trials by state", ("search", "state")),
@@ -47,26 +47,26 @@ class Metrics(tune.Callback):
         self._gauges = made
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Count the trials now and then: Tune goes through this many times a second."""
+        """Count the trials every few seconds; Tune calls this many times a second."""
         if time.monotonic() - self._counted >= EVERY:
             self._counted = time.monotonic()
             self._count(trials)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """Count them as they end."""
+        """Count the trials as they ended."""
         self._count(trials)
 
     def _count(self, trials: list[Trial]) -> None:
-        counts = Counts(STATUS.get(trial.status, trial.status) for trial in trials)
-        for state in STATUS.values():
-            self._gauges["trials"].set(counts[state], {"state": state})
+        counts = Counts(IN_TUNE[trial.status] for trial in trials)
+        for state in IN_TUNE.values():
+            self._gauges["trials"].set(counts[state], {"state": state.value})
         running = [t.last_result or {} for t in trials if t.status == Trial.RUNNING]
         self._gauges["speed"].set(sum(result.get("tokens_per_second", 0.0) for result in running))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A rung is reached."""
+        """Count the records of a rung."""
         more = result["records"] - self._records.get(trial.trial_id, 0)
         self._records[trial.trial_id] = result["records"]
         if more > 0:
@@ -77,7 +77,7 @@ class Metrics(tune.Callback):
 
 
 class PackMetrics:
-    """What a pack's first worker knows: how many trials it holds, how fast it is, what memory it takes."""
+    """The metrics of a pack, from its first worker: number of trials, speed and memory."""
 
     def __init__(self, search: str, pack: int):
         tags = {"search": search, "pack": str(pack)}
@@ -89,7 +89,7 @@ class PackMetrics:
         self._process = psutil.Process()
 
     def step(self, trials: int, tokens: int, seconds: float) -> None:
-        """One step of all of them was made."""
+        """Set the metrics after a step of `trials` trials."""
         import torch
 
         self.trials.set(trials)

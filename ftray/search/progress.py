@@ -1,8 +1,7 @@
-"""What a person sees while a search runs: a live table on a terminal, plain lines elsewhere."""
+"""Shows a search while it runs: a live table on a terminal, plain lines elsewhere."""
 
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -11,7 +10,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-STATUS = {"PENDING": "waits", "RUNNING": "runs", "PAUSED": "paused", "TERMINATED": "done", "ERROR": "failed"}
+from ftray.search.failures import failure_reason
+from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
+
+if TYPE_CHECKING:
+    from ftray.search.results import TrialRow
 
 
 class Progress(tune.Callback):
@@ -20,16 +23,16 @@ class Progress(tune.Callback):
     Args:
         total: trials of the whole search.
         budget: records that a trial sees when nothing stops it.
-        past: rows of :func:`ftray.search.results.trial_rows`, of a search that goes on.
+        past: rows of :func:`ftray.search.results.trial_rows`, if the search is resumed.
     """
 
-    def __init__(self, total: int, budget: int, metric: str, direction: str, past: list[dict[str, Any]]):
+    def __init__(self, total: int, budget: int, metric: str, direction: str, past: list["TrialRow"]):
         self.total, self.budget, self.metric, self.direction = total, budget, metric, direction
-        self._over_before = sum(row["status"] != "unfinished" for row in past)
+        self._over_before = sum(row["status"] is not TrialStatus.UNFINISHED for row in past)
         self._values_before = [
             (row["value"], f"trial {row['trial']}")
             for row in past
-            if row["status"] not in ("unfinished", "failed") and row["value"] is not None
+            if row["status"] not in (TrialStatus.UNFINISHED, TrialStatus.FAILED) and row["value"] is not None
         ]
         self._live: Live | None = None
         self._trials: list[Trial] = []
@@ -47,17 +50,17 @@ class Progress(tune.Callback):
             self._live.start()
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Take the trials as they are now."""
+        """Note the trials as they are now."""
         self._trials = trials
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Announce a trial."""
+        """Print that a trial starts."""
         self._line(f"{label(trial)} starts: {describe(trial.config)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show a rung's result."""
+        """Print a rung's result."""
         self._trials = trials
         self._line(
             f"{label(trial)} {result['records']}/{self.budget} records: {self.metric} {result[self.metric]:.4f}, "
@@ -65,16 +68,15 @@ class Progress(tune.Callback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Say whether a trial finished or was stopped."""
-        stopped = (trial.last_result or {}).get("records", 0) < 0.95 * self.budget
-        self._line(f"{label(trial)} {'stopped early' if stopped else 'finished'}")
+        """Print whether a trial finished or was stopped."""
+        self._line(f"{label(trial)} {ended_status((trial.last_result or {}).get('records', 0), self.budget)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Say why a trial failed."""
+        """Print why a trial failed."""
         self._line(f"{label(trial)} failed: {failure_reason(trial)}")
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """Take the live table away."""
+        """Remove the live table."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -106,7 +108,7 @@ class Progress(tune.Callback):
             table.add_row(
                 label(trial).removeprefix("trial "),
                 describe(trial.config),
-                STATUS.get(trial.status, trial.status.lower()),
+                IN_TUNE[trial.status],
                 f"{result.get('records', 0)}/{self.budget}",
                 "" if value is None else f"{value:.4f}",
                 "" if speed is None else f"{speed:.0f}",
@@ -124,24 +126,6 @@ def describe(config: dict[str, Any]) -> str:
     adapter, training = config["adapter"], config["training"]
     settings = {k: v for k, v in (adapter | training).items() if k != "method"}
     return " ".join([adapter["method"], *(f"{k}={_short(v)}" for k, v in settings.items())])
-
-
-def failure_reason(trial: Trial) -> str:
-    """The last line of what a trial raised, without Ray's wrapping."""
-    # Tune's own get_error() reads the copy in storage, which may not be there yet
-    error = Path(trial.error_file).read_text() if trial.error_file else ""
-    return last_line(error).rpartition("TrialFailed: ")[2]
-
-
-def training_failure(error: Exception) -> str:
-    """Why a `TorchTrainer` gave up: what its workers raised, where it was they."""
-    failures = getattr(error, "worker_failures", {}).values()
-    return "; ".join(sorted({last_line(failure) for failure in failures})) or last_line(error)
-
-
-def last_line(error: object) -> str:
-    """The last line of a message that may be a traceback."""
-    return ([line.strip() for line in str(error).splitlines() if line.strip()] or ["unknown"])[-1]
 
 
 def _short(value: Any) -> str:

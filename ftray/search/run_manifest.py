@@ -88,7 +88,7 @@ def packable(cfg: Config, space: Space) -> bool:
     stages = {cfg.training.zero_stage, *(corner["training"].get("zero_stage", 0) for corner in space.corners())}
     if 3 in stages and isinstance(cfg.search.pack, int):
         raise UserError(
-            f"search.pack {cfg.search.pack}: ZeRO 3 shares the base model out over the workers of one trial; "
+            f"search.pack {cfg.search.pack}: ZeRO 3 shards the base model over the workers of one trial; "
             "take zero_stage 0, 1 or 2, or pack off"
         )
     return 3 not in stages
@@ -136,7 +136,7 @@ def check_output(cfg: Config, space: Space | None) -> None:
     there = _state(output, kind)
     if there and not cfg.resume:
         raise UserError(
-            f"output {output} already holds a {kind.name} ({there}): add --resume to go on, or name another"
+            f"output {output} already holds a {kind.name} ({there}): add --resume to continue it, or name another"
         )
     if there:
         if lost := [name for name in kind.parts if not (output / name).exists()]:
@@ -151,11 +151,15 @@ def check_output(cfg: Config, space: Space | None) -> None:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a {kind.name} needs at least 1 GiB")
 
 
-def is_full(output: Location, error: BaseException) -> bool:
-    """Whether `error` was caused by a full disk or an exhausted quota; any library may have wrapped it."""
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
+def is_full(output: Location, error: BaseException | None) -> bool:
+    """Whether the disk of `output` is full, or its quota exhausted, or `error` was caused by that.
+
+    Libraries wrap such an error, and Ray passes the text of what a worker raised on without its cause: the text counts.
+    """
+    chain: list[BaseException] = []
+    while error:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
     if any((isinstance(e, OSError) and e.errno in FULL) or os.strerror(errno.ENOSPC) in str(e) for e in chain):
         return True
     return output.is_full()

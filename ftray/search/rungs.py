@@ -1,4 +1,4 @@
-"""How much a trial trains, and where on the way it is compared with others."""
+"""How many records a trial sees, and after how many it is compared with others."""
 
 from ftray.config import Config
 
@@ -12,7 +12,7 @@ def budget(cfg: Config, records: int) -> int:
 
 
 def rung_records(budget: int, cfg: Config) -> list[int]:
-    """Records seen at each rung, last one `budget`: geometric, as ASHA (arXiv 1810.05934) wants them."""
+    """Records seen at each rung, the last one `budget`: geometric, as in ASHA (arXiv 1810.05934)."""
     if cfg.search.scheduler == "none":
         n = cfg.training.evaluations
         return [max(1, round(budget * k / n)) for k in range(1, n + 1)]

@@ -13,9 +13,10 @@ from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import Space
+from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-REPORTED = ("step", "records", "tokens", "supervised", "seconds", "tokens_per_second")
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, beside the search's metric
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
@@ -37,18 +38,18 @@ def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
 class Sampler(Searcher):
     """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
 
-    The journal holds all that a search is: it is written line by line, so a driver may die at any time and the next
-    one goes on from it. Ray Tune's own saved state is not used: it is copied aside file by file, and a driver killed
-    in between leaves files that do not fit together.
+    The journal holds the whole state of a search. It is written line by line: a driver may die at any time, and the
+    next one resumes from it. Ray Tune's own saved state is not used: it is copied file by file, and a driver killed in
+    between leaves files that do not fit together.
 
     Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, TPE
     learns from it; otherwise it is in the study without parameters.
     """
 
-    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, room: Callable[[], int]):
-        """`room` gives the trials that may run at once, which may change."""
+    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, capacity: Callable[[], int]):
+        """`capacity` returns the number of trials that may run at once, which may change."""
         super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
-        self.room, self._live = room, set[str]()
+        self.capacity, self._live = capacity, set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
@@ -79,9 +80,9 @@ class Sampler(Searcher):
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
         Trials that the journal holds as running come first: whoever ran them is gone. Then those that were added.
-        None while there is no room.
+        None while as many trials run as can.
         """
-        if len(self._live) >= min(self.room(), self.cfg.search.concurrency or math.inf):
+        if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
             return None
         self._live.add(trial_id)
         trial = self._next_trial()
@@ -130,8 +131,10 @@ class Sampler(Searcher):
         if error or not result or self.metric not in result or trial_id in self._told:
             return
         self.on_trial_result(trial_id, result)
-        early, value = result["records"] < 0.95 * self.budget, result[self.metric]
-        self._tell(trial_id, *((TrialState.PRUNED, None) if early else (TrialState.COMPLETE, value)))
+        if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:
+            self._tell(trial_id, TrialState.COMPLETE, result[self.metric])
+        else:
+            self._tell(trial_id, TrialState.PRUNED, None)
 
     def fail(self, trial_id: str, reason: str) -> None:
         """Tell Optuna that a trial failed, and why: Tune itself gives a search algorithm no reason."""

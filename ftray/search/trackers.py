@@ -1,4 +1,4 @@
-"""Where a search's curves go besides its journal: Ray's callbacks for TensorBoard, MLflow, Weights & Biases."""
+"""Experiment trackers: Ray's callbacks for TensorBoard, MLflow, Weights & Biases."""
 
 import netrc
 import os
@@ -14,10 +14,10 @@ PROJECT = "ftray"  # of Weights & Biases, unless WANDB_PROJECT names another
 
 
 def check_trackers(cfg: Config) -> None:
-    """What can be found wrong without Ray.
+    """Check the trackers, as far as that needs no Ray.
 
     Raises:
-        UserError: the tracker isn't installed, or does not know where to write.
+        UserError: a tracker isn't installed, or has nowhere to write to.
     """
     for name in set(cfg.search.trackers) - {"tensorboard"}:
         if find_spec(name) is None:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,20 +18,21 @@ from ftray.compat.ray_train import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
-from ftray.runtime.preemption import HeedSigterm, listening, noticed
+from ftray.runtime.preemption import HeedSigterm, listening, preempted
 from ftray.search.rungs import budget, rung_records
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
 from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 
-CUT_OFF = "cut_off"  # marks a report that is none, but brings a checkpoint from between two rungs
-# of glibc, for workers: memory in huge pages; what a step frees stays for the next one instead of going back; and one
-# arena, as those of other threads than the first, in which Ray Train runs a worker, give all that is large back at once
+CUT_OFF = "cut_off"  # marks a report without metrics, which only brings a checkpoint from between two rungs
+# settings of glibc for workers: memory in huge pages; what a step frees is kept for the next step, not returned to the
+# system; one arena, because the arenas of all threads but the first return what is large at once, and Ray Train runs
+# the worker's function in another thread
 MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
     f":glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
 }
-LOSSES = ("validation_loss", "validation_perplexity")  # what validation gives without predicting anything
+LOSSES = ("validation_loss", "validation_perplexity")  # metrics of a validation without predictions
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SearchContext:
 
         Args:
             adapter: fields of AdapterConfig.
-            training: fields of TrainingConfig that differ from the job's own.
+            training: fields of TrainingConfig that differ from the search's own.
         """
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
         steps = max(1, round(self.budget() / settings.batch_size))
@@ -61,7 +62,10 @@ class SearchContext:
         )
 
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
-        """Gives the metrics of the task (`validation_<name>`) over validation records; None where the loss is all."""
+        """A function that measures the metrics of the task (`validation_<name>`) on the validation records.
+
+        None if the search's metric is a loss, which every validation gives.
+        """
         from ftray.models.load import load_tokenizer
 
         cfg, data = self.config, TokenizedData.load(self.data)
@@ -82,17 +86,18 @@ class SearchContext:
 
 
 def trainer(
-    job: SearchContext, run: RunSpec, name: str, storage: Location, callbacks: list[Any] | None = None
+    context: SearchContext, run: RunSpec, name: str, storage: Location, callbacks: list[Any] | None = None
 ) -> TorchTrainer:
-    """A `TorchTrainer` for `run`; one of the same name and storage goes on from its last checkpoint."""
-    data, seed = TokenizedData.load(job.data), run.training.seed
+    """A `TorchTrainer` for `run`; one of the same name and storage resumes from its last checkpoint."""
+    data, seed = TokenizedData.load(context.data), run.training.seed
     datasets = {"validation": validation_row_groups(data, run.training.validation_records)}
-    cpus = job.config.scaling.cpus_per_worker or 1
-    return group_trainer(job, train_worker, {"run": run, "job": job}, cpus, datasets, seed, name, storage, callbacks)
+    cpus = context.config.scaling.cpus_per_worker or 1
+    config = {"run": run, "context": context}
+    return group_trainer(context, train_worker, config, cpus, datasets, seed, name, storage, callbacks)
 
 
 def group_trainer(
-    job: SearchContext,
+    context: SearchContext,
     worker: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     cpus: float,
@@ -110,33 +115,35 @@ def group_trainer(
         worker,
         train_loop_config=config,
         datasets=datasets,
-        dataset_config=RankedShards(TokenizedData.load(job.data), seed),
-        torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker else "gloo"),
+        dataset_config=RankedShards(TokenizedData.load(context.data), seed),
+        torch_config=TorchConfig(backend="nccl" if context.gpus_per_worker else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=job.config.scaling.workers,
-            use_gpu=job.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cpus} | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
+            num_workers=context.config.scaling.workers,
+            use_gpu=context.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": context.gpus_per_worker} if context.gpus_per_worker else {}),
         ),
         run_config=train.RunConfig(
             name=name,
             **storage.ray_storage(),
-            failure_config=train.FailureConfig(max_failures=job.config.search.max_failures),
+            failure_config=train.FailureConfig(max_failures=context.config.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute=job.config.search.metric,
-                checkpoint_score_order=job.config.search.direction,
+                checkpoint_score_attribute=context.config.search.metric,
+                checkpoint_score_order=context.config.search.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
-            # ZeRO 3 has its own way with memory: see ftray.training.engine.return_freed_memory
-            worker_runtime_env={"env_vars": MALLOC} if job.config.training.zero_stage < 3 else None,
+            # under ZeRO 3 freed memory goes back to the system: see ftray.training.engine.return_freed_memory
+            worker_runtime_env={"env_vars": MALLOC} if context.config.training.zero_stage < 3 else None,
         ),
     )
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs; returns all `reports`, and the `failure` that no restart would mend (None: finished).
+    """Run one worker of a trainer.
 
-    Or `cut_off`: it had to end before its last step, and its trainer will go on from there.
+    Returns:
+        `reports`: all so far; `failure`: the reason why the run gives no result, however often it is restarted, else
+        None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again.
     """
     from ftray.adapters.lora_init import SAMPLES
     from ftray.multi_adapter.shared_model import out_of_memory
@@ -162,16 +169,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     make = Zero3Trainer if run.training.zero_stage == 3 else SingleRunTrainer
     trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
-    trainer.measure, trainer.noticed = config["job"].measure(), noticed
+    trainer.measure, trainer.preempted = config["context"].measure(), preempted
     if _restore(trainer):
-        for past in trainer.history.reports:  # whoever listens now may have heard none of them
-            train.report(past)
+        for past in trainer.history.reports:  # this driver may not have received them
+            train.report(dict(past))
 
-    def report(metrics: dict[str, Any]) -> None:
+    def report(metrics: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             trainer.save(directory)
             seal(Path(directory), trainer.rank, trainer.world_size)
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(directory))
+            train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(directory))
 
     failure = None
     try:
@@ -190,7 +197,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restore(trainer: Any) -> bool:
-    """Go on from the newest checkpoint that is whole; whether there is one."""
+    """Resume from the newest checkpoint that is whole; returns whether there is one."""
     newest = train.get_checkpoint()
     if newest is None:
         return False
@@ -203,10 +210,10 @@ def _restore(trainer: Any) -> bool:
 
 
 def release(everything: bool = False) -> None:
-    """Give back what trainers of this job still hold that were stopped, and so couldn't tidy up after themselves.
+    """Release the resources of stopped trainers of this Ray job, which couldn't do so themselves.
 
     Args:
-        everything: also what those hold that are about to stop.
+        everything: also release those of trainers that are about to stop.
     """
     job = ray.get_runtime_context().get_job_id()
     for group in placement_groups():

@@ -56,7 +56,7 @@ class ModelRunner:
         self.max_length = int(getattr(text, "max_position_embeddings", 0) or 2**31)
         self._segments = ServedSegments()
         self._step: list[kv_cache.Step] = []
-        self._model = shared_model(base, kv_cache.NAME, step=self._step)
+        self._model = shared_model(base, kv_cache.slotted_attention(self._step))
         self._cache = kv_cache.slotted_cache(text.num_hidden_layers, slots, self._step)
         self.isolation_reason = self._find_isolation_reason()
         self.can_cache = self._probe_cache()

@@ -1,7 +1,7 @@
 """AdaLoRA's rank allocation (https://arxiv.org/abs/2303.10512) under DeepSpeed.
 
 PEFT's `update_and_allocate` reads `p.grad` after the optimiser step and zeroes singular values in place. ZeRO
-keeps gradients and weights elsewhere, so both are handed over by DeepSpeed's `safe_get/set` functions.
+keeps gradients and weights elsewhere, so both go through DeepSpeed's `safe_get/set` functions.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 def orthogonality(factors: list[torch.Tensor]) -> torch.Tensor:
     """The paper's regularisation (its equation 4), as PEFT weighs it: mean distance of A Aᵀ and Bᵀ B from one.
 
-    PEFT adds it to the loss that a model computes by itself; ours is computed outside of the model.
+    PEFT adds it to the loss that a model computes by itself; here the loss is computed outside of the model.
 
     Args:
         factors: all `lora_A` [rank, in] and `lora_B` [out, rank].
@@ -40,7 +40,7 @@ class RankAllocation:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def penalty(self) -> torch.Tensor | float:
-        """What :func:`orthogonality` adds to the loss; 0 for other methods."""
+        """The weighted :func:`orthogonality`, to be added to the loss; 0 for other methods."""
         if not self.active:
             return 0.0
         import deepspeed
@@ -52,7 +52,7 @@ class RankAllocation:
         return self.weight * orthogonality(whole)
 
     def before_step(self) -> None:
-        """Keep the gradients that the step is about to clear."""
+        """Keep the gradients, which the step will clear."""
         if self.active:
             from deepspeed.utils import safe_get_full_grad
 
@@ -61,7 +61,7 @@ class RankAllocation:
                 self.gradients[name] = gradient.clone()  # type: ignore[union-attr]  # backward has just filled it
 
     def after_step(self, step: int) -> None:
-        """Update importances with the kept gradients and mask what the budget at `step` (from 0) leaves out."""
+        """Update importances with the kept gradients; mask the ranks beyond the budget at `step` (from 0)."""
         if not self.active:
             return
         import deepspeed
@@ -85,7 +85,7 @@ class RankAllocation:
                     safe_set_full_fp32_param(parameter, masked[name])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the weights: smoothed importances and the rank pattern."""
+        """The state for a checkpoint, beside the weights: smoothed importances and the rank pattern."""
         if not self.active:
             return {}
         allocator = self.tuner.rankallocator
@@ -96,7 +96,7 @@ class RankAllocation:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         if self.active:
             for name, value in state["importance"].items():
                 setattr(self.tuner.rankallocator, name, value)

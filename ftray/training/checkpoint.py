@@ -1,4 +1,4 @@
-"""Checkpoints: a PEFT adapter directory beside DeepSpeed's optimiser, schedule and position."""
+"""Checkpoints: a PEFT adapter directory beside DeepSpeed's optimiser and schedule, and the state of the run."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ TAG = "state"
 def save_checkpoint(engine: Any, allocation: RankAllocation, directory: str | Path, state: dict[str, Any]) -> None:
     """Write `directory/adapter` (PEFT, safetensors) and `directory/state` (DeepSpeed); every rank must call it.
 
-    `state` (position, reports) comes back from :func:`load_checkpoint`. There is no random state to keep: each
-    step seeds its generator from (seed, step, rank), and the data position is a function of the step.
+    :func:`load_checkpoint` returns `state` (step, reports). There is no random state to keep: each step seeds its
+    generator from (seed, step, rank), and the position in the data is a function of the step.
     """
     engine.save_checkpoint(
         str(directory),
@@ -50,12 +50,12 @@ def save_adapter(engine: Any, model: Any, directory: Path) -> None:
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether `directory` holds DeepSpeed's state, ours or one by its own name for it."""
+    """Whether `directory` holds a checkpoint of DeepSpeed, by this package or any other program."""
     return (Path(directory) / TAG).is_dir() or (Path(directory) / "latest").is_file()
 
 
 def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
-    """What was trained, in float32, by name: put together from all ranks' shards, in one process.
+    """The trained weights of a checkpoint, in float32, by name: gathered from all ranks' shards, in one process.
 
     Raises:
         UserError: it is damaged, a shard is missing, or it isn't a checkpoint that DeepSpeed can read.
@@ -106,7 +106,7 @@ def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSp
     """The base model with a checkpoint of full fine-tuning in place of its weights, in float32.
 
     Raises:
-        UserError: as :func:`trained_weights`, or weights that the base has no place for.
+        UserError: as :func:`trained_weights`, or the base has no such weights.
     """
     from ftray.models.load import load_whole
 

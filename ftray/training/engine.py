@@ -22,7 +22,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 def join_process_group() -> None:
     """Make sure a process group exists: Ray Train's own where there is one, else a group of this process alone."""
     if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it of whoever starts the process
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed expects the launcher to set it
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     skip_shared_memory_extension()
@@ -46,7 +46,7 @@ def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict
     if cfg.zero_stage and cfg.offload in ("optimizer", "all"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if cfg.zero_stage == 3:
-        # DeepSpeed's own limits, a billion parameters, leave most bases whole on every worker
+        # DeepSpeed's own limits, a billion parameters, would keep most bases whole on every worker
         live = min(10**9, parameters // 32)  # about one block of a 7B model
         zero |= {
             "stage3_max_live_parameters": live,
@@ -67,14 +67,17 @@ def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict
     }
 
 
-def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int) -> Any:
+def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int, rate_ratio: float = 1.0) -> Any:
     """Wrap `model` (float32 trainable parameters, frozen rest) for `steps` optimiser steps.
+
+    Args:
+        rate_ratio: learning rate of LoRA's B, in multiples of the run's (LoRA+, https://arxiv.org/abs/2402.12354).
 
     Returns:
         A `deepspeed.DeepSpeedEngine` with its optimiser and learning-rate schedule.
     """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of a partitioned one
-    optimizer = _optimizer(_groups(model, cfg.learning_rate), cfg)
+    optimizer = _optimizer(_groups(model, cfg.learning_rate, rate_ratio), cfg)
     schedule = get_scheduler(SCHEDULES[cfg.schedule], optimizer, round(cfg.warmup * steps), steps)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -89,9 +92,9 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int) -> Any:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give tensors of 1 MiB and more back to the system at once, instead of keeping them for later ones.
+    """Make glibc return the memory of tensors of 1 MiB and more to the system at once, instead of keeping it.
 
-    ZeRO 3 gathers and frees parameters of many sizes in turn, and what is kept of them grows past the whole base.
+    ZeRO 3 gathers and frees parameters of many sizes in turn: the memory that is kept would exceed the whole base.
     """
     if sys.platform == "linux":
         mmap_threshold = -3  # M_MMAP_THRESHOLD, https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -99,9 +102,9 @@ def return_freed_memory() -> None:
 
 
 def _register_dictionaries(model: nn.Module) -> None:
-    """Tell ZeRO 3 of parameters that a layer takes out of an `nn.ParameterDict`, as those of AdaLoRA and IA3 do.
+    """Register with ZeRO 3 the parameters that layers, as those of AdaLoRA and IA3, read from an `nn.ParameterDict`.
 
-    It would find out by itself at the first use of a partitioned one, which may be when its trace is already made.
+    It would register a partitioned one at its first use by itself, which may be too late for its trace.
     """
     for module in model.modules():
         for child in module.children():
@@ -110,13 +113,13 @@ def _register_dictionaries(model: nn.Module) -> None:
                     deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def _groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """One parameter group a learning rate: `rate` of a parameter is in multiples of the run's (LoRA+)."""
-    rates: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+def _groups(model: nn.Module, learning_rate: float, rate_ratio: float) -> list[dict[str, Any]]:
+    """One parameter group a learning rate."""
+    ratios: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rates.setdefault(getattr(parameter, "rate", 1.0), []).append(parameter)
-    return [{"params": own, "lr": learning_rate * rate} for rate, own in rates.items()]
+            ratios.setdefault(rate_ratio if "lora_B" in name else 1.0, []).append(parameter)
+    return [{"params": own, "lr": learning_rate * ratio} for ratio, own in ratios.items()]
 
 
 def _optimizer(groups: list[dict[str, Any]], cfg: TrainingConfig) -> torch.optim.Optimizer:

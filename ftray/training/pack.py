@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,43 +28,10 @@ from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupporte
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, task_of
 from ftray.training.adalora import orthogonality
+from ftray.training.optimizer import AdapterOptimizer
 
 Batch = Mapping[str, torch.Tensor]
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
-
-
-class AdapterOptimizer(Protocol):
-    """Updates an adapter from its gradients."""
-
-    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        """Make one step with `gradients`, in the order of the adapter's trainable parameters; `step` counts from 0."""
-
-
-@dataclass
-class TorchOptimizer:
-    """Clipping, optimiser and schedule in one process, with PyTorch alone.
-
-    Attributes:
-        clip_norm: greatest norm of this adapter's gradient; 0: no clipping.
-    """
-
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
-    clip_norm: float = 0.0
-
-    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        self.optimizer.step()
-        if self.schedule:
-            self.schedule.step()
-        if hasattr(self.model.base_model, "update_and_allocate"):  # AdaLoRA
-            self.model.base_model.update_and_allocate(step)
-        self.optimizer.zero_grad()
 
 
 @dataclass
@@ -142,8 +109,9 @@ class Pack:
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
     def _shared_model(self) -> Any:
-        implementation = attention_of(self.base.config) if self.padded else attention.NAME
-        shared = shared_model(self.base, implementation, layout=self._layout)
+        own = self.padded  # the model's own attention
+        implementation = attention_of(self.base.config) if own else attention.packed_attention(self._layout)
+        shared = shared_model(self.base, implementation)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
@@ -190,7 +158,7 @@ class Pack:
             return reason
         (gradient,) = torch.autograd.grad(self._probe_loss(logits), embeddings[0])
         flat = gradient.flatten(0, 1)
-        flat = flat if self._segments.places is None else flat[self._segments.places]
+        flat = flat if self._segments.unpad_index is None else flat[self._segments.unpad_index]
         return probe.wrong_logits(logits, self._alone, allowed) or probe.wrong_gradients(
             flat.split([len(ids) for ids in self._records]), wanted, allowed
         )
@@ -211,7 +179,7 @@ class Pack:
 
         Args:
             model: PEFT model over a :func:`share` of the base, adapter in float32.
-            update: makes its steps; see :class:`TorchOptimizer`.
+            update: makes its steps; see :mod:`ftray.training.optimizer`.
             seed: of its dropout.
             step: optimiser steps that it has already made.
 
@@ -221,28 +189,28 @@ class Pack:
         Raises:
             PackingUnsupported: its records affect each other even in passes of its own.
         """
-        rng, apart, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
-        if not apart:
+        rng, isolation_reason, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
+        if not isolation_reason:
             try:
                 layers = tuner_layers(model, self.base)
             except PackingUnsupported as error:
-                apart = str(error)
+                isolation_reason = str(error)
         for path, layer in layers.items():
             linear = self.shared.get_submodule(path)
             if not isinstance(linear, SharedLinear):
                 linear = SharedLinear(linear, self._segments)
                 self.shared.set_submodule(path, linear)
             linear.join(name, layer, rng)
-        self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, apart)
-        if not apart and (reason := self._adapter_obstacle(name)):
+        self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, isolation_reason)
+        if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             rng = DropoutRNG(model, seed, self.rank)
-            apart = reason
-            self.members[name] = Member(model.eval(), update, rng, {}, trainable(model), step, apart)
-        if apart and self.task.packed and (reason := self._adapter_obstacle(name)):
+            isolation_reason = reason
+            self.members[name] = Member(model.eval(), update, rng, {}, trainable(model), step, isolation_reason)
+        if isolation_reason and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
-        return apart
+        return isolation_reason
 
     def _adapter_obstacle(self, name: str) -> str | None:
         """As :meth:`_obstacle`, for records of an adapter with changed weights, after a record without an adapter.
@@ -254,7 +222,7 @@ class Pack:
         kind = member.model.active_peft_config.peft_type, member.isolation_reason, tuple(layers)
         if kind not in self._probed:
             with probe.moved(member.parameters), torch.enable_grad():
-                find = self._differs_apart if member.isolation_reason else self._differs_shared
+                find = self._differs_isolated if member.isolation_reason else self._differs_shared
                 self._probed[kind] = self._agreed(lambda: find(member, name))
         return self._probed[kind]
 
@@ -268,7 +236,7 @@ class Pack:
         ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
         return probe.wrong_logits(logits, expected, allowed) or probe.wrong_gradients(ours, gradients, allowed)
 
-    def _differs_apart(self, member: Member, name: str) -> str | None:
+    def _differs_isolated(self, member: Member, name: str) -> str | None:
         wanted, gradients = probe.alone_adapter(member.model, self._records, member.parameters)
         columns = {"input_ids": self._records, "labels": self._records}
         batch = {key: tensor.to(self.base.device) for key, tensor in self.task.collate(columns).items()}
@@ -291,6 +259,9 @@ class Pack:
     def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
         """Make one optimiser step of every adapter in `batches`.
 
+        When memory runs out, passes are halved. An adapter of which a single micro-batch is too large fails, and the
+        others step as if it had not been there. In a single process, so does one whose update is too large.
+
         Args:
             batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
                 adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
@@ -298,47 +269,49 @@ class Pack:
         Returns:
             By adapter. One whose loss or gradient is not finite has a `failure`: it is removed from the pack, with the
             weights that it had before this step.
-
-        When memory runs out, passes are halved. An adapter of which a single micro-batch is too large fails, and the
-        others step as if it had not been there. In a single process, so does one whose update is too large.
         """
         names = list(batches)
         local = [float(n) for name in names for n in _count(self.task, batches[name])]
         counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
+        losses, gradients, exhausted = self._all_gradients(batches, {name: counts[name][0] for name in names})
+        local = []
+        for name in names:
+            square = get_total_norm(gradients[name]).double().square().item()
+            local += [losses[name], square, float(name in exhausted)]
+        results = {}
+        for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
+            failure = _step_failure(self.members[name].step + 1, loss, square, bool(ran_out))
+            failure = failure or self._update(self.members[name], gradients.pop(name))
+            if failure:
+                self.remove(name)
+            results[name] = StepResult(loss, *counts[name], failure)
+        return results
+
+    def _all_gradients(
+        self, batches: Mapping[str, Sequence[Batch]], supervised: Mapping[str, int]
+    ) -> tuple[dict[str, float], dict[str, list[torch.Tensor]], set[str]]:
+        """As :meth:`_gradients`, of mean losses; passes are halved until they fit in memory."""
         # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
-        weights = {n: self.world_size / max(1, counts[n][0]) for n in names}
+        weights = {name: self.world_size / max(1, count) for name, count in supervised.items()}
         before = self.tokens
         losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights))
         if exhausted and self.tokens < before:  # they were the cause: the others step without them
             self.tokens = before
             others = {name: own for name, own in batches.items() if name not in exhausted}
             again = self._in_memory(lambda: self._gradients(others, weights))
-            losses, gradients, exhausted = losses | again[0], gradients | again[1], exhausted | again[2]
-        local = []
-        for name in names:
-            square = get_total_norm(gradients[name]).double().square().item()
-            local += [losses[name], square, float(name in exhausted)]
-        stepped = {}
-        for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
-            member, failure = self.members[name], None
-            if ran_out:
-                failure = f"out of memory: one micro-batch at step {member.step + 1}"
-            elif not math.isfinite(loss):
-                failure = f"diverged: loss is {loss} at step {member.step + 1}"
-            elif not math.isfinite(square):
-                failure = f"diverged: gradient is not finite at step {member.step + 1}"
-            if not failure:
-                try:
-                    member.update.apply(gradients.pop(name), member.step)
-                    member.step += 1
-                except RuntimeError as error:
-                    if not out_of_memory(error) or self.world_size > 1:  # other ranks may wait in a collective
-                        raise
-                    failure = f"out of memory: the update of step {member.step + 1}"
-            if failure:
-                self.remove(name)
-            stepped[name] = StepResult(loss, *counts[name], failure)
-        return stepped
+            return losses | again[0], gradients | again[1], exhausted | again[2]
+        return losses, gradients, exhausted
+
+    def _update(self, member: Member, gradients: list[torch.Tensor]) -> str | None:
+        """Make the optimiser step of one adapter; returns why it failed."""
+        try:
+            member.update.apply(gradients, member.step)
+        except RuntimeError as error:
+            if not out_of_memory(error) or self.world_size > 1:  # other ranks may wait in a collective
+                raise
+            return f"out of memory: the update of step {member.step + 1}"
+        member.step += 1
+        return None
 
     def _in_memory(self, attempt: Callable[[], Any]) -> Any:
         """Call `attempt` until it succeeds, halving the tokens of a pass each time memory runs out."""
@@ -469,7 +442,18 @@ class Pack:
         self._segments.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
         hidden = self.shared.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, self._segments.places)
+        return hidden.flatten(0, 1).index_select(0, self._segments.unpad_index)
+
+
+def _step_failure(step: int, loss: float, squared_norm: float, ran_out: bool) -> str | None:
+    """Why an adapter can't make this step (from 1), given its loss and gradient over all ranks; None: it can."""
+    if ran_out:
+        return f"out of memory: one micro-batch at step {step}"
+    if not math.isfinite(loss):
+        return f"diverged: loss is {loss} at step {step}"
+    if not math.isfinite(squared_norm):
+        return f"diverged: gradient is not finite at step {step}"
+    return None
 
 
 def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:

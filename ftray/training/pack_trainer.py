@@ -10,69 +10,22 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ftray.adapters.compatibility import refuse
-from ftray.adapters.methods import attach
-from ftray.config import ModelConfig, TrainingConfig
+from ftray.adapters.methods import attach, rate_ratio
+from ftray.config import ModelConfig
 from ftray.models.load import load_base
-from ftray.multi_adapter.shared_model import out_of_memory, share, trainable
+from ftray.multi_adapter.shared_model import out_of_memory, share
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.training.adalora import RankAllocation
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
-from ftray.training.engine import build_engine, join_process_group, sum_over_ranks
+from ftray.training.deepspeed_optimizer import DeepSpeedOptimizer
+from ftray.training.engine import join_process_group, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
 
 MOST_TOKENS = 16384  # of a pass: more rows don't make the matrix products more efficient
-
 STATE_BYTES = 16  # of each trained parameter: float32 weight, gradient and two moments
-
-
-class TrainableParameters(nn.Module):
-    """The trained parameters of a PEFT model and nothing else: all that a DeepSpeed engine needs of it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.register_parameter(name.replace(".", "/"), parameter)
-
-
-class InjectGradients(torch.autograd.Function):
-    """A scalar whose backward pass gives each parameter a gradient that has already been computed."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        return None, *ctx.gradients
-
-
-class DeepSpeedOptimizer:
-    """Gradient reduction, ZeRO, clipping, optimiser and schedule of one adapter, all by DeepSpeed.
-
-    Each trial has an engine, not a parameter group in a common one: trials then join, leave, clip, checkpoint and
-    diverge without touching each other's optimiser.
-    """
-
-    def __init__(self, model: Any, cfg: TrainingConfig, steps: int):
-        adapter = TrainableParameters(model)
-        self.parameters = trainable(model)
-        # the pack has already summed the micro-batches
-        self.engine = build_engine(adapter, cfg.model_copy(update={"micro_batch": None}), steps)
-        self.allocation = RankAllocation(self.engine, model)
-
-    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        """As :meth:`ftray.training.pack.AdapterOptimizer.apply`; each rank passes its own gradients."""
-        self.engine.backward(InjectGradients.apply(gradients, *self.parameters), scale_wrt_gas=False)
-        self.allocation.before_step()
-        self.engine.step()
-        self.allocation.after_step(step)
 
 
 @dataclass
@@ -130,16 +83,16 @@ class PackTrainer:
     ) -> str | None:
         """Add a trial, from its first step or from a checkpoint.
 
-        Its `batches` must be set before the first :meth:`step`.
+        Set its `batches` before the first :meth:`step`.
 
         Args:
             name: of the trial.
             run: what to train.
-            checkpoint: directory written by :meth:`save`; None: start anew.
-            samples: gives batches for initialisation by data, see :func:`ftray.adapters.methods.attach`.
+            checkpoint: directory written by :meth:`save`; None: start from the first step.
+            samples: returns batches for initialisation by data, see :func:`ftray.adapters.methods.attach`.
 
         Returns:
-            Why it can't share a batch with others, None if it can: see :meth:`ftray.training.pack.Pack.add`.
+            Why it can't share a batch with others; None: it can. See :meth:`ftray.training.pack.Pack.add`.
 
         Raises:
             UserError: the run's settings can't be combined.
@@ -147,13 +100,14 @@ class PackTrainer:
         """
         refuse(run.adapter, run.model, run.training)
         model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed, samples)
-        update, history = DeepSpeedOptimizer(model, run.training, run.steps), TrainState(run)
+        update = DeepSpeedOptimizer(model, run.training, run.steps, rate_ratio(run.adapter))
+        history = TrainState(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
-        apart = self.pack.add(name, model, update, run.training.seed, history.step)
+        isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
         accumulation = accumulation_steps(run.training, self.world_size)
         self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))
-        return apart
+        return isolation_reason
 
     def leave(self, name: str) -> None:
         """Remove a trial, whether or not the pack has already dropped it."""

@@ -1,4 +1,4 @@
-"""What defines a training run, in plain data: imports neither torch nor anything else that is slow."""
+"""What defines a training run, in plain data; imports nothing slow, such as torch."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class RunSpec:
 
 
 class RunFailed(RuntimeError):
-    """A run gives no result, however often it is started again; the message is the reason."""
+    """A run gives no result, however often it is restarted; the message is the reason."""
 
 
 def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:

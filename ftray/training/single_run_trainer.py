@@ -1,4 +1,4 @@
-"""One run on a base model of its own: a pack with a single trial, and so with all that makes a pack fast."""
+"""Trains one run on a base model of its own: a pack with a single trial, and as fast as a pack."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -7,21 +7,22 @@ from ftray.training.checkpoint import load_checkpoint
 from ftray.training.pack import Batch
 from ftray.training.pack_trainer import PackTrainer
 from ftray.training.run_spec import RunFailed, RunSpec
-from ftray.training.train_state import TrainState
+from ftray.training.train_state import Report, TrainState
 
 NAME = "run"
 
 
 class SingleRunTrainer:
-    """As :class:`ftray.training.zero3_trainer.Zero3Trainer`, to the same losses;
-    not for ZeRO 3, where no worker has the whole base.
+    """Same interface and losses as :class:`ftray.training.zero3_trainer.Zero3Trainer`.
+
+    Not for ZeRO 3, where no worker has the whole base.
 
     Attributes:
-        measure, noticed: see there.
+        measure, preempted: as those of `Zero3Trainer`.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
-    noticed: Callable[[], bool] = staticmethod(lambda: False)
+    preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
         checkpointing = run.training.gradient_checkpointing
@@ -32,11 +33,11 @@ class SingleRunTrainer:
 
     @property
     def history(self) -> TrainState:
-        """Where the run stands."""
+        """The state of the run."""
         return self.trial.history
 
     def restore(self, directory: str) -> None:
-        """Go on from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
+        """Resume from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
         update = self.trial.update
         self.history.restore(load_checkpoint(update.engine, update.allocation, directory))
         self.pack.pack.members[NAME].step = self.history.step
@@ -49,15 +50,15 @@ class SingleRunTrainer:
         self,
         batches: Iterator[Batch],
         validation: Callable[[], Iterable[Batch]],
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[Report], None],
     ) -> None:
         """Train to the last step; see :meth:`ftray.training.zero3_trainer.Zero3Trainer.fit`.
 
         Raises:
-            RunFailed: it diverged, or one micro-batch is too much for the memory.
+            RunFailed: it diverged, or one micro-batch doesn't fit in memory.
         """
         self.pack.measure, self.trial.batches = self.measure, batches
-        while not self.history.over and not self.pack.any_rank(self.noticed()):
+        while not self.history.over and not self.pack.any_rank(self.preempted()):
             failures = self.pack.step([NAME])
             if self.history.due and not failures:
                 failures = self.pack.validate([NAME], validation())

@@ -1,10 +1,49 @@
-"""Where a run stands, and what it has reported."""
+"""The state of a run between steps, and what it has reported."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from ftray.training.run_spec import RunSpec
+
+
+class Report(TypedDict):
+    """What a run reports after a validation; every metric of the validation is a further key, in natural units.
+
+    It is made here alone. The train state keeps all reports of a run, the file `report.json` of a checkpoint in a pack
+    the one that was made with it, and a search's journal the fields that a resumed search needs.
+
+    Attributes:
+        step: optimiser steps made.
+        records, tokens, supervised_tokens: seen so far, over all ranks.
+        seconds: spent so far in steps and validations.
+        train_loss: mean since the last report, nats per supervised token.
+    """
+
+    step: int
+    records: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    supervised_tokens: NotRequired[int]
+    train_loss: NotRequired[float]
+    learning_rate: NotRequired[float]
+
+
+def metric_value(report: Report, metric: str) -> float:
+    """A metric of a report, by name."""
+    return cast(Mapping[str, float], report)[metric]
+
+
+def best_report(reports: Iterable[Report], metric: str, direction: str) -> Report | None:
+    """The best of the reports, the first of equals; None if there are none.
+
+    Args:
+        direction: `min` or `max`.
+    """
+    sign = 1 if direction == "min" else -1
+    return min(reports, key=lambda report: sign * metric_value(report, metric), default=None)
 
 
 @dataclass
@@ -13,8 +52,9 @@ class TrainState:
 
     Attributes:
         step: optimiser steps made.
+        tokens, supervised_tokens: seen in them.
         seconds: spent in them and in validations.
-        reports: all so far, in natural units (losses in nats per supervised token).
+        reports: all so far.
     """
 
     run: RunSpec
@@ -22,11 +62,11 @@ class TrainState:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
     _since: tuple[float, int] = (0.0, 0)  # summed loss and supervised tokens since the last report
 
     def add(self, loss: float, supervised: int, tokens: int, seconds: float) -> None:
-        """One more step, with its summed loss."""
+        """Count one more step, with its summed loss."""
         self.step += 1
         self.tokens += tokens
         self.supervised_tokens += supervised
@@ -43,33 +83,31 @@ class TrainState:
         """Whether the last step is made."""
         return self.step >= self.run.steps
 
-    def report(self, learning_rate: float, validation: dict[str, float], seconds: float) -> dict[str, Any]:
-        """The report that is due, with the metrics of a validation that took `seconds`."""
+    def report(self, learning_rate: float, validation: dict[str, float], seconds: float) -> Report:
+        """Make the report that is due, with the metrics of a validation that took `seconds`."""
         self.seconds += seconds
         loss, supervised = self._since
         self._since = 0.0, 0
-        self.reports.append(
-            {
-                "step": self.step,
-                "tokens": self.tokens,
-                "supervised_tokens": self.supervised_tokens,
-                "seconds": self.seconds,
-                "records": self.step * self.run.training.batch_size,
-                "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-                "train_loss": loss / supervised,
-                "learning_rate": learning_rate,
-                **validation,
-            }
-        )
+        report: Report = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "seconds": self.seconds,
+            "records": self.step * self.run.training.batch_size,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "train_loss": loss / supervised,
+            "learning_rate": learning_rate,
+        }
+        self.reports.append(cast(Report, {**report, **validation}))
         return self.reports[-1]
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs; after any step."""
+        """The state after any step, for :meth:`restore`."""
         names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "_since")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what :meth:`state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 

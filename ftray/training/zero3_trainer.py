@@ -1,4 +1,4 @@
-"""One adapter from first step to last: the same code in a plain process and in every Ray Train worker."""
+"""Trains one adapter with DeepSpeed's ZeRO 3, which partitions the base model over the workers of the run."""
 
 import math
 import time
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ftray.adapters.compatibility import refuse
-from ftray.adapters.methods import attach
+from ftray.adapters.methods import attach, rate_ratio
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.probe import probe_records, row_obstacle
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -24,7 +24,7 @@ from ftray.training.engine import (
     sum_over_ranks,
 )
 from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
-from ftray.training.train_state import TrainState, validation_metrics
+from ftray.training.train_state import Report, TrainState, validation_metrics
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,12 +33,12 @@ class Zero3Trainer:
     """Base model, adapter and DeepSpeed engine of one run, in one process of `world_size`.
 
     Attributes:
-        measure: gives further metrics of the model at each validation, the same on all ranks; None: the loss is all.
-        noticed: whether this rank has to end soon; asked before each step, one rank's yes is enough.
+        measure: returns further metrics of the model at each validation, the same on all ranks; None: only the loss.
+        preempted: whether this rank must end soon; called before each step, and true for all if it is for one.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
-    noticed: Callable[[], bool] = staticmethod(lambda: False)
+    preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
         """`samples` are for :func:`ftray.adapters.methods.attach`."""
@@ -59,8 +59,8 @@ class Zero3Trainer:
         if run.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        self.draws = DropoutRNG(model, run.training.seed, self.rank)
-        self.engine = build_engine(model, run.training, run.steps)
+        self.dropout_rng = DropoutRNG(model, run.training.seed, self.rank)
+        self.engine = build_engine(model, run.training, run.steps, rate_ratio(run.adapter))
         self.allocation = RankAllocation(self.engine, model)
         self.device = self.engine.device
         self.history = TrainState(run)
@@ -68,12 +68,12 @@ class Zero3Trainer:
             self.task.pad = self._sum([float(self._mixes_records())])[0] > 0
 
     def _mixes_records(self) -> bool:
-        """Whether records have to be padded; every rank tries it, for under ZeRO 3 a forward pass is a collective."""
+        """Whether records must be padded; every rank tries it, because under ZeRO 3 a forward pass is a collective."""
         self.engine.eval()
         return bool(row_obstacle(self.engine.module, probe_records(self.engine.module, self.run.longest)))
 
     def restore(self, directory: str) -> None:
-        """Go on from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
+        """Resume from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
         self.history.restore(load_checkpoint(self.engine, self.allocation, directory))
 
     def save(self, directory: str) -> None:
@@ -84,22 +84,22 @@ class Zero3Trainer:
         self,
         batches: Iterator[Batch],
         validation: Callable[[], Iterable[Batch]],
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[Report], None],
     ) -> None:
         """Train to the last step, calling `report` with the metrics after each step in `run.evaluate_at`.
 
-        Once a rank has `noticed` something, all return after the same step, before the last one.
+        Once a rank is `preempted`, all return after the same step, before the last one.
 
         Args:
             batches: this rank's micro-batches from `history.step` on, as the task collates them.
-            validation: gives this rank's share of the validation batches anew at each call.
+            validation: returns this rank's share of the validation batches, from the first, at each call.
             report: called on every rank with the same metrics, in natural units (loss in nats per token).
 
         Raises:
             RunFailed: the loss became NaN or infinite.
         """
         history = self.history
-        while not history.over and not self._sum([float(self.noticed())])[0]:
+        while not history.over and not self._sum([float(self.preempted())])[0]:
             started = time.monotonic()
             counted = self._step([next(batches) for _ in range(self.accumulation)])
             history.add(*counted, time.monotonic() - started)
@@ -120,7 +120,7 @@ class Zero3Trainer:
         supervised, tokens = int(counts[0]), int(counts[1])
         total = torch.zeros((), device=self.device)
         for micro_batch, batch in enumerate(micro_batches):
-            self.draws.step, self.draws.micro_batch = step, micro_batch
+            self.dropout_rng.step, self.dropout_rng.micro_batch = step, micro_batch
             loss = self.task.loss(self.engine, self._to_device(batch))
             total += loss.detach()
             # DeepSpeed averages gradients over workers: undo it, so that the mean is over all supervised items
@@ -137,7 +137,7 @@ class Zero3Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` gives.
+        """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` returns.
 
         Raises:
             RunFailed: the loss is not finite.
@@ -146,7 +146,7 @@ class Zero3Trainer:
         loss, supervised, remaining = 0.0, 0.0, iter(batches)
         while True:
             batch = next(remaining, None)
-            # under ZeRO 3 a forward pass is a collective: ranks that ran out go along with an empty batch
+            # under ZeRO 3 a forward pass is a collective: ranks that have no more pass an empty batch
             if not self._sum([float(batch is not None)])[0]:
                 break
             batch = batch or self.task.empty()

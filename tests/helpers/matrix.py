@@ -28,7 +28,8 @@ from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tasks.causal import collate
 from ftray.tasks.embeddings import SCALE
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 from ftray.training.run_spec import RunSpec
 from ftray.training.zero3_trainer import Zero3Trainer
 from helpers.task_cases import CASES, write

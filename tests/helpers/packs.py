@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 STEPS = 4
 CONFIGS = {

@@ -1,0 +1,93 @@
+"""The model card of the best adapter: what it was trained on, what it scored and how to load it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftray.config import Config
+from ftray.data.sources import hub_dataset
+from ftray.search.progress import describe
+from ftray.search.results import TrialRow
+from ftray.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+def model_card(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str:
+    """The README.md of the best adapter: a model card of the hub, with what it scored as its model index."""
+    from huggingface_hub import ModelCard
+
+    header = _card_data(cfg, best, proof).to_yaml()
+    return str(ModelCard(f"---\n{header}\n---\n{_card_text(cfg, best, proof)}"))
+
+
+def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "ModelCardData":
+    """`best` as validated; with a `proof`, what the test split gave."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
+    dataset = hub_dataset(cfg.data.source)
+    found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
+    if proof:
+        found = {name: metric["best"] for name, metric in proof["metrics"].items()}
+    results = [
+        EvalResult(
+            task_type=task.pipeline_tag,
+            dataset_type=dataset or Path(cfg.data.source).name,
+            dataset_name=dataset or Path(cfg.data.source).name,
+            dataset_split="test" if proof else "validation",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in found.items()
+    ]
+    return ModelCardData(
+        base_model=cfg.model.name,
+        datasets=[dataset] if dataset else None,
+        eval_results=results,
+        library_name="peft",
+        metrics=list(found),
+        model_name=_card_title(cfg, best),
+        pipeline_tag=task.pipeline_tag,
+        tags=["ftray", method],
+    )
+
+
+def _card_title(cfg: Config, best: TrialRow) -> str:
+    return f"{best['config']['adapter']['method']} adapter for {cfg.model.name}"
+
+
+def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str:
+    lines = [
+        f"# {_card_title(cfg, best)}",
+        "",
+        f"Trained on `{cfg.data.source}`; the best of a search over {cfg.search.trials} configurations.",
+        "",
+        f"Configuration: `{describe(best['config'])}`",
+        "",
+        f"{cfg.search.metric}: {best['value']:.4f} after {best['records']} records ({best['tokens']} tokens).",
+    ]
+    if proof:
+        lines += ["", "On a test split that the search never saw:", "", "| metric | base | adapter | 95 % interval |"]
+        lines += ["| --- | --- | --- | --- |"]
+        for name, m in proof["metrics"].items():
+            low, high = m["interval"]
+            lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+        if proof["new_modules"]:
+            lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
+    task = TaskSpec(cfg.task).load()
+    labels = ", id2label=dict(enumerate(labels))" if task.has_labels else ""
+    lines += [
+        "",
+        "```python",
+        *(["import json", ""] if labels else []),
+        "from peft import PeftConfig, PeftModel",
+        f"from transformers import {task.auto_class}",
+        "",
+        *(['labels = json.load(open("task.json"))["labels"]'] if labels else []),
+        'path = PeftConfig.from_pretrained(".").base_model_name_or_path  # in this directory',
+        f"base = {task.auto_class}.from_pretrained(path{labels})",
+        'model = PeftModel.from_pretrained(base, ".")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
