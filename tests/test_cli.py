@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -9,9 +10,10 @@ from typing import get_args, get_origin
 
 import pytest
 import yaml
+from helpers.views import guarded
 
 from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, choices_of, field_of, fields, main, parse, reads
-from ftray.config import Config
+from ftray.config import Config, ServingConfig
 from ftray.reference import commands, reference
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +172,16 @@ def test_what_a_command_does_not_read_is_refused(typed, said, capsys):
     assert error.startswith(f"ftray {command}: error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_guard_of_all_tests_tells_what_a_command_reads_without_saying_so():
+    cfg = guarded("stop", parse("stop", ["3", "--run", "runs/search"])).model_copy(update={"resume": True})
+    assert (cfg.request.trial, cfg.output, cfg.scaling.address, cfg.verbose) == (3, "runs/search", None, False)
+    assert cfg.resume  # of its own making
+    for read in (lambda: cfg.task, lambda: cfg.serving.port, lambda: cfg.scaling.workers):
+        with pytest.raises(AssertionError, match="ftray stop reads "):
+            read()
+    assert type(pickle.loads(pickle.dumps(cfg)).serving) is ServingConfig
 
 
 @pytest.mark.parametrize("name", COMMANDS)
