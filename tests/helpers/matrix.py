@@ -196,9 +196,10 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
 def train(wanted: RunSpec, given: Records, directory: Path) -> tuple[list[dict[str, Any]], torch.Tensor, Scores]:
     """Train and save; the reports, and losses and scores of what was trained, measured as a search does."""
     trainer, found = trainer_of(wanted)(wanted, lambda: [given.batch]), []
+    history = trainer.history  # the trainer must end with this function: ZeRO 3 would load the next base sharded too
 
     def measure(model: Any) -> dict[str, float]:
-        if trainer.history.over:
+        if history.over:
             found.append(losses(model, given.batch, wanted.task))
             found.append(scores(model, given.rows, wanted.model_path, wanted.task))
         return {}
@@ -206,7 +207,7 @@ def train(wanted: RunSpec, given: Records, directory: Path) -> tuple[list[dict[s
     trainer.measure = measure
     trainer.fit(repeat(given.batch), lambda: [given.batch], lambda report: None)
     trainer.save(str(directory))
-    return trainer.history.reports, *found
+    return history.reports, *found
 
 
 def scores(model: Any, rows: list[dict[str, Any]], path: str, task: TaskSpec) -> Scores:
