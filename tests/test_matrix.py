@@ -41,6 +41,8 @@ NO_TASK = {
     *(("adaption_prompt", task) for task in matrix.TASKS if not task.endswith("decoder")),
     *((v, task) for v in matrix.VARIANTS if "patterns" in v for task in matrix.TASKS if not task.endswith("decoder")),
     ("lora, EVA", "SEQ_2_SEQ_LM"),
+    ("prompt_tuning", "SEQ_CLS decoder"),
+    ("p_tuning", "SEQ_CLS decoder"),
 }
 CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in matrix.VARIANTS]
 

@@ -24,6 +24,7 @@ from ftray.adapters.methods import METHODS
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig, config_from
 from ftray.data import check as check_data
 from ftray.data.loader import collate
+from ftray.data.splits import order_key
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.models.load import load_base, load_skeleton, load_tokenizer
@@ -135,13 +136,14 @@ def records() -> Records:
 
 
 def task_records(task: str, path: str, directory: Path) -> Records:
-    """Sixteen records of a task, and the task with its classes."""
+    """The first sixteen records of a task as shards have them in order, and the task with its classes."""
     source = write(directory / "data.jsonl", CASES[task][1])
     cfg = config_from({"data": {"source": source, "max_length": 64}}).data
     tokenizer = load_tokenizer(path)
     of = check_data(cfg, tokenizer, task.split()[0]).load()
-    lines = Path(source).read_text().splitlines()[:16]
-    tokens = of.tokenize([of.parse(json.loads(line), source) for line in lines], tokenizer, cfg)
+    written = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    chosen = sorted(written, key=lambda record: order_key(record, cfg.seed))[:16]
+    tokens = of.tokenize([of.parse(record, source) for record in chosen], tokenizer, cfg)
     rows = [asdict(record) for record in tokens]
     return Records(of.collate({name: [row[name] for row in rows] for name in of.columns}), rows, of.spec)
 
