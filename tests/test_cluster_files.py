@@ -253,31 +253,6 @@ def test_a_broken_manifest_is_refused(breaks: Callable[[dict[str, Any]], Any], c
     assert complaint in refusal.value.message
 
 
-@pytest.mark.parametrize(
-    "breaks",
-    [
-        lambda c: misspell(c, "idle_timeout_minutes"),
-        lambda c: c.update(idle_timeout_minutes="ten"),
-        lambda c: misspell(c["available_node_types"]["gpu"], "min_workers"),
-        lambda c: c["available_node_types"]["gpu"]["resources"].update(GPU="one"),
-        lambda c: c["available_node_types"]["gpu"].pop("node_config"),
-        lambda c: c["docker"].update(images="ftray:latest"),
-        lambda c: c.update(head_node_type="heads"),
-    ],
-)
-@pytest.mark.parametrize("name", CLOUDS)
-def test_a_broken_launcher_file_is_refused(name, breaks: Callable[[dict[str, Any]], Any]):
-    config = json.loads(json.dumps(load(name)))
-    breaks(config)
-    with pytest.raises((jsonschema.ValidationError, ValueError)):
-        prepared(config)
-
-
-def test_a_misspelt_start_option_is_refused():
-    with pytest.raises(Exception, match="No such option"):
-        start_arguments("ray start --head --metrics-exports-port=8080")
-
-
 @pytest.mark.parametrize("name", KUBERAY)
 def test_rays_version_is_the_one_of_the_image(name):
     pinned = re.search(r"^ray==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)

@@ -1,13 +1,16 @@
 """Every method, precision and ZeRO stage: see `helpers/matrix.py`, which also writes docs/matrix.md."""
 
 import json
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import matrix
+from helpers.trainers import FP32, plain_loop
 from peft import PeftType
+from safetensors.torch import load_file
 
 from ftray.adapters.compatibility import NOT_COVERED, document, dry_run, refuse
 from ftray.adapters.methods import METHODS, attach
@@ -15,11 +18,10 @@ from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.next_token import token_losses
-from ftray.multi_adapter.shared_model import share, trainable
+from ftray.multi_adapter.shared_model import trainable
 from ftray.search.space import load_space
-from ftray.training.optimizer import TorchOptimizer
-from ftray.training.pack import Pack
-from ftray.training.zero3_trainer import Zero3Trainer
+from ftray.training.pack_trainer import PackTrainer
+from ftray.training.single_run_trainer import SingleRunTrainer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
 QUICK = {
@@ -41,6 +43,8 @@ NO_TASK = {
     *(("adaption_prompt", task) for task in matrix.TASKS if not task.endswith("decoder")),
     *((v, task) for v in matrix.VARIANTS if "patterns" in v for task in matrix.TASKS if not task.endswith("decoder")),
     ("lora, EVA", "SEQ_2_SEQ_LM"),
+    ("prompt_tuning", "SEQ_CLS decoder"),
+    ("p_tuning", "SEQ_CLS decoder"),
 }
 CELLS = [(variant, precision) for precision in matrix.PRECISIONS for variant in matrix.VARIANTS]
 
@@ -67,29 +71,49 @@ def test_trains_saves_reloads_and_merges(variant, precision, tiny_llama, tmp_pat
         refuse(wanted.adapter, wanted.model, wanted.training)
     except UserError:
         with pytest.raises(UserError):
-            matrix.cell(wanted, matrix.records(), tmp_path)
+            matrix.try_out(wanted)
         return
     matrix.check(matrix.cell(wanted, matrix.records(), tmp_path), precision)
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora, one block", "lora, rsLoRA", "lora, DoRA", "adalora", "ia3"])
+def test_trains_saves_reloads_and_merges_where_weights_are_stored_transposed(variant, tiny_gpt2, tmp_path):
+    rate = {"learning_rate": 1e-1} if variant == "adalora" else {}
+    wanted = matrix.run(variant, "fp32", tiny_gpt2, **rate)
+    matrix.check(matrix.cell(wanted, matrix.records(), tmp_path), "fp32")
+
+
+def test_adalora_ends_at_its_target_rank(tiny_llama, tmp_path):
+    wanted = matrix.run("adalora", "fp32", tiny_llama)
+    matrix.train(wanted, matrix.records(), tmp_path)
+    pattern = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    target = wanted.adapter.parameters["target_rank"]
+    assert sum(sum(mask) for mask in pattern.values()) == target * len(pattern)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    values = [weight for name, weight in weights.items() if "lora_E" in name]
+    assert len(values) == len(pattern)
+    assert sum(int((weight != 0).sum()) for weight in values) <= target * len(pattern)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("variant", [v for v in matrix.VARIANTS if v != "lora, LoftQ"])
 def test_trains_saves_reloads_and_merges_under_zero(variant, stage, tiny_llama, tmp_path):
+    wanted = matrix.run(variant, "fp32", tiny_llama, zero_stage=stage)
     try:
-        result = matrix.cell(matrix.run(variant, "fp32", tiny_llama, zero_stage=stage), matrix.records(), tmp_path)
+        matrix.try_out(wanted)
     except UserError:
         assert stage == 3
     else:
-        matrix.check(result, "fp32")
+        matrix.check(matrix.cell(wanted, matrix.records(), tmp_path), "fp32")
 
 
 @pytest.fixture(scope="module")
-def given(cluster, tiny_bert, tiny_llama, tiny_t5, tmp_path_factory):
-    """For each task: the model's directory, the task, a batch."""
+def given(tiny_bert, tiny_llama, tiny_t5, tmp_path_factory):
+    """For each task: the model's directory, and records."""
     paths = {"encoder": tiny_bert, "llama": tiny_llama, "t5": tiny_t5}
     found = {task: paths[make.__name__] for task, make in matrix.TASKS.items()}
-    return {t: (path, *matrix.task_records(t, path, tmp_path_factory.mktemp("task"))) for t, path in found.items()}
+    return {t: (path, matrix.task_records(t, path, tmp_path_factory.mktemp("task"))) for t, path in found.items()}
 
 
 @pytest.mark.parametrize("task", matrix.TASKS)
@@ -98,14 +122,14 @@ def given(cluster, tiny_bert, tiny_llama, tiny_t5, tmp_path_factory):
     [v if v in QUICK_TASKS else pytest.param(v, marks=pytest.mark.slow) for v in matrix.VARIANTS],
 )
 def test_trains_saves_reloads_and_merges_for_every_task(variant, task, given, tmp_path):
-    path, spec, batch = given[task]
+    path, records = given[task]
     precision = "4bit" if "LoftQ" in variant else "fp32"
-    wanted = matrix.run(variant, precision, path, spec)
+    wanted = matrix.run(variant, precision, path, records.task)
     if (variant, task) in NO_TASK:
         with pytest.raises(UserError):
-            matrix.cell(wanted, batch, tmp_path)
+            matrix.try_out(wanted)
         return
-    matrix.check(matrix.cell(wanted, batch, tmp_path), precision, spec)
+    matrix.check(matrix.cell(wanted, records, tmp_path), precision, records.task)
 
 
 @pytest.mark.slow
@@ -114,47 +138,33 @@ def test_trains_saves_reloads_and_merges_for_every_task(variant, task, given, tm
 @pytest.mark.parametrize("precision", matrix.PRECISIONS)
 @pytest.mark.parametrize("variant", matrix.VARIANTS)
 def test_the_cross_product(variant, precision, stage, task, given, tmp_path):
-    path, spec, batch = given[task]
-    wanted = matrix.run(variant, precision, path, spec, zero_stage=stage)
+    path, records = given[task]
+    wanted = matrix.run(variant, precision, path, records.task, zero_stage=stage)
     try:
-        dry_run(wanted.adapter, load_skeleton(wanted.model, path, spec), wanted.model, wanted.training)
+        matrix.try_out(wanted)
     except UserError:
-        with pytest.raises(UserError):
-            matrix.cell(wanted, batch, tmp_path)
         return
-    matrix.check(matrix.cell(wanted, batch, tmp_path), precision, spec)
+    matrix.check(matrix.cell(wanted, records, tmp_path), precision, records.task)
 
 
 def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
-    variants = [v for v in matrix.VARIANTS if v not in ("lora, LoftQ", "adalora")]  # 4-bit; in test_pack.py
-    base = load_base(matrix.PRECISIONS["fp32"][0], tiny_llama)
-    untouched = {name: p.clone() for name, p in base.named_parameters()}
-    batch, pack, apart = matrix.records(), Pack(base), {}
-
-    def adapted(model, variant):
-        model = attach(model, AdapterConfig(**matrix.VARIANTS[variant][0]), 3, 1, lambda: [batch])
-        rate = matrix.VARIANTS[variant][1]
-        return model, TorchOptimizer(model, torch.optim.AdamW(trainable(model), lr=rate, eps=1e-3))
-
+    variants = [v for v in matrix.VARIANTS if v != "lora, LoftQ"]  # wants a 4-bit base
+    runs = {v: replace(matrix.run(v, "fp32", tiny_llama, seed=1), steps=3) for v in variants}
+    batch, trainer = matrix.records().batch, PackTrainer(FP32, tiny_llama)
+    untouched = {name: p.clone() for name, p in trainer.pack.base.named_parameters()}
+    apart = {v: trainer.join(v, run, samples=lambda: [batch]) for v, run in runs.items()}
     for variant in variants:
-        model, update = adapted(share(base), variant)
-        if reason := pack.add(variant, model, update):
-            apart[variant] = reason
+        trainer.trials[variant].batches = repeat(batch)
     for _ in range(3):
-        stepped = pack.step({variant: [batch] for variant in variants})
-        assert all(s.failure is None for s in stepped.values())
-    assert all(torch.equal(p, untouched[name]) for name, p in base.named_parameters())
-    assert set(apart) == set(APART)
-    for variant, reason in apart.items():
-        assert APART[variant] in reason
-    for variant in variants:
-        model, update = adapted(load_base(matrix.PRECISIONS["fp32"][0], tiny_llama), variant)
-        model.train()
-        for step in range(3):
-            loss = token_losses(model, batch).mean()
-            update.apply(list(torch.autograd.grad(loss, trainable(model))), step)
-        alone, packed = matrix.losses(model, batch), matrix.losses(pack.remove(variant), batch)
-        assert matrix.difference(alone, packed) < 1e-4, variant
+        assert trainer.step(variants) == {}
+    assert all(torch.equal(p, untouched[name]) for name, p in trainer.pack.base.named_parameters())
+    assert {v for v, reason in apart.items() if reason} == set(APART)
+    for variant, reason in APART.items():
+        assert reason in apart[variant]
+    for variant, run in runs.items():
+        alone, _ = plain_loop(run, repeat(batch), [batch], lambda: [batch])
+        packed = trainer.pack.members[variant].model
+        assert matrix.difference(matrix.losses(alone, batch), matrix.losses(packed, batch)) < 1e-4, variant
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -162,7 +172,8 @@ def test_lora_plus_is_that_of_peft(stage, tiny_llama):
     from peft.optimizers import create_loraplus_optimizer
 
     wanted = matrix.run("lora, LoRA+", "fp32", tiny_llama, clip_norm=0.0, zero_stage=stage)
-    batch, trainer = matrix.records(), Zero3Trainer(wanted)
+    batch, trainer, trained = matrix.records().batch, SingleRunTrainer(wanted), []
+    trainer.measure = lambda model: trained.append(matrix.losses(model, batch)) or {}
     trainer.fit(repeat(batch), lambda: [batch], lambda metrics: None)
     model = attach(load_base(wanted.model, tiny_llama), wanted.adapter, wanted.steps, 0)
     rate, ratio = wanted.training.learning_rate, wanted.adapter.parameters["rate_ratio"]
@@ -171,13 +182,7 @@ def test_lora_plus_is_that_of_peft(stage, tiny_llama):
         token_losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert matrix.difference(matrix.losses(trainer.engine, batch), matrix.losses(model, batch)) < 1e-5
-
-
-@pytest.mark.parametrize("variant", matrix.VARIANTS)
-def test_what_trains_can_be_tried_on_a_skeleton(variant, tiny_llama):
-    wanted = matrix.run(variant, "4bit" if "LoftQ" in variant else "fp32", tiny_llama)
-    dry_run(wanted.adapter, load_skeleton(wanted.model, tiny_llama), wanted.model, wanted.training)
+    assert matrix.difference(trained[-1], matrix.losses(model, batch)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_what_was_learnt_for_one_of_two_layers_stays_with_it(name, tmp_path):
     assert told["rounding"] == 0
     merged = getattr(transformers, task.load().auto_class).from_pretrained(tmp_path / "merged")
     assert relative(wanted, outputs(merged, TEXTS)) < 1e-5
-    if name in ("nothing that is shared", "whole, as one"):
+    if name in ("nothing that is shared", "whole embeddings, as one"):
         assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     if name == "head":  # for readers other than transformers, which go by it

@@ -1,6 +1,6 @@
 """The runbook's commands, each as the program that it names takes it; what the paths stand for is run elsewhere.
 
-`ftray status`, `stop` and `add` are run in test_requests, test_storage (s3://) and test_cluster (a job's id), `ray job
+`ftray status`, `stop` and `add` are run in test_control, test_storage (s3://) and test_cluster (a job's id), `ray job
 submit` and a growing cluster in test_cluster, `optuna-dashboard` in test_search, the trackers in test_trackers.
 """
 

@@ -1,8 +1,5 @@
 """Adapters trained together against the same adapters trained alone by plain PEFT and AdamW."""
 
-import subprocess
-import sys
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -16,11 +13,9 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, get_scheduler
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from ftray.multi_adapter.dropout import Dropout
-from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
 trials = st.builds(
@@ -268,34 +263,3 @@ def test_models_that_cannot_be_shared_train_one_adapter_after_another():
     chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 1e-5)
-
-
-def test_a_pack_imports_neither_ray_nor_deepspeed_nor_pydantic():
-    code = "import sys, ftray.training.pack; print({m.split('.')[0] for m in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = eval(done.stdout)
-    assert "peft" in loaded
-    assert not loaded & {"ray", "deepspeed", "pydantic", "optuna", "pyarrow"}
-
-
-def test_dropout_in_a_pack_equals_the_solo_trainer(tiny_llama, data):
-    from helpers.trainers import make_run, with_trainer
-
-    from ftray.adapters.methods import attach
-    from ftray.data.loader import batches
-    from ftray.models.load import load_base
-
-    run = make_run(tiny_llama, {"method": "lora", "rank": 4, "dropout": 0.2}, micro_batch=4)
-    *_, (_, wanted, _) = with_trainer(run, data)
-    base, cfg = load_base(run.model, tiny_llama), run.training
-    pack, losses = Pack(base), []
-    for name, seed in (("0", 0), ("1", 9)):
-        model = attach(share(base), run.adapter, run.steps, seed)
-        optimizer = torch.optim.AdamW(trainable(model), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-        schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
-        pack.add(name, model, TorchOptimizer(model, optimizer, schedule, cfg.clip_norm), seed)
-    streams = {name: batches(data, int(name), 0, 4) for name in pack.members}
-    for _ in range(run.steps):
-        losses.append(pack.step({name: list(islice(stream, 2)) for name, stream in streams.items()})["0"])
-    last = losses[5:]
-    assert sum(s.loss for s in last) / sum(s.supervised for s in last) == pytest.approx(wanted, rel=1e-4)

@@ -15,11 +15,11 @@ from ftray.adapters.merge import save_merged
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig, config_from
 from ftray.data import DataCheck, prepare
 from ftray.data.loader import batches, batches_in_order
-from ftray.models.load import load_tokenizer
+from ftray.models.load import load_base, load_tokenizer
 from ftray.task_spec import TaskSpec
 from ftray.tasks.infer_task import infer_task
 from ftray.training.run_spec import RunSpec
-from ftray.training.zero3_trainer import Zero3Trainer
+from ftray.training.single_run_trainer import SingleRunTrainer
 
 FP32 = ModelConfig(dtype="fp32")
 STEPS = 120
@@ -40,18 +40,30 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
 
     adapter = AdapterConfig(method="lora", rank=8, target_modules="all-linear", dropout=0.0)
     training = TrainingConfig(batch_size=16, learning_rate=rate)
-    trainer = Zero3Trainer(RunSpec(FP32, model, adapter, training, STEPS, (1,), data.task))
-    task, rows = data.task.load(), data.rows("test")
-    before = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
-    reports = []
+    trainer = SingleRunTrainer(RunSpec(FP32, model, adapter, training, STEPS, (1,), data.task))
+    task, rows, held_out = data.task.load(), data.rows("test"), data.rows("validation")
+    batch, losses, reports = next(batches_in_order(data, "validation", 4)), [], []
+
+    def measure(adapted):
+        with torch.no_grad():
+            losses.append(task.loss(adapted.eval(), batch))
+        return task.score(adapted, tokenizer, held_out, EvaluationConfig()).values()
+
+    trainer.measure = measure
     trainer.fit(batches(data, 0, 0, 16), lambda: batches_in_order(data, "validation", 16), reports.append)
-    after = task.score(trainer.engine.module, tokenizer, rows, EvaluationConfig())
+    trainer.save(str(tmp_path / "checkpoint"))
     assert reports[-1]["validation_loss"] < 0.8 * reports[0]["validation_loss"]
+
+    base = load_base(FP32, model, data.task)
+    before = task.score(base, tokenizer, rows, EvaluationConfig())
+    adapted = PeftModel.from_pretrained(base, tmp_path / "checkpoint" / "adapter")
+    after = task.score(adapted, tokenizer, rows, EvaluationConfig())
     assert after.values()[metric] > max(least, before.values()[metric])
     assert set(task.choices(record(random.Random(0)))[0]) <= set(after.values())
     assert len(after.generated) == len(rows)
+    scored = task.score(adapted, tokenizer, held_out, EvaluationConfig()).values()
+    assert scored == pytest.approx({name: reports[-1][name] for name in scored}, rel=1e-5)
 
-    trainer.save(str(tmp_path / "checkpoint"))
     save_merged(FP32, model, tmp_path / "checkpoint" / "adapter", tmp_path / "merged", data.task)
     auto = getattr(transformers, task.auto_class)
     labels = {"id2label": dict(enumerate(data.task.labels))} if data.task.labels else {}
@@ -60,11 +72,9 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     again = PeftModel.from_pretrained(base, tmp_path / "checkpoint" / "adapter").eval()
     merged = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert not data.task.labels or merged.config.id2label == labels["id2label"]
-    batch = next(batches_in_order(data, "validation", 4))
     with torch.no_grad():
-        wanted = task.loss(trainer.engine.module.eval(), batch)
-        torch.testing.assert_close(task.loss(again, batch), wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(task.loss(merged, batch), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(task.loss(again, batch), losses[-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(task.loss(merged, batch), losses[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp_path):
@@ -74,7 +84,7 @@ def test_micro_batches_of_unlike_size_make_the_same_step(cluster, tiny_bert, tmp
     losses = []
     for rows in (16, 4):
         training = TrainingConfig(batch_size=16, micro_batch=rows, learning_rate=1e-2)
-        trainer = Zero3Trainer(RunSpec(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
+        trainer = SingleRunTrainer(RunSpec(FP32, tiny_bert, adapter, training, 4, (1, 2, 3, 4), data.task))
         reports = []
         trainer.fit(batches(data, 0, 0, rows), lambda: batches_in_order(data, "validation", 16), reports.append)
         losses.append([report[name] for report in reports for name in ("train_loss", "validation_loss")])

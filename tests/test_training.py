@@ -1,6 +1,7 @@
 """The training step against a plain PyTorch + PEFT loop: one process, two workers, every ZeRO stage, resumed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import llama
-from helpers.trainers import ADALORA, AT, FP32, LORA, assert_same, make_run, with_trainer
-from torch.nn import functional as F
-from transformers import get_scheduler
+from helpers.trainers import ADALORA, FP32, LORA, assert_same, make_run, plain_loop, with_trainer
 
 from ftray.adapters.lora_init import SAMPLES
-from ftray.adapters.methods import attach
 from ftray.config import Config, TrainingConfig
 from ftray.data.loader import batches, batches_in_order
 from ftray.errors import UserError
@@ -28,48 +26,10 @@ EVA = {**LORA, "init": "eva"}
 PREFIX = {"method": "prefix_tuning", "virtual_tokens": 5}
 
 
-def orthogonality(model) -> torch.Tensor | float:
-    """AdaLoRA's penalty, from the paper: how far the singular vectors are from orthonormal."""
-    factors = [(n, p) for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
-    if not hasattr(model.base_model, "update_and_allocate"):
-        return 0.0
-    left = [p @ p.T for n, p in factors if "lora_A" in n] + [p.T @ p for n, p in factors if "lora_B" in n]
-    return 0.5 * sum((g - torch.eye(len(g))).pow(2).sum().sqrt() for g in left) / len(left)
-
-
-def plain_loop(run: RunSpec, data, samples=None) -> list[tuple[int, float, float]]:
-    """The reference: full logits, one padded-free row a step, torch's AdamW, no DeepSpeed, nothing of the trainer."""
-    cfg = run.training
-    model = attach(load_base(run.model, run.model_path), run.adapter, run.steps, cfg.seed, samples)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * run.steps), run.steps)
-
-    def loss_of(batch):
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        return F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum"), int(
-            (batch["labels"] != -100).sum()
-        )
-
-    reports, total, tokens = [], 0.0, 0
-    for step, batch in enumerate(islice(batches(data, cfg.seed, 0, cfg.batch_size), run.steps)):
-        model.train()
-        loss, count = loss_of(batch)
-        (loss / count + orthogonality(model)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
-        optimizer.step()
-        schedule.step()
-        if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        total, tokens = total + loss.item(), tokens + count
-        if step + 1 in AT:
-            model.eval()
-            with torch.no_grad():
-                held = [loss_of(b) for b in batches_in_order(data, "validation", 8)]
-            reports.append((step + 1, total / tokens, sum(v.item() for v, _ in held) / sum(n for _, n in held)))
-            total, tokens = 0.0, 0
-    return reports
+def wanted_of(run: RunSpec, data, samples=None) -> list[tuple[int, float, float]]:
+    """What a plain loop reports."""
+    stream = batches(data, run.training.seed, 0, run.training.batch_size)
+    return plain_loop(run, stream, list(batches_in_order(data, "validation", 8)), samples)[1]
 
 
 @pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
@@ -95,7 +55,7 @@ def plain_loop(run: RunSpec, data, samples=None) -> list[tuple[int, float, float
 )
 def test_one_process_equals_a_plain_loop(tiny_llama, data, adapter, training):
     run = make_run(tiny_llama, adapter, **training)
-    wanted = plain_loop(run, data)
+    wanted = wanted_of(run, data)
     assert wanted[-1][2] < wanted[0][2]  # there is something to compare: the loss falls
     assert_same(with_trainer(run, data), wanted, 1e-5)
 
@@ -121,21 +81,26 @@ def test_a_resumed_run_reproduces_an_undisturbed_one(tiny_llama, data, tmp_path,
 @pytest.mark.parametrize("adapter", [LORA, ADALORA, PREFIX], ids=["lora", "adalora", "prefix"])
 def test_a_pack_of_one_equals_the_loop_that_zero_3_needs(tiny_llama, data, adapter):
     run = make_run(tiny_llama, adapter, micro_batch=4)
-    assert_same(with_trainer(run, data, make=SingleRunTrainer), with_trainer(run, data), 1e-5)
+    assert_same(with_trainer(run, data), with_trainer(run, data, make=Zero3Trainer), 1e-5)
 
 
 def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
     from peft import PeftModel
 
     run = make_run(tiny_llama)
-    trainer = Zero3Trainer(run)
+    trainer, logits = SingleRunTrainer(run), []
+    batch = next(batches_in_order(data, "validation", 4))
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
+
+    def measure(model):
+        logits.append(model.eval()(**inputs).logits.detach())
+        return {}
+
+    trainer.measure = measure
     trainer.fit(batches(data, 0, 0, 8), lambda: batches_in_order(data, "validation", 8), lambda metrics: None)
     trainer.save(str(tmp_path))
     again = PeftModel.from_pretrained(load_base(FP32, tiny_llama), tmp_path / "adapter")
-    batch = next(batches_in_order(data, "validation", 4))
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
-    trainer.engine.eval()
-    torch.testing.assert_close(again.eval()(**inputs).logits, trainer.engine(**inputs).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(again.eval()(**inputs).logits, logits[-1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [SingleRunTrainer, Zero3Trainer])
@@ -151,10 +116,37 @@ def test_batch_size_must_be_divisible():
         accumulation_steps(TrainingConfig(batch_size=8, micro_batch=3), workers=2)
 
 
-def test_training_imports_no_ray():
-    code = "import sys, ftray.training.single_run_trainer; print([m for m in sys.modules if m.split('.')[0] == 'ray'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """What a process has imported for a pack, and for a trainer; what beginning to train has compiled."""
+    code = (
+        "import json, sys; packages = lambda: sorted({name.split('.')[0] for name in sys.modules})\n"
+        "import ftray.training.pack; pack = packages()\n"
+        "import ftray.training.single_run_trainer; trainer = packages()\n"
+        "from ftray.training.engine import join_process_group; join_process_group(); print(json.dumps([pack, trainer]))"
+    )
+    compiled = tmp_path_factory.mktemp("extensions")
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(compiled)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return *map(set, json.loads(done.stdout.splitlines()[-1])), list(compiled.iterdir())
+
+
+def test_a_pack_imports_neither_ray_nor_deepspeed_nor_pydantic(begun):
+    pack, _, _ = begun
+    assert "peft" in pack
+    assert not pack & {"ray", "deepspeed", "pydantic", "optuna", "pyarrow"}
+
+
+def test_training_imports_no_ray(begun):
+    _, trainer, _ = begun
+    assert "deepspeed" in trainer
+    assert "ray" not in trainer
+
+
+def test_deepspeed_compiles_nothing(begun):
+    """A process that is killed while it compiles leaves a lock behind for which all later ones wait."""
+    *_, compiled = begun
+    assert compiled == []
 
 
 @pytest.mark.parametrize(
@@ -188,7 +180,7 @@ def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, st
     result = trainer(job, run, "two", LocalLocation(tmp_path)).fit()
     assert result.return_value["failure"] is None
     # EVA looks at the first batches of rank 0
-    wanted = plain_loop(run, data, lambda: list(islice(batches(data, run.training.seed, 0, 2, 0, 2), SAMPLES)))
+    wanted = wanted_of(run, data, lambda: list(islice(batches(data, run.training.seed, 0, 2, 0, 2), SAMPLES)))
     last = (result.metrics["step"], result.metrics["train_loss"], result.metrics["validation_loss"])
     assert_same([last], wanted[-1:], 1e-5)
     adapter_dir = f"{result.checkpoint.path}/adapter"

@@ -1,14 +1,17 @@
 """Every method in every precision, ZeRO stage and task; `PYTHONPATH=tests python -m helpers.matrix FILE` runs all.
 
-A cell trains a tiny model with the trainer, saves, reloads with plain PEFT on the base as it was, and merges.
+A cell trains a tiny model with the trainer that a search takes, saves, reloads with plain PEFT on the base as it was,
+scores both as a search does, and merges.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import encoder, llama, make_tokenizer, t5
@@ -17,22 +20,21 @@ from transformers import AutoModelForCausalLM
 
 from ftray.adapters.compatibility import dry_run, refuse
 from ftray.adapters.merge import save_merged
-from ftray.adapters.methods import METHODS, attach
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
-from ftray.data import prepare
-from ftray.data.loader import batches
+from ftray.adapters.methods import METHODS
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig, config_from
+from ftray.data import DataCheck
+from ftray.data.splits import order_key
 from ftray.errors import UserError
-from ftray.models.load import load_base, load_skeleton
+from ftray.evaluation.metrics import Scores
+from ftray.models.load import load_base, load_skeleton, load_tokenizer
 from ftray.models.next_token import token_losses
-from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tasks.causal import collate
 from ftray.tasks.embeddings import SCALE
-from ftray.training.optimizer import TorchOptimizer
-from ftray.training.pack import Pack
+from ftray.training.pack_trainer import PackTrainer
 from ftray.training.run_spec import RunSpec
-from ftray.training.zero3_trainer import Zero3Trainer
 from helpers.task_cases import CASES, write
+from helpers.trainers import trainer_of
 
 STEPS = 12
 LORA = {"method": "lora", "rank": 4, "dropout": 0.0}
@@ -109,57 +111,84 @@ MERGED = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2, "8bit": 1e-1, "4bit": 1e-3} 
 
 
 @dataclass
+class Records:
+    """What a cell trains on, a batch as the trainer gets it; and what it is scored on, rows of the shards."""
+
+    batch: dict[str, torch.Tensor]
+    rows: list[dict[str, Any]]
+    task: TaskSpec = CAUSAL
+
+
+@dataclass
 class Cell:
-    """What came of a cell: mean loss (nats a token) before and after, and the greatest differences a token."""
+    """What came of a cell, in nats a token (of tasks that don't give one: their mean).
+
+    Attributes:
+        before, after: mean loss that the trainer reports of the first step, and of the validation after the last.
+        alone: difference of `after` to the loss of the adapter by itself, outside of the pack.
+        reloaded, merged: greatest difference of a loss to that of the trained adapter.
+        scored: greatest difference of a record's score between the trained adapter and the reloaded one.
+        same_answers: whether both answer, or predict, the same.
+    """
 
     before: float
     after: float
+    alone: float
     reloaded: float
     merged: float | None
+    scored: float
+    same_answers: bool
 
 
-def records() -> dict[str, torch.Tensor]:
+def records() -> Records:
     """Eight random records of 5 to 12 tokens in one row."""
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(5, 300, (n,), generator=draw).tolist() for n in range(5, 13)]
-    return collate({"input_ids": ids, "labels": ids})
+    rows = [{"input_ids": one, "labels": one, "prompt_tokens": 3, "target": "the cat"} for one in ids]
+    return Records(collate({"input_ids": ids, "labels": ids}), rows)
 
 
-def task_records(task: str, path: str, directory: Path) -> tuple[TaskSpec, dict[str, torch.Tensor]]:
-    """Sixteen records of a task as the trainer gets them, and the task with its classes; wants Ray."""
+def task_records(task: str, path: str, directory: Path) -> Records:
+    """The first sixteen records of a task as shards have them in order, and the task with its classes."""
     source = write(directory / "data.jsonl", CASES[task][1])
-    cfg = config_from({"data": {"source": source, "cache": str(directory), "max_length": 64}})
-    data = prepare(cfg.data, path, task=task.split()[0])
-    return data.task, next(batches(data, 0, 0, 16))
+    cfg = config_from({"data": {"source": source, "max_length": 64}}).data
+    tokenizer = load_tokenizer(path)
+    of = DataCheck(cfg).run(tokenizer, task.split()[0]).load()
+    written = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    chosen = sorted(written, key=lambda record: order_key(record, cfg.seed))[:16]
+    tokens = of.tokenize([of.parse(record, source) for record in chosen], tokenizer, cfg)
+    rows = [asdict(record) for record in tokens]
+    return Records(of.collate({name: [row[name] for row in rows] for name in of.columns}), rows, of.spec)
 
 
 def run(variant: str, precision: str, path: str, task: TaskSpec = CAUSAL, **training) -> RunSpec:
-    """A run of `STEPS` steps that sees all records in each."""
+    """A run of `STEPS` steps that sees all records in each, and reports after the first and the last."""
     adapter, rate = VARIANTS[variant]
     rows = 8
     if task != CAUSAL:
         rows, rate = 16, TASK_RATES.get(variant, rate)
-    settings = TrainingConfig(batch_size=rows, learning_rate=rate, schedule="constant", warmup=0.0, **training)
-    return RunSpec(PRECISIONS[precision][0], path, AdapterConfig(**adapter), settings, STEPS, task=task)
+    settings = {"batch_size": rows, "learning_rate": rate, "schedule": "constant", "warmup": 0.0} | training
+    base, chosen = PRECISIONS[precision][0], AdapterConfig(**adapter)
+    return RunSpec(base, path, chosen, TrainingConfig(**settings), STEPS, (1,), task)
 
 
-def cell(wanted: RunSpec, batch: dict[str, torch.Tensor], directory: Path) -> Cell:
-    """Train, save, reload and merge.
+def try_out(wanted: RunSpec) -> None:
+    """What every command does first.
 
     Raises:
         UserError: the registry refuses it.
     """
-    path, task = wanted.model_path, wanted.task
-    dry_run(wanted.adapter, load_skeleton(wanted.model, path, task), wanted.model, wanted.training)
-    trainer = Zero3Trainer(wanted, lambda: [batch])
-    before = trainer.evaluate([batch])["validation_loss"]
-    reports: list[dict[str, float]] = []
-    trainer.fit(repeat(batch), lambda: [batch], reports.append)
-    trainer.save(str(directory))
-    trained = losses(trainer.engine, batch, task)
-    del trainer  # ZeRO 3 would load the next base sharded too
+    skeleton = load_skeleton(wanted.model, wanted.model_path, wanted.task)
+    dry_run(wanted.adapter, skeleton, wanted.model, wanted.training)
+
+
+def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
+    """Try out, train, save, reload, score and merge."""
+    path, task, batch = wanted.model_path, wanted.task, given.batch
+    try_out(wanted)
+    (first, last), trained, score = train(wanted, given, directory)
     again = PeftModel.from_pretrained(load_base(wanted.model, path, task), directory / "adapter")
-    reloaded = difference(losses(again, batch, task), trained)
+    reloaded, rescored = losses(again, batch, task), scores(again, given.rows, path, task)
     merged = None
     if METHODS[wanted.adapter.method].merge_tolerance is not None:
         save_merged(wanted.model, path, directory / "adapter", directory / "merged", task)
@@ -168,7 +197,37 @@ def cell(wanted: RunSpec, batch: dict[str, torch.Tensor], directory: Path) -> Ce
         else:
             whole = load_base(ModelConfig(dtype="fp32"), str(directory / "merged"), task)
         merged = difference(losses(whole, batch, task), trained)
-    return Cell(before, reports[-1]["validation_loss"], reloaded, merged)
+    return Cell(
+        before=first["train_loss"],
+        after=last["validation_loss"],
+        alone=abs(last["validation_loss"] - trained.mean().item()),
+        reloaded=difference(reloaded, trained),
+        merged=merged,
+        scored=difference(*(torch.from_numpy(s.loss / s.tokens) for s in (rescored, score))),
+        same_answers=rescored.generated == score.generated,
+    )
+
+
+def train(wanted: RunSpec, given: Records, directory: Path) -> tuple[list[dict[str, Any]], torch.Tensor, Scores]:
+    """Train and save; the reports, and losses and scores of what was trained, measured as a search does."""
+    trainer, found = trainer_of(wanted)(wanted, lambda: [given.batch]), []
+    history = trainer.history  # the trainer must end with this function: ZeRO 3 would load the next base sharded too
+
+    def measure(model: Any) -> dict[str, float]:
+        if history.over:
+            found.append(losses(model, given.batch, wanted.task))
+            found.append(scores(model, given.rows, wanted.model_path, wanted.task))
+        return {}
+
+    trainer.measure = measure
+    trainer.fit(repeat(given.batch), lambda: [given.batch], lambda report: None)
+    trainer.save(str(directory))
+    return history.reports, *found
+
+
+def scores(model: Any, rows: list[dict[str, Any]], path: str, task: TaskSpec) -> Scores:
+    """As a search scores, with answers of a few tokens."""
+    return task.load().score(model, load_tokenizer(path), rows, EvaluationConfig(max_new_tokens=4))
 
 
 @torch.no_grad()
@@ -190,17 +249,12 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def packed(variant: str, path: str) -> str:
     """How the method takes part in a pack: `shares the batch`, or why it doesn't."""
     wanted = run(variant, "fp32", path)
-    base = load_base(wanted.model, path)
-    model = attach(share(base), wanted.adapter, STEPS, 0, lambda: [records()])
-    update = TorchOptimizer(model, torch.optim.AdamW(trainable(model)))
-    return Pack(base).add("one", model, update) or "shares the batch"
+    pack = PackTrainer(wanted.model, path)
+    return pack.join("one", wanted, samples=lambda: [records().batch]) or "shares the batch"
 
 
 def document() -> str:
     """Markdown of all cells; a cell that can't be had, or fails, says so."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
 
@@ -216,31 +270,26 @@ def document() -> str:
         tables: dict[str, list[list[str]]] = {"precision": [], "stage": [], "task": []}
         for variant in VARIANTS:
 
-            def train(
-                batch: dict[str, torch.Tensor],
-                precision: str,
-                path: str = llm,
-                task: TaskSpec = CAUSAL,
-                variant: str = variant,
-                **more: int,
-            ) -> str:
-                return outcome(run(variant, precision, path, task, **more), batch, precision, directory / "cell")
+            def made(given: Records, precision: str, path: str = llm, variant: str = variant, **training: int) -> str:
+                wanted = run(variant, precision, path, given.task, **training)
+                return outcome(wanted, given, precision, directory / "cell")
 
             base = "4bit" if "LoftQ" in variant else "fp32"
-            in_pack = packs(variant, llm)
-            tables["precision"].append([variant, *(train(records(), p) for p in PRECISIONS), in_pack])
-            tables["stage"].append([variant, *(train(records(), base, zero_stage=z) for z in range(4))])
-            made = ((given[name], saved(make)) for name, make in TASKS.items())
-            tables["task"].append([variant, *(train(batch, base, path, task) for (task, batch), path in made)])
+            found = {p: made(records(), p) for p in PRECISIONS}
+            tables["precision"].append([variant, *found.values(), packs(variant, llm)])
+            sharded = (made(records(), base, zero_stage=z) for z in (1, 2, 3))
+            tables["stage"].append([variant, found[base], *sharded])
+            tables["task"].append([variant, *(made(given[t], base, saved(make)) for t, make in TASKS.items())])
     return "\n".join(
         [
             "# What was trained",
             "",
             "Generated by `PYTHONPATH=tests python -m helpers.matrix docs/matrix.md`.",
             "",
-            f"Mean loss before and after {STEPS} steps of a 2-layer model. Each cell was saved, reloaded with plain "
-            "PEFT and gave the same losses, and unless marked *unmerged* so did the merged model (tolerances: "
-            "`tests/helpers/matrix.py`). *no*: refused before training, see [methods](methods.md).",
+            f"Mean loss before and after {STEPS} steps of a 2-layer model, trained by what trains in a search: a pack "
+            "of one, and under ZeRO 3 the loop for it. Each cell was saved, reloaded with plain PEFT and gave the same "
+            "losses, scores and answers, and unless marked *unmerged* the merged model gave the same losses "
+            "(tolerances: `tests/helpers/matrix.py`). *no*: refused before training, see [methods](methods.md).",
             "",
             "## Precision of the base, on a Llama",
             "",
@@ -261,13 +310,15 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def outcome(wanted: RunSpec, batch: dict[str, torch.Tensor], precision: str, directory: Path) -> str:
+def outcome(wanted: RunSpec, given: Records, precision: str, directory: Path) -> str:
     """One cell in words."""
     try:
-        result = cell(wanted, batch, directory)
-        check(result, precision, wanted.task)
+        try_out(wanted)
     except UserError:
         return "no"
+    try:
+        result = cell(wanted, given, directory)
+        check(result, precision, wanted.task)
     except Exception as error:
         print(f"{wanted}: {type(error).__name__} {error}", file=sys.stderr)
         return f"**fails**: {type(error).__name__}"
@@ -289,7 +340,9 @@ def check(result: Cell, precision: str, task: TaskSpec = CAUSAL) -> None:
     assert result.after < result.before - least, result
     # the loss of pairs is of cosines times SCALE, and so are their 16 bits' roundings
     scale = SCALE if task.name == "FEATURE_EXTRACTION" and precision in ("bf16", "fp16") else 1.0
-    assert result.reloaded <= PRECISIONS[precision][1] * scale, result
+    exact = PRECISIONS[precision][1] * scale
+    assert max(result.reloaded, result.scored, result.alone) <= exact, result
+    assert result.same_answers, result
     assert result.merged is None or result.merged <= MERGED[precision] * scale, result
 
 
