@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # as all commands have it
+os.environ.setdefault("WANDB_MODE", "offline")  # in the actors of `cluster` too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
 import pytest
 import torch
@@ -140,8 +143,10 @@ def clean_cache(tmp_path, monkeypatch):
 def cluster():
     """A real Ray cluster of one node for the whole session; its four CPUs are slots, not cores."""
     import ray
+    import ray.data
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -125,14 +126,27 @@ def test_numbers_in_scientific_notation_are_numbers():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_flags_and_an_example(name):
-    for command in ([sys.executable, "-m", f"ftray.{name}"], [str(Path(sys.executable).parent / "ftray"), name]):
+def test_help_shows_flags_and_an_example(name, capsys, monkeypatch):
+    def as_a_module() -> None:
+        monkeypatch.setattr(sys, "argv", [f"ftray/{name}.py", "--help"])
+        runpy.run_module(f"ftray.{name}", run_name="__main__")
+
+    for start in (as_a_module, lambda: sys.exit(main([name, "--help"]))):
+        with pytest.raises(SystemExit) as ended:
+            start()
+        assert not ended.value.code
+        shown = capsys.readouterr().out
+        assert len(COMMANDS[name].example.splitlines()) >= 2
+        assert all(f"  {line}\n" in shown for line in COMMANDS[name].example.splitlines())
+        assert EXIT_CODES in shown
+        assert all(f"--{flag}" in shown for flag in COMMANDS[name].flags)
+
+
+def test_a_command_starts_as_a_module_and_as_a_script():
+    for command in ([sys.executable, "-m", "ftray.tune"], [str(Path(sys.executable).parent / "ftray"), "tune"]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert len(COMMANDS[name].example.splitlines()) >= 2
-        assert all(f"  {line}\n" in done.stdout for line in COMMANDS[name].example.splitlines())
         assert EXIT_CODES in done.stdout
-        assert all(f"--{flag}" in done.stdout for flag in COMMANDS[name].flags)
 
 
 def test_unknown_command(capsys):
