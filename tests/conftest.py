@@ -91,6 +91,31 @@ def encoder() -> BertModel:
     return BertModel(BertConfig(**config, intermediate_size=128, pad_token_id=1))
 
 
+# those that take longest, longest first: at the end both processes have work
+FIRST = (
+    "test_search.py",
+    "test_serving_pooling.py",
+    "test_training.py",
+    "test_pack_worker.py",
+    "test_storage.py",
+    "test_older_runs.py",
+    "test_tasks.py",
+    "test_serving_app.py",
+    "test_serving_shared_cluster.py",
+    "test_stored.py",
+    "test_resume.py",
+    "test_faults.py",
+    "test_control.py",
+    "test_matrix.py",
+    "test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of `FIRST`, then all others as they come."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

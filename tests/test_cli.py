@@ -125,6 +125,7 @@ def test_numbers_in_scientific_notation_are_numbers():
     assert parse("train", ["--training.learning_rate", "3e-4"]).training.learning_rate == 3e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_flags_and_an_example(name, capsys, monkeypatch):
     def as_a_module() -> None:
@@ -175,12 +176,13 @@ def test_an_installed_package_brings_its_search_spaces(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / "source")
     source = str(tmp_path / "source")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), source]
-    subprocess.run(build, check=True, capture_output=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(install, check=True, capture_output=True)
     (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
     code = "import ftray; from ftray.search.space import load_space; print(ftray.__file__, load_space('quick').methods)"
