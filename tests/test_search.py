@@ -157,9 +157,8 @@ def test_a_second_search_on_the_same_output_is_refused(searched, words, tiny_lla
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("pack", "trials", "steps"), [("auto", 6, 150), pytest.param("off", 3, 18, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_storage.py and test_faults.py have quick ones
+@pytest.mark.parametrize(("pack", "trials", "steps"), [("auto", 6, 150), ("off", 3, 18)])
 def test_a_killed_search_resumes_without_running_a_finished_trial_again(
     cluster, tmp_path, words, tiny_llama, pack, trials, steps
 ):
