@@ -1,12 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-all test-lowest lint
 
 # One file a process at a time, in the order of tests/conftest.py.
-PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ftray.tune --config examples/demo.yaml
