@@ -1,15 +1,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest lint
+.PHONY: demo test test-all test-lowest lint
+
+# One file a process at a time, in the order of tests/conftest.py.
+PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ftray.tune --config examples/demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/$(PYTEST)
+
+# The faults that are rare, and whatever else takes minutes, too.
+test-all: $(VENV)/.installed
+	$(BIN)/$(PYTEST) -m "slow or not slow"
 
 # The oldest releases of what pyproject.toml names; what those need in turn is of today.
 test-lowest:
@@ -17,7 +25,7 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--editable ".[serve,test]"
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(LOWEST)/bin/$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

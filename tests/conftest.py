@@ -5,6 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # as all commands have it
+os.environ.setdefault("WANDB_MODE", "offline")  # in the actors of `cluster` too
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else a search waits for what the other test process computes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
 import pytest
 import torch
@@ -98,6 +103,31 @@ def encoder() -> BertModel:
     return BertModel(BertConfig(**config, intermediate_size=128, pad_token_id=1))
 
 
+# those that take longest, longest first: at the end both processes have work
+FIRST = (
+    "test_search.py",
+    "test_serving_pooling.py",
+    "test_training.py",
+    "test_pack_worker.py",
+    "test_storage.py",
+    "test_older_runs.py",
+    "test_tasks.py",
+    "test_serving_app.py",
+    "test_serving_shared_cluster.py",
+    "test_stored.py",
+    "test_resume.py",
+    "test_faults.py",
+    "test_control.py",
+    "test_matrix.py",
+    "test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of `FIRST`, then all others as they come."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -150,8 +180,10 @@ def clean_cache(tmp_path, monkeypatch):
 def cluster():
     """A real Ray cluster of one node for the whole session; its four CPUs are slots, not cores."""
     import ray
+    import ray.data
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 

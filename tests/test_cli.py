@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -129,20 +130,34 @@ def test_numbers_in_scientific_notation_are_numbers():
     assert parse("train", ["--training.learning_rate", "3e-4"]).training.learning_rate == 3e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_flags_and_an_example(name):
-    for command in ([sys.executable, "-m", f"ftray.{name}"], [str(Path(sys.executable).parent / "ftray"), name]):
-        done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+def test_help_shows_flags_and_an_example(name, capsys, monkeypatch):
+    def as_a_module() -> None:
+        monkeypatch.setattr(sys, "argv", [f"ftray/{name}.py", "--help"])
+        runpy.run_module(f"ftray.{name}", run_name="__main__")
+
+    for start in (as_a_module, lambda: sys.exit(main([name, "--help"]))):
+        with pytest.raises(SystemExit) as ended:
+            start()
+        assert not ended.value.code
+        shown = capsys.readouterr().out
         assert len(COMMANDS[name].example.splitlines()) >= 2
-        assert all(f"  {line}\n" in done.stdout for line in COMMANDS[name].example.splitlines())
-        assert EXIT_CODES in done.stdout
-        assert all(f"--{flag}" in done.stdout for flag in COMMANDS[name].flags)
-        (shown,) = [line for line in done.stdout.splitlines() if line.startswith("fields: ")]
-        named = re.sub(r" \(.*?\)|;.*", "", shown.partition(" of ")[2]).split(", ")
+        assert all(f"  {line}\n" in shown for line in COMMANDS[name].example.splitlines())
+        assert EXIT_CODES in shown
+        assert all(f"--{flag}" in shown for flag in COMMANDS[name].flags)
+        (line,) = [line for line in shown.splitlines() if line.startswith("fields: ")]
+        named = re.sub(r" \(.*?\)|;.*", "", line.partition(" of ")[2]).split(", ")
         for section in {field.partition(".")[0] for field in fields() if "." in field}:
             read = any(reads(name, field) for field in fields() if field.startswith(f"{section}."))
             assert (section in named) == read, section
+
+
+def test_a_command_starts_as_a_module_and_as_a_script():
+    for command in ([sys.executable, "-m", "ftray.tune"], [str(Path(sys.executable).parent / "ftray"), "tune"]):
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert EXIT_CODES in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -230,12 +245,13 @@ def test_an_installed_package_brings_its_search_spaces(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / "source")
     source = str(tmp_path / "source")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), source]
-    subprocess.run(build, check=True, capture_output=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(install, check=True, capture_output=True)
     (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
     code = "import ftray; from ftray.search.space import load_space; print(ftray.__file__, load_space('quick').methods)"

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from helpers.searches import command, environment, run, study
+from helpers.searches import command, environment, run_here, study
 
 from ftray.cli import main
 from ftray.config import Config
@@ -54,7 +54,7 @@ def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
         assert main(["status", *on]) == 0
         assert "0/4 trials over, best validation_loss" in capsys.readouterr().out
 
-        again = run([*arguments, "--resume"])
+        again = run_here([*arguments, "--resume"])
         assert again.returncode == 2
         assert "a search is running there" in again.stderr
         assert again.stderr.count("\n") == 1

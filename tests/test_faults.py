@@ -127,7 +127,7 @@ def test_nothing_is_lost(name, seed, hits, undisturbed, tmp_path, words, tiny_ll
         record(name, outcome, difference)
 
 
-def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
+def test_sigterm_loses_no_step(cluster, tmp_path, words, tiny_llama):
     """The quick one of these: what was trained since the last rung is in a checkpoint, and that is taken up."""
     import torch
 
@@ -151,7 +151,7 @@ def test_sigterm_loses_no_step(tmp_path, words, tiny_llama):
         assert state["step"] != STEPS // 2
         torch.save(state | {"tokens": state["tokens"] + 10**9}, path)  # to be known again by
         seal(checkpoint)
-    search.resume()
+    search.resume(here=True)
     tokens = {t.number: t.user_attrs["reports"][-1]["tokens"] for t in study(tmp_path / "out").get_trials()}
     cut_off = {int(checkpoint.parent.name.removeprefix("trial-")) for checkpoint in kept}
     assert {number for number, seen in tokens.items() if seen > 10**9} == cut_off

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import bert, gpt2, llama, make_tokenizer, t5
-from helpers.searches import run as run_command
+from helpers.searches import run_here
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
@@ -248,7 +248,7 @@ def test_float32_may_differ_by_what_it_is_and_a_wrong_weight_may_not(tmp_path):
 SPACE = "method: lora\nlora: {learning_rate: 0.05, target_modules: lm_head, dropout: 0.0}\n"
 
 
-def test_a_search_whose_best_can_not_be_merged_keeps_its_proof(tmp_path, words):
+def test_a_search_whose_best_can_not_be_merged_keeps_its_proof(cluster, tmp_path, words):
     base = saved(umt5, tmp_path / "base")
     (tmp_path / "space.yaml").write_text(SPACE)
     output = tmp_path / "out"
@@ -265,7 +265,7 @@ def test_a_search_whose_best_can_not_be_merged_keeps_its_proof(tmp_path, words):
         "--training.learning_rate": "1e-9",  # of the default configuration, which is to come second
         "--model.dtype": "fp32",
     }
-    done = run_command([sys.executable, "-m", "ftray.tune", *(part for pair in flags.items() for part in pair)])
+    done = run_here([sys.executable, "-m", "ftray.tune", *(part for pair in flags.items() for part in pair)])
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("ftray tune: merge: no merged model: it would differ from the adapter by ")

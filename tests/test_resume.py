@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import ray
 import yaml
 from conftest import llama
+from helpers.searches import run_here
 
 from ftray.cli import main
 from ftray.runtime import cluster
@@ -143,20 +142,16 @@ def test_a_run_without_its_configuration_is_not_guessed_at(asked, tmp_path, caps
     assert "can't be resumed without its config.yaml" in refused(["train", *asked, "--resume"], capsys)
 
 
-def ran(arguments: list[str]) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "ftray.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
 def test_other_records_or_weights_of_the_same_name_are_refused_and_leave_all_as_it_was(
-    asked, tmp_path, tiny_llama, tokenizer
+    cluster, monkeypatch, asked, tmp_path, tiny_llama, tokenizer
 ):
+    monkeypatch.undo()  # these runs do train
+    asked = [sys.executable, "-m", "ftray.train", *asked]
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     asked[asked.index("--model") + 1] = str(model)
     asked += ["--data.cache", str(tmp_path / "shards"), "--data.max_length", "64"]
-    first = ran(asked)
+    first = run_here(asked)
     assert first.returncode == 0, first.stdout + first.stderr
     output, records = tmp_path / "out", tmp_path / "words.jsonl"
     told = json.loads((output / "data.json").read_text())
@@ -166,7 +161,7 @@ def test_other_records_or_weights_of_the_same_name_are_refused_and_leave_all_as_
 
     def refused_as(what: str) -> None:
         # what may change would be written down
-        done = ran([*asked, "--resume", "--search.max_failures", "3"])
+        done = run_here([*asked, "--resume", "--search.max_failures", "3"])
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
         assert f"{what}: not what the run in {output} was trained on (see its data.json)" in done.stderr
         assert {path: path.read_bytes() for path in kept} == kept
@@ -189,7 +184,7 @@ def test_other_records_or_weights_of_the_same_name_are_refused_and_leave_all_as_
     other.save_pretrained(model)
     refused_as(f"model {model}")
     shutil.copytree(tiny_llama, model, dirs_exist_ok=True)
-    again = ran([*asked, "--resume", "--search.max_failures", "3"])
+    again = run_here([*asked, "--resume", "--search.max_failures", "3"])
     assert again.returncode == 0, again.stdout + again.stderr
     assert yaml.safe_load((output / "config.yaml").read_text())["search"]["max_failures"] == 3
 

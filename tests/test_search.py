@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.searches import command, environment, finished, run, study
+from helpers.searches import command, environment, finished, run, run_here, study
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +151,16 @@ def shown(url: str | urllib.request.Request) -> dict:
 
 def test_a_second_search_on_the_same_output_is_refused(searched, words, tiny_llama):
     output, _ = searched
-    done = run(command(output, words, tiny_llama))
+    done = run_here(command(output, words, tiny_llama))
     assert done.returncode == 2
     assert "already holds a search" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow  # test_storage.py and test_faults.py have quick ones
 @pytest.mark.parametrize(("pack", "trials", "steps"), [("auto", 6, 150), ("off", 3, 18)])
 def test_a_killed_search_resumes_without_running_a_finished_trial_again(
-    tmp_path, words, tiny_llama, pack, trials, steps
+    cluster, tmp_path, words, tiny_llama, pack, trials, steps
 ):
     output = tmp_path / "out"
     more = ["--pack", pack, "--trials", str(trials), "--search.scheduler", "none", "--concurrency", "2"]
@@ -176,7 +177,7 @@ def test_a_killed_search_resumes_without_running_a_finished_trial_again(
     assert len(before) < trials
     assert not (output / "summary.json").exists()
 
-    done = run(arguments)
+    done = run_here(arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     after = finished(output)
     assert len(after) == trials
@@ -197,10 +198,10 @@ lora:
 """
 
 
-def test_a_search_over_lists_goes_on_and_writes_them_as_they_are(tmp_path, words, tiny_llama):
+def test_a_search_over_lists_goes_on_and_writes_them_as_they_are(cluster, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
     for trials in ("4", "9"):  # of which the first three are drawn at random
-        done = run(command(output, words, tiny_llama, "--trials", trials, "--resume", space=LISTS, steps=4))
+        done = run_here(command(output, words, tiny_llama, "--trials", trials, "--resume", space=LISTS, steps=4))
         assert done.returncode == 0, done.stdout + done.stderr
     given = yaml.safe_load(LISTS)["lora"]
     summary = json.loads((output / "summary.json").read_text())
@@ -218,10 +219,10 @@ def test_a_search_over_lists_goes_on_and_writes_them_as_they_are(tmp_path, words
     assert yaml.safe_load((output / "space.yaml").read_text())["lora"] == given
 
 
-def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path, words, tiny_llama):
+def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(cluster, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
     space = "method: lora\nlearning_rate: {choice: [1.0e+30]}\nweight_decay: 0.1\n"
-    done = run(command(output, words, tiny_llama, "--trials", "2", "--search.scheduler", "none", space=space))
+    done = run_here(command(output, words, tiny_llama, "--trials", "2", "--search.scheduler", "none", space=space))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((output / "summary.json").read_text())
     assert [(t["trial"], t["status"]) for t in summary["trials"]] == [(0, "finished"), (1, "failed")]
@@ -245,10 +246,11 @@ def test_the_best_of_a_quantised_search_is_merged_in_full_precision(tmp_path, wo
     assert "quantization_config" not in json.loads((output / "best" / "merged" / "config.json").read_text())
 
 
-def test_a_time_budget_leaves_a_usable_result(tmp_path, words, tiny_gpt2):
+def test_a_time_budget_leaves_a_usable_result(cluster, tmp_path, words, tiny_gpt2):
     output = tmp_path / "out"
-    more = ["--trials", "40", "--time-budget", "20", "--search.scheduler", "hyperband", "--pack", "off"]
-    done = run(command(output, words, tiny_gpt2, *more, space="method: {choice: [ia3, lora]}"))
+    more = ["--trials", "40", "--time-budget", "5", "--search.scheduler", "hyperband", "--pack", "off"]
+    more += ["--concurrency", "2"]
+    done = run_here(command(output, words, tiny_gpt2, *more, space="method: {choice: [ia3, lora]}"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((output / "summary.json").read_text())
     assert summary["best"]["trial"] in (0, 1)
@@ -278,14 +280,14 @@ def test_ctrl_c_leaves_a_usable_result(tmp_path, words, tiny_llama):
     assert (output / "best" / "merged" / "config.json").exists()
 
 
-def test_a_killed_training_run_resumes_to_the_same_losses(tmp_path, words, tiny_llama):
+def test_a_killed_training_run_resumes_to_the_same_losses(cluster, tmp_path, words, tiny_llama):
     def arguments(output: str) -> list[str]:
         flags = ["--data", words, "--model", tiny_llama, "--method", "lora", "--output", str(tmp_path / output)]
         settings = ["--training.steps", "120", "--training.evaluations", "12", "--data.max_length", "64"]
         cache = ["--data.cache", str(tmp_path / "shards"), "--model.dtype", "fp32"]
         return [sys.executable, "-m", "ftray.train", *flags, *settings, *cache]
 
-    undisturbed = run(arguments("whole"))
+    undisturbed = run_here(arguments("whole"))
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     process = subprocess.Popen(arguments("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     deadline = time.monotonic() + 120
@@ -294,7 +296,7 @@ def test_a_killed_training_run_resumes_to_the_same_losses(tmp_path, words, tiny_
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "adapter").exists()
-    resumed = run([*arguments("killed"), "--resume"])
+    resumed = run_here([*arguments("killed"), "--resume"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
 
     def losses(text: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 from conftest import make_tokenizer
-from helpers.searches import command, run
+from helpers.searches import command, run_here
 from transformers import AutoModelForCausalLM
 
 from ftray.adapters.compatibility import dry_run
@@ -155,9 +155,9 @@ def test_methods_know_that_it_is_quantised(stored):
 SPACE = "method: lora\nlora: {learning_rate: 0.02, target_modules: all-linear}\n"
 
 
-def test_a_search_on_it_is_proven_and_merged_and_every_command_takes_it(tmp_path, words, stored):
+def test_a_search_on_it_is_proven_and_merged_and_every_command_takes_it(cluster, tmp_path, words, stored):
     output, model = tmp_path / "out", stored["4bit"]
-    done = run(command(output, words, model, "--trials", "2", "--pack", "2", space=SPACE, steps=12))
+    done = run_here(command(output, words, model, "--trials", "2", "--pack", "2", space=SPACE, steps=12))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "quantization: 4bit" in (output / "config.yaml").read_text()
     proof = json.loads((output / "summary.json").read_text())["proof"]
@@ -172,7 +172,7 @@ def test_a_search_on_it_is_proven_and_merged_and_every_command_takes_it(tmp_path
     scored = ["ftray.evaluate", *adapter, "--data", words, "--data.max_length", "64", "--evaluation.generate", "false"]
     scored += ["--data.cache", str(tmp_path / "shards"), "--model.dtype", "fp32"]
     for arguments in (again, asked, scored):
-        done = run([sys.executable, "-m", *arguments])
+        done = run_here([sys.executable, "-m", *arguments])
         assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     (metrics,) = result["adapters"].values()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
-from helpers.searches import command, run
+from helpers.searches import command, run_here
 
 from ftray.cli import main
 
@@ -14,15 +14,14 @@ SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory, words, tiny_llama):
+def tracked(cluster, tmp_path_factory, words, tiny_llama):
     """One search with every tracker that is installed, and the trials that it came to, by number."""
     names = ["tensorboard", *(name for name in ("mlflow", "wandb") if find_spec(name))]
     output = tmp_path_factory.mktemp("tracked") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         more = ["--trials", "2", "--search.scheduler", "none", "--search.trackers", ",".join(names)]
-        done = run(command(output, words, tiny_llama, *more, space=SPACE))
+        done = run_here(command(output, words, tiny_llama, *more, space=SPACE))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = json.loads((output / "summary.json").read_text())["trials"]
     return output, {trial["trial"]: trial for trial in trials}

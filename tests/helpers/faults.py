@@ -13,7 +13,7 @@ import optuna
 import psutil
 import pytest
 
-from helpers.searches import command, environment, finished, run, study
+from helpers.searches import command, environment, finished, run, run_here, study
 
 TRIALS, STEPS = 3, 240
 FLAGS = ["--trials", str(TRIALS), "--search.scheduler", "none", "--training.evaluations", "4"]
@@ -73,11 +73,12 @@ class Search:
         """What it has said of its end."""
         return [line for line in self.text.splitlines() if line.startswith("ftray tune:")]
 
-    def resume(self, address: str | None = None) -> subprocess.CompletedProcess:
-        """The same command; what was finished is not touched."""
+    def resume(self, address: str | None = None, here: bool = False) -> subprocess.CompletedProcess:
+        """The same command, or, `here`, in this process; what was finished is not touched."""
         before = finished(self.output)
         where = ["--scaling.address", address] if address else []
-        done = run([*self.arguments, *where, "--resume"], timeout=600)
+        again = [*self.arguments, *where, "--resume"]
+        done = run_here(again) if here else run(again, timeout=600)
         assert done.returncode == 0, self.text + done.stdout + done.stderr
         untouched(self.output, before)
         return done

@@ -1,15 +1,19 @@
 """Searches as a user runs them: the command, its environment, and what it left."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+
+from ftray.cli import main
 
 SPACE = """
 method: {choice: [lora, ia3, oft]}
@@ -44,6 +48,18 @@ def command(output: Path, words: str, model: str, *more: str, space: str = SPACE
 
 def run(arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env=environment())
+
+
+def run_here(arguments: list[str]) -> subprocess.CompletedProcess:
+    """As `run`, in this process and on its `cluster`: nothing is imported again, no Ray is started."""
+    _, _, module, *flags = arguments
+    out, error = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(error):
+            code = main([module.removeprefix("ftray."), *flags])
+    finally:
+        logging.disable(logging.NOTSET)  # commands keep the logs of the libraries quiet
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), error.getvalue())
 
 
 def environment() -> dict[str, str]:
