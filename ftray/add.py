@@ -41,9 +41,9 @@ def run(cfg: Config) -> int:
     number = ask_to_add(output / JOURNAL, of, space, configuration)
     if number >= of.search.trials:
         more = f"--resume --trials {number + 1}"
-        print(f"trial {number} waits: all {of.search.trials} of the search have begun; {more} goes on with it")
+        print(f"trial {number} waits: all {of.search.trials} of the search have begun; {more} continues with it")
     elif running_since(output) is None:
-        print(f"trial {number} is the next to begin when the search goes on: --resume")
+        print(f"trial {number} is the next to begin when the search continues: --resume")
     else:
         print(f"trial {number} is the next to begin")
     return 0

@@ -205,7 +205,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         print(f"ftray {name}: interrupted", file=sys.stderr)
         return 130
     except Terminated:
-        print(f"ftray {name}: terminated, with checkpoints: the same command with --resume goes on", file=sys.stderr)
+        print(f"ftray {name}: terminated, with checkpoints: the same command with --resume continues", file=sys.stderr)
         return 143
 
 

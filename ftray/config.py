@@ -153,7 +153,7 @@ class SearchConfig(Section):
     space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(
-        None, gt=0, description="seconds of training, and at least a first result, after which no trial goes on"
+        None, gt=0, description="seconds of training, and at least a first result, after which no trial continues"
     )
     pack: PositiveInt | Literal["auto", "off"] = Field(
         "auto", description="trials that train together over one base model; off: each has workers of its own"
@@ -163,7 +163,7 @@ class SearchConfig(Section):
     metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
     direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
     scheduler: Literal["asha", "hyperband", "none"] = Field("asha", description="what stops weak trials early")
-    reduction_factor: int = Field(3, ge=2, description="one in this many trials goes on from each rung")
+    reduction_factor: int = Field(3, ge=2, description="one in this many trials continues from each rung")
     rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
     seed: int = Field(0, description="of the sampler")
     trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
@@ -292,7 +292,7 @@ class Config(Section):
     output: str = Field(
         "runs/latest", description="where a command leaves what it makes; `tune`, `train`: a directory or URI"
     )
-    resume: bool = Field(False, description="go on with what is in output; begin, if nothing is")
+    resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 

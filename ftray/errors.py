@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: the process ends, and what it has under way can go on later."""
+    """SIGTERM has come: the process ends, and what it has under way can continue later."""
 
 
 class UserError(Exception):

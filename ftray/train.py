@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run(cfg: Config) -> int:
-    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` goes on from the last checkpoint.
+    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` continues from the last checkpoint.
 
-    What goes on is what began: other settings, data or another base than in `config.yaml` are refused.
+    What continues is what began: other settings, data or another base than in `config.yaml` are refused.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.

@@ -59,7 +59,7 @@ def run(cfg: Config) -> int:
         why = _why_it_stopped(error, output)
         if why is None:
             raise
-        print(f"ftray tune: {why} the same command with --resume goes on", file=sys.stderr)
+        print(f"ftray tune: {why} the same command with --resume continues", file=sys.stderr)
         return 1
 
 

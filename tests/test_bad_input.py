@@ -107,7 +107,7 @@ DATA = {
 TEXTS = [{"text": f"t {i}", "label": "ab"[i % 2]} for i in range(40)]
 PAIR = {"sentence1": "a", "sentence2": "b"}
 QUESTION = {"question": "q", "context": "a b"}
-# the same for other tasks than text that goes on
+# the same for other tasks than text that continues
 TASKS = {
     "no label": (lines(*TEXTS, {"text": "t"}), [], "data.jsonl:41: label is missing"),
     "label is a list": (

@@ -275,7 +275,7 @@ def test_a_lost_head_is_made_up_for_by_the_job_submitted_again(
     untouched(output, before)
     difference = compare(output, undisturbed, known)
     for _ in range(hits):
-        record("head lost, job submitted again", "--resume goes on", difference)
+        record("head lost, job submitted again", "--resume continues", difference)
 
 
 def test_a_submitted_mistake_is_told_in_the_log_and_the_exit_code(growing, tmp_path):

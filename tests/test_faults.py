@@ -44,8 +44,8 @@ class Fault:
     Attributes:
         title: what the process is called, several separated by |.
         sent: signal.
-        code: exit code of the driver, if it can't go on.
-        seconds: in which it then ends; None: it goes on, as a rule.
+        code: exit code of the driver, if it can't continue.
+        seconds: in which it then ends; None: it continues, as a rule.
         failures: restarts that are allowed for each.
     """
 
@@ -105,13 +105,13 @@ def test_nothing_is_lost(name, seed, hits, undisturbed, tmp_path, words, tiny_ll
     for after in moments(draw, hits):
         search.wait_for(lambda after=after: reports(output) >= after)
         if strike(search, fault, draw, struck):
-            outcomes.append("the search goes on")
+            outcomes.append("the search continues")
         if fault.seconds:
             search.end(fault.seconds)
         before |= finished(output)
         if search.process.poll() in (None, 0):
             continue
-        outcomes[-1] = "the driver ends, --resume goes on"
+        outcomes[-1] = "the driver ends, --resume continues"
         assert search.end() == fault.code, search.text
         assert "Traceback" not in search.text, search.text
         if fault.code != -signal.SIGKILL:
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_not_taken_for_whole(pack, undisturbed, tmp_path
         assert "is damaged (state/mp_rank_00_model_states.pt is not as it was written)" in line
     difference = compare(output, undisturbed, known)
     name = "checkpoints cut off" + (", pack off" if pack == "off" else "")
-    record(name, "--resume says so and goes on from before", difference)
+    record(name, "--resume says so and continues from before", difference)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(pack, undist
         (disk / "filler").unlink()
         search.resume()
         name = "output's disk full" + (", pack off" if pack == "off" else "")
-        record(name, "the driver ends, --resume goes on", compare(disk / "out", undisturbed, known))
+        record(name, "the driver ends, --resume continues", compare(disk / "out", undisturbed, known))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -249,7 +249,7 @@ def test_a_lost_node_is_made_up_for_by_another(seed, hits, undisturbed, nodes, t
     untouched(output, before)
     difference = compare(output, undisturbed, set(undisturbed))
     for _ in range(lost):
-        record("node of the pack lost", "the search goes on", difference)
+        record("node of the pack lost", "the search continues", difference)
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_a_drained_node_is_left_in_time(undisturbed, nodes, tmp_path, words, tin
     subprocess.run(drain, check=True, capture_output=True, env=environment())
     assert search.end() == 0, search.text
     assert "pack 0: its node goes away" in search.text
-    record("node of the pack drained", "the search goes on", compare(output, undisturbed, set(undisturbed)))
+    record("node of the pack drained", "the search continues", compare(output, undisturbed, set(undisturbed)))
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_a_lost_head_is_made_up_for_by_the_same_command(undisturbed, nodes, tmp_
     anew = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     search.resume(anew.address)
     anew.shutdown()
-    record("head lost", "the driver ends, --resume goes on", compare(output, undisturbed, known))
+    record("head lost", "the driver ends, --resume continues", compare(output, undisturbed, known))
 
 
 @pytest.mark.slow
@@ -306,4 +306,4 @@ def test_memory_that_runs_out_in_one_trial_fails_that_one(tmp_path, words, tiny_
     for row in wrong:
         assert row["status"] == "failed"
         assert "can't allocate memory" in row["reason"]
-    record("memory runs out in one trial", "it fails alone, the search goes on", 0.0)
+    record("memory runs out in one trial", "it fails alone, the search continues", 0.0)

@@ -1,4 +1,4 @@
-"""`--resume` goes on with what is there, and with nothing else; an output has one driver."""
+"""`--resume` continues with what is there, and with nothing else; an output has one driver."""
 
 import json
 import logging

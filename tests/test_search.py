@@ -164,7 +164,7 @@ def test_a_killed_search_resumes_without_running_a_finished_trial_again(
 ):
     output = tmp_path / "out"
     more = ["--pack", pack, "--trials", str(trials), "--search.scheduler", "none", "--concurrency", "2"]
-    arguments = command(output, words, tiny_llama, *more, "--resume", steps=steps)  # one that begins as it goes on
+    arguments = command(output, words, tiny_llama, *more, "--resume", steps=steps)  # one that begins as it continues
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
     while not finished(output) and time.monotonic() < deadline:

@@ -247,7 +247,7 @@ def test_a_store_that_goes_away_stops_the_search_and_one_that_comes_back_resumes
     assert search.returncode == 1, log + error
     assert "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("ftray tune:")]
-    assert "--resume goes on" in line
+    assert "--resume continues" in line
     done = run([*arguments, "--resume"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert states(output) == ["COMPLETE"] * 3

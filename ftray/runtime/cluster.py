@@ -115,7 +115,7 @@ def end_with_ray(command: str) -> None:
                     if (
                         threading.main_thread().is_alive()
                     ):  # else it has already said why it ends, and only waits for Ray
-                        line = f"Ray's {name} process is gone; the same command with --resume goes on"
+                        line = f"Ray's {name} process is gone; the same command with --resume continues"
                         print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
                     os._exit(1)
 

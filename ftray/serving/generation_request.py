@@ -125,7 +125,7 @@ def prompt_tokens(request: GenerationRequest, tokenizer: Any, vocab_size: int) -
             raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from None
         result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
     else:
-        first = beginning(tokenizer)  # and no end, whatever the tokenizer puts there: the text goes on
+        first = beginning(tokenizer)  # and no end, whatever the tokenizer puts there: the text continues
 
         def ids_of(text: str) -> list[int]:
             return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -18,7 +18,7 @@ from helpers.searches import command, environment, finished, run, run_here, stud
 TRIALS, STEPS = 3, 240
 FLAGS = ["--trials", str(TRIALS), "--search.scheduler", "none", "--training.evaluations", "4"]
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
-RESUME = "the same command with --resume goes on"
+RESUME = "the same command with --resume continues"
 MOMENTS = int(os.environ.get("FTRAY_FAULT_MOMENTS", "1"))
 SEARCHES = [(seed, min(5, MOMENTS - seed)) for seed in range(0, MOMENTS, 5)]  # and how often each is hit
 TABLE = os.environ.get("FTRAY_FAULT_TABLE")
