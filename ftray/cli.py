@@ -7,7 +7,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -313,12 +313,12 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
 def complete() -> None:
     """Answer the shell with commands, flags, every field and the values of those that are choices; then exit."""
     import argcomplete
-    from argcomplete.completers import FilesCompleter
+    from argcomplete.completers import BaseCompleter, FilesCompleter
 
-    class Values(FilesCompleter):
-        def __call__(self, prefix: str, **context: Any) -> Any:
-            field = context["action"].dest
-            return dict.fromkeys(choices_of(field), describe(field)) or super().__call__(prefix, **context)
+    class Values(BaseCompleter):
+        def __call__(self, *, prefix: str, action: argparse.Action, **context: object) -> Iterable[str]:
+            field = action.dest
+            return dict.fromkeys(choices_of(field), describe(field)) or FilesCompleter()(prefix)
 
     parser = argparse.ArgumentParser(prog="ftray", allow_abbrev=False)
     commands = parser.add_subparsers()
@@ -377,7 +377,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _assign(values: dict[str, Any], field: str, value: Any) -> None:
+def _assign(values: dict[str, Any], field: str, value: object) -> None:
     *sections, key = field.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -390,7 +390,7 @@ def _sections() -> list[str]:
     return [name for name, field in Config.model_fields.items() if _is_model(field.annotation)]
 
 
-def _is_model(annotation: Any) -> bool:
+def _is_model(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

@@ -8,14 +8,14 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ftray.errors import UserError, near
 
 
-def _comma_separated(value: Any) -> Any:
+def _comma_separated(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -79,7 +79,7 @@ class AdapterConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_peft_config(cls, values: Any) -> Any:
+    def _read_peft_config(cls, values: object) -> object:
         """Of `method: peft`, what lies in the named file, or in the directory of an adapter: workers may not see it."""
         if not isinstance(values, dict) or values.get("method") != "peft" or not isinstance(values.get("config"), str):
             return values
@@ -317,9 +317,9 @@ def config_from(values: dict[str, Any]) -> Config:
 
 
 def section_at(path: list[str]) -> type[BaseModel]:
-    model: Any = Config
+    model: type[BaseModel] = Config
     for part in path:
-        model = model.model_fields[part].annotation
+        model = cast("type[BaseModel]", model.model_fields[part].annotation)
     return model
 
 

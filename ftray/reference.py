@@ -5,7 +5,7 @@
 
 import importlib
 import inspect
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -114,13 +114,13 @@ def _table(model: type[BaseModel], only: set[str] | None = None) -> list[str]:
     return lines
 
 
-def _bound(limit: Any) -> str:
+def _bound(limit: object) -> str:
     """`Gt(gt=0)` as `> 0`."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     return " ".join(f"{sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
 
 
-def _type(annotation: Any) -> str:
+def _type(annotation: object) -> str:
     if get_origin(annotation) is Annotated:
         return _type(get_args(annotation)[0])
     if get_origin(annotation) is None:

@@ -5,11 +5,14 @@ import socket
 import sys
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
@@ -59,7 +62,7 @@ def run(cfg: Config) -> int:
     return 0
 
 
-def _hold_cluster() -> Any:
+def _hold_cluster() -> "ActorHandle":
     """An actor that lives as long as this process, and of which a cluster can have one: Serve has one HTTP port.
 
     Raises:

@@ -54,12 +54,14 @@ class TaskSpec:
 
     def load(self) -> "Task":
         """The task itself."""
-        return importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
+        task: Task = importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
+        return task
 
 
 CAUSAL = TaskSpec()
 
 
-def task_of(model: Any) -> TaskSpec:
+def task_of(model: object) -> TaskSpec:
     """What :func:`ftray.models.load.load_base` loaded a model for."""
-    return getattr(model, "task", CAUSAL)
+    task: TaskSpec = getattr(model, "task", CAUSAL)
+    return task

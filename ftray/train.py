@@ -10,6 +10,7 @@ from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
     from ray.train import Result
+    from transformers import PreTrainedTokenizerBase
 
     from ftray.search.trial_worker import SearchContext
 
@@ -42,7 +43,7 @@ def run(cfg: Config) -> int:
     return 0
 
 
-def check(cfg: Config) -> tuple[Config, str, Any]:
+def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     """All that can be found wrong without Ray, weights or a GPU.
 
     Returns:
@@ -72,7 +73,7 @@ def check(cfg: Config) -> tuple[Config, str, Any]:
     return cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})}), model_path, tokenizer
 
 
-def drive(cfg: Config, model_path: str, tokenizer: Any, output: Location) -> None:
+def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location) -> None:
     """Train as :func:`check` found it to be possible, and save the best checkpoint's adapter.
 
     Raises:

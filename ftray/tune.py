@@ -11,6 +11,9 @@ from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
 if TYPE_CHECKING:
+    import ray
+    from transformers import PreTrainedTokenizerBase
+
     from ftray.search.results import TrialRow
     from ftray.search.space import Space
     from ftray.search.trial_worker import SearchContext
@@ -76,7 +79,7 @@ def _why_it_stopped(error: Exception, output: Location) -> str | None:
     return said and f"{output}: {said};"
 
 
-def drive(cfg: Config, space: "Space", model_path: str, tokenizer: Any, output: Location) -> int:
+def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location) -> int:
     """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
 
     Raises:
@@ -145,7 +148,9 @@ def search_for_best(cfg: Config, space: "Space", model_path: str, output: Locati
     return context
 
 
-def save_best(cfg: Config, rows: "list[TrialRow]", tokenizer: Any, output: Location) -> "TrialRow | None":
+def save_best(
+    cfg: Config, rows: "list[TrialRow]", tokenizer: "PreTrainedTokenizerBase", output: Location
+) -> "TrialRow | None":
     """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row."""
     from ftray.search.model_card import model_card
     from ftray.search.results import save_best_adapter
@@ -186,7 +191,7 @@ def exit_code(best: "TrialRow", merged: dict[str, Any]) -> int:
     return 1
 
 
-def _awaited(task: Any) -> Any:
+def _awaited(task: "ray.ObjectRef") -> dict[str, Any]:
     """What a task on the hardware returns."""
     import ray
 
@@ -194,7 +199,8 @@ def _awaited(task: Any) -> Any:
 
     while not ray.wait([task], timeout=1)[0]:
         release(everything=True)  # trials that were stopped a moment ago
-    return ray.get(task)
+    result: dict[str, Any] = ray.get(task)
+    return result
 
 
 def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
@@ -220,7 +226,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     return 0
 
 
-def check(cfg: Config) -> tuple[Config, "Space", str, Any]:
+def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]:
     """All that can be found wrong without Ray, weights or a GPU.
 
     Returns:

@@ -15,4 +15,5 @@ def stored_tensors(model: PeftModel, directory: str | None) -> Callable[[str], t
     Args:
         directory: of the base model; None: in the hub's cache.
     """
-    return _SafetensorLoader(model, directory).get_tensor
+    read: Callable[[str], torch.Tensor] = _SafetensorLoader(model, directory).get_tensor
+    return read

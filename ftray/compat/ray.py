@@ -1,6 +1,9 @@
 """Private names of Ray's core; seen in Ray 2.60.0."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
 
 def bootstrap_address(address: str | None) -> str | None:
@@ -13,18 +16,20 @@ def bootstrap_address(address: str | None) -> str | None:
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address(address)
+    found: str | None = canonicalize_bootstrap_address(address)
+    return found
 
 
 def raylet_socket() -> str:
     """The path of the socket at which this node's raylet answers: the runtime context doesn't say."""
     from ray._private import worker
 
-    return worker._global_node.raylet_socket_name.removeprefix("unix:")
+    name: str = worker._global_node.raylet_socket_name
+    return name.removeprefix("unix:")
 
 
-def placement_groups() -> list[Any]:
-    """Ray's record of each placement group of the cluster (a `PlacementGroupTableData`).
+def placement_groups() -> "list[PlacementGroupTableData]":
+    """Ray's record of each placement group of the cluster.
 
     `ray.util.placement_group_table` leaves out who made a group, and whether that actor is dead.
     """
@@ -35,11 +40,11 @@ def placement_groups() -> list[Any]:
     return [PlacementGroupTableData.FromString(entry) for entry in table]
 
 
-def is_removed(group: Any) -> bool:
+def is_removed(group: "PlacementGroupTableData") -> bool:
     """Whether a record of :func:`placement_groups` is of one that is given back already."""
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
-    return group.state == PlacementGroupTableData.REMOVED
+    return bool(group.state == PlacementGroupTableData.REMOVED)
 
 
 def serve_runs() -> bool:

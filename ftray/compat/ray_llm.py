@@ -1,9 +1,12 @@
 """Private names of Ray Serve LLM; seen in Ray 2.60.0."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 
 
-def loaded_adapter(model_id: str, directory: str) -> Any:
+def loaded_adapter(model_id: str, directory: str) -> "DiskMultiplexConfig":
     """What Serve LLM's loader of adapters gives to vLLM: the loader can be replaced, its answer has no public class.
 
     Args:

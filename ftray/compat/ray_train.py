@@ -11,8 +11,9 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 # `ray.train.UserCallback`, hears of reports and exceptions alone
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-__all__ = ["BrokenCheckpointList", "SoloTrainer", "WorkerGroupCallback", "preemption_known"]
+__all__ = ["BrokenCheckpointList", "SoloTrainer", "WorkerGroup", "WorkerGroupCallback", "preemption_known"]
 
 
 def preemption_known() -> bool:

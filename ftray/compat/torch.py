@@ -18,4 +18,4 @@ def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The same for all tensors that share memory; `data_ptr`, the public one, is 0 for all on the meta device."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -171,7 +171,8 @@ def _readable(source: str) -> Iterator[None]:
 
 def _open(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" in source:
-        return pafs.FileSystem.from_uri(source)
+        opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(source)
+        return opened
     return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
 
 

@@ -127,9 +127,10 @@ def _render_chat(messages: list[dict[str, str]], tokenizer: Any, add_generation_
             "take an instruction-tuned model, or give prompt/completion records, without system and history"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses these turns: {error}") from None
+    return text
 
 
 def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:

@@ -84,7 +84,8 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> Metric:
 
     def metric(draws: np.ndarray) -> np.ndarray:
         tops, bottoms = draws @ top, draws @ bottom
-        return np.divide(tops, bottoms, out=np.zeros(len(draws)), where=bottoms != 0)
+        shares: np.ndarray = np.divide(tops, bottoms, out=np.zeros(len(draws)), where=bottoms != 0)
+        return shares
 
     return metric
 

@@ -122,7 +122,9 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
 
     def row(records: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         ids = torch.cat(list(records))[None].to(device)
-        return model(input_ids=ids, position_ids=positions.to(device), use_cache=False).logits[0].split(lengths)
+        logits = model(input_ids=ids, position_ids=positions.to(device), use_cache=False).logits[0]
+        parts: Sequence[torch.Tensor] = logits.split(lengths)
+        return parts
 
     try:
         together, again = row(records), row(other_first(records))

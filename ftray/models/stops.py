@@ -44,7 +44,8 @@ def answer_text(tokenizer: Any, ids: list[int], stops: Collection[int]) -> str:
     the tokenizer itself puts around a text are not (:func:`framing`).
     """
     frame = framing(tokenizer)
-    return tokenizer.decode([token for token in before_stop(ids, stops) if token not in frame])
+    text: str = tokenizer.decode([token for token in before_stop(ids, stops) if token not in frame])
+    return text
 
 
 def framing(tokenizer: Any) -> set[int]:

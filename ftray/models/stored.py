@@ -26,7 +26,8 @@ def quantization_of(path: str) -> dict[str, Any] | None:
 
         config, _ = PretrainedConfig.get_config_dict(path)
     for part in (config, config.get("text_config") or {}):
-        if found := part.get("quantization_config") or part.get("compression_config"):
+        found: dict[str, Any] | None = part.get("quantization_config") or part.get("compression_config")
+        if found:
             return found
     return None
 

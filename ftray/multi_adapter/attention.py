@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -54,16 +55,23 @@ def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
     return Layout(blocks, torch.cat(pad_index).to(device), unpad_index.to(device))
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    rows: int
+
+
 class _Pad(torch.autograd.Function):
     """Rows to padded positions; padding has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, pad_index: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, rows: torch.Tensor, pad_index: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpad_index)
         return rows.index_select(0, pad_index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -71,13 +79,13 @@ class _Unpad(torch.autograd.Function):
     """Padded positions back to rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, rows: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpad_index)
         ctx.rows = len(rows)
         return rows.index_select(0, unpad_index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         padded = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
         return padded.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
@@ -108,7 +116,7 @@ def attention(
     attention_mask: None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim].
 
@@ -137,7 +145,8 @@ def attention(
                 qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=qb.shape[1] != kb.shape[1]
             )
         attended.append(out.transpose(1, 2).reshape(records * length, *q.shape[1:]))
-    return _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], row.unpad_index)[None], None
+    rows: torch.Tensor = _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], row.unpad_index)
+    return rows[None], None
 
 
 def refuse_unknown(arguments: Mapping[str, Any]) -> None:

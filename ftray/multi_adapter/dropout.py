@@ -1,7 +1,6 @@
 """Dropout that depends on a run's seed and position alone, not on other trials or on recomputation."""
 
 import math
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,6 +82,6 @@ class DropoutRNG:
             hook.remove()
 
 
-def _draws(module: Any) -> bool:
+def _draws(module: nn.Module) -> bool:
     share = getattr(module, "p", 0.0)  # Dropout, and OFT's MultiplicativeDropoutLayer
     return isinstance(share, float) and share > 0

@@ -1,13 +1,19 @@
 """The loss of a frozen head; the logits of a long batch never lie in memory at once."""
 
-from typing import Any
-
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 LOGITS = 2**24  # elements of logits that are computed at once
 BLOCK = 16  # positions, on a CPU: their logits stay in its cache from the softmax to the gradient
+
+
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    gradient: torch.Tensor  # of the hidden states, where they need one
 
 
 class HeadLoss(torch.autograd.Function):
@@ -19,7 +25,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
+        ctx: _Context, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the losses (float32 scalar), and the loss of each position, without gradient.
 
@@ -47,10 +53,13 @@ class HeadLoss(torch.autograd.Function):
                     block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
             if gradient is not None:
                 gradient[part] = (logits.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
-        ctx.gradient = gradient
+        if gradient is not None:
+            ctx.gradient = gradient
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(
+        ctx: _Context, gradient: torch.Tensor, _: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
         return ctx.gradient * gradient, None, None, None

@@ -7,7 +7,6 @@ per layer, which `transformers.Cache` carries through the model. Registered with
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +71,9 @@ class Slots(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens' states, [1, heads, T, head_dim]; returns the buffers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -133,7 +134,7 @@ def attention(
     attention_mask: None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each token to its own sequence.
 

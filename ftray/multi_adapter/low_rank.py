@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from ftray.compat.torch import copy
 from ftray.multi_adapter.dropout import zero
@@ -96,6 +97,15 @@ def precision(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype is torch.bfloat16 else torch.float32
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    layout: list[PaddedSegments]
+    updates: list[LoraDelta]
+
+
 class AddLowRank(torch.autograd.Function):
     """Adds each adapter's update to its rows of `y`, in place.
 
@@ -105,7 +115,7 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         y: torch.Tensor,
         x: torch.Tensor,
         layout: list[PaddedSegments],
@@ -136,7 +146,7 @@ class AddLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         inner: torch.Tensor | None = None
         gradients: list[Any] = [None] * (2 * len(ctx.updates))

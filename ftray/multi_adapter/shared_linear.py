@@ -149,7 +149,10 @@ class SharedLinear(nn.Module):
     ) -> torch.Tensor:
         """Add the `updates` to `result`; they belong to the segments that are keys of `ranges`, in that order."""
         factors = [factor for update in updates for factor in (update.a, update.b)]
-        return AddLowRank.apply(result, x, self.segments.padded(tuple(ranges.values()), x), updates, *factors)
+        added: torch.Tensor = AddLowRank.apply(
+            result, x, self.segments.padded(tuple(ranges.values()), x), updates, *factors
+        )
+        return added
 
 
 class _Answer:
@@ -163,7 +166,8 @@ class _Answer:
         if x is self.given and self.result is not None:
             return self.result
         self.multiplied = True
-        return type(self.base).forward(self.base, x)
+        product: torch.Tensor = type(self.base).forward(self.base, x)
+        return product
 
     def end(self) -> bool:
         """Restore the base layer; returns whether it had to multiply another input."""

@@ -1,7 +1,7 @@
 """A base model whose parameters many adapters share, and the layers that an adapter changes."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -15,18 +15,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ftray.compat.transformers import set_attention
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 
+Shared = TypeVar("Shared", bound=nn.Module)
+
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU, or this machine, ran out of memory: for the latter PyTorch has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def share(model: nn.Module) -> Any:
+def share(model: Shared) -> Shared:
     """A copy of the module structure whose parameters and buffers are those of `model` itself."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def shared_model(base: PreTrainedModel, implementation: str) -> Any:
+def shared_model(base: PreTrainedModel, implementation: str) -> PreTrainedModel:
     """A :func:`share` of the base that runs the rows of many adapters, with the attention of that name."""
     shared = share(base)
     config = copy.deepcopy(base.config)

@@ -1,17 +1,20 @@
 """Shows tokenized data: counts of each split, a record as the model sees it."""
 
 from itertools import groupby, islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from ftray.data import TokenizedData
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MASKED, LEARNT = "cyan", "bold green"
 ROWS = 8  # of a batch whose padding is shown
 
 
-def rendered(row: dict[str, Any], tokenizer: Any, task: str = "CAUSAL_LM") -> Text:
+def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM") -> Text:
     """The tokens of a row as text: those without loss in one colour, those with loss in another.
 
     For a task without a label for each token, the text is all context, and the target follows it.

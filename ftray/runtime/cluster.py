@@ -8,10 +8,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.config import Config
 from ftray.errors import UserError
+
+if TYPE_CHECKING:
+    import ray
 
 # seconds; KubeRay restarts a head in less than a minute
 JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
@@ -96,7 +99,7 @@ def end_with_ray(command: str) -> None:
     from ftray.compat.ray import raylet_socket
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    watched = [
+    watched: list[tuple[str, float, int, str | tuple[str, int]]] = [
         ("node", RAYLET_PATIENCE, socket.AF_UNIX, raylet_socket()),
         ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
     ]
@@ -122,7 +125,7 @@ def end_with_ray(command: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _listens(family: int, address: Any) -> bool:
+def _listens(family: int, address: str | tuple[str, int]) -> bool:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.settimeout(5)
         try:
@@ -161,8 +164,8 @@ def cpus_each(workers: int, gpus: float) -> int:
     return max((cpus for cpus in range(1, largest + 1) if workers_that_fit(cpus, gpus, nodes) >= workers), default=1)
 
 
-def on_hardware(cfg: Config, function: Callable[..., Any], *args: Any, max_retries: int = 3) -> Any:
-    """Run `function` as a Ray task with all CPUs of a node, and a GPU if there is one; returns its object reference.
+def on_hardware(cfg: Config, function: Callable[..., Any], *args: object, max_retries: int = 3) -> "ray.ObjectRef":
+    """Run `function` as a Ray task with all CPUs of a node, and a GPU if there is one.
 
     Args:
         max_retries: how often it is restarted if its process dies; 0: never, not even after running out of memory.

@@ -10,12 +10,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import FrameType
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray.compat.ray_train import WorkerGroupCallback, preemption_known
+from ftray.compat.ray_train import WorkerGroup, WorkerGroupCallback, preemption_known
 from ftray.errors import Terminated
 
 GRACE = 25.0  # seconds for checkpoints, of the 30 that Kubernetes and Google Cloud give
@@ -33,7 +33,7 @@ def ending_on_sigterm() -> Iterator[None]:
     """
     received = False
 
-    def end(signum: int, frame: Any) -> None:
+    def end(signum: int, frame: FrameType | None) -> None:
         nonlocal received
         received = True
         raise KeyboardInterrupt
@@ -50,7 +50,7 @@ def ending_on_sigterm() -> Iterator[None]:
 class HeedSigterm(WorkerGroupCallback):
     """Keeps the workers of a group running after SIGTERM, until they learn of it by :func:`preempted`."""
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         """Set the handler in each worker's main thread; the training function runs in another, which can't."""
         worker_group.execute(_heed)
 

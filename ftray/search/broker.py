@@ -5,10 +5,12 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import tune
+from ray.actor import ActorHandle
+from ray.tune.experiment import Trial
 
 from ftray.search.failures import PacksGone, TrialFailed
 
@@ -241,14 +243,14 @@ class TrialBroker:
 class TrialEndCallback(tune.Callback):
     """Tells the broker which trials are over: only Tune's driver knows for sure."""
 
-    def __init__(self, broker: Any):
+    def __init__(self, broker: ActorHandle):
         self.broker = broker
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Called for a trial that is finished or was stopped early."""
         self.broker.leave.remote(trial.config["number"], for_good=True)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Called for a trial that failed and won't be restarted."""
         self.broker.leave.remote(trial.config["number"], for_good=True)
 
@@ -256,7 +258,7 @@ class TrialEndCallback(tune.Callback):
 class TrialProxy(tune.Trainable):
     """The `Trainable` of a trial in a pack: hands its configuration to the broker and relays its reports to Tune."""
 
-    def setup(self, config: dict[str, Any], broker: Any) -> None:
+    def setup(self, config: dict[str, Any], broker: ActorHandle) -> None:
         """Enter the trial; Tune calls this when it starts one in this process."""
         self.broker = broker
         self._enter(config)
@@ -272,12 +274,12 @@ class TrialProxy(tune.Trainable):
             TrialFailed: the trial failed; the message is the reason.
             PacksGone: no pack trains any more.
         """
-        report = self._call(self.broker.next.remote(self.number, self.heard))
+        report = cast("dict[str, Any]", self._call(self.broker.next.remote(self.number, self.heard)))
         self.heard += 1
         return report
 
     @staticmethod
-    def _call(result: Any) -> Any:
+    def _call(result: ray.ObjectRef) -> object:
         """The result of a call of the broker; raises what the broker raised."""
         try:
             return ray.get(result)

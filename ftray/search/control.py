@@ -6,6 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 from ray import tune
+from ray.actor import ActorHandle
 from ray.tune.experiment import Trial
 
 from ftray.config import Config
@@ -60,12 +61,12 @@ class Requests(tune.Callback, tune.Stopper):
         broker: of the packs, which make that report at once; None: it comes at the trial's next rung.
     """
 
-    def __init__(self, sampler: Sampler, broker: Any | None):
+    def __init__(self, sampler: Sampler, broker: ActorHandle | None):
         self.sampler, self.broker = sampler, broker
         self.stopping: set[int] = set()
         self._heard = self._looked = 0.0
 
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Tune goes through this many times a second."""
         if time.monotonic() - self._heard < LISTENS:
             return

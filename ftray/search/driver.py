@@ -3,10 +3,12 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from optuna.trial import FrozenTrial
 from ray import tune
+from ray.actor import ActorHandle
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
@@ -58,7 +60,7 @@ class TrialEnd(tune.Callback):
         self._released = 0.0
         self._gone = ""
 
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Called many times a second.
 
         Raises:
@@ -70,7 +72,7 @@ class TrialEnd(tune.Callback):
             release()
             self._released = time.monotonic()
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record why the trial failed; if it was because the packs are gone, it stays unfinished in the journal."""
         reason = failure_reason(trial)
         if isinstance(trial_error(trial), PacksGone):
@@ -118,14 +120,14 @@ def _in_packs(context: SearchContext, space: Space) -> bool:
 
 
 def _tune(
-    trainable: Any,
+    trainable: type[tune.Trainable] | Callable[..., object],
     capacity: Capacity,
     context: SearchContext,
     space: Space,
     output: Location,
     callbacks: list[tune.Callback],
     past: list[FrozenTrial],
-    broker: Any | None,
+    broker: ActorHandle | None,
 ) -> None:
     cfg, budget = context.config, context.budget()
     # Tune would start one trial's process after the other; `capacity` says how many there may be

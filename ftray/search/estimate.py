@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
+from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from ftray.adapters.compatibility import without_weights
 from ftray.adapters.methods import attach
@@ -117,7 +120,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     }
 
 
-def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> Shapes:
+def measure(skeleton: PreTrainedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
     """Count a configuration's parameters and the bytes kept for its backward pass, on the meta device."""
     with torch.device("meta"):
         model = attach(share(skeleton), without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
@@ -135,7 +138,7 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
     return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), isolation_reason)
 
 
-def saved_bytes(model: Any, length: int) -> int:
+def saved_bytes(model: PeftModel, length: int) -> int:
     """Bytes that autograd saves for the backward pass of one record, beside parameters."""
     own = {storage_key(p) for p in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
@@ -157,14 +160,14 @@ def saved_bytes(model: Any, length: int) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def base_bytes(cfg: ModelConfig, skeleton: Any) -> float:
+def base_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> float:
     """Bytes of the resident base: linear layers but the head as quantised, the rest as loaded."""
     head = skeleton.get_output_embeddings()
     stored = {"none": choose_dtype(cfg).itemsize, "8bit": 1, "4bit": FOUR_BIT}[cfg.quantization]
     inside = {m.weight for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
     # around quantised layers, PEFT's preparation holds everything in float32
     rest = stored if cfg.quantization == "none" else 4
-    return sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters())
+    return float(sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()))
 
 
 def probe_pack(context: SearchContext, corner: Corner) -> Probe:
@@ -229,7 +232,7 @@ def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
     )
 
 
-def show(result: dict[str, Any], console: Any) -> None:
+def show(result: dict[str, Any], console: Console) -> None:
     """Print the plan."""
     table = Table("method", "runs", "largest configuration", "trained parameters", title="methods")
     for name, method in result["methods"].items():

@@ -50,7 +50,8 @@ def _log(job: str, address: str | None) -> str:
         client = JobSubmissionClient(address)
         if not any(job in (known.submission_id, known.job_id) for known in client.list_jobs()):
             raise UserError(f"job {job}: no job of that id (ray job list)")
-        return client.get_job_logs(job)
+        log: str = client.get_job_logs(job)
     except (RuntimeError, ConnectionError, ValueError) as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"job {job}: {why}") from None
+    return log

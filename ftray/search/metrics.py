@@ -31,7 +31,7 @@ class Metrics(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_gauges": {}}
 
-    def setup(self, *args: Any, **info: Any) -> None:
+    def setup(self, *args: object, **info: object) -> None:
         """Make the metrics; all are tagged with the search's output."""
         search = {"search": self.cfg.output}
         made = {
@@ -46,13 +46,13 @@ class Metrics(tune.Callback):
         made["padding"].set(self.padding)
         self._gauges = made
 
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Count the trials every few seconds; Tune calls this many times a second."""
         if time.monotonic() - self._counted >= EVERY:
             self._counted = time.monotonic()
             self._count(trials)
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+    def on_experiment_end(self, trials: list[Trial], **info: object) -> None:
         """Count the trials as they ended."""
         self._count(trials)
 
@@ -64,7 +64,7 @@ class Metrics(tune.Callback):
         self._gauges["speed"].set(sum(result.get("tokens_per_second", 0.0) for result in running))
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: object
     ) -> None:
         """Count the records of a rung."""
         more = result["records"] - self._records.get(trial.trial_id, 0)

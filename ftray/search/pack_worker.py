@@ -6,10 +6,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray import train
+from ray.actor import ActorHandle
 
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import SharedBatches, training_batches
@@ -23,6 +24,11 @@ from ftray.search.sampler import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
 from ftray.training.run_spec import RunSpec, micro_batch_size
+from ftray.training.train_state import best_report
+
+if TYPE_CHECKING:
+    from ftray.tasks.task import Batch
+    from ftray.training.pack_trainer import PackedTrial, PackTrainer
 
 MOST_TRIALS = 32  # of a pack whose size is not configured
 # each trial is also a light process; and the fewer run at once, the fewer are suggested without each other's results
@@ -43,7 +49,7 @@ class PackContext:
     """
 
     search: SearchContext
-    broker: Any
+    broker: ActorHandle
     index: int
     experiment: Location
 
@@ -91,12 +97,12 @@ class Results:
 class PackWorker:
     """One worker of a pack: carries out the broker's orders with a :class:`ftray.training.pack_trainer.PackTrainer`."""
 
-    def __init__(self, context: PackContext, trainer: Any):
+    def __init__(self, context: PackContext, trainer: "PackTrainer"):
         self.context, self.trainer = context, trainer
         self.data = TokenizedData.load(context.search.data)
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
-        self.held: list[Any] | None = None  # the validation batches, if they fit in memory
+        self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
     def report_capacity(self) -> None:
@@ -135,11 +141,11 @@ class PackWorker:
 
     def _exchange(self, results: Results) -> Orders:
         """Report the results of the last orders to the broker; returns its next ones, the same on all ranks."""
-        orders = None
+        orders: Orders | None = None
         if self.trainer.rank == 0:
             call = self.context.broker.orders.remote(self.context.index, results.reports, results.failures)
             orders = ray.get(call)
-        return self.trainer.from_first_rank(orders)
+        return cast("Orders", self.trainer.from_first_rank(orders))
 
     def _leave(self, names: Iterable[str]) -> None:
         for name in names:
@@ -198,7 +204,7 @@ class PackWorker:
     def _tokens(self) -> int:
         return sum(trial.history.tokens for trial in self.trainer.trials.values())
 
-    def batches(self, run: RunSpec, step: int) -> Iterator[Any]:
+    def batches(self, run: RunSpec, step: int) -> "Iterator[Batch]":
         """This rank's micro-batches from optimiser step `step` on, streamed by Ray Data.
 
         Trials with the same data order share a stream: starting one takes seconds, in which the whole pack would wait.
@@ -217,14 +223,16 @@ class PackWorker:
         shared.append(SharedBatches(batches, first, rows * ranks))
         return shared[-1].start_at(first)
 
-    def validation(self) -> Iterable[Any]:
+    def validation(self) -> "Iterable[Batch]":
         """This rank's batches of the validation records; kept from the first pass on, if they are few."""
         if self.held is not None:
             return self.held
         training = self.context.search.config.training
         rows = 4 * micro_batch_size(training, self.trainer.world_size)  # four times: validation keeps no activations
         shard = train.get_dataset_shard("validation")
-        batches = shard.iter_torch_batches(batch_size=rows, collate_fn=self.collate, prefetch_batches=2)
+        batches: Iterable[Batch] = shard.iter_torch_batches(
+            batch_size=rows, collate_fn=self.collate, prefetch_batches=2
+        )
         if min(self.data.splits["validation"].records, training.validation_records) > ROW_GROUP_ROWS:
             return batches
         self.held = list(batches)
@@ -237,8 +245,7 @@ class PackWorker:
         """
         directory, search = self.context.experiment / trial_name(int(name)), self.context.search.config.search
         history = self.trainer.trials[name].history
-        sign = 1 if search.direction == "min" else -1
-        best = min(history.reports, key=lambda report: sign * report[search.metric], default=None)
+        best = best_report(history.reports, search.metric, search.direction)
         report = history.reports[-1] if best and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
         rank, ranks, wait = self.trainer.rank, self.trainer.world_size, self.trainer.wait_for_all
@@ -254,5 +261,5 @@ class PackWorker:
                 old.remove()
 
 
-def _marked(trial: Any) -> list[dict[str, Any]]:
+def _marked(trial: "PackedTrial") -> list[dict[str, Any]]:
     return [report | {"done": report["step"] >= trial.run.steps} for report in trial.history.reports]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -36,7 +37,7 @@ class Capacity:
     trials: int
     since: float | None = None
 
-    def measure(self, broker: Any, packs: int) -> None:
+    def measure(self, broker: ActorHandle, packs: int) -> None:
         """Wait for the first pack, and take its number of trials."""
         with suppress(ray.exceptions.RayError):  # no pack can start: the trials hear so from the broker
             self.trials = ray.get(broker.capacity.remote(packs))
@@ -45,7 +46,7 @@ class Capacity:
 
 
 @contextmanager
-def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[Any, Capacity]]:
+def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[ActorHandle, Capacity]]:
     """Start a broker for `trials` and as many packs as fit on the cluster; they load while Tune starts.
 
     Yields the broker and the capacity of the packs.

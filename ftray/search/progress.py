@@ -41,7 +41,7 @@ class Progress(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_live": None, "_trials": []}
 
-    def setup(self, *args: Any, **info: Any) -> None:
+    def setup(self, *args: object, **info: object) -> None:
         """Start the clock, and the live table if there is a terminal."""
         self._started = time.monotonic()
         console = Console()
@@ -49,16 +49,16 @@ class Progress(tune.Callback):
             self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
             self._live.start()
 
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Note the trials as they are now."""
         self._trials = trials
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Print that a trial starts."""
         self._line(f"{label(trial)} starts: {describe(trial.config)}")
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: object
     ) -> None:
         """Print a rung's result."""
         self._trials = trials
@@ -67,15 +67,15 @@ class Progress(tune.Callback):
             f"{result['tokens_per_second']:.0f} tokens/s; {self._summary()}"
         )
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Print whether a trial finished or was stopped."""
         self._line(f"{label(trial)} {ended_status((trial.last_result or {}).get('records', 0), self.budget)}")
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Print why a trial failed."""
         self._line(f"{label(trial)} failed: {failure_reason(trial)}")
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+    def on_experiment_end(self, trials: list[Trial], **info: object) -> None:
         """Remove the live table."""
         if self._live:
             self._live.stop()
@@ -128,5 +128,5 @@ def describe(config: dict[str, Any]) -> str:
     return " ".join([adapter["method"], *(f"{k}={_short(v)}" for k, v in settings.items())])
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 from optuna.trial import TrialState
@@ -19,6 +19,9 @@ from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Location, parse_location
 from ftray.storage.manifest import check, find_corruption
 from ftray.training.train_state import Report, best_report, metric_value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
@@ -149,20 +152,20 @@ def write_leaderboard(rows: list[TrialRow], path: Location, metric: str) -> None
             writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
 
 
-def write_json(value: Any, path: Path | Location) -> None:
+def write_json(value: object, path: Path | Location) -> None:
     """Pretty JSON, whole or not at all."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, default=str)
 
 
-def write_yaml(value: Any, path: Location) -> None:
+def write_yaml(value: object, path: Location) -> None:
     """Write YAML atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         yaml.safe_dump(value, file, sort_keys=False)
 
 
-def save_best_adapter(checkpoint: str, card: str, tokenizer: Any, directory: Location) -> None:
+def save_best_adapter(checkpoint: str, card: str, tokenizer: "PreTrainedTokenizerBase", directory: Location) -> None:
     """Copy the adapter of a checkpoint (a path or URI), with tokenizer and model card, atomically.
 
     Raises:

@@ -207,9 +207,9 @@ def _keep(cfg: Config, space: Space | None, output: Location) -> None:
         write_yaml(space.content, output / SPACE)
 
 
-def _alike(before: Any, now: Any) -> bool:
+def _alike(before: object, now: object) -> bool:
     """Whether they are equal in the fields that both have; files of older versions lack some."""
-    if isinstance(before, dict):
+    if isinstance(before, dict) and isinstance(now, dict):
         return all(_alike(value, now.get(name)) for name, value in before.items())
     return before == now or "" in (before, now)
 
@@ -252,5 +252,6 @@ def _fields(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return {"task": config.get("task", "CAUSAL_LM"), **kept}
 
 
-def _read(path: Location) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def _read(path: Location) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content

@@ -102,7 +102,8 @@ class Sampler(Searcher):
 
     def _configuration(self, trial: optuna.Trial) -> dict[str, Any]:
         """A trial taken up again keeps what was drawn."""
-        if configuration := trial.user_attrs.get("added"):
+        configuration: dict[str, Any] | None = trial.user_attrs.get("added")
+        if configuration:
             if self.space_of_methods.locate(whole(self.cfg, configuration)):
                 self.space_of_methods.suggest(trial)  # TPE learns from it
             return configuration

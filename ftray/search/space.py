@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError, near
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
@@ -65,7 +69,7 @@ class Domain:
             named.setdefault(text, label)
         return tuple(named[text] for text in texts)
 
-    def suggest(self, trial: Any, name: str) -> Any:
+    def suggest(self, trial: "Trial", name: str) -> object:
         """Draw from an Optuna trial."""
         if self.kind == "choice":
             drawn = trial.suggest_categorical(name, self.labels)
@@ -74,7 +78,7 @@ class Domain:
             return trial.suggest_int(name, *self.values, log=self.log, step=self.step)
         return trial.suggest_float(name, *self.values, log=self.kind == "log" or self.log)
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         """Whether `value` can be drawn."""
         if self.kind == "choice":
             return value in self.values
@@ -82,7 +86,7 @@ class Domain:
         numeric = isinstance(value, int | float) and low <= value <= high
         return numeric and (self.kind != "int" or (value - low) % self.step == 0)
 
-    def stored(self, value: Any) -> Any:
+    def stored(self, value: object) -> object:
         """What the study holds for `value`, one that can be drawn."""
         if self.kind != "choice":
             return value
@@ -105,7 +109,7 @@ class Space:
     model: dict[str, Any]  # constants of the model section
     content: dict[str, Any]  # as it was written
 
-    def suggest(self, trial: Any) -> dict[str, dict[str, Any]]:
+    def suggest(self, trial: "Trial") -> dict[str, dict[str, Any]]:
         """Draw a configuration, `{"adapter": {...}, "training": {...}}`, define-by-run.
 
         Optuna's names are `method`, `learning_rate`, `lora/rank`, ...: one name, one distribution.
@@ -149,7 +153,7 @@ class Space:
             multiplied = {s.times for s in settings.values() if isinstance(s, Domain) and s.times}
             for i, j in product(range(widest), range(widest if multiplied else 1)):
 
-                def pick(name: str, domain: Domain, i: int = i, j: int = j, own: set[Any] = multiplied) -> Any:
+                def pick(name: str, domain: Domain, i: int = i, j: int = j, own: set[Any] = multiplied) -> object:
                     return domain.values[min(j if name.rsplit("/", 1)[-1] in own else i, len(domain.values) - 1)]
 
                 yield self._configuration(method, pick)
@@ -225,11 +229,12 @@ class _Reader:
             self.try_out(corner)
         return space
 
-    def section(self, method: str, value: Any, known: set[str]) -> dict[str, Setting]:
-        if not isinstance(value or {}, dict):
+    def section(self, method: str, value: object, known: set[str]) -> dict[str, Setting]:
+        value = value or {}
+        if not isinstance(value, dict):
             raise self.error(method, "must hold a mapping of parameters")
         settings: dict[str, Setting] = {}
-        for key, content in (value or {}).items():
+        for key, content in value.items():
             if key not in known:
                 raise self.error(f"{method}.{key}", f"unknown key{near(key, sorted(known))}")
             field = METHODS[method].parameters.model_fields.get(key)
@@ -239,7 +244,7 @@ class _Reader:
                 settings[key] = self.setting(f"{method}.{key}", content, settings)
         return settings
 
-    def setting(self, where: str, value: Any, above: dict[str, Setting]) -> Setting:
+    def setting(self, where: str, value: object, above: dict[str, Setting]) -> Setting:
         if not isinstance(value, dict):
             return self.plain(where, value)
         kinds = [key for key in value if key in KINDS]
@@ -269,7 +274,7 @@ class _Reader:
                     raise self.error(where, f"times multiplies numbers, and {name} may be {one!r}")
         return domain
 
-    def plain(self, where: str, value: Any) -> Any:
+    def plain(self, where: str, value: object) -> object:
         try:
             json.dumps(value)
         except (TypeError, ValueError):  # the journal and summary.json are JSON
@@ -290,7 +295,7 @@ class _Reader:
             raise self.error(where, f"a logarithmic range must lie above 0, not start at {low}")
         return [low, high]
 
-    def model(self, value: Any) -> dict[str, Any]:
+    def model(self, value: object) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.error("model", "must hold a mapping of constants")
         for key in value:
@@ -319,21 +324,21 @@ class _Reader:
         return UserError(f"{self.path}: {where}: {what}")
 
 
-def _holds_mapping(field: Any) -> bool:
+def _holds_mapping(field: FieldInfo) -> bool:
     return dict in [get_origin(kind) for kind in (field.annotation, *get_args(field.annotation))]
 
 
-def _as_yaml(value: Any) -> str:
+def _as_yaml(value: object) -> str:
     """On one line; one text, one value."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
 
 
-def _storable(value: Any) -> bool:
+def _storable(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and not math.isnan(value))
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

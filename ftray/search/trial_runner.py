@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ray import tune
-from ray.train import TrainingFailedError
+from ray.train import Checkpoint, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -66,7 +66,7 @@ def _fit(trainer: TorchTrainer) -> tuple[dict[str, Any], TrainingFailedError | N
 class ReportToTune(TuneReportCallback):
     """Reports to Tune what the workers report."""
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called for each report; one that only brings a checkpoint from between two rungs is left out."""
         if CUT_OFF not in metrics[0]:
             super().after_report(run_context, metrics, checkpoint)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import ActorID, PlacementGroupID, train
@@ -23,6 +23,12 @@ from ftray.search.rungs import budget, rung_records
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
 from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ftray.training.single_run_trainer import SingleRunTrainer
+    from ftray.training.zero3_trainer import Zero3Trainer
 
 CUT_OFF = "cut_off"  # marks a report without metrics, which only brings a checkpoint from between two rungs
 # settings of glibc for workers: memory in huge pages; what a step frees is kept for the next step, not returned to the
@@ -74,7 +80,7 @@ class SearchContext:
         task, rows = data.task.load(), data.rows("validation", cfg.training.validation_records)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code)
 
-        def measure(model: Any) -> dict[str, float]:
+        def measure(model: "PeftModel") -> dict[str, float]:
             values = task.score(model, tokenizer, rows, cfg.evaluation).values()
             return {f"validation_{k}": v for k, v in values.items() if f"validation_{k}" not in LOSSES}
 
@@ -165,7 +171,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     def validation() -> Iterable[Batch]:
         shard = train.get_dataset_shard("validation")
         collate = run.task.load().collate
-        return shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
+        read: Iterable[Batch] = shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
+        return read
 
     make = Zero3Trainer if run.training.zero_stage == 3 else SingleRunTrainer
     trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
@@ -196,7 +203,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off}
 
 
-def _restore(trainer: Any) -> bool:
+def _restore(trainer: "SingleRunTrainer | Zero3Trainer") -> bool:
     """Resume from the newest checkpoint that is whole; returns whether there is one."""
     newest = train.get_checkpoint()
     if newest is None:

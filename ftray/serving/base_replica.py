@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from ray import serve
@@ -13,6 +13,9 @@ from ray import serve
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.task_spec import CAUSAL, TaskSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -24,7 +27,7 @@ class LoadedAdapter:
         forget: is called with `model` when it is dropped.
     """
 
-    model: Any
+    model: "PeftModel | str | None"
     forget: Callable[[Any], None]
 
     def drop(self) -> None:
@@ -90,7 +93,7 @@ class BaseReplica(ABC):
             UserError: it can't be.
         """
 
-    async def loaded(self, adapter: str, source: str | None) -> Any:
+    async def loaded(self, adapter: str, source: str | None) -> "PeftModel | str":
         """The replica's handle of an adapter (:attr:`LoadedAdapter.model`), which is loaded if need be.
 
         Raises:

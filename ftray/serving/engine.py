@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftray.models.stops import answer_text, stop_tokens
 from ftray.multi_adapter.shared_linear import PackingUnsupported
@@ -49,7 +49,7 @@ class Sequence:
     cached: int = 0
     text: Text = field(init=False)
     generator: torch.Generator | None = None
-    past: Any = None
+    past: Cache | None = None
     echoed: list[TokenLogprob] = field(default_factory=list)
     done: bool = False
 
@@ -96,7 +96,9 @@ class Engine:
         waiting: sequences without a slot.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: Any, slots: int = 16, prompt_tokens: int = 256):
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: int = 16, prompt_tokens: int = 256
+    ):
         self.base, self.tokenizer, self.slots, self.prompt_tokens = base, tokenizer, slots, prompt_tokens
         self.runner = ModelRunner(base, slots)
         self.isolation_reason, self.max_length = self.runner.isolation_reason, self.runner.max_length

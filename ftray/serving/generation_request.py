@@ -1,10 +1,13 @@
 """What the endpoint sends to a replica that generates and what it gets back, whatever the engine; imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ftray.data.tokens import beginning
 from ftray.serving.errors import APIError, invalid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class OutputDeltas:
     refused: APIError | None = None
 
 
-def prompt_tokens(request: GenerationRequest, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+def prompt_tokens(request: GenerationRequest, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[list[int]]:
     """The token ids of each prompt; a conversation is rendered by the model's chat template.
 
     Raises:

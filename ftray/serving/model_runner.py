@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ftray.models.probe import head_obstacle, probe_records, reason_of, tolerance, wrong_logits
 from ftray.multi_adapter import kv_cache
@@ -113,11 +113,14 @@ class ModelRunner:
             )
         ]
         inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}
-        return self._model.base_model(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
+        out = self._model.base_model(**inputs, past_key_values=self._cache, use_cache=True)
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head makes of `hidden` [N, hidden size]: [N, vocabulary], in the model's dtype."""
-        return self._model.get_output_embeddings()(hidden)
+        logits: torch.Tensor = self._model.get_output_embeddings()(hidden)
+        return logits
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -132,8 +135,8 @@ class ModelRunner:
                 layer.clear(slots)
 
     def read_isolated(
-        self, model: PeftModel | None, ids: list[int], cached: int, past: Any
-    ) -> tuple[torch.Tensor, Any]:
+        self, model: PeftModel | None, ids: list[int], cached: int, past: Cache | None
+    ) -> tuple[torch.Tensor, Cache]:
         """Read one sequence in a pass of its own.
 
         Args:

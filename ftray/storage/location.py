@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path, PosixPath, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -24,6 +24,9 @@ import pyarrow.fs
 from ftray.errors import UserError
 from ftray.storage.lock import file_held_since, hold_file, hold_lease, lease_held_since
 from ftray.storage.manifest import MANIFEST, seal, sync
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SPARE = 2**25  # bytes: a disk with less free space counts as full
@@ -209,7 +212,7 @@ class LocalLocation(PosixPath, Location):
         """All that match: a directory gets its name when it is complete."""
         return self.glob(pattern)
 
-    def write_bytes(self, data: Any) -> int:
+    def write_bytes(self, data: "ReadableBuffer") -> int:
         """Written to a temporary file beside it, which is synced and renamed."""
         aside = self._beside()
         try:
@@ -369,7 +372,7 @@ class ObjectStoreLocation(Location):
     @property
     def modified(self) -> float:
         """When the file was written, in seconds since 1970 by the store's clock."""
-        return self.filesystem.get_file_info(self.path).mtime.timestamp()
+        return float(self.filesystem.get_file_info(self.path).mtime.timestamp())
 
     def absolute(self) -> "ObjectStoreLocation":
         """Itself."""
@@ -381,11 +384,11 @@ class ObjectStoreLocation(Location):
 
     def exists(self) -> bool:
         """A directory exists if any file is in it."""
-        return self.filesystem.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound
+        return bool(self.filesystem.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound)
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        return self.filesystem.get_file_info(self.path).is_file
+        return bool(self.filesystem.get_file_info(self.path).is_file)
 
     def glob(self, pattern: str) -> list["ObjectStoreLocation"]:
         """Matching files at any depth."""
@@ -400,7 +403,8 @@ class ObjectStoreLocation(Location):
     def read_bytes(self) -> bytes:
         """The content of the file."""
         with self.filesystem.open_input_stream(self.path) as file:
-            return file.read()
+            content: bytes = file.read()
+        return content
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The content of the file."""
@@ -409,7 +413,8 @@ class ObjectStoreLocation(Location):
     def write_bytes(self, data: bytes) -> int:
         """An object appears when its stream is closed."""
         with self.filesystem.open_output_stream(self.path) as file:
-            return file.write(data)
+            written: int = file.write(data)
+        return written
 
     def write_text(self, data: str, encoding: str = "utf-8") -> int:
         """As :meth:`write_bytes`."""
@@ -474,7 +479,7 @@ class ObjectStoreLocation(Location):
             with (self / name).open_output() as target, open(directory / name, "rb") as file:
                 shutil.copyfileobj(file, target, 2**23)
 
-    def open_output(self) -> Any:
+    def open_output(self) -> pa.NativeFile:
         """A stream; the file appears when it is closed."""
         return self.filesystem.open_output_stream(self.path)
 
@@ -536,6 +541,7 @@ def _files(directory: Path) -> list[str]:
 @lru_cache(maxsize=8)
 def _opened(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
     try:
-        return pyarrow.fs.FileSystem.from_uri(root)
+        opened: tuple[pyarrow.fs.FileSystem, str] = pyarrow.fs.FileSystem.from_uri(root)
     except pa.ArrowException as error:  # a scheme that it doesn't know, or an option
         raise OSError(str(error)) from None
+    return opened

@@ -116,7 +116,8 @@ def lease_held_since(lock: "ObjectStoreLocation") -> float | None:
     """As :func:`file_held_since`, for a lease."""
     if not lock.exists() or time.time() - lock.modified > PATIENCE:
         return None
-    return json.loads(lock.read_text())["since"]
+    since: float = json.loads(lock.read_text())["since"]
+    return since
 
 
 def _driver(lock: "ObjectStoreLocation") -> str | None:

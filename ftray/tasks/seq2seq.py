@@ -62,7 +62,7 @@ class Task(task.PaddedTask):
         """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
         adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
         shifted = adapted.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        logits = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
+        logits: torch.Tensor = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
         return logits[:, -shifted.shape[1] :].float()
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:

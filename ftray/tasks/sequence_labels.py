@@ -111,7 +111,7 @@ def text_of(record: Record, key: str, where: object, needs: str) -> str:
         raise UserError(f"{where}: {key} must be text, not {type(record[key]).__name__}")
     if not record[key].strip():
         raise UserError(f"{where}: {key} is empty")
-    return record[key]
+    return str(record[key])
 
 
 def label_of(value: Any, key: str, where: object) -> str:

@@ -101,7 +101,8 @@ class Task(task.PaddedTask):
 
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, tokens, classes], without the tokens that a method puts before them."""
-        return model(**self.inputs(batch)).logits[:, -batch["labels"].shape[1] :].float()
+        logits: torch.Tensor = model(**self.inputs(batch)).logits
+        return logits[:, -batch["labels"].shape[1] :].float()
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         logits = self._logits(model, batch)

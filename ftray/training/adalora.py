@@ -4,10 +4,14 @@ PEFT's `update_and_allocate` reads `p.grad` after the optimiser step and zeroes 
 keeps gradients and weights elsewhere, so both go through DeepSpeed's `safe_get/set` functions.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from peft import AdaLoraConfig, PeftModel
 
 
 def orthogonality(factors: list[torch.Tensor]) -> torch.Tensor:
@@ -25,7 +29,7 @@ def orthogonality(factors: list[torch.Tensor]) -> torch.Tensor:
 class RankAllocation:
     """Calls `update_and_allocate` around `engine.step()`; does nothing for other methods."""
 
-    def __init__(self, engine: Any, model: Any):
+    def __init__(self, engine: "DeepSpeedEngine", model: "PeftModel"):
         self.engine, self.model = engine, model
         self.tuner: Any = model.base_model
         self.active = hasattr(self.tuner, "update_and_allocate")
@@ -33,7 +37,7 @@ class RankAllocation:
         self.weight = self._config().orth_reg_weight if self.active else 0.0
         self.gradients: dict[str, torch.Tensor] = {}
 
-    def _config(self) -> Any:
+    def _config(self) -> "AdaLoraConfig":
         return self.tuner.peft_config[self.tuner.trainable_adapter_name]
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

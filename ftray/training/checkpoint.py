@@ -1,7 +1,7 @@
 """Checkpoints: a PEFT adapter directory beside DeepSpeed's optimiser and schedule, and the state of the run."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,17 @@ from ftray.storage.manifest import check, seal
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.adalora import RankAllocation
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 TAG = "state"
 
 
-def save_checkpoint(engine: Any, allocation: RankAllocation, directory: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    engine: "DeepSpeedEngine", allocation: RankAllocation, directory: str | Path, state: dict[str, Any]
+) -> None:
     """Write `directory/adapter` (PEFT, safetensors) and `directory/state` (DeepSpeed); every rank must call it.
 
     :func:`load_checkpoint` returns `state` (step, reports). There is no random state to keep: each step seeds its
@@ -31,14 +38,15 @@ def save_checkpoint(engine: Any, allocation: RankAllocation, directory: str | Pa
     save_adapter(engine, allocation.model, Path(directory) / "adapter")
 
 
-def load_checkpoint(engine: Any, allocation: RankAllocation, directory: str | Path) -> dict[str, Any]:
+def load_checkpoint(engine: "DeepSpeedEngine", allocation: RankAllocation, directory: str | Path) -> dict[str, Any]:
     """Restore weights, optimiser, schedule and rank allocation in place; returns the saved state."""
+    client_state: dict[str, Any]
     _, client_state = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
     allocation.restore(client_state["allocation"])
     return client_state
 
 
-def save_adapter(engine: Any, model: Any, directory: Path) -> None:
+def save_adapter(engine: "DeepSpeedEngine", model: "PeftModel", directory: Path) -> None:
     """Write the adapter as a plain PEFT directory with a manifest; every rank must call it, rank 0 writes."""
     import deepspeed
 
@@ -102,7 +110,7 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
     return output
 
 
-def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSpec = CAUSAL) -> Any:
+def model_from(cfg: ModelConfig, base: str, checkpoint: str | Path, task: TaskSpec = CAUSAL) -> "PreTrainedModel":
     """The base model with a checkpoint of full fine-tuning in place of its weights, in float32.
 
     Raises:

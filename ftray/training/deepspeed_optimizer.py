@@ -1,9 +1,9 @@
 """How one adapter of a pack makes its optimiser steps with DeepSpeed, over all ranks."""
 
-from typing import Any
-
 import torch
+from peft import PeftModel
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from ftray.config import TrainingConfig
 from ftray.multi_adapter.shared_model import trainable
@@ -21,16 +21,22 @@ class TrainableParameters(nn.Module):
                 self.register_parameter(name.replace(".", "/"), parameter)
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    gradients: list[torch.Tensor]
+
+
 class InjectGradients(torch.autograd.Function):
     """A scalar whose backward pass gives each parameter a gradient that has already been computed."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
         ctx.gradients = gradients
         return parameters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *ctx.gradients
 
 
@@ -41,7 +47,7 @@ class DeepSpeedOptimizer:
     diverge without touching each other's optimiser.
     """
 
-    def __init__(self, model: Any, cfg: TrainingConfig, steps: int, rate_ratio: float = 1.0):
+    def __init__(self, model: PeftModel, cfg: TrainingConfig, steps: int, rate_ratio: float = 1.0):
         """`rate_ratio` is that of :func:`ftray.training.engine.build_engine`."""
         adapter = TrainableParameters(model)
         self.parameters = trainable(model)

@@ -67,14 +67,16 @@ def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict
     }
 
 
-def build_engine(model: nn.Module, cfg: TrainingConfig, steps: int, rate_ratio: float = 1.0) -> Any:
+def build_engine(
+    model: nn.Module, cfg: TrainingConfig, steps: int, rate_ratio: float = 1.0
+) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` (float32 trainable parameters, frozen rest) for `steps` optimiser steps.
 
     Args:
         rate_ratio: learning rate of LoRA's B, in multiples of the run's (LoRA+, https://arxiv.org/abs/2402.12354).
 
     Returns:
-        A `deepspeed.DeepSpeedEngine` with its optimiser and learning-rate schedule.
+        The engine with its optimiser and learning-rate schedule.
     """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of a partitioned one
     optimizer = _optimizer(_groups(model, cfg.learning_rate, rate_ratio), cfg)

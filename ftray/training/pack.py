@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from peft import PeftModel
@@ -30,7 +30,11 @@ from ftray.task_spec import IGNORE, task_of
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 
+if TYPE_CHECKING:
+    from ftray.tasks.task import Task
+
 Batch = Mapping[str, torch.Tensor]
+Result = TypeVar("Result")
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
@@ -100,7 +104,7 @@ class Pack:
         self._sum = sum_over_ranks
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
-        self._probed: dict[Any, str | None] = {}  # by kind of adapter: the obstacle found, if any
+        self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
         self.padded = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
@@ -108,7 +112,7 @@ class Pack:
             self.shared = self._shared_model()
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
-    def _shared_model(self) -> Any:
+    def _shared_model(self) -> PreTrainedModel:
         own = self.padded  # the model's own attention
         implementation = attention_of(self.base.config) if own else attention.packed_attention(self._layout)
         shared = shared_model(self.base, implementation)
@@ -313,7 +317,7 @@ class Pack:
         member.step += 1
         return None
 
-    def _in_memory(self, attempt: Callable[[], Any]) -> Any:
+    def _in_memory(self, attempt: Callable[[], Result]) -> Result:
         """Call `attempt` until it succeeds, halving the tokens of a pass each time memory runs out."""
         while True:
             try:
@@ -437,12 +441,15 @@ class Pack:
         if not self.padded:
             self._segments.set(segments)
             self._layout[:] = [attention.layout(position_ids, self.base.device)]
-            return self.shared.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+            out = self.shared.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            hidden: torch.Tensor = out.last_hidden_state[0]
+            return hidden
         mask = padding_mask(positions)
         self._segments.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
-        hidden = self.shared.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, self._segments.unpad_index)
+        states = self.shared.base_model(**inputs, use_cache=False).last_hidden_state
+        rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
+        return rows
 
 
 def _step_failure(step: int, loss: float, squared_norm: float, ran_out: bool) -> str | None:
@@ -467,7 +474,7 @@ def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, named, strict=True)]
 
 
-def _count(task: Any, micro_batches: Sequence[Batch]) -> tuple[int, int]:
+def _count(task: "Task", micro_batches: Sequence[Batch]) -> tuple[int, int]:
     return sum(task.num_targets(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
 
 

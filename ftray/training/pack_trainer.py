@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -23,6 +23,8 @@ from ftray.training.engine import join_process_group, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
+
+Sent = TypeVar("Sent")
 
 MOST_TOKENS = 16384  # of a pass: more rows don't make the matrix products more efficient
 STATE_BYTES = 16  # of each trained parameter: float32 weight, gradient and two moments
@@ -206,12 +208,13 @@ class PackTrainer:
         a_trial = batch["input_ids"].numel() * accumulation_steps(run.training, self.world_size)
         return max(1, min(self.pack.tokens // a_trial, int(fit[1])))
 
-    def from_first_rank(self, value: Any) -> Any:
+    def from_first_rank(self, value: Sent) -> Sent:
         """The `value` that rank 0 passes."""
-        values = [value]
+        values: list[Any] = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, 0, device=torch.device(self.device))
-        return values[0]
+        first: Sent = values[0]
+        return first
 
     def first_of_ranks(self, value: str | None) -> str | None:
         """The first `value` over ranks that is not None; None if all are."""

@@ -61,7 +61,8 @@ class CompletionRequest(GenerationParameters):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """All prompts, as text or tokens."""
-        return as_list(self.prompt)
+        prompts: list[str] | list[list[int]] = as_list(self.prompt)
+        return prompts
 
 
 class Part(Model):
@@ -108,7 +109,8 @@ class EmbeddingRequest(Model):
     @property
     def texts(self) -> list[str] | list[list[int]]:
         """All texts, as text or tokens."""
-        return as_list(self.input)
+        texts: list[str] | list[list[int]] = as_list(self.input)
+        return texts
 
 
 class ClassificationRequest(Model):
@@ -122,7 +124,8 @@ class ClassificationRequest(Model):
     @property
     def texts(self) -> list[str]:
         """All texts."""
-        return as_list(self.input)
+        texts: list[str] = as_list(self.input)
+        return texts
 
     @property
     def pairs(self) -> list[str] | None:
