@@ -5,15 +5,19 @@ masks without asking where records begin. No list of architectures says so relia
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 LENGTHS = (5, 19, 11)  # tokens: a short record before longer ones, and two that packed attention pads alike
+LONG = 300  # tokens of a record that is long enough for all layers to act
 MOVED = 0.02  # standard deviation by which an adapter's weights leave their start, where most of them do nothing
 
 
@@ -89,7 +93,7 @@ def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
 
     def collect(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
-        return found[-1]
+        return found[-1].clone()  # which the model may write to
 
     hook = model.get_input_embeddings().register_forward_hook(collect)
     try:
@@ -176,9 +180,16 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
+def body(model: Any) -> Any:
+    """The part of a causal language model that returns last hidden states."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 @torch.no_grad()
-def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
-    """Why the model's logits are not what its output layer makes of its last hidden states; None: they are.
+def head_obstacle(model: Any, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """Why the model's logits are not what `head` makes of its last hidden states; None: they are.
 
     The states are made a thousand times greater on the way: capping and scaling show, whatever the weights are.
     """
@@ -189,7 +200,7 @@ def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
         found.append(output.last_hidden_state)
         return output
 
-    for inner in (model.base_model, model.get_decoder()):
+    for inner in (body(model), model.get_decoder()):
         hook = inner.register_forward_hook(louder)
         try:
             logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
@@ -197,7 +208,7 @@ def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
             hook.remove()
         if found:
             break
-    ours = model.get_output_embeddings()(found[0][0])
+    ours = head(found[0][0])
     if ours.shape != logits.shape or _relative(ours.float(), logits.float()) > tolerance(model).logits:
         return "its head is more than one linear layer"
     return None
@@ -220,6 +231,30 @@ def alone_adapter(
             whole += part
         logits.append(own.detach().float())
     return logits, total
+
+
+def idle_layers(adapted: Any) -> list[str]:
+    """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
+    the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
+    """
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer) and not re.search(r"experts?[._]\d+\.", name):
+            named = layer.named_parameters()
+            own[name] = [p for n, p in named if p.requires_grad and not n.startswith("base_layer.")]
+    if not own:
+        return []
+    room = getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or LONG
+    records = torch.cat(probe_records(adapted, 1))  # repeated, as some layers wake up beyond a number of tokens only
+    ids = records.repeat(LONG // len(records) + 1)[None, : min(LONG, room - 8)].to(adapted.device)
+    further = {"decoder_input_ids": ids} if adapted.config.is_encoder_decoder else {}
+    with torch.enable_grad():
+        outputs = adapted(input_ids=ids, **further).values()
+        parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
+        every = [p for parameters in own.values() for p in parameters]
+        found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
+    acting = {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
+    return [name for name, parameters in own.items() if not any(id(p) in acting for p in parameters)]
 
 
 def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ftray.compat.transformers import set_attention
@@ -26,20 +26,19 @@ def share(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def shared_model(base: PreTrainedModel, implementation: str, **at_hand: Any) -> Any:
+def shared_model(base: PreTrainedModel, implementation: str | None, **at_hand: Any) -> Any:
     """A :func:`share` of the base that runs the rows of many adapters.
 
     Args:
-        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module.
+        implementation: name of its attention, which finds what is `at_hand` in the dictionary of each module; None:
+            the base's own.
     """
     shared = share(base)
-    config = copy.deepcopy(base.config)
-    set_attention(config, implementation)
     for module in shared.modules():
-        if getattr(module, "config", None) is shared.config and module is not shared:
-            module.config = config
+        own = getattr(module, "config", None)  # a copy too, and that of a language model may be a part of the whole's
+        if implementation and isinstance(own, PretrainedConfig):
+            set_attention(own, implementation)
         module.__dict__.update(at_hand)
-    shared.config = config
     return shared
 
 

@@ -7,19 +7,22 @@ sorted by adapter, so that each adapter has one span. transformers' own continuo
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ftray.models.probe import head_obstacle, probe_records, reason_of, tolerance, wrong_logits
+from ftray.models.probe import body, probe_records, reason_of, tolerance, wrong_logits
 from ftray.models.stops import stop_tokens
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.output_head import output_head
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import shared_model, tuner_layers
@@ -117,6 +120,8 @@ class Engine:
         self._rows, self._step = ServedSegments(), []  # type: tuple[ServedSegments, list[kv_cache.Step]]
         self.host = shared_model(base, kv_cache.NAME, step=self._step)
         self._cache = kv_cache.slotted_cache(base.config.get_text_config().num_hidden_layers, slots, self._step)
+        self.head: Any = base.get_output_embeddings()
+        self._by_row: dict[str, bool] = {}  # by layer: whether it is given a row a token, as an adapter's rows are
         self.isolation_reason = self._obstacle()
         self.caches = self._caches()
 
@@ -135,19 +140,39 @@ class Engine:
         read: list[list[torch.Tensor]] = [[] for _ in sequences]
         try:
             wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
-            reason = head_obstacle(self.base, records[0])
+            self.head, reason = output_head(self.base, records[0])
             for cut in (lambda n: n // 3, lambda n: n - 1, lambda n: n):
                 plan = [(s, slot, s.ids[s.cached : cut(len(s.ids))]) for slot, s in enumerate(sequences)]
-                parts = self._hidden(plan).split([len(ids) for *_, ids in plan])
+                with self._watched():
+                    parts = self._hidden(plan).split([len(ids) for *_, ids in plan])
                 for (sequence, slot, ids), hidden in zip(plan, parts, strict=True):
                     sequence.cached += len(ids)
                     read[slot].append(hidden)
-            ours = [self.host.get_output_embeddings()(torch.cat(pieces)) for pieces in read]
+            ours = [self.head(torch.cat(pieces)) for pieces in read]
             reason = reason or wrong_logits(ours, wanted, tolerance(self.base))
         except Exception as error:
             reason = reason_of(error)
         self._clear(slice(None))
         return f"{name}: {reason}" if reason else None
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, layers are marked by whether each call gives them one row for each token of the step."""
+
+        def watch(path: str) -> Callable[..., None]:
+            def mark(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                rows = inputs[0].numel() == self._rows.size * inputs[0].shape[-1]
+                self._by_row[path] = rows and self._by_row.get(path, True)
+
+            return mark
+
+        linears = [(path, m) for path, m in self.host.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        hooks = [module.register_forward_pre_hook(watch(path)) for path, module in linears]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _caches(self) -> bool:
@@ -174,9 +199,12 @@ class Engine:
         if self.isolation_reason:
             return EngineAdapter(model, {}, self.isolation_reason)
         try:
-            return EngineAdapter(model, tuner_layers(model, self.base), None)
+            layers = tuner_layers(model, self.base)
         except PackingUnsupported as error:
             return EngineAdapter(model, {}, str(error))
+        others = [path for path in layers if not self._by_row.get(path)]
+        reason = f"{others[0]} is not given one row for each token, or is not called at all" if others else None
+        return EngineAdapter(model, {} if reason else layers, reason)
 
     def add(self, name: str, adapter: EngineAdapter) -> None:
         """Let sequences ask for `name` from now on."""
@@ -305,7 +333,7 @@ class Engine:
         chosen = [place for places in positions for place in places]
         rows: Iterable[torch.Tensor] = [hidden[:0]] * len(plan)
         if chosen:
-            logits = self.host.get_output_embeddings()(hidden[torch.tensor(chosen, device=hidden.device)]).float()
+            logits = self.head(hidden[torch.tensor(chosen, device=hidden.device)]).float()
             rows = logits.split([len(places) for places in positions])
         for sequence, _, ids in plan:
             sequence.cached += len(ids)
@@ -447,7 +475,7 @@ class Engine:
             )
         ]
         inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}
-        return self.host.base_model(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
+        return body(self.host)(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
 
     def _step_alone(self, sequence: Sequence) -> None:
         """As a shared step, by the adapter's own model and with a cache of its own."""
