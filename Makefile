@@ -3,7 +3,7 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest lint
+.PHONY: demo test test-lowest models lint
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ftray.tune --config examples/demo.yaml
@@ -18,6 +18,10 @@ test-lowest:
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--editable ".[serve,test]"
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
+# docs/models.md for the installed transformers; families in build/models.jsonl are not tried again.
+models: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-LENGTHS = (5, 19, 11)  # tokens: a short record before longer ones, and two that packed attention pads alike
+# tokens: a short record before longer ones, two that packed attention pads alike, and one that they are padded to
+LENGTHS = (5, 19, 11, 35)
 LONG = 300  # tokens of a record that is long enough for all layers to act
 MOVED = 0.02  # standard deviation by which an adapter's weights leave their start, where most of them do nothing
 
@@ -134,6 +135,22 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
     except Exception as error:  # one: a method that puts tokens before the row
         return reason_of(error)
     return wrong_logits(together, alone, allowed) or leak(together, again, allowed)
+
+
+@torch.no_grad()
+def padding_obstacle(model: Any) -> str | None:
+    """Why records that are padded on the right don't get the logits of each alone; None: they do."""
+    records = probe_records(model, 1)
+    width, device = max(map(len, records)), model.get_input_embeddings().weight.device
+    ids = torch.stack([F.pad(ids, (0, width - len(ids))) for ids in records]).to(device)
+    mask = torch.stack([(torch.arange(width) < len(ids)).long() for ids in records]).to(device)
+    try:  # what a prompt method puts before the records has logits of its own, which come first
+        together = model(input_ids=ids, attention_mask=mask).logits[:, -width:]
+        alone = [model(input_ids=ids[None].to(device)).logits[0, -len(ids) :] for ids in records]
+    except Exception as error:
+        return reason_of(error)
+    ours = [row[: len(ids)] for row, ids in zip(together, records, strict=True)]
+    return wrong_logits(ours, alone, tolerance(model))
 
 
 @torch.no_grad()

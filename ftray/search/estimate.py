@@ -12,6 +12,7 @@ from torch import nn
 
 from ftray.adapters.compatibility import without_weights
 from ftray.adapters.methods import attach
+from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
@@ -42,6 +43,7 @@ class Shapes:
         activations: bytes that the backward pass keeps a token.
         fixed: bytes that it keeps besides, however many tokens there are (as the rotations of OFT).
         isolation_reason: why it can't share a pass with other trials; None: it can.
+        adapts: the layers that it adapts, see :func:`ftray.adapters.targets.described`.
     """
 
     corner: Corner
@@ -49,6 +51,7 @@ class Shapes:
     activations: float
     fixed: float
     isolation_reason: str | None
+    adapts: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def estimate(job: SearchContext, space: Space) -> dict[str, Any]:
             name: {
                 "largest": shapes.corner["adapter"],
                 "parameters": shapes.parameters,
+                "adapts": shapes.adapts,
                 "runs": _runs(cfg, space, shapes),
             }
             for name, shapes in methods.items()
@@ -131,7 +135,7 @@ def measure(skeleton: Any, corner: Corner, length: int, checkpointing: bool) -> 
         tuner_layers(model, skeleton)
     except PackingUnsupported as error:
         apart = apart or str(error)
-    return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), apart)
+    return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), apart, described(model))
 
 
 def saved_bytes(model: Any, length: int) -> int:
@@ -235,6 +239,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         largest = " ".join(f"{k}={v}" for k, v in method["largest"].items() if k != "method")
         table.add_row(name, method["runs"], largest, f"{method['parameters']:,}")
     console.print(table)
+    for name, method in result["methods"].items():
+        print(f"adapted  {name}: {method['adapts'] or 'no layers of the model'}")
     rungs = ", ".join(f"{r['trials']:g} to {r['records']} records" for r in result["rungs"])
     memory = {name: f"{value / 2**30:.2f}" for name, value in result["memory"].items()}
     probe, tokens = result["probe"], result["tokens"]

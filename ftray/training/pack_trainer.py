@@ -14,6 +14,7 @@ from torch import nn
 
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach
+from ftray.adapters.targets import described
 from ftray.config import ModelConfig, TrainingConfig
 from ftray.models.load import load_base
 from ftray.multi_adapter.shared_model import out_of_memory, share, trainable
@@ -120,6 +121,7 @@ class PackTrainer:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, PackedTrial] = {}
+        self._told: set[str] = set()  # lines of the log
 
     def join(
         self,
@@ -150,6 +152,9 @@ class PackTrainer:
         update, history = DeepSpeedOptimizer(model, run.training, run.steps), TrainState(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
+        if self.rank == 0 and (adapts := described(model)) not in self._told:
+            self._told.add(adapts)
+            print(f"adapted: {adapts}", flush=True)
         apart = self.pack.add(name, model, update, run.training.seed, history.step)
         accumulation = accumulation_steps(run.training, self.world_size)
         self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))
