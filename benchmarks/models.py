@@ -100,7 +100,7 @@ class Family:
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
-        if self.spec.name != "CAUSAL_LM" and config.pad_token_id is None:
+        if self.spec.name != "CAUSAL_LM" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.spec.pad
         torch.manual_seed(0)
         model = self.auto.from_pretrained(self.path, config=config, dtype=torch.float32)

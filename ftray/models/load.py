@@ -129,7 +129,7 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
-    if task.name != "CAUSAL_LM" and config.pad_token_id is None:
+    if task.name != "CAUSAL_LM" and getattr(config, "pad_token_id", None) is None:  # some composites have none at all
         config.pad_token_id = task.pad  # a decoder finds the last token of a text by it
     return config
 

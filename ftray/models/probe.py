@@ -261,17 +261,26 @@ def idle_layers(adapted: Any) -> list[str]:
             own[name] = [p for n, p in named if p.requires_grad and not n.startswith("base_layer.")]
     if not own:
         return []
+    short = torch.cat(probe_records(adapted, 1))[None].to(adapted.device)
     room = getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or LONG
-    records = torch.cat(probe_records(adapted, 1))  # repeated, as some layers wake up beyond a number of tokens only
-    ids = records.repeat(LONG // len(records) + 1)[None, : min(LONG, room - 8)].to(adapted.device)
-    further = {"decoder_input_ids": ids} if adapted.config.is_encoder_decoder else {}
-    with torch.enable_grad():
-        outputs = adapted(input_ids=ids, **further).values()
-        parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
-        every = [p for parameters in own.values() for p in parameters]
-        found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
-    acting = {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
+    # repeated, as some layers wake up beyond a number of tokens only
+    long = short.repeat(1, LONG // short.shape[1] + 1)[:, : min(LONG, room - 8)]
+    try:
+        acting = _with_gradient(adapted, long, own)
+    except (IndexError, RuntimeError, ValueError):  # more than it takes
+        acting = _with_gradient(adapted, short[:, : LENGTHS[1]], own)
     return [name for name, parameters in own.items() if not any(id(p) in acting for p in parameters)]
+
+
+@torch.enable_grad()
+def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
+    """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
+    every = [p for parameters in own.values() for p in parameters]
+    further = {"decoder_input_ids": ids[:, : LENGTHS[0]]} if adapted.config.is_encoder_decoder else {}
+    outputs = adapted(input_ids=ids, **further).values()
+    parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
+    found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
+    return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
 
 
 def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
