@@ -4,7 +4,7 @@ LOWEST ?= .venv-lowest
 PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest lint
+.PHONY: demo test test-all test-lowest models lint
 
 # One file a process at a time, in the order of tests/conftest.py.
 PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -26,6 +26,10 @@ test-lowest:
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--editable ".[serve,test]"
 	$(LOWEST)/bin/$(PYTEST)
+
+# docs/models.md for the installed transformers; families in build/models.jsonl are not tried again.
+models: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

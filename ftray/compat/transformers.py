@@ -6,11 +6,6 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 
-def attention_of(config: PretrainedConfig) -> str:
-    """The name of the attention that a model runs: it can be set by a public way, and read by none."""
-    return str(config._attn_implementation)
-
-
 def set_attention(config: PretrainedConfig, name: str) -> None:
     """Let the modules that have this configuration run that attention.
 
