@@ -45,7 +45,8 @@ from ftray.serving.engine import Engine, Sequence
 from ftray.serving.sampling import Sampling
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks.causal import score
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 GOOD = ("ok", "packed", "padded", "apart")  # verdicts
 COLUMNS = ("targets", "training", "reload", "merge", "serving", "scoring")

@@ -12,7 +12,8 @@ from ftray.compat.peft import taken_names
 from ftray.config import AdapterConfig
 from ftray.errors import UserError
 from ftray.multi_adapter.shared_model import share
-from ftray.training.pack import Pack, TorchOptimizer
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 # how records of several adapters share a pass; for heads each adapter trains in passes of its own
 FAMILIES = [
