@@ -63,7 +63,7 @@ def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, ca
         nested = {section[0]: {key: value, **more}} if section else {key: value}
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(nested))
-        text = value if field == "task" else json.dumps(value)  # the command's own flags take text as it is
+        text = value if isinstance(value, str) else json.dumps(value)  # text is taken as it is typed
         given = [f"--{field}"] if field in ("resume", "verbose") else [f"--{field}={text}"]
         given += [f"--{section[0]}.{name}={other}" for name, other in more.items()]
         for arguments in (["--config", str(path)], given):

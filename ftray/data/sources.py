@@ -172,7 +172,7 @@ def _readable(source: str) -> Iterator[None]:
 def _open(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" in source:
         return pafs.FileSystem.from_uri(source)
-    return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    return pafs.LocalFileSystem(), str(Path(source).absolute())
 
 
 def hub_dataset(source: str) -> str | None:
@@ -184,7 +184,7 @@ def hub_dataset(source: str) -> str | None:
 
 
 def _near(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(source)
     names = [p.name for p in path.parent.iterdir()] if "://" not in source and path.parent.is_dir() else []
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 
