@@ -48,14 +48,14 @@ def run(cfg: Config) -> int:
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.discovery import added_by
-    from ftray.data.limits import refuse_beyond, refuse_padding_beyond, within_positions
+    from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer, own_labels
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     spec = check.run(tokenizer, cfg.task, labels)
     skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
-    refuse_padding_beyond(cfg.model.name, skeleton, tokenizer)
+    check_special_tokens(cfg.model.name, skeleton, tokenizer)
     data_cfg = within_positions(data_cfg, skeleton, added)
     place = output_file(cfg)
 

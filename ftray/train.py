@@ -62,7 +62,7 @@ def check(cfg: Config) -> tuple[Config, str, Any]:
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run
     from ftray.adapters.methods import added_tokens
-    from ftray.data.limits import refuse_padding_beyond, within_positions
+    from ftray.data.limits import check_special_tokens, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps
@@ -71,7 +71,7 @@ def check(cfg: Config) -> tuple[Config, str, Any]:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
-    refuse_padding_beyond(cfg.model.name, skeleton, tokenizer)
+    check_special_tokens(cfg.model.name, skeleton, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, added_tokens(cfg.adapter))})
     dry_run(cfg.adapter, skeleton, cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)

@@ -57,14 +57,14 @@ def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: A
         )
 
 
-def refuse_padding_beyond(name: str, model: Any, tokenizer: Any) -> None:
-    """Refuse a padding token that the model has no embedding for.
+def check_special_tokens(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a padding token that the model has no embedding for; say if no token ends an answer.
 
     Args:
         name: of the model, for the message.
 
     Raises:
-        UserError: it has none.
+        UserError: the model has no embedding for it.
     """
     from ftray.models.limits import embedded_tokens
 
@@ -74,6 +74,8 @@ def refuse_padding_beyond(name: str, model: Any, tokenizer: Any) -> None:
             f"model {name}: its tokenizer's padding token {tokenizer.pad_token!r} has id {pad}, but the model has "
             f"embeddings for {rows} tokens: name another pad_token in tokenizer_config.json"
         )
+    if tokenizer.eos_token_id is None and model.can_generate():
+        print(f"model {name}: its tokenizer has no eos_token: what is learnt has no end, answers run on", flush=True)
 
 
 def longest_text(data: TokenizedData) -> int:

@@ -68,7 +68,10 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, by the names that they have in files."""
-        return {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        fields = {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        if self.highest < 0:
+            del fields["highest"]
+        return fields
 
 
 @dataclass

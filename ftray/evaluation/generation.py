@@ -33,7 +33,7 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
         if room < 1:  # as would be any answer, these are empty
             continue
         pads = [width - len(prompts[i]) for i in part]
-        ids = torch.tensor([[tokenizer.pad_token_id] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
+        ids = torch.tensor([[tokenizer.pad_token_id or 0] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads])
         output = model.generate(
             input_ids=ids.to(model.device),
