@@ -366,8 +366,8 @@ def parse_yaml(text: str, where: object) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        line, reason = f":{mark.line + 1}" if mark else "", str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or reason}") from None
     except (ValueError, RecursionError) as error:  # what looks like a date and is none; thousands of brackets
         raise UserError(f"{where}: not valid YAML: {error}") from None
 

@@ -279,6 +279,28 @@ def needed(field: str) -> list[str]:
     return ["--training.zero_stage=2"] if field == "training.offload" else []
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'"a\\nb": 1', r"unknown key a\nb; known: "),
+        (b'"\\L": 1', r"unknown key \u2028; known: "),
+        (b'"\\N": 1', r"unknown key \x85; known: "),
+        (b'"\\f": 1', r"unknown key \x0c; known: "),
+        (b'"\\uD83D": 1', r"unicode string (got '\ud83d')"),
+        (b"a: 1\x02", "not valid YAML: unacceptable character #x0002"),
+        (b"a: \xff", "not valid YAML: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_refusal_is_one_line_whatever_it_quotes(content, said, tmp_path, capsys):
+    """Found by tests/fuzz."""
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    assert main(["config", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
 def test_unknown_command(capsys):
     assert main(["tun"]) == 2
     assert "did you mean tune" in capsys.readouterr().err

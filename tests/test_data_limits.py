@@ -124,9 +124,9 @@ def test_a_padding_token_beyond_the_embeddings_and_no_end(capsys):
     from conftest import make_tokenizer
 
     other = make_tokenizer()
-    other.add_tokens([f"<extra {i}>" for i in range(80)])
-    other.pad_token = "<extra 79>"
-    with pytest.raises(UserError, match=f"'<extra 79>' has id {other.pad_token_id}, but .* 384 tokens: name another"):
+    other.add_tokens([f"<extra {i}>" for i in range(200)])
+    other.pad_token = "<extra 199>"
+    with pytest.raises(UserError, match=f"'<extra 199>' has id {other.pad_token_id}, but .* 384 tokens: name another"):
         check_special_tokens("m", llama(), other)
     other.pad_token = other.eos_token = None
     check_special_tokens("m", llama(), other)
