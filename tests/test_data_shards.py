@@ -118,7 +118,7 @@ def test_a_split_that_was_not_asked_for_is_missed_by_the_commands_that_need_it()
     for split in ("validation", "test"):
         cfg = DataConfig(**{f"{split}_fraction": 0})
         assert split not in needed(cfg)
-        with pytest.raises(UserError, match=f"data.{split}_fraction 0: why: raise it, or give data.{split}"):
+        with pytest.raises(UserError, match=rf"data\.{split}_fraction 0: why: raise it, or give data\.{split}"):
             require(split, cfg, "why")
         require(split, DataConfig(**{f"{split}_fraction": 0, split: "other.jsonl"}), "why")
 
