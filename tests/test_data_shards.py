@@ -94,7 +94,7 @@ WRONG = {
         {"test_fraction": 0},
         "validation split of 3 record.* is empty: raise data.validation_",
     ),
-    "validation empty": (GOOD, {"validation_fraction": 1e-9}, "validation split of 60 .* is empty"),
+    "validation of almost nothing": (GOOD, {"validation_fraction": 1e-9}, "validation split of 60 .* is empty"),
     "test empty": (GOOD, {"test_fraction": 1e-9}, "test split of 60 .* is empty: raise data.test_fraction"),
     "limit too small": (GOOD, {"limit": 1}, "is left for training|split of 1 record.* is empty"),
     "nothing fits": (
