@@ -4,7 +4,7 @@ LOWEST ?= .venv-lowest
 PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models lint
+.PHONY: demo test test-all test-lowest models fuzz lint
 
 # One file a process at a time, in the order of tests/conftest.py.
 PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -18,6 +18,10 @@ test: $(VENV)/.installed
 # The faults that are rare, and whatever else takes minutes, too.
 test-all: $(VENV)/.installed
 	$(BIN)/$(PYTEST) -m "slow or not slow"
+
+# What is neither taken nor refused in one line, for five minutes.
+fuzz: $(VENV)/.installed
+	FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/fuzz -m slow --timeout 900
 
 # The oldest releases of what pyproject.toml names; what those need in turn is of today.
 test-lowest:

@@ -42,7 +42,7 @@ from ftray.models.load import load_base
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
-from ftray.serving.sampling import Sampling
+from ftray.serving.generation_request import Sampling
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks.causal import score
 from ftray.training.optimizer import TorchOptimizer
@@ -342,7 +342,7 @@ def serving(family: Family, trained: Any) -> str:
     plain = family.plain()
     for prompt, owner in zip(family.records(7, 4)["input_ids"], (None, "lora", None, "lora"), strict=True):
         owner = owner if trained is not None else None
-        sequences.append(Sequence(prompt, Sampling(temperature=0.0, max_tokens=6), lambda piece: None, owner))
+        sequences.append(Sequence(prompt, 6, Sampling(temperature=0.0), lambda delta: None, owner))
         engine.submit(sequences[-1])
     while engine.busy:
         engine.step()

@@ -31,6 +31,15 @@ def test_ray_bootstrap_address(monkeypatch):
         bootstrap_address("nonsense")
 
 
+def test_ray_socket_path(cluster):
+    from ftray.compat.ray import raylet_socket, socket_path
+
+    real, ours = Path(raylet_socket()), Path(socket_path())
+    assert ours.parents[2] == real.parents[2]  # the root of all sessions
+    assert abs(len(str(ours.parent)) - len(str(real.parent))) <= 2  # ids of processes differ
+    assert len(ours.name) >= len(real.name)
+
+
 def test_ray_raylet_socket(cluster):
     import socket
 

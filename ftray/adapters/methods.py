@@ -241,6 +241,16 @@ def parameters(adapter: AdapterConfig) -> Parameters:
         raise UserError(f"adapter.{name}: {reason} (got {first['input']!r})") from None
 
 
+def added_tokens(adapter: AdapterConfig) -> int:
+    """Tokens that the method puts before a text.
+
+    Raises:
+        UserError: as :func:`parameters`.
+    """
+    own = parameters(adapter)
+    return getattr(own, "virtual_tokens", None) or getattr(own, "config", {}).get("num_virtual_tokens") or 0
+
+
 def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     """The PEFT configuration of `adapter` for `model` (the meta device will do) and a run of `steps`.
 

@@ -173,7 +173,7 @@ def _open(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" in source:
         opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(source)
         return opened
-    return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    return pafs.LocalFileSystem(), str(Path(source).absolute())
 
 
 def hub_dataset(source: str) -> str | None:
@@ -185,7 +185,7 @@ def hub_dataset(source: str) -> str | None:
 
 
 def _near(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(source)
     names = [p.name for p in path.parent.iterdir()] if "://" not in source and path.parent.is_dir() else []
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 

@@ -29,6 +29,7 @@ class Task(task.Task):
     pipeline_tag = "text-generation"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    generated = task.GENERATED
     shapes = records.SHAPES
     record_keys = records.KNOWN
     usage_example = "ftray serve --run {run}"

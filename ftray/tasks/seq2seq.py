@@ -25,6 +25,7 @@ class Task(task.PaddedTask):
     auto_class = "AutoModelForSeq2SeqLM"
     pipeline_tag = "text2text-generation"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    generated = task.GENERATED
     shapes = records.SHAPES
     record_keys = "input/output, instruction/input/output or prompt/completion"
     usage_example = (
