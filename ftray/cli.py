@@ -146,6 +146,7 @@ COMMANDS = {
         "ftray serve --run runs/search --engine vllm",
     ),
 }
+SEVERAL = ("adapters", "data.source", "data.validation", "data.test")
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted, "
@@ -202,8 +203,16 @@ def parse(name: str, argv: Sequence[str]) -> Config:
             _assign(values, field, value)
     flags = [*COMMANDS[name].flags, *SWITCHES, "config"]
     for field, text in _pairs(rest, flags):
-        _assign(values, field, yaml.safe_load(text))
+        _assign(values, field, _value(text))
     return config_from(values)
+
+
+def _value(text: str) -> Any:
+    """A flag's value as YAML; one that is none is left to the field, which may read it in another way."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
@@ -227,7 +236,7 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
                 f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
             )
             continue
-        several = field == "adapters"
+        several = field in SEVERAL
         parser.add_argument(
             f"--{flag}",
             dest=field,

@@ -36,7 +36,7 @@ def run(cfg: Config) -> int:
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = check(cfg.data, tokenizer, cfg.task)
     dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)

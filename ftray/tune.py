@@ -215,7 +215,7 @@ def check(cfg: Config) -> tuple[Config, Any, str, Any]:
 
     packable(cfg, space)
     check_output(cfg, space)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = check_data(cfg.data, tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     tried: list[Any] = []
@@ -248,7 +248,7 @@ def prove(job: Any, output: Location) -> dict[str, Any]:
     task, base = data.task.load(), load_on_device(cfg.model, job.model_path, data.task)
     with as_local_dir(output / "best" / "adapter") as adapter:
         model = PeftModel.from_pretrained(base, str(adapter))
-    tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
         before = task.score(model, tokenizer, rows, cfg.evaluation)
@@ -289,7 +289,7 @@ def merge_best(job: Any, output: Location) -> dict[str, Any]:
             with as_local_dir(place) as made:
                 whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
             quick = cfg.evaluation.model_copy(update={"generate": False})
-            tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code)
+            tokenizer = load_tokenizer(job.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
     except Exception as error:  # whatever it is, the search and its proof stand
         remove(place)  # one of another best, from before

@@ -585,7 +585,8 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
             {"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": "a"}]},
             "<|system|>S<|end|><|user|>a<|end|><|assistant|>",
         ),
-        ({"prompt": "a"}, "a\n"),
+        ({"prompt": "a"}, "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>"),
+        ({"question": "a", "context": "b"}, "<|system|>be kind<|end|><|user|>a\nb<|end|><|assistant|>"),
         ({"text": "the cat", "id": 3}, "the cat"),
     ],
 )
@@ -594,6 +595,15 @@ def test_a_record_is_asked_by_the_keys_that_training_reads(tokenizer, record, as
     from ftray.infer import Renderer
 
     assert tokenizer.decode(Renderer(tokenizer, DataConfig(), "be kind").record("f:1", record, False)) == asked
+
+
+def test_a_prompt_is_asked_raw_where_the_template_says_so(tokenizer):
+    from ftray.config import DataConfig
+    from ftray.infer import Renderer
+
+    renderer = Renderer(tokenizer, DataConfig(template="say {prompt}:"), "be kind", True)
+    assert tokenizer.decode(renderer.record("f:1", {"question": "a"}, False)) == "say a:"
+    assert tokenizer.decode(renderer.plain("a")) == "say a:"
 
 
 @pytest.mark.parametrize("lost", [{"label": True}, {"images": ["a.png"]}, {"context": "c"}, {"tools": [{}]}])

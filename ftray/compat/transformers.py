@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def attention_of(config: PretrainedConfig) -> str:
@@ -30,3 +31,19 @@ def drop_weight_conversions(model: PreTrainedModel, unwanted: Callable[[Any], bo
         for conversion in model._weight_conversions
         if not any(map(unwanted, getattr(conversion, "operations", [])))
     ]
+
+
+def with_generation_spans(
+    messages: list[dict[str, Any]], tokenizer: Any, **more: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """What the tokenizer's chat template renders, and the characters that it puts between {% generation %} tags.
+
+    The public `apply_chat_template` gives a mask of tokens alone, of the whole text tokenized at once.
+    """
+    rendered, spans = render_jinja_template(
+        [messages],
+        chat_template=tokenizer.get_chat_template(tools=more.get("tools")),
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **more},
+    )
+    return rendered[0], [(start, end) for start, end in spans[0]]

@@ -31,6 +31,7 @@ from ftray.data.splits import (
     refuse_unsupervised,
     split_of,
 )
+from ftray.data.tokens import prompt_template, spread
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Stored, parse_location
@@ -38,7 +39,7 @@ from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the rules that make tokens from records: raise it when they change
+VERSION = 4  # of the rules that make tokens from records: raise it when they change
 WINDOW = 1024  # rows of a Parquet row group, the unit that is read and shuffled as a whole
 WINDOWS_PER_FILE = 64
 SCHEMA = pa.schema(
@@ -151,7 +152,8 @@ def prepare(
     from ftray.models.load import load_tokenizer
 
     sources = find_sources(cfg)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code, cfg.chat_template)
+    given = tokenizer.chat_template if cfg.chat_template else None
     fingerprint = fingerprint_of(cfg, sources, tokenizer, task, labels)
     root = parse_location(cfg.cache) if cfg.cache else cache_root() / "data"
     root = root.expanduser() if isinstance(root, Path) else root
@@ -159,10 +161,12 @@ def prepare(
     if (target / "manifest.json").exists():
         log.info("reusing the tokenized shards in %s", target)
         return TokenizedData.load(str(target))
-    log.info("tokenizing %s into %s", cfg.source, target)
+    log.info("tokenizing %s into %s", cfg.names, target)
     with atomic_dir(target, cached=True, marker="manifest.json") as directory:
-        spec = TaskSpec(task, labels or _labels(sources["train"][0], task), tokenizer.pad_token_id or 0)
-        splits, read = _write(cfg, sources, (model, trust_remote_code), directory, spec)
+        names = labels or _labels(sources["train"][0], task)
+        template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
+        spec = TaskSpec(task, names, tokenizer.pad_token_id or 0, template, given)
+        splits, read = _write(cfg, sources, (model, trust_remote_code, given), directory, spec)
         manifest = {
             "fingerprint": fingerprint,
             "task": asdict(spec),
@@ -207,14 +211,14 @@ def _read_labels(chunk: dict[str, Any], task: str) -> Iterator[dict[str, str]]:
 
 
 def _write(
-    cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool], directory: Path, task: TaskSpec
+    cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool, str | None], directory: Path, task: TaskSpec
 ) -> tuple[dict[str, Split], dict[str, Reading]]:
     writers = {name: _SplitWriter(directory, name) for name in SPLITS}
     read = {}
     for name, (chunks, local) in sources.items():
         shapes, ignored = Counter[str](), set[str]()
         for table in _pipeline(chunks, local, name, tokenizer, task):
-            shapes.update(table["shape"].to_pylist())
+            shapes.update(table["shape"].drop_null().to_pylist())
             ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
@@ -229,7 +233,7 @@ def _write(
 
 
 def _pipeline(
-    chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool], task: TaskSpec
+    chunks: list[Chunk], cfg: DataConfig, source: str, tokenizer: tuple[str, bool, str | None], task: TaskSpec
 ) -> Iterator[pa.Table]:
     """Read -> sort by key -> tokenize, as tables in key order."""
     import ray.data
@@ -276,18 +280,20 @@ def _row(located: Located, cfg: DataConfig, source: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+def _tokenizer(model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
     from ftray.models.load import load_tokenizer
 
-    return load_tokenizer(model, trust_remote_code)
+    return load_tokenizer(model, trust_remote_code, chat_template)
 
 
-def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
+def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool, str | None], task: TaskSpec) -> pa.Table:
     rows, of = table.to_pylist(), task.load()
     read = [of.parse_and_see(json.loads(row["record"]), SourceLocation(**row["place"])) for row in rows]
     examples = [example for example, _ in read]
     refuse_mixture(examples, of)
-    tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
+    numbered = spread(of.tokenize(examples, _tokenizer(*tokenizer), cfg))
+    first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]
+    tokens, rows, read = [row for _, row in numbered], [rows[i] for i, _ in numbered], [read[i] for i, _ in numbered]
     return pa.table(
         {
             "key": pa.array([row["key"] + 2**63 for row in rows], pa.uint64()),
@@ -301,7 +307,9 @@ def _tokenize(table: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], tas
             "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": [row["split"] for row in rows],
-            "shape": pa.array([seen.shape for _, seen in read], pa.string()),
+            "shape": pa.array(
+                [seen.shape if own else None for (_, seen), own in zip(read, first, strict=True)], pa.string()
+            ),
             "ignored": pa.array([seen.ignored for _, seen in read], pa.list_(pa.string())),
             "truncated": [bool(t and t.truncated) for t in tokens],
         }

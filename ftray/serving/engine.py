@@ -82,12 +82,14 @@ class EngineAdapter:
     Attributes:
         layers: its adapted layers, by their path in the base model.
         isolation_reason: why its sequences run by themselves; None: they share the batch.
+        ends: tokens that end its answers, beside those of the base.
         users: sequences that are not done.
     """
 
     model: PeftModel
     layers: dict[str, Any]
     isolation_reason: str | None
+    ends: frozenset[int] = frozenset()
     users: int = 0
     leaving: bool = False
 
@@ -361,7 +363,7 @@ class Engine:
             self._finish(sequence, piece(finish="length", new=()))
             return
         sequence.ids.append(token.id)
-        if token.id in self.ends:
+        if token.id in self.ends or (sequence.adapter and token.id in self.adapters[sequence.adapter].ends):
             self._finish(sequence, piece(sequence.text.end(), "stop"))
             return
         text = sequence.text.add(token.id)

@@ -1,9 +1,12 @@
 """What the endpoint asks of a replica that generates, and what it gets: plain data, whatever the engine."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftray.errors import UserError
+from ftray.models.chat_template import turn_end
+from ftray.task_spec import CHAT, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,40 @@ class OutputDelta:
 class OutputDeltas:
     """What a replica sends: first nothing, to say that it is there, then the prompts' tokens, then parts.
 
-    Or why there is nothing to expect. Where parts come all at the end, it says when it is `answering`.
+    Or why there is nothing to expect. Where parts come all at the end, it says when it is `answering`. With the
+    prompts' tokens may come a `warning` for whoever asked.
     """
 
     parts: list[OutputDelta] = field(default_factory=list)
     prompt_tokens: int | None = None
     answering: bool = False
     refused: tuple[int, str, str | None] | None = None  # status, reason, field
+    warning: str | None = None
+
+
+class Rendering:
+    """How an adapter was trained to be asked.
+
+    Args:
+        tokenizer: the base model's.
+        trained_as: what was kept beside the adapter; None: nothing.
+
+    Attributes:
+        tokenizer: with the chat template that it was trained with.
+        ends: tokens that end a turn in this template.
+        warning: what to say to whoever asks it in a conversation.
+    """
+
+    def __init__(self, tokenizer: Any, trained_as: TaskSpec | None):
+        self.tokenizer, self.ends, self.warning = tokenizer, frozenset[int](), None
+        if trained_as and trained_as.chat_template:
+            self.tokenizer = copy.deepcopy(tokenizer)
+            self.tokenizer.chat_template = trained_as.chat_template
+            self.ends = frozenset(end for end in [turn_end(self.tokenizer)] if end is not None)
+        if trained_as and trained_as.template not in (None, CHAT):
+            self.warning = (
+                f"trained on prompts in the template {trained_as.template!r}, not on chats: ask /v1/completions"
+            )
 
 
 def prompt_tokens(job: GenerationRequest, tokenizer: Any, words: int) -> list[list[int]]:

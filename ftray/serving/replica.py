@@ -10,7 +10,14 @@ from typing import Any
 
 from ftray.errors import UserError
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
-from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
+from ftray.serving.generation_request import (
+    GenerationRequest,
+    OutputDelta,
+    OutputDeltas,
+    Rendering,
+    output_tokens,
+    prompt_tokens,
+)
 
 
 class Replica(BaseReplica):
@@ -24,6 +31,8 @@ class Replica(BaseReplica):
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
         self._keys = itertools.count()
+        self._own, self._renderings = Rendering(self.tokenizer, None), dict[str, Rendering]()
+        self._warned = set[str | None]()
         threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
 
     def _run(self, threads: int) -> None:
@@ -65,8 +74,16 @@ class Replica(BaseReplica):
 
         model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # one that comes again is another
-        await self._in_engine(self.engine.add, key, self.engine.prepare(model))
-        return LoadedAdapter(key, lambda key: self.inbox.put(lambda: self.engine.remove(key)))
+        prepared, rendering = self.engine.prepare(model), Rendering(self.tokenizer, model.trained_as)
+        prepared.ends = rendering.ends
+        await self._in_engine(self.engine.add, key, prepared)
+        self._renderings[key] = rendering
+
+        def forget(key: str) -> None:
+            del self._renderings[key]
+            self.inbox.put(lambda: self.engine.remove(key))
+
+        return LoadedAdapter(key, forget)
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -79,8 +96,15 @@ class Replica(BaseReplica):
     async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator frees their slots."""
         yield OutputDeltas()
+        rendering = self._own
         try:
-            prompts = prompt_tokens(job, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            if job.adapter is not None and job.messages is not None:
+                rendering = self._renderings[await self.adapted(job.adapter, job.source)]
+        except (UserError, KeyError) as error:  # KeyError: others have pushed it out again
+            yield OutputDeltas(refused=(400, str(error), "model"))
+            return
+        try:
+            prompts = prompt_tokens(job, rendering.tokenizer, self.base.get_input_embeddings().num_embeddings)
             most = output_tokens(job, prompts, self.engine.max_length)
         except UserError as error:
             yield OutputDeltas(refused=(400, *error.args))
@@ -104,7 +128,11 @@ class Replica(BaseReplica):
                 except UserError as error:
                     yield OutputDeltas(refused=(400, str(error), "model"))
                     return
-            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
+            warning = rendering.warning if job.messages is not None else None
+            if warning and job.adapter not in self._warned:
+                self._warned.add(job.adapter)
+                logging.getLogger("ray.serve").warning("%s: %s", job.source, warning)
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
                 parts = await inbox.get()

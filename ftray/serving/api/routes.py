@@ -79,6 +79,11 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(refused.body, error.status_code, error.headers)
 
 
+def _warned(warning: str | None) -> dict[str, str]:
+    """Headers that tell a warning; none where there is none."""
+    return {"x-ftray-warning": warning.encode("ascii", "backslashreplace").decode()} if warning else {}
+
+
 @serve.ingress(api)
 class Endpoint:
     """The deployment.
@@ -312,15 +317,16 @@ class Endpoint:
         if asked.stream:
             events = self.router.parts(asked.model, job)
             first = await anext(events)  # so that what is refused gets its status
-            return StreamingResponse(self._streamed(asked, response, first, events), media_type="text/event-stream")
+            streamed = self._streamed(asked, response, first, events)
+            return StreamingResponse(streamed, media_type="text/event-stream", headers=_warned(first.warning))
         parts: list[OutputDelta] = []
-        prompt_tokens = 0
+        prompt_tokens, warning = 0, None
         async for got in self.router.parts(asked.model, job):
-            prompt_tokens = got.prompt_tokens or prompt_tokens
+            prompt_tokens, warning = got.prompt_tokens or prompt_tokens, got.warning or warning
             parts += got.parts
         count = sum(part.count for part in parts)
         whole = response.whole(parts, len(job.prompts or [0]) * job.n)
-        return JSONResponse(whole | {"usage": usage(prompt_tokens, count)})
+        return JSONResponse(whole | {"usage": usage(prompt_tokens, count)}, headers=_warned(warning))
 
     async def _streamed(
         self, asked: GenerationParameters, response: Any, first: OutputDeltas, events: AsyncIterator[OutputDeltas]
