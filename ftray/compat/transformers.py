@@ -40,8 +40,9 @@ def with_generation_spans(
 
     The public `apply_chat_template` gives a mask of tokens alone, of the whole text tokenized at once.
     """
+    said = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as it does
     rendered, spans = render_jinja_template(
-        [messages],
+        [said],
         chat_template=tokenizer.get_chat_template(tools=more.get("tools")),
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **more},

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 from ftray.errors import UserError
@@ -96,11 +97,9 @@ class Replica(BaseReplica):
     async def answer(self, job: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `job`; whoever closes this iterator frees their slots."""
         yield OutputDeltas()
-        rendering = self._own
         try:
-            if job.adapter is not None and job.messages is not None:
-                rendering = self._renderings[await self.adapted(job.adapter, job.source)]
-        except (UserError, KeyError) as error:  # KeyError: others have pushed it out again
+            rendering = await self._rendering(job)
+        except UserError as error:
             yield OutputDeltas(refused=(400, str(error), "model"))
             return
         try:
@@ -149,6 +148,17 @@ class Replica(BaseReplica):
                 yield OutputDeltas(kept)
         finally:
             self.inbox.put(lambda: self._cancel(sequences))
+
+    async def _rendering(self, job: GenerationRequest) -> Rendering:
+        """How the conversation of `job` is rendered: as its adapter was trained.
+
+        Raises:
+            UserError: the adapter can't be loaded.
+        """
+        while job.adapter is not None and job.messages is not None:
+            with suppress(KeyError):  # others have pushed it out again
+                return self._renderings[await self.adapted(job.adapter, job.source)]
+        return self._own
 
     def _cancel(self, sequences: list[Any]) -> None:
         for sequence in sequences:
