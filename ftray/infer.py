@@ -131,7 +131,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: no such file, nothing in it, or a line that is no record.
     """
-    from ftray.data.sources import parse_json
+    from ftray.data.formats import parse_json
 
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".txt"):
