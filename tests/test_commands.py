@@ -12,6 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import main
+from ftray.task_spec import TaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,48 @@ def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys,
     assert len(sampled) == 2
 
 
+OTHER = "{% for m in messages %}[{{ m.content }}]<|end|>{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        (TaskSpec(template="say {prompt}:"), "say a b:"),
+        (TaskSpec(template="chat"), "<|user|>a b<|end|><|assistant|>"),
+        (TaskSpec(template="chat", chat_template=OTHER), "[a b]<|end|>["),
+        (TaskSpec(), "a b\n"),  # of before there was more to say
+    ],
+)
+def test_an_adapter_and_the_model_merged_with_it_are_asked_as_it_was_trained(
+    tmp_path, capsys, tiny_llama, tokenizer, adapters, spec, asked
+):
+    one, merged = tmp_path / "one", tmp_path / "merged"
+    shutil.copytree(adapters["a"], one)
+    spec.save(one)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), one).eval()
+    ids = tokenizer(asked, return_tensors="pt")["input_ids"]
+    whole = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=1)
+    wanted = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\n")
+    settings = ["--model.dtype", "fp32", "--generation.max_new_tokens", "8", "--prompt", "a b"]
+    assert main(["infer", "--adapter", str(one), *settings]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted
+    assert main(["merge", "--adapter", str(one), "--model.dtype", "fp32", "--output", str(merged)]) == 0
+    capsys.readouterr()
+    assert main(["infer", "--model", str(merged), *settings]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted
+    assert TaskSpec.read(merged) == (spec if spec.template else None)
+
+
+def test_adapters_that_were_asked_in_other_ways_are_not_evaluated_on_the_same_tokens(tmp_path, capsys, words, adapters):
+    names = []
+    for name, template in (("one", "chat"), ("two", "say {prompt}:")):
+        shutil.copytree(adapters["a"], tmp_path / name)
+        TaskSpec(template=template).save(tmp_path / name)
+        names += ["--adapter", str(tmp_path / name)]
+    assert main(["evaluate", "--data", words, *names]) == 2
+    assert "two: was trained with another template than" in capsys.readouterr().err
+
+
 def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama):
     common = ["infer", "--model", tiny_llama, "--model.dtype", "fp32", "--generation.max_new_tokens", "8"]
     said = []
@@ -202,7 +245,7 @@ def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama)
     ("name", "content", "reason"),
     [
         ("p.jsonl", '{"input": "a"}\n[1]\n', "p.jsonl:2: a record must be"),
-        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: record with keys question"),
+        ("p.jsonl", '{"frage": "a"}\n', "p.jsonl:1: record with keys frage"),
         ("p.txt", "\n", "holds no prompt"),
         ("p.docx", "a", "must end in .jsonl"),
     ],

@@ -51,8 +51,7 @@ def give_chat_template(tokenizer: Any, given: str) -> None:
         end = _after_answer(tokenizer).strip()
     except TemplateError as error:
         raise UserError(f"data.chat_template: refuses a question and its answer: {error}") from None
-    known = len(tokenizer(end, add_special_tokens=False)["input_ids"]) == 1
-    if end and not known and tokenizer.eos_token and end in tokenizer.chat_template:
+    if end and turn_end(tokenizer) is None and tokenizer.eos_token and end in tokenizer.chat_template:
         log.info("chat template: turns end with %s, as the vocabulary has no %s", tokenizer.eos_token, end)
         tokenizer.chat_template = tokenizer.chat_template.replace(end, tokenizer.eos_token)
 
