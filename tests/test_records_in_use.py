@@ -565,7 +565,7 @@ def test_a_text_is_cut_into_records_and_nothing_is_lost(tmp_path, tiny_llama, to
     draw = random.Random(0)
     words = ["the", "cat", "sat", "on", "mat", "a", "é"]
     text = "".join(" ".join(draw.choices(words, k=draw.randint(1, 40))) + "\n" * draw.randint(1, 3) for _ in range(300))
-    content = text.encode()
+    content = text.replace("\n", "\r\n" if name.endswith("md") else "\n").encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     task, rows = rows_of(config(tmp_path / name, tiny_llama, None, max_length=30))
     assert task == "CAUSAL_LM"

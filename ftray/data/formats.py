@@ -141,7 +141,7 @@ def open_path(source: str) -> tuple[pafs.FileSystem, str]:
 
 
 @contextmanager
-def _text_of(chunk: Chunk, newline: str) -> Iterator[io.TextIOWrapper]:
+def _text_of(chunk: Chunk, newline: str | None) -> Iterator[io.TextIOWrapper]:
     """A file of text, unpacked and decoded."""
     filesystem, path = open_path(chunk.path)
     encoding = chunk.encoding
@@ -307,7 +307,7 @@ def _named(names: list[str]) -> str:
 def _read_text(chunk: Chunk) -> Iterator[Located]:
     """A text in parts of about `block` characters, which end with a line where they can; `PART` says which is which."""
     part, at, number, begun = "", 1, 0, False
-    with _text_of(chunk, "\n") as file:
+    with _text_of(chunk, None) as file:
         try:
             for number, line in enumerate(file, 1):
                 while len(part) >= chunk.block:

@@ -488,7 +488,7 @@ SHAPES: Sequence[Shape] = (
     Shape("content", ("content",), _only_text("content"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), _is_bare),
     Shape("text", ("text",), _only_text("text"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), holds_all=True),
 )
-KNOWN = "input/output, instruction/input/output, prompt/completion, messages, conversations, text"
+KNOWN = "input/output, instruction/input/output, prompt/completion, question/answer, messages, conversations, text"
 
 
 def parse(record: Record, where: object) -> Example:

@@ -11,8 +11,8 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving.pooling import READS
 from ftray.serving.registry import Registry
-from ftray.storage.location import Location, Stored, as_local_dir, parse_location, reason
-from ftray.task_spec import CAUSAL, CHAT, TaskSpec
+from ftray.storage.location import Location, Stored, parse_location, reason
+from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def leaderboard(run: str | None) -> dict[str, Any]:
     ]
     template = written["data"]["template"]
     if template == "auto":
-        with as_local_dir(parse_location(run) / "best" / "adapter") as adapter:
-            spec = TaskSpec.read(adapter)
-        template = spec.template if spec and spec.template != CHAT else None
+        kept = parse_location(run) / "best" / "adapter" / FILE
+        spec = TaskSpec.of(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else CAUSAL
+        template = None if spec.template == CHAT else spec.template
     return {"metric": summary["metric"], "template": template, "trials": trials}
