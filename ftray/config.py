@@ -7,6 +7,7 @@ A value comes from the first of: the command line (``--section.key value``), the
 import codecs
 import importlib
 import sys
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,11 +28,11 @@ def _mapping(value: Any) -> Any:
     """A mapping that may be written without braces: `prompt: question, completion: answer`."""
     if not isinstance(value, str):
         return value
-    try:
+    with suppress(yaml.YAMLError):
         read = yaml.safe_load(f"{{{value}}}")
-    except yaml.YAMLError:
-        raise ValueError("must be a mapping, as in 'prompt: question, completion: \"{{ answer }}\"'") from None
-    return {key: "" if text is None else text for key, text in read.items()}
+        if all(isinstance(text, str) and text for text in read.values()):
+            return read
+    raise ValueError("must be a mapping, as in 'prompt: question, completion: \"{{ answer }}\"'")
 
 
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
