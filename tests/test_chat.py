@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ftray.config import DataConfig
+from ftray.config import DataConfig, config_from
 from ftray.data.records import parse
 from ftray.data.tokens import spread, tokenize
 from ftray.errors import UserError
 from ftray.models.chat_template import give_chat_template, names, turn_end
 from ftray.models.load import load_tokenizer
 from ftray.task_spec import IGNORE
+from ftray.tasks.infer_task import infer_task
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 
@@ -168,6 +169,21 @@ def test_a_given_template_goes_where_the_tokenizer_goes(tiny_llama, tmp_path):
 def test_a_template_that_is_none(tiny_llama, given, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(tiny_llama, chat_template=given)
+
+
+def test_what_is_resumed_keeps_the_template_that_it_began_with(tmp_path, tiny_llama, words):
+    (tmp_path / "config.yaml").write_text('data: {template: "say {prompt}:"}\n')
+
+    def template(**more):
+        given = {"source": words, **more.pop("data", {})}
+        cfg = config_from({"data": given, "model": {"name": tiny_llama}, "output": str(tmp_path), **more})
+        return infer_task(cfg, tiny_llama).data.template
+
+    assert template(resume=True) == "say {prompt}:"
+    assert template(resume=True, data={"template": "{prompt}"}) == "{prompt}"
+    assert template() == "auto"
+    (tmp_path / "config.yaml").write_text("data: {}\n")
+    assert template(resume=True) == "{prompt}\n"  # of before there was the field
 
 
 # --- calls, by the ways in which templates take them

@@ -16,6 +16,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from ftray.errors import UserError
 from ftray.serving.adapters import check_name, load_adapter
 from ftray.serving.engine import Engine
+from ftray.serving.generation_request import Rendering
+from ftray.task_spec import TaskSpec
 
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -50,6 +52,23 @@ def assert_as_alone(engine, names, at=(), longest=40, max_tokens=12):
         model = engine.adapters[name].model if name else engine.base
         assert tokens == generated(model, prompt, max_tokens), name
     assert not engine.busy
+
+
+def test_an_adapter_ends_where_its_own_template_ends_a_turn_and_the_base_does_not():
+    engine = engine_of(llama(), ["lora"])
+    prompt = [5, 6, 7]
+    (whole,) = run(engine, [asked(prompt, "lora", max_tokens=12)])
+    end = next(token for token in whole if token not in engine.ends)
+    engine.adapters["lora"].ends = frozenset({end})
+    base = generated(engine.base, prompt, 12)
+    assert run(engine, [asked(prompt, "lora", max_tokens=12), asked(prompt, max_tokens=12)]) == [
+        whole[: whole.index(end) + 1],
+        base,
+    ]
+    tokenizer = make_tokenizer()
+    other = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
+    assert Rendering(tokenizer, TaskSpec(template="chat", chat_template=other)).ends == {1}
+    assert Rendering(tokenizer, None).ends == frozenset()
 
 
 def test_every_method_beside_the_others_joining_at_different_times():

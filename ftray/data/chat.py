@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ftray.data.records import Example, Turn
 from ftray.errors import UserError
@@ -19,7 +18,6 @@ _MARK = "zqxj"  # a word that stands in no template
 _TAIL = 20  # characters at the end of a text by which it is found again: templates may word its beginning anew
 _USER = {"role": "user", "content": "?"}
 _GIVE = "take a model whose chat template does, or give one, as in --data.chat_template chatml"
-_known: WeakKeyDictionary[Any, "ChatTemplate"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,12 @@ class Answer:
 
 def chat_template(tokenizer: Any) -> "ChatTemplate":
     """The tokenizer's chat template, tried once."""
-    known = _known.get(tokenizer)
-    if known is None or known.source != _source(tokenizer):
-        known = _known[tokenizer] = ChatTemplate(tokenizer)
-    return known
+    return _tried_once(tokenizer, _source(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _tried_once(tokenizer: Any, source: str) -> "ChatTemplate":
+    return ChatTemplate(tokenizer, source)
 
 
 def _source(tokenizer: Any) -> str:
@@ -59,8 +59,8 @@ class ChatTemplate:
         source: its text; empty: there is none.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self.source = tokenizer, _source(tokenizer)
+    def __init__(self, tokenizer: Any, source: str):
+        self._tokenizer, self.source = tokenizer, source
         self._roles: dict[str, bool] = {}
 
     def answers(self, example: Example, learn: str) -> Iterator[Answer]:

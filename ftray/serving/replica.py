@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ftray.errors import UserError
@@ -19,6 +20,7 @@ from ftray.serving.generation_request import (
     output_tokens,
     prompt_tokens,
 )
+from ftray.task_spec import TaskSpec
 
 
 class Replica(BaseReplica):
@@ -32,7 +34,7 @@ class Replica(BaseReplica):
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[Callable[[list[OutputDelta]], None], list[OutputDelta]] = {}
         self._keys = itertools.count()
-        self._own, self._renderings = Rendering(self.tokenizer, None), dict[str, Rendering]()
+        self._own, self._renderings = Rendering(self.tokenizer, TaskSpec.read(Path(model_path))), dict[str, Rendering]()
         self._warned = set[str | None]()
         threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True).start()
 
@@ -130,7 +132,7 @@ class Replica(BaseReplica):
             warning = rendering.warning if job.messages is not None else None
             if warning and job.adapter not in self._warned:
                 self._warned.add(job.adapter)
-                logging.getLogger("ray.serve").warning("%s: %s", job.source, warning)
+                logging.getLogger("ray.serve").warning("%s: %s", job.source or self.base.name_or_path, warning)
             yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
