@@ -124,7 +124,7 @@ COMMANDS = {
         "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
         "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
         "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
-        ("model", "generation", "task", "data.template", "evaluation.batch_size"),
+        ("model", "generation", "task", "data.template", "data.chat_template", "evaluation.batch_size"),
     ),
     "merge": Command(
         "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",
@@ -170,6 +170,7 @@ COMMANDS = {
         ),
     ),
 }
+SEVERAL = ("adapters", "data.source", "data.validation", "data.test")
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted, "
@@ -228,7 +229,7 @@ def parse(name: str, argv: Sequence[str]) -> Config:
         if field != "config" and value is not None:
             _assign(values, field, value)
     for field, text in _pairs(name, rest):
-        value = yaml.safe_load(text)
+        value = _value(text)
         for key in value if isinstance(value, dict) and field in _sections() else ():
             _refuse_unread(name, f"{field}.{key}")
         _assign(values, field, value)
@@ -276,6 +277,14 @@ def _reads_any(name: str, field: str) -> bool:
     return reads(name, field) if field in fields() else bool(_readable(name, field.partition(".")[0]))
 
 
+def _value(text: str) -> object:
+    """A flag's value as YAML; one that is none is left to the field, which may read it in another way."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
     """The command's own flags, `--config` and switches; added to `parser` if one is given."""
     command = COMMANDS[name]
@@ -299,7 +308,7 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
                 f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
             )
             continue
-        several = field == "adapters"
+        several = field in SEVERAL
         parser.add_argument(
             f"--{flag}",
             dest=field,

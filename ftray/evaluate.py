@@ -30,20 +30,30 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
+    from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.task_spec import TaskSpec
     from ftray.tasks.infer_task import infer_task
 
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
-    data_cfg = data_settings(cfg, adapters[0] if adapters else None)
+    data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
     task = saved_task(cfg, adapters)
+    for adapter in adapters[1:]:
+        if data_settings(cfg, adapter) != data_cfg:
+            raise UserError(
+                f"adapter {adapter}: was trained with another template than {adapters[0]} (see their {FILE_OF_TASK}): "
+                "evaluate them apart, or say by --data.template what both are to be given"
+            )
+    cfg = cfg.model_copy(update={"data": data_cfg})
     check = DataCheck(data_cfg)
     cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
+    data_cfg = cfg.data
 
     from ftray.models.load import load_tokenizer, own_labels  # takes seconds: a name misspelt has been found by now
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
-    check.run(load_tokenizer(model_path, cfg.model.trust_remote_code), cfg.task, labels)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
+    check.run(tokenizer, cfg.task, labels)
     place = output_file(cfg)
 
     import ray
@@ -55,7 +65,7 @@ def run(cfg: Config) -> int:
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
     split = cfg.evaluation.split
     if split != "all" and not data.splits[split].records:
-        raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")
+        raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
     result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
@@ -100,7 +110,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
     shards, split = TokenizedData.load(data), cfg.evaluation.split
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     before = task.score(base, tokenizer, rows, cfg.evaluation)
@@ -116,7 +126,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     ]
     return {
         "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
-        "data": cfg.data.source,
+        "data": cfg.data.names,
         "split": split,
         "task": shards.task.name,
         "records": len(rows),

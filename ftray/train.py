@@ -52,9 +52,10 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data import DataCheck
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.tasks.infer_task import infer_task
+    from ftray.tasks.infer_task import infer_task, with_resumed_template
 
     model_path = find(cfg.model.name)
+    cfg = with_resumed_template(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -65,7 +66,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)

@@ -22,7 +22,7 @@ from ftray.errors import UserError
 from ftray.reports.data import describe
 from ftray.search.run_manifest import write_data
 from ftray.search.space import load_space
-from ftray.task_spec import IGNORE
+from ftray.task_spec import IGNORE, RAW
 
 
 def write(path: Path, records) -> str:
@@ -37,7 +37,9 @@ def some_records(n: int, seed: int = 0) -> list[dict]:
 
 
 def settings(tmp_path, source: str, **changes) -> DataConfig:
-    return DataConfig(**{"source": source, "cache": str(tmp_path / "cache"), "max_length": 64} | changes)
+    return DataConfig(
+        **{"source": source, "cache": str(tmp_path / "cache"), "max_length": 64, "template": RAW} | changes
+    )
 
 
 def inputs(data: TokenizedData, split: str) -> list[str]:
