@@ -342,7 +342,8 @@ def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenize
     records = some_records(80)
     source = write(tmp_path / "r.jsonl", records)
     lengths = [
-        len(t.input_ids) for t in tokenize([Example(r["input"], r["output"]) for r in records], tokenizer, DataConfig())
+        len(t.input_ids)
+        for t in tokenize([Example(r["input"], r["output"]) for r in records], tokenizer, DataConfig(template=RAW))
     ]
     limit = sorted(lengths)[40]
     long = sum(n > limit for n in lengths)

@@ -457,7 +457,7 @@ def texts_of(chunks) -> list[tuple[str, str]]:
 def test_files(tmp_path, tiny_llama, name):
     (tmp_path / name).write_bytes(FILES[name])
     sources = find_sources(config(tmp_path / name, tiny_llama, None).data)
-    assert texts_of(sources["train"][0]) == [(record["input"], record["output"]) for record in WHOLE]
+    assert texts_of(sources["train"].chunks) == [(record["input"], record["output"]) for record in WHOLE]
 
 
 def test_a_file_in_another_encoding_is_read_if_that_is_named(tmp_path, tiny_llama):
@@ -465,9 +465,9 @@ def test_a_file_in_another_encoding_is_read_if_that_is_named(tmp_path, tiny_llam
     (tmp_path / "r.jsonl").write_bytes('{"input": "a", "output": "\xe9"}\n'.encode("latin-1"))
     for name in ("r.csv", "r.jsonl"):
         cfg = config(tmp_path / name, tiny_llama, None, encoding="latin-1")
-        assert texts_of(find_sources(cfg.data)["train"][0]) == [("a", "é")]
+        assert texts_of(find_sources(cfg.data)["train"].chunks) == [("a", "é")]
     with pytest.raises(UserError, match=r"r\.csv:1: not utf-8: name the file's encoding by data\.encoding"):
-        texts_of(find_sources(config(tmp_path / "r.csv", tiny_llama, None).data)["train"][0])
+        texts_of(find_sources(config(tmp_path / "r.csv", tiny_llama, None).data)["train"].chunks)
     with pytest.raises(UserError, match="encoding latin-one: Python knows none of that name"):
         config(tmp_path / "r.csv", tiny_llama, None, encoding="latin-one")
 
@@ -510,7 +510,7 @@ def test_globs_and_several_sources(tmp_path, tiny_llama):
     (tmp_path / "deep" / "er" / "a3.jsonl").write_text(json.dumps({"input": "a3", "output": "x"}) + "\n")
 
     def inputs(source):
-        return [text for text, _ in texts_of(find_sources(config(source, tiny_llama, None).data)["train"][0])]
+        return [text for text, _ in texts_of(find_sources(config(source, tiny_llama, None).data)["train"].chunks)]
 
     assert inputs(f"{tmp_path}/a*.jsonl") == ["a1", "a2"]
     assert inputs(f"{tmp_path}/[ab]1.jsonl") == ["a1", "b1"]
@@ -522,7 +522,8 @@ def test_globs_and_several_sources(tmp_path, tiny_llama):
 
 
 def split_counts(source, model: str) -> dict[str, int]:
-    return {name: len(texts_of(chunks)) for name, (chunks, _) in find_sources(config(source, model, None).data).items()}
+    sources = find_sources(config(source, model, None).data)
+    return {name: len(texts_of(found.chunks)) for name, found in sources.items()}
 
 
 def test_files_named_by_splits_are_these(tmp_path, tiny_llama):
@@ -581,7 +582,9 @@ def test_a_text_is_cut_into_records_and_nothing_is_lost(tmp_path, tiny_llama, to
 
 
 def read_all(path: Path, model: str):
-    return [pair for chunk in find_sources(config(path, model, None).data)["train"][0] for pair in read_chunk(chunk)]
+    return [
+        pair for chunk in find_sources(config(path, model, None).data)["train"].chunks for pair in read_chunk(chunk)
+    ]
 
 
 def test_a_long_text_is_learnt_to_its_end(tmp_path, tiny_llama, tokenizer):
