@@ -126,7 +126,7 @@ COMMANDS = {
         "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
         "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
         "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
-        ("model", "generation", "task", "data.template", "evaluation.batch_size"),
+        ("model", "generation", "task", "data.template", "data.chat_template", "evaluation.batch_size"),
     ),
     "merge": Command(
         "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",
@@ -174,6 +174,7 @@ COMMANDS = {
 }
 # what the system says of a path that can't be had, whoever asked it
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+SEVERAL = ("adapters", "data.source", "data.validation", "data.test")
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked (one line says which), 130 interrupted, "
@@ -331,7 +332,7 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
                 f"--{flag}", dest=field, action="store_true", default=None, help=describe(field).replace("%", "%%")
             )
             continue
-        several = field == "adapters"
+        several = field in SEVERAL
         parser.add_argument(
             f"--{flag}",
             dest=field,

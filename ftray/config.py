@@ -4,11 +4,13 @@ A value comes from the first of: the command line (``--section.key value``), the
 ``--config``, the default written here. Unknown keys are errors.
 """
 
+import codecs
 import importlib
 import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -47,9 +49,25 @@ def _off(value: object) -> object:
     return "off" if value is False else value  # as YAML 1.1 reads it
 
 
+def _one_or_several(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _mapping(value: object) -> object:
+    """A mapping that may be written without braces: `prompt: question, completion: answer`."""
+    if not isinstance(value, str):
+        return value
+    with suppress(yaml.YAMLError):
+        read = yaml.safe_load(f"{{{value}}}")
+        if all(isinstance(text, str) and text for text in read.values()):
+            return read
+    raise ValueError("must be a mapping, as in 'prompt: question, completion: \"{{ answer }}\"'")
+
+
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
+Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 
 
 class Section(BaseModel):
@@ -76,30 +94,60 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Records, how they become tokens, and how they are split."""
 
-    source: str = Field("cmudict", description="file, folder, hub id[:config], s3:// or gs:// URI, or a bundled name")
-    validation: str | None = Field(None, description="source of validation records; wins over validation_fraction")
-    test: str | None = Field(None, description="source of test records; wins over test_fraction")
+    source: Sources = Field(
+        "cmudict",
+        description="file, folder, glob, hub id[:config][@split], s3:// or gs:// URI, or a bundled name; or several",
+    )
+    validation: Sources | None = Field(None, description="source of validation records; wins over validation_fraction")
+    test: Sources | None = Field(None, description="source of test records; wins over test_fraction")
+    fields: Annotated[dict[str, str], BeforeValidator(_mapping)] = Field(
+        {}, description="what a record's fields are made of: keys, or jinja templates over them"
+    )
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of CSV (default: detected)")
+    encoding: str | None = Field(None, description="of files of text (default: UTF-8, or UTF-16 by its mark)")
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
     max_length: int = Field(512, ge=2, description="tokens a record may have")
     overlong: Literal["truncate", "drop"] = Field("truncate", description="what happens to longer records")
     train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
-    template: str = Field("{prompt}\n", description="how a plain prompt is rendered; must hold {prompt}")
+    learn: Literal["all", "last", "generation"] = Field(
+        "all",
+        description="assistant turns that bear loss: all but those marked otherwise, of these the last, "
+        "or of all what the chat template has in {% generation %}",
+    )
+    template: str = Field(
+        "auto",
+        description="how a plain prompt is rendered, a text with {prompt}; auto: by the chat template, "
+        "or as a line where there is none",
+    )
+    chat_template: str | None = Field(
+        None, description="chatml, gemma, llama3, mistral, zephyr or a .jinja file (default: the model's own)"
+    )
     seed: int = Field(0, description="of the split and of the choice under limit")
     cache: str | None = Field(
         None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
     )
 
-    _at_home = field_validator("source", "validation", "test", "cache")(at_home)
+    _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1: nothing is left to train on")
-        if "{prompt}" not in self.template:
-            raise ValueError("template must hold {prompt}")
+        if self.template != "auto" and "{prompt}" not in self.template:
+            raise ValueError("template must hold {prompt}, or be auto")
+        if self.encoding:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(f"encoding {self.encoding}: Python knows none of that name") from None
         return self
+
+    @property
+    def names(self) -> str:
+        """The source, or all of them, for messages."""
+        return self.source if isinstance(self.source, str) else ", ".join(self.source)
 
 
 class AdapterConfig(BaseModel):

@@ -32,19 +32,29 @@ def run(cfg: Config) -> int:
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
+    from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.task_spec import TaskSpec
     from ftray.tasks.infer_task import infer_task
 
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
-    data_cfg, split = data_settings(cfg, adapters[0] if adapters else None), cfg.evaluation.split
-    if split == "all":  # which are not split, then: no part of them can be empty
-        data_cfg = data_cfg.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0})
-    else:
+    split = cfg.evaluation.split
+    data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    if split != "all":
         require(split, data_cfg, f"there is no {split} split to score")
     task = saved_task(cfg, adapters)
+    for adapter in adapters[1:]:
+        if data_settings(cfg, adapter) != data_cfg:
+            raise UserError(
+                f"adapter {adapter}: was trained with another template than {adapters[0]} (see their {FILE_OF_TASK}): "
+                "evaluate them apart, or say by --data.template what both are to be given"
+            )
+    if split == "all":  # which are not split, then: no part of them can be empty
+        data_cfg = data_cfg.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0})
+    cfg = cfg.model_copy(update={"data": data_cfg})
     check = DataCheck(data_cfg)
     cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
+    data_cfg = cfg.data
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.discovery import added_by
@@ -52,7 +62,7 @@ def run(cfg: Config) -> int:
     from ftray.models.load import load_skeleton, load_tokenizer, own_labels
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
     spec = check.run(tokenizer, cfg.task, labels)
     skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
@@ -68,7 +78,7 @@ def run(cfg: Config) -> int:
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
     refuse_beyond(data, data_cfg, skeleton, tokenizer, added)
     if split != "all" and not data.splits[split].records:
-        raise UserError(f"data {data_cfg.source}: the {split} split is empty: take another --split, or all")
+        raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
     result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
@@ -114,7 +124,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
     shards, split = TokenizedData.load(data), cfg.evaluation.split
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     before = task.score(base, tokenizer, rows, cfg.evaluation)
@@ -130,7 +140,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     ]
     return {
         "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
-        "data": cfg.data.source,
+        "data": cfg.data.names,
         "split": split,
         "task": shards.task.name,
         "records": len(rows),

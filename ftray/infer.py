@@ -12,6 +12,7 @@ from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_write
 from ftray.storage.location import Location, parse_location
+from ftray.task_spec import CHAT, RAW, TaskSpec
 
 HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -46,11 +47,15 @@ def run(cfg: Config) -> int:
 
     from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
 
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    data = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    if asked.chat is False and data.template == "auto":
+        data = data.model_copy(update={"template": RAW})
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data.chat_template)
     if asked.chat and not tokenizer.chat_template:
         raise UserError(f"generation.chat: the tokenizer of {model_path} has no chat template")
-    data = data_settings(cfg, adapters[0] if adapters else None)
-    renderer = Renderer(tokenizer, data, asked.system)
+    trained_as = TaskSpec.read(adapters[0] if adapters else Path(model_path))
+    raw = bool(trained_as and trained_as.template not in (None, CHAT))
+    renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
         records = list(read_records(asked.file))
@@ -68,9 +73,10 @@ def run(cfg: Config) -> int:
 class Renderer:
     """Renders prompts to token ids, by the same rules as training records."""
 
-    def __init__(self, tokenizer: Any, data: DataConfig, system: str | None):
+    def __init__(self, tokenizer: Any, data: DataConfig, system: str | None, raw: bool = False):
         self.tokenizer, self.system = tokenizer, system
-        self.data = data.model_copy(update={"max_length": sys.maxsize, "train_on_prompt": False})
+        self.data = data.model_copy(update={"max_length": sys.maxsize, "train_on_prompt": False, "learn": "last"})
+        self.raw = raw
 
     def plain(self, prompt: str) -> list[int]:
         """A prompt in the data template."""
@@ -86,16 +92,16 @@ class Renderer:
         Raises:
             UserError: it has no such shape; says where.
         """
-        from ftray.data.records import begun_by, parse
-        from ftray.data.tokens import tokenize
+        from ftray.data.records import as_chat, begun_by, parse
+        from ftray.data.tokens import rendering, tokenize
 
         example = parse(_with_answer(record), where)
         if example.messages is None and not example.prompt and "text" in record:  # to be continued, not answered
             ids = tokenize([example], self.tokenizer, self.data)[0].input_ids  # type: ignore[union-attr]
             return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
-        if chat and example.messages is None:
-            example = parse(_with_answer({"messages": [{"role": "user", "content": example.prompt}]}), where)
-        if self.system and example.messages is not None and example.messages[0][0] != "system":
+        if example.messages is None and (chat or rendering(example, self.tokenizer, self.data) == CHAT):
+            example = as_chat(example)
+        if self.system and example.messages is not None and example.messages[0].role not in ("system", "developer"):
             example = begun_by(self.system, example)
         tokens = tokenize([example], self.tokenizer, self.data)[0]
         assert tokens is not None  # it has an answer and no limit of length
@@ -104,18 +110,22 @@ class Renderer:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
-    for turns, role, text, assistant in (
-        ("messages", "role", "content", "assistant"),
-        ("conversations", "from", "value", "gpt"),
-    ):
-        if isinstance(record.get(turns), list) and record[turns]:
-            asked = list(record[turns])
-            if isinstance(asked[-1], dict) and asked[-1].get(role) in ("assistant", "gpt", "model"):
-                asked.pop()
-            return {**record, turns: [*asked, {role: assistant, text: "."}]}
-    if "prompt" in record:
-        return {**record, "completion": "."}
-    return {**record, "output": "."} if "input" in record or "instruction" in record else record
+    from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
+    from ftray.data.shapes import fitting
+
+    last = {"role": "assistant", "content": "."}
+    for key in TURNS:
+        if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):
+            *before, end = record[key]
+            answers = any(ROLES.get(str(end.get(role)).lower()) == "assistant" for role in ROLE_KEYS)
+            return {**record, key: [*before, *([] if answers else [end]), last]}
+    if isinstance(record.get("prompt"), list):
+        return {**record, "completion": [last]}
+    pairs = [shape for shape in SHAPES if len(shape.required_keys) == 2]
+    shape = fitting(record, pairs)
+    if shape is None and "text" not in record:
+        shape = next((pair for pair in pairs if record.get(pair.required_keys[0]) is not None), None)
+    return {**record, shape.required_keys[1]: "."} if shape else record
 
 
 def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,7 +134,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: the file can't be read, holds no prompt, or has a line that is not a record.
     """
-    from ftray.data.sources import parse_json
+    from ftray.data.formats import parse_json
 
     path = Path(name)
     if path.suffix not in (".jsonl", ".txt"):
@@ -290,7 +300,9 @@ def converse(cfg: Config, generator: Generator, renderer: Renderer) -> None:
         import readline  # noqa: F401  # lets input() edit lines and recall them
 
         print(HELP, flush=True)
-    chat = cfg.generation.chat if cfg.generation.chat is not None else bool(generator.tokenizer.chat_template)
+    chat = cfg.generation.chat
+    if chat is None:
+        chat = bool(generator.tokenizer.chat_template) and not renderer.raw
     turns: list[tuple[str, str]] = []
     while True:
         try:

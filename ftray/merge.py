@@ -72,7 +72,7 @@ def run(cfg: Config) -> int:
         else:
             with atomic_dir(output) as made:
                 shutil.copytree(one, made, dirs_exist_ok=True)
-                load_tokenizer(base, cfg.model.trust_remote_code).save_pretrained(made)
+                load_tokenizer(base, cfg.model.trust_remote_code, task.chat_template).save_pretrained(made)
     print(f"{cfg.merge.form} {output}")
     return 0
 

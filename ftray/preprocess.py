@@ -30,7 +30,7 @@ def run(cfg: Config) -> int:
 
     from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
 
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     check.run(tokenizer, cfg.task)
     connect(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)

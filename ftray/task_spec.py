@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ftray.tasks.task import Task
 
 IGNORE = -100  # label of what bears no loss
+RAW, CHAT = "{prompt}\n", "chat"  # how a prompt is rendered: in this template, or by the chat template
 FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
 # PEFT's name of the task -> module
 TASKS = {
@@ -31,11 +32,21 @@ class TaskSpec:
         name: one of `TASKS`.
         labels: class names, by class index; empty where the task has none.
         pad: token id that fills a batch up.
+        template: how prompts were rendered: a text with {prompt}, or "chat", by the chat template; None: an older
+            adapter, of which only its run knows.
+        chat_template: the jinja text that took the place of the model's own; None: none did.
     """
 
     name: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     pad: int = 0
+    template: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def kind(self) -> tuple[str, tuple[str, ...]]:
+        """What must be equal for two adapters to do the same."""
+        return self.name, self.labels
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "TaskSpec":

@@ -53,10 +53,11 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.tasks.infer_task import infer_task
+    from ftray.tasks.infer_task import infer_task, with_resumed_template
 
     require("validation", cfg.data, "which checkpoint is the best is told by records that are not trained on")
     model_path = find(cfg.model.name)
+    cfg = with_resumed_template(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -69,7 +70,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.training.run_spec import accumulation_steps
 
     check_output(cfg, None)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)

@@ -243,7 +243,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.stored import as_stored
     from ftray.search.space import load_space
     from ftray.search.trackers import check_trackers
-    from ftray.tasks.infer_task import infer_task
+    from ftray.tasks.infer_task import infer_task, with_resumed_template
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
@@ -251,6 +251,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     require("validation", cfg.data, "a search goes by records that are not trained on")
     require("test", cfg.data, "the proof needs records that the search never sees")
     model_path = find(cfg.model.name)
+    cfg = with_resumed_template(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -264,7 +265,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
 
     packable(cfg, space)
     check_output(cfg, space)
-    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
@@ -306,7 +307,7 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base, str(adapter))
-    tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code)
+    tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
         before = task.score(model, tokenizer, rows, cfg.evaluation)
@@ -347,7 +348,7 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
             with place.as_local_dir() as made:
                 whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
             quick = cfg.evaluation.model_copy(update={"generate": False})
-            tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code)
+            tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
     except Exception as error:  # whatever it is, the search and its proof stand
         place.remove()  # one of another best, from before

@@ -210,7 +210,7 @@ def data(cluster, words, tiny_llama, tmp_path_factory):
     from ftray.data import prepare
 
     cache = tmp_path_factory.mktemp("shards")
-    return prepare(DataConfig(source=words, cache=str(cache), max_length=64), tiny_llama)
+    return prepare(DataConfig(source=words, cache=str(cache), max_length=64, template="{prompt}\n"), tiny_llama)
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ DATA = {
     "broken json": (GOOD * 2 + '{"input": "a", "output": \n', [], "data.jsonl:3: not valid JSON"),
     "not an object": (GOOD + "[1, 2]\n", [], "data.jsonl:2: a record must be a JSON object, not list"),
     "unknown shape": (lines({"question": "q", "reply": "a"}), [], "keys question, reply; known shapes: input/output"),
-    "wrong type": (lines({"input": "a", "output": 5}), [], "data.jsonl:1: output must be text, not int"),
+    "wrong type": (lines({"input": "a", "output": [5]}), [], "data.jsonl:1: output must be text, not list"),
     "empty target": (lines({"input": "a", "output": " "}), [], "output is empty"),
     "empty chat": (lines({"messages": []}), [], "messages must be a list of turns"),
     "no assistant": (chat({"role": "user", "content": "hi"}), [], "no assistant turn"),
@@ -80,9 +80,11 @@ DATA = {
         "data.jsonl:2: images: ftray reads text",
     ),
     "tools": (
-        chat({"role": "user", "content": "a"}, {"role": "tool", "content": "b"}),
+        lines(
+            {"tools": [{"name": "f"}], "messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]}
+        ),
         [],
-        "data.jsonl:1: messages[1].role is 'tool': ftray renders no tools yet",
+        "data.jsonl:1: tools: the model's chat template leaves them out: take a model whose chat template does",
     ),
     "half a turn": (
         chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}),
@@ -116,7 +118,7 @@ TASKS = {
         [],
         ":41: label must be text or a whole number, not",
     ),
-    "text is a number": (lines({"text": 3, "label": 1}), [], "data.jsonl:1: text must be text, not int"),
+    "text is a list": (lines({"text": [3], "label": 1}), [], "data.jsonl:1: text must be text, not list"),
     "one label": (lines(*TEXTS[::2]), [], "'a' is the only label: there is nothing to tell apart"),
     "pairs and single texts": (
         lines(*TEXTS, {"text": "t", "text_pair": "u", "label": "a"}),

@@ -30,6 +30,12 @@ def test_the_references_in_docs_are_what_the_code_says(capsys):
 
 SPECIAL = {
     "search.trackers": ["mlflow"],
+    "data.source": ["one", "two"],
+    "data.validation": "something",
+    "data.test": ["one", "two"],
+    "data.fields": {"prompt": "question"},
+    "data.delimiter": ";",
+    "data.encoding": "cp1252",
     "data.template": "ask {prompt}",
     "adapter.method": "ia3",
     "data.max_length": 77,
@@ -54,6 +60,31 @@ def another(field: str):
         return (info.default or 0) + 3 if not isinstance(info.default, str) else 3
     assert str in kinds, field
     return "something"
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ("prompt: question, completion: answer", {"prompt": "question", "completion": "answer"}),
+        ("prompt: question", {"prompt": "question"}),
+        ("{prompt: a.b, completion: '{{ c }}, d'}", {"prompt": "a.b", "completion": "{{ c }}, d"}),
+        ('prompt: "{{ a }}\\n{{ b }}", completion: c', {"prompt": "{{ a }}\n{{ b }}", "completion": "c"}),
+    ],
+)
+def test_a_mapping_may_be_written_without_braces(given, fields):
+    assert parse("tune", ["--data.fields", given]).data.fields == fields
+
+
+@pytest.mark.parametrize("given", ["prompt: {{ a }}", "prompt", "prompt: [a, b"])
+def test_what_is_no_mapping_is_one_line(given):
+    with pytest.raises(UserError, match=r"^data\.fields"):
+        parse("tune", ["--data.fields", given])
+
+
+def test_sources_may_be_several():
+    assert parse("tune", ["--data", "a", "--data", "b*.csv"]).data.source == ["a", "b*.csv"]
+    assert parse("tune", ["--data", "a", "--test-data", "b"]).data.source == "a"
+    assert parse("tune", ["--data", "a", "--data", "b"]).data.names == "a, b"
 
 
 def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, capsys):

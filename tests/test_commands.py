@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ftray.cli import main
 from ftray.infer import read_records
+from ftray.task_spec import TaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +188,48 @@ def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys,
     assert len(sampled) == 2
 
 
+OTHER = "{% for m in messages %}[{{ m.content }}]<|end|>{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        (TaskSpec(template="say {prompt}:"), "say a b:"),
+        (TaskSpec(template="chat"), "<|user|>a b<|end|><|assistant|>"),
+        (TaskSpec(template="chat", chat_template=OTHER), "[a b]<|end|>["),
+        (TaskSpec(), "a b\n"),  # of before there was more to say
+    ],
+)
+def test_an_adapter_and_the_model_merged_with_it_are_asked_as_it_was_trained(
+    tmp_path, capsys, tiny_llama, tokenizer, adapters, spec, asked
+):
+    one, merged = tmp_path / "one", tmp_path / "merged"
+    shutil.copytree(adapters["a"], one)
+    spec.save(one)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), one).eval()
+    ids = tokenizer(asked, return_tensors="pt")["input_ids"]
+    whole = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=1)
+    wanted = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\n")
+    settings = ["--model.dtype", "fp32", "--generation.max_new_tokens", "8", "--prompt", "a b"]
+    assert main(["infer", "--adapter", str(one), *settings]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted
+    assert main(["merge", "--adapter", str(one), "--model.dtype", "fp32", "--output", str(merged)]) == 0
+    capsys.readouterr()
+    assert main(["infer", "--model", str(merged), *settings]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == wanted
+    assert TaskSpec.read(merged) == (spec if spec.template else None)
+
+
+def test_adapters_that_were_asked_in_other_ways_are_not_evaluated_on_the_same_tokens(tmp_path, capsys, words, adapters):
+    names = []
+    for name, template in (("one", "chat"), ("two", "say {prompt}:")):
+        shutil.copytree(adapters["a"], tmp_path / name)
+        TaskSpec(template=template).save(tmp_path / name)
+        names += ["--adapter", str(tmp_path / name)]
+    assert main(["evaluate", "--data", words, *names]) == 2
+    assert "two: was trained with another template than" in capsys.readouterr().err
+
+
 def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama):
     common = ["infer", "--model", tiny_llama, "--model.dtype", "fp32", "--generation.max_new_tokens", "8"]
     said = []
@@ -203,7 +246,7 @@ def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama)
     ("name", "content", "reason"),
     [
         ("p.jsonl", '{"input": "a"}\n[1]\n', "p.jsonl:2: a record must be"),
-        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: record with keys question"),
+        ("p.jsonl", '{"frage": "a"}\n', "p.jsonl:1: record with keys frage"),
         ("p.txt", "\n", "holds no prompt"),
         ("p.docx", "a", "must end in .jsonl"),
     ],
@@ -601,7 +644,8 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
             {"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": "a"}]},
             "<|system|>S<|end|><|user|>a<|end|><|assistant|>",
         ),
-        ({"prompt": "a"}, "a\n"),
+        ({"prompt": "a"}, "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>"),
+        ({"question": "a", "context": "b"}, "<|system|>be kind<|end|><|user|>a\nb<|end|><|assistant|>"),
         ({"text": "the cat", "id": 3}, "the cat"),
     ],
 )
@@ -610,6 +654,15 @@ def test_a_record_is_asked_by_the_keys_that_training_reads(tokenizer, record, as
     from ftray.infer import Renderer
 
     assert tokenizer.decode(Renderer(tokenizer, DataConfig(), "be kind").record("f:1", record, False)) == asked
+
+
+def test_a_prompt_is_asked_raw_where_the_template_says_so(tokenizer):
+    from ftray.config import DataConfig
+    from ftray.infer import Renderer
+
+    renderer = Renderer(tokenizer, DataConfig(template="say {prompt}:"), "be kind", True)
+    assert tokenizer.decode(renderer.record("f:1", {"question": "a"}, False)) == "say a:"
+    assert tokenizer.decode(renderer.plain("a")) == "say a:"
 
 
 @pytest.mark.parametrize("lost", [{"label": True}, {"images": ["a.png"]}, {"context": "c"}, {"tools": [{}]}])

@@ -1,8 +1,14 @@
 import pytest
 
-from ftray.data.records import Example, parse, parse_and_see
+from ftray.data.records import Example, Turn, parse, parse_and_see
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
+
+
+def chat(turns, **more) -> Example:
+    """A conversation of (role, text)."""
+    return Example(messages=tuple(Turn(*turn) for turn in turns), **more)
+
 
 TURNS = (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"))
 SHAPES = [
@@ -14,7 +20,7 @@ SHAPES = [
     ({"instruction": "Add", "output": "2"}, Example("Add", "2")),
     ({"prompt": "a", "completion": "b", "id": 3}, Example("a", "b")),
     ({"text": "once upon"}, Example("", "once upon")),
-    ({"messages": [{"role": r, "content": c} for r, c in TURNS]}, Example(messages=TURNS)),
+    ({"messages": [{"role": r, "content": c} for r, c in TURNS]}, chat(TURNS)),
     (
         {
             "conversations": [
@@ -23,7 +29,7 @@ SHAPES = [
                 {"from": "gpt", "value": "2"},
             ]
         },
-        Example(messages=TURNS),
+        chat(TURNS),
     ),
 ]
 
@@ -42,46 +48,46 @@ EARLIER = (("user", "u1"), ("assistant", "a1"))
 PARTS = [{"type": "text", "text": "a "}, {"type": "image", "image": None, "text": None}, "b"]
 # keys that change what is learnt, and are read: (record, what it says)
 HONOURED = [
-    (PLAIN | {"system": "S"}, Example(messages=(("system", "S"), *SAID))),
-    (PLAIN | {"system_prompt": "S", "system": "S"}, Example(messages=(("system", "S"), *SAID))),
-    ({"input": "a", "output": "b", "system": "S"}, Example(messages=(("system", "S"), *SAID))),
-    (PLAIN | {"history": [["u1", "a1"]]}, Example(messages=(*EARLIER, *SAID))),
+    (PLAIN | {"system": "S"}, chat((("system", "S"), *SAID))),
+    (PLAIN | {"system_prompt": "S", "system": "S"}, chat((("system", "S"), *SAID))),
+    ({"input": "a", "output": "b", "system": "S"}, chat((("system", "S"), *SAID))),
+    (PLAIN | {"history": [["u1", "a1"]]}, chat((*EARLIER, *SAID))),
     (
         {"instruction": "a", "input": "x", "output": "b", "system": "S", "history": [["u1", "a1"]]},
-        Example(messages=(("system", "S"), *EARLIER, ("user", "a\nx"), ("assistant", "b"))),
+        chat((("system", "S"), *EARLIER, ("user", "a\nx"), ("assistant", "b"))),
     ),
     # as others of its file, whose keys hold something, it is a conversation
-    (PLAIN | {"system": "", "history": []}, Example(messages=SAID)),
-    (PLAIN | {"history": ""}, Example(messages=SAID)),
+    (PLAIN | {"system": "", "history": []}, chat(SAID)),
+    (PLAIN | {"history": ""}, chat(SAID)),
     (PLAIN | {"system": None, "history": None, "label": None, "weight": None, "images": None}, Example("a", "b")),
     (PLAIN | {"images": [], "tools": "[]", "context": " ", "rejected": "", "weight": 1}, Example("a", "b")),
     ({"messages": None, "prompt": None, "completion": None, "text": "t"}, Example("", "t")),
     ({"instruction": None, "input": "a", "output": "b"}, Example("a", "b")),
     ({"instruction": "a", "input": " \n", "output": "b"}, Example("a", "b")),
-    ({"messages": [{"role": "developer", "content": "S"}, USER, ANSWER]}, Example(messages=(("system", "S"), *SAID))),
-    ({"messages": [USER, ANSWER], "system": "S"}, Example(messages=(("system", "S"), *SAID))),
+    ({"messages": [{"role": "developer", "content": "S"}, USER, ANSWER]}, chat((("developer", "S"), *SAID))),
+    ({"messages": [USER, ANSWER], "system": "S"}, chat((("system", "S"), *SAID))),
     (
         {"messages": [{"role": "system", "content": "S"}, USER, ANSWER], "system": "S"},
-        Example(messages=(("system", "S"), *SAID)),
+        chat((("system", "S"), *SAID)),
     ),
     (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "S"},
-        Example(messages=(("system", "S"), *SAID)),
+        chat((("system", "S"), *SAID)),
     ),
     (
         {"messages": [{"role": "user", "content": [PARTS[0], PARTS[2]]}, ANSWER]},
-        Example(messages=(("user", "a b"), SAID[1])),
+        chat((("user", "a b"), SAID[1])),
     ),
     (
         {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1}]},
-        Example(messages=SAID * 2, context=frozenset([1])),
+        chat(SAID * 2, context=frozenset([1])),
     ),
     (
         {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1.0}], "system": "S"},
-        Example(messages=(("system", "S"), *SAID * 2), context=frozenset([2])),
+        chat((("system", "S"), *SAID * 2), context=frozenset([2])),
     ),
     *(
-        ({"messages": [USER, ANSWER | off, USER, ANSWER | on]}, Example(messages=SAID * 2, context=frozenset([1])))
+        ({"messages": [USER, ANSWER | off, USER, ANSWER | on]}, chat(SAID * 2, context=frozenset([1])))
         for off, on in (
             ({"train": False}, {"train": True}),
             ({"loss": False}, {"loss": True}),
@@ -93,7 +99,7 @@ HONOURED = [
     ),
     (
         {"conversations": [{"from": "human", "value": "a", "weight": 1}, {"from": "gpt", "value": "b", "weight": 1}]},
-        Example(messages=SAID),
+        chat(SAID),
     ),
 ]
 
@@ -132,8 +138,7 @@ def test_what_was_recognised_and_what_was_ignored(record, shape, ignored):
     assert (seen.shape, ", ".join(seen.ignored)) == (shape, ignored)
 
 
-CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
-NO_TOOLS = "ftray renders no tools yet: leave out the records that have them"
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 # the same, which can't be read
 LOST = [
     (PLAIN | {"label": False}, "label: marks answers as good or bad, and ftray has no KTO yet: keep the good ones"),
@@ -156,19 +161,17 @@ LOST = [
     ),
     ({"messages": [{"role": "user", "content": PARTS}, ANSWER]}, r"messages\[0\]\.content\[1\] is no text but 'image'"),
     ({"messages": [{"role": "user", "content": []}, ANSWER]}, r"messages\[0\] must have role and content, both text"),
-    ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, f"tools: {NO_TOOLS}"),
-    ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, f"functions: {NO_TOOLS}"),
-    ({"messages": [USER, {"role": "assistant", "content": None} | CALL]}, rf"messages\[1\]\.tool_calls: {NO_TOOLS}"),
+    ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, r"tools\[0\] must be an object with a name"),
+    ({"messages": [USER, ANSWER], "tools": "{}x"}, "tools must be a list of tools, also as JSON, not str"),
     (
-        {"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]},
-        rf"messages\[1\]\.function_call: {NO_TOOLS}",
+        {"messages": [USER, ANSWER | {"tool_calls": [{"function": "f"}]}]},
+        r"messages\[1\]\.tool_calls\[0\] must be an object with a function of name and arguments",
     ),
-    ({"messages": [USER, {"role": "tool", "content": "21"}, ANSWER]}, rf"messages\[1\]\.role is 'tool': {NO_TOOLS}"),
-    ({"messages": [USER, {"role": "function", "content": None}, ANSWER]}, r"messages\[1\]\.role is 'function'"),
-    ({"conversations": [{"from": "observation", "value": "42"}]}, r"conversations\[0\]\.from is 'observation': ftray"),
+    (PLAIN | {"tool_calls": [CALL]}, "tool_calls: a call is part of a turn"),
+    ({"messages": [USER, {"role": "function", "content": None}, ANSWER]}, r"messages\[1\] must have role and content"),
     (
-        {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]},
-        r"messages\[1\]\.reasoning_content: ftray doesn't render",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "42"}]},
+        "conversations has no assistant turn",
     ),
     (
         {"messages": [USER, ANSWER | {"weight": 0.5}]},
@@ -199,7 +202,7 @@ LOST = [
     (
         PLAIN | {"context": "c"},
         "context would be lost: a record with prompt/completion is read by prompt, completion, system, system_prompt, "
-        "history alone: put it into one of them, or leave it out",
+        "history, tools, functions alone: put it into one of them, leave it out, or say by --data.fields",
     ),
     ({"instruction": "sum up", "text": "long", "output": "b"}, "text would be lost: a record with instruction/output"),
     (PLAIN | {"suffix": "c"}, "suffix would be lost"),
@@ -208,7 +211,7 @@ LOST = [
         {"text": "t", "instruction": "a", "response": "b"},
         "instruction would be lost: a record with text is read by text",
     ),
-    ({"text": "long", "summary": "short"}, "summary would be lost: a record with text is read by text alone"),
+    ({"text": "long", "highlights": "short"}, "highlights would be lost: a record with text is read by text alone"),
     ({"instruction": "a", "output": None, "text": "a"}, "output must be text, not NoneType"),
 ]
 
@@ -283,7 +286,8 @@ REFUSED = [
     ({"foo": 1, "bar": 2}, "record with keys foo, bar; known shapes: input/output, .*messages.*text"),
     ({}, r"record with keys \(none\)"),
     ({"input": "a"}, "record with keys input; known"),
-    ({"input": "a", "output": 5}, "output must be text, not int"),
+    ({"input": "a", "output": [5]}, "output must be text, not list"),
+    ({"input": "a", "output": float("nan")}, "output is nan, which is no text: give null where there is none"),
     ({"input": None, "output": "a"}, "input must be text, not NoneType"),
     ({"input": "a", "output": " "}, "output is empty"),
     ({"instruction": "", "output": "a"}, "instruction is empty"),
@@ -295,7 +299,8 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] must have role and content"),
     ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\]\.role is 'robot'; known: human"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages\[0\]\.role is \['user'\]"),
-    ({"conversations": [{"role": "user", "content": "a"}]}, r"conversations\[0\] must have from and value"),
+    ({"conversations": [{"role": "user", "content": "a"}]}, "conversations has no assistant turn"),
+    ({"messages": [{"role": "user", "content": "a", "value": "b"}]}, r"messages\[0\] must have role and content"),
 ]
 
 

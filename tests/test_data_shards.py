@@ -22,7 +22,7 @@ from ftray.errors import UserError
 from ftray.reports.data import describe
 from ftray.search.run_manifest import write_data
 from ftray.search.space import load_space
-from ftray.task_spec import IGNORE
+from ftray.task_spec import IGNORE, RAW
 
 
 def write(path: Path, records) -> str:
@@ -37,7 +37,9 @@ def some_records(n: int, seed: int = 0) -> list[dict]:
 
 
 def settings(tmp_path, source: str, **changes) -> DataConfig:
-    return DataConfig(**{"source": source, "cache": str(tmp_path / "cache"), "max_length": 64} | changes)
+    return DataConfig(
+        **{"source": source, "cache": str(tmp_path / "cache"), "max_length": 64, "template": RAW} | changes
+    )
 
 
 def inputs(data: TokenizedData, split: str) -> list[str]:
@@ -350,7 +352,8 @@ def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenize
     records = some_records(80)
     source = write(tmp_path / "r.jsonl", records)
     lengths = [
-        len(t.input_ids) for t in tokenize([Example(r["input"], r["output"]) for r in records], tokenizer, DataConfig())
+        len(t.input_ids)
+        for t in tokenize([Example(r["input"], r["output"]) for r in records], tokenizer, DataConfig(template=RAW))
     ]
     limit = sorted(lengths)[40]
     long = sum(n > limit for n in lengths)

@@ -135,7 +135,7 @@ BROKEN = {
     "csv with an open quote": ("r.csv", 'input,output\n"a,b\n', r"not valid CSV"),
     "parquet": ("r.parquet", "PAR1 but not really", r"r\.parquet: can't be read"),
     "empty": ("r.jsonl", "", r"r\.jsonl: empty"),
-    "no known suffix": ("r.txt", "hello", r"unknown format \.txt; known: \.jsonl, \.json, \.parquet, \.csv"),
+    "no known suffix": ("r.docx", "hello", r"unknown format \.docx; known: \.jsonl, \.ndjson, \.json, \.csv"),
 }
 
 

@@ -4,10 +4,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from ftray.config import DataConfig
-from ftray.data.records import Example, parse
-from ftray.data.tokens import tokenize
+from ftray.data.records import Example, Turn, parse
+from ftray.data.tokens import spread, tokenize
 from ftray.errors import UserError
-from ftray.task_spec import IGNORE
+from ftray.task_spec import IGNORE, RAW
 
 PLAIN = Example("the cat", "sat on")
 CHAT = parse(
@@ -36,7 +36,7 @@ def bos_tokenizer(tokenizer):
 
 
 def one(example, tokenizer, **settings):
-    return tokenize([example], tokenizer, DataConfig(**settings))[0]
+    return tokenize([example], tokenizer, DataConfig(**{"template": RAW} | settings))[0]
 
 
 def learned(tokens, tokenizer) -> str:
@@ -95,7 +95,7 @@ def test_every_assistant_turn_of_a_chat_bears_loss_and_nothing_else(tokenizer):
     assert tokens.target == "the mat"
     assert tokens.prompt == tokenizer.decode(tokens.input_ids[: tokens.prompt_tokens])
     assert tokens.prompt.endswith("<|user|>on<|end|><|assistant|>")
-    asked = [{"role": role, "content": text} for role, text in CHAT.messages[:-1]]
+    asked = [{"role": turn.role, "content": turn.text} for turn in CHAT.messages[:-1]]
     generation = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert tokens.input_ids[: tokens.prompt_tokens] == generation
 
@@ -171,18 +171,27 @@ def with_template(tokenizer, template: str):
 TURN = "<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>"
 
 
-def test_a_template_that_shows_only_the_last_answer_in_full(tokenizer):
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_learnt_as_it_was_asked_for(tokenizer):
     # as reasoning models do: earlier turns change when a later one comes
     other = with_template(
         tokenizer,
         "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}<|assistant|>...<|end|>"
         "{% else %}" + TURN + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
     )
-    tokens = one(CHAT, other)
-    assert other.decode(tokens.input_ids).endswith(
-        "<|assistant|>...<|end|><|user|>on<|end|><|assistant|>the mat<|end|>"
-    )
-    assert learned(tokens, other) == "the mat<|end|>"
+    first = one(CHAT, other)
+    (second,) = first.further
+    before = "<|system|>be brief<|end|><|user|>the cat<|end|><|assistant|>"
+    assert other.decode(first.input_ids) == before + "sat<|end|>"
+    assert (learned(first, other), first.target) == ("sat<|end|>", "sat")
+    assert other.decode(second.input_ids) == before + "...<|end|><|user|>on<|end|><|assistant|>the mat<|end|>"
+    assert (learned(second, other), second.target) == ("the mat<|end|>", "the mat")
+    for row in (first, second):
+        assert other.decode(row.input_ids[: row.prompt_tokens]) == row.prompt
+    assert spread([None, first]) == [(0, None), (1, first), (1, second)]
+    assert one(CHAT, other, learn="last").further == ()
+    assert learned(one(CHAT, other, learn="last"), other) == "the mat<|end|>"
+    # what is too long of it is left out alone
+    assert one(CHAT, other, max_length=len(first.input_ids), overlong="drop").further == ()
 
 
 def test_a_template_whose_generation_prompt_is_not_in_the_answer(tokenizer):
@@ -190,7 +199,7 @@ def test_a_template_whose_generation_prompt_is_not_in_the_answer(tokenizer):
         tokenizer,
         "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>think{% endif %}",
     )
-    spaced = Example(messages=(("user", "the cat"), ("assistant", " sat ")))  # which the template trims
+    spaced = Example(messages=(Turn("user", "the cat"), Turn("assistant", " sat ")))  # which the template trims
     tokens = one(spaced, other)
     assert other.decode(tokens.input_ids) == "<|user|>the cat<|end|><|assistant|>sat<|end|>"
     assert learned(tokens, other) == "sat<|end|>"
@@ -203,7 +212,7 @@ def test_a_chat_that_the_assistant_begins(tokenizer):
         + TURN
         + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
     )
-    tokens = one(Example(messages=(("assistant", "sat"), ("user", "on"))), other)
+    tokens = one(Example(messages=(Turn("assistant", "sat"), Turn("user", "on"))), other)
     assert learned(tokens, other) == "sat<|end|>"
     assert tokens.prompt == "<|system|>be brief<|end|><|assistant|>"
 
@@ -218,7 +227,7 @@ def test_a_chat_that_the_assistant_begins(tokenizer):
         ),
         (
             "{% for m in messages %}{{ m['role'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}",
-            "^f:1: the chat template leaves out the assistant's turn 2",
+            "^f:1: the model's chat template leaves out turns of system",
         ),
     ],
 )
@@ -270,6 +279,6 @@ def test_dropping(tokenizer):
 
 def test_a_batch_equals_its_records_one_by_one(tokenizer):
     examples = [PLAIN, CHAT, Example("", "mat"), CHAT, PLAIN]
-    cfg = DataConfig(max_length=20)
+    cfg = DataConfig(max_length=20, template=RAW)
     assert tokenize(examples, tokenizer, cfg) == [tokenize([e], tokenizer, cfg)[0] for e in examples]
     assert tokenize([], tokenizer, cfg) == []

@@ -32,8 +32,11 @@ def server(tiny_llama, tmp_path_factory):
 MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the cat sat"}]
 
 
-def chat_ids(server):
-    rendered = server.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+def chat_ids(server, name="lora"):
+    given = server.other if name == "trial-3" else None
+    rendered = server.tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=False, chat_template=given
+    )
     return server.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
@@ -52,9 +55,21 @@ def test_answers_are_those_of_generate(server, name):
     assert got.choices[0].text == text
     assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (len(ids), len(new))
     assert got.choices[0].finish_reason == ("stop" if new[-1] == 0 else "length")
-    text, _ = server.wanted(name, chat_ids(server), 12)
+    text, _ = server.wanted(name, chat_ids(server, name), 12)
     got = client.chat.completions.create(model=name, messages=MESSAGES, max_completion_tokens=12, temperature=0)
     assert got.choices[0].message.content == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adapter_that_was_trained_raw_says_so_to_whoever_chats(server, stream):
+    def header(model, path="chat/completions", ask=None):
+        body = {"model": model, "max_tokens": 2, "stream": stream} | (ask or {"messages": MESSAGES})
+        return server.post(f"/v1/{path}", json=body).headers.get("x-ftray-warning")
+
+    wanted = r"trained on prompts in the template 'say {prompt}:\n', not on chats: ask /v1/completions"
+    assert header("best") == wanted
+    assert [header(name) for name in ("lora", "trial-3", server.base)] == [None] * 3
+    assert header("best", "completions", {"prompt": "a"}) is None
 
 
 def test_streams_say_the_same(server):

@@ -16,6 +16,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from ftray.errors import UserError
 from ftray.serving.adapters import check_name, load_adapter
 from ftray.serving.engine import Engine
+from ftray.serving.generation_request import Rendering
+from ftray.task_spec import TaskSpec
 
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -50,6 +52,23 @@ def assert_as_alone(engine, names, at=(), longest=40, max_tokens=12):
         model = engine.adapters[name].model if name else engine.base
         assert tokens == generated(model, prompt, max_tokens), name
     assert not engine.busy
+
+
+def test_an_adapter_ends_where_its_own_template_ends_a_turn_and_the_base_does_not():
+    engine = engine_of(llama(), ["lora"])
+    prompt = [5, 6, 7]
+    (whole,) = run(engine, [asked(prompt, "lora", max_tokens=12)])
+    end = next(token for token in whole if token not in engine.ends)
+    engine.adapters["lora"].ends = frozenset({end})
+    base = generated(engine.base, prompt, 12)
+    assert run(engine, [asked(prompt, "lora", max_tokens=12), asked(prompt, max_tokens=12)]) == [
+        whole[: whole.index(end) + 1],
+        base,
+    ]
+    tokenizer = make_tokenizer()
+    other = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
+    assert Rendering(tokenizer, TaskSpec(template="chat", chat_template=other)).ends == {1}
+    assert Rendering(tokenizer, None).ends == frozenset()
 
 
 def test_every_method_beside_the_others_joining_at_different_times():
@@ -281,8 +300,8 @@ def test_an_adapter_is_read_from_its_directory(tmp_path, method):
     model = Trial(method).model(base)
     model.save_pretrained(tmp_path / "good")
     engine = engine_of(base)
-    engine.add("good", engine.prepare(load_adapter(base, str(tmp_path / "good"))))
-    engine.add("uri", engine.prepare(load_adapter(base, f"file://{tmp_path}/good")))
+    engine.add("good", engine.prepare(load_adapter(base, str(tmp_path / "good"))[0]))
+    engine.add("uri", engine.prepare(load_adapter(base, f"file://{tmp_path}/good")[0]))
     assert [bool(adapter.isolation_reason) for adapter in engine.adapters.values()] == [method != "lora"] * 2
     for name in ("good", "uri"):
         assert run(engine, [asked([4, 5, 6], name, max_tokens=9)])[0] == generated(model.eval(), [4, 5, 6], 9)

@@ -80,7 +80,7 @@ def model(request, tmp_path):
 
 
 def test_infer_ends_where_the_turn_ends(model, tmp_path, capsys):
-    common = ["--model.dtype", "fp32", "--generation.max_new_tokens", "9"]
+    common = ["--model.dtype", "fp32", "--generation.max_new_tokens", "9", "--generation.chat", "false"]
     assert main(["infer", "--model", model, *common, "--prompt", "a"]) == 0
     assert capsys.readouterr().out == WANTED + "\n"
     file = tmp_path / "prompts.txt"
@@ -163,6 +163,8 @@ def test_what_names_no_token_is_no_stop_token(tmp_path, tokenizer):
     shutil.copytree(directory, tmp_path / "bare")
     endless = load_tokenizer(tmp_path / "bare")
     endless.eos_token = None
+    assert stop_tokens(endless, model.config, GenerationConfig()) == [END]  # by which its chat template ends a turn
+    endless.chat_template = None
     assert stop_tokens(endless, model.config, GenerationConfig()) == []
 
 

@@ -16,7 +16,7 @@ from ftray.models.find import find, is_hub_id
 from ftray.models.stored import as_stored
 from ftray.storage.location import parse_location, reason
 from ftray.storage.manifest import check
-from ftray.task_spec import CAUSAL, FILE, TaskSpec
+from ftray.task_spec import CAUSAL, CHAT, FILE, RAW, TaskSpec
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
@@ -131,7 +131,7 @@ def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:
     for adapter, spec in zip(adapters, specs, strict=True):
         if cfg.task not in ("auto", spec.name):
             raise UserError(f"task {cfg.task}: the adapter {adapter} is for {spec.name}")
-        if spec != specs[0]:
+        if spec.kind != specs[0].kind:
             raise UserError(f"adapter {adapter}: is for another task or other labels than {adapters[0]}")
     return specs[0] if specs else TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
 
@@ -143,22 +143,32 @@ def _task(adapter: Path) -> TaskSpec:
     return spec or CAUSAL
 
 
-def data_settings(cfg: Config, adapter: Path | None) -> DataConfig:
-    """`cfg.data`, with the prompt template of the run that wrote `adapter` unless `cfg.data` gives one.
+def data_settings(cfg: Config, trained: Path | None) -> DataConfig:
+    """`cfg.data`, with the templates that `trained` was trained with, unless `cfg.data` gives one.
+
+    Args:
+        trained: an adapter's directory, or that of a model that one was merged into; None: there is none.
 
     Raises:
-        UserError: the run's `config.yaml` can't be read.
+        UserError: its run's `config.yaml` can't be read.
     """
-    if adapter is None or "template" in cfg.data.model_fields_set:
+    if trained is None or "template" in cfg.data.model_fields_set:
         return cfg.data
-    for parent in list(adapter.resolve().parents)[:3]:  # OUT/adapter, OUT/best/adapter, OUT/train/checkpoint/adapter
+    spec = TaskSpec.read(trained)
+    if spec and spec.template is not None:
+        template = "auto" if spec.template == CHAT else spec.template
+        chat_template = cfg.data.chat_template or spec.chat_template
+        return cfg.data.model_copy(update={"template": template, "chat_template": chat_template})
+    if not (trained / CONFIG).is_file() and trained.name != "merged":
+        return cfg.data  # a model as it came
+    for parent in list(trained.resolve().parents)[:3]:  # OUT/adapter, OUT/best/adapter, OUT/train/checkpoint/adapter
         path = parent / "config.yaml"
         if path.is_file():
             try:
                 return cfg.data.model_copy(update={"template": yaml.safe_load(path.read_text())["data"]["template"]})
             except (yaml.YAMLError, KeyError, TypeError):
                 raise UserError(f"{path}: not the config.yaml of a run: give --data.template") from None
-    return cfg.data
+    return cfg.data.model_copy(update={"template": RAW})  # of before there was another one
 
 
 def _check_base(cfg: Config, adapter: Path, base: str) -> None:

@@ -106,7 +106,9 @@ def save_merged(
     found = outputs(merged, texts)
     difference = relative(wanted, found)
     refuse(difference, tolerance or TOLERANCE, merged, texts, "it", "the adapter")
-    stored = save_model(merged, load_tokenizer(base_path, cfg.trust_remote_code), cfg, output, task, texts)
+    stored = save_model(
+        merged, load_tokenizer(base_path, cfg.trust_remote_code, task.chat_template), cfg, output, task, texts
+    )
     return {"difference": difference, "rounding": relative(found, stored)}
 
 
@@ -142,6 +144,8 @@ def save_model(
         device = model.device
         model.to(dtype).save_pretrained(made)
         tokenizer.save_pretrained(made)
+        if task.template is not None:
+            task.save(made)
         if model.can_generate():
             _keep_stops(made / "generation_config.json", stop_tokens(tokenizer, model.config, model.generation_config))
         model.to("meta")

@@ -33,10 +33,11 @@ from ftray.data.splits import (
     refuse_unsupervised,
     split_of,
 )
+from ftray.data.tokens import prompt_template, spread
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
-from ftray.task_spec import TaskSpec
+from ftray.task_spec import CAUSAL, TaskSpec
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,7 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the rules that make tokens from records: raise it when they change
+TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in other processes
+
+VERSION = 4  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 0.5  # of a Ray task
 # a record that was read and checked
@@ -87,18 +90,20 @@ def prepare(
     from ftray.models.load import load_tokenizer
 
     sources = find_sources(cfg)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code, cfg.chat_template)
+    chat_template = tokenizer.chat_template if cfg.chat_template else None
     fingerprint = fingerprint_of(cfg, sources, tokenizer, task, labels)
     target = _cache(cfg) / fingerprint
     if (target / MANIFEST).exists():
         log.info("reusing the tokenized shards in %s", target)
         return TokenizedData.load(str(target))
-    log.info("tokenizing %s into %s", cfg.source, target)
-    spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0)
+    log.info("tokenizing %s into %s", cfg.names, target)
+    template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
+    spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
     with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
         data = TokenizedData(str(directory), fingerprint, {}, spec)
         with _user_errors():
-            _write(data, cfg, sources, (model, trust_remote_code))
+            _write(data, cfg, sources, (model, trust_remote_code, chat_template))
         data.save()
     return TokenizedData.load(str(target))
 
@@ -147,7 +152,7 @@ def _user_errors() -> Iterator[None]:
         raise
 
 
-def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: tuple[str, bool]) -> None:
+def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments) -> None:
     """Write the Parquet files, and complete the description in `data`."""
     writers = {split: SplitWriter(Path(data.directory), split) for split in SPLITS}
     for name, source in sources.items():  # train comes first
@@ -157,7 +162,7 @@ def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: tu
             data.task = replace(data.task, labels=_classes(records))
         shapes, ignored = Counter[str](), set[str]()
         for table in _tokenize(records, source.cfg, tokenizer, data.task):
-            shapes.update(table["shape"].to_pylist())
+            shapes.update(table["shape"].drop_null().to_pylist())
             ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
@@ -215,7 +220,7 @@ def _classes(records: "ray.data.Dataset") -> tuple[str, ...]:
 
 
 def _tokenize(
-    records: "ray.data.Dataset", cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec
+    records: "ray.data.Dataset", cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
     common: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": TASK_CPUS}
@@ -234,17 +239,20 @@ def _smallest(records: pa.Table, limit: int) -> pa.Table:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+def _tokenizer(model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
     from ftray.models.load import load_tokenizer
 
-    return load_tokenizer(model, trust_remote_code)
+    return load_tokenizer(model, trust_remote_code, chat_template)
 
 
-def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bool], task: TaskSpec) -> pa.Table:
+def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec) -> pa.Table:
     of = task.load()
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
-    tokens = of.tokenize(examples, _tokenizer(*tokenizer), cfg)
+    numbered = spread(of.tokenize(examples, _tokenizer(*tokenizer), cfg))
+    tokens = [row for _, row in numbered]
+    records = records.take([i for i, _ in numbered])
+    first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]  # of the rows of a record
     keys = [key + 2**63 for key in records["key"].to_pylist()]
     return pa.table(
         {
@@ -259,7 +267,7 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: tuple[str, bo
             "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": records["split"],
-            "shape": records["shape"],
+            "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record
             "ignored": records["ignored"],
             "truncated": [bool(t and t.truncated) for t in tokens],
         }

@@ -1,13 +1,30 @@
 """From a record of text that goes on, of any known shape, to prompt and target or turns of a conversation."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftray.data.shapes import ANY, ASKING, Record, Seen, Shape, bears_loss, is_empty, read, refuse
+from ftray.data.shapes import (
+    ANY,
+    ASKING,
+    PART,
+    Record,
+    Seen,
+    Shape,
+    as_text,
+    bears_loss,
+    is_empty,
+    listed,
+    proposal,
+    read,
+    refuse,
+)
 from ftray.errors import UserError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -15,35 +32,72 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
-    "developer": "system",
+    "developer": "developer",
+    "prompter": "user",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
-TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+CALLS = ("function_call", "tool_call")  # roles of an assistant's turn whose text is a call
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+IN_TURN = (*ROLE_KEYS, *TEXT_KEYS, *THOUGHTS, "tool_calls", "function_call", "tool_call_id")
 TEXT_PARTS = ("text", "input_text", "output_text")
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
 SYSTEM = ("system", "system_prompt")
-CONVERSATION = (*SYSTEM, "history")  # with one of these a record is a conversation, whatever its other keys
+TOOLS = ("tools", "functions")
+CONVERSATION = (*SYSTEM, "history", *TOOLS)  # with one of these a record is a conversation, whatever its other keys
 
-_NO_TOOLS = "ftray renders no tools yet: leave out the records that have them"
 _NO_KTO = "marks answers as good or bad, and ftray has no KTO yet: keep the good ones, without this key"
-_NO_THOUGHTS = "ftray doesn't render thoughts by themselves yet: put them into the answer, or leave them out"
-_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _NO_TOOLS)
 _LEARNT = dict.fromkeys(
     ("train_detail", "training_detail", "loss_mask"), "ftray learns whole turns: mark them by weight, 1 or 0"
 )
 _RENDERING = dict.fromkeys(
-    ("documents", "chat_template_kwargs"), "ftray gives a chat template the turns alone: leave it out"
+    ("documents", "chat_template_kwargs"), "ftray gives a chat template turns and tools alone: leave it out"
 )
-REFUSED = ANY | _TOOLS | _LEARNT | _RENDERING
+_CALLED = dict.fromkeys(("tool_calls", "function_call"), "a call is part of a turn: put it into one of messages")
+REFUSED = ANY | _LEARNT | _RENDERING | _CALLED
 KTO = dict.fromkeys(("label", "kto_tag"), _NO_KTO)
 REFUSED_IN_TURN = (
-    REFUSED
-    | dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts"), _NO_THOUGHTS)
-    | dict.fromkeys(("refusal", "channel", "recipient"), "ftray reads role and text of a turn alone: leave it out")
+    ANY
+    | _LEARNT
+    | _RENDERING
+    | dict.fromkeys(("refusal", "channel", "recipient"), "ftray reads role, text and calls of a turn: leave it out")
 )
 ASKED = (
     *("text", "prompt", "instruction", "input", "question", "query", "context", "document", "passage", "article"),
-    *("suffix", "prefix", "reasoning_content", "reasoning", "thinking"),
+    *("suffix", "prefix", "choices", "options", "endings", "problem", "dialogue", "story", *THOUGHTS),
 )
-ANSWERED = ("output", "completion", "response", "answer", "answers", "target", "summary", "highlights", "translation")
+ANSWERED = (
+    *("output", "completion", "response", "answer", "answers", "target", "summary", "highlights", "translation"),
+    "solution",
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        calls: of tools, each as OpenAI's `tool_calls` has them, the arguments as an object where they are one.
+        words: a call as the record words it, for a chat template that knows no calls.
+        more: further keys for the chat template.
+        thoughts: what the assistant thought before it said `text`.
+    """
+
+    role: Role
+    text: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
+    words: str = ""
+    thoughts: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,58 +109,80 @@ class Example:
         target: text that does.
         messages: turns of a chat, of which the assistant's bear loss; None for plain records.
         context: which of the turns, by index, are marked to bear none.
+        tools: that the assistant may call, as OpenAI has them.
+        begins, ends: whether the text's beginning and end are those of a document; not so for parts of one.
         where: where the record stands; its `str` is for error messages.
     """
 
     prompt: str = ""
     target: str = ""
-    messages: tuple[tuple[Role, str], ...] | None = None
+    messages: tuple[Turn, ...] | None = None
     context: frozenset[int] = frozenset()
+    tools: tuple[dict[str, Any], ...] = ()
+    begins: bool = True
+    ends: bool = True
     where: object = field(default="", compare=False)
+
+    @property
+    def asks(self) -> bool:
+        """Whether something stands before what is learnt."""
+        return bool(self.messages or self.prompt)
 
     @property
     def learnt(self) -> list[int]:
         """Indices of the turns that bear loss."""
         turns = enumerate(self.messages or ())
-        return [i for i, (role, _) in turns if role == "assistant" and i not in self.context]
+        return [i for i, turn in turns if turn.role == "assistant" and i not in self.context]
 
 
 def begun_by(system: str, example: Example) -> Example:
     """A chat with a system turn before all others."""
-    messages = (("system", system), *(example.messages or ()))
+    messages = (Turn("system", system), *(example.messages or ()))
     return replace(example, messages=messages, context=frozenset(i + 1 for i in example.context))
 
 
+def as_chat(example: Example) -> Example:
+    """A plain record as a conversation of one question and its answer."""
+    messages = (Turn("user", example.prompt), Turn("assistant", example.target))
+    return replace(example, prompt="", target="", messages=messages)
+
+
 def _text(record: Record, key: str, where: object, may_be_empty: bool = False) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key} must be text, not {type(value).__name__}")
+    value = as_text(record[key], key, where)
     if not value.strip() and not may_be_empty:
         raise UserError(f"{where}: {key} is empty")
     return value
 
 
-def _input_output(record: Record, where: object) -> Example:
-    return _answered(_text(record, "input", where, True), "output", record, where)
+def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool = False, name: str = "") -> Shape:
+    """A shape of one text and the answer to it.
+
+    Args:
+        ask, answer: their keys.
+        further: keys of texts that follow what is asked, each on a line of its own.
+        optional: what is asked may be blank.
+        name: not given: a shape that gives way to `text`.
+    """
+
+    def parse(record: Record, where: object) -> Example:
+        texts = [_text(record, ask, where, optional)]
+        texts += [_text(record, key, where, True) for key in further if record.get(key) is not None]
+        prompt = "\n".join(text for i, text in enumerate(texts) if not i or text.strip())
+        return _answered(prompt, _text(record, answer, where), record, where)
+
+    fits = None if name or ask == "text" else _is_bare
+    beside = ASKED if name else (*ASKED, *ANSWERED)
+    honours = (*further, *CONVERSATION)
+    return Shape(name or f"{ask}/{answer}", (ask, answer), parse, honours, _BESIDE_ANSWER, beside, fits)
 
 
-def _instruction(record: Record, where: object) -> Example:
-    extra = _text(record, "input", where, True) if record.get("input") is not None else ""
-    instruction = _text(record, "instruction", where)
-    return _answered(f"{instruction}\n{extra}" if extra.strip() else instruction, "output", record, where)
-
-
-def _completion(record: Record, where: object) -> Example:
-    return _answered(_text(record, "prompt", where, True), "completion", record, where)
-
-
-def _answered(prompt: str, answer: str, record: Record, where: object) -> Example:
+def _answered(prompt: str, target: str, record: Record, where: object) -> Example:
     """Prompt and target; a conversation if the record has one of its keys, be it empty, that all of a file be alike."""
-    target = _text(record, answer, where)
-    if all(record.get(key) is None for key in CONVERSATION):
+    tools = _tools(record, where)
+    if not tools and all(record.get(key) is None for key in (*SYSTEM, "history")):
         return Example(prompt, target, where=where)
-    turns: list[tuple[Role, str]] = [*_history(record, where), ("user", prompt), ("assistant", target)]
-    example, system = Example(messages=tuple(turns), where=where), _system(record, where)
+    turns = (*_history(record, where), Turn("user", prompt), Turn("assistant", target))
+    example, system = Example(messages=turns, tools=tools, where=where), _system(record, where)
     return begun_by(system, example) if system else example
 
 
@@ -119,70 +195,220 @@ def _system(record: Record, where: object) -> str:
     return texts.pop() if texts else ""
 
 
-def _history(record: Record, where: object) -> list[tuple[Role, str]]:
-    if is_empty(history := record.get("history")):
+def _history(record: Record, where: object) -> list[Turn]:
+    if is_empty(history := listed(record.get("history"))):
         return []
-    turns: list[tuple[Role, str]] = []
+    turns: list[Turn] = []
     for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
         if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
             raise UserError(
                 f"{where}: history[{index}] must be a pair of texts, what the user said and the answer: "
                 "give other conversations as messages"
             )
-        turns += [("user", pair[0]), ("assistant", pair[1])]
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return turns
 
 
-def _only_text(record: Record, where: object) -> Example:
-    if "text" not in record:
-        keys = ", ".join(map(str, record)) or "(none)"
-        raise UserError(f"{where}: record with keys {keys}; known shapes: {KNOWN}")
-    return Example("", _text(record, "text", where), where=where)
+def _tools(record: Record, where: object) -> tuple[dict[str, Any], ...]:
+    """The tools of a record, by either key, as a list or as JSON, each in OpenAI's wrapping or without it."""
+    result: list[dict[str, Any]] = []
+    for key in TOOLS:
+        if is_empty(given := listed(record.get(key))):
+            continue
+        if not isinstance(given, list):
+            raise UserError(f"{where}: {key} must be a list of tools, also as JSON, not {type(given).__name__}")
+        for index, tool in enumerate(given):
+            tool = _without_nulls(tool)  # a table has each key in every row
+            inner = tool.get("function", tool) if isinstance(tool, dict) else None
+            if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+                raise UserError(f"{where}: {key}[{index}] must be an object with a name, or with such a function")
+            result.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tuple(result)
 
 
-def _messages(record: Record, where: object) -> Example:
-    return _chat(record, "messages", "role", "content", where)
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _sharegpt(record: Record, where: object) -> Example:
-    return _chat(record, "conversations", "from", "value", where)
+def _only_text(key: str) -> Callable[[Record, object], Example]:
+    def parse(record: Record, where: object) -> Example:
+        if key not in record:
+            raise UserError(unknown(record, where))
+        part = record.get(PART)
+        text = _text(record, key, where)
+        return Example("", text, begins=part in (None, "first"), ends=part in (None, "last"), where=where)
+
+    return parse
 
 
-def _chat(record: Record, key: str, role_key: str, text_key: str, where: object) -> Example:
-    turns = record[key]
-    if not isinstance(turns, list) or not turns:
+def unknown(record: Record, where: object, others: str = "") -> str:
+    """What to say of a record of no known shape."""
+    guess = proposal(record)
+    hint = f"; or say what is what, as in {guess}" if guess else ""
+    return f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes: {KNOWN}{others}{hint}"
+
+
+def _translation(record: Record, where: object) -> Example:
+    pair = {key: text for key, text in record["translation"].items() if not is_empty(text)}
+    if len(pair) != 2:
+        raise UserError(
+            f"{where}: translation holds {', '.join(pair) or 'nothing'}, not two languages: say which, as in "
+            "--data.fields 'prompt: translation.en, completion: translation.fr'"
+        )
+    source, target = (as_text(text, f"translation.{key}", where) for key, text in pair.items())
+    return _answered(source, target, record, where)
+
+
+def _languages(record: Record) -> list[str]:
+    """Keys that are codes of languages, where a record has just two such texts, and no other one by a known key."""
+    keys = [key for key in record if re.fullmatch(r"[a-z]{2}(_[A-Z]{2})?", str(key)) and key != "id"]
+    fit = len(keys) == 2 and all(isinstance(record[key], str) for key in keys) and _is_bare(record)
+    return keys if fit else []
+
+
+def _is_bare(record: Record) -> bool:
+    return is_empty(record.get("text"))
+
+
+def _two_languages(record: Record, where: object) -> Example:
+    source, target = _languages(record)
+    return _answered(_text(record, source, where), _text(record, target, where), record, where)
+
+
+def _turns_in(key: str) -> Shape:
+    """A shape of a conversation."""
+
+    def parse(record: Record, where: object) -> Example:
+        messages, context = _turns(record, key, where)
+        return _conversation(messages, context, record, key, where)
+
+    return Shape(
+        "ShareGPT" if key.startswith("conv") else key,
+        (key,),
+        parse,
+        (*SYSTEM, *TOOLS),
+        _BESIDE_ANSWER,
+        _BESIDE_TURNS,
+        None if key in ("messages", "conversations") else lambda record: _are_turns(record[key]),
+        (key,),
+        IN_TURN,
+    )
+
+
+def _conversational(record: Record, where: object) -> Example:
+    """Prompt and completion as turns: what the assistant says in the prompt is context."""
+    before, _ = _turns(record, "prompt", where)
+    completion = listed(record["completion"])
+    if isinstance(completion, dict | str):
+        text = {"role": "assistant", "content": completion}
+        completion = [text if isinstance(completion, str) else completion]
+    after, context = _turns({"completion": completion}, "completion", where)
+    unlearnt = {i for i, turn in enumerate(before) if turn.role == "assistant"} | {len(before) + i for i in context}
+    return _conversation([*before, *after], unlearnt, record, "completion", where)
+
+
+def _are_turns(value: Any) -> bool:
+    turns = listed(value)
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
+
+
+def _turns(record: Record, key: str, where: object) -> tuple[list[Turn], set[int]]:
+    """The turns of a list, and which of them are marked to bear no loss."""
+    given = listed(record[key])
+    if not isinstance(given, list) or not given:
         raise UserError(f"{where}: {key} must be a list of turns, at least one")
-    messages: list[tuple[Role, str]] = []
+    messages: list[Turn] = []
     context = set()
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(given):
         at = f"{key}[{index}]"
-        name = turn.get(role_key) if isinstance(turn, dict) else None
-        if isinstance(turn, dict):
-            refuse(turn, REFUSED_IN_TURN, where, f"{at}.")
-        if name in TOOL_ROLES:
-            raise UserError(f"{where}: {at}.{role_key} is {name!r}: {_NO_TOOLS}")
-        text = _content(turn.get(text_key), f"{at}.{text_key}", where) if isinstance(turn, dict) else None
-        if text is None:
-            raise UserError(f"{where}: {at} must have {role_key} and {text_key}, both text")
-        role = ROLES.get(str(name))
-        if role is None:
-            raise UserError(f"{where}: {at}.{role_key} is {name!r}; known: {', '.join(ROLES)}")
-        messages.append((role, text))
+        said = _turn(turn, at, where)
+        messages.append(said)
         if not bears_loss(turn, f"{at}.", where):
             context.add(index)
-        elif role != "assistant" and (asking := next((flag for flag in ASKING if turn.get(flag)), None)):
+        elif said.role != "assistant" and (asking := next((flag for flag in ASKING if turn.get(flag)), None)):
             raise UserError(
-                f"{where}: {at}.{asking}: a turn of {name} can't be learnt alone: "
+                f"{where}: {at}.{asking}: a turn of {said.role} can't be learnt alone: "
                 "leave the key out, or set data.train_on_prompt to learn all turns"
             )
-    example = Example(messages=tuple(messages), context=frozenset(context), where=where)
+    return messages, context
+
+
+def _turn(turn: Any, at: str, where: object) -> Turn:
+    name_key = next((key for key in ROLE_KEYS if isinstance(turn, dict) and turn.get(key) is not None), None)
+    keys = [key for key in TEXT_KEYS if isinstance(turn, dict) and turn.get(key) is not None]
+    if name_key is None or len(keys) > 1:
+        raise UserError(f"{where}: {at} must have role and content (or from and value), both text")
+    refuse(turn, REFUSED_IN_TURN, where, f"{at}.")
+    name, key = turn[name_key], keys[0] if keys else TEXT_KEYS[ROLE_KEYS.index(name_key) % 2]
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise UserError(f"{where}: {at}.{name_key} is {name!r}; known: {', '.join(ROLES)}")
+    text = _content(turn.get(key), f"{at}.{key}", where)
+    thoughts = next((str(turn[key]) for key in THOUGHTS if not is_empty(turn.get(key))), "")
+    if role == "assistant":
+        calls = _calls(turn, at, where)
+        if str(name).lower() in CALLS and text is not None and not calls and (calls := _calls_in(text)):
+            return Turn(role, "", calls, words=text, thoughts=thoughts)
+        if text is not None or calls:
+            return Turn(role, text or "", calls, thoughts=thoughts)
+    elif text is not None:
+        more = {"tool_call_id": turn["tool_call_id"]} if turn.get("tool_call_id") else {}
+        more |= {"name": turn["name"]} if role == "tool" and turn.get("name") else {}
+        return Turn(role, text, more=more)
+    raise UserError(f"{where}: {at} must have {name_key} and {key}, both text")
+
+
+def _calls(turn: dict[str, Any], at: str, where: object) -> tuple[dict[str, Any], ...]:
+    """The calls of an assistant's turn; `function_call` is how OpenAI named a single one before."""
+    given = [] if is_empty(turn.get("tool_calls")) else listed(turn["tool_calls"])
+    if not is_empty(turn.get("function_call")):
+        given = [*given, turn["function_call"]]
+    calls = [_call(call) for call in given] if isinstance(given, list) else [None]
+    for index, call in enumerate(calls):
+        if call is None:
+            raise UserError(
+                f"{where}: {at}.tool_calls[{index}] must be an object with a function of name and arguments"
+            )
+    return tuple(call for call in calls if call)
+
+
+def _calls_in(text: str) -> tuple[dict[str, Any], ...]:
+    """The calls that a turn words as JSON; none: it is something else."""
+    try:
+        given = json.loads(text)
+    except ValueError:
+        return ()
+    calls = [_call(call) for call in (given if isinstance(given, list) else [given])]
+    return tuple(call for call in calls if call) if all(calls) else ()
+
+
+def _call(given: Any) -> dict[str, Any] | None:
+    """A call as OpenAI wraps it, its arguments as an object; None: it is none."""
+    inner = given.get("function", given) if isinstance(given, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        return None
+    arguments = _without_nulls(inner.get("arguments", inner.get("parameters", {})))
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # some tools take plain text
+            arguments = json.loads(arguments or "{}")
+    call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    return {"id": given["id"]} | call if given.get("id") else call
+
+
+def _conversation(messages: list[Turn], context: set[int], record: Record, key: str, where: object) -> Example:
+    tools = _tools(record, where)
+    example = Example(messages=tuple(messages), context=frozenset(context), tools=tools, where=where)
     if not example.learnt:
-        which = "assistant turn" if all(role != "assistant" for role, _ in messages) else "assistant turn to be learnt"
+        none = all(turn.role != "assistant" for turn in messages)
+        which = "assistant turn" if none else "assistant turn to be learnt"
         raise UserError(f"{where}: {key} has no {which}: nothing to learn")
     system = _system(record, where)
-    if not system or messages[0] == ("system", system):
+    first = messages[0]
+    if not system or (first.role in ("system", "developer") and first.text == system):
         return example
-    if messages[0][0] == "system":
+    if first.role in ("system", "developer"):
         raise UserError(f"{where}: has a system text, and {key} begins with another: leave one of them out")
     return begun_by(system, example)
 
@@ -203,18 +429,66 @@ def _content(value: Any, at: str, where: object) -> str | None:
     return "".join(texts) if texts else None
 
 
-_ANSWER = REFUSED | KTO  # what can't be read beside an answer
+_BESIDE_ANSWER = REFUSED | KTO  # what can't be read beside an answer
 _BESIDE_TURNS = ("instruction", "context", "prompt", "history")
-# in the order they are tried: more keys first; the last one takes the rest
+# In the order they are tried; the last one takes the rest. A pair of texts is a line: the keys of what is asked, of the
+# answer to it, and of what belongs to the question.
 SHAPES: Sequence[Shape] = (
-    Shape("instruction", ("instruction", "output"), _instruction, ("input", *CONVERSATION), _ANSWER, ASKED),
-    Shape("input/output", ("input", "output"), _input_output, CONVERSATION, _ANSWER, ASKED),
-    Shape("prompt/completion", ("prompt", "completion"), _completion, CONVERSATION, _ANSWER, ASKED),
-    Shape("messages", ("messages",), _messages, SYSTEM, _ANSWER, _BESIDE_TURNS, turns=("role", "content")),
-    Shape("ShareGPT", ("conversations",), _sharegpt, SYSTEM, _ANSWER, _BESIDE_TURNS, turns=("from", "value")),
-    Shape("text", ("text",), _only_text, (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), holds_all=True),
+    Shape(
+        "conversational prompt/completion",
+        ("prompt", "completion"),
+        _conversational,
+        (*SYSTEM, *TOOLS),
+        _BESIDE_ANSWER,
+        _BESIDE_TURNS,
+        lambda record: _are_turns(record["prompt"]),
+        ("prompt", "completion"),
+        IN_TURN,
+    ),
+    _pair("instruction", "output", ("input", "context"), name="instruction"),
+    _pair("input", "output", optional=True, name="input/output"),
+    _pair("prompt", "completion", optional=True, name="prompt/completion"),
+    *(_turns_in(key) for key in TURNS),
+    _pair("instruction", "response", ("input", "context")),
+    _pair("instruction", "answer", ("input", "context")),
+    _pair("instruction", "completion", ("input", "context")),
+    _pair("prompt", "response", ("context",)),
+    _pair("prompt", "answer", ("context",)),
+    _pair("prompt", "output", ("context",)),
+    _pair("question", "answer", ("context", "passage")),
+    _pair("question", "response", ("context", "passage")),
+    _pair("question", "output", ("context", "passage")),
+    _pair("query", "response", ("context",)),
+    _pair("query", "answer", ("context",)),
+    _pair("query", "output", ("context",)),
+    _pair("problem", "solution"),
+    _pair("problem", "answer"),
+    _pair("input", "response"),
+    _pair("input", "target"),
+    _pair("inputs", "targets"),
+    _pair("source", "target"),
+    _pair("src", "tgt"),
+    _pair("user", "assistant"),
+    _pair("human", "assistant"),
+    _pair("document", "summary"),
+    _pair("article", "summary"),
+    _pair("article", "highlights"),
+    _pair("dialogue", "summary"),
+    _pair("text", "summary"),
+    Shape(
+        "translation",
+        ("translation",),
+        _translation,
+        CONVERSATION,
+        _BESIDE_ANSWER,
+        ASKED,
+        lambda record: isinstance(record["translation"], dict),
+    ),
+    Shape("two languages", (), _two_languages, CONVERSATION, _BESIDE_ANSWER, (*ASKED, *ANSWERED), _languages),
+    Shape("content", ("content",), _only_text("content"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), _is_bare),
+    Shape("text", ("text",), _only_text("text"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), holds_all=True),
 )
-KNOWN = "input/output, instruction/input/output, prompt/completion, messages, conversations, text"
+KNOWN = "input/output, instruction/input/output, prompt/completion, question/answer, messages, conversations, text"
 
 
 def parse(record: Record, where: object) -> Example:

@@ -4,8 +4,11 @@ A key that would change what is learnt is read by a shape or refused; any other 
 Imports nothing that is slow.
 """
 
+import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.errors import UserError
@@ -27,6 +30,10 @@ _WANTED, _UNWANTED = ("weight", "loss_weight", "train", "training", "trainable",
 FLAGS = (*_WANTED, *_UNWANTED)
 ASKING = _WANTED[2:]  # those that are set on purpose: `weight` may stand, as 1, at any turn
 RENDERED = ("text", "prompt")  # where many files repeat the whole record
+# what reading adds to a record, in keys that no file has
+PART = "ftray:part"  # which part of a longer text its text is: first, middle or last
+LEFT_OUT = "ftray:left out"  # the keys that a mapping did not use
+_OWN = (PART, LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,10 @@ class Shape:
         honours: keys that may be there, and are read.
         refuses: keys that would change what is learnt, and can't be read -> why.
         beside: the same for further texts, which are refused unless they only repeat those that are read.
-        turns: keys of role and text in each turn, where `required_keys` names a list of turns.
+        fits: whether the values of those keys are of the right kind; None: whatever they are. Where no keys are named,
+            it gives them.
+        turns: keys that hold lists of turns.
+        in_turn: keys that are read in each turn.
         holds_all: its one text may hold what stands beside it.
     """
 
@@ -50,7 +60,9 @@ class Shape:
     honours: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=lambda: ANY)
     beside: tuple[str, ...] = ()
-    turns: tuple[str, str] | None = None
+    fits: Callable[[Record], Any] | None = None
+    turns: tuple[str, ...] = ()
+    in_turn: tuple[str, ...] = ()
     holds_all: bool = False
 
 
@@ -74,15 +86,24 @@ def recognise(record: Record, shapes: Sequence[Shape]) -> Shape:
 
     Keys that hold null count for less: a table has each column in every row.
     """
+    if shape := fitting(record, shapes[:-1]):
+        return shape
     for shape in shapes[:-1]:
-        if all(record.get(key) is not None for key in shape.required_keys):
-            return shape
-    for shape in shapes[:-1]:
-        if all(key in record for key in shape.required_keys) and any(
-            record[key] is not None for key in shape.required_keys
-        ):
+        keys = () if shape.turns else shape.required_keys
+        absent = [record.get(key) is None for key in keys]
+        if all(key in record for key in keys) and any(absent) and not all(absent):
             return shape
     return shapes[-1]
+
+
+def fitting(record: Record, shapes: Sequence[Shape]) -> Shape | None:
+    """The first shape whose keys all hold something of the right kind; None: there is none."""
+    for shape in shapes:
+        if all(record.get(key) is not None for key in shape.required_keys):
+            fit: Any = shape.fits(record) if shape.fits else True
+            if fit:
+                return shape if shape.required_keys else replace(shape, required_keys=tuple(fit))
+    return None
 
 
 def read(record: Record, shapes: Sequence[Shape], where: object) -> tuple[Any, Seen]:
@@ -140,7 +161,8 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
         return
     raise UserError(
         f"{where}: {key} would be lost: a record with {'/'.join(shape.required_keys)} is read by "
-        f"{', '.join((*shape.required_keys, *shape.honours))} alone: put it into one of them, or leave it out"
+        f"{', '.join((*shape.required_keys, *shape.honours))} alone: put it into one of them, leave it out, or say by "
+        "--data.fields what is to be read"
     )
 
 
@@ -153,24 +175,83 @@ def _texts(value: Any) -> list[str]:
     return [] if is_empty(value) else [str(value).strip()]
 
 
-def _turns(record: Record, shape: Shape) -> list[dict[str, Any]]:
-    return record[shape.required_keys[0]] if shape.turns else []
+def _turns(record: Record, shape: Shape) -> list[tuple[str, dict[str, Any]]]:
+    """Each turn with the name of the list that it stands in."""
+    return [
+        (f"{key}[]", turn) for key in shape.turns for turn in listed(record.get(key)) or [] if isinstance(turn, dict)
+    ]
+
+
+def listed(value: Any) -> Any:
+    """A list, which may be written as JSON, as in a CSV file; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _read_keys(record: Record, shape: Shape) -> list[str]:
-    turns = _turns(record, shape)
-    marked = {key for turn in turns for key in turn if key in FLAGS and turn[key] is not None}
-    flags = [f"{shape.required_keys[0]}[].{key}" for key in FLAGS if key in marked]
+    marked = {f"{at}.{key}" for at, turn in _turns(record, shape) for key in turn if turn[key] is not None}
+    flags = [f"{at}[].{key}" for at in shape.turns for key in FLAGS if f"{at}[].{key}" in marked]
     return [*shape.required_keys, *(key for key in shape.honours if record.get(key) is not None), *flags]
 
 
 def _ignored(record: Record, shape: Shape) -> tuple[str, ...]:
-    known, at = {*shape.required_keys, *shape.honours, *FLAGS}, f"{shape.required_keys[0]}[]."
+    known = {*shape.required_keys, *shape.honours, *FLAGS, *_OWN}
     found = {key for key, value in record.items() if key not in known and not is_empty(value)}
-    role, text = shape.turns or ("", "")
-    for turn in _turns(record, shape):
-        found.update(at + key for key in turn if key not in (role, text, *FLAGS) and not is_empty(turn[key]))
-        for part in turn[text] if isinstance(turn[text], list) else []:
-            left = [key for key in part if key not in ("type", "text")] if isinstance(part, dict) else []
-            found.update(f"{at}{text}[].{key}" for key in left if not is_empty(part[key]))
+    found.update(record.get(LEFT_OUT, ()))
+    for at, turn in _turns(record, shape):
+        found.update(f"{at}.{key}" for key in turn if key not in (*shape.in_turn, *FLAGS) and not is_empty(turn[key]))
+        for key, parts in turn.items():
+            for part in parts if key in shape.in_turn and isinstance(parts, list) else []:
+                left = [name for name in part if name not in ("type", "text")] if isinstance(part, dict) else []
+                found.update(f"{at}.{key}[].{name}" for name in left if "text" in part and not is_empty(part[name]))
     return tuple(sorted(found))
+
+
+def as_text(value: Any, key: str, where: object) -> str:
+    """A field as text; numbers and booleans are spelt as in JSON.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {value}, which is no text: give null where there is none")
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise UserError(f"{where}: {key} must be text, not {type(value).__name__}")
+
+
+# what a field is probably for, by words in its name
+_ASKS = re.compile(
+    "question|prompt|instruct|query|input|source|src|problem|article|document|dialog|post|request|ask|user|human"
+)
+_ANSWERS = re.compile(
+    "answer|response|output|completion|reply|target|tgt|solution|summary|result|label|assistant|bot|gold"
+)
+_LABELS = re.compile("label|class|sentiment|category|intent|stars|rating|emotion|topic")
+
+
+def proposal(record: Record) -> str:
+    """The mapping that a record of unknown shape probably needs, as one would type it; empty: no guess."""
+    for key, value in record.items():
+        if isinstance(listed(value), list) and value and all(isinstance(turn, dict) for turn in listed(value)):
+            return f"--data.fields 'messages: {key}'"
+    texts = [str(key) for key, value in record.items() if isinstance(value, str) and not is_empty(value)]
+    plain = [str(key) for key, value in record.items() if isinstance(value, str | int | float) and not is_empty(value)]
+    answer = next((key for key in plain if _ANSWERS.search(key.lower()) and not _LABELS.search(key.lower())), None)
+    label = next((key for key in plain if _LABELS.search(key.lower())), None)
+    rest = [key for key in texts if key not in (answer, label)]
+    asked = next((key for key in rest if _ASKS.search(key.lower())), None)
+    if answer is None and label is not None and rest:
+        return f"--data.fields 'text: {asked or rest[0]}, label: {label}'"
+    if answer is None and len(rest) > 1:
+        answer = next(key for key in reversed(rest) if key != asked)
+    asked = asked or next((key for key in rest if key != answer), None)
+    if answer and asked:
+        return f"--data.fields 'prompt: {asked}, completion: {answer}'"
+    return f"--data.fields 'text: {texts[0]}'" if texts else ""

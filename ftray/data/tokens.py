@@ -4,11 +4,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.config import DataConfig
-from ftray.data.records import Example
+from ftray.data.chat import Answer, chat_template
+from ftray.data.records import Example, as_chat
 from ftray.errors import UserError
-from ftray.task_spec import IGNORE
-
-Segment = tuple[str, bool]  # text, and whether it bears loss
+from ftray.task_spec import CHAT, IGNORE, RAW
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Tokens:
         lengths: of the texts that lie one after another in `input_ids`, where there are several.
         score: that a model is to give, where a task has one.
         extra: JSON of what else scoring needs.
+        further: more rows of the same record.
     """
 
     input_ids: list[int]
@@ -38,43 +38,42 @@ class Tokens:
     lengths: list[int] = field(default_factory=list)
     score: float = 0.0
     extra: str = ""
+    further: tuple["Tokens", ...] = ()
 
 
 def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
     """Tokenize; None where a record is too long (`overlong: drop`) or has no supervised token left.
 
     Prompt and target are tokenized apart, so that the border between them is a token border in training as in
-    generation. Plain records get the tokenizer's beginning-of-sequence token, if it puts one, and end with its
-    end-of-sequence token; chats are as their template says.
+    generation. Raw records get the tokenizer's beginning-of-sequence token, if it puts one, and end with its
+    end-of-sequence token; chats are as their template says, in one row as long as that leaves earlier turns and their
+    tokens as they were. Where it does not, each answer is learnt in the rendering in which it was asked for, in a row
+    of its own, and what it came with before is context.
 
     A record over `max_length` loses the *start* of its first prompt, as far as needed, then its own end: what is left
-    ends that prompt and begins the target. A beginning-of-sequence token stays.
+    ends that prompt and begins the target. A beginning-of-sequence token stays. A text without a prompt is cut into
+    rows of that length instead.
 
     Raises:
         UserError: a chat, and the tokenizer has no chat template, or one that refuses it; turns that are marked to bear
             no loss, and `train_on_prompt`.
     """
-    all_segments = [segments(example, tokenizer, cfg) for example in examples]
-    texts = [text for part in all_segments for text, _ in part]
-    # the whole batch at once: that is where the fast tokenizers use their threads
-    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    start = beginning(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    result = []
-    for example, part in zip(examples, all_segments, strict=True):
-        plain = example.messages is None
-        ids = list(start) if plain else []
-        labels, prompt_tokens = [IGNORE] * len(ids), 0
-        for _, bears_loss in part:
-            piece = list(next(pieces))
-            if bears_loss:
-                prompt_tokens = len(ids)
-                piece += end if plain else []
-            ids += piece
-            labels += piece if bears_loss else [IGNORE] * len(piece)
-        prompt = "".join(text for text, _ in part[:-1])
-        target = example.target if example.messages is None else example.messages[example.learnt[-1]][1]
-        result.append(_fit(Tokens(ids, labels, prompt, target, prompt_tokens), tokenizer.bos_token_id, cfg))
+    raw, chats = _Raw(tokenizer), {}
+    for i, example in enumerate(examples):
+        if example.context and cfg.train_on_prompt:
+            raise UserError(f"{example.where}: has turns that bear no loss: data.train_on_prompt can't be set for it")
+        if rendering(example, tokenizer, cfg) == CHAT:
+            chat = as_chat(example) if example.messages is None else example
+            chats[i] = [*chat_template(tokenizer).answers(chat, cfg.learn)]
+        else:
+            raw.add(i, example, cfg)
+    rows = raw.rows() | _chat_rows(chats, tokenizer)
+    bos = tokenizer.bos_token_id
+    result: list[Tokens | None] = []
+    for i, example in enumerate(examples):
+        parts = [part for row in rows[i] for part in (_cut(row, bos, cfg) if not example.asks else [row])]
+        kept = [fitted for row in parts if (fitted := _fit(row, bos, cfg))]
+        result.append(replace(kept[0], further=tuple(kept[1:])) if kept else None)
     return result
 
 
@@ -84,53 +83,124 @@ def beginning(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def segments(example: Example, tokenizer: Any, cfg: DataConfig) -> list[Segment]:
-    """The rendered text of an example, cut where the loss begins and ends; the last segment is the (last) target.
+def spread(tokens: list[Tokens | None]) -> list[tuple[int, Tokens | None]]:
+    """All rows of what :func:`tokenize` gave, each with the index of its record."""
+    return [(i, row) for i, first in enumerate(tokens) for row in (first, *(first.further if first else ()))]
 
-    Plain records: `template` with the prompt (nothing if that is empty), then the target. Chats: the tokenizer's own
-    chat template, of which ever longer beginnings are rendered; what a learnt turn adds bears loss, and what comes
-    after the last one is left out.
-    """
-    if example.context and cfg.train_on_prompt:
-        raise UserError(f"{example.where}: has turns that bear no loss: data.train_on_prompt can't be set for it")
+
+def rendering(example: Example, tokenizer: Any, cfg: DataConfig) -> str:
+    """How a record is rendered: `CHAT`, by the chat template, or else by this template; empty: it is text alone."""
     if example.messages is not None:
-        return _chat_segments(example, tokenizer)
-    prompt = [(cfg.template.replace("{prompt}", example.prompt), False)] if example.prompt else []
-    return [*prompt, (example.target, True)]
+        return CHAT
+    return prompt_template(tokenizer, cfg) if example.prompt else ""
 
 
-def _chat_segments(example: Example, tokenizer: Any) -> list[Segment]:
-    messages = [{"role": role, "content": text} for role, text in example.messages or ()]
-    result: list[Segment] = []
-    text = ""
-    for index in example.learnt:
-        answered = _render_chat(messages[: index + 1], tokenizer, False, example.where)
-        asked = _render_chat(messages[:index], tokenizer, True, example.where) if index else ""
-        if not asked or not answered.startswith(asked):  # nothing was asked, or the template renders it otherwise later
-            answer_at = answered.rfind(messages[index]["content"].strip())
-            if answer_at < 0:
-                raise UserError(f"{example.where}: the chat template leaves out the assistant's turn {index}")
-            asked = answered[:answer_at]
-        if not asked.startswith(text):
-            result, text = [], ""  # the template changed earlier turns: of those, only the last rendering is true
-        result += [(asked[len(text) :], False), (answered[len(asked) :], True)]
-        text = answered
-    return result
+def prompt_template(tokenizer: Any, cfg: DataConfig) -> str:
+    """What `data.template` comes to: `CHAT`, or a text that holds {prompt}."""
+    if cfg.template != "auto":
+        return cfg.template
+    return CHAT if tokenizer.chat_template else RAW
 
 
-def _render_chat(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool, where: object) -> str:
-    from jinja2 import TemplateError
+class _Raw:
+    """Records that no chat template renders, tokenized together: that is where fast tokenizers use their threads."""
 
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: a chat, but the model's tokenizer has no chat template: "
-            "take an instruction-tuned model, or give prompt/completion records, without system and history"
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise UserError(f"{where}: the model's chat template refuses these turns: {error}") from None
-    return text
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.texts = tokenizer, list[str]()
+        self.examples: dict[int, tuple[Example, str]] = {}
+
+    def add(self, i: int, example: Example, cfg: DataConfig) -> None:
+        template = rendering(example, self.tokenizer, cfg)
+        prompt = template.replace("{prompt}", example.prompt)
+        self.examples[i] = example, prompt
+        self.texts += [prompt, example.target]
+
+    def rows(self) -> dict[int, list[Tokens]]:
+        tokenizer = self.tokenizer
+        pieces = iter(tokenizer(self.texts, add_special_tokens=False)["input_ids"] if self.texts else [])
+        start = beginning(tokenizer)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        result = {}
+        for i, (example, prompt) in self.examples.items():
+            before = [*(start if example.begins else []), *next(pieces)]
+            target = [*next(pieces), *(end if example.ends else [])]
+            labels = [IGNORE] * len(before) + target
+            result[i] = [Tokens(before + target, labels, prompt, example.target, len(before))]
+        return result
+
+
+def _chat_rows(chats: dict[int, list[Answer]], tokenizer: Any) -> dict[int, list[Tokens]]:
+    """The rows of conversations, of which all texts are tokenized together."""
+    groups = {i: _by_rendering(answers) for i, answers in chats.items()}
+    texts = list(dict.fromkeys(text for own in groups.values() for group in own for text in _texts(group)))
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
+    return {i: [row for group in own for row in _rows(group, ids, tokenizer)] for i, own in groups.items()}
+
+
+def _by_rendering(answers: list[Answer]) -> list[list[Answer]]:
+    """Answers that stand in one rendering, which the later ones only lengthen."""
+    groups: list[list[Answer]] = []
+    text = None
+    for answer in answers:
+        if text is not None and answer.before.startswith(text):
+            groups[-1].append(answer)
+        else:
+            groups.append([answer])
+        text = answer.before + answer.text
+    return groups
+
+
+def _pieces(answer: Answer) -> list[tuple[str, bool]]:
+    """An answer's text, cut where its loss begins and ends."""
+    pieces, at = [], 0
+    for start, end in answer.spans:
+        pieces += [(answer.text[at:start], False), (answer.text[start:end], True)]
+        at = end
+    return [(text, learnt) for text, learnt in [*pieces, (answer.text[at:], False)] if text]
+
+
+def _texts(group: list[Answer]) -> list[str]:
+    """What must be tokenized of answers in one rendering: what is before the first, what comes between, the answers."""
+    found, text = [group[-1].before], ""
+    for answer in group:
+        found += [answer.before[len(text) :], *(piece for piece, _ in _pieces(answer))]
+        text = answer.before + answer.text
+    return found
+
+
+def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: Any) -> list[Tokens]:
+    """Answers in one rendering as one row; as several, if what is before an answer is not tokenized as in pieces."""
+    row: list[int] = []
+    labels: list[int] = []
+    text, prompt_tokens = "", 0
+    for answer in group:
+        between = ids[answer.before[len(text) :]]
+        row += between
+        labels += [IGNORE] * len(between)
+        prompt_tokens = len(row)
+        for piece, learnt in _pieces(answer):
+            row += ids[piece]
+            labels += ids[piece] if learnt else [IGNORE] * len(ids[piece])
+        text = answer.before + answer.text
+    last = group[-1]
+    if row[:prompt_tokens] != ids[last.before]:  # tokens reach over a border: generation would be given others
+        whole = {last.before: ids[last.before]} | {
+            text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for answer in group
+            for text in (answer.before, *(piece for piece, _ in _pieces(answer)))
+        }
+        return [_rows([answer], whole, tokenizer)[0] for answer in group]
+    return [Tokens(row, labels, last.before, last.said, prompt_tokens)]
+
+
+def _cut(tokens: Tokens, bos: int | None, cfg: DataConfig) -> list[Tokens]:
+    """A text in rows of at most `max_length` tokens; each begins with the last token of the one before."""
+    ids, step = tokens.input_ids, cfg.max_length - 1
+    if len(ids) <= cfg.max_length or cfg.overlong == "drop":
+        return [tokens]
+    starts = range(0, len(ids) - 1, step)
+    parts = [(ids[at : at + cfg.max_length], tokens.labels[at : at + cfg.max_length]) for at in starts]
+    return [replace(tokens, input_ids=own, labels=labels, prompt_tokens=0) for own, labels in parts]
 
 
 def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:

@@ -15,6 +15,7 @@ from transformers import (
 
 from ftray.compat.transformers import drop_weight_conversions
 from ftray.config import ModelConfig
+from ftray.models.chat_template import give_chat_template
 from ftray.models.stored import as_stored
 from ftray.task_spec import CAUSAL, TaskSpec
 
@@ -34,11 +35,18 @@ def choose_dtype(cfg: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (its end-of-sequence token if it has none of its own)."""
+def load_tokenizer(
+    path: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (its end-of-sequence token if it has none of its own).
+
+    `chat_template` takes the place of its own one: see :func:`ftray.models.chat_template.give_chat_template`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template:
+        give_chat_template(tokenizer, chat_template)
     return tokenizer
 
 

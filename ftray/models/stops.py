@@ -4,17 +4,20 @@ from collections.abc import Collection
 from itertools import takewhile
 from typing import Any
 
+from ftray.models.chat_template import turn_end
+
 
 def stop_tokens(tokenizer: Any, config: Any, generation: Any) -> list[int]:
-    """Ids of all tokens that end an answer, ascending; training ends plain targets with the tokenizer's.
+    """Ids of all tokens that end an answer, ascending; training ends raw targets with the tokenizer's.
 
-    A turn may end with a token that only one of these knows: Llama 3 and Qwen list theirs in `generation_config.json`.
+    A turn may end with a token that only one of these knows: Llama 3 and Qwen list theirs in `generation_config.json`;
+    of a template that the tokenizer was given, only the template says.
 
     Args:
         config: of the model, as `model.config`.
         generation: as `model.generation_config`; None: the model has none.
     """
-    found: set[int | None] = set()
+    found: set[int | None] = {turn_end(tokenizer)}
     for source in (tokenizer, generation, config, config.get_text_config(decoder=True)):
         ids = getattr(source, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}

@@ -26,15 +26,15 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     from huggingface_hub import EvalResult, ModelCardData
 
     task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
-    dataset = hub_dataset(cfg.data.source)
+    dataset = hub_dataset(cfg.data.names)
     found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
     if proof:
         found = {name: metric["best"] for name, metric in proof["metrics"].items()}
     results = [
         EvalResult(
             task_type=task.pipeline_tag,
-            dataset_type=dataset or Path(cfg.data.source).name,
-            dataset_name=dataset or Path(cfg.data.source).name,
+            dataset_type=dataset or Path(cfg.data.names).name,
+            dataset_name=dataset or Path(cfg.data.names).name,
             dataset_split="test" if proof else "validation",
             metric_type=name,
             metric_value=value,
@@ -61,7 +61,7 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
     lines = [
         f"# {_card_title(cfg, best)}",
         "",
-        f"Trained on `{cfg.data.source}`; the best of a search over {cfg.search.trials} configurations.",
+        f"Trained on `{cfg.data.names}`; the best of a search over {cfg.search.trials} configurations.",
         "",
         f"Configuration: `{describe(best['config'])}`",
         "",

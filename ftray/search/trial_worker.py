@@ -78,7 +78,7 @@ class SearchContext:
         if cfg.search.metric in LOSSES:
             return None
         task, rows = data.task.load(), data.rows("validation", cfg.training.validation_records)
-        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
 
         def measure(model: "PeftModel") -> dict[str, float]:
             values = task.score(model, tokenizer, rows, cfg.evaluation).values()

@@ -90,14 +90,16 @@ def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> P
     return config
 
 
-def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> PeftModel:
+def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> tuple[PeftModel, TaskSpec | None]:
     """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, in float32.
+
+    With it comes the task that was kept beside it; None: none was.
 
     Raises:
         UserError: `source` holds no adapter of this base.
     """
     with local_adapter(source) as directory:
-        config = check_adapter(directory, base.name_or_path, spec)
+        config, trained_as = check_adapter(directory, base.name_or_path, spec), TaskSpec.read(directory)
         try:
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "prompt")
             with warnings.catch_warnings():
@@ -123,4 +125,4 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
         raise UserError(f"adapter {source}: does not fit {base.name_or_path}: it lacks {min(missing)}"[:400])
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
-    return model.to(base.device).eval()
+    return model.to(base.device).eval(), trained_as

@@ -12,7 +12,7 @@ from ftray.errors import UserError
 from ftray.serving import pooling
 from ftray.serving.registry import Registry
 from ftray.storage.location import Location, parse_location, reason
-from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ def model_of_run(cfg: Config) -> Config:
 
 
 def leaderboard(run: str | None) -> dict[str, Any]:
-    """What the page shows of a search: its metric, its trials, the template of plain prompts; empty without one."""
+    """What the page shows of a search: its metric, its trials, the template of plain prompts; empty without one.
+
+    A template of None: the chat template renders plain prompts.
+    """
     from ftray.search.progress import describe
 
     if run is None:
@@ -134,4 +137,9 @@ def leaderboard(run: str | None) -> dict[str, Any]:
         {**{name: row[name] for name in ("trial", "value", "status")}, "configuration": describe(row["config"])}
         for row in summary["trials"]
     ]
-    return {"metric": summary["metric"], "template": written["data"]["template"], "trials": trials}
+    template = written["data"]["template"]
+    if template == "auto":
+        kept = parse_location(run) / "best" / "adapter" / FILE
+        spec = TaskSpec.of(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else CAUSAL
+        template = None if spec.template == CHAT else spec.template
+    return {"metric": summary["metric"], "template": template, "trials": trials}

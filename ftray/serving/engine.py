@@ -69,6 +69,7 @@ class EngineAdapter:
     Attributes:
         layers: its adapted layers, by their path in the base model.
         isolation_reason: why its sequences are read in passes of their own; None: they share one.
+        ends: tokens that end its answers, beside those of the base.
         users: sequences that are not done.
         leaving: it goes with its last user.
     """
@@ -76,6 +77,7 @@ class EngineAdapter:
     model: PeftModel
     layers: dict[str, Any]
     isolation_reason: str | None
+    ends: frozenset[int] = frozenset()
     users: int = 0
     leaving: bool = False
 
@@ -309,7 +311,7 @@ class Engine:
             delta.tokens += token_logprobs(logits, [token], sampling.logprobs, self.tokenizer)
         sequence.ids.append(token)
         delta.count = 1
-        if token in self.ends:
+        if token in self.ends or (sequence.adapter and token in self.adapters[sequence.adapter].ends):
             delta.text += sequence.text.end()
             self._finish(sequence, delta, "stop")
             return

@@ -1,10 +1,13 @@
 """What the endpoint sends to a replica that generates and what it gets back, whatever the engine; imports no torch."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ftray.data.tokens import beginning
+from ftray.models.chat_template import turn_end
 from ftray.serving.errors import APIError, invalid
+from ftray.task_spec import CHAT, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,12 +108,40 @@ class OutputDeltas:
         prompt_tokens: of all prompts together; None in all messages but the second.
         answering: the first tokens have been chosen, though deltas are only sent at the end.
         refused: why nothing follows.
+        warning: for whoever asked; comes with `prompt_tokens`.
     """
 
     deltas: list[OutputDelta] = field(default_factory=list)
     prompt_tokens: int | None = None
     answering: bool = False
     refused: APIError | None = None
+    warning: str | None = None
+
+
+class Rendering:
+    """How an adapter was trained to be asked.
+
+    Args:
+        tokenizer: the base model's.
+        trained_as: what was kept beside the adapter; None: nothing.
+
+    Attributes:
+        tokenizer: with the chat template that it was trained with.
+        ends: tokens that end a turn in this template.
+        warning: what to say to whoever asks it in a conversation.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", trained_as: TaskSpec | None):
+        self.tokenizer, self.ends = tokenizer, frozenset[int]()
+        self.warning: str | None = None
+        if trained_as and trained_as.chat_template:
+            self.tokenizer = copy.deepcopy(tokenizer)
+            self.tokenizer.chat_template = trained_as.chat_template
+            self.ends = frozenset(end for end in [turn_end(self.tokenizer)] if end is not None)
+        if trained_as and trained_as.template not in (None, CHAT):
+            self.warning = (
+                f"trained on prompts in the template {trained_as.template!r}, not on chats: ask /v1/completions"
+            )
 
 
 def prompt_tokens(request: GenerationRequest, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[list[int]]:

@@ -92,7 +92,7 @@ class PoolingReplica(BaseReplica):
         from ftray.adapters.heads import exact_heads
         from ftray.serving.adapters import load_adapter
 
-        model = load_adapter(self.base, source, self.task.spec)
+        model, _ = load_adapter(self.base, source, self.task.spec)
         exact_heads(model)
         return model.requires_grad_(False)
 

@@ -6,13 +6,23 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.errors import UserError
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
 from ftray.serving.errors import APIError, invalid
-from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, output_tokens, prompt_tokens
+from ftray.serving.generation_request import (
+    GenerationRequest,
+    OutputDelta,
+    OutputDeltas,
+    Rendering,
+    output_tokens,
+    prompt_tokens,
+)
+from ftray.task_spec import TaskSpec
 
 if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
     from ftray.serving.engine import Sequence
@@ -32,6 +42,9 @@ class Replica(BaseReplica):
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[Deliver, list[OutputDelta]] = {}  # what a step gave, by request
         self._keys = itertools.count()
+        self._rendering_of_base = Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
+        self._renderings: dict[str, Rendering] = {}  # of loaded adapters, by their name in the engine
+        self._warned: set[str | None] = set()  # adapters of which the log has a warning
         self._thread = threading.Thread(target=self._run, args=(threads,), name="engine", daemon=True)
         self._thread.start()
 
@@ -39,7 +52,12 @@ class Replica(BaseReplica):
         """The answers to `request`; closing this iterator frees their slots."""
         yield OutputDeltas()
         try:
-            prompts = prompt_tokens(request, self.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            rendering = await self._rendering(request)
+        except UserError as error:
+            yield OutputDeltas(refused=invalid(str(error), "model"))
+            return
+        try:
+            prompts = prompt_tokens(request, rendering.tokenizer, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
         except APIError as error:
             yield OutputDeltas(refused=error)
@@ -56,7 +74,8 @@ class Replica(BaseReplica):
             except UserError as error:
                 yield OutputDeltas(refused=invalid(str(error), "model"))
                 return
-            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
+            warning = self._warn(request, rendering)
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
                 deltas = await inbox.get()
@@ -85,10 +104,39 @@ class Replica(BaseReplica):
     async def _load(self, source: str) -> LoadedAdapter:
         from ftray.serving.adapters import load_adapter
 
-        model = await asyncio.get_running_loop().run_in_executor(self._loader, load_adapter, self.base, source)
+        loop = asyncio.get_running_loop()
+        model, trained_as = await loop.run_in_executor(self._loader, load_adapter, self.base, source)
         key = f"{source} {next(self._keys)}"  # the same source, loaded again, is another adapter
-        await self._in_engine(self.engine.add, key, self.engine.prepare(model))
-        return LoadedAdapter(key, lambda key: self.inbox.put(lambda: self.engine.remove(key)))
+        prepared, rendering = self.engine.prepare(model), Rendering(self.tokenizer, trained_as)
+        prepared.ends = rendering.ends
+        await self._in_engine(self.engine.add, key, prepared)
+        self._renderings[key] = rendering
+
+        def forget(key: str) -> None:
+            del self._renderings[key]
+            self.inbox.put(lambda: self.engine.remove(key))
+
+        return LoadedAdapter(key, forget)
+
+    async def _rendering(self, request: GenerationRequest) -> Rendering:
+        """How the conversation of a request is rendered: as its adapter was trained.
+
+        Raises:
+            UserError: the adapter can't be loaded.
+        """
+        while request.adapter is not None and request.messages is not None:
+            key = str(await self.loaded(request.adapter, request.source))
+            with suppress(KeyError):  # other adapters have pushed it out again
+                return self._renderings[key]
+        return self._rendering_of_base
+
+    def _warn(self, request: GenerationRequest, rendering: Rendering) -> str | None:
+        """The warning for whoever asked; the log has it once for each adapter."""
+        warning = rendering.warning if request.messages is not None else None
+        if warning and request.adapter not in self._warned:
+            self._warned.add(request.adapter)
+            logging.getLogger("ray.serve").warning("%s: %s", request.source or self.base.name_or_path, warning)
+        return warning
 
     async def _submit(
         self,

@@ -54,7 +54,14 @@ NEEDS = 'question, context and answers (a text, a list of texts or {"text": [...
 
 def _parse(record: Record, where: object) -> Example:
     question, context = (text_of(record, key, where, NEEDS) for key in ("question", "context"))
-    answers = list(_answers(record.get("answers"), context, where))
+    given = record.get("answers")
+    if given is None and not is_empty(record.get("answer")):
+        given = record["answer"]
+        if isinstance(given, str) and not is_empty(start := record.get("answer_start")):
+            given = {"text": [given], "answer_start": start if isinstance(start, list) else [start]}
+    if isinstance(given, list) and given and all(isinstance(answer, dict) for answer in given):
+        given = {key: [answer.get(key) for answer in given] for key in ("text", "answer_start")}
+    answers = list(_answers(given, context, where))
     impossible = record.get("is_impossible")
     if not is_empty(impossible) and bool(impossible) == bool(answers):
         raise UserError(f"{where}: is_impossible is {impossible!r}, but there are {len(answers)} answers")
@@ -83,12 +90,12 @@ def _answers(answers: Any, context: str, where: object) -> Iterator[tuple[str, i
         yield text, found
 
 
-REFUSED = (
+LOST = (
     ANY
     | dict.fromkeys(("choices", "options"), "ftray learns answers that stand in the context: leave it out")
     | dict.fromkeys(("history", "questions"), "ftray reads one question a record: put the others into context")
-    | {"answer_start": 'give it in answers, as {"text": [...], "answer_start": [...]}'}
 )
+REFUSED = LOST | {"answer_start": 'give it in answers, as {"text": [...], "answer_start": [...]}'}
 
 
 class Task(task.PaddedTask):
@@ -103,7 +110,12 @@ class Task(task.PaddedTask):
     pipeline_tag = "question-answering"
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "squad_em": "max", "squad_f1": "max"}
     metric = "squad_f1"
-    shapes = (Shape("question", ("question", "context", "answers"), _parse, ("is_impossible",), REFUSED),)
+    shapes = (
+        Shape(
+            "question", ("question", "context", "answer"), _parse, ("is_impossible", "answer_start"), LOST, ("answers",)
+        ),
+        Shape("question", ("question", "context", "answers"), _parse, ("is_impossible",), REFUSED),
+    )
     record_keys = NEEDS
     nothing: ClassVar[list[int]] = [-100, -100]
     usage_example = (

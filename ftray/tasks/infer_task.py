@@ -2,25 +2,29 @@
 
 from typing import Any
 
+import yaml
+
 from ftray.config import Config
-from ftray.data.records import KNOWN, SHAPES
-from ftray.data.shapes import recognise, refuse
+from ftray.data.records import SHAPES, unknown
+from ftray.data.shapes import fitting, recognise, refuse
 from ftray.data.sources import Located
 from ftray.errors import UserError, near
-from ftray.task_spec import TASKS, TaskSpec
+from ftray.models.chat_template import names, read_chat_template
+from ftray.storage.location import parse_location
+from ftray.task_spec import RAW, TASKS, TaskSpec
 
 # keys of a record -> task; the first that fits
 KEYS = [
     (("question", "context", "answers"), "QUESTION_ANS"),
-    (("tokens", "tags"), "TOKEN_CLS"),
-    (("text", "label"), "SEQ_CLS"),
+    (("question", "context", "answer", "answer_start"), "QUESTION_ANS"),
     (("anchor", "positive"), "FEATURE_EXTRACTION"),
     (("sentence1", "sentence2", "score"), "FEATURE_EXTRACTION"),
 ]
+LABELLED = ("TOKEN_CLS", "SEQ_CLS")  # tasks whose shapes tell them from all others
 
 
 def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
-    """`cfg` with `task`, `search.metric` and `search.direction` filled in.
+    """`cfg` with `task`, `search.metric`, `search.direction` and the text of the chat template filled in.
 
     Args:
         model_path: directory of the base model.
@@ -41,7 +45,20 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
         raise UserError(f"search.metric {metric}: is of generated text, and evaluation.generate is false")
     direction = cfg.search.direction if "direction" in given else metrics[metric]
     search = cfg.search.model_copy(update={"metric": f"validation_{metric}", "direction": direction})
-    return cfg.model_copy(update={"task": name, "search": search})
+    data = cfg.data
+    if data.chat_template and data.chat_template not in names():  # a file is here, and perhaps not where it is used
+        data = data.model_copy(update={"chat_template": read_chat_template(data.chat_template)})
+    return cfg.model_copy(update={"task": name, "search": search, "data": data})
+
+
+def with_resumed_template(cfg: Config) -> Config:
+    """`cfg` with the prompt template of the output that it resumes, unless it gives one: `auto` is newer."""
+    stored = parse_location(cfg.output) / "config.yaml"
+    if not cfg.resume or "template" in cfg.data.model_fields_set or not stored.exists():
+        return cfg
+    begun = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    template = (begun.get("data") or {}).get("template", RAW)
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"template": template})})
 
 
 def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) -> str:
@@ -50,12 +67,14 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     for keys, name in KEYS:
         if all(key in record for key in keys):
             return name
+    for name in LABELLED:
+        if fitting(record, TaskSpec(name).load().shapes):
+            return name
     shape = recognise(record, SHAPES)
     if not all(key in record for key in shape.required_keys):
         refuse(record, shape.refuses, place)
-        others = ", ".join("/".join(keys) for keys, _ in KEYS)
-        has = ", ".join(map(str, record)) or "(none)"
-        raise UserError(f"{place}: record with keys {has}; known shapes: {KNOWN}, {others}")
+        others = ", ".join("/".join(keys) for keys in (("tokens", "tags"), ("text", "label"), *(k for k, _ in KEYS)))
+        raise UserError(unknown(record, place, f", {others}"))
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
     if model.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"

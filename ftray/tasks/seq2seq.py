@@ -14,7 +14,7 @@ from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.models.stops import answer_text, stop_tokens
-from ftray.task_spec import IGNORE
+from ftray.task_spec import IGNORE, RAW
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
 
@@ -47,7 +47,8 @@ class Task(task.PaddedTask):
 
     def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
         # white space around the prompt marks where a decoder goes on: here it would only be noise
-        prompts = [cfg.template.replace("{prompt}", e.prompt).strip() for e in examples]
+        template = RAW if cfg.template == "auto" else cfg.template
+        prompts = [template.replace("{prompt}", e.prompt).strip() for e in examples]
         given, cut = encode(prompts, None, tokenizer, cfg)
         wanted, cut_too = encode(None, None, tokenizer, cfg, text_target=[e.target for e in examples])
         end, result = tokenizer.eos_token_id, []

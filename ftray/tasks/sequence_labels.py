@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape
+from ftray.data.shapes import ANY, Record, Shape, as_text
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError, near
 from ftray.evaluation.metrics import Scores, macro_f1, ratio
@@ -30,16 +30,53 @@ class Example:
 NEEDS = "text and label (and text_pair for pairs)"
 
 
-def _parse(record: Record, where: object) -> Example:
-    text = text_of(record, "text", where, NEEDS)
-    pair = text_of(record, "text_pair", where, NEEDS) if record.get("text_pair") is not None else None
-    return Example(text, pair, label_of(record.get("label"), "label", where), where)
+def _labelled(first: str, label: str, second: str = "", may_be_single: bool = False) -> Shape:
+    """A shape of a text, or a pair of texts, and its label; their keys."""
+
+    def parse(record: Record, where: object) -> Example:
+        pair = text_of(record, second, where, NEEDS) if second and record.get(second) is not None else None
+        return Example(text_of(record, first, where, NEEDS), pair, _one_label(record.get(label), label, where), where)
+
+    pair, single = (first, second, label), (first, label)
+    keys, optional = (single, (second,)) if may_be_single or not second else (pair, ())
+    fits = None if label == "label" else lambda record: _is_label(record[label])
+    name = "labelled pair" if second and not may_be_single else "labelled text"
+    refused = ANY | {other: "ftray learns one label a text: give it as label" for other in LABELS if other != label}
+    return Shape(name, keys, parse, optional, refused, SECOND, fits)
 
 
-REFUSED = ANY | {"labels": "ftray learns one label a text: give it as label"}
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, list) and bool(value) and isinstance(value[0], str | int))
+
+
+def _one_label(value: Any, key: str, where: object) -> str:
+    if isinstance(value, list) and len(value) > 1:
+        raise UserError(f"{where}: {key} holds {len(value)} labels: ftray learns one label a text")
+    return label_of(value[0] if isinstance(value, list) and value else value, key, where)
+
+
+LABELS = ("label", "labels")
+TEXTS = ("text", "sentence", "content", "review", "comment", "tweet", "headline", "utterance", "title")
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("query", "document"), ("claim", "evidence")),
+    *(("question", "passage"), ("sentence_A", "sentence_B"), ("sentence", "question")),
+)
 # a second text, as others name it
 SECOND = (
-    *("text2", "text_2", "text_b", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "query"),
+    *(
+        "text",
+        "text2",
+        "text_2",
+        "text_b",
+        "sentence",
+        "sentence1",
+        "sentence2",
+        "premise",
+        "hypothesis",
+        "question",
+        "query",
+    ),
     *("context", "document", "passage", "prompt", "instruction", "input", "output", "completion", "response", "answer"),
     *("aspect", "messages", "conversations"),
 )
@@ -54,7 +91,13 @@ class Task(task.PaddedTask):
     metric = "macro_f1"
     has_labels = True
     min_label_count = 2
-    shapes = (Shape("labelled text", ("text", "label"), _parse, ("text_pair",), REFUSED, SECOND),)
+    shapes = (
+        *(_labelled(first, label, second) for first, second in PAIRS for label in LABELS),
+        *(_labelled("text", label, "text_pair", may_be_single=True) for label in LABELS),
+        *(_labelled("text", label) for label in ("sentiment", "intent", "emotion")),
+        *(_labelled(text, label) for text in TEXTS[1:] for label in LABELS),
+        _labelled("text", "label", "text_pair", may_be_single=True),  # takes the rest, and says what they lack
+    )
     record_keys = NEEDS
     usage_example = "python -c \"import transformers as t; print(t.pipeline('text-classification', '{path}')('TEXT'))\""
 
@@ -107,11 +150,10 @@ def text_of(record: Record, key: str, where: object, needs: str) -> str:
     """
     if record.get(key) is None:
         raise UserError(f"{where}: {key} is missing; records of this task hold {needs}")
-    if not isinstance(record[key], str):
-        raise UserError(f"{where}: {key} must be text, not {type(record[key]).__name__}")
-    if not record[key].strip():
+    text = as_text(record[key], key, where)
+    if not text.strip():
         raise UserError(f"{where}: {key} is empty")
-    return str(record[key])
+    return text
 
 
 def label_of(value: Any, key: str, where: object) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape
+from ftray.data.shapes import ANY, Record, Shape, listed
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores, ratio
@@ -19,6 +19,8 @@ from ftray.tasks import task
 from ftray.tasks.sequence_labels import index, label_of
 from ftray.tasks.task import Batch, Row, encode, types_of
 
+TAGS = ("tags", "ner_tags", "labels", "ner_labels", "ner", "pos_tags")  # the first that is there
+OUTSIDE = ("O", "0")  # no entity; as a number, as CoNLL has it on the hub
 SCHEME = ("B-", "I-", "E-", "S-", "L-", "U-")  # how tags of entities of several words begin
 
 
@@ -34,17 +36,25 @@ class Example:
 NEEDS = "tokens and as many tags"
 
 
-def _parse(record: Record, where: object) -> Example:
-    for key in ("tokens", "tags"):
-        if not isinstance(record.get(key), list) or not record[key]:
-            raise UserError(f"{where}: {key} must be a list that isn't empty; records of this task hold {NEEDS}")
-    words, tags = record["tokens"], record["tags"]
-    if len(words) != len(tags):
-        raise UserError(f"{where}: {len(words)} tokens, but {len(tags)} tags: each token has one")
-    for i, word in enumerate(words):
-        if not isinstance(word, str) or not word.strip():
-            raise UserError(f"{where}: tokens[{i}] must be text that isn't empty")
-    return Example(words, [label_of(tag, f"tags[{i}]", where) for i, tag in enumerate(tags)], where)
+def _tagged(words_key: str, tags_key: str) -> Shape:
+    """A shape of a list of words and one of their tags; their keys."""
+
+    def parse(record: Record, where: object) -> Example:
+        words, tags = listed(record.get(words_key)), listed(record.get(tags_key))
+        for key, value in ((words_key, words), (tags_key, tags)):
+            if not isinstance(value, list) or not value:
+                raise UserError(f"{where}: {key} must be a list that isn't empty; records of this task hold {NEEDS}")
+        if len(words) != len(tags):
+            raise UserError(f"{where}: {len(words)} {words_key}, but {len(tags)} {tags_key}: each token has one")
+        for i, word in enumerate(words):
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{where}: {words_key}[{i}] must be text that isn't empty")
+        return Example(words, [label_of(tag, f"{tags_key}[{i}]", where) for i, tag in enumerate(tags)], where)
+
+    def fits(record: Record) -> bool:
+        return isinstance(listed(record[words_key]), list) and isinstance(listed(record[tags_key]), list)
+
+    return Shape("tagged words", (words_key, tags_key), parse, refuses=REFUSED, fits=fits)
 
 
 REFUSED = (
@@ -62,7 +72,10 @@ class Task(task.PaddedTask):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "accuracy": "max", "entity_f1": "max"}
     metric = "entity_f1"
     has_labels = True
-    shapes = (Shape("tagged words", ("tokens", "tags"), _parse, refuses=REFUSED),)
+    shapes = (
+        *(_tagged(words, tags) for words in ("tokens", "words") for tags in TAGS),
+        _tagged("tokens", "tags"),  # takes the rest, and says what they lack
+    )
     record_keys = NEEDS
     usage_example = (
         "python -c \"import transformers as t; print(t.pipeline('token-classification', '{path}')('TEXT'))\""
@@ -138,11 +151,12 @@ class Task(task.PaddedTask):
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Kind, first and last word of each entity, by seqeval's rules.
 
-    A tag that isn't `O` and has no prefix of a scheme (B-, I-, ...) is an entity of one word.
+    A tag that isn't `O` (0, where tags are numbers) and has no prefix of a scheme (B-, I-, ...) is an entity of one
+    word.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return set(get_entities([tag if tag == "O" or tag.startswith(SCHEME) else f"S-{tag}" for tag in tags]))
+    return set(get_entities(["O" if tag in OUTSIDE else tag if tag.startswith(SCHEME) else f"S-{tag}" for tag in tags]))
 
 
 def last_word(words: Sequence[int | None]) -> int:

@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ftray.task_spec import TaskSpec
 from helpers.packs import Trial
 from helpers.ports import free_port
 
@@ -49,6 +50,9 @@ class Server:
         for seed, (name, method) in enumerate(methods.items()):
             self.models[name] = Trial(method, seed=seed).model(base).eval()
             self.models[name].save_pretrained(places.get(name, directory / name))
+        TaskSpec(template="say {prompt}:\n").save(places["best"])
+        self.other = "<|system|>asked<|end|>" + self.tokenizer.chat_template  # that trial 3 was trained with
+        TaskSpec(template="chat", chat_template=self.other).save(places["trial-3"])
         config = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.01}}
         row = {"trial": 3, "status": "finished", "value": 1.25, "config": config, "checkpoint": str(kept)}
         gone = {**row, "trial": 4, "checkpoint": str(kept) + "-gone", "value": None, "status": "failed"}

@@ -81,14 +81,20 @@ async def respond(
         first = await anext(messages)  # before the response begins: a refusal needs a status
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = stream_events(writer, messages, first.prompt_tokens or 0, with_usage)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return StreamingResponse(events, media_type="text/event-stream", headers=warning_headers(first.warning))
     deltas: list[OutputDelta] = []
-    prompt_tokens = 0
+    prompt_tokens, warning = 0, None
     async for message in messages:
-        prompt_tokens = message.prompt_tokens or prompt_tokens
+        prompt_tokens, warning = message.prompt_tokens or prompt_tokens, message.warning or warning
         deltas += message.deltas
     whole = writer.whole(deltas, len(request.prompts or [0]) * request.n)
-    return JSONResponse(whole | {"usage": usage(prompt_tokens, sum(delta.count for delta in deltas))})
+    whole |= {"usage": usage(prompt_tokens, sum(delta.count for delta in deltas))}
+    return JSONResponse(whole, headers=warning_headers(warning))
+
+
+def warning_headers(warning: str | None) -> dict[str, str]:
+    """Headers that tell a warning; none where there is none."""
+    return {"x-ftray-warning": warning.encode("ascii", "backslashreplace").decode()} if warning else {}
 
 
 async def stream_events(

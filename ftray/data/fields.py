@@ -1,0 +1,74 @@
+"""Mapping: which keys of a record make the fields that a shape is told by."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from ftray.data.shapes import LEFT_OUT, Record
+from ftray.errors import UserError, near
+
+
+class Fields:
+    """A mapping, ready for use.
+
+    Args:
+        fields: field -> key of the record (dots lead into it), or a jinja template over its keys.
+
+    Raises:
+        UserError: a template that jinja can't read.
+    """
+
+    def __init__(self, fields: dict[str, str]):
+        from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        # as chat templates are run: a template out of somebody else's configuration is not to reach the machine
+        jinja = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        self.keys: dict[str, str] = {}
+        self.templates: dict[str, tuple[Any, set[str]]] = {}
+        for field, source in fields.items():
+            if "{{" not in source and "{%" not in source:
+                self.keys[field] = source
+                continue
+            try:
+                self.templates[field] = jinja.from_string(source), meta.find_undeclared_variables(jinja.parse(source))
+            except TemplateSyntaxError as error:
+                raise UserError(f"data.fields: {field}: jinja can't read it: {error.message}") from None
+
+    def __call__(self, record: Record, where: object) -> Record:
+        """The record that the mapping makes; the names of keys that it doesn't use stand under `LEFT_OUT`.
+
+        Raises:
+            UserError: a key is missing, or a template fails; says where.
+        """
+        made = {field: _value(record, path, field, where) for field, path in self.keys.items()}
+        made |= {field: _rendered(template, record, field, where) for field, (template, _) in self.templates.items()}
+        used = {path if path in record else path.partition(".")[0] for path in self.keys.values()}
+        used = used.union(*(keys for _, keys in self.templates.values()))
+        left = sorted(str(key) for key in record if key not in used)
+        return made | ({LEFT_OUT: left} if left else {})
+
+
+@lru_cache(maxsize=16)
+def compiled(fields: str) -> Fields:
+    """The mapping in a text of JSON."""
+    return Fields(json.loads(fields))
+
+
+def _value(record: Record, path: str, field: str, where: object) -> Any:
+    value: Any = record
+    for key in [path] if path in record else path.split("."):
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            hint = near(path, map(str, record), otherwise=f"it has {', '.join(map(str, record)) or 'none'}")
+            raise UserError(f"{where}: data.fields: {field}: the record has no key {path}{hint}") from None
+    return value
+
+
+def _rendered(template: Any, record: Record, field: str, where: object) -> str:
+    try:
+        return str(template.render(record))
+    except Exception as error:  # a template is a program, and raises whatever it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: data.fields: the template of {field} fails: {reason}") from None
