@@ -37,7 +37,7 @@ PARTIAL = ".partial"  # directory that several processes fill together before it
 class Location(ABC):
     """A file or directory, local or in an object store.
 
-    Methods that :class:`pathlib.Path` has too mean the same, but a file that is written appears whole or not at all.
+    Methods that `pathlib.Path` has too mean the same, but a file that is written appears whole or not at all.
     What fails raises an OSError.
     """
 
