@@ -4,7 +4,7 @@ LOWEST ?= .venv-lowest
 PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest lint
+.PHONY: demo test test-all test-lowest models fuzz lint
 
 # One file a process at a time, in the order of tests/conftest.py.
 PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -19,6 +19,10 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/$(PYTEST) -m "slow or not slow"
 
+# What is neither taken nor refused in one line, for five minutes.
+fuzz: $(VENV)/.installed
+	FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/fuzz -m slow --timeout 900
+
 # The oldest releases of what pyproject.toml names; what those need in turn is of today.
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
@@ -26,6 +30,10 @@ test-lowest:
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--editable ".[serve,test]"
 	$(LOWEST)/bin/$(PYTEST)
+
+# docs/models.md for the installed transformers; families in build/models.jsonl are not tried again.
+models: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

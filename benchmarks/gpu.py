@@ -251,7 +251,7 @@ def _peak_memory() -> Iterator[list[float]]:
 def decode(size: str, adapters: int, new: int) -> dict[str, Any]:
     """Output tokens a second of one sequence for each of the adapters, together, beside `generate` in turn."""
     from ftray.serving.engine import Engine, Sequence
-    from ftray.serving.sampling import Sampling
+    from ftray.serving.generation_request import Sampling
 
     base = llama(size, torch.bfloat16)
     words = {f" w{i}": i for i in range(base.config.vocab_size)}
@@ -270,7 +270,7 @@ def decode(size: str, adapters: int, new: int) -> dict[str, Any]:
             left[0] -= piece.finish is not None
 
         for i in range(adapters):
-            engine.submit(Sequence(prompt, Sampling(max_tokens=new, temperature=0.0), emit, str(i)))
+            engine.submit(Sequence(prompt, new, Sampling(temperature=0.0), emit, str(i)))
         while left[0]:
             engine.step()
 

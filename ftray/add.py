@@ -3,10 +3,8 @@
 import sys
 from typing import Any
 
-import yaml
-
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config, config_from
+from ftray.config import AdapterConfig, Config, config_from, parse_yaml
 from ftray.errors import UserError
 
 
@@ -61,8 +59,8 @@ def parsed(text: str | None) -> dict[str, Any]:
     if not text:
         raise UserError(f"which configuration? For example '{example}'")
     try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError:
+        given = parse_yaml(text, "configuration")
+    except UserError:
         given = None
     if not isinstance(given, dict) or not given.get("adapter") or given.keys() - {"adapter", "training"}:
         raise UserError(f"not a configuration: {text[:80]!r}; it looks like {example}")

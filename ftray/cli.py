@@ -4,18 +4,20 @@ Exit codes: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ftray.config import Config, config_from, section_at
+from ftray.config import Config, at_home, config_from, parse_yaml, section_at
 from ftray.errors import Terminated, UserError, near
 
 
@@ -170,6 +172,8 @@ COMMANDS = {
         ),
     ),
 }
+# what the system says of a path that can't be had, whoever asked it
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 SEVERAL = ("adapters", "data.source", "data.validation", "data.test")
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
@@ -202,6 +206,11 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ftray {name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DENIED:
+            raise
+        print(f"ftray {name}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"ftray {name}: interrupted", file=sys.stderr)
         return 130
@@ -229,11 +238,34 @@ def parse(name: str, argv: Sequence[str]) -> Config:
         if field != "config" and value is not None:
             _assign(values, field, value)
     for field, text in _pairs(name, rest):
-        value = _value(text)
+        value = _value(field, text)
         for key in value if isinstance(value, dict) and field in _sections() else ():
             _refuse_unread(name, f"{field}.{key}")
         _assign(values, field, value)
     return config_from(values)
+
+
+def _value(field: str, text: str) -> object:
+    """A flag's value: text as it is typed where the field takes text, else what it says as YAML."""
+    info = field_of(field) if field in fields() else None
+    kinds = _kinds(info.annotation) if info else []
+    if text in kinds or (str in kinds and not (list in kinds and text.startswith("["))):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2000-99-99 looks like a date
+        return text  # the field says what it takes instead
+
+
+def _kinds(annotation: object) -> list[Any]:
+    """The types that a field takes, of a choice its values."""
+    if get_origin(annotation) in (list, dict):
+        return [get_origin(annotation)]
+    if not (parts := get_args(annotation)):
+        return [annotation]
+    if get_origin(annotation) is Literal:
+        return list(parts)
+    return [kind for part in parts for kind in _kinds(part)]
 
 
 def reads(name: str, field: str) -> bool:
@@ -275,14 +307,6 @@ def _refuse_unread(name: str, field: str) -> None:
 def _reads_any(name: str, field: str) -> bool:
     """Whether the command reads the field, or, of a section or where there is no such field, any of the section."""
     return reads(name, field) if field in fields() else bool(_readable(name, field.partition(".")[0]))
-
-
-def _value(text: str) -> object:
-    """A flag's value as YAML; one that is none is left to the field, which may read it in another way."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
@@ -373,14 +397,12 @@ def _pairs(command: str, rest: list[str]) -> list[tuple[str, str]]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+        text = Path(str(at_home(path))).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    values = parse_yaml(text, path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold a mapping of sections, not a {type(values).__name__}")
     return values

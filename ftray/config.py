@@ -7,19 +7,46 @@ A value comes from the first of: the command line (``--section.key value``), the
 import codecs
 import importlib
 import json
+import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ftray.errors import UserError, near
 
 
 def _comma_separated(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def at_home(value: object) -> object:
+    """A path, or several, or NAME=PATH, with `~` and `~user` at its start written out; whatever else, as it is."""
+    if isinstance(value, list):
+        return [at_home(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError("holds a NUL character, as no path can")
+    name, path = re.fullmatch(r"([^=/~]+=)?(.*)", value, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return name + os.path.expanduser(path)
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value  # as YAML 1.1 reads it
 
 
 def _one_or_several(value: object) -> object:
@@ -61,6 +88,8 @@ class ModelConfig(Section):
     double_quantization: bool = Field(True, description="of 4bit: quantise the scales too")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
+    _at_home = field_validator("name")(at_home)
+
 
 class DataConfig(Section):
     """Records, how they become tokens, and how they are split."""
@@ -100,6 +129,8 @@ class DataConfig(Section):
         None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
     )
 
+    _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
+
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
         if self.validation_fraction + self.test_fraction >= 1:
@@ -132,7 +163,7 @@ class AdapterConfig(BaseModel):
         """Of `method: peft`, what lies in the named file, or in the directory of an adapter: workers may not see it."""
         if not isinstance(values, dict) or values.get("method") != "peft" or not isinstance(values.get("config"), str):
             return values
-        path = Path(values["config"]).expanduser()
+        path = Path(str(at_home(values["config"])))
         path = path / "adapter_config.json" if path.is_dir() else path
         try:
             return values | {"config": json.loads(path.read_text(encoding="utf-8"))}
@@ -204,7 +235,7 @@ class SearchConfig(Section):
     time_budget: float | None = Field(
         None, gt=0, description="seconds of training, and at least a first result, after which no trial continues"
     )
-    pack: PositiveInt | Literal["auto", "off"] = Field(
+    pack: Annotated[PositiveInt | Literal["auto", "off"], BeforeValidator(_off)] = Field(
         "auto", description="trials that train together over one base model; off: each has workers of its own"
     )
     concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
@@ -218,6 +249,8 @@ class SearchConfig(Section):
     trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
         ["tensorboard"], description="what the trials' curves are shown to, comma-separated; mlflow, wandb: extras"
     )
+
+    _at_home = field_validator("space")(at_home)
 
 
 class EvaluationConfig(Section):
@@ -249,6 +282,8 @@ class GenerationConfig(Section):
     top_k: int = Field(0, ge=0, description="draw from this many tokens; 0: from all")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: what was said is less likely to be said again")
     seed: int = Field(0, description="of the draws")
+
+    _at_home = field_validator("file")(at_home)
 
 
 class MergeConfig(Section):
@@ -308,6 +343,8 @@ class ServingConfig(Section):
     scale_down_seconds: float = Field(600, ge=0, description="how long there must be fewer before replicas go")
     drain_seconds: float = Field(30, gt=0, description="time for answers under way when a replica goes")
 
+    _at_home = field_validator("run", "api_key_file", "adapter_sources", "registry")(at_home)
+
 
 class RequestConfig(Section):
     """What is asked of a search that runs."""
@@ -345,6 +382,8 @@ class Config(Section):
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
+    _at_home = field_validator("adapters", "output")(at_home)
+
 
 def config_from(values: dict[str, Any]) -> Config:
     """Validate `values`; the first error becomes one line that names the field and near names.
@@ -363,6 +402,22 @@ def config_from(values: dict[str, Any]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         raise UserError(f"{'.'.join(path) or 'configuration'}: {message}{shown}") from None
+
+
+def parse_yaml(text: str, where: object) -> object:
+    """What YAML says; `str(where)` is its place, for messages.
+
+    Raises:
+        UserError: it is not valid YAML; with the line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line, reason = f":{mark.line + 1}" if mark else "", str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or reason}") from None
+    except (ValueError, RecursionError) as error:  # what looks like a date and is none; thousands of brackets
+        raise UserError(f"{where}: not valid YAML: {error}") from None
 
 
 def section_at(path: list[str]) -> type[BaseModel]:

@@ -11,6 +11,11 @@ class Terminated(BaseException):
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, never with a traceback."""
 
+    def __str__(self) -> str:
+        """The message, in which line breaks, halves of characters and what else can't be printed are escaped."""
+        text = super().__str__()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 def near(
     name: str,

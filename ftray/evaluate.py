@@ -10,6 +10,7 @@ from rich.table import Table
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.storage.location import Location, parse_location
 
 FILE = "evaluation.json"
 
@@ -30,13 +31,17 @@ def run(cfg: Config) -> int:
         quiet()
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
+    from ftray.data.splits import require
     from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.task_spec import TaskSpec
     from ftray.tasks.infer_task import infer_task
 
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
+    split = cfg.evaluation.split
     data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    if split != "all":
+        require(split, data_cfg, f"there is no {split} split to score")
     task = saved_task(cfg, adapters)
     for adapter in adapters[1:]:
         if data_settings(cfg, adapter) != data_cfg:
@@ -44,16 +49,24 @@ def run(cfg: Config) -> int:
                 f"adapter {adapter}: was trained with another template than {adapters[0]} (see their {FILE_OF_TASK}): "
                 "evaluate them apart, or say by --data.template what both are to be given"
             )
+    if split == "all":  # which are not split, then: no part of them can be empty
+        data_cfg = data_cfg.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0})
     cfg = cfg.model_copy(update={"data": data_cfg})
     check = DataCheck(data_cfg)
     cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
     data_cfg = cfg.data
 
-    from ftray.models.load import load_tokenizer, own_labels  # takes seconds: a name misspelt has been found by now
+    # these take seconds to import: a name misspelt has been found by now
+    from ftray.adapters.discovery import added_by
+    from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
+    from ftray.models.load import load_skeleton, load_tokenizer, own_labels
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
-    check.run(tokenizer, cfg.task, labels)
+    spec = check.run(tokenizer, cfg.task, labels)
+    skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
+    check_special_tokens(cfg.model.name, skeleton, tokenizer)
+    data_cfg = within_positions(data_cfg, skeleton, added)
     place = output_file(cfg)
 
     import ray
@@ -63,7 +76,7 @@ def run(cfg: Config) -> int:
 
     connect(cfg)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
-    split = cfg.evaluation.split
+    refuse_beyond(data, data_cfg, skeleton, tokenizer, added)
     if split != "all" and not data.splits[split].records:
         raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
@@ -79,14 +92,15 @@ def run(cfg: Config) -> int:
     return 0
 
 
-def output_file(cfg: Config) -> Path | None:
+def output_file(cfg: Config) -> Location | None:
     """Where the JSON goes: `output` if it ends in .json, else `evaluation.json` in it; None where it isn't given."""
     if "output" not in cfg.model_fields_set:
         return None
-    output = Path(cfg.output)
-    if output.suffix != ".json" and output.is_file():
+    output, named = parse_location(cfg.output), Path(cfg.output).suffix == ".json"
+    if not named and output.is_file():
         raise UserError(f"output {output}: is a file: name one that ends in .json, or a directory")
-    return output if output.suffix == ".json" else output / FILE
+    (output.parent if named else output).check_writable()
+    return output if named else output / FILE
 
 
 def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) -> dict[str, Any]:

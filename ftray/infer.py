@@ -11,6 +11,7 @@ from ftray.cli import run_command
 from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_write
+from ftray.storage.location import Location, parse_location
 from ftray.task_spec import CHAT, RAW, TaskSpec
 
 HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -37,6 +38,8 @@ def run(cfg: Config) -> int:
         raise UserError("infer: --prompt and --file don't go together")
     if len(cfg.adapters) > 1:
         raise UserError("infer: takes one adapter: combine several with ftray merge, compare them with ftray evaluate")
+    if asked.file is not None and (output := _output(cfg)):
+        output.parent.check_writable()
     adapters = [find_adapter(name) for name in cfg.adapters]
     if (task := saved_task(cfg, adapters).name) != "CAUSAL_LM":
         raise UserError(f"infer: only CAUSAL_LM answers prompts, this is for {task}: take ftray evaluate, or merge it")
@@ -133,7 +136,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     from ftray.data.formats import parse_json
 
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
     try:
@@ -268,14 +271,23 @@ def answer_file(
         json.dumps({**record, "generated": text}, ensure_ascii=False) + "\n"
         for (_, record), text in zip(records, texts, strict=True)
     ]
-    if "output" not in cfg.model_fields_set:
+    output = _output(cfg)
+    if output is None:
         print("".join(lines), end="", flush=True)
         return
-    output = Path(cfg.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write("".join(lines))
     print(f"generated {output}")
+
+
+def _output(cfg: Config) -> Location | None:
+    """The file that answers go to; None: to standard output."""
+    if "output" not in cfg.model_fields_set:
+        return None
+    if Path(cfg.output).is_dir():
+        raise UserError(f"output {cfg.output}: is a directory: name a file")
+    return parse_location(cfg.output)
 
 
 def converse(cfg: Config, generator: Generator, renderer: Renderer) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.storage.location import parse_location
 
 
 def run(cfg: Config) -> int:
@@ -79,6 +80,8 @@ def run(cfg: Config) -> int:
 def _output(cfg: Config) -> Path:
     if "output" not in cfg.model_fields_set:
         raise UserError("merge: give --output DIR")
+    if "://" in cfg.output:
+        raise UserError(f"output {cfg.output}: merge writes to a directory: name one, and copy it from there")
     output = Path(cfg.output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {cfg.output}: exists: name another")
@@ -86,6 +89,7 @@ def _output(cfg: Config) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output {cfg.output}: can't write there ({error.strerror})") from None
+    parse_location(output.parent).check_writable()
     return output
 
 

@@ -50,10 +50,12 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
         The configuration as it will run, the model's directory and its tokenizer.
     """
     from ftray.data import DataCheck
+    from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.tasks.infer_task import infer_task, with_resumed_template
 
+    require("validation", cfg.data, "which checkpoint is the best is told by records that are not trained on")
     model_path = find(cfg.model.name)
     cfg = with_resumed_template(cfg)
     data = DataCheck(cfg.data)
@@ -61,6 +63,8 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run
+    from ftray.adapters.methods import added_tokens
+    from ftray.data.limits import check_special_tokens, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps
@@ -68,7 +72,10 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
-    dry_run(cfg.adapter, load_skeleton(cfg.model, model_path, task), cfg.model, cfg.training)
+    skeleton = load_skeleton(cfg.model, model_path, task)
+    check_special_tokens(cfg.model.name, skeleton, tokenizer)
+    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, added_tokens(cfg.adapter))})
+    dry_run(cfg.adapter, skeleton, cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly
     return cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})}), model_path, tokenizer
@@ -80,7 +87,10 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     Raises:
         RunFailed: see :func:`fit`.
     """
+    from ftray.adapters.methods import added_tokens
     from ftray.data import prepare
+    from ftray.data.limits import refuse_beyond
+    from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
     from ftray.search.results import save_best_adapter
@@ -90,6 +100,8 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     connect(cfg)
     end_with_ray("train")
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    skeleton = load_skeleton(cfg.model, model_path, data.task)
+    refuse_beyond(data, cfg.data, skeleton, tokenizer, added_tokens(cfg.adapter))
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     result = fit(SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg)), output)

@@ -90,7 +90,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     from ftray.search.results import trial_rows, write_json, write_leaderboard
 
     started = time.monotonic()
-    context = search_for_best(cfg, space, model_path, output)
+    context = search_for_best(cfg, space, model_path, tokenizer, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
@@ -123,9 +123,13 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     return exit_code(best, proof["merged"])
 
 
-def search_for_best(cfg: Config, space: "Space", model_path: str, output: Location) -> "SearchContext":
+def search_for_best(
+    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location
+) -> "SearchContext":
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
+    from ftray.data.limits import refuse_beyond
+    from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
     from ftray.search.driver import search
@@ -137,6 +141,7 @@ def search_for_best(cfg: Config, space: "Space", model_path: str, output: Locati
     from ftray.search.trial_worker import SearchContext
 
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task), tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
@@ -233,6 +238,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
     """
     from ftray.data import DataCheck
+    from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.search.space import load_space
@@ -242,6 +248,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
+    require("validation", cfg.data, "a search goes by records that are not trained on")
+    require("test", cfg.data, "the proof needs records that the search never sees")
     model_path = find(cfg.model.name)
     cfg = with_resumed_template(cfg)
     data = DataCheck(cfg.data)
@@ -249,6 +257,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
+    from ftray.data.limits import check_special_tokens, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
@@ -259,6 +268,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
+    check_special_tokens(cfg.model.name, skeleton, tokenizer)
+    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, most_added(space))})
     tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
         adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
@@ -269,6 +280,13 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
             tried.append(adapter)
         accumulation_steps(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
+
+
+def most_added(space: "Space") -> int:
+    """The most tokens that an adapter of the space puts before a record."""
+    from ftray.adapters.methods import added_tokens
+
+    return max(added_tokens(AdapterConfig(**corner["adapter"])) for corner in space.corners())
 
 
 def prove(context: "SearchContext", output: Location) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,16 @@ CONFIG = {
     "broken config": (["--config", "broken.yaml"], "broken.yaml:3: not valid YAML"),
     "unknown section": (["--config", "section.yaml"], "unknown key trainin; did you mean training"),
     "fractions too large": (["--data.validation_fraction", "0.95"], "nothing is left to train on"),
+    "metric of text without text": (
+        ["--search.metric", "exact_match", "--evaluation.generate", "false"],
+        "search.metric exact_match: is of generated text, and evaluation.generate is false",
+    ),
+    "nothing to search by": (
+        ["--data.validation_fraction", "0"],
+        "data.validation_fraction 0: a search goes by records",
+    ),
+    "nothing to prove by": (["--data.test_fraction", "0"], "data.test_fraction 0: the proof needs records"),
+    "no text but a date": (["--config", "date.yaml"], "date.yaml: not valid YAML: "),
     "template without prompt": (["--data.template", "x"], "template must hold {prompt}"),
     "batch not divisible": (["--training.micro_batch", "3"], "make it a multiple of 3"),
     "pack under ZeRO 3": (["--pack", "4", "--training.zero_stage", "3"], "ZeRO 3 shards the base model"),
@@ -231,6 +242,7 @@ def run(tmp_path, monkeypatch, capsys, model: str, words: str, arguments: list[s
     (tmp_path / "ragged.csv").write_text("input,output\na,A\nb\n")
     (tmp_path / "fake.parquet").write_text("not parquet")
     (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
+    (tmp_path / "date.yaml").write_text("training: {steps: 2000-99-99}\n")
     (tmp_path / "section.yaml").write_text("trainin: {steps: 1}\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "used").mkdir()
@@ -335,3 +347,56 @@ def test_what_is_misspelt_is_told_before_anything_slow_is_imported(command, tmp_
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout == "2 set()\n"
     assert what in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "what"),
+    [
+        ("preprocess", ["--data.cache", "words.jsonl/cache"], "data.cache words.jsonl/cache: can't write there"),
+        ("train", ["--data.cache", "words.jsonl/cache"], "data.cache words.jsonl/cache: can't write there"),
+        ("evaluate", ["--output", "words.jsonl/scores.json"], "output words.jsonl: can't write there"),
+        ("evaluate", ["--split", "test", "--data.test_fraction", "0"], "data.test_fraction 0: there is no test split"),
+        ("infer", ["--file", "p.txt", "--output", "words.jsonl/a.jsonl"], "output words.jsonl: can't write there"),
+        ("infer", ["--file", "p.txt", "--output", "empty"], "output empty: is a directory: name a file"),
+        ("merge", ["--adapter", "a", "--output", "words.jsonl/merged"], "can't write there"),
+        ("merge", ["--adapter", "a", "--output", "s3://bucket/merged"], "merge writes to a directory"),
+    ],
+)
+def test_places_that_can_not_be_written(command, more, what, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jsonl").write_text(Path(words).read_text())
+    (tmp_path / "p.txt").write_text("a\n")
+    (tmp_path / "empty").mkdir()
+    given = ["--data", "words.jsonl"] if command in ("preprocess", "train", "evaluate") else []
+    assert run_command(command, ["--model", tiny_llama, *given, *more]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1, message
+    assert what in message
+
+
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command("preprocess", ["--model", "x" * 300]) == 2
+    assert capsys.readouterr().err.endswith("File name too long\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "what"),
+    [
+        ({"RAY_TMPDIR": "/tmp/" + "x" * 60}, "local", "too long for Ray's sockets"),
+        ({"RAY_TMPDIR": "/dev/null/ray"}, "local", "RAY_TMPDIR /dev/null/ray: can't write there"),
+        ({"RAY_ADDRESS": "127.0.0.1:9"}, None, "no Ray cluster answers at"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/none"}, "10.0.0.1:9", "RAY_AUTH_TOKEN_PATH /none: can't"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "/none"}, "10.0.0.1:9", "RAY_AUTH_MODE is token, and there is none"),
+    ],
+)
+def test_a_cluster_that_can_not_be_had(environment, address, what, monkeypatch):
+    from ftray.runtime import cluster
+
+    monkeypatch.setattr(cluster, "JOIN_PATIENCE", 0)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(what)):
+        cluster.check_address(config_from({"scaling": {"address": address}}))

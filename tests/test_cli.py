@@ -95,7 +95,7 @@ def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, ca
         nested = {section[0]: {key: value, **more}} if section else {key: value}
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(nested))
-        text = value if field == "task" else json.dumps(value)  # the command's own flags take text as it is
+        text = value if isinstance(value, str) else json.dumps(value)  # text is taken as it is typed
         given = [f"--{field}"] if field in ("resume", "verbose") else [f"--{field}={text}"]
         given += [f"--{section[0]}.{name}={other}" for name, other in more.items()]
         for arguments in (["--config", str(path)], given):
@@ -160,6 +160,63 @@ def test_values_come_from_command_line_then_yaml_then_defaults(tmp_path):
 
 def test_numbers_in_scientific_notation_are_numbers():
     assert parse("train", ["--training.learning_rate", "3e-4"]).training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("field", "typed", "value"),
+    [
+        ("data.template", "Q: {prompt} A:", "Q: {prompt} A:"),
+        ("data.template", "{prompt}", "{prompt}"),
+        ("generation.prompt", "42", "42"),
+        ("generation.prompt", "null", "null"),
+        ("generation.system", "Rule: be terse", "Rule: be terse"),
+        ("generation.system", "[be terse", "[be terse"),
+        ("data.source", "2020-01-01", "2020-01-01"),
+        ("search.pack", "off", "off"),
+        ("search.pack", "4", 4),
+        ("evaluation.generate", "off", False),
+        ("merge.weights", "0.5,1", [0.5, 1.0]),
+    ],
+)
+def test_text_is_taken_as_it_is_typed_and_what_else_as_yaml(field, typed, value):
+    section, key = field.split(".")
+    for arguments in ([f"--{field}", typed], [f"--{field}={typed}"]):
+        assert getattr(getattr(parse("config", arguments), section), key) == value
+
+
+def test_yaml_may_say_off_of_packs(tmp_path):
+    (tmp_path / "c.yaml").write_text("search: {pack: off}")
+    assert parse("tune", ["--config", str(tmp_path / "c.yaml")]).search.pack == "off"
+
+
+@pytest.mark.parametrize("value", ["[1, 2", "2000-99-99", "{a: b: c}", "*x", "["])
+def test_what_is_no_yaml_is_refused_by_its_field(value):
+    with pytest.raises(UserError, match=r"^training\.steps: Input should be a valid integer"):
+        parse("train", ["--training.steps", value])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("model.name", "data.source", "data.validation", "data.test", "data.cache", "search.space", "generation.file"),
+        *("serving.run", "serving.api_key_file", "serving.adapter_sources", "serving.registry", "adapters", "output"),
+    ],
+)
+def test_a_path_may_begin_at_home(field, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, _, key = field.rpartition(".")
+    several = field in ("serving.adapter_sources", "adapters")
+    typed, wanted = "~/here", f"{tmp_path}/here"
+    nested = {key: [typed] if several else typed}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({section: nested} if section else nested))
+    for arguments in (["--config", "~/c.yaml"], [f"--{field}={'[~/here]' if several else typed}"]):
+        got = parse("config", arguments)
+        assert getattr(getattr(got, section) if section else got, key) == ([wanted] if several else wanted)
+    assert parse("serve", ["--adapter", "terse=~/a", "--adapter", "s3://b/~c"]).adapters == [
+        f"terse={tmp_path}/a",
+        "s3://b/~c",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -251,6 +308,28 @@ def test_what_is_documented_of_a_command_it_takes(name, tmp_path, monkeypatch):
 
 def needed(field: str) -> list[str]:
     return ["--training.zero_stage=2"] if field == "training.offload" else []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'"a\\nb": 1', r"unknown key a\nb; known: "),
+        (b'"\\L": 1', r"unknown key \u2028; known: "),
+        (b'"\\N": 1', r"unknown key \x85; known: "),
+        (b'"\\f": 1', r"unknown key \x0c; known: "),
+        (b'"\\uD83D": 1', r"unicode string (got '\ud83d')"),
+        (b"a: 1\x02", "not valid YAML: unacceptable character #x0002"),
+        (b"a: \xff", "not valid YAML: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_refusal_is_one_line_whatever_it_quotes(content, said, tmp_path, capsys):
+    """Found by tests/fuzz."""
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    assert main(["config", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 def test_unknown_command(capsys):

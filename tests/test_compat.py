@@ -31,6 +31,15 @@ def test_ray_bootstrap_address(monkeypatch):
         bootstrap_address("nonsense")
 
 
+def test_ray_socket_path(cluster):
+    from ftray.compat.ray import raylet_socket, socket_path
+
+    real, ours = Path(raylet_socket()), Path(socket_path())
+    assert ours.parents[2] == real.parents[2]  # the root of all sessions
+    assert abs(len(str(ours.parent)) - len(str(real.parent))) <= 2  # ids of processes differ
+    assert len(ours.name) >= len(real.name)
+
+
 def test_ray_raylet_socket(cluster):
     import socket
 
@@ -132,11 +141,36 @@ def test_peft_stored_tensors(tiny_llama):
     assert torch.equal(stored_tensors(model, tiny_llama)(name), load_file(f"{tiny_llama}/model.safetensors")[name])
 
 
+def test_peft_taken_names():
+    """What PEFT makes of the names in a model: see what it does with them."""
+    from conftest import llama
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from ftray.compat.peft import taken_names
+
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        mlp_only_layers=[0],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=16,
+    )
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    assert {"gate_proj", "up_proj", "down_proj"} <= taken_names(model, "LORA")
+    assert taken_names(model, "OFT") == taken_names(llama(), "LORA") == frozenset()
+    with torch.device("meta"):
+        adapted = get_peft_model(model, LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
+    assert not any(".mlp.gate_proj.lora_A" in name for name, _ in adapted.named_parameters())
+
+
 def test_transformers_attention(tiny_llama):
-    from ftray.compat.transformers import attention_of, set_attention
+    from ftray.compat.transformers import set_attention
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa")
-    assert attention_of(model.config) == "sdpa"
     ids = torch.arange(5)[None]
     assert model(ids, output_attentions=False).attentions is None
     set_attention(model.config, "eager")  # the one that gives its weights

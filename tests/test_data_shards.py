@@ -16,7 +16,7 @@ from ftray import preprocess
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, pipeline, prepare, shards, sources
 from ftray.data.records import Example
-from ftray.data.splits import order_key, split_of
+from ftray.data.splits import needed, order_key, require, split_of
 from ftray.data.tokens import tokenize
 from ftray.errors import UserError
 from ftray.reports.data import describe
@@ -96,7 +96,7 @@ WRONG = {
         {"test_fraction": 0},
         "validation split of 3 record.* is empty: raise data.validation_",
     ),
-    "no validation asked": (GOOD, {"validation_fraction": 0}, "validation split of 60 .* is empty"),
+    "validation of almost nothing": (GOOD, {"validation_fraction": 1e-9}, "validation split of 60 .* is empty"),
     "test empty": (GOOD, {"test_fraction": 1e-9}, "test split of 60 .* is empty: raise data.test_fraction"),
     "limit too small": (GOOD, {"limit": 1}, "is left for training|split of 1 record.* is empty"),
     "nothing fits": (
@@ -113,6 +113,16 @@ def test_check_refuses(tmp_path, tokenizer, case):
     records, changes, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         DataCheck(settings(tmp_path, write(tmp_path / "r.jsonl", records), **changes)).run(tokenizer)
+
+
+def test_a_split_that_was_not_asked_for_is_missed_by_the_commands_that_need_it():
+    """Training and searching do; to tokenize or to score all records needs none."""
+    for split in ("validation", "test"):
+        cfg = DataConfig(**{f"{split}_fraction": 0})
+        assert split not in needed(cfg)
+        with pytest.raises(UserError, match=rf"data\.{split}_fraction 0: why: raise it, or give data\.{split}"):
+            require(split, cfg, "why")
+        require(split, DataConfig(**{f"{split}_fraction": 0, split: "other.jsonl"}), "why")
 
 
 def test_check_looks_at_explicit_validation_and_test_sources(tmp_path, tokenizer):

@@ -106,8 +106,25 @@ MODELS = {
         "packed",
         "q_proj down_proj",
     ),
-    "capped logits": ("Gemma2ForCausalLM", "Gemma2Config", {"head_dim": 16, "sliding_window": 8}, "apart", "q_proj"),
-    "scaled logits": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 8.0}, "apart", "q_proj"),
+    "capped logits": ("Gemma2ForCausalLM", "Gemma2Config", {"head_dim": 16, "sliding_window": 8}, "padded", "q_proj"),
+    "scaled logits": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 8.0}, "packed", "q_proj"),
+    "values narrower than queries": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "packed",
+        "q_b_proj kv_b_proj o_proj",
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """What stands around the code: package, workflows, changelog."""
 
+import ast
 import email
 import re
 import shutil
@@ -252,3 +253,16 @@ def test_the_architecture_names_what_is_there():
     held = set(re.findall(r"`(\w+)(?:/|\.py)`", table))
     assert rooms - held <= set(re.findall(r"ftray\.(\w+)", LAYERS[0]))  # commands: not each by name
     assert held <= rooms
+
+
+def test_what_the_troubleshooting_page_quotes_is_what_the_code_says():
+    said = []
+    for path in (REPOSITORY / "ftray").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    quoted = re.findall(r"^\| `(.+?)` \|", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 40
+    assert [text for text in quoted if not any(text in one for one in said)] == []

@@ -37,7 +37,7 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
     """
     if "://" in name:
         return _copied(name)
-    path = Path(name).expanduser()
+    path = Path(name)
     for place in (path, *(path / inside for inside in INSIDE)):
         if (place / CONFIG).is_file():
             check(place, f"adapter {place}")
@@ -84,6 +84,11 @@ def adapter_config(adapter: Path) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason}") from None
+
+
+def added_by(adapter: Path) -> int:
+    """Tokens that an adapter puts before a text."""
+    return getattr(adapter_config(adapter), "num_virtual_tokens", None) or 0
 
 
 def weightless_config(adapter: Path) -> Any:

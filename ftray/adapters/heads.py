@@ -11,9 +11,14 @@ from ftray.task_spec import task_of
 
 
 def for_task(config: Any, model: Any) -> Any:
-    """Set `task_type` and, for PEFT to train and save, the modules that the base model came without."""
+    """Set `task_type` and, for PEFT to train and save, the modules that the base model came without.
+
+    Of a head of several layers the whole is named, also where but one of them is new: PEFT names it too, and would wrap
+    a layer inside of what is wrapped already.
+    """
     config.task_type = task_of(model).name
-    new = getattr(model, "new_modules", [])
+    base = model.base_model_prefix
+    new = [name if name.startswith(f"{base}.") else name.split(".")[0] for name in getattr(model, "new_modules", [])]
     if new and hasattr(config, "modules_to_save"):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
     return config

@@ -241,6 +241,16 @@ def parameters(adapter: AdapterConfig) -> Parameters:
         raise UserError(f"adapter.{name}: {reason} (got {first['input']!r})") from None
 
 
+def added_tokens(adapter: AdapterConfig) -> int:
+    """Tokens that the method puts before a text.
+
+    Raises:
+        UserError: as :func:`parameters`.
+    """
+    own = parameters(adapter)
+    return getattr(own, "virtual_tokens", None) or getattr(own, "config", {}).get("num_virtual_tokens") or 0
+
+
 def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
     """The PEFT configuration of `adapter` for `model` (the meta device will do) and a run of `steps`.
 
@@ -248,13 +258,20 @@ def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
         UserError: as :func:`parameters`, or target modules that the model lacks.
     """
     from ftray.adapters.heads import for_task
-    from ftray.adapters.targets import resolve_targets
+    from ftray.adapters.targets import expert_parameters, resolve_targets
+    from ftray.compat.peft import taken_names
 
     settings = parameters(adapter)
-    targets: list[str] = []
-    if isinstance(settings, LayerParameters):
-        targets = resolve_targets(model, settings.target_modules, settings.layers_to_transform)
-    return for_task(METHODS[adapter.method].build(settings, targets, model, steps), model)
+    if not isinstance(settings, LayerParameters):
+        return for_task(METHODS[adapter.method].build(settings, [], model, steps), model)
+    given, blocks = settings.target_modules, settings.layers_to_transform
+    taken = taken_names(model, adapter.method.upper())
+    config = METHODS[adapter.method].build(settings, resolve_targets(model, given, blocks, taken), model, steps)
+    if weights := expert_parameters(model, given, blocks):
+        if not hasattr(config, "target_parameters"):
+            raise UserError(f"target_modules: PEFT's {adapter.method} adapts no weights of experts: take lora")
+        config.target_parameters = weights
+    return for_task(config, model)
 
 
 def rate_ratio(adapter: AdapterConfig) -> float:
@@ -281,6 +298,7 @@ def attach(
 
     from ftray.adapters import lora_init
     from ftray.adapters.heads import exact_heads
+    from ftray.adapters.targets import asked_for, refuse_others
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -290,10 +308,12 @@ def attach(
         torch.manual_seed(seed)
         lora_init.before(model, config)
         try:
+            asked = asked_for(model, config)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
+        refuse_others(adapted, asked)
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -1,5 +1,7 @@
 """Private names of Ray's core; seen in Ray 2.60.0."""
 
+import os
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,14 @@ def bootstrap_address(address: str | None) -> str | None:
 
     found: str | None = canonicalize_bootstrap_address(address)
     return found
+
+
+def socket_path() -> str:
+    """The longest path that a cluster begun by this process would give a socket."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    return f"{get_default_ray_temp_dir()}/{session}/sockets/plasma_store"
 
 
 def raylet_socket() -> str:

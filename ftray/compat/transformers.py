@@ -7,11 +7,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
-def attention_of(config: PretrainedConfig) -> str:
-    """The name of the attention that a model runs: it can be set by a public way, and read by none."""
-    return str(config._attn_implementation)
-
-
 def set_attention(config: PretrainedConfig, name: str) -> None:
     """Let the modules that have this configuration run that attention.
 

@@ -138,7 +138,7 @@ def open_path(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" in source:
         opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(source)
         return opened
-    return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    return pafs.LocalFileSystem(), str(Path(source).absolute())
 
 
 @contextmanager

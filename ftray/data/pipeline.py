@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 from collections import Counter
@@ -126,7 +125,17 @@ def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str,
 def _cache(cfg: DataConfig) -> Location:
     from ftray.models.find import cache_root
 
-    return parse_location(os.path.expanduser(cfg.cache or cache_root() / "data"))
+    return parse_location(cfg.cache or cache_root() / "data")
+
+
+def check_cache(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...]) -> None:
+    """Check that :func:`prepare` can write, unless all that it would write is there.
+
+    Raises:
+        UserError: it can't.
+    """
+    if not (_cache(cfg) / fingerprint_of(cfg, sources, tokenizer, task, labels) / MANIFEST).exists():
+        _cache(cfg).check_writable("data.cache")
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Split:
         lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
         dropped, truncated: records left out, and cut to fit.
         digest: of all that is trained on; empty in shards made before it was added.
+        highest: token id; -1 in shards made before it was added.
     """
 
     files: list[str] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Split:
     dropped: int = 0
     truncated: int = 0
     digest: str = ""
+    highest: int = -1
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Split":
@@ -66,7 +68,10 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, by the names that they have in files."""
-        return {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        fields = {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        if self.highest < 0:
+            del fields["highest"]
+        return fields
 
 
 @dataclass
@@ -189,6 +194,8 @@ class SplitWriter:
         self.digest.update(row_group["key"].to_numpy().tobytes())  # a hash of all that the record says
         for name in ("input_ids", "labels"):
             self.digest.update(pa.compute.list_flatten(row_group[name]).to_numpy().tobytes())
+        ids = pa.compute.list_flatten(row_group["input_ids"])
+        self.split.highest = max(self.split.highest, pa.compute.max(ids).as_py())
         lengths = pa.compute.list_value_length(row_group["input_ids"]).to_numpy()
         supervised = pa.compute.not_equal(pa.compute.list_flatten(row_group["labels"]), IGNORE)
         self.lengths.append(lengths)

@@ -259,7 +259,7 @@ def hub_dataset(source: str) -> str | None:
 
 
 def _near(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(source)
     names = [p.name for p in path.parent.iterdir()] if "://" not in source and path.parent.is_dir() else []
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 

@@ -56,8 +56,22 @@ def find_sources(cfg: DataConfig) -> Sources:
 
 
 def needed(cfg: DataConfig) -> list[str]:
-    """The splits that must not be empty: a test split only where one was asked for."""
-    return [*SPLITS[:2], *(["test"] if cfg.test or cfg.test_fraction else [])]
+    """The splits that must not be empty: those that were asked for."""
+    asked = {"validation": cfg.validation or cfg.validation_fraction, "test": cfg.test or cfg.test_fraction}
+    return ["train", *(split for split, given in asked.items() if given)]
+
+
+def require(split: str, cfg: DataConfig, why: str) -> None:
+    """Refuse a configuration that asks for no records of a split which a command needs.
+
+    Args:
+        why: it needs them.
+
+    Raises:
+        UserError: that is so.
+    """
+    if split not in needed(cfg):
+        raise UserError(f"data.{split}_fraction 0: {why}: raise it, or give data.{split}")
 
 
 def order_key(record: dict[str, Any], seed: int) -> int:
@@ -124,8 +138,12 @@ class DataCheck:
 
         Raises:
             UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
-                supervised token within `max_length`, where the whole source was read.
+                supervised token within `max_length`, where the whole source was read; a cache that can't be
+                written.
         """
+        from ftray.data.pipeline import check_cache  # which imports this module
+
+        check_cache(self.cfg, self.sources, tokenizer, task, labels)
         of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
         counts: Counter[str] = Counter()
         first: list[Any] = []  # of all, with which those of other sources must agree

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ftray.config import EvaluationConfig
+from ftray.models.limits import positions
 from ftray.models.probe import decodes_together
 from ftray.models.stops import answer_text, stop_tokens
 
@@ -18,22 +19,26 @@ _together: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what was found o
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
     """Continuations in the order of `rows`, decoded in batches: of like length, padded on the left, where the model
-    continues a padded prompt as it does alone, else of equal length or one by one.
+    continues a padded prompt as it does alone, else of equal length or one by one. They end where a learnt table of
+    positions does.
 
     Greedy, unless `sampling` holds other arguments for transformers' `generate`.
     """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
-    texts = [""] * len(rows)
+    texts, most = [""] * len(rows), positions(model)
     for part in _batches(model, prompts, cfg.batch_size):
         width = max(len(prompts[i]) for i in part)
+        room = cfg.max_new_tokens if most is None else min(cfg.max_new_tokens, most - width)
+        if room < 1:  # as would be any answer, these are empty
+            continue
         pads = [width - len(prompts[i]) for i in part]
-        ids = torch.tensor([[tokenizer.pad_token_id] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
+        ids = torch.tensor([[tokenizer.pad_token_id or 0] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads])
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=cfg.max_new_tokens,
+            max_new_tokens=room,
             use_cache=True,
             eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id,

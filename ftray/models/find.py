@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ftray.config import at_home
 from ftray.errors import UserError, near
 from ftray.storage.atomic import atomic_dir
+from ftray.storage.location import parse_location
 from ftray.storage.lock import wait_for
 from ftray.storage.manifest import check
 
@@ -44,7 +46,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 def cache_root() -> Path:
     """Where converted models and tokenized data are kept: $FTRAY_CACHE, else ~/.cache/ftray."""
-    return Path(os.environ.get("FTRAY_CACHE") or Path.home() / ".cache" / "ftray")
+    return Path(str(at_home(os.environ.get("FTRAY_CACHE") or "~/.cache/ftray")))
 
 
 def find(name: str) -> str:
@@ -53,7 +55,7 @@ def find(name: str) -> str:
     Raises:
         UserError: nothing of that name, a directory that lacks a part of a model, or one that is damaged.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if name in BUNDLED:
         return str(_bundled(name))
     if path.is_file():
@@ -142,9 +144,14 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, built by whichever process comes first; the others wait for it."""
+    """`target`, built by whichever process comes first; the others wait for it.
+
+    Raises:
+        UserError: it can't be written.
+    """
     if target.is_dir():
         return target
+    parse_location(target.parent).check_writable("$FTRAY_CACHE")
     with wait_for(target.with_suffix(".lock")):
         if not target.is_dir():
             with atomic_dir(target, cached=True) as directory:

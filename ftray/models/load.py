@@ -141,7 +141,8 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     text = config.get_text_config()
-    if task.name != "CAUSAL_LM" and text.pad_token_id not in range(getattr(text, "vocab_size", 2**31)):  # none, or -1
+    own = getattr(text, "pad_token_id", None)  # some composites have no such field at all
+    if task.name != "CAUSAL_LM" and own not in range(getattr(text, "vocab_size", 2**31)):  # none, or -1
         text.pad_token_id = task.pad
     return config
 

@@ -5,15 +5,20 @@ masks without asking where records begin. No list of architectures says so relia
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-LENGTHS = (5, 19, 11)  # tokens: a short record before longer ones, and two that packed attention pads alike
+# tokens: a short record before longer ones, two that packed attention pads alike, and one that they are padded to
+LENGTHS = (5, 19, 11, 35)
+LONG = 300  # tokens of a record that is long enough for all layers to act
 MOVED = 0.02  # standard deviation by which an adapter's weights leave their start, where most of them do nothing
 
 
@@ -89,7 +94,7 @@ def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
 
     def collect(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
-        return found[-1]
+        return found[-1].clone()  # which the model may write to
 
     hook = model.get_input_embeddings().register_forward_hook(collect)
     try:
@@ -132,6 +137,22 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
     except Exception as error:  # one: a method that puts tokens before the row
         return reason_of(error)
     return wrong_logits(together, alone, allowed) or leak(together, again, allowed)
+
+
+@torch.no_grad()
+def padding_obstacle(model: Any) -> str | None:
+    """Why records that are padded on the right don't get the logits of each alone; None: they do."""
+    records = probe_records(model, 1)
+    width, device = max(map(len, records)), model.get_input_embeddings().weight.device
+    ids = torch.stack([F.pad(ids, (0, width - len(ids))) for ids in records]).to(device)
+    mask = torch.stack([(torch.arange(width) < len(ids)).long() for ids in records]).to(device)
+    try:  # what a prompt method puts before the records has logits of its own, which come first
+        together = model(input_ids=ids, attention_mask=mask).logits[:, -width:]
+        alone = [model(input_ids=ids[None].to(device)).logits[0, -len(ids) :] for ids in records]
+    except Exception as error:
+        return reason_of(error)
+    ours = [row[: len(ids)] for row, ids in zip(together, records, strict=True)]
+    return wrong_logits(ours, alone, tolerance(model))
 
 
 @torch.no_grad()
@@ -178,9 +199,16 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
+def body(model: Any) -> Any:
+    """The part of a causal language model that returns last hidden states."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 @torch.no_grad()
-def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
-    """Why the model's logits are not what its output layer makes of its last hidden states; None: they are.
+def head_obstacle(model: Any, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """Why the model's logits are not what `head` makes of its last hidden states; None: they are.
 
     The states are made a thousand times greater on the way: capping and scaling show, whatever the weights are.
     """
@@ -191,7 +219,7 @@ def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
         found.append(output.last_hidden_state)
         return output
 
-    for inner in (model.base_model, model.get_decoder()):
+    for inner in (body(model), model.get_decoder()):
         hook = inner.register_forward_hook(louder)
         try:
             logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
@@ -199,7 +227,7 @@ def head_obstacle(model: Any, ids: torch.Tensor) -> str | None:
             hook.remove()
         if found:
             break
-    ours = model.get_output_embeddings()(found[0][0])
+    ours = head(found[0][0])
     if ours.shape != logits.shape or _relative(ours.float(), logits.float()) > tolerance(model).logits:
         return "its head is more than one linear layer"
     return None
@@ -222,6 +250,39 @@ def alone_adapter(
             whole += part
         logits.append(own.detach().float())
     return logits, total
+
+
+def idle_layers(adapted: Any) -> list[str]:
+    """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
+    the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
+    """
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer) and not re.search(r"experts?[._]\d+\.", name):
+            named = layer.named_parameters()
+            own[name] = [p for n, p in named if p.requires_grad and not n.startswith("base_layer.")]
+    if not own:
+        return []
+    short = torch.cat(probe_records(adapted, 1))[None].to(adapted.device)
+    room = getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or LONG
+    # repeated, as some layers wake up beyond a number of tokens only
+    long = short.repeat(1, LONG // short.shape[1] + 1)[:, : min(LONG, room - 8)]
+    try:
+        acting = _with_gradient(adapted, long, own)
+    except (IndexError, RuntimeError, ValueError):  # more than it takes
+        acting = _with_gradient(adapted, short[:, : LENGTHS[1]], own)
+    return [name for name, parameters in own.items() if not any(id(p) in acting for p in parameters)]
+
+
+@torch.enable_grad()
+def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
+    """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
+    every = [p for parameters in own.values() for p in parameters]
+    further = {"decoder_input_ids": ids[:, : LENGTHS[0]]} if adapted.config.is_encoder_decoder else {}
+    outputs = adapted(input_ids=ids, **further).values()
+    parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
+    found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
+    return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
 
 
 def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:

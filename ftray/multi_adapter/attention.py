@@ -118,7 +118,7 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim].
+    """Causal attention within each record, [1, heads, T, head_dim] to [1, T, heads, head_dim of the values].
 
     Args:
         layouts: holds the layout of the current row alone.
@@ -144,7 +144,7 @@ def attention(
             out = F.scaled_dot_product_attention(
                 qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=qb.shape[1] != kb.shape[1]
             )
-        attended.append(out.transpose(1, 2).reshape(records * length, *q.shape[1:]))
+        attended.append(out.transpose(1, 2).reshape(records * length, out.shape[1], out.shape[3]))
     rows: torch.Tensor = _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], row.unpad_index)
     return rows[None], None
 
@@ -158,14 +158,14 @@ def refuse_unknown(arguments: Mapping[str, Any]) -> None:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Attention by matrix products: query [N, heads, L, d], key and value [N, groups, L, d], mask bool [L, L]."""
+    """Attention by matrix products: query [N, heads, L, d], key and value [N, groups, L, ...], mask bool [L, L]."""
     n, heads, length, size = query.shape
     groups = key.shape[1]
     folded = (query * (scaling or size**-0.5)).reshape(n, groups, heads // groups * length, size)
     scores = (folded @ key.transpose(-1, -2)).view(n, groups, heads // groups, length, length)
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    return (weights.view(n, groups, -1, length) @ value).view(query.shape)
+    return (weights.view(n, groups, -1, length) @ value).view(n, heads, length, value.shape[3])
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:

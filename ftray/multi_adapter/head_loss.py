@@ -1,9 +1,13 @@
 """The loss of a frozen head; the logits of a long batch never lie in memory at once."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+
+from ftray.multi_adapter.output_head import OutputHead
 
 LOGITS = 2**24  # elements of logits that are computed at once
 BLOCK = 16  # positions, on a CPU: their logits stay in its cache from the softmax to the gradient
@@ -25,13 +29,17 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor
+        ctx: _Context,
+        hidden: torch.Tensor,
+        head: nn.Linear | OutputHead,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the losses (float32 scalar), and the loss of each position, without gradient.
 
         Args:
             hidden: [S, hidden size], the head's input at the supervised positions.
-            head: the model's frozen output layer.
+            head: frozen; see :func:`ftray.multi_adapter.output_head.output_head`.
             targets: int64 [S].
             weights: float32 [S], the gradient of each position's loss.
         """
@@ -40,7 +48,7 @@ class HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS // head.weight.shape[0])
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
-            logits = head(hidden[part])
+            logits, to_states = _logits(head, hidden[part])
             blocks = (
                 t.split(BLOCK if logits.device.type == "cpu" else rows)
                 for t in (logits, targets[part, None], losses[part])
@@ -52,7 +60,7 @@ class HeadLoss(torch.autograd.Function):
                 if gradient is not None:
                     block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
             if gradient is not None:
-                gradient[part] = (logits.to(hidden.dtype) @ head.weight) * weights[part, None].to(hidden.dtype)
+                gradient[part] = to_states(logits.to(hidden.dtype)) * weights[part, None].to(hidden.dtype)
         if gradient is not None:
             ctx.gradient = gradient
         ctx.mark_non_differentiable(losses)
@@ -63,3 +71,15 @@ class HeadLoss(torch.autograd.Function):
         ctx: _Context, gradient: torch.Tensor, _: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
         return ctx.gradient * gradient, None, None, None
+
+
+def _logits(
+    head: nn.Linear | OutputHead, states: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Logits that may be written to, and what makes the gradient of `states` from theirs."""
+    if not isinstance(head, OutputHead):
+        return head(states), lambda gradient: gradient @ head.weight
+    with torch.enable_grad():
+        given = states.detach().requires_grad_()
+        logits = head(given)
+    return logits.detach().clone(), lambda gradient: torch.autograd.grad(logits, given, gradient.to(logits))[0]

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ftray.compat.transformers import set_attention
@@ -28,15 +28,13 @@ def share(model: Shared) -> Shared:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def shared_model(base: PreTrainedModel, implementation: str) -> PreTrainedModel:
-    """A :func:`share` of the base that runs the rows of many adapters, with the attention of that name."""
+def shared_model(base: PreTrainedModel, implementation: str | None) -> PreTrainedModel:
+    """A :func:`share` of the base that runs the rows of many adapters; the attention is of that name, None: its own."""
     shared = share(base)
-    config = copy.deepcopy(base.config)
-    set_attention(config, implementation)
     for module in shared.modules():
-        if getattr(module, "config", None) is shared.config and module is not shared:
-            module.config = config
-    shared.config = config
+        own = getattr(module, "config", None)  # a copy too, and that of a language model may be a part of the whole's
+        if implementation and isinstance(own, PretrainedConfig):
+            set_attention(own, implementation)
     return shared
 
 

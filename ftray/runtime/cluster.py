@@ -7,17 +7,21 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.storage.location import parse_location
 
 if TYPE_CHECKING:
     import ray
 
 # seconds; KubeRay restarts a head in less than a minute
 JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
+LONGEST_SOCKET = 107  # bytes of its path, on Linux
 RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a trial has several small processes
 
 
@@ -44,21 +48,71 @@ def connect(cfg: Config) -> None:
     check_address(cfg)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    ray.init(
-        address=cfg.scaling.address,
-        log_to_driver=cfg.verbose,
-    )
+    with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
+        try:
+            ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
+        except ray.exceptions.AuthenticationError:
+            raise UserError("the Ray cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
     if not cfg.verbose:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
 
 
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Leave out what this process writes to standard error, whoever writes it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_token(joins: bool) -> None:
+    """Find a missing token: Ray would end this process with C++ stack traces.
+
+    Args:
+        joins: whether the cluster is there already; one that begins here makes itself a token.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    try:
+        token = Path(named or Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        token = ""
+    if not token and named:
+        raise UserError(f"RAY_AUTH_TOKEN_PATH {named}: can't be read, or is empty")
+    if not token and joins:
+        raise UserError("RAY_AUTH_MODE is token, and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+
+
+def _check_sockets() -> None:
+    """Check that a cluster can begin here: the system allows a socket a short path only."""
+    from ftray.compat.ray import socket_path
+
+    path = socket_path()
+    by = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    root = os.environ.get(by, "/tmp")
+    if len(path.encode()) > LONGEST_SOCKET:
+        raise UserError(
+            f"{by} {root}: too long for Ray's sockets, by {len(path.encode()) - LONGEST_SOCKET} bytes: "
+            "set RAY_TMPDIR to a shorter directory, as /tmp"
+        )
+    parse_location(root).check_writable(by)
+
+
 def check_address(cfg: Config) -> None:
     """Check that the cluster to join answers: Ray's own attempt takes minutes and ends in a traceback.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, it wants a token, or none can begin here.
     """
     from ftray.compat.ray import bootstrap_address
 
@@ -75,7 +129,9 @@ def check_address(cfg: Config) -> None:
         address = bootstrap_address(given or cfg.scaling.address)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from None
+    _check_token(joins=bool(address))
     if not address:
+        _check_sockets()
         return
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + JOIN_PATIENCE

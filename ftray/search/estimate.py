@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ftray.adapters.compatibility import without_weights
 from ftray.adapters.methods import attach
+from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
@@ -46,6 +47,7 @@ class Shapes:
         activations: bytes that are kept for the backward pass, per token.
         fixed: further bytes, however many tokens there are (as the rotations of OFT).
         isolation_reason: why it can't share a pass with other trials; None: it can.
+        adapts: the layers that it adapts, see :func:`ftray.adapters.targets.described`.
     """
 
     corner: Corner
@@ -53,6 +55,7 @@ class Shapes:
     activations: float
     fixed: float
     isolation_reason: str | None
+    adapts: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
             name: {
                 "largest": shapes.corner["adapter"],
                 "parameters": shapes.parameters,
+                "adapts": shapes.adapts,
                 "runs": _runs(cfg, space, shapes),
             }
             for name, shapes in methods.items()
@@ -135,7 +139,8 @@ def measure(skeleton: PreTrainedModel, corner: Corner, length: int, checkpointin
         tuner_layers(model, skeleton)
     except PackingUnsupported as error:
         isolation_reason = isolation_reason or str(error)
-    return Shapes(corner, trained, (twice - once) / length, max(0, 2 * once - twice), isolation_reason)
+    fixed = max(0, 2 * once - twice)
+    return Shapes(corner, trained, (twice - once) / length, fixed, isolation_reason, described(model))
 
 
 def saved_bytes(model: PeftModel, length: int) -> int:
@@ -239,6 +244,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         largest = " ".join(f"{k}={v}" for k, v in method["largest"].items() if k != "method")
         table.add_row(name, method["runs"], largest, f"{method['parameters']:,}")
     console.print(table)
+    for name, method in result["methods"].items():
+        print(f"adapted  {name}: {method['adapts'] or 'no layers of the model'}")
     rungs = ", ".join(f"{r['trials']:g} to {r['records']} records" for r in result["rungs"])
     memory = {name: f"{value / 2**30:.2f}" for name, value in result["memory"].items()}
     probe, tokens = result["probe"], result["tokens"]

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ftray.adapters.methods import METHODS, parameters
-from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
+from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, parse_yaml
 from ftray.errors import UserError, near
 
 if TYPE_CHECKING:
@@ -187,11 +187,10 @@ def load_space(name: str) -> Space:
     """
     path = _find(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"search.space {path}: can't be read ({getattr(error, 'strerror', error)})") from None
+    content = parse_yaml(text, path)
     if not isinstance(content, dict) or "method" not in content:
         raise UserError(f"{path}: a search space is a mapping with the key method")
     return _Reader(path).space(content)
@@ -346,7 +345,7 @@ def _find(name: str) -> Path:
     bundled = DIRECTORY / f"{name}.yaml"
     if bundled.is_file():
         return bundled
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return path
     known = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))

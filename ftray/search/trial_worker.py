@@ -159,7 +159,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ftray.training.zero3_trainer import Batch, Zero3Trainer
 
     run: RunSpec = config["run"]
-    data, seed, batch_size = TokenizedData.load(config["job"].data), run.training.seed, run.training.batch_size
+    data, seed, batch_size = TokenizedData.load(config["context"].data), run.training.seed, run.training.batch_size
     rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
     micro_batch = micro_batch_size(run.training, world_size)
 

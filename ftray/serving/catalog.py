@@ -63,7 +63,7 @@ def find_catalog(cfg: Config) -> Catalog:
         name, equals, source = given.partition("=")
         if not equals or not source:
             raise UserError(f"--adapter {given!r}: must be NAME=DIRECTORY or NAME=URI")
-        adapters[check_name(name)] = source if "://" in source else str(Path(source).expanduser().absolute())
+        adapters[check_name(name)] = source if "://" in source else str(Path(source).absolute())
     base = Path(cfg.model.name).name.removesuffix(".gguf")
     if base in adapters:
         raise UserError(f"adapter {base}: the base model has that name")

@@ -115,9 +115,11 @@ class Engine:
         if self.isolation_reason:
             return EngineAdapter(model, {}, self.isolation_reason)
         try:
-            return EngineAdapter(model, tuner_layers(model, self.base), None)
+            layers = tuner_layers(model, self.base)
         except PackingUnsupported as error:
             return EngineAdapter(model, {}, str(error))
+        reason = self.runner.layer_obstacle(layers)
+        return EngineAdapter(model, {} if reason else layers, reason)
 
     def add(self, name: str, adapter: EngineAdapter) -> None:
         """Let sequences name `name` from now on."""

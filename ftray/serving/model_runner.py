@@ -5,17 +5,21 @@ token of each sequence that is being answered, and pieces of the prompts of thos
 sorted by adapter, so that each adapter has one span. See Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ftray.models.probe import head_obstacle, probe_records, reason_of, tolerance, wrong_logits
+from ftray.models.probe import body, probe_records, reason_of, tolerance, wrong_logits
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.output_head import output_head
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
 from ftray.multi_adapter.shared_model import shared_model
 
@@ -58,6 +62,8 @@ class ModelRunner:
         self._step: list[kv_cache.Step] = []
         self._model = shared_model(base, kv_cache.slotted_attention(self._step))
         self._cache = kv_cache.slotted_cache(text.num_hidden_layers, slots, self._step)
+        self._head: Any = base.get_output_embeddings()
+        self._by_row: dict[str, bool] = {}  # by layer: whether each pass gives it one row a token
         self.isolation_reason = self._find_isolation_reason()
         self.can_cache = self._probe_cache()
 
@@ -70,6 +76,11 @@ class ModelRunner:
                 shared = ServedLinear(shared, self._segments)
                 self._model.set_submodule(path, shared)
             shared.join(name, layer, rng)
+
+    def layer_obstacle(self, paths: Iterable[str]) -> str | None:
+        """Why an adapter of these layers of the base can't share a pass; None: it can."""
+        others = [path for path in paths if not self._by_row.get(path)]
+        return f"{others[0]} is not given one row for each token, or is not called at all" if others else None
 
     def remove(self, name: str, layers: dict[str, Any]) -> None:
         """Undo :meth:`add`."""
@@ -113,13 +124,13 @@ class ModelRunner:
             )
         ]
         inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": where[None]}
-        out = self._model.base_model(**inputs, past_key_values=self._cache, use_cache=True)
+        out = body(self._model)(**inputs, past_key_values=self._cache, use_cache=True)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head makes of `hidden` [N, hidden size]: [N, vocabulary], in the model's dtype."""
-        logits: torch.Tensor = self._model.get_output_embeddings()(hidden)
+        logits: torch.Tensor = self._head(hidden)
         return logits
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -170,7 +181,7 @@ class ModelRunner:
         records = [record[: self.max_length] for record in probe_records(self.base, self.max_length)[-self.slots :]]
         try:
             wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
-            reason = head_obstacle(self.base, records[0])
+            self._head, reason = output_head(self.base, records[0])
             reason = reason or wrong_logits(self._read_in_pieces(records), wanted, tolerance(self.base))
         except Exception as error:
             reason = reason_of(error)
@@ -186,11 +197,31 @@ class ModelRunner:
                 Chunk(slot, None, cached[slot], record[cached[slot] : cut(len(record))].tolist())
                 for slot, record in enumerate(records)
             ]
-            parts = self.hidden_states(chunks).split([len(chunk.ids) for chunk in chunks])
+            with self._watched():
+                parts = self.hidden_states(chunks).split([len(chunk.ids) for chunk in chunks])
             for chunk, hidden in zip(chunks, parts, strict=True):
                 cached[chunk.slot] += len(chunk.ids)
                 read[chunk.slot].append(hidden)
         return [self.logits(torch.cat(pieces)) for pieces in read]
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, layers are marked by whether each call gives them one row for each token of the pass."""
+
+        def watch(path: str) -> Callable[..., None]:
+            def mark(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                rows = inputs[0].numel() == self._segments.size * inputs[0].shape[-1]
+                self._by_row[path] = rows and self._by_row.get(path, True)
+
+            return mark
+
+        linears = [(path, m) for path, m in self._model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        hooks = [module.register_forward_pre_hook(watch(path)) for path, module in linears]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _probe_cache(self) -> bool:

@@ -37,7 +37,7 @@ PARTIAL = ".partial"  # directory that several processes fill together before it
 class Location(ABC):
     """A file or directory, local or in an object store.
 
-    Methods that :class:`pathlib.Path` has too mean the same, but a file that is written appears whole or not at all.
+    Methods that `pathlib.Path` has too mean the same, but a file that is written appears whole or not at all.
     What fails raises an OSError.
     """
 
@@ -170,8 +170,11 @@ class Location(ABC):
         """The arguments of Ray's `RunConfig` that make this its storage."""
 
     @abstractmethod
-    def check_writable(self) -> None:
+    def check_writable(self, what: str = "output") -> None:
         """Try to write there.
+
+        Args:
+            what: it is, for the message.
 
         Raises:
             UserError: it can't be written to; the message says why.
@@ -293,7 +296,7 @@ class LocalLocation(PosixPath, Location):
         """The path alone."""
         return {"storage_path": str(self.resolve())}
 
-    def check_writable(self) -> None:
+    def check_writable(self, what: str = "output") -> None:
         """Makes a temporary file in the nearest directory that exists.
 
         Raises:
@@ -303,7 +306,7 @@ class LocalLocation(PosixPath, Location):
             with tempfile.TemporaryFile(dir=self._nearest()):
                 pass
         except OSError as error:
-            raise UserError(f"output {self}: can't write there ({error.strerror})") from None
+            raise UserError(f"{what} {self}: can't write there ({error.strerror})") from None
 
     def free_bytes(self) -> float:
         """Of the disk that it is on, or will be."""
@@ -495,7 +498,7 @@ class ObjectStoreLocation(Location):
         """The path and its file system."""
         return {"storage_path": self.path, "storage_filesystem": self.filesystem}
 
-    def check_writable(self) -> None:
+    def check_writable(self, what: str = "output") -> None:
         """Writes and deletes a small file.
 
         Raises:
@@ -505,7 +508,7 @@ class ObjectStoreLocation(Location):
             (self / PROBE).write_bytes(b"")
             (self / PROBE).unlink()
         except OSError as error:
-            raise UserError(f"output {self}: can't write there ({reason(error)})") from None
+            raise UserError(f"{what} {self}: can't write there ({reason(error)})") from None
 
     def free_bytes(self) -> float:
         """No limit."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from ftray.data.tokens import Tokens, tokenize
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
 from ftray.models.next_token import supervised_loss, supervised_tokens, token_losses
+from ftray.models.probe import padding_obstacle
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row
 
+_alone: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # of models that were tried: whether padding changes them
 SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at once
 
 
@@ -26,6 +29,7 @@ class Task(task.Task):
     pipeline_tag = "text-generation"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    generated = task.GENERATED
     shapes = records.SHAPES
     record_keys = records.KNOWN
     usage_example = "ftray serve --run {run}"
@@ -85,8 +89,13 @@ def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) ->
 
 @torch.inference_mode()
 def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and supervised tokens of each row, of which those of like length share a batch."""
+    """Summed loss and supervised tokens of each row, of which those of like length share a batch; each has its own
+    where the model does not say of a padded record what it says of the record alone."""
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    if len(rows) > 1 and model not in _alone:
+        _alone[model] = padding_obstacle(model) is not None
+    if _alone.get(model):
+        batch_size = 1
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     while waiting:
         longest = len(rows[waiting[:batch_size][-1]]["input_ids"])

@@ -41,6 +41,8 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
     metric = cfg.search.metric.removeprefix("validation_") if "metric" in given else usual
     if metric not in metrics:
         raise UserError(f"search.metric {cfg.search.metric}: {name} has no such metric{near(metric, metrics)}")
+    if "metric" in given and metric in task.generated and not cfg.evaluation.generate:
+        raise UserError(f"search.metric {metric}: is of generated text, and evaluation.generate is false")
     direction = cfg.search.direction if "direction" in given else metrics[metric]
     search = cfg.search.model_copy(update={"metric": f"validation_{metric}", "direction": direction})
     data = cfg.data

@@ -25,6 +25,7 @@ class Task(task.PaddedTask):
     auto_class = "AutoModelForSeq2SeqLM"
     pipeline_tag = "text2text-generation"
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
+    generated = task.GENERATED
     shapes = records.SHAPES
     record_keys = "input/output, instruction/input/output or prompt/completion"
     usage_example = (
@@ -62,7 +63,7 @@ class Task(task.PaddedTask):
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
         adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
-        shifted = adapted.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        shifted = _shifted(adapted, batch["labels"])
         logits: torch.Tensor = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
         return logits[:, -shifted.shape[1] :].float()
 
@@ -89,3 +90,20 @@ class Task(task.PaddedTask):
         if cfg.generate:
             scores.add_generated(texts, [row["target"] for row in rows])
         return scores
+
+
+def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder is given, int64 [records, most labels]: the labels one later, after what starts it.
+
+    Raises:
+        UserError: the model says neither how it shifts them nor what it starts with.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    start = model.config.decoder_start_token_id
+    start = model.generation_config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise UserError("SEQ_2_SEQ_LM: the model's config.json has no decoder_start_token_id: give it one")
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORE, model.config.pad_token_id)

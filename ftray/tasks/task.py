@@ -16,6 +16,7 @@ from ftray.task_spec import IGNORE, TaskSpec
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards
+GENERATED = ("exact_match", "rouge_l", "chrf", "token_error_rate", "character_error_rate")
 TEXT = {"loss": "min", "perplexity": "min", "exact_match": "max", "rouge_l": "max", "chrf": "max"}
 
 
@@ -31,6 +32,7 @@ class Task(ABC):
             that it keeps the records of one row apart.
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
+        generated: those of `metrics` that `evaluation.generate` gives.
         has_labels: whether records name classes; :meth:`labels` then gives them.
         min_label_count: how often a class must occur in all records.
         shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
@@ -45,6 +47,7 @@ class Task(ABC):
     pad: bool = True
     metrics: ClassVar[Mapping[str, str]]
     metric: ClassVar[str] = "loss"
+    generated: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
     min_label_count: ClassVar[int] = 1
     shapes: ClassVar[Sequence[Shape]]

@@ -18,12 +18,13 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from ftray.compat.torch import add
-from ftray.compat.transformers import attention_of
+from ftray.errors import UserError
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.head_loss import HeadLoss
+from ftray.multi_adapter.output_head import output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, task_of
@@ -105,6 +106,7 @@ class Pack:
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
+        self._acting: set[object] = set()  # kinds of adapters all of whose layers change the output
         self.padded = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
@@ -113,9 +115,7 @@ class Pack:
             self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
 
     def _shared_model(self) -> PreTrainedModel:
-        own = self.padded  # the model's own attention
-        implementation = attention_of(self.base.config) if own else attention.packed_attention(self._layout)
-        shared = shared_model(self.base, implementation)
+        shared = shared_model(self.base, None if self.padded else attention.packed_attention(self._layout))
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
@@ -128,7 +128,7 @@ class Pack:
         """
         self._records = probe.probe_records(self.base, longest)
         reasons: list[str] = []
-        head = self._agreed(lambda: probe.head_obstacle(self.base.eval(), self._records[0]))
+        head = self._agreed(self._head_obstacle)
         for self.padded in (False, True):
             self.shared = self._shared_model()
             reason = head or self._agreed(self._obstacle)
@@ -138,6 +138,10 @@ class Pack:
             reasons.append(reason)
         self.verdict = f"each adapter trains by itself: {reasons[1]}"
         return f"{type(self.base).__name__}: {reasons[1]}"
+
+    def _head_obstacle(self) -> str | None:
+        self.head, reason = output_head(self.base.eval(), self._records[0])
+        return reason
 
     def _agreed(self, find: Callable[[], str | None]) -> str | None:
         """The obstacle that `find` returns, or the exception that it raises, on any rank; None: there is none."""
@@ -173,7 +177,7 @@ class Pack:
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         segments = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
         hidden = self._hidden(torch.cat(list(records))[None], positions, segments)
-        return list(self.shared.get_output_embeddings()(hidden).split(lengths))
+        return list(self.head(hidden).split(lengths))
 
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
@@ -192,7 +196,9 @@ class Pack:
 
         Raises:
             PackingUnsupported: its records affect each other even in passes of its own.
+            UserError: some of its layers would never change what the model says.
         """
+        self._refuse_idle(model.eval())
         rng, isolation_reason, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
         if not isolation_reason:
             try:
@@ -216,13 +222,36 @@ class Pack:
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
         return isolation_reason
 
+    def _refuse_idle(self, model: PeftModel) -> None:
+        kind = (
+            model.active_peft_config.peft_type,
+            *(n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)),
+        )
+        if kind in self._acting:
+            return
+        try:
+            idle = probe.idle_layers(model)
+        except Exception as error:
+            reason = probe.reason_of(error)
+            raise UserError(
+                f"target_modules: {type(self.base).__name__} fails with such an adapter: {reason}"
+            ) from None
+        if idle:
+            others = f" and {len(idle) - 1} more" if idle[1:] else ""
+            raise UserError(
+                f"target_modules: {type(self.base).__name__} does not use the output of {idle[0]}{others}: an adapter "
+                "there would change nothing: leave it out"
+            )
+        self._acting.add(kind)
+
     def _adapter_obstacle(self, name: str) -> str | None:
         """As :meth:`_obstacle`, for records of an adapter with changed weights, after a record without an adapter.
 
         Adapters of one kind run the same code: only the first of each kind is tried.
         """
         member = self.members[name]
-        layers = ((path, type(layer), update_of(layer, member.rng, 0) is None) for path, layer in member.layers.items())
+        adapted = ((n, m) for n, m in member.model.named_modules() if isinstance(m, BaseTunerLayer))
+        layers = ((path, type(layer), update_of(layer, member.rng, 0) is None) for path, layer in adapted)
         kind = member.model.active_peft_config.peft_type, member.isolation_reason, tuple(layers)
         if kind not in self._probed:
             with probe.moved(member.parameters), torch.enable_grad():
@@ -427,7 +456,7 @@ class Pack:
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         total, losses = HeadLoss.apply(
             hidden[positions.to(hidden.device)],
-            self.shared.get_output_embeddings(),
+            self.head,
             targets[positions].to(hidden.device),
             torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
         )
@@ -441,13 +470,13 @@ class Pack:
         if not self.padded:
             self._segments.set(segments)
             self._layout[:] = [attention.layout(position_ids, self.base.device)]
-            out = self.shared.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            out = probe.body(self.shared)(input_ids=ids, position_ids=positions, use_cache=False)
             hidden: torch.Tensor = out.last_hidden_state[0]
             return hidden
         mask = padding_mask(positions)
         self._segments.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
-        states = self.shared.base_model(**inputs, use_cache=False).last_hidden_state
+        states = probe.body(self.shared)(**inputs, use_cache=False).last_hidden_state
         rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
         return rows
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, rate_ratio
+from ftray.adapters.targets import described
 from ftray.config import ModelConfig
 from ftray.models.load import load_base
 from ftray.multi_adapter.shared_model import out_of_memory, share
@@ -75,6 +76,7 @@ class PackTrainer:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, PackedTrial] = {}
+        self._told: set[str] = set()  # lines of the log
 
     def join(
         self,
@@ -106,6 +108,9 @@ class PackTrainer:
         history = TrainState(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
+        if self.rank == 0 and (adapts := described(model)) not in self._told:
+            self._told.add(adapts)
+            print(f"adapted: {adapts}", flush=True)
         isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
         accumulation = accumulation_steps(run.training, self.world_size)
         self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))

@@ -1,0 +1,91 @@
+"""Data against what the model has places for: found before training, which would end in an index error."""
+
+from typing import Any
+
+import pyarrow.compute
+
+from ftray.config import DataConfig
+from ftray.data.shards import TokenizedData
+from ftray.errors import UserError
+
+
+def within_positions(cfg: DataConfig, model: Any, added: int = 0) -> DataConfig:
+    """`cfg` with a `max_length` that the model has positions for, unless it was given; says so.
+
+    Args:
+        model: with or without weights.
+        added: tokens that an adapter puts before a record.
+    """
+    from ftray.models.limits import positions
+
+    most = positions(model)
+    if most is None or cfg.max_length <= most - added or "max_length" in cfg.model_fields_set:
+        return cfg
+    beside = f", {added} of them for the adapter's own tokens" if added else ""
+    print(f"data.max_length {most - added}: the model has {most} positions{beside}", flush=True)
+    return cfg.model_copy(update={"max_length": most - added})
+
+
+def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: Any, added: int = 0) -> None:
+    """Refuse tokens that the model has no embedding for, and records that it has no positions for.
+
+    Args:
+        model: with or without weights.
+        added: tokens that an adapter puts before a record.
+
+    Raises:
+        UserError: there are some.
+    """
+    from ftray.models.limits import embedded_tokens, positions
+
+    rows, most = embedded_tokens(model), positions(model)
+    highest = max(split.highest for split in data.splits.values())
+    if highest >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"data {cfg.source}: has the token {token!r} of id {highest}, but the model has embeddings for {rows} "
+            "tokens: take its own tokenizer, or a model that was resized for the token"
+        )
+    if most is None or cfg.max_length + added <= most:
+        return
+    longest = longest_text(data)
+    if longest + added > most:
+        raise UserError(
+            f"data.max_length {cfg.max_length}: the longest record has {longest} tokens"
+            f"{f' and the adapter puts {added} before it' if added else ''}, but the model has {most} positions: "
+            f"take {most - added}, or a model without a learnt table of them"
+        )
+
+
+def check_special_tokens(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a padding token that the model has no embedding for; say if no token ends an answer.
+
+    Args:
+        name: of the model, for the message.
+
+    Raises:
+        UserError: the model has no embedding for it.
+    """
+    from ftray.models.limits import embedded_tokens
+
+    rows, pad = embedded_tokens(model), tokenizer.pad_token_id
+    if pad is not None and pad >= rows:
+        raise UserError(
+            f"model {name}: its tokenizer's padding token {tokenizer.pad_token!r} has id {pad}, but the model has "
+            f"embeddings for {rows} tokens: name another pad_token in tokenizer_config.json"
+        )
+    if tokenizer.eos_token_id is None and model.can_generate():
+        print(f"model {name}: its tokenizer has no eos_token: what is learnt has no end, answers run on", flush=True)
+
+
+def longest_text(data: TokenizedData) -> int:
+    """The most tokens that a model reads, or writes, of one record at once."""
+    longest = 0
+    for name, split in data.splits.items():
+        for index in range(len(split.row_groups)):
+            table = data.row_group(name, index, ["input_ids", "labels", "lengths"])
+            texts = pyarrow.compute.list_flatten(table["lengths"])  # of those that lie one after another
+            whole = [texts] if len(texts) else [pyarrow.compute.list_value_length(table["input_ids"])]
+            whole.append(pyarrow.compute.list_value_length(table["labels"]))
+            longest = max(longest, *(pyarrow.compute.max(lengths).as_py() or 0 for lengths in whole))
+    return longest

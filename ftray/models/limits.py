@@ -1,0 +1,29 @@
+"""What a model has places for: tokens in its embedding table, positions in a learnt table."""
+
+from typing import Any
+
+from torch import nn
+
+
+def embedded_tokens(model: Any) -> int:
+    """The number of token ids that the model has embeddings for."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def positions(model: Any) -> int | None:
+    """The most tokens that the model's tables of positions have a row for; None: it has no such table.
+
+    A table is an embedding, not that of the words, with as many rows as the configuration names positions. Some keep
+    rows free at its start: OPT and BART by an `offset`, RoBERTa up to the padding token.
+    """
+    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    found = []
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module.weight is words.weight:
+            continue
+        offset = getattr(module, "offset", 0)
+        if named in (module.num_embeddings, module.num_embeddings - offset):
+            free = offset or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - free)
+    return min(found, default=None)

@@ -1,0 +1,125 @@
+"""Families of models through all that ftray does with them; `make models` tries every one that transformers knows."""
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.models import GOOD, study
+from benchmarks.tiny_models import tiny_config
+from ftray.adapters.methods import attach
+from ftray.adapters.targets import adapted_names, described, expert_parameters, resolve_targets
+from ftray.compat.peft import taken_names
+from ftray.config import AdapterConfig
+from ftray.errors import UserError
+from ftray.multi_adapter.shared_model import share
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
+
+# how records of several adapters share a pass; for heads each adapter trains in passes of its own
+FAMILIES = [
+    ("llama", "CAUSAL_LM", "packed"),
+    ("gpt2", "CAUSAL_LM", "packed"),
+    ("granite", "CAUSAL_LM", "packed"),  # scales its logits
+    ("gemma2", "CAUSAL_LM", "padded"),  # caps its logits and its attention
+    ("gemma3", "CAUSAL_LM", "packed"),  # language model beside a tower
+    ("gpt_oss", "CAUSAL_LM", "padded"),  # sinks
+    ("deepseek_v3", "CAUSAL_LM", "packed"),  # latents, narrow values, names that PEFT takes for experts
+    ("phimoe", "CAUSAL_LM", "packed"),  # a router that is a linear layer
+    ("llama4", "CAUSAL_LM", "padded"),  # chunks; its base is not where its prefix says
+    ("jamba", "CAUSAL_LM", "padded"),  # weights that are read past their layer
+    ("qwen3_5_text", "CAUSAL_LM", "padded"),
+    ("falcon", "CAUSAL_LM", "padded"),  # a mask of its own
+    ("bart", "CAUSAL_LM", "padded"),  # attention to an encoder that is not there
+    ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
+    ("bert", "TOKEN_CLS", "apart"),
+    ("distilbert", "QUESTION_ANS", "apart"),
+    ("t5", "SEQ_2_SEQ_LM", "apart"),
+    ("m2m_100", "SEQ_2_SEQ_LM", "apart"),  # does not say how it shifts labels
+]
+
+
+@pytest.mark.parametrize(("kind", "task", "how"), FAMILIES)
+def test_a_family_gets_what_its_records_get_alone(kind, task, how):
+    found = study(kind, task)
+    assert {name: cell for name, cell in found.items() if cell["verdict"] not in GOOD} == {}
+    assert found["training"]["verdict"] == how
+
+
+def tiny(kind: str):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(tiny_config(kind, "CAUSAL_LM")).requires_grad_(False).eval()
+
+
+def lora(model, targets, dropout=0.0):
+    return attach(model, AdapterConfig(method="lora", target_modules=targets, rank=4, dropout=dropout), 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "names"),
+    [
+        ("qwen3_next", "mixer", {"in_proj_ba", "in_proj_qkvz", "out_proj"}),
+        ("qwen3_next", "attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("deepseek_v3", "attention-qv", {"q_b_proj", "kv_b_proj"}),
+        ("jamba", "mixer", {"in_proj", "x_proj", "out_proj"}),
+        ("jamba", "mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("jamba", "attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("recurrent_gemma", "mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("recurrent_gemma", "mixer", {"linear_out", "linear_x", "linear_y"}),
+        ("zamba2", "attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("axk2", "attention", {"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_gate_proj"}),
+        ("phimoe", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("bart", "attention", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"}),
+    ],
+)
+def test_groups_are_read_off_the_structure(kind, group, names):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind, "CAUSAL_LM"))
+    assert set(resolve_targets(model, group, None, taken_names(model, "LORA"))) == names
+
+
+def test_towers_are_never_adapted():
+    model = lora(tiny("gemma3"), "all-linear")
+    assert all(name.startswith("model.language_model.layers.") for name in adapted_names(model))
+    assert len(adapted_names(model)) == 2 * 7
+
+
+def test_experts_are_a_group_of_their_own():
+    base = tiny("qwen2_moe")
+    assert set(expert_parameters(base, "experts")) == {"gate_up_proj", "down_proj"}
+    names = adapted_names(lora(share(base), ["attention-qv", "experts"]))
+    assert {name.split(".", 3)[3] for name in names} == {
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }
+    assert not any("experts." in name for name in adapted_names(lora(share(base), "all-linear")))
+    with pytest.raises(UserError, match="dropout"):
+        lora(share(base), "experts", dropout=0.1)
+
+
+def test_what_peft_takes_for_something_else_is_refused():
+    """PEFT goes to the fused weights of all experts where a dense layer of such a name is asked for."""
+    base = tiny("deepseek_v3")
+    with pytest.raises(UserError, match="'mlp': PEFT takes down_proj, gate_proj, up_proj"):
+        lora(share(base), "mlp")
+    with pytest.raises(UserError, match=r"PEFT does not adapt model\.layers\.0\.mlp\.down_proj"):
+        lora(share(base), ["gate_proj", "up_proj", "down_proj"])
+
+
+def test_an_adapter_that_never_acts_is_refused():
+    base = tiny("mamba")
+    model = lora(share(base), ["dt_proj", "in_proj"])
+    with pytest.raises(UserError, match=r"does not use the output of backbone\.layers\.0\.mixer\.dt_proj and 1 more"):
+        Pack(base).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
+
+
+def test_what_is_adapted_is_told_by_pattern_count_and_parameters():
+    assert described(lora(tiny("llama"), "attention-qv")) == (
+        "model.layers.*.self_attn.q_proj: 2 of 1,024 parameters; model.layers.*.self_attn.v_proj: 2 of 1,024 parameters"
+    )
+
+
+def test_a_group_that_a_model_lacks_is_refused_with_those_it_has():
+    with pytest.raises(UserError, match="no such layers; it has mixer, all-linear, norms"):
+        resolve_targets(tiny("mamba"), "attention")
