@@ -276,7 +276,7 @@ def test_data(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
 
 def test_a_task_that_cannot_be_told(tmp_path, monkeypatch, capsys, tiny_bert, words):
     told = run(tmp_path, monkeypatch, capsys, tiny_bert, words, [])
-    assert "task: can't be told from records with input, output and a BertModel: give --task, one of" in told
+    assert "task: can't be inferred from records with input, output and a BertModel: give --task, one of" in told
 
 
 @pytest.mark.parametrize("name", CONFIG)

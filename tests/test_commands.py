@@ -582,14 +582,15 @@ def test_a_proof_reads_no_more_records_than_it_needs(tmp_path, monkeypatch, tiny
     from ftray import tune
     from ftray.config import Config
     from ftray.search.trial_worker import SearchContext
+    from ftray.storage.location import parse_location
 
     monkeypatch.setattr(tune, "PROOF_RECORDS", 3)
     assert data.splits["test"].records > 3
     shutil.copytree(adapters["a"], tmp_path / "best" / "adapter")
     job = SearchContext(Config.model_validate({"model": {"dtype": "fp32"}}), tiny_llama, data.directory, 0.0)
-    proof = tune.prove(job, tmp_path)
+    proof = tune.prove(job, parse_location(str(tmp_path)))
     assert proof["records"] == len(proof["samples"]) == 3
-    assert tune.merge_best(job, tmp_path)["difference"] < 1e-5
+    assert tune.merge_best(job, parse_location(str(tmp_path)))["difference"] < 1e-5
     assert (tmp_path / "best" / "merged" / "config.json").exists()
 
 
