@@ -32,8 +32,8 @@ def run(cfg: Config) -> int:
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
+    from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
-    from ftray.task_spec import TaskSpec
     from ftray.tasks.infer_task import infer_task
 
     adapters = [find_adapter(name) for name in cfg.adapters]
@@ -43,7 +43,7 @@ def run(cfg: Config) -> int:
     if split != "all":
         require(split, data_cfg, f"there is no {split} split to score")
     task = saved_task(cfg, adapters)
-    for adapter in adapters[1:]:
+    for adapter in adapters[1:] if task.name == CAUSAL.name else ():  # other tasks have no template
         if data_settings(cfg, adapter) != data_cfg:
             raise UserError(
                 f"adapter {adapter}: was trained with another template than {adapters[0]} (see their {FILE_OF_TASK}): "
