@@ -105,6 +105,8 @@ class Renderer:
             example = begun_by(self.system, example)
         tokens = tokenize([example], self.tokenizer, self.data)[0]
         assert tokens is not None  # it has an answer and no limit of length
+        if not tokens.prompt_tokens:
+            raise UserError(f"{where}: has no tokens: say something")
         return tokens.input_ids[: tokens.prompt_tokens]
 
 

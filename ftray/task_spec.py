@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # label of what bears no loss
 RAW, CHAT = "{prompt}\n", "chat"  # how a prompt is rendered: in this template, or by the chat template
+AS_IT_IS = "{prompt}"  # texts that are continued
 FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
 # PEFT's name of the task -> module
 TASKS = {

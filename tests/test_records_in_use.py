@@ -15,8 +15,9 @@ import pytest
 from pyarrow import CompressedOutputStream
 
 from ftray import preprocess
-from ftray.config import Config, config_from
-from ftray.data import DataCheck, TokenizedData
+from ftray.config import Config, DataConfig, config_from
+from ftray.data import DataCheck, TokenizedData, prepare
+from ftray.data.records import parse
 from ftray.data.sources import read_chunk
 from ftray.data.splits import find_sources, split_of
 from ftray.data.tokens import Tokens, spread
@@ -622,3 +623,29 @@ def test_the_command_on_files_of_several_shapes(cluster, tmp_path, tiny_llama, t
     learnt = {tokenizer.decode([label for label in row["labels"] if label != IGNORE]) for row in data.rows("train")}
     assert learnt <= {f"r{END}", *(f"{CALL}{END}It is {n}.{END}" for n in range(30))}
     assert TaskSpec.of(json.loads((Path(data.directory) / "manifest.json").read_text())["task"]) == data.task
+
+
+def test_what_is_written_down_of_a_template_is_what_the_records_got(cluster, tiny_llama, tmp_path):
+    """Texts alone are continued as they are and turns go by the chat template, whatever was to become of prompts."""
+    turns = [{"role": "user", "content": "{}"}, {"role": "assistant", "content": "a"}]
+    kinds = {
+        "text": ("auto", {"text": "the cat {} sat"}, "{prompt}"),
+        "turns": (
+            "Q {prompt}",
+            {"messages": [{"role": "user", "content": "{}"}, {"role": "assistant", "content": "a"}]},
+            "chat",
+        ),
+        "prompts": ("Q {prompt}", {"prompt": "{}", "completion": "a"}, "Q {prompt}"),
+    }
+    for name, (template, record, wanted) in kinds.items():
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(record).replace("{}", str(i)) + "\n" for i in range(60)))
+        cfg = DataConfig(source=str(source), template=template, cache=str(tmp_path / "shards"))
+        assert prepare(cfg, tiny_llama).task.template == wanted
+
+
+@pytest.mark.parametrize("key", ["weights", "sample_weight", "loss_weights", "response"])
+def test_what_would_change_what_is_learnt_is_not_left_out(key):
+    record = {"instruction": "a", "output": "b", key: [0, 1] if key.endswith("s") else "0"}
+    with pytest.raises(UserError, match=key):
+        parse(record, "here")

@@ -33,11 +33,11 @@ from ftray.data.splits import (
     refuse_unsupervised,
     split_of,
 )
-from ftray.data.tokens import prompt_template, spread
+from ftray.data.tokens import prompt_template, rendering, spread
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
-from ftray.task_spec import CAUSAL, TaskSpec
+from ftray.task_spec import AS_IT_IS, CAUSAL, TaskSpec
 
 if TYPE_CHECKING:
     import ray.data
@@ -155,6 +155,7 @@ def _user_errors() -> Iterator[None]:
 def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments) -> None:
     """Write the Parquet files, and complete the description in `data`."""
     writers = {split: SplitWriter(Path(data.directory), split) for split in SPLITS}
+    renderings: set[str] = set()
     for name, source in sources.items():  # train comes first
         records = _read(source, name, data.task)
         if not data.task.labels and data.task.load().has_labels:
@@ -162,12 +163,15 @@ def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: To
             data.task = replace(data.task, labels=_classes(records))
         shapes, ignored = Counter[str](), set[str]()
         for table in _tokenize(records, source.cfg, tokenizer, data.task):
+            renderings.update(table["rendering"].drop_null().unique().to_pylist())
             shapes.update(table["shape"].drop_null().to_pylist())
             ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
         by_count = sorted(shapes.items(), key=lambda shape: (-shape[1], shape[0]))
         data.sources[name] = SourceSummary(dict(by_count), sorted(ignored))
+    if data.task.template is not None and len(renderings) == 1:  # all are chats, or texts alone, whatever was asked for
+        data.task = replace(data.task, template=renderings.pop() or AS_IT_IS)
     data.splits = {split: writer.close() for split, writer in writers.items()}
     _refuse_empty_splits(data, cfg, sources)
 
@@ -249,7 +253,9 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
     of = task.load()
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
-    numbered = spread(of.tokenize(examples, _tokenizer(*tokenizer), cfg))
+    words = _tokenizer(*tokenizer)
+    renderings = [rendering(example, words, cfg) if task.name == CAUSAL.name else None for example in examples]
+    numbered = spread(of.tokenize(examples, words, cfg))
     tokens = [row for _, row in numbered]
     records = records.take([i for i, _ in numbered])
     first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]  # of the rows of a record
@@ -268,6 +274,7 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": records["split"],
             "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record
+            "rendering": pa.array([renderings[i] for i, _ in numbered], pa.string()),
             "ignored": records["ignored"],
             "truncated": [bool(t and t.truncated) for t in tokens],
         }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ftray.data.shapes import (
     ANY,
     ASKING,
+    OWN,
     PART,
     Record,
     Seen,
@@ -57,7 +58,8 @@ CONVERSATION = (*SYSTEM, "history", *TOOLS)  # with one of these a record is a c
 
 _NO_KTO = "marks answers as good or bad, and ftray has no KTO yet: keep the good ones, without this key"
 _LEARNT = dict.fromkeys(
-    ("train_detail", "training_detail", "loss_mask"), "ftray learns whole turns: mark them by weight, 1 or 0"
+    ("train_detail", "training_detail", "loss_mask", "weights", "loss_weights", "sample_weight", "sample_weights"),
+    "ftray learns whole turns and records: mark them by weight, 1 or 0",
 )
 _RENDERING = dict.fromkeys(
     ("documents", "chat_template_kwargs"), "ftray gives a chat template turns and tools alone: leave it out"
@@ -171,7 +173,7 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
         return _answered(prompt, _text(record, answer, where), record, where)
 
     fits = None if name or ask == "text" else _is_bare
-    beside = ASKED if name else (*ASKED, *ANSWERED)
+    beside = (*ASKED, *ANSWERED)
     honours = (*further, *CONVERSATION)
     return Shape(name or f"{ask}/{answer}", (ask, answer), parse, honours, _BESIDE_ANSWER, beside, fits)
 
@@ -247,7 +249,8 @@ def unknown(record: Record, where: object, others: str = "") -> str:
     """What to say of a record of no known shape."""
     guess = proposal(record)
     hint = f"; or say what is what, as in {guess}" if guess else ""
-    return f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes: {KNOWN}{others}{hint}"
+    keys = ", ".join(key for key in map(str, record) if not key.startswith(OWN)) or "(none)"
+    return f"{where}: record with keys {keys}; known shapes: {KNOWN}{others}{hint}"
 
 
 def _translation(record: Record, where: object) -> Example:

@@ -31,6 +31,7 @@ FLAGS = (*_WANTED, *_UNWANTED)
 ASKING = _WANTED[2:]  # those that are set on purpose: `weight` may stand, as 1, at any turn
 RENDERED = ("text", "prompt")  # where many files repeat the whole record
 # what reading adds to a record, in keys that no file has
+OWN = "ftray:"
 PART = "ftray:part"  # which part of a longer text its text is: first, middle or last
 LEFT_OUT = "ftray:left out"  # the keys that a mapping did not use
 _OWN = (PART, LEFT_OUT)
