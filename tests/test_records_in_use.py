@@ -630,11 +630,7 @@ def test_what_is_written_down_of_a_template_is_what_the_records_got(cluster, tin
     turns = [{"role": "user", "content": "{}"}, {"role": "assistant", "content": "a"}]
     kinds = {
         "text": ("auto", {"text": "the cat {} sat"}, "{prompt}"),
-        "turns": (
-            "Q {prompt}",
-            {"messages": [{"role": "user", "content": "{}"}, {"role": "assistant", "content": "a"}]},
-            "chat",
-        ),
+        "turns": ("Q {prompt}", {"messages": turns}, "chat"),
         "prompts": ("Q {prompt}", {"prompt": "{}", "completion": "a"}, "Q {prompt}"),
     }
     for name, (template, record, wanted) in kinds.items():
