@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,12 @@ def test_a_space_may_hold_mappings(tmp_path):
     assert {c["adapter"]["config"]["peft_type"] for c in load_space(str(space)).corners()} == {"LORA", "IA3"}
     space.write_text("method: lora\nlora: {rank_pattern: {q_proj: 2}}\n")
     assert [c["adapter"]["rank_pattern"] for c in load_space(str(space)).corners()] == [{"q_proj": 2}]
+
+
+def test_a_model_whose_records_depend_on_each_other_in_every_batch_is_refused():
+    base = SimpleNamespace(config=SimpleNamespace(model_type="doge", is_encoder_decoder=False))
+    with pytest.raises(UserError, match="Doge"):
+        refuse(AdapterConfig(), ModelConfig(), TrainingConfig(), base)
 
 
 def test_the_list_of_methods_and_refusals_is_up_to_date():

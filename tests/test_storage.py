@@ -155,7 +155,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
         assert (directory / "adapter_model.safetensors").is_file()
     assert [trial["status"] for trial in leaderboard(output)["trials"]] == ["finished"] * 3
     adapter = find_adapter(output)
-    assert data_settings(Config(), adapter).template == "{prompt}\n"
+    assert data_settings(Config(), adapter).template == "auto"  # by the chat template, which the base has
     assert (adapter / "adapter_model.safetensors").stat().st_size > 0
 
 

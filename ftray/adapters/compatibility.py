@@ -135,6 +135,11 @@ REFUSALS = [
         lambda w: w.method == "prefix_tuning" and w.training.gradient_checkpointing,
     ),
     Refusal(
+        "a Doge model",
+        "its attention picks the best keys of a padded row, padding included: what a record gives depends on the others",
+        lambda w: bool(w.base) and w.base.config.model_type == "doge",
+    ),
+    Refusal(
         "a method with model.quantization and training.zero_stage 3",
         "DeepSpeed can't share out bitsandbytes' packed weights: take stage 2",
         lambda w: w.model.quantization != "none" and w.training.zero_stage == 3,
