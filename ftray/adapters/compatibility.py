@@ -136,7 +136,7 @@ REFUSALS = [
     ),
     Refusal(
         "a Doge model",
-        "its attention picks the best keys of a padded row, padding included: what a record gives depends on the others",
+        "its attention picks the best keys of a padded row, padding included: each record depends on the others",
         lambda w: bool(w.base) and w.base.config.model_type == "doge",
     ),
     Refusal(
