@@ -282,5 +282,5 @@ def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
         return counts[1]
 
     job = job_of_packs(tiny_llama, data, scaling={"cpus_per_worker": 1})
-    trainer = pack_trainer(job, pages_of_a_second_buffer, {}, "pages", tmp_path)
+    trainer = pack_trainer(job, pages_of_a_second_buffer, {}, "pages", LocalLocation(tmp_path))
     assert trainer.fit().return_value < 100  # of 16,384
