@@ -320,6 +320,8 @@ def attach(
             parameter.data = parameter.data.float()
     if named(adapter)[1].autocast and dtype != torch.float32:
         adapted.forward = torch.autocast(model.device.type, dtype)(adapted.forward)
+        if hasattr(adapted, "generate"):  # which calls the base's forward
+            adapted.generate = torch.autocast(model.device.type, dtype)(adapted.generate)
     else:
         exact_heads(adapted)
     return adapted
