@@ -226,7 +226,7 @@ def test_a_configuration_of_peft_trains_as_the_method_itself(tiny_llama, tmp_pat
     weights = []
     for adapter in [matrix.LORA, *adapters]:
         model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(**adapter), 3, 1)
-        token_losses(model, matrix.records()).mean().backward()
+        token_losses(model, matrix.records().batch).mean().backward()
         weights.append([(p.detach(), p.grad) for p in trainable(model)])
     for own in weights[1:]:
         for (weight, gradient), (wanted, slope) in zip(own, weights[0], strict=True):
