@@ -43,7 +43,7 @@ def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: A
     if highest >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"data {cfg.source}: has the token {token!r} of id {highest}, but the model has embeddings for {rows} "
+            f"data {cfg.names}: has the token {token!r} of id {highest}, but the model has embeddings for {rows} "
             "tokens: take its own tokenizer, or a model that was resized for the token"
         )
     if most is None or cfg.max_length + added <= most:

@@ -26,7 +26,7 @@ def read_chat_template(given: str) -> str:
     if "{%" in given or "{{" in given:
         return given
     bundled = given in names()
-    file = BUNDLED / f"{given}.jinja" if bundled else Path(given).expanduser()
+    file = BUNDLED / f"{given}.jinja" if bundled else Path(given)
     if not bundled and file.suffix not in (".jinja", ".jinja2", ".j2"):
         raise UserError(f"data.chat_template {given}: no such template, and no .jinja file{near(given, names())}")
     try:
