@@ -35,12 +35,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import machine, seconds, versions
+from benchmarks.pack import RANKS, TARGETS
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
-RANKS = (4, 8, 16, 32)
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads
     "tiny": (64, 128, 2, 4, 2),
     "1b": (2048, 8192, 16, 32, 8),
