@@ -55,6 +55,11 @@ def run(cfg: Config) -> int:
         raise UserError(f"generation.chat: the tokenizer of {model_path} has no chat template")
     trained_as = TaskSpec.read(adapters[0] if adapters else Path(model_path))
     raw = bool(trained_as and trained_as.template not in (None, CHAT))
+    if trained_as and trained_as.template == CHAT and data.template == "auto" and not tokenizer.chat_template:
+        raise UserError(
+            f"adapter {adapters[0] if adapters else model_path}: by a chat template, which the tokenizer of "
+            f"{model_path} lacks, it was trained: give it by --data.chat_template, or --data.template"
+        )
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
