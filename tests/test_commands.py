@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ftray.cli import main
 from ftray.infer import read_records
-from ftray.task_spec import TaskSpec
+from ftray.task_spec import CHAT, TaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +265,18 @@ def test_only_line_breaks_end_a_line_of_prompts(tmp_path, suffix, odd):
     file = tmp_path / f"prompts{suffix}"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
     assert list(read_records(str(file))) == [(f"{file}:{i}", {"prompt": p}) for i, p in enumerate(prompts, 1)]
+
+
+def test_an_adapter_of_chats_is_not_prompted_raw_where_the_template_is_gone(tmp_path, capsys, tiny_llama, adapters):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare)
+    (bare / "chat_template.jinja").unlink()
+    shutil.copytree(adapters["a"], tmp_path / "adapter")
+    TaskSpec("CAUSAL_LM", template=CHAT).save(tmp_path / "adapter")
+    asked = ["infer", "--adapter", str(tmp_path / "adapter"), "--model", str(bare), "--prompt", "a"]
+    assert main(asked) == 2
+    assert "a chat template, which the tokenizer of" in capsys.readouterr().err
+    assert main([*asked, "--data.chat_template", "chatml", "--generation.max_new_tokens", "2"]) == 0
 
 
 def test_a_conversation_on_a_terminal(tiny_llama, adapters):
