@@ -1,7 +1,7 @@
 """A linear layer that many adapters share: it multiplies once by its weight, then each adapter changes its own rows."""
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -66,6 +66,15 @@ class SharedLinear(nn.Module):
         self.base, self.segments = base, segments
         self.members: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
         self.multiplies: set[str] = set()
+
+    @classmethod
+    def at(cls, model: nn.Module, path: str, segments: AdapterSegments) -> Self:
+        """The shared layer at `path` in `model`, where it takes the place of the model's own if need be."""
+        layer = model.get_submodule(path)
+        if not isinstance(layer, cls):
+            layer = cls(layer, segments)
+            model.set_submodule(path, layer)
+        return layer
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         """Add the PEFT `layer` of adapter `name`."""

@@ -71,11 +71,7 @@ class ModelRunner:
         """Adapt the base's layers, by their path in `layers`, for the chunks of adapter `name`."""
         rng = DropoutRNG(model, 0)
         for path, layer in layers.items():
-            shared = self._model.get_submodule(path)
-            if not isinstance(shared, ServedLinear):
-                shared = ServedLinear(shared, self._segments)
-                self._model.set_submodule(path, shared)
-            shared.join(name, layer, rng)
+            ServedLinear.at(self._model, path, self._segments).join(name, layer, rng)
 
     def layer_obstacle(self, paths: Iterable[str]) -> str | None:
         """Why an adapter of these layers of the base can't share a pass; None: it can."""

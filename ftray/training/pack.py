@@ -206,11 +206,7 @@ class Pack:
             except PackingUnsupported as error:
                 isolation_reason = str(error)
         for path, layer in layers.items():
-            linear = self.shared.get_submodule(path)
-            if not isinstance(linear, SharedLinear):
-                linear = SharedLinear(linear, self._segments)
-                self.shared.set_submodule(path, linear)
-            linear.join(name, layer, rng)
+            SharedLinear.at(self.shared, path, self._segments).join(name, layer, rng)
         self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, isolation_reason)
         if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
