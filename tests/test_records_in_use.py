@@ -645,3 +645,12 @@ def test_what_would_change_what_is_learnt_is_not_left_out(key):
     record = {"instruction": "a", "output": "b", key: [0, 1] if key.endswith("s") else "0"}
     with pytest.raises(UserError, match=key):
         parse(record, "here")
+
+
+def test_a_second_conversation_is_not_left_out_but_the_same_in_other_words_is():
+    said = ["hi", "hello"]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+    other = [{"from": role, "value": text} for role, text in zip(("human", "gpt"), said, strict=True)]
+    assert parse({"messages": turns, "conversations": other, "turns": 2}, "here").messages[1].text == "hello"
+    with pytest.raises(UserError, match="conversations would be lost"):
+        parse({"messages": turns, "conversations": [*other[:1], {"from": "gpt", "value": "go away"}]}, "here")

@@ -293,7 +293,7 @@ def _turns_in(key: str) -> Shape:
         parse,
         (*SYSTEM, *TOOLS),
         _BESIDE_ANSWER,
-        _BESIDE_TURNS,
+        (*_BESIDE_TURNS, *(other for other in ("messages", "conversations") if other != key)),
         None if key in ("messages", "conversations") else lambda record: _are_turns(record[key]),
         (key,),
         IN_TURN,

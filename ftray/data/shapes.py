@@ -168,11 +168,11 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts in a value, however deep, without blanks around them."""
+    """All texts in a value, however deep, without blanks around them; of turns, what they say and not who."""
     if isinstance(value, list | tuple):
         return [text for part in value for text in _texts(part)]
     if isinstance(value, dict):
-        return _texts(list(value.values()))
+        return _texts([text for key, text in value.items() if key not in ("role", "from")])
     return [] if is_empty(value) else [str(value).strip()]
 
 
