@@ -25,7 +25,7 @@ from peft import PeftModel
 from ray import serve
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from ftray.adapters import lora_init
 from ftray.adapters.merge import save_merged
@@ -247,6 +247,20 @@ def test_a_text_that_fails_leaves_those_read_with_it_alone(tiny_bert):
     assert (str(got[1]), type(got[3])) == ("on purpose", FloatingPointError)
     rows = torch.tensor([row for own in (got[0], got[2]) for row in own])
     torch.testing.assert_close(rows, alone(tiny_bert, spec, None, TEXTS), rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_may_be_as_long_as_the_table_of_positions(tmp_path, tokenizer):
+    """RoBERTa keeps the first of its rows free: a text that the configuration has room for is too long by two."""
+    sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=20, pad_token_id=1)
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reader = PoolingReplica(Config(model=FP32).model_dump(), str(tmp_path), 1, TaskSpec("FEATURE_EXTRACTION", (), 1))
+    longest = reader.encode(PoolingRequest([[5] * 18], None, None, None, 99))
+    (found,) = reader.forward([replace(longest, model=reader.base)])
+    assert not isinstance(found, BaseException)
+    with pytest.raises(APIError, match="19 tokens; 18 are allowed"):
+        reader.encode(PoolingRequest([[5] * 19], None, None, None, 99))
 
 
 WORDS = st.text(max_size=6) | st.sampled_from([" ", "\t \n", "\0", "\u2028", "a" * 300])
