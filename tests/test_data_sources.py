@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftray.data import sources
-from ftray.data.sources import Chunk, content_stamp, find_chunks, is_small, read_chunk, read_for_check
+from ftray.data.formats import Chunk, read_chunk
+from ftray.data.sources import content_stamp, find_chunks, is_small, read_for_check
 from ftray.errors import UserError
 
 RECORDS = [{"input": f"{n} ü", "output": str(n * n)} for n in range(7)]
@@ -107,7 +108,7 @@ def test_hub_data_sets_are_read_in_shards(tmp_path):
     # what `datasets` takes for a hub id it takes for a directory too, and that needs no network
     for n in range(3):
         (tmp_path / f"train-{n}.jsonl").write_text(jsonl(RECORDS[n * 2 : n * 2 + 2]))
-    chunks = sources.hub_chunks(str(tmp_path))
+    chunks = sources.hub_splits(str(tmp_path))["train"]
     assert [(c.kind, c.start, c.end) for c in chunks] == [("hub", n, 3) for n in range(3)]
     assert [record for chunk in chunks for _, record in read_chunk(chunk)] == RECORDS[:6]
     assert content_stamp([replace(chunks[0], revision="a")]) != content_stamp([replace(chunks[0], revision="b")])

@@ -17,8 +17,8 @@ from pyarrow import CompressedOutputStream
 from ftray import preprocess
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, prepare
+from ftray.data.formats import read_chunk
 from ftray.data.records import parse
-from ftray.data.sources import read_chunk
 from ftray.data.splits import find_sources, split_of
 from ftray.data.tokens import Tokens, spread
 from ftray.errors import UserError

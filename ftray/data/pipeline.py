@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute
 
 from ftray.config import DataConfig
+from ftray.data.formats import Chunk, Located, read_chunk
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
-from ftray.data.sources import Chunk, Located, content_stamp, read_chunk
+from ftray.data.sources import content_stamp
 from ftray.data.splits import (
     SPLITS,
     Source,

@@ -13,11 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk as Chunk
-from ftray.data.formats import Located as Located
-from ftray.data.formats import SourceLocation as SourceLocation
-from ftray.data.formats import load_hub, open_path, readable
-from ftray.data.formats import read_chunk as read_chunk
+from ftray.data.formats import Chunk, Located, load_hub, open_path, read_chunk, readable
 from ftray.errors import UserError, near
 from ftray.models.find import is_hub_id
 
@@ -95,7 +91,7 @@ def _splits_of(source: str, cfg: DataConfig) -> Splits:
         elif _is_glob(source):
             files = {"train": _matching(filesystem, root, source)}
         elif hub_dataset(source):
-            return _hub_splits(source)
+            return hub_splits(source)
         else:
             raise UserError(f"data {source}: no such file or folder{_near(source)}")
         if wanted and wanted not in files:
@@ -289,21 +285,14 @@ def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg:
     return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
 
 
-def hub_chunks(source: str) -> list[Chunk]:
-    """The shards of a data set of the hub, as `datasets` loads it; of its training split, unless it names another."""
-    return _hub_splits(source)["train"]
-
-
-def _hub_splits(source: str) -> Splits:
+def hub_splits(source: str) -> Splits:
+    """The shards of each split of a data set of the hub, as `datasets` loads it; of one, if `source` names one."""
     from huggingface_hub import HfApi
 
     named, _, wanted = source.partition("@")
     try:
         revision = HfApi().dataset_info(named.partition(":")[0]).sha
-    except (
-        OSError,
-        ValueError,
-    ):  # hub not reachable, or no such data set: `datasets` looks into its cache, and says which
+    except (OSError, ValueError):  # not reachable, or not there: `datasets` looks into its cache, and says which
         revision = None
     loaded = load_hub(named, revision, wanted or None)
     splits = {"train": (wanted, loaded)} if wanted else _known_splits({n: (n, d) for n, d in loaded.items()}, named)

@@ -9,7 +9,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
-from ftray.data.sources import Chunk, find_chunks, find_splits, is_small, read_for_check
+from ftray.data.formats import Chunk
+from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 

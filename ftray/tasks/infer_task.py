@@ -5,9 +5,9 @@ from typing import Any
 import yaml
 
 from ftray.config import Config
+from ftray.data.formats import Located
 from ftray.data.records import SHAPES, unknown
 from ftray.data.shapes import fitting, recognise, refuse
-from ftray.data.sources import Located
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
 from ftray.storage.location import parse_location
