@@ -156,6 +156,37 @@ def padding_obstacle(model: Any) -> str | None:
 
 
 @torch.no_grad()
+def shared_passes(
+    model: Any, run: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> tuple[Literal["all", "equal", "none"], str | None]:
+    """Which records may share a pass of `model`: all, padded on the right; those of equal length; or none.
+
+    Args:
+        run: makes of token ids, int64 [tokens] each, the outputs [records, ...] of one padded pass.
+
+    Returns:
+        That, and why padded records don't get what each of them gets alone; None: they do.
+    """
+    records = probe_records(model, 1)
+    if model.config.is_encoder_decoder and isinstance(end := model.config.eos_token_id, int):
+        records = [torch.cat([ids, ids.new_tensor([end])]) for ids in records]  # some read the state of the end
+    other = torch.cat([records[1][:-1].flip(0), records[1][-1:]])
+    groups: dict[Literal["all", "equal"], list[torch.Tensor]] = {"all": records, "equal": [records[1], other]}
+    reason = None
+    for kind, group in groups.items():
+        try:
+            together, alone = run(group), [run([ids])[0] for ids in group]
+            ours = [row[tuple(map(slice, own.shape))] for row, own in zip(together, alone, strict=True)]
+            differs = wrong_logits(ours, alone, tolerance(model))
+        except Exception as error:
+            differs = reason_of(error)
+        if not differs:
+            return kind, reason
+        reason = reason or differs
+    return "none", reason
+
+
+@torch.no_grad()
 def decodes_together(model: Any) -> Literal["all", "equal", "none"]:
     """Which prompts `model.generate` continues in one batch as it does alone: all, padded on the left; those of equal
     length; or none."""

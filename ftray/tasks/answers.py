@@ -150,22 +150,22 @@ class Task(task.PaddedTask):
                 )
         return None  # no window holds the whole answer
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, 2, tokens]: start and end, -inf at padding; without the tokens that a method puts before them."""
-        output = model(**self.inputs(batch))
-        logits = torch.stack([output.start_logits, output.end_logits], 1).float()
+        output = self.forward(model, batch)
+        logits = torch.stack([output["start_logits"], output["end_logits"]], 1).float()
         logits = logits[..., -batch["input_ids"].shape[1] :]
         return logits.masked_fill(batch["attention_mask"][:, None] == 0, -torch.inf)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         loss = np.zeros(len(rows))
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            each = F.cross_entropy(self._logits(model, batch).transpose(1, 2), batch["labels"], reduction="none")
+            each = F.cross_entropy(self.logits(model, batch).transpose(1, 2), batch["labels"], reduction="none")
             loss[part] = each.double().sum(1).cpu().numpy()
         extras = [json.loads(row["extra"]) for row in rows]
         answers = self._predict(model, tokenizer, extras, cfg)
@@ -189,7 +189,7 @@ class Task(task.PaddedTask):
         best = [(-np.inf, "")] * len(extras)
         nothing = [np.inf] * len(extras)  # the least that any window gives to no answer
         for part, batch in self.batches(model, pieces, cfg.batch_size):
-            for place, logits in zip(part, self._logits(model, batch).cpu().numpy(), strict=True):
+            for place, logits in zip(part, self.logits(model, batch).cpu().numpy(), strict=True):
                 i, window = owned[place]
                 nothing[i] = min(nothing[i], float(logits[:, 0].sum()))
                 value, (first, end) = best_span(window, logits)

@@ -124,10 +124,14 @@ class Task(task.PaddedTask):
         none: dict[str, Any] = {"labels": [self.nothing], "lengths": [[2, 2]], "score": [float("nan")]}
         return self.collate({"input_ids": [[0] * 4], "token_type_ids": [[]], **none})
 
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Last hidden states [texts, tokens, hidden size], without the tokens that a method puts before them."""
+        hidden = self.forward(model, batch)["last_hidden_state"]
+        return hidden[:, -batch["input_ids"].shape[1] :].float()
+
     def read(self, model: Any, batch: Batch) -> torch.Tensor:
         """Float32 [texts, hidden size], each of length 1: the mean of the last hidden states over the text's tokens."""
-        hidden = model(**self.inputs(batch)).last_hidden_state.float()
-        hidden = hidden[:, -batch["input_ids"].shape[1] :]  # without the tokens that a method puts before them
+        hidden = self.logits(model, batch)
         mask = batch["attention_mask"][..., None].float()
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
@@ -60,15 +61,18 @@ class Task(task.PaddedTask):
             result.append(None if too_long and cfg.overlong == "drop" else tokens)
         return result
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
         adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
         shifted = _shifted(adapted, batch["labels"])
-        logits: torch.Tensor = model(**self.inputs(batch), decoder_input_ids=shifted, use_cache=False).logits
+        logits = self.forward(model, batch, decoder_input_ids=shifted)["logits"]
         return logits[:, -shifted.shape[1] :].float()
 
+    def _below(self, records: list[torch.Tensor], device: torch.device) -> Batch:
+        return super()._below(records, device) | {"labels": pad_sequence(records, True, IGNORE).to(device)}
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
@@ -77,7 +81,7 @@ class Task(task.PaddedTask):
         stops = stop_tokens(tokenizer, model.config, model.generation_config)
         settings = {"max_new_tokens": cfg.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            logits = self._logits(model, batch)
+            logits = self.logits(model, batch)
             each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").double()
             loss[part] = each.sum(1).cpu().numpy()
             tokens[part] = (batch["labels"] != IGNORE).sum(1).cpu().numpy()

@@ -91,6 +91,7 @@ class Task(task.PaddedTask):
     metric = "macro_f1"
     has_labels = True
     min_label_count = 2
+    by_token = False
     shapes = (
         *(_labelled(first, label, second) for first, second in PAIRS for label in LABELS),
         *(_labelled("text", label, "text_pair", may_be_single=True) for label in LABELS),
@@ -118,19 +119,21 @@ class Task(task.PaddedTask):
             result.append(None if too_long and cfg.overlong == "drop" else tokens)
         return result
 
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        return self.forward(model, batch)["logits"].float()
+
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = model(**self.inputs(batch)).logits.float()
-        return F.cross_entropy(logits, batch["labels"][:, 0], reduction="sum")
+        return F.cross_entropy(self.logits(model, batch), batch["labels"][:, 0], reduction="sum")
 
     def read(self, model: Any, batch: Batch) -> torch.Tensor:
         """Float32 [texts, classes]: the probability of each class."""
-        return torch.softmax(model(**self.inputs(batch)).logits.float(), -1)
+        return torch.softmax(self.logits(model, batch), -1)
 
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
         loss, predicted = np.zeros(len(rows)), np.zeros(len(rows), int)
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            logits = model(**self.inputs(batch)).logits.float()
+            logits = self.logits(model, batch)
             loss[part] = F.cross_entropy(logits, batch["labels"][:, 0], reduction="none").double().cpu().numpy()
             predicted[part] = logits.argmax(-1).cpu().numpy()
         wanted = np.array([row["labels"][0] for row in rows])

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,12 +13,17 @@ from ftray.config import DataConfig, EvaluationConfig
 from ftray.data.shapes import Seen, Shape, read
 from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores
+from ftray.models.probe import shared_passes
 from ftray.task_spec import IGNORE, TaskSpec
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards
+Passes = tuple[Literal["all", "equal", "none"], str | None]
 GENERATED = ("exact_match", "rouge_l", "chrf", "token_error_rate", "character_error_rate")
 TEXT = {"loss": "min", "perplexity": "min", "exact_match": "max", "rouge_l": "max", "chrf": "max"}
+
+
+_passes: WeakKeyDictionary[Any, Passes] = WeakKeyDictionary()  # by model: tried once
 
 
 class Task(ABC):
@@ -101,6 +107,10 @@ class Task(ABC):
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
 
+    def passes(self, model: Any) -> Passes:
+        """Which records that are padded may share a pass of `model`, and why not all."""
+        return "all", None
+
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Supervised items (tokens, words, records) in `batch`: the loss of a step is the mean over all of them."""
         return int((batch["labels"] != IGNORE).sum())
@@ -121,6 +131,9 @@ class Task(ABC):
 class PaddedTask(Task):
     """A task whose records lie below one another, the shorter ones filled up on the right.
 
+    Some models let records see their padding (FNet, YOSO), or take the last position for the end (XLNet): then only
+    records of equal length share a pass, or none do; see :meth:`passes`.
+
     A batch holds `input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, int64 of shape
     [records, longest], and `labels`, int64 of shape [records, most labels], filled up with -100.
     """
@@ -128,6 +141,8 @@ class PaddedTask(Task):
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "token_type_ids", "labels")
     # labels of :meth:`empty`
     nothing: ClassVar[list[int]] = [IGNORE]
+    # whether the model has an output for each token, not one for the whole text
+    by_token: ClassVar[bool] = True
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
         batch = {
@@ -152,6 +167,56 @@ class PaddedTask(Task):
         names = ("input_ids", "attention_mask", "token_type_ids")
         return {name: batch[name] for name in names if name in batch}
 
+    @abstractmethod
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """What the loss of `batch` is computed from, float32 [records, ...]; what padding gets there means nothing."""
+
+    def passes(self, model: Any) -> Passes:
+        """See :func:`ftray.models.probe.shared_passes`."""
+        model = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+        if model not in _passes:
+            modes = [(module, module.training) for module in model.modules()]
+            model.eval()
+            _passes[model] = "all", None  # while it is tried
+            try:
+                _passes[model] = shared_passes(
+                    model, lambda records: self.logits(model, self._below(records, model.device))
+                )
+            finally:
+                for module, training in modes:
+                    module.training = training
+        return _passes[model]
+
+    def _below(self, records: list[torch.Tensor], device: torch.device) -> Batch:
+        """A batch of token ids alone."""
+        return {name: tensor.to(device) for name, tensor in self.below(records, [[]] * len(records)).items()}
+
+    def forward(
+        self, model: Any, batch: Mapping[str, torch.Tensor], **further: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The model's outputs [records, ...] by name, each record's as it gets them alone.
+
+        Args:
+            further: inputs [records, ...] beside :meth:`inputs`.
+        """
+        inputs = self.inputs(batch) | further
+        kind, _ = self.passes(model)
+        if kind == "all" or len(batch["attention_mask"]) == 1:
+            return _outputs(model(**inputs))
+        lengths = batch["attention_mask"].sum(1)
+        ends = (batch["labels"] != IGNORE).sum(1).clamp_min(1) if further else lengths  # of the outputs
+        sizes = torch.stack([lengths, ends], 1)
+        _, group = sizes.unique(dim=0, return_inverse=True) if kind == "equal" else (None, torch.arange(len(sizes)))
+        rows = [(group == n).nonzero()[:, 0] for n in range(int(group.max()) + 1)]
+        width, parts = next(iter(further.values()), batch["input_ids"]).shape[1], []
+        for own in rows:
+            length, end = sizes[own[0]].tolist()
+            cut = {name: t[own, : end if name in further else length] for name, t in inputs.items()}
+            part = _outputs(model(**cut))
+            parts.append({n: _filled(t[:, -end:], width) for n, t in part.items()} if self.by_token else part)
+        order = torch.cat(rows).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
     def batches(self, model: Any, rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
         """`rows` in batches of like length on the model's device, each with the indices of its rows."""
         model.eval()
@@ -160,6 +225,20 @@ class PaddedTask(Task):
             part = order[at : at + size]
             batch = self.collate({name: [rows[i][name] for i in part] for name in self.columns})
             yield part, {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+
+
+def _outputs(output: Any) -> dict[str, torch.Tensor]:
+    return {name: output[name] for name in OUTPUTS if name in output}
+
+
+def _filled(output: torch.Tensor, width: int) -> torch.Tensor:
+    """[records, tokens, ...] to [records, width, ...]."""
+    filled = output.new_zeros(len(output), width, *output.shape[2:])
+    filled[:, : output.shape[1]] = output
+    return filled
 
 
 def encode(

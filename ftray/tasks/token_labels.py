@@ -112,19 +112,18 @@ class Task(task.PaddedTask):
             result.append(None if not kept or (too_long and cfg.overlong == "drop") else tokens)
         return result
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[records, tokens, classes], without the tokens that a method puts before them."""
-        logits: torch.Tensor = model(**self.inputs(batch)).logits
-        return logits[:, -batch["labels"].shape[1] :].float()
+        logits = self.forward(model, batch)["logits"]
+        return logits[:, -batch["input_ids"].shape[1] :].float()
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits = self._logits(model, batch)
+        logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     def read(self, model: Any, batch: Batch) -> torch.Tensor:
         """Float32 [texts, tokens, classes]: the probability of each class."""
-        logits = model(**self.inputs(batch)).logits[:, -batch["input_ids"].shape[1] :]
-        return torch.softmax(logits.float(), -1)
+        return torch.softmax(self.logits(model, batch), -1)
 
     @torch.inference_mode()
     def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
@@ -132,7 +131,7 @@ class Task(task.PaddedTask):
         loss, words, right = np.zeros(count), np.zeros(count), np.zeros(count)
         tags: list[list[str]] = [[] for _ in rows]
         for part, batch in self.batches(model, rows, cfg.batch_size):
-            logits, labels = self._logits(model, batch), batch["labels"]
+            logits, labels = self.logits(model, batch), batch["labels"]
             each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double()
             predicted, first = logits.argmax(-1), labels != IGNORE
             loss[part] = each.sum(1).cpu().numpy()

@@ -112,7 +112,14 @@ class Pack:
             self.isolation_reason = self._settle(longest)
         else:
             self.shared = self._shared_model()
-            self.isolation_reason = self.verdict = f"{self.task.spec.name} pads its records"
+            self.isolation_reason = f"{self.task.spec.name} pads its records"
+            kind, reason = self.task.passes(self.base)
+            together = {
+                "all": "",
+                "equal": "; only those of equal length share a pass",
+                "none": "; each has its own pass",
+            }
+            self.verdict = self.isolation_reason + (f"{together[kind]}: {reason}" if reason else "")
 
     def _shared_model(self) -> PreTrainedModel:
         shared = shared_model(self.base, None if self.padded else attention.packed_attention(self._layout))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, rate_ratio
+from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.probe import probe_records, row_obstacle
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -66,6 +67,12 @@ class Zero3Trainer:
         self.history = TrainState(run)
         if self.task.packed:
             self.task.pad = self._sum([float(self._mixes_records())])[0] > 0
+        elif run.training.zero_stage == 3 and self.world_size > 1:
+            kind, reason = self.task.passes(self.engine.module)
+            if kind != "all":  # workers would make different numbers of passes, each of which is a collective
+                raise UserError(
+                    f"training.zero_stage 3: records can't be padded: {reason}: take stage 2, or one worker"
+                )
 
     def _mixes_records(self) -> bool:
         """Whether records must be padded; every rank tries it, because under ZeRO 3 a forward pass is a collective."""
