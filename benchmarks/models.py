@@ -33,10 +33,11 @@ from torch.nn import functional as F
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from benchmarks.tiny_models import TASKS, tiny_config, tokenizer
+from ftray.adapters.compatibility import refuse
 from ftray.adapters.merge import save_merged
 from ftray.adapters.methods import attach
 from ftray.adapters.targets import GROUPS, resolve_targets
-from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.multi_adapter.shared_linear import PackingUnsupported
@@ -76,7 +77,11 @@ class Family:
         self.auto = getattr(transformers, self.task.auto_class)
         self.made = self.auto if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else transformers.AutoModel
         torch.manual_seed(0)
-        model = self.made.from_config(tiny_config(kind, task))
+        config = tiny_config(kind, task)
+        model = self.made.from_config(config)
+        text = config.get_text_config()
+        self.words = min(300, getattr(text, "vocab_size", 300))  # ids of records
+        self.end = text.eos_token_id if config.is_encoder_decoder else None  # of a text that is classified
         draw = torch.Generator().manual_seed(1)
         for parameter in model.parameters():  # away from zeros and ones, beside which little shows
             parameter.data += (0.08 * torch.randn(parameter.shape, generator=draw)).to(parameter)
@@ -116,13 +121,15 @@ class Family:
             return torch.randint(least, most, (length,), generator=draw).tolist()
 
         for length in torch.randint(5, 41, (count,), generator=draw).tolist():
-            own = ids(20, 300, length)
+            own = ids(20, self.words, length)
+            if self.spec.name == "SEQ_CLS" and self.end is not None:
+                own[-1] = self.end
             columns["input_ids"].append(own)
             columns["token_type_ids"].append([])
             columns["labels"].append(
                 {
                     "CAUSAL_LM": lambda own=own: [IGNORE] * (len(own) // 3) + own[len(own) // 3 :],
-                    "SEQ_2_SEQ_LM": lambda own=own: [*ids(20, 300, 3 + len(own) // 4), 0],
+                    "SEQ_2_SEQ_LM": lambda own=own: [*ids(20, self.words, 3 + len(own) // 4), 0],
                     "SEQ_CLS": lambda own=own: ids(0, 3, 1),
                     "TOKEN_CLS": lambda own=own: ids(0, 3, len(own)),
                     "QUESTION_ANS": lambda own=own: ids(0, len(own), 2),
@@ -159,6 +166,7 @@ class Family:
     def adapter(self, base: Any, rank: int, seed: int) -> Any:
         """A LoRA over all linear layers, moved off its start."""
         settings = AdapterConfig(method="lora", target_modules="all-linear", rank=rank, dropout=0.0)
+        refuse(settings, self.config, TrainingConfig(), base)
         model = attach(base, settings, STEPS, seed)
         draw = torch.Generator().manual_seed(seed)
         for parameter in trainable(model):

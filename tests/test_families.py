@@ -9,9 +9,11 @@ from benchmarks.tiny_models import tiny_config
 from ftray.adapters.methods import attach
 from ftray.adapters.targets import adapted_names, described, expert_parameters, resolve_targets
 from ftray.compat.peft import taken_names
-from ftray.config import AdapterConfig
+from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
+from ftray.models.load import load_skeleton
 from ftray.multi_adapter.shared_model import share
+from ftray.task_spec import TaskSpec
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
@@ -32,6 +34,8 @@ FAMILIES = [
     ("bart", "CAUSAL_LM", "padded"),  # attention to an encoder that is not there
     ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
     ("bert", "TOKEN_CLS", "apart"),
+    ("xlnet", "SEQ_CLS", "apart"),  # reads the last position, padding or not
+    ("fnet", "TOKEN_CLS", "apart"),  # mixes all positions, padding too
     ("distilbert", "QUESTION_ANS", "apart"),
     ("t5", "SEQ_2_SEQ_LM", "apart"),
     ("m2m_100", "SEQ_2_SEQ_LM", "apart"),  # does not say how it shifts labels
@@ -83,6 +87,34 @@ def test_towers_are_never_adapted():
     assert len(adapted_names(model)) == 2 * 7
 
 
+def test_towers_within_an_encoder_are_never_adapted():
+    with torch.device("meta"):
+        model = transformers.AutoModelForSeq2SeqLM.from_config(tiny_config("t5gemma2", "SEQ_2_SEQ_LM"))
+    model = lora(model, "all-linear")
+    assert any("vision_tower" in name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    assert not any("vision" in name for name in adapted_names(model))
+
+
+def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path):
+    transformers.AutoModel.from_config(tiny_config("canine", "SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="CanineForSequenceClassification has no table of token embeddings"):
+        load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec("SEQ_CLS", ("A", "B"), 1))
+
+
+@pytest.mark.parametrize(("kind", "sharing"), [("bert", "all"), ("xlnet", "equal"), ("fnet", "equal")])
+def test_texts_of_a_batch_are_classified_as_alone(kind, sharing):
+    """The right value is that of transformers for the text alone, without a mask."""
+    torch.manual_seed(0)
+    spec = TaskSpec("SEQ_CLS", ("A", "B"), 1)
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config(kind, "SEQ_CLS")).eval()
+    task, texts = spec.load(), [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35, 36], [40, 41, 42, 43]]
+    probabilities = task.read(model, task.below(texts, [[]] * 3))
+    for own, ids in zip(probabilities, texts, strict=True):
+        torch.testing.assert_close(own, model(input_ids=torch.tensor([ids])).logits[0].softmax(-1), atol=1e-5, rtol=0)
+    assert task.passes(model)[0] == sharing
+    assert (task.passes(model)[1] is None) == (sharing == "all")
+
+
 def test_experts_are_a_group_of_their_own():
     base = tiny("qwen2_moe")
     assert set(expert_parameters(base, "experts")) == {"gate_up_proj", "down_proj"}
@@ -110,7 +142,7 @@ def test_what_peft_takes_for_something_else_is_refused():
 def test_an_adapter_that_never_acts_is_refused():
     base = tiny("mamba")
     model = lora(share(base), ["dt_proj", "in_proj"])
-    with pytest.raises(UserError, match=r"does not use the output of backbone\.layers\.0\.mixer\.dt_proj and 1 more"):
+    with pytest.raises(UserError, match=r"backbone\.layers\.0\.mixer\.dt_proj and 1 more.* '\[in_proj\]'"):
         Pack(base).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
 
 

@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftray.errors import UserError, near
@@ -82,7 +83,7 @@ def resolve_targets(
             raise UserError(f"layers_to_transform: none of the target modules is in a block {block}")
     if blocks is not None:
         selected = {name for name in selected if any(f".{block}." in name for block in blocks)}
-    return _short_names(selected, [name for name, _ in model.named_modules()])
+    return short_names(model, selected)
 
 
 def expert_parameters(model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None = None) -> list[str]:
@@ -196,12 +197,13 @@ def layer_kinds(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     to an encoder that is not there; and, where a language model is a part of the whole, all other parts.
     """
     modules, language = dict(model.named_modules()), _language_part(model)
+    towers = tuple(f"{name}." for name, part in modules.items() if name and _reads_no_text(part))
     alone = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     for name, module in modules.items():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         # blocks are numbered (nn.ModuleList); a linear layer outside of them is a head or an embedding projection
-        if not re.search(r"\.\d+\.", name) or not f"{name}.".startswith(language):
+        if not re.search(r"\.\d+\.", name) or not f"{name}.".startswith(language) or name.startswith(towers):
             yield name, None
             continue
         parts = name.split(".")
@@ -253,6 +255,11 @@ def _own_product(linear: nn.Module) -> bool:
         return True
 
 
+def _reads_no_text(part: nn.Module) -> bool:
+    """Whether `part` is a model of images or sound within a larger one."""
+    return isinstance(part, PreTrainedModel) and part.main_input_name.startswith(("pixel", "input_features", "input_v"))
+
+
 def _language_part(model: Any) -> str:
     """The prefix of names of the language model, where it is a part of a model of several kinds of input; else ''."""
     config = getattr(model, "config", None)
@@ -260,6 +267,11 @@ def _language_part(model: Any) -> str:
         return ""
     decoder = model.get_decoder()
     return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def short_names(model: nn.Module, selected: set[str]) -> list[str]:
+    """The shortest names that PEFT's `target_modules` matches to the `selected` modules of `model` alone."""
+    return _short_names(selected, [name for name, _ in model.named_modules()])
 
 
 def _short_names(selected: set[str], everything: list[str]) -> list[str]:

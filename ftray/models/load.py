@@ -15,6 +15,7 @@ from transformers import (
 
 from ftray.compat.transformers import drop_weight_conversions
 from ftray.config import ModelConfig
+from ftray.errors import UserError
 from ftray.models.chat_template import give_chat_template
 from ftray.models.stored import as_stored
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -152,7 +153,11 @@ def _find_ends_by(model: PreTrainedModel, task: TaskSpec) -> None:
 
     Encoders that count positions by a padding token of their own, as RoBERTa, keep it.
     """
-    words = model.get_input_embeddings()
+    try:
+        words = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        kind = type(model).__name__
+        raise UserError(f"model.name: {kind} has no table of token embeddings: take a model that has") from None
     own = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words and m.padding_idx is not None]
     if task.name == "SEQ_CLS" and not own and not model.config.is_encoder_decoder:
         model.config.get_text_config().pad_token_id = task.pad

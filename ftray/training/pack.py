@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
+from ftray.adapters.targets import adapted_names, short_names
 from ftray.compat.torch import add
 from ftray.errors import UserError
 from ftray.models import probe
@@ -241,9 +242,11 @@ class Pack:
             ) from None
         if idle:
             others = f" and {len(idle) - 1} more" if idle[1:] else ""
+            acting = short_names(self.base, set(adapted_names(model)) - set(idle))
+            advice = f"give --adapter.target_modules '[{', '.join(acting)}]'" if acting else "take another model"
             raise UserError(
                 f"target_modules: {type(self.base).__name__} does not use the output of {idle[0]}{others}: an adapter "
-                "there would change nothing: leave it out"
+                f"there would change nothing: {advice}"
             )
         self._acting.add(kind)
 
