@@ -28,7 +28,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
 QUICK = {
     "bf16": ("lora", "full", "adaption_prompt"),
     "fp16": ("lora",),
-    "8bit": ("lora",),
+    "8bit": ("lora", "lora, LoftQ"),
     "4bit": ("lora", "lora, LoftQ"),
 }
 APART = {

@@ -116,7 +116,7 @@ def _loftq(model: Any) -> None:
     PEFT's own function needs a GPU, and alpha equal to the rank.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_bnb_weight
 
     from ftray.compat.peft import stored_tensors
 
@@ -130,7 +130,8 @@ def _loftq(model: Any) -> None:
             whole = stored(f"{name}.weight").to(a.device, torch.float32)
             if getattr(linear, "source_cls", None) is Conv1D:
                 whole = whole.T
-            error = whole - dequantize_module_weight(linear).float()
+            # not `dequantize_module_weight`: it replaces the weight, and drops the scales of one that has been used
+            error = whole - dequantize_bnb_weight(linear.weight, getattr(linear, "state", None)).float()
             left, values, right = torch.linalg.svd(error / scaling, full_matrices=False)
             root = values[: len(a)].sqrt()
             a.data = (root[:, None] * right[: len(a)]).contiguous()

@@ -128,7 +128,8 @@ class Cell:
         alone: difference of `after` to the loss of the adapter by itself, outside of the pack.
         reloaded, merged: greatest difference of a loss to that of the trained adapter.
         scored: greatest difference of a record's score between the trained adapter and the reloaded one.
-        same_answers: whether both answer, or predict, the same.
+        same_answers: whether both answer, or predict, the same; None: the adapter took a part of a base of 16 bits,
+            whose rest is rounded again, and among the words of a random model ties are decided by that.
     """
 
     before: float
@@ -137,7 +138,7 @@ class Cell:
     reloaded: float
     merged: float | None
     scored: float
-    same_answers: bool
+    same_answers: bool | None
 
 
 def records() -> Records:
@@ -204,8 +205,14 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
         reloaded=difference(reloaded, trained),
         merged=merged,
         scored=difference(*(torch.from_numpy(s.loss / s.tokens) for s in (rescored, score))),
-        same_answers=rescored.generated == score.generated,
+        same_answers=None if rounds_base(wanted) else rescored.generated == score.generated,
     )
+
+
+def rounds_base(wanted: RunSpec) -> bool:
+    """Whether the initialisation writes weights of 16 bits again."""
+    taken = str(getattr(wanted.adapter, "init", "")).startswith(("pissa", "olora"))
+    return taken and wanted.model.dtype in ("bf16", "fp16")
 
 
 def train(wanted: RunSpec, given: Records, directory: Path) -> tuple[list[dict[str, Any]], torch.Tensor, Scores]:
@@ -342,7 +349,7 @@ def check(result: Cell, precision: str, task: TaskSpec = CAUSAL) -> None:
     scale = SCALE if task.name == "FEATURE_EXTRACTION" and precision in ("bf16", "fp16") else 1.0
     exact = PRECISIONS[precision][1] * scale
     assert max(result.reloaded, result.scored, result.alone) <= exact, result
-    assert result.same_answers, result
+    assert result.same_answers is not False, result
     assert result.merged is None or result.merged <= MERGED[precision] * scale, result
 
 
