@@ -83,7 +83,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"num_key_value_heads": 2},
     "mistral4": {"qk_head_dim": 2 * HEAD_DIM, "qk_nope_head_dim": HEAD_DIM, "qk_rope_head_dim": HEAD_DIM},
-    "perceiver": {"vocab_size": VOCABULARY},
+    "perceiver": {"vocab_size": VOCABULARY, "num_latents": 16, "num_self_attends_per_block": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     "xlstm": {"num_blocks": 2, "ffn_round_up_to_multiple_of": 8},

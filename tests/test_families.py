@@ -32,6 +32,7 @@ FAMILIES = [
     ("qwen3_5_text", "CAUSAL_LM", "padded"),
     ("falcon", "CAUSAL_LM", "padded"),  # a mask of its own
     ("bart", "CAUSAL_LM", "padded"),  # attention to an encoder that is not there
+    ("bart", "SEQ_CLS", "apart"),  # reads the state of the end
     ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
     ("bert", "TOKEN_CLS", "apart"),
     ("xlnet", "SEQ_CLS", "apart"),  # reads the last position, padding or not
@@ -99,6 +100,14 @@ def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path):
     transformers.AutoModel.from_config(tiny_config("canine", "SEQ_CLS")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="CanineForSequenceClassification has no table of token embeddings"):
         load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec("SEQ_CLS", ("A", "B"), 1))
+
+
+def test_a_head_named_like_a_part_of_the_base_is_refused():
+    """PEFT goes by the end of a name: it would train the head of the tower too."""
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("modernvbert", "SEQ_CLS"))
+    model.new_modules, model.task = ["head", "classifier"], TaskSpec("SEQ_CLS", ("A", "B"), 1)
+    with pytest.raises(UserError, match=r"PEFT takes model\.vision_model\.head for the head"):
+        lora(model, "all-linear")
 
 
 @pytest.mark.parametrize(("kind", "sharing"), [("bert", "all"), ("xlnet", "equal"), ("fnet", "equal")])

@@ -7,6 +7,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ftray.errors import UserError
 from ftray.task_spec import task_of
 
 
@@ -22,6 +23,20 @@ def for_task(config: Any, model: Any) -> Any:
     if new and hasattr(config, "modules_to_save"):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
     return config
+
+
+def refuse_others(model: PeftModel, asked: Any) -> None:
+    """Compare the heads that a new PEFT model trains with `asked`, those in its configuration.
+
+    Raises:
+        UserError: PEFT, which goes by the end of a name, has found others too.
+    """
+    inner: Any = model.get_base_model()
+    found = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for name in found:
+        head = next((part for part in asked or () if name.endswith(part)), name)
+        if head != name and head in found:
+            raise UserError(f"{type(inner).__name__}: PEFT takes {name} for the head, named {head} too")
 
 
 def exact_heads(model: PeftModel) -> None:

@@ -18,6 +18,7 @@ from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
+from ftray.models.probe import ended
 from ftray.models.stops import stop_tokens
 from ftray.models.stored import as_stored
 from ftray.storage.atomic import atomic_dir
@@ -168,7 +169,7 @@ def outputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
     model.eval()
     found = []
     for text in texts[:RECORDS]:
-        ids = torch.tensor([text[:TOKENS]], device=model.device)
+        ids = ended(model, torch.tensor(text[:TOKENS], device=model.device))[None]
         further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         said = model(input_ids=ids, **further)
         found += [said[name].float().flatten().cpu() for name in OUTPUTS if name in said]

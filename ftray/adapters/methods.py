@@ -296,8 +296,7 @@ def attach(
     from peft import get_peft_model
     from peft.utils.integrations import gather_params_ctx
 
-    from ftray.adapters import lora_init
-    from ftray.adapters.heads import exact_heads
+    from ftray.adapters import heads, lora_init
     from ftray.adapters.targets import asked_for, refuse_others
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
@@ -314,6 +313,7 @@ def attach(
             reason = " ".join(str(error).split())
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
         refuse_others(adapted, asked)
+        heads.refuse_others(adapted, getattr(config, "modules_to_save", None))
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -323,5 +323,5 @@ def attach(
         if hasattr(adapted, "generate"):  # which calls the base's forward
             adapted.generate = torch.autocast(model.device.type, dtype)(adapted.generate)
     else:
-        exact_heads(adapted)
+        heads.exact_heads(adapted)
     return adapted

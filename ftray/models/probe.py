@@ -167,9 +167,7 @@ def shared_passes(
     Returns:
         That, and why padded records don't get what each of them gets alone; None: they do.
     """
-    records = probe_records(model, 1)
-    if model.config.is_encoder_decoder and isinstance(end := model.config.eos_token_id, int):
-        records = [torch.cat([ids, ids.new_tensor([end])]) for ids in records]  # some read the state of the end
+    records = [ended(model, ids) for ids in probe_records(model, 1)]
     other = torch.cat([records[1][:-1].flip(0), records[1][-1:]])
     groups: dict[Literal["all", "equal"], list[torch.Tensor]] = {"all": records, "equal": [records[1], other]}
     reason = None
@@ -309,11 +307,21 @@ def idle_layers(adapted: Any) -> list[str]:
 def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
     """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
     every = [p for parameters in own.values() for p in parameters]
-    further = {"decoder_input_ids": ids[:, : LENGTHS[0]]} if adapted.config.is_encoder_decoder else {}
-    outputs = adapted(input_ids=ids, **further).values()
+    ids = ended(adapted, ids[0])[None]
+    try:
+        outputs = adapted(input_ids=ids).values()
+    except ValueError:  # an encoder and a decoder that does not read what the encoder reads
+        outputs = adapted(input_ids=ids, decoder_input_ids=ids[:, : LENGTHS[0]]).values()
     parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
     found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
     return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
+
+
+def ended(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
+    end = model.config.eos_token_id
+    ends = model.config.is_encoder_decoder and isinstance(end, int)
+    return torch.cat([ids, ids.new_tensor([end])]) if ends else ids
 
 
 def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
