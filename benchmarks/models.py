@@ -149,8 +149,15 @@ class Family:
         if self.spec.name == "CAUSAL_LM":
             logits = model(input_ids=given).logits[0, -len(ids) : -1]
             return F.cross_entropy(logits, wanted[1:], reduction="sum")
-        if self.spec.name == "SEQ_2_SEQ_LM":  # transformers' own loss, so that its own shift is the right one
-            return model(input_ids=given, labels=wanted[None]).loss * len(labels)
+        if self.spec.name == "SEQ_2_SEQ_LM":
+            inner = getattr(model, "get_base_model", lambda: model)()
+            start = model.config.decoder_start_token_id
+            if hasattr(inner, "prepare_decoder_input_ids_from_labels") or start is None:
+                logits = model(input_ids=given, labels=wanted[None]).logits[0]  # by its own shift
+            else:
+                shifted = torch.cat([wanted.new_tensor([start]), wanted[:-1]])
+                logits = model(input_ids=given, decoder_input_ids=shifted[None]).logits[0]
+            return F.cross_entropy(logits, wanted, reduction="sum")
         out = model(input_ids=given)
         if self.spec.name == "QUESTION_ANS":
             return F.cross_entropy(torch.cat([out.start_logits, out.end_logits]), wanted, reduction="sum")
@@ -323,9 +330,8 @@ def reload(family: Family, trained: Any, adapter: Path) -> None:
     trained.save_pretrained(adapter)
     family.spec.save(adapter)
     base = family.plain()
-    for module in base.children():  # what it lacks is drawn at random: the adapter brings its own
-        if module is not base.base_model and family.made is not family.auto:
-            module.apply(lambda part: [p.data.normal_() for p in part.parameters(recurse=False)])
+    for name in family.base.new_modules:  # what it lacks is drawn at random: the adapter brings its own
+        base.get_submodule(name).apply(lambda part: [p.data.normal_() for p in part.parameters(recurse=False)])
     again = peft.PeftModel.from_pretrained(base, str(adapter))
     same(family.outputs(again), family.outputs(trained), "loss of the reloaded adapter")
 

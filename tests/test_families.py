@@ -40,6 +40,7 @@ FAMILIES = [
     ("distilbert", "QUESTION_ANS", "apart"),
     ("t5", "SEQ_2_SEQ_LM", "apart"),
     ("m2m_100", "SEQ_2_SEQ_LM", "apart"),  # does not say how it shifts labels
+    ("t5gemma", "SEQ_2_SEQ_LM", "apart"),  # its head is tied to the decoder's words, not to the encoder's
 ]
 
 

@@ -41,10 +41,13 @@ def merge(model: PeftModel) -> PreTrainedModel:
     if method in METHODS and METHODS[method].merge_tolerance is None:
         raise UserError(f"{method} can't be folded into the base's weights: serve the adapter itself")
     untie(model)
+    config: Any = model.get_base_model().config
+    tied = config.tie_word_embeddings
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"merge: PEFT refuses: {' '.join(str(error).split())}") from None
+    config.tie_word_embeddings = tied  # PEFT takes a head tied to the decoder's embeddings for an untied one
     for name, module in list(merged.named_modules()):  # a head that ln_tuning leaves wrapped
         if isinstance(module, ModulesToSaveWrapper):
             whole = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)

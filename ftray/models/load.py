@@ -138,6 +138,8 @@ def _auto_class(task: TaskSpec) -> Any:
 
 def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
     config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+    if task.name == "SEQ_2_SEQ_LM" and not config.is_encoder_decoder:
+        raise UserError(f"SEQ_2_SEQ_LM: a {config.model_type} model has no encoder and decoder: take CAUSAL_LM")
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}

@@ -310,7 +310,7 @@ def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Param
     ids = ended(adapted, ids[0])[None]
     try:
         outputs = adapted(input_ids=ids).values()
-    except ValueError:  # an encoder and a decoder that does not read what the encoder reads
+    except (TypeError, ValueError):  # a decoder that does not read what the encoder reads
         outputs = adapted(input_ids=ids, decoder_input_ids=ids[:, : LENGTHS[0]]).values()
     parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
     found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
