@@ -81,9 +81,8 @@ def adapter_config(adapter: Path) -> Any:
 
     try:
         return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason(error)}") from None
 
 
 def added_by(adapter: Path) -> int:
@@ -166,7 +165,7 @@ def data_settings(cfg: Config, trained: Path | None) -> DataConfig:
         if path.is_file():
             try:
                 return cfg.data.model_copy(update={"template": yaml.safe_load(path.read_text())["data"]["template"]})
-            except (yaml.YAMLError, KeyError, TypeError):
+            except (yaml.YAMLError, ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: not the config.yaml of a run: give --data.template") from None
     return cfg.data.model_copy(update={"template": RAW})  # of before there was another one
 
@@ -220,6 +219,9 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)
+    except Exception as error:  # PEFT does not check the settings, and raises whatever a wrong one leads to
+        return f"PEFT can't apply its {CONFIG} there: {type(error).__name__}: {reason(error)}"
+    try:
         result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
     except (ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
