@@ -29,7 +29,7 @@ from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE
 from ftray.search.space import Space
 from ftray.search.trial_worker import SearchContext, trainer
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 from ftray.task_spec import task_of
 from ftray.training.pack_trainer import MOST_TOKENS, STATE_BYTES
 from ftray.training.run_spec import micro_batch_size
