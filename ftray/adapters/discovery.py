@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -17,6 +17,9 @@ from ftray.models.stored import as_stored
 from ftray.storage.location import parse_location, reason
 from ftray.storage.manifest import check
 from ftray.task_spec import CAUSAL, CHAT, FILE, RAW, TaskSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
@@ -71,7 +74,7 @@ def _copied(uri: str) -> Path:
     raise UserError(f"adapter {uri}: holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
 
 
-def adapter_config(adapter: Path) -> Any:
+def adapter_config(adapter: Path) -> "PeftConfig":
     """The adapter's `peft.PeftConfig`.
 
     Raises:
@@ -90,7 +93,7 @@ def added_by(adapter: Path) -> int:
     return getattr(adapter_config(adapter), "num_virtual_tokens", None) or 0
 
 
-def weightless_config(adapter: Path) -> Any:
+def weightless_config(adapter: Path) -> "PeftConfig":
     """As :func:`adapter_config`, for a new adapter on a base without weights, with its parameters trainable."""
     config = adapter_config(adapter)
     config.inference_mode = False

@@ -1,16 +1,15 @@
 """The head that a task puts on a base model: trained beside the adapter, and saved with it."""
 
-from typing import Any
-
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ftray.task_spec import task_of
 
 
-def for_task(config: Any, model: Any) -> Any:
+def for_task(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     """Set `task_type` and, for PEFT to train and save, the modules that the base model came without.
 
     Of a head of several layers the whole is named, also where but one of them is new: PEFT names it too, and would wrap
@@ -32,5 +31,5 @@ def exact_heads(model: PeftModel) -> None:
             wrapper.register_forward_pre_hook(_to_float32)
 
 
-def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _to_float32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)

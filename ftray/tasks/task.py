@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from ftray.data.shapes import Seen, Shape, read
 from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores
 from ftray.task_spec import IGNORE, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards
@@ -86,7 +89,9 @@ class Task(ABC):
         return ""
 
     @abstractmethod
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         """Token ids and labels; None where a record is too long or has nothing left to learn.
 
         Raises:
@@ -98,7 +103,7 @@ class Task(ABC):
         """A micro-batch of the records whose `columns` are given, a sequence of lists or numbers each."""
 
     @abstractmethod
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
 
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
@@ -114,7 +119,9 @@ class Task(ABC):
         """A batch without a supervised item, for a worker that only goes along."""
 
     @abstractmethod
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         """Losses, predictions and metrics of `rows`."""
 
 
@@ -152,7 +159,7 @@ class PaddedTask(Task):
         names = ("input_ids", "attention_mask", "token_type_ids")
         return {name: batch[name] for name in names if name in batch}
 
-    def batches(self, model: Any, rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
+    def batches(self, model: "PreTrainedModel", rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
         """`rows` in batches of like length on the model's device, each with the indices of its rows."""
         model.eval()
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -163,7 +170,11 @@ class PaddedTask(Task):
 
 
 def encode(
-    texts: list[Any] | None, pairs: list[Any] | None, tokenizer: Any, cfg: DataConfig, **settings: Any
+    texts: list[Any] | None,
+    pairs: list[Any] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    cfg: DataConfig,
+    **settings: Any,
 ) -> tuple[Any, list[bool]]:
     """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and which of them are cut."""
     longest = min(cfg.max_length, tokenizer.model_max_length)
