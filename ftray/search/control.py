@@ -16,7 +16,7 @@ from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, reason
 
-LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, at requests that wait beside it
+LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, and at the directory of requests
 
 
 def ask_to_stop(journal: Location, number: int) -> None:
@@ -85,7 +85,7 @@ class Requests(tune.Callback, tune.Stopper):
         self.stopping = requested
 
     def _take_up(self, requests: Location) -> None:
-        """Write into the journal what others, who could not append to it, left beside it."""
+        """Write into the journal the requests of other processes, which could not append to it themselves."""
         for file in sorted(requests.glob("*.json"), key=str):
             fulfil(json.loads(file.read_text()), self.sampler.study, self.sampler.storage)
             self.sampler.keep()

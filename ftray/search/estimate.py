@@ -144,7 +144,7 @@ def measure(skeleton: PreTrainedModel, corner: Corner, length: int, checkpointin
 
 
 def saved_bytes(model: PeftModel, length: int) -> int:
-    """Bytes that autograd saves for the backward pass of one record, beside parameters."""
+    """Bytes that autograd saves for the backward pass of one record, without the parameters."""
     own = {storage_key(p) for p in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 

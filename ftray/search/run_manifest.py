@@ -62,7 +62,7 @@ SEARCH = Kind(
     (CONFIG, SPACE),
     _ANYWHERE
     | {
-        "adapter",  # the space says what the adapters are
+        "adapter",  # the space defines the adapters
         "search.space",  # by content, not by name
         "search.trials",
         "search.time_budget",
@@ -74,7 +74,7 @@ RUN = Kind(
     "run",
     ("train",),
     (CONFIG,),
-    # the search section only says which of its checkpoints is the best
+    # of the search section only what decides which checkpoint is the best matters
     _ANYWHERE | {f"search.{name}" for name in SearchConfig.model_fields if name not in ("metric", "direction")},
 )
 _AGAIN = "take that, or name another --output"

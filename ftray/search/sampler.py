@@ -16,7 +16,7 @@ from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, beside the search's metric
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, with the search's metric
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
@@ -27,7 +27,7 @@ BASELINE: dict[str, Any] = {
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with every parameter of its method and every training setting, as :meth:`Space.locate` wants."""
+    """A configuration with every parameter of its method and every training setting, for :meth:`Space.locate`."""
     adapter = configuration["adapter"]
     return {
         "adapter": adapter | parameters(AdapterConfig(**adapter)).model_dump(),

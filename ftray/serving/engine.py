@@ -69,7 +69,7 @@ class EngineAdapter:
     Attributes:
         layers: its adapted layers, by their path in the base model.
         isolation_reason: why its sequences are read in passes of their own; None: they share one.
-        ends: tokens that end its answers, beside those of the base.
+        ends: tokens that end its answers, in addition to those of the base.
         users: sequences that are not done.
         leaving: it goes with its last user.
     """

@@ -29,7 +29,7 @@ class Chunk:
     """The tokens of one sequence that a pass reads.
 
     Attributes:
-        slot: where the keys and values of the sequence lie.
+        slot: of the cache, with the keys and values of the sequence.
         adapter: its name; None: the base model.
         cached: tokens of the sequence that earlier passes read.
         ids: the tokens that follow them.
@@ -84,7 +84,7 @@ class ModelRunner:
             self._model.get_submodule(path).leave(name)
 
     def hidden_states(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Read `chunks`, whose slots lie side by side; returns the head's input for their tokens, [T, hidden size]."""
+        """Read `chunks`, whose slots are adjacent; returns the head's input for their tokens, [T, hidden size]."""
         device, lowest = self.base.device, min(chunk.slot for chunk in chunks)
         ids: list[int] = []
         slots: list[int] = []

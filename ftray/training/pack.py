@@ -196,7 +196,7 @@ class Pack:
 
         Raises:
             PackingUnsupported: its records affect each other even in passes of its own.
-            UserError: some of its layers would never change what the model says.
+            UserError: some of its layers would never change the model's output.
         """
         self._refuse_idle(model.eval())
         rng, isolation_reason, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}

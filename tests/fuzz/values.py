@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ftray.errors import UserError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
-PARTS = 9  # tests that share them
+PARTS = 7  # tests that share them
 CASES: Counter[str] = Counter()  # by test, for the summary
 
 ODD = [
