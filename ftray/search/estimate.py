@@ -261,5 +261,6 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{probe['validation']:.2f} s for a validation"
     )
     print(
-        f"time     {minutes:.1f} minutes of training and validation; start, proof and merging come on top", flush=True
+        f"time     {minutes:.1f} minutes of training and validation; start, proof and merging are not included",
+        flush=True,
     )

@@ -97,7 +97,7 @@ def packable(cfg: Config, space: Space) -> bool:
 
 @contextmanager
 def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
-    """Hold the output; it is let go of when this process ends, however it ends.
+    """Hold the output; it is released when this process ends, however it ends.
 
     Raises:
         UserError: another driver holds it.

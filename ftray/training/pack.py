@@ -133,7 +133,7 @@ class Pack:
             self.shared = self._shared_model()
             reason = head or self._agreed(self._obstacle)
             if not reason:
-                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records lie packed in one row"
+                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records are packed in one row"
                 return None
             reasons.append(reason)
         self.verdict = f"each adapter trains by itself: {reasons[1]}"
