@@ -79,8 +79,8 @@ class Sampler(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
-        Trials that the journal holds as running come first: the driver that ran them is gone. Then those that were added.
-        None while as many trials run as can.
+        Trials that the journal holds as running come first, as the driver that ran them is gone. Then those that were
+        added. None while as many trials run as can.
         """
         if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
             return None
