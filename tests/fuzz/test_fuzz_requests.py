@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
+from helpers.routes import ROUTES
 from hypothesis import strategies as st
-from test_serving_api import ROUTES
 
 from ftray.adapters.lora_init import save
 from ftray.adapters.methods import attach
