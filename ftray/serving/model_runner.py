@@ -1,7 +1,7 @@
 """One pass over a base model for many sequences and many adapters; imports no Ray.
 
 Every pass reads one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next
-token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie
+token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences are
 sorted by adapter, so that each adapter has one span. See Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
