@@ -28,16 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import machine, seconds, versions
-from benchmarks.pack import RANKS, TARGETS
-from ftray.multi_adapter.shared_model import share, trainable
-from ftray.training.optimizer import TorchOptimizer
+from benchmarks.pack import TARGETS, adapter, record, step_alone
+from ftray.multi_adapter.shared_model import trainable
 from ftray.training.pack import Pack
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads
@@ -118,38 +116,6 @@ def _quantise(model: nn.Module) -> None:
             model.set_submodule(path, new.to(DEVICE))
 
 
-def adapter(
-    base: Any, index: int, optimizer: Callable[..., Any] | None = None, rate: float = 1e-4
-) -> tuple[Any, TorchOptimizer]:
-    """A LoRA of one of the ranks over the shared base, in float32, and what makes its steps."""
-    torch.manual_seed(index)
-    config = LoraConfig(task_type="CAUSAL_LM", r=RANKS[index % len(RANKS)], lora_alpha=16, target_modules=TARGETS)
-    model = get_peft_model(share(base), config)
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
-    if optimizer:
-        return model, TorchOptimizer(model, optimizer(trainable(model), lr=rate), None, 1.0)
-    fused = torch.cuda.is_available()
-    return model, TorchOptimizer(model, torch.optim.AdamW(trainable(model), lr=rate, fused=fused), None, 1.0)
-
-
-def record(index: int, length: int, vocabulary: int, rows: int = 1) -> dict[str, torch.Tensor]:
-    """`rows` records of `length` tokens on the device, loss on the second half of each."""
-    draw = torch.Generator().manual_seed(index)
-    ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
-    labels = ids.clone()
-    labels[:, : length // 2] = -100
-    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(length).expand(rows, -1)}
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-
-
-def step_alone(model: Any, optimizer: TorchOptimizer, batch: dict[str, torch.Tensor], step: int) -> None:
-    """One step as one writes it by hand."""
-    model.train()
-    model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-    optimizer.apply([p.grad for p in trainable(model)], step)
-
-
 def equality(dtype: torch.dtype, size: str, trials: int = 8, steps: int = 3) -> dict[str, Any]:
     """Weights after a few packed steps, records of several lengths, against the same steps alone.
 
@@ -160,7 +126,7 @@ def equality(dtype: torch.dtype, size: str, trials: int = 8, steps: int = 3) -> 
     """
     base = llama(size, dtype)
     pack, worst = Pack(base), 0.0
-    batches = {i: [record(100 * i + s, 24 + 9 * i, 384) for s in range(steps)] for i in range(trials)}
+    batches = {i: [record(100 * i + s, DEVICE, 24 + 9 * i, 384) for s in range(steps)] for i in range(trials)}
     alone = {i: adapter(base, i, torch.optim.SGD, 1.0) for i in range(trials)}
     for i in range(trials):
         pack.add(str(i), *adapter(base, i, torch.optim.SGD, 1.0))
@@ -182,7 +148,7 @@ def throughput(size: str, trials: int, length: int, runs: int, **how: Any) -> di
     base = llama(size, torch.bfloat16, quantised=how.get("quantised", False))
     parameters = sum(p.numel() for n, p in base.named_parameters() if "embed_tokens" not in n)
     vocabulary, tokens = base.config.vocab_size, trials * length
-    batches = {str(i): [record(i, length, vocabulary)] for i in range(trials)}
+    batches = {str(i): [record(i, DEVICE, length, vocabulary)] for i in range(trials)}
     pack = Pack(base)
     for i in range(trials):
         pack.add(str(i), *adapter(base, i, how.get("optimizer")))
@@ -212,7 +178,7 @@ def peers(base: Any, batches: dict[str, Any], runs: int, ours: float) -> dict[st
                 step_alone(model, optimizer, batch, 0)
 
         found[f"in_turn_{attention}"] = tokens / timed(in_turn, max(1, runs // 2))
-    wide = record(0, length, vocabulary, trials)
+    wide = record(0, DEVICE, length, vocabulary, trials)
     found["ceiling"] = tokens / timed(lambda: step_alone(*own[0], wide, 0), runs)
     found["products"] = tokens / timed(lambda: products(base, tokens), runs)
     found["times_in_turn"] = ours / max(found[f"in_turn_{a}"] for a in attentions)
@@ -295,7 +261,7 @@ def profile(size: str, trials: int, length: int) -> dict[str, Any]:
     pack = Pack(base)
     for i in range(trials):
         pack.add(str(i), *adapter(base, i))
-    batches = {str(i): [record(i, length, base.config.vocab_size)] for i in range(trials)}
+    batches = {str(i): [record(i, DEVICE, length, base.config.vocab_size)] for i in range(trials)}
     timed(lambda: pack.step(batches), 1)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

@@ -8,6 +8,8 @@ loss, gradient clipping and torch's fused AdamW. The first half of each record b
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,23 +50,36 @@ def load(size: str, dtype: str) -> Any:
     return base.requires_grad_(False)
 
 
-def adapter(base: Any, index: int) -> tuple[Any, TorchOptimizer]:
-    """One adapter over the shared base and what makes its steps."""
+def adapter(
+    base: Any, index: int, optimizer: Callable[..., Any] | None = None, rate: float = 1e-4
+) -> tuple[Any, TorchOptimizer]:
+    """A LoRA of one of the ranks over the shared base, in float32, and what makes its steps (default: fused AdamW)."""
     torch.manual_seed(index)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANKS[index % len(RANKS)], lora_alpha=16, target_modules=TARGETS)
     model = get_peft_model(share(base), config)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
-    return model, TorchOptimizer(model, optimizer, None, 1.0)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
+    own = optimizer or partial(torch.optim.AdamW, fused=True)
+    return model, TorchOptimizer(model, own(trainable(model), lr=rate), None, 1.0)
 
 
-def record(index: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """64 tokens, loss on the second half."""
+def record(
+    index: int, device: torch.device, length: int = TOKENS, vocabulary: int = 30000, rows: int = 1
+) -> dict[str, torch.Tensor]:
+    """`rows` records of `length` tokens, loss on the second half of each."""
     draw = torch.Generator().manual_seed(index)
-    ids = torch.randint(0, 30000, (1, TOKENS), generator=draw)
+    ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
     labels = ids.clone()
-    labels[:, : TOKENS // 2] = -100
-    row = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(TOKENS)[None]}
-    return {name: tensor.to(device) for name, tensor in row.items()}
+    labels[:, : length // 2] = -100
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(length).expand(rows, -1)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def step_alone(model: Any, optimizer: TorchOptimizer, batch: dict[str, torch.Tensor], step: int) -> None:
+    """One step as one writes it by hand."""
+    model.train()
+    model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+    optimizer.apply([p.grad for p in trainable(model)], step)
 
 
 def arguments(name: str, description: str) -> argparse.Namespace:
@@ -94,10 +109,8 @@ def main() -> None:
     pack, batches = packed(base, args.trials)
 
     def one_after_another() -> None:
-        for (model, update), (batch,) in zip(alone, batches.values(), strict=True):
-            model.train()
-            model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-            update.apply([p.grad for p in trainable(model)], 0)
+        for own, (batch,) in zip(alone, batches.values(), strict=True):
+            step_alone(*own, batch, 0)
 
     steps = args.trials * TOKENS
     compare("pack", lambda: pack.step(batches), one_after_another, steps, "tokens/s", 3 if args.quick else 7)

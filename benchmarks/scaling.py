@@ -86,7 +86,7 @@ def sampler(trials: int, directory: Path) -> list[dict[str, float]]:
     from ftray.search.journal import past_trials
     from ftray.search.sampler import Sampler
     from ftray.search.space import load_space
-    from ftray.storage.location import LocalLocation
+    from ftray.storage.local import LocalLocation
 
     journal = LocalLocation(directory / "study.log")
     made = Sampler(load_space("methods"), settings(trials), BUDGET, journal, lambda: trials)
@@ -122,7 +122,7 @@ def stored(journal: Path) -> float:
     """Seconds to put the journal into an S3 server on loopback (moto), as is done after each report."""
     from moto.server import ThreadedMotoServer
 
-    from ftray.storage.location import Stored
+    from ftray.storage.location import parse_location
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(port=0, verbose=False)
@@ -130,7 +130,7 @@ def stored(journal: Path) -> float:
     try:
         host, port = server.get_host_and_port()
         options = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true&region=us-east-1"
-        target = Stored(f"s3://test:test@journals?{options}") / "study.log"
+        target = parse_location(f"s3://test:test@journals?{options}") / "study.log"
         target.filesystem.create_dir("journals")
         return statistics.median(timed(lambda: target.write_bytes(journal.read_bytes())) for _ in range(5))
     finally:

@@ -4,8 +4,8 @@ A value comes from the first of: the command line (``--section.key value``), the
 ``--config``, the default written here. Unknown keys are errors.
 """
 
-import codecs
 import importlib
+import io
 import json
 import os
 import re
@@ -139,9 +139,9 @@ class DataConfig(Section):
             raise ValueError("template must hold {prompt}, or be auto")
         if self.encoding:
             try:
-                codecs.lookup(self.encoding)
+                io.TextIOWrapper(io.BytesIO(), self.encoding)  # refuses codecs that are not of text, too, as base64
             except LookupError:
-                raise ValueError(f"encoding {self.encoding}: Python knows none of that name") from None
+                raise ValueError(f"encoding {self.encoding}: Python knows no encoding of text of that name") from None
         return self
 
     @property
@@ -391,6 +391,7 @@ def config_from(values: dict[str, Any]) -> Config:
     Raises:
         UserError: unknown key or bad value.
     """
+    refuse_half_characters(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -402,6 +403,27 @@ def config_from(values: dict[str, Any]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         raise UserError(f"{'.'.join(path) or 'configuration'}: {message}{shown}") from None
+
+
+def refuse_half_characters(value: object, *path: str) -> None:
+    r"""Refuse text such as "\ud83d", in YAML or as the shell's bytes that are not UTF-8: no tokenizer takes it.
+
+    Raises:
+        UserError: names the field.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            refuse_half_characters(key, *path)
+            refuse_half_characters(inner, *path, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            refuse_half_characters(inner, *path)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            where = ".".join(path) or "configuration"
+            raise UserError(f"{where}: {value!r} holds half of a surrogate pair, or bytes that are not UTF-8") from None
 
 
 def parse_yaml(text: str, where: object) -> object:

@@ -5,7 +5,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
 from ftray.config import COLDEST, Config, DataConfig
@@ -13,6 +14,10 @@ from ftray.errors import UserError
 from ftray.storage.atomic import atomic_write
 from ftray.storage.location import Location, parse_location
 from ftray.task_spec import CHAT, RAW, TaskSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -78,7 +83,7 @@ def run(cfg: Config) -> int:
 class Renderer:
     """Renders prompts to token ids, by the same rules as training records."""
 
-    def __init__(self, tokenizer: Any, data: DataConfig, system: str | None, raw: bool = False):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, system: str | None, raw: bool = False):
         self.tokenizer, self.system = tokenizer, system
         self.data = data.model_copy(update={"max_length": sys.maxsize, "train_on_prompt": False, "learn": "last"})
         self.raw = raw
@@ -91,7 +96,7 @@ class Renderer:
         """A conversation in the tokenizer's chat template, up to the start of the assistant's turn."""
         return self.record("prompt", {"messages": [{"role": role, "content": text} for role, text in turns]}, True)
 
-    def record(self, where: Any, record: dict[str, Any], chat: bool) -> list[int]:
+    def record(self, where: object, record: dict[str, Any], chat: bool) -> list[int]:
         """A record of any shape that training takes, with or without an answer, which is ignored.
 
         Raises:
@@ -166,7 +171,7 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 class Generator:
     """Generates with the model and its adapter, on a GPU if there is one."""
 
-    def __init__(self, cfg: Config, model_path: str, adapter: Path | None, tokenizer: Any):
+    def __init__(self, cfg: Config, model_path: str, adapter: Path | None, tokenizer: "PreTrainedTokenizerBase"):
         from peft import PeftModel
         from transformers import set_seed
 
@@ -226,7 +231,7 @@ class Generator:
         return generate(self.model, self.tokenizer, rows, settings, **self.sampling)
 
 
-def _streamer(tokenizer: Any, stops: list[int]) -> Any:
+def _streamer(tokenizer: "PreTrainedTokenizerBase", stops: list[int]) -> "TextStreamer":
     """Prints an answer as it is generated, without the token that ends it."""
     from transformers import TextStreamer
 
@@ -235,7 +240,7 @@ def _streamer(tokenizer: Any, stops: list[int]) -> Any:
     unsaid = framing(tokenizer).union(stops)
 
     class Streamer(TextStreamer):
-        def put(self, value: Any) -> None:
+        def put(self, value: "torch.Tensor") -> None:
             if self.next_tokens_are_prompt or value.item() not in unsaid:
                 super().put(value)
 
@@ -252,7 +257,7 @@ class StopOnInterrupt:
         self.ids: list[int] = []
         self.interrupted = False
 
-    def interrupt(self, number: int, frame: Any) -> None:
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
         """The signal handler; a second Ctrl-C doesn't wait for the next token.
 
         Raises:
@@ -262,7 +267,7 @@ class StopOnInterrupt:
             raise KeyboardInterrupt
         self.interrupted = True
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor", **kwargs: object) -> "torch.Tensor":
         import torch
 
         self.ids = input_ids[0].tolist()

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.errors import UserError
+
 if TYPE_CHECKING:
     from ftray.tasks.task import Task
 
@@ -51,14 +53,31 @@ class TaskSpec:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "TaskSpec":
-        """From its fields as JSON gives them."""
-        return cls(**{**fields, "labels": tuple(fields["labels"])})
+        """From its fields as JSON gives them.
+
+        Raises:
+            ValueError, KeyError, TypeError: they are not those of a task.
+        """
+        spec = cls(**{**fields, "labels": tuple(fields["labels"])})
+        texts = (*spec.labels, spec.template or "", spec.chat_template or "")
+        if spec.name not in TASKS or not isinstance(spec.pad, int) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it describes no task")
+        return spec
 
     @classmethod
     def read(cls, adapter: Path) -> "TaskSpec | None":
-        """What :meth:`save` left in an adapter directory; None: nothing."""
+        """What :meth:`save` left in an adapter directory; None: nothing.
+
+        Raises:
+            UserError: it is damaged, or of a version that knows more.
+        """
         path = adapter / FILE
-        return cls.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: can't be read: {error}") from None
 
     def save(self, adapter: Path) -> None:
         """Write it into an adapter directory."""

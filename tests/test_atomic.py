@@ -13,8 +13,10 @@ import pytest
 from ftray.errors import UserError
 from ftray.models.find import is_hub_id
 from ftray.storage.atomic import atomic_dir, atomic_write
-from ftray.storage.location import LocalLocation, ObjectStoreLocation, parse_location
+from ftray.storage.local import LocalLocation
+from ftray.storage.location import parse_location
 from ftray.storage.manifest import find_corruption
+from ftray.storage.object_store import ObjectStoreLocation
 
 
 @pytest.fixture(params=["disk", "store"])

@@ -400,3 +400,70 @@ def test_a_cluster_that_can_not_be_had(environment, address, what, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=re.escape(what)):
         cluster.check_address(config_from({"scaling": {"address": address}}))
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"generation": {"system": "a\ud83d"}}, "generation.system"),
+        ({"data": {"source": ["a", "b\udcff"]}}, "data.source"),  # a byte of the shell that is not UTF-8
+        ({"adapter": {"target_modules": {"a": "\ud83d"}}}, "adapter.target_modules.a"),
+        ({"data": {"\ud83d": 1}}, "data"),
+    ],
+)
+def test_half_a_character_in_a_configuration_is_refused(values, field):
+    with pytest.raises(UserError, match=rf"^{re.escape(field)}: .*holds half of a surrogate pair") as refused:
+        config_from(values)
+    str(refused.value).encode()
+
+
+DAMAGED = {
+    "status": ("config.yaml", ["--run", "run"]),
+    "stop": ("config.yaml", ["1", "--run", "run"]),
+    "add": ("config.yaml", ["{adapter: {method: lora}}", "--run", "run"]),
+    "serve": ("config.yaml", ["--run", "run"]),
+    "infer": ("best/adapter/task.json", ["--adapter", "run", "--prompt", "a"]),
+    "merge": ("best/adapter/task.json", ["--adapter", "run", "--output", "merged"]),
+    "train": ("config.yaml", ["--data", "words.jsonl", "--output", "run", "--resume"]),
+    "tune": ("config.yaml", ["--data", "words.jsonl", "--output", "run", "--resume"]),
+}
+NO_MAPPING, MAPPING = (b"", b"[", b"[1]", b"\xff"), (b'{"name": 3}', b"model: {name: [1]}")
+
+
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [(command, content) for command in DAMAGED for content in NO_MAPPING]
+    + [(command, content) for command in list(DAMAGED)[:-2] for content in MAPPING],
+)
+def test_a_file_of_a_run_that_was_changed_is_named(command, content, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jsonl").write_text(Path(words).read_text())
+    adapter = tmp_path / "run" / "best" / "adapter"
+    adapter.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": tiny_llama}
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["q_proj"]}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    for name in ("config.yaml", "space.yaml", "study.log", "data.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    (tmp_path / "run" / "summary.json").write_text('{"trials": []}')
+    file, arguments = DAMAGED[command]
+    (tmp_path / "run" / file).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    more = ["--model", tiny_llama] if command in ("train", "tune", "infer", "merge") else []
+    assert run_command(command, [*arguments, *more]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1, message
+    assert file in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", [{"alpha_pattern": []}, {"r": "8"}, {"target_modules": 3}, {"lora_dropout": {}}])
+def test_settings_of_an_adapter_that_peft_can_not_apply(setting, tmp_path, capsys, tiny_llama):
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **setting}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert run_command("infer", ["--adapter", str(tmp_path), "--model", tiny_llama, "--prompt", "a"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1, message
+    assert f"adapter {tmp_path}: " in message
+    assert "adapter_config.json" in message

@@ -450,7 +450,7 @@ def two_workers(tiny_llama: str, data, root: Path, stage: int) -> Path:
 
     from ftray.config import Config
     from ftray.search.trial_worker import SearchContext, trainer
-    from ftray.storage.location import LocalLocation
+    from ftray.storage.local import LocalLocation
 
     run = make_run(tiny_llama, LORA, zero_stage=stage, micro_batch=2)
     config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})

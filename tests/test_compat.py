@@ -3,7 +3,10 @@
 import ast
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +32,16 @@ def test_ray_bootstrap_address(monkeypatch):
     assert bootstrap_address("local") is None
     with pytest.raises(ValueError, match="nonsense"):
         bootstrap_address("nonsense")
+
+
+def test_ray_takes_our_token(cluster):
+    address = ray.get_runtime_context().gcs_address
+    code = f"from ftray.compat.ray import takes_our_token; print(takes_our_token({address!r}, False))"
+    for environment, said in ({}, "True\n"), ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "False\n"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+        )
+        assert done.stdout == said
 
 
 def test_ray_socket_path(cluster):

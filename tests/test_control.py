@@ -15,7 +15,7 @@ from ftray.reports.status import read
 from ftray.search.control import ask_to_add, ask_to_stop
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
 STEPS = 10000

@@ -14,7 +14,7 @@ from ftray.models.find import find
 from ftray.search.results import newest_whole
 from ftray.serving.adapters import check_adapter, local_adapter
 from ftray.storage.atomic import atomic_dir
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 from ftray.storage.manifest import MANIFEST, check, find_corruption, seal
 from ftray.tune import save_best
 

@@ -21,7 +21,7 @@ from ftray.config import AdapterConfig, Config, ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.search.trial_worker import SearchContext
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.tune import merge_best
 

@@ -18,7 +18,7 @@ from ftray.search.broker import TrialBroker
 from ftray.search.driver import TimeBudget
 from ftray.search.failures import PacksGone, TrialFailed
 from ftray.search.packs import Capacity
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 from ftray.training.zero3_trainer import Zero3Trainer
 
 

@@ -469,8 +469,27 @@ def test_a_file_in_another_encoding_is_read_if_that_is_named(tmp_path, tiny_llam
         assert texts_of(find_sources(cfg.data)["train"].chunks) == [("a", "é")]
     with pytest.raises(UserError, match=r"r\.csv:1: not utf-8: name the file's encoding by data\.encoding"):
         texts_of(find_sources(config(tmp_path / "r.csv", tiny_llama, None).data)["train"].chunks)
-    with pytest.raises(UserError, match="encoding latin-one: Python knows none of that name"):
+    with pytest.raises(UserError, match="encoding latin-one: Python knows no encoding of text"):
         config(tmp_path / "r.csv", tiny_llama, None, encoding="latin-one")
+    with pytest.raises(UserError, match="encoding base64: Python knows no encoding of text"):
+        config(tmp_path / "r.csv", tiny_llama, None, encoding="base64")
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.json", "r.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "punycode"])  # whose errors don't say of which encoding they are
+def test_a_file_that_is_not_in_the_named_encoding_is_refused(tmp_path, tiny_llama, name, encoding):
+    (tmp_path / name).write_bytes(b'{"input": "a", "output": "b"}\n-{\n')
+    with pytest.raises(UserError, match=rf"{name}(:1)?: not {encoding}: name the file's encoding by data\.encoding"):
+        texts_of(find_sources(config(tmp_path / name, tiny_llama, None, encoding=encoding).data)["train"].chunks)
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path, tiny_llama):
+    record = '{"input": "a", "output": ' + "1" * 5000 + "}"
+    (tmp_path / "r.jsonl").write_text(record)
+    (tmp_path / "r.json").write_text(f"[{record}]")
+    for name, place in (("r.jsonl", r"r\.jsonl:1"), ("r.json", r"r\.json")):
+        with pytest.raises(UserError, match=place + ": not valid JSON: Exceeds the limit"):
+            texts_of(find_sources(config(tmp_path / name, tiny_llama, None).data)["train"].chunks)
 
 
 BAD = {

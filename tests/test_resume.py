@@ -15,7 +15,7 @@ from helpers.searches import run_here
 from ftray.cli import main
 from ftray.runtime import cluster
 from ftray.search.run_manifest import RUN, SEARCH, sole_driver
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 
 
 class Begins(Exception):

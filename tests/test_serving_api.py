@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterator
 
 import pytest
-from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import APIRouter
 from fastapi.testclient import TestClient
+from helpers.routes import ROUTES
 from ray.exceptions import ActorDiedError
 
 from ftray.serving.api.app import create_app
@@ -46,19 +46,6 @@ def client_of(replicas=None, key: str | None = KEY, **settings) -> TestClient:
     endpoint = Endpoint(cfg, "base", {}, replicas or Replicas(), "CAUSAL_LM")
     app.dependency_overrides[current_endpoint] = lambda: endpoint
     return TestClient(app, raise_server_exceptions=False)
-
-
-def routes_of(router: FastAPI | APIRouter) -> Iterator[tuple[str, str]]:
-    """Method and path of every route, whatever it is; FastAPI keeps included routers as nodes of their own."""
-    for route in router.routes:
-        if included := getattr(route, "original_router", None):
-            yield from routes_of(included)
-        else:
-            assert isinstance(route, APIRoute), f"{route}: dependencies of the application don't reach it"
-            yield from ((method, route.path) for method in route.methods)
-
-
-ROUTES = sorted(routes_of(create_app(None, LIMIT)))
 
 
 def test_all_routes_are_walked():

@@ -50,6 +50,9 @@ def test_no_key_no_listening_beyond_this_machine(monkeypatch, tmp_path):
     file.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         key_digest(serving(api_key_file=str(file)))
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"serving\.api_key_file .*/key: 'utf-8' codec can't decode"):
+        key_digest(serving(api_key_file=str(file)))
     file.write_text("secret\n")
     digest = key_digest(serving(host="0.0.0.0", api_key_file=str(file)))
     monkeypatch.setenv("FTRAY_API_KEY", "secret")

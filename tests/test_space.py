@@ -26,7 +26,7 @@ from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE, Sampler
 from ftray.search.space import DIRECTORY, Domain, load_space
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))
 DEFAULTS = {
@@ -195,7 +195,7 @@ def test_a_driver_that_died_in_the_middle_of_a_suggestion_costs_nothing(tmp_path
 def test_a_lock_left_by_a_killed_process_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "import os, optuna; from ftray.search.journal import open_journal; "
-    code += "from ftray.storage.location import LocalLocation; "
+    code += "from ftray.storage.local import LocalLocation; "
     code += "os.fsync = lambda file: os.kill(os.getpid(), 9); "  # in the middle of writing a line
     code += "optuna.create_study(study_name='ftray', storage=open_journal(LocalLocation('study.log')))"
     subprocess.run([sys.executable, "-c", code], check=False)

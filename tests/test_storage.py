@@ -29,7 +29,8 @@ from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.serving.adapters import local_adapter
 from ftray.serving.catalog import find_catalog, leaderboard, model_of_run
-from ftray.storage.location import ObjectStoreLocation, parse_location
+from ftray.storage.location import parse_location
+from ftray.storage.object_store import ObjectStoreLocation
 
 SPACE = "method: {choice: [lora, ia3]}\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n"
 

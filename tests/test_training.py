@@ -172,7 +172,7 @@ def test_deepspeed_compiles_nothing(begun):
 )
 def test_two_ray_train_workers_equal_a_plain_loop(tiny_llama, data, tmp_path, stage, adapter, offload):
     from ftray.search.trial_worker import SearchContext, trainer
-    from ftray.storage.location import LocalLocation
+    from ftray.storage.local import LocalLocation
 
     run = make_run(tiny_llama, adapter, zero_stage=stage, micro_batch=2, offload=offload)
     config = Config.model_validate({"scaling": {"workers": 2}, "training": run.training.model_dump()})

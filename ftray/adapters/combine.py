@@ -4,12 +4,16 @@ https://huggingface.co/docs/peft/developer_guides/model_merging: TIES (arXiv 230
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.adapters.discovery import adapter_config
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 COMBINED = "combined"
 LEFT_OUT = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")  # settings of an adapter
@@ -62,7 +66,7 @@ def combine(cfg: Config, base: str, adapters: list[Path], task: TaskSpec, output
     return output / COMBINED
 
 
-def _combined(cfg: Config, base: Any, adapters: list[Path]) -> Any:
+def _combined(cfg: Config, base: "PreTrainedModel", adapters: list[Path]) -> "PeftModel":
     import torch
     from peft import PeftModel
 
@@ -94,7 +98,7 @@ def _combined(cfg: Config, base: Any, adapters: list[Path]) -> Any:
     return model
 
 
-def _name_layers(model: Any, name: str) -> dict[str, Any]:
+def _name_layers(model: "PeftModel", name: str) -> dict[str, Any]:
     """The layers that adapter `name` changes, by path; from now on its configuration names each of them.
 
     PEFT gives the combination the targets of all adapters, but other choices of layers (`layers_to_transform`,
@@ -124,7 +128,7 @@ def _refuse_other_ranks(layers: list[dict[str, Any]], names: list[str]) -> None:
             raise ValueError(f"{path} has rank {shown}, and it needs the same one: take cat, or one that ends in svd")
 
 
-def _fill_ranks(model: Any) -> None:
+def _fill_ranks(model: "PeftModel") -> None:
     """Fill the factors of the combination with zeros up to the one rank that its configuration names.
 
     PEFT leaves them as wide as those of the adapters, which `rank_pattern` and small layers may make narrower.

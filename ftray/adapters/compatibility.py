@@ -7,11 +7,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.adapters.methods import METHODS, PeftParameters, attach, named, parameters
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ NOT_COVERED = {
 }
 
 
-def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig, base: Any = None) -> None:
+def refuse(
+    adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig, base: "PreTrainedModel | None" = None
+) -> None:
     """Check a run's settings against :data:`REFUSALS`.
 
     Raises:
@@ -180,7 +185,7 @@ def refuse(adapter: AdapterConfig, model: ModelConfig, training: TrainingConfig,
             raise UserError(f"{refusal.what}: {refusal.reason}")
 
 
-def dry_run(adapter: AdapterConfig, skeleton: Any, model: ModelConfig, training: TrainingConfig) -> None:
+def dry_run(adapter: AdapterConfig, skeleton: "PreTrainedModel", model: ModelConfig, training: TrainingConfig) -> None:
     """As :func:`refuse`; then let PEFT adapt a copy of the `skeleton`, a model on the meta device.
 
     Raises:

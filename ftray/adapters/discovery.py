@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -17,6 +17,9 @@ from ftray.models.stored import as_stored
 from ftray.storage.location import parse_location, reason
 from ftray.storage.manifest import check
 from ftray.task_spec import CAUSAL, CHAT, FILE, RAW, TaskSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
@@ -71,7 +74,7 @@ def _copied(uri: str) -> Path:
     raise UserError(f"adapter {uri}: holds no {CONFIG}, nor does {' or '.join(INSIDE)} in it")
 
 
-def adapter_config(adapter: Path) -> Any:
+def adapter_config(adapter: Path) -> "PeftConfig":
     """The adapter's `peft.PeftConfig`.
 
     Raises:
@@ -81,9 +84,8 @@ def adapter_config(adapter: Path) -> Any:
 
     try:
         return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason(error)}") from None
 
 
 def added_by(adapter: Path) -> int:
@@ -91,7 +93,7 @@ def added_by(adapter: Path) -> int:
     return getattr(adapter_config(adapter), "num_virtual_tokens", None) or 0
 
 
-def weightless_config(adapter: Path) -> Any:
+def weightless_config(adapter: Path) -> "PeftConfig":
     """As :func:`adapter_config`, for a new adapter on a base without weights, with its parameters trainable."""
     config = adapter_config(adapter)
     config.inference_mode = False
@@ -166,7 +168,7 @@ def data_settings(cfg: Config, trained: Path | None) -> DataConfig:
         if path.is_file():
             try:
                 return cfg.data.model_copy(update={"template": yaml.safe_load(path.read_text())["data"]["template"]})
-            except (yaml.YAMLError, KeyError, TypeError):
+            except (yaml.YAMLError, ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: not the config.yaml of a run: give --data.template") from None
     return cfg.data.model_copy(update={"template": RAW})  # of before there was another one
 
@@ -220,6 +222,9 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)
+    except Exception as error:  # PEFT does not check the settings, and raises whatever a wrong one leads to
+        return f"PEFT can't apply its {CONFIG} there: {type(error).__name__}: {reason(error)}"
+    try:
         result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
     except (ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,17 +1,18 @@
 """The head that a task puts on a base model: trained beside the adapter, and saved with it."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ftray.errors import UserError
 from ftray.task_spec import task_of
 
 
-def for_task(config: Any, model: Any) -> Any:
+def for_task(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     """Set `task_type` and, for PEFT to train and save, the modules that the base model came without.
 
     Of a head of several layers the whole is named, also where but one of them is new: PEFT names it too, and would wrap
@@ -25,13 +26,13 @@ def for_task(config: Any, model: Any) -> Any:
     return config
 
 
-def refuse_others(model: PeftModel, asked: Any) -> None:
+def refuse_others(model: PeftModel, asked: Sequence[str] | None) -> None:
     """Compare the heads that a new PEFT model trains with `asked`, those in its configuration.
 
     Raises:
         UserError: PEFT, which goes by the end of a name, has found others too.
     """
-    inner: Any = model.get_base_model()
+    inner = model.get_base_model()
     found = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     for name in found:
         head = next((part for part in asked or () if name.endswith(part)), name)
@@ -47,5 +48,5 @@ def exact_heads(model: PeftModel) -> None:
             wrapper.register_forward_pre_hook(_to_float32)
 
 
-def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _to_float32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)

@@ -1,10 +1,14 @@
 """Methods that change layers, apart from the LoRA family."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, config
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 class BOFTParameters(LayerParameters):
@@ -194,7 +198,7 @@ class FullParameters(Parameters):
     """Full fine-tuning: every weight of the model; the adapter holds a trained copy of the whole."""
 
 
-def _full(p: FullParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _full(p: FullParameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,12 +26,12 @@ SAMPLES = 16  # batches that EVA repeats until the components converge
 _starts: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
-def takes_from_base(config: Any) -> bool:
+def takes_from_base(config: PeftConfig) -> bool:
     """Whether PEFT changes the base's weights when it initialises an adapter of this configuration."""
     return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
 
 
-def before(model: nn.Module, config: Any) -> None:
+def before(model: nn.Module, config: PeftConfig) -> None:
     """Copy the weights of the layers that the initialisation will change, which trials may share."""
     if not takes_from_base(config):
         return
@@ -41,7 +41,7 @@ def before(model: nn.Module, config: Any) -> None:
             module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
-def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> None:
+def after(model: PeftModel, init: str, samples: Callable[[], list[Any]] | None) -> None:
     """Finish the initialisation of a new PEFT model.
 
     Args:
@@ -61,7 +61,7 @@ def after(model: Any, init: str, samples: Callable[[], list[Any]] | None) -> Non
         _loftq(model)
 
 
-def save(model: Any, directory: Path) -> None:
+def save(model: PeftModel, directory: Path) -> None:
     """Write the adapter as a PEFT directory for the unchanged base, and the task that it is for."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
     if start := _starts.get(model):
@@ -88,7 +88,7 @@ def _subtract_start(directory: Path, start: dict[str, torch.Tensor]) -> None:
     config.save_pretrained(str(directory))
 
 
-def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
+def _eva(model: PeftModel, samples: Callable[[], list[Any]] | None) -> None:
     """Initialise by EVA (https://arxiv.org/abs/2410.07170): rank 0 computes the components and broadcasts them."""
     from peft import initialize_lora_eva_weights
 
@@ -110,7 +110,7 @@ def _eva(model: Any, samples: Callable[[], list[Any]] | None) -> None:
                 dist.broadcast(parameter.data, 0)
 
 
-def _loftq(model: Any) -> None:
+def _loftq(model: PeftModel) -> None:
     """Initialise by LoftQ (https://arxiv.org/abs/2310.08659), one iteration, on any device and with any alpha.
 
     PEFT's own function needs a GPU, and alpha equal to the rank.

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -12,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
@@ -41,7 +40,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
     if method in METHODS and METHODS[method].merge_tolerance is None:
         raise UserError(f"{method} can't be folded into the base's weights: serve the adapter itself")
     untie(model)
-    config: Any = model.get_base_model().config
+    config = model.get_base_model().config
     tied = config.tie_word_embeddings
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -118,7 +117,7 @@ def save_merged(
 
 def save_model(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     cfg: ModelConfig,
     output: Path | Location,
     task: TaskSpec = CAUSAL,
@@ -167,7 +166,7 @@ def made_up(model: PreTrainedModel) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def outputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
+def outputs(model: "PreTrainedModel | PeftModel", texts: Sequence[list[int]]) -> torch.Tensor:
     """All that the model says of the beginnings of the first `texts`, in one row, float32 on the CPU."""
     model.eval()
     found = []

@@ -3,9 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 Targets = str | list[str]
 
@@ -23,13 +27,17 @@ class LayerParameters(Parameters):
     layers_to_transform: list[int] | None = Field(None, description="numbers of the blocks to adapt (default: all)")
 
 
+# makes PEFT's configuration from parameters, names of target modules, base model and total steps
+Builder = Callable[[Any, list[str], "PreTrainedModel", int], "PeftConfig"]
+
+
 @dataclass(frozen=True)
 class Method:
     """One registry entry.
 
     Attributes:
         parameters: pydantic model of the method's own parameters.
-        build: makes the PEFT configuration from (parameters, target module names, base model, total steps).
+        build: makes the PEFT configuration.
         merge_tolerance: greatest difference of fp32 logits between adapter and merged model, relative to the
             greatest logit; None: what it trains is no part of the base's weights, so there is nothing to merge.
         quantized: the `model.quantization` that PEFT has its layers for.
@@ -39,17 +47,17 @@ class Method:
     """
 
     parameters: type[Parameters]
-    build: Callable[[Any, list[str], Any, int], Any]
+    build: Builder
     merge_tolerance: float | None
     quantized: tuple[str, ...] = ()
     autocast: bool = False
     on_meta: bool = True
 
 
-def config(name: str) -> Callable[[Any, list[str], Any, int], Any]:
+def config(name: str) -> Builder:
     """A `build` for a PEFT configuration class whose fields are our parameters, by name or serialisation alias."""
 
-    def build(p: Parameters, targets: list[str], model: Any, steps: int) -> Any:
+    def build(p: Parameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
         import peft
 
         kind = getattr(peft, name)
@@ -64,7 +72,7 @@ def config(name: str) -> Callable[[Any, list[str], Any, int], Any]:
     return build
 
 
-def stores_transposed(model: Any, targets: list[str]) -> bool:
+def stores_transposed(model: "PreTrainedModel", targets: list[str]) -> bool:
     """Whether the targets are `Conv1D` layers, whose weight is [in, out]."""
     from transformers.pytorch_utils import Conv1D
 

@@ -6,7 +6,7 @@ Adding a method is one entry in `METHODS`.
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 
@@ -14,6 +14,10 @@ from ftray.adapters import layers, prompts
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
 from ftray.config import AdapterConfig
 from ftray.errors import UserError, near
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 INITS = {
     "default": "no update at first",
@@ -78,7 +82,7 @@ class OFTParameters(LayerParameters):
     eps: float = Field(6e-5, gt=0)
 
 
-def _lora(p: LoraParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _lora(p: LoraParameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     from peft import LoraConfig
 
     names = [n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
@@ -102,7 +106,7 @@ def _lora(p: LoraParameters, targets: list[str], model: Any, steps: int) -> Any:
     )
 
 
-def _adalora(p: AdaLoraParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _adalora(p: AdaLoraParameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     from peft import AdaLoraConfig
 
     warmup, final = round(p.initial_phase * steps), round(p.final_phase * steps)
@@ -124,7 +128,7 @@ def _adalora(p: AdaLoraParameters, targets: list[str], model: Any, steps: int) -
     )
 
 
-def _ia3(p: IA3Parameters, targets: list[str], model: Any, steps: int) -> Any:
+def _ia3(p: IA3Parameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     from peft import IA3Config
 
     from ftray.adapters.targets import resolve_targets
@@ -138,7 +142,7 @@ def _ia3(p: IA3Parameters, targets: list[str], model: Any, steps: int) -> Any:
     )
 
 
-def _oft(p: OFTParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _oft(p: OFTParameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     from peft import OFTConfig
 
     if stores_transposed(model, targets):
@@ -172,7 +176,7 @@ class PeftParameters(LayerParameters):
         return str(self.config["peft_type"]).lower()
 
 
-def _peft(p: PeftParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _peft(p: PeftParameters, targets: list[str], model: "PreTrainedModel", steps: int) -> "PeftConfig":
     import peft
 
     given = {key: value for key, value in p.config.items() if key not in NO_SETTINGS}
@@ -251,7 +255,7 @@ def added_tokens(adapter: AdapterConfig) -> int:
     return getattr(own, "virtual_tokens", None) or getattr(own, "config", {}).get("num_virtual_tokens") or 0
 
 
-def peft_config(adapter: AdapterConfig, model: Any, steps: int) -> Any:
+def peft_config(adapter: AdapterConfig, model: "PreTrainedModel", steps: int) -> "PeftConfig":
     """The PEFT configuration of `adapter` for `model` (the meta device will do) and a run of `steps`.
 
     Raises:
@@ -280,8 +284,12 @@ def rate_ratio(adapter: AdapterConfig) -> float:
 
 
 def attach(
-    model: Any, adapter: AdapterConfig, steps: int, seed: int, samples: Callable[[], list[Any]] | None = None
-) -> Any:
+    model: "PreTrainedModel",
+    adapter: AdapterConfig,
+    steps: int,
+    seed: int,
+    samples: Callable[[], list[Any]] | None = None,
+) -> "PeftModel":
     """Wrap the frozen `model` as a `peft.PeftModel` whose adapter is float32 and initialised from `seed` alone.
 
     The base's parameters are left as they are: what an initialisation changes, it changes in a copy.

@@ -1,11 +1,15 @@
 """Methods that leave the weights alone and add tokens, keys and values, or activations."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
 from ftray.adapters.method import Method, Parameters, config
 from ftray.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 class PromptTuningParameters(Parameters):
@@ -46,7 +50,9 @@ class AdaptionPromptParameters(Parameters):
     layers: PositiveInt | None = Field(None, description="layers, from the top (default: all but the lowest two)")
 
 
-def _adaption_prompt(p: AdaptionPromptParameters, targets: list[str], model: Any, steps: int) -> Any:
+def _adaption_prompt(
+    p: AdaptionPromptParameters, targets: list[str], model: "PreTrainedModel", steps: int
+) -> "PeftConfig":
     from peft import AdaptionPromptConfig
     from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftray.errors import UserError, near
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 FUSED = r"c_attn|qkv(_proj)?|Wqkv|W_pack|query_key_value|in_proj|kv(_b)?_proj"  # kv_b_proj: of DeepSeek's latents
 QUERY_VALUE = re.compile(rf"q|v|query|value|[qv]_(proj|lin)|q_b_proj|wq|wv|{FUSED}")
@@ -106,7 +109,7 @@ def expert_parameters(model: nn.Module, spec: str | Iterable[str], blocks: Itera
     return _short_names(found, [name for name, _ in model.named_parameters()])
 
 
-def asked_for(model: nn.Module, config: Any) -> set[str]:
+def asked_for(model: nn.Module, config: "PeftConfig") -> set[str]:
     """The modules and parameters of the base `model` that the names in PEFT's `config` stand for."""
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
@@ -118,7 +121,7 @@ def asked_for(model: nn.Module, config: Any) -> set[str]:
     return found
 
 
-def refuse_others(adapted: Any, asked: set[str]) -> None:
+def refuse_others(adapted: "PeftModel", asked: set[str]) -> None:
     """Compare what a new PEFT model has adapted with what was :func:`asked_for`.
 
     Raises:
@@ -135,7 +138,7 @@ def refuse_others(adapted: Any, asked: set[str]) -> None:
             )
 
 
-def adapted_names(model: Any) -> dict[str, int]:
+def adapted_names(model: "PeftModel") -> dict[str, int]:
     """Each module and parameter of the base that a PEFT model adapts, and how many parameters it trains for it."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -149,7 +152,7 @@ def adapted_names(model: Any) -> dict[str, int]:
     return found
 
 
-def described(model: Any) -> str:
+def described(model: "PeftModel") -> str:
     """What a PEFT model adapts, in one line: by name pattern, how many layers and trained parameters."""
     found: dict[str, list[int]] = {}
     for name, count in adapted_names(model).items():
@@ -260,7 +263,7 @@ def _reads_no_text(part: nn.Module) -> bool:
     return isinstance(part, PreTrainedModel) and part.main_input_name.startswith(("pixel", "input_features", "input_v"))
 
 
-def _language_part(model: Any) -> str:
+def _language_part(model: PreTrainedModel) -> str:
     """The prefix of names of the language model, where it is a part of a model of several kinds of input; else ''."""
     config = getattr(model, "config", None)
     if config is None or config.is_encoder_decoder or config.get_text_config() is config:

@@ -22,6 +22,31 @@ def bootstrap_address(address: str | None) -> str | None:
     return found
 
 
+def takes_our_token(address: str, found_here: bool) -> bool:
+    """Whether the head at `address` lets this process in, with the token that it would show or without any.
+
+    `ray.init` would try for half a minute, and end in a traceback that has the reason in its text alone.
+
+    Args:
+        address: host:port of a head that listens.
+        found_here: Ray found it on this machine; then it shows the token in `~/.ray/auth_token` unasked.
+
+    Raises:
+        RpcError: what listens there is no head; it takes 40 seconds to say so.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # of a C extension
+    from ray.exceptions import AuthenticationError
+
+    if found_here:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return False
+    return True
+
+
 def socket_path() -> str:
     """The longest path that a cluster begun by this process would give a socket."""
     from ray._common.utils import get_default_ray_temp_dir

@@ -185,12 +185,13 @@ def _read_jsonl_text(chunk: Chunk) -> Iterator[Located]:
                 if line.strip():
                     place = SourceLocation(chunk.path, number, True)
                     yield place, parse_json(line, place)
-        except UnicodeDecodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+        except UnicodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
 
 
-def _undecodable(where: object, error: UnicodeDecodeError) -> UserError:
-    encoding = error.encoding.removesuffix("-sig")
+def _undecodable(where: object, error: UnicodeError, chunk: Chunk) -> UserError:
+    """The error about text that is not in its encoding; some codecs raise a UnicodeError that does not name theirs."""
+    encoding = (chunk.encoding or getattr(error, "encoding", "utf-8")).removesuffix("-sig")
     return UserError(f"{where}: not {encoding}: name the file's encoding by data.encoding, as cp1252 or utf-16")
 
 
@@ -207,7 +208,7 @@ def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
         raise UserError(f"{place}: not valid JSON: {error}") from None
     except _KeyTwiceError as error:
         raise UserError(f"{place}: key {error} stands twice: leave one of them out") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
     return _checked(record, place, "\\u" in text)
 
@@ -246,19 +247,19 @@ def _read_json(chunk: Chunk) -> Iterator[Located]:
     try:
         with _text_of(chunk, "") as file:
             content = file.read()
-    except UnicodeDecodeError as error:
-        raise _undecodable(chunk.path, error) from None
+    except UnicodeError as error:
+        raise _undecodable(chunk.path, error, chunk) from None
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except _KeyTwiceError as error:
         raise UserError(f"{chunk.path}: key {error} stands twice in one object: leave one of them out") from None
-    except RecursionError as error:
-        raise UserError(f"{chunk.path}: not valid JSON: {error}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and content.lstrip().startswith("{"):
             yield from _read_jsonl_text(chunk)
             return
         raise UserError(f"{chunk.path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise UserError(f"{chunk.path}: not valid JSON: {error}") from None
     if isinstance(value, dict):
         value = _held(value) or [value]
     if not isinstance(value, list):
@@ -295,8 +296,8 @@ def _read_csv(chunk: Chunk) -> Iterator[Located]:
                 if None in row or None in row.values():
                     raise UserError(f"{place}: not as many fields as the header has: {len(names)}, {_named(names)}")
                 yield place, dict(row)
-        except UnicodeDecodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+        except UnicodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
         except csv.Error as error:
             raise UserError(f"{chunk.path}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -323,8 +324,8 @@ def _read_text(chunk: Chunk) -> Iterator[Located]:
                     else:
                         break
                 part += line
-        except UnicodeDecodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error) from None
+        except UnicodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
     if part.strip():
         yield SourceLocation(chunk.path, at, True), {"text": part} | ({PART: "last"} if begun else {})
 

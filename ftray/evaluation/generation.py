@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,12 +12,22 @@ from ftray.models.limits import positions
 from ftray.models.probe import decodes_together
 from ftray.models.stops import answer_text, stop_tokens
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, prompt, target
 _together: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what was found of models that were tried
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig, **sampling: Any) -> list[str]:
+def generate(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    cfg: EvaluationConfig,
+    **sampling: bool | float,
+) -> list[str]:
     """Continuations in the order of `rows`, decoded in batches: of like length, padded on the left, where the model
     continues a padded prompt as it does alone, else of equal length or one by one. They end where a learnt table of
     positions does.
@@ -49,7 +59,7 @@ def generate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig,
     return texts
 
 
-def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+def _batches(model: "PreTrainedModel | PeftModel", prompts: list[list[int]], size: int) -> Iterator[list[int]]:
     """Indices of prompts that are decoded together, at most `size`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts) > 1 and model not in _together:

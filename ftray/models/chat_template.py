@@ -2,9 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ftray.errors import UserError, near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUNDLED = Path(__file__).parent / "chat_templates"
 _ANSWER = "ZQXJ"  # a text that stands in no template
@@ -35,7 +38,7 @@ def read_chat_template(given: str) -> str:
         raise UserError(f"data.chat_template {given}: can't be read: {getattr(error, 'strerror', error)}") from None
 
 
-def give_chat_template(tokenizer: Any, given: str) -> None:
+def give_chat_template(tokenizer: "PreTrainedTokenizerBase", given: str) -> None:
     """Let `tokenizer` render by the template that :func:`read_chat_template` finds.
 
     Where the vocabulary lacks the token that ends a turn, the end-of-sequence token takes its place: answers end with
@@ -56,7 +59,7 @@ def give_chat_template(tokenizer: Any, given: str) -> None:
         tokenizer.chat_template = tokenizer.chat_template.replace(end, tokenizer.eos_token)
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token with which the tokenizer's chat template ends an answer; None: no template, or no token of its own."""
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -68,7 +71,7 @@ def turn_end(tokenizer: Any) -> int | None:
     return next((t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in added), None)
 
 
-def _after_answer(tokenizer: Any) -> str:
+def _after_answer(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What the template puts after the last answer."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -1,16 +1,20 @@
 """What a model has places for: tokens in its embedding table, positions in a learnt table."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def embedded_tokens(model: Any) -> int:
+
+def embedded_tokens(model: "PreTrainedModel | PeftModel") -> int:
     """The number of token ids that the model has embeddings for."""
     return int(model.get_input_embeddings().num_embeddings)
 
 
-def positions(model: Any) -> int | None:
+def positions(model: "PreTrainedModel | PeftModel") -> int | None:
     """The most tokens that the model's tables of positions have a row for; None: it has no such table.
 
     A table is an embedding, not that of the words, with as many rows as the configuration names positions. Some keep

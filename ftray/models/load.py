@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -132,11 +133,12 @@ def own_labels(path: str, task: TaskSpec, trust_remote_code: bool = False) -> tu
     return tuple(config.id2label[i] for i in range(config.num_labels))
 
 
-def _auto_class(task: TaskSpec) -> Any:
-    return getattr(transformers, task.load().auto_class)
+def _auto_class(task: TaskSpec) -> type[PreTrainedModel]:
+    kind: type[PreTrainedModel] = getattr(transformers, task.load().auto_class)
+    return kind
 
 
-def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> Any:
+def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
     if task.name == "SEQ_2_SEQ_LM" and not config.is_encoder_decoder:
         raise UserError(f"SEQ_2_SEQ_LM: a {config.model_type} model has no encoder and decoder: take CAUSAL_LM")
@@ -165,7 +167,7 @@ def _find_ends_by(model: PreTrainedModel, task: TaskSpec) -> None:
         model.config.get_text_config().pad_token_id = task.pad
 
 
-def _without_dropout(config: Any) -> dict[str, float]:
+def _without_dropout(config: PreTrainedConfig) -> dict[str, float]:
     """Turn it off; returns what it was."""
     dropout = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
     for name in dropout:
@@ -179,7 +181,7 @@ def _heads(model: PreTrainedModel) -> list[str] | None:
     return [name for name, _ in model.named_children() if name != base] if hasattr(model, base) else None
 
 
-def _unpacks(operation: Any) -> bool:
+def _unpacks(operation: object) -> bool:
     return type(operation).__module__ == "transformers.integrations.bitsandbytes"
 
 

@@ -8,13 +8,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 # tokens: a short record before longer ones, two that packed attention pads alike, and one that they are padded to
 LENGTHS = (5, 19, 11, 35)
@@ -44,13 +46,13 @@ TOLERANCES = {
 }
 
 
-def tolerance(model: Any) -> Tolerance:
+def tolerance(model: PreTrainedModel | PeftModel) -> Tolerance:
     """By the coarsest arithmetic that `model` may use; that over quantised weights is as coarse as bfloat16."""
     dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in model.parameters()}
     return next(found for dtype, found in TOLERANCES.items() if dtype in dtypes)
 
 
-def probe_records(model: Any, longest: int | None = None) -> list[torch.Tensor]:
+def probe_records(model: PreTrainedModel | PeftModel, longest: int | None = None) -> list[torch.Tensor]:
     """Token ids of a few records, int64 [tokens] each, drawn from a fixed seed.
 
     Args:
@@ -88,11 +90,11 @@ def moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
+def embedded(model: PreTrainedModel | PeftModel) -> Iterator[list[torch.Tensor]]:
     """Inside, what the model's input embeddings give is collected, as leaves that a gradient can be asked for."""
     found: list[torch.Tensor] = []
 
-    def collect(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def collect(module: nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
         return found[-1].clone()  # which the model may write to
 
@@ -103,7 +105,9 @@ def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def alone(model: Any, records: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def alone(
+    model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Logits of each record by itself, and the gradient of its loss with respect to its embeddings.
 
     Returns:
@@ -120,7 +124,7 @@ def alone(model: Any, records: Sequence[torch.Tensor]) -> tuple[list[torch.Tenso
 
 
 @torch.no_grad()
-def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
+def row_obstacle(model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor]) -> str | None:
     """Why `model` does not keep the records of one packed row apart by their positions; None: it does."""
     positions, lengths = torch.cat([torch.arange(len(r)) for r in records])[None], [len(r) for r in records]
     device, allowed = model.get_input_embeddings().weight.device, tolerance(model)
@@ -140,7 +144,7 @@ def row_obstacle(model: Any, records: Sequence[torch.Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def padding_obstacle(model: Any) -> str | None:
+def padding_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     """Why records that are padded on the right don't get the logits of each alone; None: they do."""
     records = probe_records(model, 1)
     width, device = max(map(len, records)), model.get_input_embeddings().weight.device
@@ -157,7 +161,7 @@ def padding_obstacle(model: Any) -> str | None:
 
 @torch.no_grad()
 def shared_passes(
-    model: Any, run: Callable[[list[torch.Tensor]], torch.Tensor]
+    model: PreTrainedModel, run: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> tuple[Literal["all", "equal", "none"], str | None]:
     """Which records may share a pass of `model`: all, padded on the right; those of equal length; or none.
 
@@ -185,7 +189,7 @@ def shared_passes(
 
 
 @torch.no_grad()
-def decodes_together(model: Any) -> Literal["all", "equal", "none"]:
+def decodes_together(model: PreTrainedModel | PeftModel) -> Literal["all", "equal", "none"]:
     """Which prompts `model.generate` continues in one batch as it does alone: all, padded on the left; those of equal
     length; or none."""
     short, long = probe_records(model, 1)[:2]
@@ -207,7 +211,7 @@ def decodes_together(model: Any) -> Literal["all", "equal", "none"]:
     return "none"
 
 
-def _continued(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _continued(model: PreTrainedModel | PeftModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits [prompts, 2, vocabulary] of the two tokens that `model.generate` puts after each prompt."""
     out = model.generate(
         input_ids=ids.to(model.device),
@@ -228,7 +232,7 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def body(model: Any) -> Any:
+def body(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal language model that returns last hidden states."""
     if model.base_model is not model:
         return model.base_model
@@ -236,14 +240,16 @@ def body(model: Any) -> Any:
 
 
 @torch.no_grad()
-def head_obstacle(model: Any, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+def head_obstacle(
+    model: PreTrainedModel | PeftModel, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+) -> str | None:
     """Why the model's logits are not what `head` makes of its last hidden states; None: they are.
 
     The states are made a thousand times greater on the way: capping and scaling show, whatever the weights are.
     """
     found: list[torch.Tensor] = []
 
-    def louder(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def louder(module: nn.Module, inputs: tuple[object, ...], output: BaseModelOutput) -> BaseModelOutput:
         output.last_hidden_state = output.last_hidden_state * 1000
         found.append(output.last_hidden_state)
         return output
@@ -263,7 +269,7 @@ def head_obstacle(model: Any, ids: torch.Tensor, head: Callable[[torch.Tensor], 
 
 
 def alone_adapter(
-    model: Any, records: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]
+    model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Logits of each record by itself through a PEFT model, and the gradient of the sum of their losses.
 
@@ -281,7 +287,7 @@ def alone_adapter(
     return logits, total
 
 
-def idle_layers(adapted: Any) -> list[str]:
+def idle_layers(adapted: PeftModel) -> list[str]:
     """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
     the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
     """
@@ -304,7 +310,7 @@ def idle_layers(adapted: Any) -> list[str]:
 
 
 @torch.enable_grad()
-def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
+def _with_gradient(adapted: PeftModel, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
     """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
     every = [p for parameters in own.values() for p in parameters]
     ids = ended(adapted, ids[0])[None]
@@ -317,7 +323,7 @@ def _with_gradient(adapted: Any, ids: torch.Tensor, own: dict[str, list[nn.Param
     return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
 
 
-def ended(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def ended(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
     end = model.config.eos_token_id
     ends = model.config.is_encoder_decoder and isinstance(end, int)

@@ -2,12 +2,17 @@
 
 from collections.abc import Collection
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ftray.models.chat_template import turn_end
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-def stop_tokens(tokenizer: Any, config: Any, generation: Any) -> list[int]:
+
+def stop_tokens(
+    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", generation: "GenerationConfig | None"
+) -> list[int]:
     """Ids of all tokens that end an answer, ascending; training ends raw targets with the tokenizer's.
 
     A turn may end with a token that only one of these knows: Llama 3 and Qwen list theirs in `generation_config.json`;
@@ -24,7 +29,7 @@ def stop_tokens(tokenizer: Any, config: Any, generation: Any) -> list[int]:
     return sorted(token for token in found if token is not None and token >= 0)  # -1 is how some say none
 
 
-def saved_stop_tokens(tokenizer: Any, config: Any, directory: str) -> list[int]:
+def saved_stop_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", directory: str) -> list[int]:
     """As :func:`stop_tokens`, of a model in `directory` that is not loaded."""
     from transformers import GenerationConfig
 
@@ -40,7 +45,7 @@ def before_stop(ids: list[int], stops: Collection[int]) -> list[int]:
     return list(takewhile(lambda token: token not in stops, ids))
 
 
-def answer_text(tokenizer: Any, ids: list[int], stops: Collection[int]) -> str:
+def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stops: Collection[int]) -> str:
     """The text of an answer: its tokens before the first of `stops`.
 
     Special tokens are part of it, as they are of training targets: marks of thinking or of a tool's call. Those that
@@ -51,6 +56,6 @@ def answer_text(tokenizer: Any, ids: list[int], stops: Collection[int]) -> str:
     return text
 
 
-def framing(tokenizer: Any) -> set[int]:
+def framing(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Tokens that fill up a batch or that the tokenizer puts around any text: beginnings, languages, padding."""
     return {tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer(text_target="")["input_ids"]}

@@ -1,4 +1,4 @@
-"""Attention over records that lie one after another in a single row; it pads them only here, grouped by length.
+"""Attention over records that are concatenated in a single row. Only here are they padded, grouped by length.
 
 Registered with transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface).
 """
@@ -21,7 +21,7 @@ _numbers = count()
 
 @dataclass
 class Layout:
-    """Where the records of a packed row of T tokens lie, and where each token goes when they are padded to P tokens.
+    """Positions of the records in a packed row of T tokens, and of each token after padding to P tokens.
 
     Attributes:
         blocks: number of records and padded length of each group of records of similar length.

@@ -1,4 +1,4 @@
-"""The loss of a frozen head; the logits of a long batch never lie in memory at once."""
+"""The loss of a frozen head, computed without holding all logits of a long batch in memory."""
 
 from collections.abc import Callable
 

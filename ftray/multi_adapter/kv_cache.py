@@ -1,7 +1,7 @@
 """Keys and values of the sequences that decode together, and the attention over them.
 
 The caches of transformers grow by copying (`DynamicCache`) or hold sequences of equal length (`StaticCache`), and its
-continuous batching needs GPU kernels and supports no adapters. Here sequences of any length lie in slots of one buffer
+continuous batching needs GPU kernels and supports no adapters. Here sequences of any length have slots of one buffer
 per layer, which `transformers.Cache` carries through the model. Registered with transformers' attention interface.
 """
 

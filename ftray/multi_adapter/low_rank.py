@@ -78,13 +78,13 @@ def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torc
         whole = sum(lengths) == rows  # segments don't overlap and come in order
         even = len(set(lengths)) == 1
         inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        laid = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])
+        padded = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])
         found.append(
             PaddedSegments(
                 tuple(members),
                 lengths,
                 None if whole else torch.cat(own).to(device),
-                None if whole and even else laid.flatten().to(device),
+                None if whole and even else padded.flatten().to(device),
                 None if even else inside.flatten().nonzero().squeeze(1).to(device),
                 None if even else (~inside).flatten().nonzero().squeeze(1).to(device),
             )

@@ -26,14 +26,14 @@ def output_head(base: PreTrainedModel, ids: torch.Tensor) -> tuple[Any, str | No
     try:
         own = OutputHead(base)
         return (plain, reason) if head_obstacle(base, ids, own) else (own, None)
-    except Exception:  # its forward wants more of the decoder than last hidden states
+    except Exception:  # its forward uses more of the decoder than the last hidden states
         return plain, reason
 
 
 class OutputHead(nn.Module):
     """All that a model's own forward does after its decoder: soft caps, scales, further layers.
 
-    The forward of a copy is run, of which the decoder returns what it is given.
+    It runs the forward of a copy of the model, whose decoder is replaced by one that returns the given states.
 
     Attributes:
         weight: of the output layer, [vocabulary, hidden size].
@@ -57,7 +57,7 @@ class OutputHead(nn.Module):
 
 
 class _Given(nn.Module):
-    """In the place of a decoder: returns `hidden` as its last hidden states, and None for whatever else is asked."""
+    """Replaces a decoder: returns `hidden` as its last hidden states, and None for every other output."""
 
     hidden: torch.Tensor
 

@@ -22,8 +22,8 @@ class AdapterSegments:
 
     Attributes:
         spans: (adapter, first row, end) of each, in order, without gaps.
-        mask: int64 [records, longest] of a padded batch, 1 at tokens and 0 at padding; None: the rows lie one after
-            another, without padding.
+        mask: int64 [records, longest] of a padded batch, 1 at tokens and 0 at padding; None: the rows follow
+            one another without padding.
         unpad_index: int64 [T], positions of the rows in the flattened mask; None: nothing is padded.
     """
 
@@ -69,7 +69,7 @@ class SharedLinear(nn.Module):
 
     @classmethod
     def at(cls, model: nn.Module, path: str, segments: AdapterSegments) -> Self:
-        """The shared layer at `path` in `model`, where it takes the place of the model's own if need be."""
+        """The shared layer at `path` in `model`, which replaces the model's own layer unless it has done so already."""
         layer = model.get_submodule(path)
         if not isinstance(layer, cls):
             layer = cls(layer, segments)
@@ -99,7 +99,7 @@ class SharedLinear(nn.Module):
         self.multiplies.discard(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out], each adapter on its rows, as `segments` say; padding comes out as zeros.
+        """[..., in] to [..., out], each adapter on its rows as given by `segments`; padding becomes zeros.
 
         Raises:
             PackingUnsupported: the input has other rows than the batch, as that of an expert.

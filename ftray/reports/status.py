@@ -9,6 +9,7 @@ from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
+from ftray.storage.manifest import refuse_damaged
 from ftray.training.train_state import Report, best_report, metric_value
 
 
@@ -93,7 +94,8 @@ def read(output: Location) -> Search:
     cfg = searched(output)
     if not (output / DATA).exists() or not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
-    whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
+    with refuse_damaged(output / DATA):
+        whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
     metric = cfg.search.metric
     since = running_since(output)
     rows: list[TrialProgress] = []
@@ -139,4 +141,5 @@ def searched(output: Location) -> Config:
         raise UserError(f"output {output}: can't be read ({reason(error)})") from None
     if not there:
         raise UserError(f"output {output} holds no search: name one by --run")
-    return config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))
+    with refuse_damaged(output / CONFIG):
+        return config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8")))

@@ -39,7 +39,7 @@ def connect(cfg: Config) -> None:
     """Join the cluster at `scaling.address` or the one that this job runs in, else start one on this machine.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: as :func:`check_address`.
     """
     import ray
 
@@ -49,10 +49,7 @@ def connect(cfg: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
-        try:
-            ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
-        except ray.exceptions.AuthenticationError:
-            raise UserError("the Ray cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
+        ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
     if not cfg.verbose:
         from ray.data import DataContext
 
@@ -74,7 +71,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_token(joins: bool) -> None:
+def _check_own_token(joins: bool) -> None:
     """Find a missing token: Ray would end this process with C++ stack traces.
 
     Args:
@@ -112,9 +109,11 @@ def check_address(cfg: Config) -> None:
     """Check that the cluster to join answers: Ray's own attempt takes minutes and ends in a traceback.
 
     Raises:
-        UserError: no cluster answers at the address, it wants a token, or none can begin here.
+        UserError: no cluster answers at the address, it refuses the token, or none can begin here.
     """
-    from ftray.compat.ray import bootstrap_address
+    from ray.exceptions import RpcError
+
+    from ftray.compat.ray import bootstrap_address, takes_our_token
 
     given = cfg.scaling.address if cfg.scaling.address != "auto" else None
     if given:
@@ -129,7 +128,7 @@ def check_address(cfg: Config) -> None:
         address = bootstrap_address(given or cfg.scaling.address)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from None
-    _check_token(joins=bool(address))
+    _check_own_token(joins=bool(address))
     if not address:
         _check_sockets()
         return
@@ -139,6 +138,22 @@ def check_address(cfg: Config) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"no Ray cluster answers at {address}, the address of {origin}: is it up?")
         time.sleep(1)
+    try:
+        with nullcontext() if cfg.verbose else _without_stderr():
+            allowed = takes_our_token(address, found_here=given is None)
+    except RpcError:
+        raise UserError(f"what answers at {address}, the address of {origin}, is no Ray head") from None
+    if not allowed:
+        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+            raise UserError(f"the Ray cluster at {address} refuses the token of {_token_source()}: ask who runs it")
+        raise UserError(f"the Ray cluster at {address} needs a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN")
+
+
+def _token_source() -> str:
+    """Where Ray takes the token from that it shows to a cluster."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def end_with_ray(command: str) -> None:

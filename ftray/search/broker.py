@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from ftray.search.failures import PacksGone, TrialFailed
 
 PATIENCE = 5.0  # seconds an idle pack waits for orders before it asks again
-COMPANY = 5.0  # seconds, at most, that a pack with work waits for more trials to join the same step
+JOIN_PATIENCE = 5.0  # seconds, at most, that a pack with work waits for further trials to join its step
 
 
 @dataclass
@@ -182,7 +182,7 @@ class TrialBroker:
             self._changed.notify_all()
             await self._wait_until(lambda: self._has_work(pack), PATIENCE)
             if changes or self._any_waiting():  # a step of few trials costs nearly as much as a step of all
-                await self._wait_until(lambda: self._is_complete(pack), min(COMPANY, took / 2))
+                await self._wait_until(lambda: self._is_complete(pack), min(JOIN_PATIENCE, took / 2))
             self._sent[pack] = clock()
             return self._next_orders(pack)
 

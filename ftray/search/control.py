@@ -1,4 +1,4 @@
-"""What a user asks of a search that runs, from another terminal: its journal is where the two meet."""
+"""Requests to a running search from another terminal; the search finds them in its journal."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, reason
 
-LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, at requests that wait beside it
+LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, and at the directory of requests
 
 
 def ask_to_stop(journal: Location, number: int) -> None:
@@ -34,9 +34,9 @@ def ask_to_stop(journal: Location, number: int) -> None:
 
 
 def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict[str, Any]) -> int:
-    """Put a configuration at the head of the line; returns its trial's number (in a store: as far as can be seen).
+    """Enqueue a configuration to be tried next; returns its trial's number (in an object store: the expected one).
 
-    Optuna hands out what is enqueued before it draws anew. TPE learns from it if the space holds it.
+    Optuna returns what is enqueued before it draws anew. TPE learns from it if the space holds it.
 
     Raises:
         UserError: the search has not begun, or has this configuration waiting or tried already.
@@ -55,7 +55,7 @@ def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict
 
 
 class Requests(tune.Callback, tune.Stopper):
-    """The driver's ear: stops the trials that were marked, at their next report.
+    """Stops, in the driver, the trials that were marked, at their next report.
 
     Args:
         broker: of the packs, which make that report at once; None: it comes at the trial's next rung.
@@ -67,7 +67,7 @@ class Requests(tune.Callback, tune.Stopper):
         self._heard = self._looked = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
-        """Tune goes through this many times a second."""
+        """Read new requests; Tune calls this many times a second."""
         if time.monotonic() - self._heard < LISTENS:
             return
         self._heard = time.monotonic()
@@ -85,7 +85,7 @@ class Requests(tune.Callback, tune.Stopper):
         self.stopping = requested
 
     def _take_up(self, requests: Location) -> None:
-        """Write into the journal what others, who could not append to it, left beside it."""
+        """Write into the journal the requests of other processes, which could not append to it themselves."""
         for file in sorted(requests.glob("*.json"), key=str):
             fulfil(json.loads(file.read_text()), self.sampler.study, self.sampler.storage)
             self.sampler.keep()

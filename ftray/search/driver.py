@@ -82,7 +82,7 @@ class TrialEnd(tune.Callback):
 
 
 def search(context: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]) -> None:
-    """Run, or resume, the search whose journal lies in `output`, until `search.trials` are over.
+    """Run, or resume, the search whose journal is in `output`, until `search.trials` are over.
 
     Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
 
@@ -107,7 +107,7 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
 
 
 def _in_packs(context: SearchContext, space: Space) -> bool:
-    """Whether trials train in packs; says so where a user may have expected something else."""
+    """Whether trials train in packs; prints the reason where they don't although a user may expect it."""
     cfg = context.config
     if cfg.search.pack == "off":
         return False
@@ -130,7 +130,7 @@ def _tune(
     broker: ActorHandle | None,
 ) -> None:
     cfg, budget = context.config, context.budget()
-    # Tune would start one trial's process after the other; `capacity` says how many there may be
+    # Tune would start the trials' processes one after the other; `capacity` limits their number
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
     sampler = Sampler(space, cfg, budget, output / JOURNAL, lambda: capacity.trials)
     requests = Requests(sampler, broker)

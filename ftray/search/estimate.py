@@ -29,7 +29,7 @@ from ftray.search.rungs import rung_records
 from ftray.search.sampler import BASELINE
 from ftray.search.space import Space
 from ftray.search.trial_worker import SearchContext, trainer
-from ftray.storage.location import LocalLocation
+from ftray.storage.local import LocalLocation
 from ftray.task_spec import task_of
 from ftray.training.pack_trainer import MOST_TOKENS, STATE_BYTES
 from ftray.training.run_spec import micro_batch_size
@@ -144,7 +144,7 @@ def measure(skeleton: PreTrainedModel, corner: Corner, length: int, checkpointin
 
 
 def saved_bytes(model: PeftModel, length: int) -> int:
-    """Bytes that autograd saves for the backward pass of one record, beside parameters."""
+    """Bytes that autograd saves for the backward pass of one record, without the parameters."""
     own = {storage_key(p) for p in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -261,5 +261,6 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{probe['validation']:.2f} s for a validation"
     )
     print(
-        f"time     {minutes:.1f} minutes of training and validation; start, proof and merging come on top", flush=True
+        f"time     {minutes:.1f} minutes of training and validation; start, proof and merging are not included",
+        flush=True,
     )

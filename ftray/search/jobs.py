@@ -44,6 +44,7 @@ def output_of(cfg: Config) -> Location:
 
 
 def _log(job: str, address: str | None) -> str:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -51,6 +52,10 @@ def _log(job: str, address: str | None) -> str:
         if not any(job in (known.submission_id, known.job_id) for known in client.list_jobs()):
             raise UserError(f"job {job}: no job of that id (ray job list)")
         log: str = client.get_job_logs(job)
+    except AuthenticationError:
+        raise UserError(
+            f"job {job}: the cluster refuses the token, or there is none: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
     except (RuntimeError, ConnectionError, ValueError) as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"job {job}: {why}") from None

@@ -39,7 +39,7 @@ class Capacity:
 
     def measure(self, broker: ActorHandle, packs: int) -> None:
         """Wait for the first pack, and take its number of trials."""
-        with suppress(ray.exceptions.RayError):  # no pack can start: the trials hear so from the broker
+        with suppress(ray.exceptions.RayError):  # no pack can start: the broker tells the trials
             self.trials = ray.get(broker.capacity.remote(packs))
             self.since = time.monotonic()
             print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)

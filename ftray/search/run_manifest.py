@@ -21,6 +21,7 @@ from ftray.search.journal import past_trials
 from ftray.search.results import JOURNAL, write_json, write_yaml
 from ftray.search.space import Space
 from ftray.storage.location import FULL, Location, parse_location
+from ftray.storage.manifest import refuse_damaged
 
 CONFIG, SPACE, DATA, LOCK = "config.yaml", "space.yaml", "data.json", ".lock"
 
@@ -61,7 +62,7 @@ SEARCH = Kind(
     (CONFIG, SPACE),
     _ANYWHERE
     | {
-        "adapter",  # the space says what the adapters are
+        "adapter",  # the space defines the adapters
         "search.space",  # by content, not by name
         "search.trials",
         "search.time_budget",
@@ -73,7 +74,7 @@ RUN = Kind(
     "run",
     ("train",),
     (CONFIG,),
-    # the search section only says which of its checkpoints is the best
+    # of the search section only what decides which checkpoint is the best matters
     _ANYWHERE | {f"search.{name}" for name in SearchConfig.model_fields if name not in ("metric", "direction")},
 )
 _AGAIN = "take that, or name another --output"
@@ -96,7 +97,7 @@ def packable(cfg: Config, space: Space) -> bool:
 
 @contextmanager
 def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
-    """Hold the output; it is let go of when this process ends, however it ends.
+    """Hold the output; it is released when this process ends, however it ends.
 
     Raises:
         UserError: another driver holds it.
@@ -184,11 +185,12 @@ def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData,
     kind, path = RUN if space is None else SEARCH, output / DATA
     splits = {name: {k: v for k, v in split.to_json().items() if k != "files"} for name, split in data.splits.items()}
     found: dict[str, Any] = {**splits, "base": [list(sample) for sample in samples(Path(base))]}
-    known = json.loads(path.read_text()) if path.exists() and _state(output, kind) else {}
-    for name, before in known.items():
-        if not _alike(before, found[name]):
-            what = f"model {cfg.model.name}" if name == "base" else "data"
-            raise UserError(f"{what}: not what the {kind.name} in {output} was trained on (see its {DATA}); {_AGAIN}")
+    with refuse_damaged(path):
+        known = json.loads(path.read_text()) if path.exists() and _state(output, kind) else {}
+        changed = [name for name, before in known.items() if not _alike(before, found[name])]
+    for name in changed:
+        what = f"model {cfg.model.name}" if name == "base" else "data"
+        raise UserError(f"{what}: not what the {kind.name} in {output} was trained on (see its {DATA}); {_AGAIN}")
     write_json(found, path)
     _keep(cfg, space, output)
 
@@ -217,7 +219,9 @@ def _alike(before: object, now: object) -> bool:
 def _refuse_another(cfg: Config, kind: Kind, output: Location) -> None:
     given = _fields(cfg.model_dump(mode="json"), kind)
     # files of older versions lack some fields: those had their defaults
-    stored = _fields(Config().model_dump(mode="json"), kind) | _fields(_read(output / CONFIG), kind)
+    stored = _fields(Config().model_dump(mode="json"), kind)
+    with refuse_damaged(output / CONFIG):
+        stored |= _fields(_read(output / CONFIG), kind)
     for field in given:
         if stored.get(field) != given[field]:
             raise UserError(f"{field} {given[field]}: the {kind.name} in {output} has {stored.get(field)}; {_AGAIN}")
@@ -253,5 +257,8 @@ def _fields(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def _read(path: Location) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with refuse_damaged(path):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"holds a {type(content).__name__}")
     return content

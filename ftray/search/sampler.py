@@ -16,7 +16,7 @@ from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, beside the search's metric
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, with the search's metric
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
@@ -27,7 +27,7 @@ BASELINE: dict[str, Any] = {
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with every parameter of its method and every training setting, as :meth:`Space.locate` wants."""
+    """A configuration with every parameter of its method and every training setting, for :meth:`Space.locate`."""
     adapter = configuration["adapter"]
     return {
         "adapter": adapter | parameters(AdapterConfig(**adapter)).model_dump(),
@@ -74,13 +74,13 @@ class Sampler(Searcher):
             load_if_exists=True,
         )
         self._trials: dict[str, optuna.Trial] = {}  # by Tune's ids
-        self._told = set[str]()  # of those, what Optuna has heard the end of
+        self._ended = set[str]()  # of those, the trials whose end was reported to Optuna
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
-        Trials that the journal holds as running come first: whoever ran them is gone. Then those that were added.
-        None while as many trials run as can.
+        Trials that the journal holds as running come first, as the driver that ran them is gone. Then those that were
+        added. None while as many trials run as can.
         """
         if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
             return None
@@ -101,7 +101,7 @@ class Sampler(Searcher):
         return self.study.ask()
 
     def _configuration(self, trial: optuna.Trial) -> dict[str, Any]:
-        """A trial taken up again keeps what was drawn."""
+        """The configuration of a trial; a resumed one keeps what was drawn for it."""
         configuration: dict[str, Any] | None = trial.user_attrs.get("added")
         if configuration:
             if self.space_of_methods.locate(whole(self.cfg, configuration)):
@@ -114,7 +114,7 @@ class Sampler(Searcher):
         return self.space_of_methods.suggest(trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Write a report down; a step that a restarted trial reports again counts as it was first."""
+        """Store a report; of a step that a restarted trial reports again, the first report counts."""
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
         if self.metric in result and result["step"] not in [report["step"] for report in reports]:
@@ -129,7 +129,7 @@ class Sampler(Searcher):
         A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
         """
         self._live.discard(trial_id)
-        if error or not result or self.metric not in result or trial_id in self._told:
+        if error or not result or self.metric not in result or trial_id in self._ended:
             return
         self.on_trial_result(trial_id, result)
         if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:
@@ -144,11 +144,11 @@ class Sampler(Searcher):
 
     def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
         self.study.tell(self._trials[trial_id], value, state=state)
-        self._told.add(trial_id)
+        self._ended.add(trial_id)
         self.keep()
 
     def keep(self) -> None:
-        """What was written goes to where the journal is kept, before anything comes of it."""
+        """Copy what was written to where the journal is kept, before anything depends on it."""
         try:
             self._backend.push()
         except OSError as error:

@@ -1,6 +1,6 @@
 """Search spaces: YAML in, configurations out, each method with its own parameters.
 
-A space is a mapping. `method` says which methods take part. Other top-level keys are fields of the `training` section.
+A space is a mapping. `method` lists the methods to try. Other top-level keys are fields of the `training` section.
 A key named like a method holds what applies to that method alone: its parameters, and training fields that win over
 the top level. `model` may hold constants for the `model` section. A value is a constant or one of
 
@@ -58,7 +58,7 @@ class Domain:
     def labels(self) -> tuple[Any, ...]:
         """What Optuna is given for each choice: it stores None, bool, int, float and str, and tells them apart by `==`.
 
-        Such a choice stands for itself; a list or a mapping, or 1 beside 1.0 and true, is given as its YAML.
+        Such a choice is given as it is; a list or a mapping, or 1 where 1.0 or true is a choice too, as its YAML.
         """
         texts = [_as_yaml(value) for value in self.values]
         named = {text: value for text, value in zip(texts, self.values, strict=True) if isinstance(value, str)}

@@ -23,7 +23,7 @@ def check_trackers(cfg: Config) -> None:
         if find_spec(name) is None:
             raise UserError(f"search.trackers {name}: not installed: pip install 'ftray[{name}]'")
     if "mlflow" in cfg.search.trackers and not _tracking_uri(parse_location(cfg.output)):
-        raise UserError(f"search.trackers mlflow: set MLFLOW_TRACKING_URI: its database can't lie in {cfg.output}")
+        raise UserError(f"search.trackers mlflow: set MLFLOW_TRACKING_URI: its database can't be in {cfg.output}")
     keyless = os.environ.get("WANDB_MODE") in ("offline", "disabled") or "wandb" not in cfg.search.trackers
     if not keyless and not os.environ.get("WANDB_API_KEY") and not _logged_in():
         raise UserError("search.trackers wandb: no key: wandb login, WANDB_API_KEY, or WANDB_MODE=offline")

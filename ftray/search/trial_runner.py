@@ -18,8 +18,8 @@ from ftray.storage.location import Location
 def run_trial(config: dict[str, Any], context: SearchContext, experiment: Location) -> None:
     """Train one trial; Tune calls this in a process of the trial.
 
-    The outcome is written down before Tune hears of it: a driver that died in between asks again, and is answered from
-    there.
+    The outcome is written to a file before it is reported to Tune: after a driver that died in between, the next one
+    reads it from there.
 
     Raises:
         TrialFailed: the trial gives no result; the message is the reason.
@@ -43,7 +43,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     name = trial_name(config["number"])
     directory = experiment / name
     run = context.run(config["adapter"], config["training"])
-    if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would stumble over that
+    if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would fail on that
         directory.remove()
     directory.mkdir(parents=True, exist_ok=True)
     outcome: dict[str, Any] = {CUT_OFF: True}

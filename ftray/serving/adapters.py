@@ -93,7 +93,7 @@ def check_adapter(directory: Path, base_path: str, spec: TaskSpec = CAUSAL) -> P
 def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) -> tuple[PeftModel, TaskSpec | None]:
     """The adapter in `source` on a :func:`~ftray.multi_adapter.shared_model.share` of the frozen `base`, in float32.
 
-    With it comes the task that was kept beside it; None: none was.
+    With it comes the task that was stored in its directory; None: none was.
 
     Raises:
         UserError: `source` holds no adapter of this base.

@@ -22,8 +22,9 @@ def key_digest(cfg: Config) -> str | None:
     if cfg.serving.api_key_file:
         try:
             key = Path(cfg.serving.api_key_file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise UserError(f"serving.api_key_file {cfg.serving.api_key_file}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"serving.api_key_file {cfg.serving.api_key_file}: {reason}") from None
         if not key:
             raise UserError(f"serving.api_key_file {cfg.serving.api_key_file}: is empty")
     if key:

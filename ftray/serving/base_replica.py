@@ -1,4 +1,4 @@
-"""What every replica has, whatever its task: one base model, its tokenizer, and adapters loaded on demand."""
+"""What replicas of every task have: one base model, its tokenizer, and adapters loaded on demand."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -94,7 +94,7 @@ class BaseReplica(ABC):
         """
 
     async def loaded(self, adapter: str, source: str | None) -> "PeftModel | str":
-        """The replica's handle of an adapter (:attr:`LoadedAdapter.model`), which is loaded if need be.
+        """The replica's handle of an adapter (:attr:`LoadedAdapter.model`), which is loaded unless it is in memory.
 
         Raises:
             UserError: it can't be loaded, or it was dropped.

@@ -12,6 +12,7 @@ from ftray.errors import UserError
 from ftray.serving import pooling
 from ftray.serving.registry import Registry
 from ftray.storage.location import Location, parse_location, reason
+from ftray.storage.manifest import refuse_damaged
 from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
 
 
@@ -102,8 +103,9 @@ def _task_of(source: str) -> TaskSpec | None:
 
 def _of_run(run: Location) -> dict[str, str]:
     """The best adapter of a search, and that of every trial that has a checkpoint."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    trials = {f"trial-{row['trial']}": row["checkpoint"] for row in summary["trials"] if row["checkpoint"]}
+    with refuse_damaged(run / "summary.json"):
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        trials = {f"trial-{row['trial']}": str(row["checkpoint"]) for row in summary["trials"] if row["checkpoint"]}
     best = run / "best" / "adapter"
     found = {"best": str(best)} if (best / "adapter_config.json").is_file() else {}
     kept = {name: str(parse_location(checkpoint) / "adapter") for name, checkpoint in trials.items()}
@@ -114,9 +116,11 @@ def model_of_run(cfg: Config) -> Config:
     """`cfg` with the base model of the run, where a run is served."""
     if not cfg.serving.run:
         return cfg
+    path = parse_location(cfg.serving.run) / "config.yaml"
     try:
-        written = yaml.safe_load((parse_location(cfg.serving.run) / "config.yaml").read_text(encoding="utf-8"))
-        return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
+        with refuse_damaged(path):
+            written = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
     except OSError as error:
         why = error.strerror or reason(error)
         raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {why}") from None

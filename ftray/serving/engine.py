@@ -25,7 +25,7 @@ from ftray.serving.sampling import Text, choose, token_logprobs
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making.
+    """An answer that is being generated.
 
     Attributes:
         prompt: token ids.
@@ -69,9 +69,9 @@ class EngineAdapter:
     Attributes:
         layers: its adapted layers, by their path in the base model.
         isolation_reason: why its sequences are read in passes of their own; None: they share one.
-        ends: tokens that end its answers, beside those of the base.
-        users: sequences that are not done.
-        leaving: it goes with its last user.
+        ends: tokens that end its answers, in addition to those of the base.
+        users: number of its sequences that are not done.
+        leaving: whether it is removed when its last user is done.
     """
 
     model: PeftModel
@@ -122,7 +122,7 @@ class Engine:
         return EngineAdapter(model, {} if reason else layers, reason)
 
     def add(self, name: str, adapter: EngineAdapter) -> None:
-        """Let sequences name `name` from now on."""
+        """Make an adapter available to sequences, as `name`."""
         self.runner.add(name, adapter.model, adapter.layers)
         self.adapters[name] = adapter
 
@@ -135,7 +135,7 @@ class Engine:
             del self.adapters[name]
 
     def submit(self, sequence: Sequence) -> None:
-        """Put a sequence in line.
+        """Queue a sequence.
 
         Raises:
             KeyError: its adapter is not here.
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Is there anything to do?"""
+        """Whether any sequence is waiting or being answered."""
         return bool(self.waiting or self.running or self.isolated)
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class Engine:
                 self._fail(sequence, error)
 
     def give_up(self, error: BaseException) -> None:
-        """End all sequences: a step failed that was none of theirs."""
+        """End all sequences, after a step failed for a reason that is not any one sequence's."""
         for sequence in [*self.running, *self.isolated, *self.waiting]:
             self._fail(sequence, error)
 
@@ -333,7 +333,7 @@ class Engine:
         sequence.emit(delta)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        """End a sequence that can't continue; its neighbours do."""
+        """End a sequence that can't continue; all others do."""
         if not sequence.done:
             if sequence in self.running:  # its keys and values may not be finite: no other sequence may read them
                 slot = self.running.index(sequence)
@@ -348,7 +348,7 @@ class Engine:
         sequence.done, sequence.past = True, None
         if sequence in self.running:
             slot, last = self.running.index(sequence), len(self.running) - 1
-            if slot != last:  # slots in use stay side by side
+            if slot != last:  # slots in use stay adjacent
                 mover = self.running[slot] = self.running[last]
                 self.runner.move(last, slot, mover.cached)
             self.running.pop()

@@ -123,12 +123,12 @@ class Rendering:
 
     Args:
         tokenizer: the base model's.
-        trained_as: what was kept beside the adapter; None: nothing.
+        trained_as: the task that was stored with the adapter; None: none was.
 
     Attributes:
         tokenizer: with the chat template that it was trained with.
         ends: tokens that end a turn in this template.
-        warning: what to say to whoever asks it in a conversation.
+        warning: for clients that send a conversation.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", trained_as: TaskSpec | None):
@@ -159,7 +159,7 @@ def prompt_tokens(request: GenerationRequest, tokenizer: "PreTrainedTokenizerBas
             raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from None
         result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
     else:
-        first = beginning(tokenizer)  # and no end, whatever the tokenizer puts there: the text continues
+        first = beginning(tokenizer)  # without the end token that some tokenizers add: the text continues
 
         def ids_of(text: str) -> list[int]:
             return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -1,7 +1,7 @@
 """One pass over a base model for many sequences and many adapters; imports no Ray.
 
 Every pass reads one flat row of tokens, as a training pack does (:mod:`ftray.multi_adapter.shared_linear`): the next
-token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences lie
+token of each sequence that is being answered, and pieces of the prompts of those that have just joined. Sequences are
 sorted by adapter, so that each adapter has one span. See Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
@@ -29,7 +29,7 @@ class Chunk:
     """The tokens of one sequence that a pass reads.
 
     Attributes:
-        slot: where the keys and values of the sequence lie.
+        slot: of the cache, with the keys and values of the sequence.
         adapter: its name; None: the base model.
         cached: tokens of the sequence that earlier passes read.
         ids: the tokens that follow them.
@@ -84,7 +84,7 @@ class ModelRunner:
             self._model.get_submodule(path).leave(name)
 
     def hidden_states(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Read `chunks`, whose slots lie side by side; returns the head's input for their tokens, [T, hidden size]."""
+        """Read `chunks`, whose slots are adjacent; returns the head's input for their tokens, [T, hidden size]."""
         device, lowest = self.base.device, min(chunk.slot for chunk in chunks)
         ids: list[int] = []
         slots: list[int] = []

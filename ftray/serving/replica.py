@@ -126,7 +126,7 @@ class Replica(BaseReplica):
         """
         while request.adapter is not None and request.messages is not None:
             key = str(await self.loaded(request.adapter, request.source))
-            with suppress(KeyError):  # other adapters have pushed it out again
+            with suppress(KeyError):  # it was evicted again for other adapters
                 return self._renderings[key]
         return self._rendering_of_base
 
@@ -146,10 +146,10 @@ class Replica(BaseReplica):
         deliver: Deliver,
         submitted: list["Sequence"],
     ) -> None:
-        """Queue the sequences of a request, with their adapter loaded if need be.
+        """Queue the sequences of a request, after loading their adapter unless it is in memory.
 
         Args:
-            submitted: each sequence is appended as it is queued: a caller that is cancelled meanwhile knows them.
+            submitted: each sequence is appended as soon as it is queued, for a caller that is cancelled in between.
 
         Raises:
             UserError: the adapter can't be loaded.
@@ -159,7 +159,7 @@ class Replica(BaseReplica):
             try:
                 await self._in_engine(self._enqueue, request, prompts, max_tokens, key, deliver, submitted)
                 return
-            except KeyError:  # other adapters have pushed it out again
+            except KeyError:  # it was evicted again for other adapters
                 continue
 
     def _enqueue(

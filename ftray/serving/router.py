@@ -1,8 +1,8 @@
 """Sends a request to a replica, and to another one if that dies; counts all requests.
 
 Any request that a dead replica had and had not begun to answer may have killed it. Each of those is tried once more,
-one at a time: those that only stood by are answered, and the one that kills costs no more than two replicas. Which of
-them it was can't be told from the death itself: a process killed from outside looks the same, and its requests must
+one at a time: the innocent ones are answered, and the one that kills costs no more than two replicas. Which of
+them it was can't be seen from the death itself: a process killed from outside looks the same, and its requests must
 be answered. Where the node was preempted, no request is to blame.
 
 Serve's multiplexing picks a replica that has the adapter loaded if there is one. See
@@ -43,7 +43,7 @@ class Usage:
 
 
 class Router:
-    """What stands between the endpoint and its replicas.
+    """Passes requests from the endpoint to its replicas.
 
     Args:
         cfg: limits.

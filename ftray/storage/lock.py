@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ftray.errors import UserError
 
 if TYPE_CHECKING:
-    from ftray.storage.location import ObjectStoreLocation
+    from ftray.storage.object_store import ObjectStoreLocation
 
 LOOK = 1.0  # seconds: longer than :func:`file_held_since` has the lock of a file
 BEAT, PATIENCE = 5.0, 16.0  # seconds between two writes; without a new one, after which the holder counts as dead

@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
 
 from ftray.errors import UserError
 
@@ -66,6 +70,24 @@ def check(directory: Path, what: str, partly: bool = False) -> None:
             f"{what}: is damaged: {reason}; "
             f"take another copy, or delete its {MANIFEST}.json if you have changed it yourself"
         )
+
+
+@contextmanager
+def refuse_damaged(path: object) -> Iterator[None]:
+    """Report a file of a run that no longer holds what ftray wrote, because it was edited or cut off.
+
+    Args:
+        path: of the file that is read inside the block, for the message.
+
+    Raises:
+        UserError: the block could not make sense of it.
+    """
+    try:
+        yield
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        kind = "" if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: "
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: is not as ftray wrote it ({kind}{reason}): mend it, or take another copy") from None
 
 
 def _digest(path: Path) -> str:

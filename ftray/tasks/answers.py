@@ -6,7 +6,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from ftray.evaluation.metrics import Scores, ratio
 from ftray.tasks import task
 from ftray.tasks.sequence_labels import text_of
 from ftray.tasks.task import Batch, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STRIDE = 0.25  # share of a window that overlaps with the next one
 LONGEST = 30  # tokens of an answer, as in the SQuAD baselines
@@ -124,12 +127,14 @@ class Task(task.PaddedTask):
         "print(m(**k('QUESTION', 'CONTEXT', return_tensors='pt')))\""
     )
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         if not tokenizer.is_fast:
             raise UserError("QUESTION_ANS needs to know where a token stands: take a model with tokenizer.json")
         return [self._tokens(example, tokenizer, cfg) for example in examples]
 
-    def _tokens(self, example: Example, tokenizer: Any, cfg: DataConfig) -> Tokens | None:
+    def _tokens(self, example: Example, tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig) -> Tokens | None:
         found = windows(example.question, example.context, tokenizer, cfg.max_length)
         if len(found) > 1 and cfg.overlong == "drop":
             return None
@@ -150,19 +155,21 @@ class Task(task.PaddedTask):
                 )
         return None  # no window holds the whole answer
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """[records, 2, tokens]: start and end, -inf at padding; without the tokens that a method puts before them."""
         output = self.forward(model, batch)
         logits = torch.stack([output["start_logits"], output["end_logits"]], 1).float()
         logits = logits[..., -batch["input_ids"].shape[1] :]
         return logits.masked_fill(batch["attention_mask"][:, None] == 0, -torch.inf)
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         loss = np.zeros(len(rows))
         for part, batch in self.batches(model, rows, cfg.batch_size):
             each = F.cross_entropy(self.logits(model, batch).transpose(1, 2), batch["labels"], reduction="none")
@@ -177,7 +184,9 @@ class Task(task.PaddedTask):
         metrics = {"squad_em": ratio(exact, ones), "squad_f1": ratio(f1, ones)}
         return Scores(loss, 2 * ones, generated=answers, metrics=metrics, of_text=False)
 
-    def _predict(self, model: Any, tokenizer: Any, extras: list[Any], cfg: EvaluationConfig) -> list[str]:
+    def _predict(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", extras: list[Any], cfg: EvaluationConfig
+    ) -> list[str]:
         owned = [
             (i, w)
             for i, e in enumerate(extras)
@@ -201,7 +210,7 @@ class Task(task.PaddedTask):
         ]
 
 
-def windows(question: str, context: str, tokenizer: Any, max_length: int) -> list[Window]:
+def windows(question: str, context: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Window]:
     """The context, cut into overlapping parts that fit beside the question."""
     longest = min(max_length, tokenizer.model_max_length)
     room = longest - len(tokenizer(question, "")["input_ids"])

@@ -1,7 +1,7 @@
 """CAUSAL_LM: text that goes on from a prompt; records lie packed in one row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,6 +17,9 @@ from ftray.models.probe import padding_obstacle
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _alone: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # of models that were tried: whether padding changes them
 SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at once
@@ -34,13 +37,15 @@ class Task(task.Task):
     record_keys = records.KNOWN
     usage_example = "ftray serve --run {run}"
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         return tokenize(examples, tokenizer, cfg)
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
         return collate(columns)
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return supervised_loss(model, batch, self.pad)
 
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
@@ -53,7 +58,9 @@ class Task(task.Task):
         ids = torch.zeros(1, 2, dtype=torch.int64)
         return {"input_ids": ids, "position_ids": torch.arange(2)[None], "labels": torch.full_like(ids, IGNORE)}
 
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         return score(model, tokenizer, rows, cfg)
 
 
@@ -77,7 +84,9 @@ def collate(batch: Mapping[str, Sequence[Sequence[int]]]) -> Batch:
     return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in columns.items()}
 
 
-def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+def score(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+) -> Scores:
     """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
     model.eval()
     loss, tokens = _losses(model, rows, cfg.batch_size)
@@ -88,7 +97,7 @@ def score(model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) ->
 
 
 @torch.inference_mode()
-def _losses(model: Any, rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _losses(model: "PreTrainedModel", rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and supervised tokens of each row, of which those of like length share a batch; each has its own
     where the model does not say of a padded record what it says of the record alone."""
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from ftray.evaluation.metrics import Metric, Scores, ratio, spearman
 from ftray.tasks import task
 from ftray.tasks.sequence_labels import text_of
 from ftray.tasks.task import Batch, Row, encode, types_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCALE = 20.0  # of a cosine, as sentence-transformers has it
 PAIRS = {"loss": "min", "recall@1": "max", "recall@5": "max", "mrr": "max"}
@@ -88,7 +91,9 @@ class Task(task.PaddedTask):
     def shape(self, example: Example) -> str:
         return "no score" if example.score is None else "a score"
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         encoded, cut = encode([text for e in examples for text in e.texts], None, tokenizer, cfg)
         result: list[Tokens | None] = []
         at = 0
@@ -124,22 +129,24 @@ class Task(task.PaddedTask):
         none: dict[str, Any] = {"labels": [self.nothing], "lengths": [[2, 2]], "score": [float("nan")]}
         return self.collate({"input_ids": [[0] * 4], "token_type_ids": [[]], **none})
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Last hidden states [texts, tokens, hidden size], without the tokens that a method puts before them."""
         hidden = self.forward(model, batch)["last_hidden_state"]
         return hidden[:, -batch["input_ids"].shape[1] :].float()
 
-    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+    def read(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Float32 [texts, hidden size], each of length 1: the mean of the last hidden states over the text's tokens."""
         hidden = self.logits(model, batch)
         mask = batch["attention_mask"][..., None].float()
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return (_losses(self.read(model, batch), batch["score"]) * (batch["labels"][:, 0] == 0)).sum()
 
     @torch.inference_mode()
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         count, loss = len(rows), np.zeros(len(rows))
         vectors: list[list[np.ndarray]] = [[] for _ in rows]
         for part, batch in self.batches(model, rows, cfg.batch_size):

@@ -11,6 +11,7 @@ from ftray.data.shapes import fitting, recognise, refuse
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
 from ftray.storage.location import parse_location
+from ftray.storage.manifest import refuse_damaged
 from ftray.task_spec import RAW, TASKS, TaskSpec
 
 # keys of a record -> task; the first that fits
@@ -56,8 +57,9 @@ def with_resumed_template(cfg: Config) -> Config:
     stored = parse_location(cfg.output) / "config.yaml"
     if not cfg.resume or "template" in cfg.data.model_fields_set or not stored.exists():
         return cfg
-    begun = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    template = (begun.get("data") or {}).get("template", RAW)
+    with refuse_damaged(stored):
+        begun = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        template = (begun.get("data") or {}).get("template", RAW)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"template": template})})
 
 

@@ -1,7 +1,7 @@
 """SEQ_2_SEQ_LM: from one text to another, by an encoder and a decoder."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from ftray.models.stops import answer_text, stop_tokens
 from ftray.task_spec import IGNORE, RAW
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Task(task.PaddedTask):
@@ -46,7 +49,9 @@ class Task(task.PaddedTask):
             )
         return example, seen
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         # white space around the prompt marks where a decoder goes on: here it would only be noise
         template = RAW if cfg.template == "auto" else cfg.template
         prompts = [template.replace("{prompt}", e.prompt).strip() for e in examples]
@@ -61,7 +66,7 @@ class Task(task.PaddedTask):
             result.append(None if too_long and cfg.overlong == "drop" else tokens)
         return result
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """[records, target tokens, vocabulary], without the tokens that a method puts before them."""
         adapted = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
         shifted = _shifted(adapted, batch["labels"])
@@ -71,12 +76,14 @@ class Task(task.PaddedTask):
     def _below(self, records: list[torch.Tensor], device: torch.device) -> Batch:
         return super()._below(records, device) | {"labels": pad_sequence(records, True, IGNORE).to(device)}
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     @torch.inference_mode()
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         loss, tokens, texts = np.zeros(len(rows)), np.zeros(len(rows)), [""] * len(rows)
         stops = stop_tokens(tokenizer, model.config, model.generation_config)
         settings = {"max_new_tokens": cfg.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
@@ -96,7 +103,7 @@ class Task(task.PaddedTask):
         return scores
 
 
-def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+def _shifted(model: "PreTrainedModel", labels: torch.Tensor) -> torch.Tensor:
     """What the decoder is given, int64 [records, most labels]: the labels one later, after what starts it.
 
     Raises:

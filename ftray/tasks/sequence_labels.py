@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from ftray.errors import UserError, near
 from ftray.evaluation.metrics import Scores, macro_f1, ratio
 from ftray.tasks import task
 from ftray.tasks.task import Batch, Row, encode, types_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class Task(task.PaddedTask):
     def shape(self, example: Example) -> str:
         return "no text_pair" if example.pair is None else "a text_pair"
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         pairs = [e.pair for e in examples] if examples[0].pair is not None else None
         encoded, cut = encode([e.text for e in examples], pairs, tokenizer, cfg)
         result: list[Tokens | None] = []
@@ -119,18 +124,20 @@ class Task(task.PaddedTask):
             result.append(None if too_long and cfg.overlong == "drop" else tokens)
         return result
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return self.forward(model, batch)["logits"].float()
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["labels"][:, 0], reduction="sum")
 
-    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+    def read(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Float32 [texts, classes]: the probability of each class."""
         return torch.softmax(self.logits(model, batch), -1)
 
     @torch.inference_mode()
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         loss, predicted = np.zeros(len(rows)), np.zeros(len(rows), int)
         for part, batch in self.batches(model, rows, cfg.batch_size):
             logits = self.logits(model, batch)

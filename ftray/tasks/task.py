@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,6 +15,9 @@ from ftray.data.tokens import Tokens
 from ftray.evaluation.metrics import Scores
 from ftray.models.probe import shared_passes
 from ftray.task_spec import IGNORE, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]  # a row of the shards
@@ -92,7 +95,9 @@ class Task(ABC):
         return ""
 
     @abstractmethod
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         """Token ids and labels; None where a record is too long or has nothing left to learn.
 
         Raises:
@@ -104,10 +109,10 @@ class Task(ABC):
         """A micro-batch of the records whose `columns` are given, a sequence of lists or numbers each."""
 
     @abstractmethod
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
 
-    def passes(self, model: Any) -> Passes:
+    def passes(self, model: "PreTrainedModel") -> Passes:
         """Which records that are padded may share a pass of `model`, and why not all."""
         return "all", None
 
@@ -124,7 +129,9 @@ class Task(ABC):
         """A batch without a supervised item, for a worker that only goes along."""
 
     @abstractmethod
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         """Losses, predictions and metrics of `rows`."""
 
 
@@ -168,10 +175,10 @@ class PaddedTask(Task):
         return {name: batch[name] for name in names if name in batch}
 
     @abstractmethod
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """What the loss of `batch` is computed from, float32 [records, ...]; what padding gets there means nothing."""
 
-    def passes(self, model: Any) -> Passes:
+    def passes(self, model: "PreTrainedModel") -> Passes:
         """See :func:`ftray.models.probe.shared_passes`."""
         model = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
         if model not in _passes:
@@ -192,7 +199,7 @@ class PaddedTask(Task):
         return {name: tensor.to(device) for name, tensor in self.below(records, [[]] * len(records)).items()}
 
     def forward(
-        self, model: Any, batch: Mapping[str, torch.Tensor], **further: torch.Tensor
+        self, model: "PreTrainedModel", batch: Mapping[str, torch.Tensor], **further: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The model's outputs [records, ...] by name, each record's as it gets them alone.
 
@@ -217,7 +224,7 @@ class PaddedTask(Task):
         order = torch.cat(rows).argsort()
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
-    def batches(self, model: Any, rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
+    def batches(self, model: "PreTrainedModel", rows: list[Row], size: int) -> Iterator[tuple[list[int], Batch]]:
         """`rows` in batches of like length on the model's device, each with the indices of its rows."""
         model.eval()
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -242,7 +249,11 @@ def _filled(output: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def encode(
-    texts: list[Any] | None, pairs: list[Any] | None, tokenizer: Any, cfg: DataConfig, **settings: Any
+    texts: list[Any] | None,
+    pairs: list[Any] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    cfg: DataConfig,
+    **settings: Any,
 ) -> tuple[Any, list[bool]]:
     """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and which of them are cut."""
     longest = min(cfg.max_length, tokenizer.model_max_length)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from ftray.task_spec import IGNORE
 from ftray.tasks import task
 from ftray.tasks.sequence_labels import index, label_of
 from ftray.tasks.task import Batch, Row, encode, types_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TAGS = ("tags", "ner_tags", "labels", "ner_labels", "ner", "pos_tags")  # the first that is there
 OUTSIDE = ("O", "0")  # no entity; as a number, as CoNLL has it on the hub
@@ -84,7 +87,9 @@ class Task(task.PaddedTask):
     def labels(self, example: Example) -> list[str]:
         return example.tags
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(
+        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
+    ) -> list[Tokens | None]:
         if not tokenizer.is_fast:
             raise UserError(
                 "TOKEN_CLS needs to know which token belongs to which word: take a model with tokenizer.json"
@@ -112,21 +117,23 @@ class Task(task.PaddedTask):
             result.append(None if not kept or (too_long and cfg.overlong == "drop") else tokens)
         return result
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """[records, tokens, classes], without the tokens that a method puts before them."""
         logits = self.forward(model, batch)["logits"]
         return logits[:, -batch["input_ids"].shape[1] :].float()
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
-    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+    def read(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """Float32 [texts, tokens, classes]: the probability of each class."""
         return torch.softmax(self.logits(model, batch), -1)
 
     @torch.inference_mode()
-    def score(self, model: Any, tokenizer: Any, rows: list[Row], cfg: EvaluationConfig) -> Scores:
+    def score(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
+    ) -> Scores:
         count = len(rows)
         loss, words, right = np.zeros(count), np.zeros(count), np.zeros(count)
         tags: list[list[str]] = [[] for _ in rows]

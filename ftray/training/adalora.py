@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def orthogonality(factors: list[torch.Tensor]) -> torch.Tensor:
     """The paper's regularisation (its equation 4), as PEFT weighs it: mean distance of A Aᵀ and Bᵀ B from one.
 
-    PEFT adds it to the loss that a model computes by itself; here the loss is computed outside of the model.
+    PEFT adds it to the loss that the model returns; here the loss is computed outside of the model.
 
     Args:
         factors: all `lora_A` [rank, in] and `lora_B` [out, rank].
@@ -89,7 +89,7 @@ class RankAllocation:
                     safe_set_full_fp32_param(parameter, masked[name])
 
     def state(self) -> dict[str, Any]:
-        """The state for a checkpoint, beside the weights: smoothed importances and the rank pattern."""
+        """The state for a checkpoint, without the weights: smoothed importances and the rank pattern."""
         if not self.active:
             return {}
         allocator = self.tuner.rankallocator

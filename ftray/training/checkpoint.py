@@ -1,4 +1,4 @@
-"""Checkpoints: a PEFT adapter directory beside DeepSpeed's optimiser and schedule, and the state of the run."""
+"""Checkpoints: a PEFT adapter directory, DeepSpeed's optimiser and schedule, and the state of the run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

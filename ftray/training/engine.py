@@ -106,7 +106,7 @@ def return_freed_memory() -> None:
 def _register_dictionaries(model: nn.Module) -> None:
     """Register with ZeRO 3 the parameters that layers, as those of AdaLoRA and IA3, read from an `nn.ParameterDict`.
 
-    It would register a partitioned one at its first use by itself, which may be too late for its trace.
+    DeepSpeed registers a partitioned parameter only when it is first used, which may be too late for its trace.
     """
     for module in model.modules():
         for child in module.children():

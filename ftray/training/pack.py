@@ -141,7 +141,7 @@ class Pack:
             self.shared = self._shared_model()
             reason = head or self._agreed(self._obstacle)
             if not reason:
-                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records lie packed in one row"
+                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records are packed in one row"
                 return None
             reasons.append(reason)
         self.verdict = f"each adapter trains by itself: {reasons[1]}"
@@ -204,7 +204,7 @@ class Pack:
 
         Raises:
             PackingUnsupported: its records affect each other even in passes of its own.
-            UserError: some of its layers would never change what the model says.
+            UserError: some of its layers would never change the model's output.
         """
         self._refuse_idle(model.eval())
         rng, isolation_reason, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}

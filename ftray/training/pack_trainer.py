@@ -76,7 +76,7 @@ class PackTrainer:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, PackedTrial] = {}
-        self._told: set[str] = set()  # lines of the log
+        self._printed: set[str] = set()  # lines of the log
 
     def join(
         self,
@@ -108,8 +108,8 @@ class PackTrainer:
         history = TrainState(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
-        if self.rank == 0 and (adapts := described(model)) not in self._told:
-            self._told.add(adapts)
+        if self.rank == 0 and (adapts := described(model)) not in self._printed:
+            self._printed.add(adapts)
             print(f"adapted: {adapts}", flush=True)
         isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
         accumulation = accumulation_steps(run.training, self.world_size)

@@ -9,7 +9,7 @@ from ftray.task_spec import CAUSAL, TaskSpec
 
 @dataclass(frozen=True)
 class RunSpec:
-    """All that defines one training run but its data."""
+    """All that defines one training run, except its data."""
 
     model: ModelConfig
     model_path: str
@@ -34,7 +34,7 @@ def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
     micro_batch = micro_batch_size(cfg, workers)
     if cfg.batch_size % (workers * micro_batch):
         raise UserError(
-            f"training.batch_size {cfg.batch_size} can't be dealt to {workers} worker(s) in micro-batches of "
+            f"training.batch_size {cfg.batch_size} can't be divided among {workers} worker(s) in micro-batches of "
             f"{micro_batch}: make it a multiple of {workers * micro_batch}"
         )
     return cfg.batch_size // (workers * micro_batch)

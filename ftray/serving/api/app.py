@@ -9,7 +9,7 @@ from ftray.serving.api import generation, models, pages, pooling
 from ftray.serving.api.security import BodyLimit, RequireKey
 from ftray.serving.errors import APIError
 
-OPEN_ROUTES = (pages.page, pages.health)  # the page asks for the key itself, and says nothing
+OPEN_ROUTES = (pages.page, pages.health)  # the page asks its user for the key, and shows nothing without it
 
 
 def create_app(key: str | None, max_body_bytes: int) -> FastAPI:

@@ -1,7 +1,7 @@
 """The bodies of requests, as https://platform.openai.com/docs/api-reference defines them, and what is refused."""
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -40,7 +40,7 @@ class GenerationParameters(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
+    def _null_is_the_default(cls, values: object) -> object:
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
     @property
@@ -61,8 +61,7 @@ class CompletionRequest(GenerationParameters):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """All prompts, as text or tokens."""
-        prompts: list[str] | list[list[int]] = as_list(self.prompt)
-        return prompts
+        return as_list(self.prompt)
 
 
 class Part(Model):
@@ -109,8 +108,7 @@ class EmbeddingRequest(Model):
     @property
     def texts(self) -> list[str] | list[list[int]]:
         """All texts, as text or tokens."""
-        texts: list[str] | list[list[int]] = as_list(self.input)
-        return texts
+        return as_list(self.input)
 
 
 class ClassificationRequest(Model):
@@ -124,13 +122,12 @@ class ClassificationRequest(Model):
     @property
     def texts(self) -> list[str]:
         """All texts."""
-        texts: list[str] = as_list(self.input)
-        return texts
+        return [self.input] if isinstance(self.input, str) else self.input
 
     @property
     def pairs(self) -> list[str] | None:
         """All second texts."""
-        return None if self.pair is None else as_list(self.pair)
+        return [self.pair] if isinstance(self.pair, str) else self.pair
 
 
 class AddAdapterRequest(Model):
@@ -140,9 +137,11 @@ class AddAdapterRequest(Model):
     source: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")  # no path holds NUL
 
 
-def as_list(given: Any) -> Any:
+def as_list(given: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
     """One text, or the token ids of one, as a list of one; a list of several as it is."""
-    return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
+    if isinstance(given, str):
+        return [given]
+    return cast("list[str] | list[list[int]]", [given] if not given or isinstance(given[0], int) else given)
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

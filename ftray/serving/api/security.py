@@ -40,7 +40,7 @@ class RequireKey:
 
 
 class BodyLimit:
-    """Middleware that refuses a body as soon as more than `max_bytes` of it have come, whatever its headers say."""
+    """Middleware that refuses a body once more than `max_bytes` of it have arrived, without trusting its headers."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
