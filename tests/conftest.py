@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of the many processes compiles ftray anew
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -9,10 +10,13 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # as all commands
 os.environ.setdefault("WANDB_MODE", "offline")  # in the actors of `cluster` too
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else a search waits for what the other test process computes
+os.environ.setdefault("RAY_num_workers_soft_limit", "12")  # what has imported torch stays, for the next task
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
 import pytest
 import torch
+from helpers.ports import free_port
 from helpers.views import guarded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -29,6 +33,10 @@ from transformers import (
 )
 
 from ftray import cli
+
+STORE_PORT = free_port()  # of the fixture `store`: known before `cluster` begins, whose workers look there too
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{STORE_PORT}"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -237,17 +245,12 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def store():
-    """An S3 server, with a bucket `runs`, and the environment by which all clients find it."""
-    with pytest.MonkeyPatch.context() as patch:
-        import boto3
-        from helpers.object_store import Store
+    """An S3 server, with a bucket `runs`, where all clients look for it."""
+    import boto3
+    from helpers.object_store import Store
 
-        store = Store()
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-            patch.setenv(f"AWS_{name}", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", store.url)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield store
-        store.process.kill()
-        store.process.wait()
+    store = Store(STORE_PORT)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield store
+    store.process.kill()
+    store.process.wait()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.searches import command, environment, finished, run, run_here, study
+from helpers.servers import endpoint_here
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +106,11 @@ def test_the_printed_command_serves_the_best(searched):
     assert answer["usage"]["completion_tokens"] > 0
 
 
-def test_the_merged_model_is_served_alone(searched):
+def test_the_merged_model_is_served_alone(searched, cluster):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output, _ = searched
-    with server("ftray", "serve", "--run", str(output), "--merged") as url:
+    with endpoint_here("--run", str(output), "--merged") as url:
         assert shown(f"{url}/health") == {"status": "ok"}
         assert [model["id"] for model in shown(f"{url}/v1/models")["data"]] == ["best"]
         body = {"model": "best", "prompt": "a b c\n", "max_tokens": 8, "temperature": 0}

@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 from helpers.ports import free_port
-from helpers.servers import chromium
+from helpers.servers import chromium, endpoint_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -154,14 +154,14 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
             assert shown == [f"{100 * share:.1f} %  {label}" for share, label in wanted], name
 
 
-def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
+def test_vectors_of_a_base_and_of_the_merged_model(cluster, tiny_bert, tmp_path):
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
     run = tmp_path / "run"
     best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
     (run / "summary.json").write_text(json.dumps({"metric": "validation_mrr", "trials": []}))
     (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{template: null}}\n")
     save_merged(FP32, tiny_bert, best, run / "best" / "merged", spec)
-    with endpoint(tmp_path, "--run", str(run)) as url:
+    with endpoint_here("--run", str(run), "--model.dtype", "fp32") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         for name, directory in (("best", best), (Path(tiny_bert).name, None)):
             wanted = alone(tiny_bert, spec, directory, TEXTS)
@@ -176,7 +176,7 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
         of_tokens = client.embeddings.create(model="best", input=ids)
         wanted = alone(tiny_bert, spec, best, TEXTS[1:2])
         torch.testing.assert_close(torch.tensor([of_tokens.data[0].embedding]), wanted, rtol=1e-4, atol=1e-5)
-    with endpoint(tmp_path, "--run", str(run), "--merged") as url:
+    with endpoint_here("--run", str(run), "--merged", "--model.dtype", "fp32") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         got = torch.tensor([d.embedding for d in client.embeddings.create(model="best", input=TEXTS).data])
         vectors = alone(tiny_bert, spec, best, TEXTS)
@@ -185,10 +185,10 @@ def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
             assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
 
 
-def test_a_tag_of_each_word(tiny_bert, tmp_path):
+def test_a_tag_of_each_word(cluster, tiny_bert, tmp_path):
     spec = TaskSpec("TOKEN_CLS", ("O", "B-X", "I-X"), 1)
     tags = adapter(tiny_bert, spec, tmp_path / "tags", 1)
-    with endpoint(tmp_path, "--model", tiny_bert, f"--adapter=tags={tags}") as url:
+    with endpoint_here("--model", tiny_bert, f"--adapter=tags={tags}", "--model.dtype", "fp32") as url:
         got = httpx.post(f"{url}/v1/classify", json={"model": "tags", "input": TEXTS}, timeout=60).json()
         pair = {"model": "tags", "input": "a", "pair": "b"}
         refused = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["error"]

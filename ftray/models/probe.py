@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 # tokens: a short record before longer ones, two that packed attention pads alike, and one that they are padded to
 LENGTHS = (5, 19, 11, 35)
@@ -203,6 +201,8 @@ def body(model: Any) -> Any:
     """The part of a causal language model that returns last hidden states."""
     if model.base_model is not model:
         return model.base_model
+    from transformers import PreTrainedModel  # here, as PEFT below: who parses records needs neither
+
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
@@ -256,6 +256,8 @@ def idle_layers(adapted: Any) -> list[str]:
     """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
     the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     own: dict[str, list[nn.Parameter]] = {}
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer) and not re.search(r"experts?[._]\d+\.", name):

@@ -13,12 +13,16 @@ import openai
 import pytest
 import torch
 import yaml
+from ray import serve
 from selenium import webdriver
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
 
+from ftray.cli import parse
+from ftray.serving.app import application, check_catalog
+from ftray.serving.catalog import model_of_run
 from ftray.task_spec import TaskSpec
 from helpers.packs import Trial
 from helpers.ports import free_port
@@ -90,6 +94,18 @@ class Server:
     def metric(self, name):
         text = httpx.get(self.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+@contextmanager
+def endpoint_here(*flags: str):
+    """What `ftray serve` starts with these flags, from this process and on its `cluster`; yields the URL."""
+    cfg, port = model_of_run(parse("serve", list(flags))), free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(application(cfg, check_catalog(cfg), None, 1, 0))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
 
 
 @contextmanager
