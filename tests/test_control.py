@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-import ray
 from helpers.searches import command, environment, run_here, study
 
 from ftray.cli import main
@@ -35,8 +34,8 @@ def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, 
     output = tmp_path / "out"
     flags = ["--trials", "4", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "100"]
     arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
-    joins = environment() | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=joins)
+    joined, pipe = environment(joined=True), subprocess.PIPE
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=joined)
     on = ["--run", str(output)]
     try:
         assert main(["status", *on]) == 2

@@ -259,7 +259,7 @@ def test_a_time_budget_leaves_a_usable_result(cluster, tmp_path, words, tiny_gpt
     assert (output / "best" / "merged" / "config.json").exists()
 
 
-def test_ctrl_c_leaves_a_usable_result(tmp_path, words, tiny_llama):
+def test_ctrl_c_leaves_a_usable_result(cluster, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
     arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=150)
     process = subprocess.Popen(
@@ -267,7 +267,7 @@ def test_ctrl_c_leaves_a_usable_result(tmp_path, words, tiny_llama):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment(joined=True),
     )
     deadline = time.monotonic() + 240
     while not finished(output) and time.monotonic() < deadline:
@@ -290,7 +290,8 @@ def test_a_killed_training_run_resumes_to_the_same_losses(cluster, tmp_path, wor
 
     undisturbed = run_here(arguments("whole"))
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
-    process = subprocess.Popen(arguments("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    joined, pipe = environment(joined=True), subprocess.PIPE
+    process = subprocess.Popen(arguments("killed"), stdout=pipe, stderr=pipe, env=joined)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed" / "train").glob("checkpoint_*")) and time.monotonic() < deadline:
         time.sleep(0.02)

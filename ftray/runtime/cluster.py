@@ -48,6 +48,7 @@ def connect(cfg: Config) -> None:
     check_address(cfg)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2: that long, nobody hears that a run is over
     with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
         try:
             ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
