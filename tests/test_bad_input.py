@@ -400,3 +400,16 @@ def test_a_cluster_that_can_not_be_had(environment, address, what, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=re.escape(what)):
         cluster.check_address(config_from({"scaling": {"address": address}}))
+
+
+@pytest.mark.parametrize(("address", "watches"), [("local", False), ("127.0.0.1:9", True)])
+def test_workers_watch_for_notice_where_nodes_are_drained(address, watches, monkeypatch):
+    """Not on a cluster that begins here, where the process that watches would be one too many."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **kwargs: None)
+    monkeypatch.setattr(cluster, "check_address", lambda cfg: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "as before")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")  # which is undone later
+    cluster.connect(config_from({"scaling": {"address": address}}))
+    assert ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" in os.environ) == (not watches)

@@ -285,7 +285,7 @@ def test_shards_are_the_same_bytes_from_other_chunks_and_cluster_sizes(prepared,
 
 @pytest.mark.parametrize(
     ("task", "changes"),
-    [("CAUSAL_LM", {}), ("CAUSAL_LM", {"limit": 100}), ("SEQ_CLS", {}), ("CAUSAL_LM", {"validation": True})],
+    [("CAUSAL_LM", {}), ("CAUSAL_LM", {"limit": 100}), ("SEQ_CLS", {}), ("CAUSAL_LM", {"validation": "v.jsonl"})],
     ids=str,
 )
 def test_few_records_give_the_same_in_this_process(cluster, tiny_llama, tmp_path, monkeypatch, task, changes):

@@ -65,7 +65,8 @@ def run_here(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def environment(joined: bool = False) -> dict[str, str]:
     """Of a command that starts Ray, or that joins this process's `cluster`."""
-    own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    by_themselves = ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    own = {k: v for k, v in os.environ.items() if k not in by_themselves}
     return own | ({"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if joined else {})
 
 
