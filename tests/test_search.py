@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.searches import command, environment, finished, run, run_here, study
-from helpers.servers import endpoint_here
+from helpers.servers import serving_here
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def test_the_merged_model_is_served_alone(searched, cluster):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output, _ = searched
-    with endpoint_here("--run", str(output), "--merged") as url:
+    with serving_here() as begin:
+        url = begin("--run", str(output), "--merged")
         assert shown(f"{url}/health") == {"status": "ok"}
         assert [model["id"] for model in shown(f"{url}/v1/models")["data"]] == ["best"]
         body = {"model": "best", "prompt": "a b c\n", "max_tokens": 8, "temperature": 0}

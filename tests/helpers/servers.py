@@ -97,13 +97,22 @@ class Server:
 
 
 @contextmanager
-def endpoint_here(*flags: str):
-    """What `ftray serve` starts with these flags, from this process and on its `cluster`; yields the URL."""
-    cfg, port = model_of_run(parse("serve", list(flags))), free_port()
+def serving_here():
+    """Ray Serve on the `cluster` of this process; yields what serves, in place of what it has served before, as `ftray
+    serve` does with some flags, and returns the URL.
+    """
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
+
+    def begin(*flags: str) -> str:
+        cfg = model_of_run(parse("serve", list(flags)))
+        if "default" in serve.status().applications:
+            serve.delete("default")
         serve.run(application(cfg, check_catalog(cfg), None, 1, 0))
-        yield f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{port}"
+
+    try:
+        yield begin
     finally:
         serve.shutdown()
 
