@@ -116,20 +116,22 @@ def encoder() -> BertModel:
 # those that take longest, longest first: at the end both processes have work
 FIRST = (
     "test_search.py",
-    "test_serving_pooling.py",
-    "test_training.py",
-    "test_pack_worker.py",
-    "test_storage.py",
-    "test_older_runs.py",
-    "test_tasks.py",
     "test_serving_app.py",
-    "test_serving_shared_cluster.py",
-    "test_stored.py",
+    "test_storage.py",
+    "test_training.py",
+    "test_older_runs.py",
     "test_resume.py",
-    "test_faults.py",
-    "test_control.py",
+    "test_pack_worker.py",
+    "test_stored.py",
+    "test_serving_shared_cluster.py",
+    "test_serving_pooling.py",
     "test_matrix.py",
     "test_commands.py",
+    "test_tasks.py",
+    "test_data_shards.py",
+    "test_faults.py",
+    "test_merge.py",
+    "test_control.py",
 )
 
 
