@@ -262,7 +262,7 @@ def test_a_time_budget_leaves_a_usable_result(cluster, tmp_path, words, tiny_gpt
 
 def test_ctrl_c_leaves_a_usable_result(cluster, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
-    arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=150)
+    arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=60)
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,

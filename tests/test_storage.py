@@ -117,7 +117,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, cluster, tmp_path, 
     output = f"s3://runs/{pack}"
     more = ["--pack", pack, "--trials", "3", "--search.scheduler", "none", "--concurrency", "1"]
     more += ["--data.cache", "s3://runs/shards"]
-    first = asked(tmp_path / "one", str(data), tiny_llama, output, *more, steps=150)
+    first = asked(tmp_path / "one", str(data), tiny_llama, output, *more, steps=60)
     search = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
     while "COMPLETE" not in states(output):
@@ -135,7 +135,7 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, cluster, tmp_path, 
     }
     assert not (ObjectStoreLocation(output) / "summary.json").exists()
 
-    second = asked(tmp_path / "two", str(data), tiny_llama, output, *more, "--resume", steps=150)
+    second = asked(tmp_path / "two", str(data), tiny_llama, output, *more, "--resume", steps=60)
     done = run_here(second)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((ObjectStoreLocation(output) / "summary.json").read_text())
