@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 
 """
 
 import argparse
+import atexit
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -19,6 +21,8 @@ from pydantic.fields import FieldInfo
 
 from ftray.config import Config, at_home, config_from, parse_yaml, section_at
 from ftray.errors import Terminated, UserError, near
+
+atexit.register(gc.freeze)  # else a command that has imported torch collects garbage for a second before it is gone
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,23 @@
 
 import os
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of the many processes compiles ftray anew
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # as all commands have it
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as those have it that begin a cluster
 os.environ.setdefault("WANDB_MODE", "offline")  # in the actors of `cluster` too
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else a search waits for what the other test process computes
+os.environ.setdefault("RAY_num_workers_soft_limit", "12")  # what has imported torch stays, for the next task
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 
 import pytest
 import torch
+from helpers.ports import free_port
 from helpers.views import guarded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -29,6 +35,10 @@ from transformers import (
 )
 
 from ftray import cli
+
+STORE_PORT = free_port()  # of the fixture `store`: known before `cluster` begins, whose workers look there too
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{STORE_PORT}"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -106,20 +116,22 @@ def encoder() -> BertModel:
 # those that take longest, longest first: at the end both processes have work
 FIRST = (
     "test_search.py",
-    "test_serving_pooling.py",
-    "test_training.py",
-    "test_pack_worker.py",
-    "test_storage.py",
-    "test_older_runs.py",
-    "test_tasks.py",
     "test_serving_app.py",
-    "test_serving_shared_cluster.py",
-    "test_stored.py",
+    "test_storage.py",
+    "test_training.py",
+    "test_older_runs.py",
     "test_resume.py",
-    "test_faults.py",
-    "test_control.py",
+    "test_pack_worker.py",
+    "test_stored.py",
+    "test_serving_shared_cluster.py",
+    "test_serving_pooling.py",
     "test_matrix.py",
     "test_commands.py",
+    "test_tasks.py",
+    "test_data_shards.py",
+    "test_faults.py",
+    "test_merge.py",
+    "test_control.py",
 )
 
 
@@ -237,17 +249,12 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def store():
-    """An S3 server, with a bucket `runs`, and the environment by which all clients find it."""
-    with pytest.MonkeyPatch.context() as patch:
-        import boto3
-        from helpers.object_store import Store
+    """An S3 server, with a bucket `runs`, where all clients look for it."""
+    import boto3
+    from helpers.object_store import Store
 
-        store = Store()
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-            patch.setenv(f"AWS_{name}", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", store.url)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield store
-        store.process.kill()
-        store.process.wait()
+    store = Store(STORE_PORT)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield store
+    store.process.kill()
+    store.process.wait()

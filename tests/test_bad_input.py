@@ -467,3 +467,16 @@ def test_settings_of_an_adapter_that_peft_can_not_apply(setting, tmp_path, capsy
     assert len(message.splitlines()) == 1, message
     assert f"adapter {tmp_path}: " in message
     assert "adapter_config.json" in message
+
+
+@pytest.mark.parametrize(("address", "watches"), [("local", False), ("127.0.0.1:9", True)])
+def test_workers_watch_for_notice_where_nodes_are_drained(address, watches, monkeypatch):
+    """Not on a cluster that begins here, where the process that watches would be one too many."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **kwargs: None)
+    monkeypatch.setattr(cluster, "check_address", lambda cfg: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "as before")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")  # which is undone later
+    cluster.connect(config_from({"scaling": {"address": address}}))
+    assert ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" in os.environ) == (not watches)

@@ -30,13 +30,12 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
     return found
 
 
-def test_a_running_search_is_seen_and_led(tmp_path, words, tiny_llama, capsys):
+def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, capsys):
     output = tmp_path / "out"
     flags = ["--trials", "4", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "100"]
     arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+    joined, pipe = environment(joined=True), subprocess.PIPE
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=joined)
     on = ["--run", str(output)]
     try:
         assert main(["status", *on]) == 2

@@ -25,6 +25,14 @@ from ftray.search.space import load_space
 from ftray.task_spec import IGNORE, RAW
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_ray():
+    """All tests here go through Ray Data, as many records would; those that compare the two say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "LOCAL_BYTES", -1)
+        yield
+
+
 def write(path: Path, records) -> str:
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(path)
@@ -85,6 +93,16 @@ def test_check_passes_good_data_and_imports_no_ray(tmp_path, tiny_llama):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout == "checked\n", result.stderr
+
+
+def test_who_parses_records_imports_no_models():
+    """A task of Ray Data, that is: it would take seconds to begin."""
+    code = (
+        "import sys; from ftray.task_spec import TASKS, TaskSpec; [TaskSpec(name).load() for name in TASKS]\n"
+        "print({'transformers', 'peft', 'ray'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "set()\n", result.stderr
 
 
 GOOD = some_records(60)
@@ -252,8 +270,8 @@ def test_shards_are_the_same_bytes_from_other_chunks_and_cluster_sizes(prepared,
         test_fraction=0.2,
     )
     code = (
-        "import ray; from ftray.config import DataConfig; from ftray.data import prepare, shards\n"
-        "shards.ROW_GROUP_ROWS, shards.ROW_GROUPS_PER_FILE = 16, 4\n"
+        "import ray; from ftray.config import DataConfig; from ftray.data import pipeline, prepare, shards\n"
+        "shards.ROW_GROUP_ROWS, shards.ROW_GROUPS_PER_FILE, pipeline.LOCAL_BYTES = 16, 4, -1\n"
         "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
         f"print(prepare(DataConfig.model_validate_json({other.model_dump_json()!r}), {tiny_llama!r}).directory)"
     )
@@ -263,6 +281,29 @@ def test_shards_are_the_same_bytes_from_other_chunks_and_cluster_sizes(prepared,
     again = TokenizedData.load(result.stdout.splitlines()[-1])
     assert again.directory != data.directory
     assert bytes_of(again) == bytes_of(data)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [("CAUSAL_LM", {}), ("CAUSAL_LM", {"limit": 100}), ("SEQ_CLS", {}), ("CAUSAL_LM", {"validation": "v.jsonl"})],
+    ids=str,
+)
+def test_few_records_give_the_same_in_this_process(cluster, tiny_llama, tmp_path, monkeypatch, task, changes):
+    import ray.data
+
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 3000)
+    records = some_records(200)
+    if task == "SEQ_CLS":
+        records = [{"text": record["input"], "label": n % 3} for n, record in enumerate(records)]
+    cfg = settings(tmp_path, write(tmp_path / "r.jsonl", records), **changes | {"cache": str(tmp_path / "ray")})
+    if "validation" in changes:
+        cfg.validation = write(tmp_path / "v.jsonl", some_records(30, seed=1))
+    by_ray = prepare(cfg, tiny_llama, task=task)
+    monkeypatch.setattr(pipeline, "LOCAL_BYTES", sum(path.stat().st_size for path in tmp_path.glob("*.jsonl")))
+    monkeypatch.setattr(ray.data, "from_items", None)  # calling it would fail
+    here = prepare(cfg.model_copy(update={"cache": str(tmp_path / "here")}), tiny_llama, task=task)
+    assert (here.splits, here.sources, here.task) == (by_ray.splits, by_ray.sources, by_ray.task)
+    assert bytes_of(here) == bytes_of(by_ray)
 
 
 def test_limit_takes_the_smallest_keys_and_explicit_sources_win(cluster, tiny_llama, tmp_path):
@@ -365,7 +406,9 @@ def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenize
         assert max(s.lengths[-1] for s in data.splits.values()) == limit
 
 
-def test_errors_beyond_the_checked_part_come_out_as_user_errors(cluster, tiny_llama, tmp_path):
+@pytest.mark.parametrize("local", [-1, 2**22])
+def test_errors_beyond_the_checked_part_come_out_as_user_errors(cluster, tiny_llama, tmp_path, monkeypatch, local):
+    monkeypatch.setattr(pipeline, "LOCAL_BYTES", local)
     broken = tmp_path / "r.jsonl"
     broken.write_text(Path(write(tmp_path / "good.jsonl", GOOD)).read_text() + "{oops\n")
     cases = [

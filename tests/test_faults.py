@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from helpers.faults import (
     RESUME,
     SEARCHES,
@@ -133,7 +134,8 @@ def test_sigterm_loses_no_step(cluster, tmp_path, words, tiny_llama):
 
     from ftray.storage.manifest import find_corruption, seal
 
-    search = Search(tmp_path / "out", words, tiny_llama, "--training.evaluations", "2")
+    address = ray.get_runtime_context().gcs_address
+    search = Search(tmp_path / "out", words, tiny_llama, "--training.evaluations", "2", address=address)
     search.wait_for(lambda: reports(tmp_path / "out") > 0)
     time.sleep(0.5)  # into the second half
     search.process.send_signal(TERM)

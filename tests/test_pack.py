@@ -275,7 +275,8 @@ def test_a_model_that_caps_its_logits_shares_its_passes():
     """By its own head; and padded, as its attention is capped too."""
     sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    base = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_implementation="eager")).requires_grad_(False)
+    few = {"sliding_window": 64, "attn_implementation": "eager"}  # a record of the probe is longer than the window
+    base = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **few)).requires_grad_(False)
     assert (Pack(base).isolation_reason, Pack(base).padded) == (None, True)
     chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
     for got, trial in zip(together(base, chosen), chosen, strict=True):

@@ -139,6 +139,7 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage):
+    """Also beside trials that can't join the pack, which fail alone."""
     from ftray.search.driver import search
     from ftray.search.results import trial_rows
     from ftray.search.space import load_space
@@ -147,7 +148,10 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
     space = tmp_path / "space.yaml"
     space.write_text(
         "method: {choice: [lora, oft]}\n"
-        "lora: {learning_rate: {log: [1.0e-5, 1.0e-1]}, dropout: 0.0}\n"
+        "lora:\n"
+        "  learning_rate: {log: [1.0e-5, 1.0e-1]}\n"
+        "  dropout: 0.0\n"
+        "  target_modules: {choice: [attention, nonsense]}\n"
         "oft: {block_size: 16, learning_rate: {log: [1.0e-4, 1.0e-2]}}\n"
     )
     sections = {
@@ -160,38 +164,16 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
     search(job, load_space(str(space)), LocalLocation(tmp_path), [])
     rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 8
-    assert {row["status"] for row in rows} == {"finished", "stopped early"}
+    wrong = [row for row in rows if row["config"]["adapter"].get("target_modules") == "nonsense"]
+    assert 0 < len(wrong) < 8
+    assert {row["status"] for row in wrong} == {"failed"}
+    assert all("nonsense" in row["reason"] for row in wrong)
+    assert {row["status"] for row in rows if row not in wrong} == {"finished", "stopped early"}
     for row in [row for row in rows if row["status"] == "finished" and row["trial"]][:2]:
         run = job.run(row["config"]["adapter"], row["config"]["training"])
         wanted = with_trainer(run, data, make=Zero3Trainer)
         assert row["curve"][-1]["validation_loss"] == pytest.approx(wanted[-1][2], rel=1e-4)
         assert row["checkpoint"]
-
-
-def test_a_trial_that_cannot_join_fails_alone(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.driver import search
-    from ftray.search.results import trial_rows
-    from ftray.search.space import load_space
-    from ftray.search.trial_worker import SearchContext
-
-    space = tmp_path / "space.yaml"
-    space.write_text("method: lora\nlora: {target_modules: {choice: [attention, nonsense]}}\n")
-    sections = {
-        "model": {"dtype": "fp32"},
-        "training": {"steps": 6},
-        "scaling": {"workers": 2, "cpus_per_worker": 1},
-        "search": {"trials": 6, "pack": 2, "scheduler": "none"},
-    }
-    job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    search(job, load_space(str(space)), LocalLocation(tmp_path), [])
-    rows = trial_rows(job.config, LocalLocation(tmp_path))
-    assert len(rows) == 6
-    wrong = [row for row in rows if row["config"]["adapter"]["target_modules"] == "nonsense"]
-    assert wrong
-    assert len(wrong) < 6
-    for row in rows:
-        assert row["status"] == ("failed" if row in wrong else "finished")
-    assert all("nonsense" in row["reason"] for row in wrong)
 
 
 def job_of_packs(tiny_llama, data, **sections):

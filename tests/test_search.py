@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.searches import command, environment, finished, run, run_here, study
+from helpers.servers import serving_here
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +106,12 @@ def test_the_printed_command_serves_the_best(searched):
     assert answer["usage"]["completion_tokens"] > 0
 
 
-def test_the_merged_model_is_served_alone(searched):
+def test_the_merged_model_is_served_alone(searched, cluster):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output, _ = searched
-    with server("ftray", "serve", "--run", str(output), "--merged") as url:
+    with serving_here() as begin:
+        url = begin("--run", str(output), "--merged")
         assert shown(f"{url}/health") == {"status": "ok"}
         assert [model["id"] for model in shown(f"{url}/v1/models")["data"]] == ["best"]
         body = {"model": "best", "prompt": "a b c\n", "max_tokens": 8, "temperature": 0}
@@ -258,15 +260,15 @@ def test_a_time_budget_leaves_a_usable_result(cluster, tmp_path, words, tiny_gpt
     assert (output / "best" / "merged" / "config.json").exists()
 
 
-def test_ctrl_c_leaves_a_usable_result(tmp_path, words, tiny_llama):
+def test_ctrl_c_leaves_a_usable_result(cluster, tmp_path, words, tiny_llama):
     output = tmp_path / "out"
-    arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=150)
+    arguments = command(output, words, tiny_llama, "--trials", "99", "--search.scheduler", "none", steps=60)
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment(joined=True),
     )
     deadline = time.monotonic() + 240
     while not finished(output) and time.monotonic() < deadline:
@@ -289,7 +291,8 @@ def test_a_killed_training_run_resumes_to_the_same_losses(cluster, tmp_path, wor
 
     undisturbed = run_here(arguments("whole"))
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
-    process = subprocess.Popen(arguments("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    joined, pipe = environment(joined=True), subprocess.PIPE
+    process = subprocess.Popen(arguments("killed"), stdout=pipe, stderr=pipe, env=joined)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed" / "train").glob("checkpoint_*")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -310,7 +310,7 @@ ODD |= st.tuples(TEXTS, VALUES)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": TEXTS | VALUES})
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     changes=st.lists(ODD, min_size=1, max_size=4),
     messages=st.none() | st.lists(MESSAGE, max_size=2) | VALUES,

@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 from helpers.ports import free_port
-from helpers.servers import chromium
+from helpers.servers import chromium, serving_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -77,6 +77,12 @@ def endpoint(directory: Path, *flags: str):
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def begin(cluster):
+    with serving_here() as begin:
+        yield begin
 
 
 def alone(model: str, spec: TaskSpec, directory: Path | None, texts: list[str], pairs: list[str] | None = None):
@@ -154,44 +160,44 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
             assert shown == [f"{100 * share:.1f} %  {label}" for share, label in wanted], name
 
 
-def test_vectors_of_a_base_and_of_the_merged_model(tiny_bert, tmp_path):
+def test_vectors_of_a_base_and_of_the_merged_model(begin, tiny_bert, tmp_path):
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
     run = tmp_path / "run"
     best = adapter(tiny_bert, spec, run / "best" / "adapter", 1)
     (run / "summary.json").write_text(json.dumps({"metric": "validation_mrr", "trials": []}))
     (run / "config.yaml").write_text(f"model: {{name: {tiny_bert}, dtype: fp32}}\ndata: {{template: null}}\n")
     save_merged(FP32, tiny_bert, best, run / "best" / "merged", spec)
-    with endpoint(tmp_path, "--run", str(run)) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-        for name, directory in (("best", best), (Path(tiny_bert).name, None)):
-            wanted = alone(tiny_bert, spec, directory, TEXTS)
-            for form in ("float", "base64"):
-                got = client.embeddings.create(model=name, input=TEXTS, encoding_format=form)
-                assert [d.index for d in got.data] == [0, 1, 2]
-                read = [d.embedding if form == "float" else decoded(d.embedding) for d in got.data]
-                torch.testing.assert_close(torch.tensor(read), wanted, rtol=1e-4, atol=1e-5)
-            by_default = client.embeddings.create(model=name, input=TEXTS[0])  # the client asks for base64 and decodes
-            torch.testing.assert_close(torch.tensor([by_default.data[0].embedding]), wanted[:1], rtol=1e-4, atol=1e-5)
-        ids = AutoTokenizer.from_pretrained(tiny_bert)(TEXTS[1])["input_ids"]
-        of_tokens = client.embeddings.create(model="best", input=ids)
-        wanted = alone(tiny_bert, spec, best, TEXTS[1:2])
-        torch.testing.assert_close(torch.tensor([of_tokens.data[0].embedding]), wanted, rtol=1e-4, atol=1e-5)
-    with endpoint(tmp_path, "--run", str(run), "--merged") as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-        got = torch.tensor([d.embedding for d in client.embeddings.create(model="best", input=TEXTS).data])
-        vectors = alone(tiny_bert, spec, best, TEXTS)
-        torch.testing.assert_close(got, vectors, rtol=1e-4, atol=1e-4)
-        for shown in page(url, tmp_path, "\n".join(TEXTS), "best"):
-            assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
+    url = begin("--run", str(run), "--model.dtype", "fp32")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    for name, directory in (("best", best), (Path(tiny_bert).name, None)):
+        wanted = alone(tiny_bert, spec, directory, TEXTS)
+        for form in ("float", "base64"):
+            got = client.embeddings.create(model=name, input=TEXTS, encoding_format=form)
+            assert [d.index for d in got.data] == [0, 1, 2]
+            read = [d.embedding if form == "float" else decoded(d.embedding) for d in got.data]
+            torch.testing.assert_close(torch.tensor(read), wanted, rtol=1e-4, atol=1e-5)
+        by_default = client.embeddings.create(model=name, input=TEXTS[0])  # the client asks for base64 and decodes
+        torch.testing.assert_close(torch.tensor([by_default.data[0].embedding]), wanted[:1], rtol=1e-4, atol=1e-5)
+    ids = AutoTokenizer.from_pretrained(tiny_bert)(TEXTS[1])["input_ids"]
+    of_tokens = client.embeddings.create(model="best", input=ids)
+    wanted = alone(tiny_bert, spec, best, TEXTS[1:2])
+    torch.testing.assert_close(torch.tensor([of_tokens.data[0].embedding]), wanted, rtol=1e-4, atol=1e-5)
+    url = begin("--run", str(run), "--merged", "--model.dtype", "fp32")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    got = torch.tensor([d.embedding for d in client.embeddings.create(model="best", input=TEXTS).data])
+    vectors = alone(tiny_bert, spec, best, TEXTS)
+    torch.testing.assert_close(got, vectors, rtol=1e-4, atol=1e-4)
+    for shown in page(url, tmp_path, "\n".join(TEXTS), "best"):
+        assert shown == [f"{like:.3f}  {text}" for like, text in zip(vectors @ vectors[0], TEXTS, strict=True)]
 
 
-def test_a_tag_of_each_word(tiny_bert, tmp_path):
+def test_a_tag_of_each_word(begin, tiny_bert, tmp_path):
     spec = TaskSpec("TOKEN_CLS", ("O", "B-X", "I-X"), 1)
     tags = adapter(tiny_bert, spec, tmp_path / "tags", 1)
-    with endpoint(tmp_path, "--model", tiny_bert, f"--adapter=tags={tags}") as url:
-        got = httpx.post(f"{url}/v1/classify", json={"model": "tags", "input": TEXTS}, timeout=60).json()
-        pair = {"model": "tags", "input": "a", "pair": "b"}
-        refused = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["error"]
+    url = begin("--model", tiny_bert, f"--adapter=tags={tags}", "--model.dtype", "fp32")
+    got = httpx.post(f"{url}/v1/classify", json={"model": "tags", "input": TEXTS}, timeout=60).json()
+    pair = {"model": "tags", "input": "a", "pair": "b"}
+    refused = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["error"]
     assert (refused["param"], refused["message"]) == ("pair", "the models here read one text")
     base, tokenizer = load_base(FP32, tiny_bert, spec).eval(), AutoTokenizer.from_pretrained(tiny_bert)
     model = PeftModel.from_pretrained(base, str(tags)).eval()
@@ -205,7 +211,7 @@ def test_a_tag_of_each_word(tiny_bert, tmp_path):
         assert read["tags"] == [spec.labels[i] for i in wanted.argmax(1)]
 
 
-def test_requests_of_several_clients_are_read_together(cluster, tiny_bert):
+def test_requests_of_several_clients_are_read_together(begin, tiny_bert):
     class Counting(PoolingReplica):
         """Says how many requests it reads at a time."""
 

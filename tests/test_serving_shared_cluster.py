@@ -11,6 +11,7 @@ import pytest
 import ray
 from conftest import llama
 from helpers.ports import free_port
+from helpers.searches import run_here
 from ray import serve
 from starlette.requests import Request
 
@@ -97,8 +98,12 @@ def test_a_second_endpoint_on_a_cluster_is_refused_and_harms_nothing(idle, model
         first.end()
         assert list(serve.status().applications) == ["other"]
         assert httpx.get(f"{first.url}/other", timeout=60).text == "other"
-        beside = Serving(models["second"], tmp_path / "beside")
-        assert "Ray Serve is up on this cluster already, with other" in beside.refusal()
+        beside = run_here(
+            [sys.executable, "-m", "ftray.serve", "--model", models["second"], "--port", str(free_port())]
+        )
+        assert beside.returncode == 2
+        (line,) = beside.stderr.splitlines()
+        assert "Ray Serve is up on this cluster already, with other" in line
         assert httpx.get(f"{first.url}/other", timeout=60).text == "other"
     finally:
         first.kill()

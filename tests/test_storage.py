@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.faults import raylet, victims
 from helpers.object_store import Store
-from helpers.searches import command, environment
+from helpers.searches import command, environment, run_here
 from safetensors.torch import load_file
 
 from ftray.adapters.discovery import data_settings, find_adapter
@@ -112,13 +112,13 @@ def test_wrong_credentials_are_told_on_one_line(store, monkeypatch):
 
 
 @pytest.mark.parametrize("pack", ["auto", pytest.param("off", marks=pytest.mark.slow)])
-def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, tiny_llama, pack, capsys):
+def test_a_killed_search_goes_on_from_the_store_alone(store, cluster, tmp_path, words, tiny_llama, pack, capsys):
     data = ObjectStoreLocation("s3://runs/records.jsonl")
     data.write_bytes(Path(words).read_bytes())
     output = f"s3://runs/{pack}"
     more = ["--pack", pack, "--trials", "3", "--search.scheduler", "none", "--concurrency", "1"]
     more += ["--data.cache", "s3://runs/shards"]
-    first = asked(tmp_path / "one", str(data), tiny_llama, output, *more, steps=150)
+    first = asked(tmp_path / "one", str(data), tiny_llama, output, *more, steps=60)
     search = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     deadline = time.monotonic() + 240
     while "COMPLETE" not in states(output):
@@ -136,8 +136,8 @@ def test_a_killed_search_goes_on_from_the_store_alone(store, tmp_path, words, ti
     }
     assert not (ObjectStoreLocation(output) / "summary.json").exists()
 
-    second = asked(tmp_path / "two", str(data), tiny_llama, output, *more, "--resume", steps=150)
-    done = run(second)
+    second = asked(tmp_path / "two", str(data), tiny_llama, output, *more, "--resume", steps=60)
+    done = run_here(second)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((ObjectStoreLocation(output) / "summary.json").read_text())
     assert [trial["status"] for trial in summary["trials"]] == ["finished"] * 3

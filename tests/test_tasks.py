@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from helpers.searches import run_here
 from helpers.task_cases import CASES, token_labels, write
 from peft import PeftModel
 
@@ -117,7 +118,7 @@ assert "ftray" not in sys.modules
 @pytest.mark.parametrize(
     "name", [name if name == "SEQ_CLS" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_a_search_from_records_to_a_plain_model(name, request, tmp_path):
+def test_a_search_from_records_to_a_plain_model(name, cluster, request, tmp_path):
     fixture, record, _, metric, _ = CASES[name]
     model, source = request.getfixturevalue(fixture), write(tmp_path / "data.jsonl", record, 400)
     space = tmp_path / "space.yaml"
@@ -137,7 +138,7 @@ def test_a_search_from_records_to_a_plain_model(name, request, tmp_path):
     if name == "SEQ_2_SEQ_LM":
         settings += ["--evaluation.max_new_tokens", "8"]
     command = [sys.executable, "-m", "ftray.tune", *flags, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run_here(command)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((output / "summary.json").read_text())
     proof = summary["proof"]["metrics"]

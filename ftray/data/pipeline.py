@@ -19,6 +19,7 @@ import pyarrow.compute
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk, Located, read_chunk
+from ftray.data.local_records import LocalRecords
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import (
@@ -52,6 +53,7 @@ TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in oth
 VERSION = 4  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 0.5  # of a Ray task
+LOCAL_BYTES = 2**22  # of a source that is read in this process: a second or two of work
 # a record that was read and checked
 RECORD = pa.schema(
     {
@@ -185,12 +187,16 @@ def _refuse_empty_splits(data: TokenizedData, cfg: DataConfig, sources: Sources)
             refuse_empty(name, sum(split.records for split in data.splits.values()), cfg)
 
 
-def _read(source: Source, name: str, task: TaskSpec) -> "ray.data.Dataset":
+def _read(source: Source, name: str, task: TaskSpec) -> "ray.data.Dataset | LocalRecords":
     """The records of a source, checked, in rows of the schema `RECORD`."""
-    import ray.data
+    rows = [asdict(chunk) for chunk in source.chunks]
+    if all(chunk.bytes is not None for chunk in source.chunks) and sum(row["bytes"] for row in rows) <= LOCAL_BYTES:
+        chunks: Any = LocalRecords(pa.Table.from_pylist(rows))
+    else:
+        import ray.data
 
-    chunks = ray.data.from_items([asdict(chunk) for chunk in source.chunks], override_num_blocks=len(source.chunks))
-    chunks.context.execution_options.preserve_order = True
+        chunks = ray.data.from_items(rows, override_num_blocks=len(rows))
+        chunks.context.execution_options.preserve_order = True
     fixed = {"cfg": source.cfg, "source": name, "task": task}
     return chunks.map_batches(_read_chunks, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
 
@@ -216,7 +222,7 @@ def _checked(located: Located, cfg: DataConfig, source: str, of: "Task") -> dict
     }
 
 
-def _classes(records: "ray.data.Dataset") -> tuple[str, ...]:
+def _classes(records: "ray.data.Dataset | LocalRecords") -> tuple[str, ...]:
     """All class names in the records, sorted; whole numbers by their size."""
     found: set[str] = set()
     for table in records.select_columns(["classes"]).iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -225,7 +231,7 @@ def _classes(records: "ray.data.Dataset") -> tuple[str, ...]:
 
 
 def _tokenize(
-    records: "ray.data.Dataset", cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec
+    records: "ray.data.Dataset | LocalRecords", cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
     common: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": TASK_CPUS}

@@ -8,15 +8,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
+
+    Model: TypeAlias = PreTrainedModel | PeftModel
 
 # tokens: a short record before longer ones, two that packed attention pads alike, and one that they are padded to
 LENGTHS = (5, 19, 11, 35)
@@ -46,13 +49,13 @@ TOLERANCES = {
 }
 
 
-def tolerance(model: PreTrainedModel | PeftModel) -> Tolerance:
+def tolerance(model: "Model") -> Tolerance:
     """By the coarsest arithmetic that `model` may use; that over quantised weights is as coarse as bfloat16."""
     dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in model.parameters()}
     return next(found for dtype, found in TOLERANCES.items() if dtype in dtypes)
 
 
-def probe_records(model: PreTrainedModel | PeftModel, longest: int | None = None) -> list[torch.Tensor]:
+def probe_records(model: "Model", longest: int | None = None) -> list[torch.Tensor]:
     """Token ids of a few records, int64 [tokens] each, drawn from a fixed seed.
 
     Args:
@@ -90,7 +93,7 @@ def moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def embedded(model: PreTrainedModel | PeftModel) -> Iterator[list[torch.Tensor]]:
+def embedded(model: "Model") -> Iterator[list[torch.Tensor]]:
     """Inside, what the model's input embeddings give is collected, as leaves that a gradient can be asked for."""
     found: list[torch.Tensor] = []
 
@@ -105,9 +108,7 @@ def embedded(model: PreTrainedModel | PeftModel) -> Iterator[list[torch.Tensor]]
         hook.remove()
 
 
-def alone(
-    model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def alone(model: "Model", records: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Logits of each record by itself, and the gradient of its loss with respect to its embeddings.
 
     Returns:
@@ -124,7 +125,7 @@ def alone(
 
 
 @torch.no_grad()
-def row_obstacle(model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor]) -> str | None:
+def row_obstacle(model: "Model", records: Sequence[torch.Tensor]) -> str | None:
     """Why `model` does not keep the records of one packed row apart by their positions; None: it does."""
     positions, lengths = torch.cat([torch.arange(len(r)) for r in records])[None], [len(r) for r in records]
     device, allowed = model.get_input_embeddings().weight.device, tolerance(model)
@@ -144,7 +145,7 @@ def row_obstacle(model: PreTrainedModel | PeftModel, records: Sequence[torch.Ten
 
 
 @torch.no_grad()
-def padding_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
+def padding_obstacle(model: "Model") -> str | None:
     """Why records that are padded on the right don't get the logits of each alone; None: they do."""
     records = probe_records(model, 1)
     width, device = max(map(len, records)), model.get_input_embeddings().weight.device
@@ -161,7 +162,7 @@ def padding_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
 
 @torch.no_grad()
 def shared_passes(
-    model: PreTrainedModel, run: Callable[[list[torch.Tensor]], torch.Tensor]
+    model: "PreTrainedModel", run: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> tuple[Literal["all", "equal", "none"], str | None]:
     """Which records may share a pass of `model`: all, padded on the right; those of equal length; or none.
 
@@ -189,7 +190,7 @@ def shared_passes(
 
 
 @torch.no_grad()
-def decodes_together(model: PreTrainedModel | PeftModel) -> Literal["all", "equal", "none"]:
+def decodes_together(model: "Model") -> Literal["all", "equal", "none"]:
     """Which prompts `model.generate` continues in one batch as it does alone: all, padded on the left; those of equal
     length; or none."""
     short, long = probe_records(model, 1)[:2]
@@ -211,7 +212,7 @@ def decodes_together(model: PreTrainedModel | PeftModel) -> Literal["all", "equa
     return "none"
 
 
-def _continued(model: PreTrainedModel | PeftModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _continued(model: "Model", ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits [prompts, 2, vocabulary] of the two tokens that `model.generate` puts after each prompt."""
     out = model.generate(
         input_ids=ids.to(model.device),
@@ -232,24 +233,24 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def body(model: PreTrainedModel) -> PreTrainedModel:
+def body(model: "PreTrainedModel") -> "PreTrainedModel":
     """The part of a causal language model that returns last hidden states."""
     if model.base_model is not model:
         return model.base_model
+    from transformers import PreTrainedModel  # here, as PEFT below: who parses records needs neither
+
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 @torch.no_grad()
-def head_obstacle(
-    model: PreTrainedModel | PeftModel, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
-) -> str | None:
+def head_obstacle(model: "Model", ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     """Why the model's logits are not what `head` makes of its last hidden states; None: they are.
 
     The states are made a thousand times greater on the way: capping and scaling show, whatever the weights are.
     """
     found: list[torch.Tensor] = []
 
-    def louder(module: nn.Module, inputs: tuple[object, ...], output: BaseModelOutput) -> BaseModelOutput:
+    def louder(module: nn.Module, inputs: tuple[object, ...], output: "BaseModelOutput") -> "BaseModelOutput":
         output.last_hidden_state = output.last_hidden_state * 1000
         found.append(output.last_hidden_state)
         return output
@@ -269,7 +270,7 @@ def head_obstacle(
 
 
 def alone_adapter(
-    model: PreTrainedModel | PeftModel, records: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]
+    model: "Model", records: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Logits of each record by itself through a PEFT model, and the gradient of the sum of their losses.
 
@@ -287,10 +288,12 @@ def alone_adapter(
     return logits, total
 
 
-def idle_layers(adapted: PeftModel) -> list[str]:
+def idle_layers(adapted: "PeftModel") -> list[str]:
     """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
     the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     own: dict[str, list[nn.Parameter]] = {}
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer) and not re.search(r"experts?[._]\d+\.", name):
@@ -310,7 +313,7 @@ def idle_layers(adapted: PeftModel) -> list[str]:
 
 
 @torch.enable_grad()
-def _with_gradient(adapted: PeftModel, ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
+def _with_gradient(adapted: "PeftModel", ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
     """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
     every = [p for parameters in own.values() for p in parameters]
     ids = ended(adapted, ids[0])[None]
@@ -323,7 +326,7 @@ def _with_gradient(adapted: PeftModel, ids: torch.Tensor, own: dict[str, list[nn
     return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
 
 
-def ended(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
+def ended(model: "Model", ids: torch.Tensor) -> torch.Tensor:
     """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
     end = model.config.eos_token_id
     ends = model.config.is_encoder_decoder and isinstance(end, int)

@@ -43,11 +43,16 @@ def connect(cfg: Config) -> None:
     """
     import ray
 
+    from ftray.compat.ray import bootstrap_address
+
     if ray.is_initialized():
         return
     check_address(cfg)
+    if not bootstrap_address(cfg.scaling.address):  # a process a worker group less: nobody drains this machine
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2: that long, nobody hears that a run is over
     with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
         ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
     if not cfg.verbose:

@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 
+from helpers.ports import free_port
+
 
 class Store:
     """moto's S3 server, as a process that can be stopped and continued."""
 
-    def __init__(self, **settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+    def __init__(self, port: int | None = None, **settings: str) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         start = [sys.executable, "-m", "moto.server", "--port", str(self.port)]
         self.process = subprocess.Popen(

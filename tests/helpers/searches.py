@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import optuna
+import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -62,8 +63,11 @@ def run_here(arguments: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), error.getvalue())
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def environment(joined: bool = False) -> dict[str, str]:
+    """Of a command that starts Ray, or that joins this process's `cluster`."""
+    by_themselves = ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    own = {k: v for k, v in os.environ.items() if k not in by_themselves}
+    return own | ({"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if joined else {})
 
 
 def study(output: Path) -> optuna.Study:

@@ -13,12 +13,16 @@ import openai
 import pytest
 import torch
 import yaml
+from ray import serve
 from selenium import webdriver
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
 
+from ftray.cli import parse
+from ftray.serving.app import application, check_catalog
+from ftray.serving.catalog import model_of_run
 from ftray.task_spec import TaskSpec
 from helpers.packs import Trial
 from helpers.ports import free_port
@@ -90,6 +94,27 @@ class Server:
     def metric(self, name):
         text = httpx.get(self.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+@contextmanager
+def serving_here():
+    """Ray Serve on the `cluster` of this process; yields what serves, in place of what it has served before, as `ftray
+    serve` does with some flags, and returns the URL.
+    """
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+
+    def begin(*flags: str) -> str:
+        cfg = model_of_run(parse("serve", list(flags)))
+        if "default" in serve.status().applications:
+            serve.delete("default")
+        serve.run(application(cfg, check_catalog(cfg), None, 1, 0))
+        return f"http://127.0.0.1:{port}"
+
+    try:
+        yield begin
+    finally:
+        serve.shutdown()
 
 
 @contextmanager
