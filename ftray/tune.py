@@ -293,13 +293,14 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     """Score base and best adapter on the test split; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `new_modules` that the base came without, `samples` of
-        generated text, and `merged`, for the time being with the `reason` that it comes later.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `new_modules` that
+        the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that it
+        comes later.
     """
     from peft import PeftModel
 
     from ftray.data import TokenizedData
-    from ftray.evaluation.metrics import compare
+    from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
 
     cfg = context.config
@@ -321,6 +322,7 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
         "new_modules": base.new_modules,
         "merged": {"reason": "not made yet"},
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
+        "sources": compare_sources([row.get("source") for row in rows], before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
     }
 

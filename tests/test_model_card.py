@@ -14,7 +14,11 @@ BEST = {
     "tokens": 9000,
 }
 METRIC = {"base": 2.5, "best": 1.5, "difference": -1.0, "interval": [-1.25, -0.75]}
-PROOF = {"metrics": {"loss": METRIC, "exact_match": METRIC | {"best": 0.75}}, "new_modules": ["score"]}
+PROOF = {
+    "metrics": {"loss": METRIC, "exact_match": METRIC | {"best": 0.75}},
+    "sources": {"chats.jsonl": {"records": 40, **METRIC}},
+    "new_modules": ["score"],
+}
 
 
 def written(proof, **fields) -> ModelCard:
@@ -52,6 +56,7 @@ def test_the_text_says_how_it_was_made_what_it_is_worth_and_how_it_is_used():
         "Trained on `some-org/records:main`; the best of a search over",
         "validation_loss: 1.2500 after 640 records (9000 tokens).",
         "| loss | 2.5000 | 1.5000 | difference -1.2500 to -0.7500 |",
+        "| loss, 40 records of chats.jsonl | 2.5000 | 1.5000 | difference -1.2500 to -0.7500 |",
         "The base came without score: above, its head is untrained.",
         "from transformers import AutoModelForCausalLM",
         'model = PeftModel.from_pretrained(base, ".")',

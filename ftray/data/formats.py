@@ -37,6 +37,7 @@ class Chunk:
         delimiter, encoding: of a text file; empty: to be detected.
         block: characters of a record that is cut from a text file; about.
         fields: JSON of the mapping from fields to what they are made of (see :mod:`ftray.data.fields`).
+        part: of a mixture, the name of the source that it belongs to; else empty.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Chunk:
     encoding: str = ""
     block: int = 2048
     fields: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)

@@ -231,17 +231,18 @@ def content_stamp(chunks: list[Chunk]) -> list[Any]:
     It holds path, size and modification time of each file (hashing terabytes would cost more than it saves), the commit
     of a hub data set, or the version of a bundled one.
     """
-    if chunks[0].kind == "bundled":
-        from importlib.metadata import version
+    from importlib.metadata import version
 
-        return [chunks[0].path, version(chunks[0].path)]
-    if chunks[0].kind == "hub":
-        return [chunks[0].path, chunks[0].revision]
     stamps: list[Any] = []
-    for path in dict.fromkeys(c.path for c in chunks):
-        filesystem, root = open_path(path)
-        info = filesystem.get_file_info(root)
-        stamps.append([path, info.size, info.mtime_ns])
+    for kind, path, revision in dict.fromkeys((c.kind, c.path, c.revision) for c in chunks):
+        if kind == "bundled":
+            stamps.append([path, version(path)])
+        elif kind == "hub":
+            stamps.append([path, revision])
+        else:
+            filesystem, root = open_path(path)
+            info = filesystem.get_file_info(root)
+            stamps.append([path, info.size, info.mtime_ns])
     return stamps
 
 

@@ -26,12 +26,18 @@ class Source:
     """Where records come from.
 
     Attributes:
-        chunks: parts of it that can be read in parallel.
+        chunks: of it, that can be read in parallel; in a mixture, each names its part.
         cfg: how its records are split and tokenized; `source` names it.
     """
 
     chunks: list[Chunk]
     cfg: DataConfig
+
+    @property
+    def parts(self) -> dict[str, "Source"]:
+        """The sources of a mixture, by name; of another, itself under the name ''."""
+        found = {name: [chunk for chunk in self.chunks if chunk.part == name] for name in self.cfg.parts}
+        return {name: Source(found[name], cfg) for name, cfg in self.cfg.parts.items() if found[name]}
 
 
 # by the split that a source was given for; that of `train` is cut into the splits that have none of their own
@@ -44,21 +50,36 @@ def find_sources(cfg: DataConfig) -> Sources:
     Raises:
         UserError: as :func:`ftray.data.sources.find_splits`.
     """
-    given, own = {"validation": cfg.validation, "test": cfg.test}, find_splits(cfg.source, cfg)
-    fractions = {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in own}
-    sources = {"train": Source(own["train"], cfg.model_copy(update=fractions))}
+    given = {"validation": cfg.validation, "test": cfg.test}
+    own = {part: find_splits(of.source, of) for part, of in cfg.parts.items()}
+    # what a source has a split of its own for is not cut from what it is to be trained on
+    uncut = {
+        part: {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in splits}
+        for part, splits in own.items()
+    }
+    mixed = [one.model_copy(update=uncut[one.source]) for one in cfg.sources]
+    sources = {"train": Source(_chunks(own, "train"), cfg.model_copy(update={"sources": mixed, **uncut.get("", {})}))}
     for name, source in given.items():
         if source:
             chunks = find_chunks(source, cfg, name)
-            sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "limit": None}))
-        elif name in own:
-            sources[name] = Source(own[name], cfg.model_copy(update={"limit": None}))
+            sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
+        elif chunks := _chunks(own, name):
+            sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
     return sources
+
+
+def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
+    """Those of a split, of all parts, each with the name of its part."""
+    return [replace(chunk, part=part) for part, own in splits.items() for chunk in own.get(name, [])]
 
 
 def needed(cfg: DataConfig) -> list[str]:
     """The splits that must not be empty: those that were asked for."""
-    asked = {"validation": cfg.validation or cfg.validation_fraction, "test": cfg.test or cfg.test_fraction}
+    parts = cfg.parts.values()
+    asked = {
+        "validation": cfg.validation or any(part.validation_fraction for part in parts),
+        "test": cfg.test or any(part.test_fraction for part in parts),
+    }
     return ["train", *(split for split, given in asked.items() if given)]
 
 
@@ -75,9 +96,13 @@ def require(split: str, cfg: DataConfig, why: str) -> None:
         raise UserError(f"data.{split}_fraction 0: {why}: raise it, or give data.{split}")
 
 
-def order_key(record: dict[str, Any], seed: int) -> int:
-    """The record's place in the order of all records, an unsigned 64-bit number."""
-    return _hash(record, seed, "order")
+def order_key(record: dict[str, Any], seed: int, part: str = "") -> int:
+    """The record's place in the order of all records, an unsigned 64-bit number.
+
+    Args:
+        part: of a mixture; equal records of two parts have places of their own.
+    """
+    return _hash(record, seed, f"order{part and hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}")
 
 
 def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
@@ -100,8 +125,9 @@ def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record that was read: its place in the order, its split, and what the task found in it."""
+    """A record that was read: its part of a mixture, its place in the order, its split, what the task found in it."""
 
+    part: str
     key: int
     split: str
     example: Any
@@ -121,12 +147,17 @@ class DataCheck:
 
     def __init__(self, cfg: DataConfig):
         self.cfg, self.sources = cfg, find_sources(cfg)
-        self._records = {name: read_for_check(source.chunks) for name, source in self.sources.items()}
-        first = next(self._records["train"], None)
+        self._records = {
+            (name, part): read_for_check(own.chunks)
+            for name, source in self.sources.items()
+            for part, own in source.parts.items()
+        }
+        at = next(iter(self._records))  # train comes first
+        first = next(self._records[at], None)
         if first is None:
-            raise _no_record(cfg)
+            raise _no_record(self.sources["train"].parts[at[1]].cfg)
         self.first = first
-        self._records["train"] = chain([first], self._records["train"])
+        self._records[at] = chain([first], self._records[at])
 
     def run(self, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
         """Find what is wrong with the data. Reads on from :attr:`first`, so it can be called once.
@@ -149,7 +180,7 @@ class DataCheck:
         counts: Counter[str] = Counter()
         first: list[Any] = []  # of all, with which those of other sources must agree
         for name, source in self.sources.items():
-            records = self._read(name, of)
+            records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
             first = first or [records[0].example]
             refuse_mixture([*first, *(record.example for record in records)], of)
             if name == "train" and of.has_labels and not labels:
@@ -157,19 +188,21 @@ class DataCheck:
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
             if is_small(source.chunks):
-                own = [record.example for record in taken if record.split == name]
-                _refuse_nothing_to_learn(own or [record.example for record in records], tokenizer, of, source.cfg)
+                for part, own in source.parts.items():
+                    of_part = [record for record in records if record.part == part]
+                    to_learn = [record.example for record in taken if (record.part, record.split) == (part, name)]
+                    examples = to_learn or [record.example for record in of_part]
+                    _refuse_nothing_to_learn(examples, tokenizer, of, own.cfg)
         if all(is_small(source.chunks) for source in self.sources.values()):
             for split in needed(self.cfg):
                 if not counts[split]:
                     refuse_empty(split, counts.total(), self.cfg)
         return of.spec
 
-    def _read(self, name: str, of: "Task") -> list[_Record]:
-        cfg = self.sources[name].cfg
+    def _read(self, name: str, part: str, cfg: DataConfig, of: "Task") -> list[_Record]:
         records = [
-            _Record(order_key(record, cfg.seed), split_of(record, cfg, name), of.parse(record, place))
-            for place, record in self._records[name]
+            _Record(part, order_key(record, cfg.seed, part), split_of(record, cfg, name), of.parse(record, place))
+            for place, record in self._records[name, part]
         ]
         if not records:
             raise _no_record(cfg)

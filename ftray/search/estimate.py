@@ -78,7 +78,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     tokenized = TokenizedData.load(context.data)
     data = tokenized.splits
     skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task).to(choose_dtype(cfg.model))
-    length = max(2, round(data["train"].tokens / data["train"].records))
+    length = max(2, round(data["train"].drawn_tokens / data["train"].drawn))
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
     for corner in corners:

@@ -73,6 +73,10 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         for name, m in proof["metrics"].items():
             low, high = m["interval"]
             lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+        for source, m in proof["sources"].items():
+            low, high = m["interval"]
+            of = f"loss, {m['records']} records of {source}"
+            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
         if proof["new_modules"]:
             lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
     task = TaskSpec(cfg.task).load()

@@ -88,7 +88,7 @@ class SearchContext:
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
-        return budget(self.config, TokenizedData.load(self.data).splits["train"].records)
+        return budget(self.config, TokenizedData.load(self.data).splits["train"].drawn)
 
 
 def trainer(
