@@ -149,7 +149,10 @@ class DataConfig(Section):
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
-    max_length: int = Field(512, ge=2, description="tokens a record may have")
+    max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        512,
+        description="tokens a record may have; auto: as many as 99.9 % of the records have, if the model takes as many",
+    )
     overlong: Literal["truncate", "drop"] = Field("truncate", description="what happens to longer records")
     train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
     learn: Learn = Field(
@@ -199,6 +202,11 @@ class DataConfig(Section):
     def names(self) -> str:
         """The source, or all of them, for messages."""
         return self.source if isinstance(self.source, str) else ", ".join(self.source)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a record may have; any number as long as `auto` has not come to one."""
+        return sys.maxsize if self.max_length == "auto" else self.max_length
 
     @property
     def parts(self) -> "dict[str, DataConfig]":
@@ -454,7 +462,8 @@ def config_from(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
+        # of a choice of types, pydantic names that which the value came nearest to
+        path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))]
         field = re.sub(r"^data\.sources\.(\d+)", r"data.sources[\1]", ".".join(path))
         if first["type"] == "extra_forbidden":
             model = section_at(path[:-1])

@@ -71,7 +71,7 @@ def run(cfg: Config) -> int:
     spec = check.run(tokenizer, cfg.task, labels)
     skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
-    data_cfg = within_positions(data_cfg, skeleton, added)
+    data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
     place = output_file(cfg)
 
     import ray

@@ -285,6 +285,9 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
             "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record
             "rendering": pa.array([renderings[i] for i, _ in numbered], pa.string()),
             "ignored": records["ignored"],
-            "truncated": [bool(t and t.truncated) for t in tokens],
+            "truncated": pa.array([t.truncated if t else 0 for t in tokens], pa.int32()),
+            "place": pa.array(
+                [json.dumps(asdict(examples[i].where)) if t and t.truncated else None for i, t in numbered], pa.string()
+            ),
         }
     )

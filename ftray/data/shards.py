@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from ftray.data.formats import SourceLocation
 from ftray.storage.location import parse_location
 from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
@@ -73,6 +74,8 @@ class Split:
         supervised_tokens: labels that bear loss.
         lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
         dropped, truncated: records left out, and cut to fit.
+        longest_cut, longest_cut_at: tokens that the longest of those that were cut had, and where it stands; 0 and
+            empty if none was cut, and in shards made before they were added.
         digest: of all that is trained on; empty in shards made before it was added.
         highest: token id; -1 in shards made before it was added.
         sources: of a mixture, by name; else empty.
@@ -86,6 +89,8 @@ class Split:
     lengths: list[int] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
+    longest_cut: int = 0
+    longest_cut_at: str = ""
     digest: str = ""
     highest: int = -1
     sources: dict[str, MixedRows] = field(default_factory=dict)
@@ -116,6 +121,8 @@ class Split:
             del fields["highest"]
         if not self.sources:
             del fields["sources"]
+        if not self.longest_cut:
+            del fields["longest_cut"], fields["longest_cut_at"]
         return fields
 
 
@@ -208,13 +215,14 @@ class SplitWriter:
         self.writer: pq.ParquetWriter | None = None
         self.lengths = [np.empty(0, np.int32)]
         self.digest = hashlib.sha256()
+        self.longest_cut_at = ""  # JSON of the place: to print one, lines may have to be counted
 
     def add(self, table: pa.Table) -> None:
         """Take the rows of `table`, except those that tokenization left empty."""
         lengths = pa.compute.list_value_length(table["input_ids"])
         kept = table.filter(pa.compute.greater(lengths, 0))
         self.split.dropped += table.num_rows - kept.num_rows
-        self.split.truncated += pa.compute.sum(kept["truncated"]).as_py() or 0
+        self._count_cut(kept.filter(pa.compute.greater(kept["truncated"], 0)))
         self.pending.append(kept.select(SCHEMA.names).cast(SCHEMA))
         while sum(t.num_rows for t in self.pending) >= ROW_GROUP_ROWS:
             self._write_row_group()
@@ -225,11 +233,20 @@ class SplitWriter:
             self._write_row_group()
         if self.writer:
             self.writer.close()
+        if self.longest_cut_at:
+            self.split.longest_cut_at = str(SourceLocation(**json.loads(self.longest_cut_at)))
         self.split.digest = self.digest.hexdigest()[:16]
         ordered = np.sort(np.concatenate(self.lengths))
         if len(ordered):
             self.split.lengths = [int(ordered[round((len(ordered) - 1) * q)]) for q in (0, 0.5, 0.9, 0.99, 1)]
         return self.split
+
+    def _count_cut(self, cut: pa.Table) -> None:
+        self.split.truncated += cut.num_rows
+        longest = pa.compute.max(cut["truncated"]).as_py() or 0
+        if longest > self.split.longest_cut:
+            self.split.longest_cut = longest
+            self.longest_cut_at = cut["place"][pa.compute.index(cut["truncated"], longest).as_py()].as_py()
 
     def _write_row_group(self) -> None:
         rows = pa.concat_tables(self.pending).combine_chunks()

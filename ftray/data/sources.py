@@ -30,6 +30,7 @@ CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
 CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
+AUTO_TOKENS = 2048  # of such a record under `max_length: auto`, which then follows the records
 TEXT_RECORDS = 50  # that even a short text file is cut into, so that some are left for validation
 
 
@@ -282,7 +283,7 @@ def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg:
             chunks.append(Chunk(kind, path, group, group + 1, first, file.size // metadata.num_row_groups))
             first += metadata.row_group(group).num_rows
         return chunks
-    block = CHARACTERS * cfg.max_length
+    block = CHARACTERS * (AUTO_TOKENS if cfg.max_length == "auto" else cfg.max_length)
     return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
 
 

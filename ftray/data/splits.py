@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
+from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ftray.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
+MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -140,6 +142,7 @@ class DataCheck:
 
     Attributes:
         first: the first training record, by which the task is inferred.
+        lengths: tokens of training records, whole; of none unless `max_length` is `auto`.
 
     Raises:
         UserError: as :func:`find_sources`; or the first training record can't be read.
@@ -147,6 +150,7 @@ class DataCheck:
 
     def __init__(self, cfg: DataConfig):
         self.cfg, self.sources = cfg, find_sources(cfg)
+        self.lengths: list[int] = []
         self._records = {
             (name, part): read_for_check(own.chunks)
             for name, source in self.sources.items()
@@ -187,6 +191,8 @@ class DataCheck:
                 of = replace(of.spec, labels=_classes(records, of, source)).load()
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
+            if name == "train" and self.cfg.max_length == "auto":
+                self.lengths = _lengths(taken[:MEASURED], tokenizer, of, source)
             if is_small(source.chunks):
                 for part, own in source.parts.items():
                     of_part = [record for record in records if record.part == part]
@@ -219,6 +225,19 @@ def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, .
     if is_small(source.chunks):
         refuse_labels(seen, [record.example for record in records], of, source.cfg)
     return in_order(seen)
+
+
+def _lengths(records: list[_Record], tokenizer: Any, of: "Task", source: Source) -> list[int]:
+    """The most tokens that a model reads, or writes, of each record at once."""
+    found = []
+    for part, own in source.parts.items():
+        examples = [record.example for record in records if record.part == part]
+        for at in range(0, len(examples), TOKENIZED_AT_ONCE):
+            rows = spread(of.tokenize(examples[at : at + TOKENIZED_AT_ONCE], tokenizer, own.cfg))
+            found += [max([*(row.lengths or [len(row.input_ids)]), len(row.labels)]) for _, row in rows if row]
+    if not found:
+        refuse_unsupervised(source.cfg)
+    return found
 
 
 def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: "Task", cfg: DataConfig) -> None:

@@ -44,13 +44,22 @@ def describe(data: TokenizedData) -> str:
         percentiles = "/".join(map(str, split.lengths))
         lines.append(
             f"{name}: {split.records} records, {split.tokens} tokens ({split.supervised_tokens} supervised), "
-            f"lengths at 0/50/90/99/100 %: {percentiles}, {split.dropped} dropped, {split.truncated} truncated"
+            f"lengths at 0/50/90/99/100 %: {percentiles}, {split.dropped} dropped, {_truncated(split)}"
         )
         lines += [f"  of {source}: {_mixed(mixed, name, split)}" for source, mixed in split.sources.items()]
     if data.task.labels:
         lines.append(f"labels: {', '.join(data.task.labels)}")
     where = "records are packed into rows without any" if data.task.load().packed else f"in batches of {ROWS} records"
     return "\n".join([*lines, f"padding: {padding_share(data):.0%} ({where})"])
+
+
+def _truncated(split: Split) -> str:
+    """How many records were cut to fit, which share of all, and the longest of them."""
+    said = f"{split.truncated} truncated"
+    if not split.truncated:
+        return said
+    longest = f"; the longest, {split.longest_cut_at}, has {split.longest_cut} tokens" if split.longest_cut else ""
+    return f"{said} ({100 * split.truncated / split.records:.2g} %{longest})"
 
 
 def _mixed(mixed: MixedRows, name: str, split: Split) -> str:

@@ -62,7 +62,7 @@ class SearchContext:
         rungs = rung_records(self.budget(), self.config)
         at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
         task = TokenizedData.load(self.data).task
-        longest = self.config.data.max_length
+        longest = self.config.data.longest
         return RunSpec(
             self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task, longest
         )

@@ -130,14 +130,14 @@ class Task(task.PaddedTask):
         return [self._tokens(example, tokenizer, cfg) for example in examples]
 
     def _tokens(self, example: Example, tokenizer: Any, cfg: DataConfig) -> Tokens | None:
-        found = windows(example.question, example.context, tokenizer, cfg.max_length)
+        found = windows(example.question, example.context, tokenizer, cfg.longest)
         if len(found) > 1 and cfg.overlong == "drop":
             return None
         text, start = example.answers[0] if example.answers else ("", 0)
         for window in found:
             span = span_of(window, start, start + len(text)) if text else (0, 0)
             if span:
-                extra = {"question": example.question, "context": example.context, "max_length": cfg.max_length}
+                extra = {"question": example.question, "context": example.context, "max_length": cfg.longest}
                 return Tokens(
                     window.input_ids,
                     list(span),

@@ -96,7 +96,7 @@ class Task(task.PaddedTask):
             own = range(at, at + len(example.texts))
             at = own.stop
             parts = [list(encoded["input_ids"][i]) for i in own]
-            too_long = any(cut[i] for i in own)
+            too_long = max(cut[i] for i in own)
             tokens = Tokens(
                 [token for part in parts for token in part],
                 [0],
