@@ -144,7 +144,9 @@ class DataConfig(Section):
     validation: Sources | None = Field(None, description="source of validation records; wins over validation_fraction")
     test: Sources | None = Field(None, description="source of test records; wins over test_fraction")
     fields: Fields = Field({}, description="what a record's fields are made of: keys, or jinja templates over them")
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of CSV (default: detected)")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="a character, of CSV (default: detected)"
+    )
     encoding: str | None = Field(None, description="of files of text (default: UTF-8, or UTF-16 by its mark)")
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")

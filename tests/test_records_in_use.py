@@ -474,6 +474,21 @@ def test_a_file_in_another_encoding_is_read_if_that_is_named(tmp_path, tiny_llam
         config(tmp_path / "r.csv", tiny_llama, None, encoding="latin-one")
 
 
+def test_a_weight_in_a_csv_file_is_a_number_as_in_others(tmp_path, tiny_llama, capsys):
+    rows = "".join(f"q{n},a{n},{'1' if n % 2 else '1.0'}\n" for n in range(60))
+    (tmp_path / "r.csv").write_text("input,output,weight\n" + rows)
+    cfg = config(tmp_path / "r.csv", tiny_llama, None)
+    _, learnt = rows_of(cfg)
+    assert len(learnt) == 60
+    for unlearnt, message in (
+        ("0", "marked as one that isn't learnt: leave the record out"),
+        ("0.25", "weight is 0.25: a turn or record is learnt or not"),
+    ):
+        (tmp_path / "r.csv").write_text("input,output,weight\n" + rows + f"q,a,{unlearnt}\n")
+        assert main(["preprocess", "--data", str(tmp_path / "r.csv"), "--model", tiny_llama]) == 2
+        assert f"r.csv:62: {message}" in capsys.readouterr().err
+
+
 BAD = {
     "a key twice": (b'{"input": "a", "output": "b"}\n{"input": "a", "input": "b"}\n', r":2: key 'input' stands twice"),
     "a key twice inside": (b'{"messages": [{"role": "user", "role": "system"}]}\n', r":1: key 'role' stands twice"),

@@ -206,7 +206,7 @@ def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
         text = (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
         record = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
+        raise _undecodable(f"{place}: not valid JSON", error) from None
     except _KeyTwiceError as error:
         raise UserError(f"{place}: key {error} stands twice: leave one of them out") from None
     except (json.JSONDecodeError, RecursionError) as error:

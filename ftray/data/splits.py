@@ -182,6 +182,7 @@ class DataCheck:
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
         of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
         counts: Counter[str] = Counter()
+        different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree
         for name, source in self.sources.items():
             records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
@@ -191,6 +192,7 @@ class DataCheck:
                 of = replace(of.spec, labels=_classes(records, of, source)).load()
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
+            different.update(record.key for record in taken)
             if name == "train" and self.cfg.max_length == "auto":
                 self.lengths = _lengths(taken[:MEASURED], tokenizer, of, source)
             if is_small(source.chunks):
@@ -202,7 +204,7 @@ class DataCheck:
         if all(is_small(source.chunks) for source in self.sources.values()):
             for split in needed(self.cfg):
                 if not counts[split]:
-                    refuse_empty(split, counts.total(), self.cfg)
+                    refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: "Task") -> list[_Record]:
@@ -275,14 +277,18 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: Da
         )
 
 
-def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
-    """Raise the UserError about a split without records."""
+def refuse_empty(split: str, records: int, cfg: DataConfig, different: int | None = None) -> None:
+    """Raise the UserError about a split without records.
+
+    Args:
+        different: how many of the records differ from each other; None: not known.
+    """
+    said, do = f"{records} record(s)", f"raise data.{split}_fraction"
+    if different is not None and 2 * different < records:
+        said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
     if split == "train":
-        raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
-    raise UserError(
-        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
-        f"raise data.{split}_fraction, or give data.{split}"
-    )
+        raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records")
+    raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}")
 
 
 def refuse_unsupervised(cfg: DataConfig) -> None:

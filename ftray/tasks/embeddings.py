@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape, is_empty
+from ftray.data.shapes import ANY, Record, Shape, is_empty, number
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Metric, Scores, ratio, spearman
@@ -36,7 +36,7 @@ NEEDS = "anchor and positive (and negative), or sentence1, sentence2 and score"
 
 def _scored(record: Record, where: object) -> Example:
     texts = [text_of(record, key, where, NEEDS) for key in ("sentence1", "sentence2")]
-    score = record.get("score")
+    score = number(record.get("score"))
     if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
         raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
     return Example(texts, float(score), where)
