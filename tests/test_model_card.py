@@ -45,6 +45,15 @@ def test_without_a_proof_it_says_what_was_validated_and_names_no_data_set_that_t
     assert result.dataset_name == "words.jsonl"
 
 
+def test_of_several_sources_those_of_the_hub_are_named():
+    mixed = [
+        {"source": "some-org/chats"},
+        {"source": "words.jsonl", "weight": 2},
+        {"source": "other-org/facts:small@train"},
+    ]
+    assert written(None, data={"sources": mixed}).data.datasets == ["some-org/chats", "other-org/facts"]
+
+
 def test_names_that_mean_something_to_yaml_stay_names():
     assert written(None, model={"name": "/models/a: b #1"}).data.base_model == "/models/a: b #1"
 

@@ -27,6 +27,8 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
 
     task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
     dataset = hub_dataset(cfg.data.names)
+    sources = [cfg.data.source] if isinstance(cfg.data.source, str) else cfg.data.source
+    datasets = [found for source in sources if (found := hub_dataset(source))]
     found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
     if proof:
         found = {name: metric["best"] for name, metric in proof["metrics"].items()}
@@ -43,7 +45,7 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     ]
     return ModelCardData(
         base_model=cfg.model.name,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         eval_results=results,
         library_name="peft",
         metrics=list(found),
