@@ -10,13 +10,18 @@ import pytest
 import torch
 import yaml
 from helpers import searches
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from ftray import evaluate, tune
 from ftray.cli import main
-from ftray.config import DataConfig
+from ftray.config import Config, DataConfig
 from ftray.data import TokenizedData, pipeline, prepare, shards
 from ftray.data.loader import batches
 from ftray.data.ray_loader import training_batches
+from ftray.reports import search as reports
+from ftray.search.trial_worker import SearchContext
+from ftray.storage.location import parse_location
 from ftray.task_spec import IGNORE
 
 
@@ -214,38 +219,48 @@ def loss_of(model, rows: list[dict]) -> float:
     return total / count
 
 
-def test_a_search_over_a_mixture_proves_its_best_by_source(cluster, files, tiny_llama, tmp_path, capsys):
-    from peft import PeftModel
+def test_the_proof_and_evaluate_tell_the_loss_of_each_source(mixed, files, tiny_llama, tmp_path, capsys):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rows = {name: [row for row in mixed.rows("test") if row["source"] == name] for name in (files["a"], files["c"])}
+    before = {name: loss_of(model, own) for name, own in rows.items()}
+    adapter = tmp_path / "best" / "adapter"
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.save_pretrained(adapter)
+    after = {name: loss_of(adapted, own) for name, own in rows.items()}
 
+    told = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"sources": mixture(files)}, "task": "CAUSAL_LM"}
+    cfg = Config.model_validate({**told, "evaluation": {"generate": False}})
+    context = SearchContext(cfg, tiny_llama, mixed.directory, 0.0)
+    proof = tune.prove(context, parse_location(str(tmp_path)))
+    assert context.budget() == mixed.splits["train"].drawn
+    assert {name: found["records"] for name, found in proof["sources"].items()} == {n: len(o) for n, o in rows.items()}
+    reports.show([], proof, cfg, parse_location(str(tmp_path)))
+    printed = capsys.readouterr().out
+    result = evaluate.evaluate(cfg, tiny_llama, mixed.directory, {"one": str(adapter)})
+    evaluate.show(result)
+    shown = capsys.readouterr().out
+    for name, own in rows.items():
+        assert proof["sources"][name]["base"] == pytest.approx(before[name], rel=1e-4)
+        assert proof["sources"][name]["best"] == pytest.approx(after[name], rel=1e-4)
+        assert result["sources"][name]["base"] == pytest.approx(before[name], rel=1e-4)
+        assert result["sources"][name]["adapters"]["one"]["best"] == pytest.approx(after[name], rel=1e-4)
+        for said in (printed, shown):
+            assert f"loss, {len(own)} of" in said
+            assert f"{before[name]:.4g}" in said
+
+
+@pytest.mark.slow
+def test_a_search_over_a_mixture_leaves_the_loss_of_each_source(cluster, files, tiny_llama, tmp_path):
     output, given = tmp_path / "out", json.dumps(mixture(files))
     command = searches.command(output, "", tiny_llama, "--data.sources", given, "--trials", "2", steps=8)
     at = command.index("--data")
     done = searches.run_here([*command[:at], *command[at + 2 :]])
     assert done.returncode == 0, done.stderr
-    summary = json.loads((output / "summary.json").read_text())
-    by_source = summary["proof"]["sources"]
-    data = TokenizedData.load(next((tmp_path / "shards").glob("*/manifest.json")).parent)
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    rows = {name: [row for row in data.rows("test") if row["source"] == name] for name in (files["a"], files["c"])}
-    assert {name: found["records"] for name, found in by_source.items()} == {n: len(own) for n, own in rows.items()}
-    for name, own in rows.items():
-        assert by_source[name]["base"] == pytest.approx(loss_of(base, own), rel=1e-4)
-    best = PeftModel.from_pretrained(base, str(output / "best" / "adapter"))
-    for name, own in rows.items():
-        assert by_source[name]["best"] == pytest.approx(loss_of(best, own), rel=1e-4)
-        assert f"loss, {len(own)} of {name}" in done.stdout
-        assert f"| loss, {len(own)} records of {name} |" in (output / "best" / "adapter" / "README.md").read_text()
+    by_source = json.loads((output / "summary.json").read_text())["proof"]["sources"]
+    card = (output / "best" / "adapter" / "README.md").read_text()
+    for name in (files["a"], files["c"]):
+        assert f"| loss, {by_source[name]['records']} records of {name} |" in card
     kept = json.loads((output / "data.json").read_text())["train"]["sources"]
-    assert {name: source["weight"] for name, source in kept.items()} == dict(
-        zip(files.values(), (2, 0.5, 1), strict=True)
-    )
-
-    scores = tmp_path / "scores.json"
-    asked = ("--config", str(output / "config.yaml"), "--adapter", str(output / "best" / "adapter"))
-    assert main(["evaluate", *asked, "--output", str(scores), "--evaluation.generate", "false"]) == 0
-    result, out = json.loads(scores.read_text())["sources"], capsys.readouterr().out
-    for name in rows:
-        assert result[name]["base"] == pytest.approx(by_source[name]["base"], rel=1e-5)
-        (of_adapter,) = result[name]["adapters"].values()
-        assert of_adapter["best"] == pytest.approx(by_source[name]["best"], rel=1e-5)
-        assert f"loss, {len(rows[name])} of {name}" in out
+    assert [source["weight"] for source in kept.values()] == [2, 0.5, 1]
+    assert [*kept] == [*files.values()]
