@@ -679,7 +679,7 @@ def test_what_is_cut_is_told_with_its_share_and_the_longest_of_all(cluster, tiny
     texts[37] = " ".join("abcdef" * 9)
     kinds = {
         "pairs": (lambda text: {"prompt": text, "completion": "z"}, lambda text: f"{text}\nz{END}"),
-        "labels": (lambda text: {"text": text, "label": "ab"[len(text) % 2]}, str),
+        "labels": (lambda text: {"text": text, "label": "ab"["f" in text]}, str),
     }
     for name, (record, whole) in kinds.items():
         source = tmp_path / f"{name}.jsonl"

@@ -174,8 +174,8 @@ def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: To
     if data.task.template is not None and len(renderings) == 1:  # all are chats, or texts alone, whatever was asked for
         data.task = replace(data.task, template=renderings.pop() or AS_IT_IS)
     data.splits = {split: writer.close() for split, writer in writers.items()}
-    for split in data.splits.values():  # as they were given, not as they came
-        split.sources = {name: split.sources[name] for name in weights if name in split.sources}
+    for written in data.splits.values():  # as they were given, not as they came
+        written.sources = {name: written.sources[name] for name in weights if name in written.sources}
     _refuse_empty_splits(data, cfg, sources)
 
 

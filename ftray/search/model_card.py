@@ -28,7 +28,7 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
     dataset = hub_dataset(cfg.data.names)
     sources = [cfg.data.source] if isinstance(cfg.data.source, str) else cfg.data.source
-    datasets = [found for source in sources if (found := hub_dataset(source))]
+    datasets = [hub_id for source in sources if (hub_id := hub_dataset(source))]
     found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
     if proof:
         found = {name: metric["best"] for name, metric in proof["metrics"].items()}
