@@ -130,7 +130,7 @@ COMMANDS = {
         "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
         "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
         "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
-        ("model", "generation", "task", "data.template", "data.chat_template", "evaluation.batch_size"),
+        ("model", "generation", "task", "data.fields", "data.template", "data.chat_template", "evaluation.batch_size"),
     ),
     "merge": Command(
         "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",
@@ -178,6 +178,7 @@ COMMANDS = {
 }
 # what the system says of a path that can't be had, whoever asked it
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+IN_PLACE_OF = {"data.source": "data.sources", "data.sources": "data.source"}  # of which one is given
 SEVERAL = ("adapters", "data.source", "data.validation", "data.test")
 SWITCHES = {"resume": "resume", "verbose": "verbose"}
 EXIT_CODES = (
@@ -238,15 +239,25 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     values = _read_yaml(known.config) if known.config else {}
-    for field, value in vars(known).items():
-        if field != "config" and value is not None:
-            _assign(values, field, value)
-    for field, text in _pairs(name, rest):
+    flags = {field: value for field, value in vars(known).items() if field != "config" and value is not None}
+    pairs = _pairs(name, rest)
+    _give_way(values, {*flags, *(field for field, _ in pairs)})
+    for field, value in flags.items():
+        _assign(values, field, value)
+    for field, text in pairs:
         value = _value(field, text)
         for key in value if isinstance(value, dict) and field in _sections() else ():
             _refuse_unread(name, f"{field}.{key}")
         _assign(values, field, value)
     return config_from(values)
+
+
+def _give_way(values: dict[str, Any], given: set[str]) -> None:
+    """Take out of a YAML file's `values` what one of the `given` flags takes the place of."""
+    for field in given & {*IN_PLACE_OF}:
+        section, _, other = IN_PLACE_OF[field].partition(".")
+        if IN_PLACE_OF[field] not in given and isinstance(values.get(section), dict):
+            values[section].pop(other, None)
 
 
 def _value(field: str, text: str) -> object:

@@ -12,7 +12,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -68,6 +68,8 @@ COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it
 
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
+Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
+Learn = Literal["all", "last", "generation"]
 
 
 class Section(BaseModel):
@@ -91,6 +93,44 @@ class ModelConfig(Section):
     _at_home = field_validator("name")(at_home)
 
 
+def _refuse_bad_reading(data: "DataConfig | MixedSource") -> None:
+    """Raise the ValueError about a template without a place for the prompt, or an encoding that isn't known."""
+    if data.template not in (None, "auto") and "{prompt}" not in data.template:
+        raise ValueError("template must hold {prompt}, or be auto")
+    if data.encoding:
+        try:
+            io.TextIOWrapper(io.BytesIO(), data.encoding)  # refuses codecs that are not of text, too, as base64
+        except LookupError:
+            raise ValueError(f"encoding {data.encoding}: Python knows no encoding of text of that name") from None
+
+
+class MixedSource(Section):
+    """One of several sources; what it doesn't say is as the section says."""
+
+    source: str = Field(description="as `data.source`, one alone")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how often an epoch draws each of its training records: 2 is twice, 0.5 in every other epoch",
+    )
+    fields: Fields | None = Field(None, description="as `data.fields`")
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="as `data.delimiter`")
+    encoding: str | None = Field(None, description="as `data.encoding`")
+    template: str | None = Field(None, description="as `data.template`")
+    learn: Learn | None = Field(None, description="as `data.learn`")
+    train_on_prompt: bool | None = Field(None, description="as `data.train_on_prompt`")
+    validation_fraction: float | None = Field(None, ge=0, lt=1, description="as `data.validation_fraction`")
+    test_fraction: float | None = Field(None, ge=0, lt=1, description="as `data.test_fraction`")
+
+    _at_home = field_validator("source")(at_home)
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> "MixedSource":
+        _refuse_bad_reading(self)
+        return self
+
+
 class DataConfig(Section):
     """Records, how they become tokens, and how they are split."""
 
@@ -98,20 +138,26 @@ class DataConfig(Section):
         "cmudict",
         description="file, folder, glob, hub id[:config][@split], s3:// or gs:// URI, or a bundled name; or several",
     )
+    sources: list[MixedSource] = Field(
+        [], description="in place of `source`: several that are mixed, each with a weight and what it is read by"
+    )
     validation: Sources | None = Field(None, description="source of validation records; wins over validation_fraction")
     test: Sources | None = Field(None, description="source of test records; wins over test_fraction")
-    fields: Annotated[dict[str, str], BeforeValidator(_mapping)] = Field(
-        {}, description="what a record's fields are made of: keys, or jinja templates over them"
+    fields: Fields = Field({}, description="what a record's fields are made of: keys, or jinja templates over them")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="a character, of CSV (default: detected)"
     )
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of CSV (default: detected)")
     encoding: str | None = Field(None, description="of files of text (default: UTF-8, or UTF-16 by its mark)")
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
-    max_length: int = Field(512, ge=2, description="tokens a record may have")
+    max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        512,
+        description="tokens a record may have; auto: as many as 99.9 % of the records have, if the model takes as many",
+    )
     overlong: Literal["truncate", "drop"] = Field("truncate", description="what happens to longer records")
     train_on_prompt: bool = Field(False, description="let prompt tokens bear loss too")
-    learn: Literal["all", "last", "generation"] = Field(
+    learn: Learn = Field(
         "all",
         description="assistant turns that bear loss: all but those marked otherwise, of these the last, "
         "or of all what the chat template has in {% generation %}",
@@ -133,21 +179,44 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction must be below 1: nothing is left to train on")
-        if self.template != "auto" and "{prompt}" not in self.template:
-            raise ValueError("template must hold {prompt}, or be auto")
-        if self.encoding:
-            try:
-                io.TextIOWrapper(io.BytesIO(), self.encoding)  # refuses codecs that are not of text, too, as base64
-            except LookupError:
-                raise ValueError(f"encoding {self.encoding}: Python knows no encoding of text of that name") from None
+        for part in self.parts.values():
+            if part.validation_fraction + part.test_fraction >= 1:
+                of = f"of {part.names} " if self.sources else ""
+                raise ValueError(
+                    f"{of}validation_fraction + test_fraction must be below 1: nothing is left to train on"
+                )
+        _refuse_bad_reading(self)
+        return self
+
+    @model_validator(mode="after")
+    def _name_sources_once(self) -> "DataConfig":
+        """Of a mixture, `source` names the sources too: so files that were written say it, and so they may be read."""
+        names = [mixed.source for mixed in self.sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"sources: {twice} stands twice: give it one weight")
+        if names:
+            if "source" in self.model_fields_set and _one_or_several(names) != self.source:
+                raise ValueError("source and sources both say what is trained on: give one of them")
+            self.__dict__["source"] = _one_or_several(names)  # not assigned, which would validate again
         return self
 
     @property
     def names(self) -> str:
         """The source, or all of them, for messages."""
         return self.source if isinstance(self.source, str) else ", ".join(self.source)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a record may have; any number as long as `auto` has not come to one."""
+        return sys.maxsize if self.max_length == "auto" else self.max_length
+
+    @property
+    def parts(self) -> "dict[str, DataConfig]":
+        """How each of the mixed `sources` is read, by its name; where there are none, this under the name ''."""
+        if not self.sources:
+            return {"": self}
+        own = [mixed.model_dump(exclude={"weight"}, exclude_none=True) for mixed in self.sources]
+        return {fields["source"]: self.model_copy(update={"sources": [], **fields}) for fields in own}
 
 
 class AdapterConfig(BaseModel):
@@ -396,13 +465,15 @@ def config_from(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
+        # of a choice of types, pydantic names that which the value came nearest to
+        path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))]
+        field = re.sub(r"^data\.sources\.(\d+)", r"data.sources[\1]", ".".join(path))
         if first["type"] == "extra_forbidden":
             model = section_at(path[:-1])
-            raise UserError(f"unknown key {'.'.join(path)}{near(path[-1], model.model_fields)}") from None
-        message = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"unknown key {field}{near(path[-1], model.model_fields)}") from None
+        message = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
         shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{'.'.join(path) or 'configuration'}: {message}{shown}") from None
+        raise UserError(f"{field or 'configuration'}: {message}{shown}") from None
 
 
 def refuse_half_characters(value: object, *path: str) -> None:
@@ -443,9 +514,12 @@ def parse_yaml(text: str, where: object) -> object:
 
 
 def section_at(path: list[str]) -> type[BaseModel]:
+    """The section at a path of keys; an index leads to a section in a list of them."""
     model: type[BaseModel] = Config
     for part in path:
-        model = cast("type[BaseModel]", model.model_fields[part].annotation)
+        if not part.isdecimal():
+            annotation = model.model_fields[part].annotation
+            model = cast("type[BaseModel]", get_args(annotation)[0] if get_args(annotation) else annotation)
     return model
 
 

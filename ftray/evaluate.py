@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -11,6 +11,9 @@ from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.storage.location import Location, parse_location
+
+if TYPE_CHECKING:
+    from ftray.evaluation.metrics import Scores
 
 FILE = "evaluation.json"
 
@@ -50,7 +53,9 @@ def run(cfg: Config) -> int:
                 "evaluate them apart, or say by --data.template what both are to be given"
             )
     if split == "all":  # which are not split, then: no part of them can be empty
-        data_cfg = data_cfg.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0})
+        whole = {"validation_fraction": 0.0, "test_fraction": 0.0}
+        mixed = [one.model_copy(update=whole) for one in data_cfg.sources]
+        data_cfg = data_cfg.model_copy(update={"sources": mixed, **whole})
     cfg = cfg.model_copy(update={"data": data_cfg})
     check = DataCheck(data_cfg)
     cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
@@ -66,7 +71,7 @@ def run(cfg: Config) -> int:
     spec = check.run(tokenizer, cfg.task, labels)
     skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
-    data_cfg = within_positions(data_cfg, skeleton, added)
+    data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
     place = output_file(cfg)
 
     import ray
@@ -112,13 +117,13 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
-        :func:`ftray.evaluation.metrics.compare`) and `samples` of generated text.
+        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, and `samples` of generated text.
     """
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter
     from ftray.data import TokenizedData
-    from ftray.evaluation.metrics import compare
+    from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
 
@@ -128,7 +133,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     before = task.score(base, tokenizer, rows, cfg.evaluation)
-    after = {}
+    after: dict[str, Scores] = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
         model = PeftModel.from_pretrained(share(base), str(find_adapter(directory)))
@@ -138,6 +143,8 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
         {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
         for i, row in enumerate(rows[: cfg.evaluation.samples if before.generated else 0])
     ]
+    sources, resamples = [row.get("source") for row in rows], cfg.evaluation.bootstrap
+    by_source = {name: compare_sources(sources, before, scores, resamples) for name, scores in after.items()}
     return {
         "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
         "data": cfg.data.names,
@@ -145,7 +152,12 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
         "task": shards.task.name,
         "records": len(rows),
         "base": {name: m["base"] for name, m in compare(before, before, 1).items()},
-        "adapters": {name: compare(before, scores, cfg.evaluation.bootstrap) for name, scores in after.items()},
+        "adapters": {name: compare(before, scores, resamples) for name, scores in after.items()},
+        "sources": {
+            source: {key: of_base[key] for key in ("records", "base")}
+            | {"adapters": {name: own[source] for name, own in by_source.items()}}
+            for source, of_base in compare_sources(sources, before, before, 1).items()
+        },
         "samples": samples,
     }
 
@@ -156,16 +168,20 @@ def show(result: dict[str, Any]) -> None:
 
     table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
     for name, value in result["base"].items():
-        cells = []
-        for metrics in result["adapters"].values():
-            low, high = metrics[name]["interval"]
-            cells.append(f"{metrics[name]['best']:.4g}  ({low:+.4g} to {high:+.4g})")
-        table.add_row(name, f"{value:.4g}", *cells)
+        table.add_row(name, f"{value:.4g}", *(_cell(metrics[name]) for metrics in result["adapters"].values()))
+    for source, own in result["sources"].items():
+        cells = map(_cell, own["adapters"].values())
+        table.add_row(f"loss, {own['records']} of {source}", f"{own['base']:.4g}", *cells)
     console().print(table)
     if result["adapters"]:
         print("in brackets: 95 % interval of the difference to the base")
     for sample in result["samples"]:
         print("  " + ", ".join(f"{name} {' '.join(text.split())[:80]!r}" for name, text in sample.items()))
+
+
+def _cell(metric: dict[str, Any]) -> str:
+    low, high = metric["interval"]
+    return f"{metric['best']:.4g}  ({low:+.4g} to {high:+.4g})"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def run(cfg: Config) -> int:
     records = prompts = None
     if asked.file is not None:
         records = list(read_records(asked.file))
-        prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in records]
+        prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
         answer_file(cfg, generator, records, prompts)
@@ -123,8 +123,9 @@ class Renderer:
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
     from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
-    from ftray.data.shapes import fitting
+    from ftray.data.shapes import FLAGS, VERDICTS, fitting
 
+    record = {key: value for key, value in record.items() if key not in (*FLAGS, *VERDICTS)}  # of its answer
     last = {"role": "assistant", "content": "."}
     for key in TURNS:
         if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):
@@ -166,6 +167,20 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, {"prompt": line}
             continue
         yield where, parse_json(line, where)
+
+
+def mapped(records: list[tuple[str, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records as `data.fields` has them, but for an answer, which prompts lack.
+
+    Raises:
+        UserError: a key is missing, or a template fails.
+    """
+    from ftray.data.fields import Fields
+    from ftray.data.records import ANSWERED
+
+    fields = Fields({field: made_of for field, made_of in data.fields.items() if field not in ANSWERED})
+    for where, record in records:
+        yield where, fields(record, where) if data.fields else record
 
 
 class Generator:

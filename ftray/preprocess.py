@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftray.cli import run_command
-from ftray.config import Config
+from ftray.config import Config, ModelConfig
 from ftray.reports.data import LEARNT, MASKED, describe, rendered
 
 
@@ -31,9 +31,15 @@ def run(cfg: Config) -> int:
     from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    check.run(tokenizer, cfg.task)
+    task, data_cfg = check.run(tokenizer, cfg.task), cfg.data
+    if data_cfg.max_length == "auto":
+        from ftray.data.limits import within_positions
+        from ftray.models.load import load_skeleton
+
+        plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
+        data_cfg = within_positions(data_cfg, load_skeleton(plain, model_path, task), lengths=check.lengths)
     connect(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
     print(describe(data))
     console = Console()
     console.print(Text.assemble("a record, ", ("as context", MASKED), " and ", ("to be learnt", LEARNT), ":"))

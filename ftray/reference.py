@@ -54,6 +54,10 @@ def reference() -> str:
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             lines += ["", f"## {name}", "", *_table(field.annotation)]
+            for key, inner in field.annotation.model_fields.items():
+                (of, *_) = get_args(inner.annotation) or (None,)
+                if get_origin(inner.annotation) is list and isinstance(of, type) and issubclass(of, BaseModel):
+                    lines += ["", f"### each of {name}.{key}", "", *_table(of)]
         else:
             plain[name] = field
     lines += ["", "## no section", "", *_table(Config, set(plain))]
@@ -108,14 +112,15 @@ def _table(model: type[BaseModel], only: set[str] | None = None) -> list[str]:
     lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         if only is None or name in only:
-            bounds = ", ".join(_bound(m) for m in field.metadata)
+            bounds = ", ".join(filter(None, map(_bound, field.metadata)))
             text = " ".join(part for part in (field.description, f"({bounds})" if bounds else "") if part)
-            lines.append(f"| `{name}` | {_type(field.annotation)} | `{field.default!r}` | {text} |")
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {text} |")
     return lines
 
 
 def _bound(limit: object) -> str:
-    """`Gt(gt=0)` as `> 0`."""
+    """`Gt(gt=0)` as `> 0`; empty: it has none."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     return " ".join(f"{sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
 
@@ -123,6 +128,10 @@ def _bound(limit: object) -> str:
 def _type(annotation: object) -> str:
     if get_origin(annotation) is Annotated:
         return _type(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mappings, see below"
+    if get_origin(annotation) is dict:
+        return f"mapping of {' to '.join(_type(part) for part in get_args(annotation))}"
     if get_origin(annotation) is None:
         return getattr(annotation, "__name__", str(annotation))
     parts = [repr(a) if isinstance(a, str | int) else _type(a) for a in get_args(annotation)]

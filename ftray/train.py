@@ -53,11 +53,11 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.tasks.infer_task import infer_task, with_resumed_template
+    from ftray.tasks.infer_task import as_begun, infer_task
 
     require("validation", cfg.data, "which checkpoint is the best is told by records that are not trained on")
     model_path = find(cfg.model.name)
-    cfg = with_resumed_template(cfg)
+    cfg = as_begun(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -74,7 +74,8 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
-    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, added_tokens(cfg.adapter))})
+    settled = within_positions(cfg.data, skeleton, added_tokens(cfg.adapter), data.lengths)
+    cfg = cfg.model_copy(update={"data": settled})
     dry_run(cfg.adapter, skeleton, cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly

@@ -243,7 +243,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.stored import as_stored
     from ftray.search.space import load_space
     from ftray.search.trackers import check_trackers
-    from ftray.tasks.infer_task import infer_task, with_resumed_template
+    from ftray.tasks.infer_task import as_begun, infer_task
 
     space = load_space(cfg.search.space)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
@@ -251,7 +251,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     require("validation", cfg.data, "a search goes by records that are not trained on")
     require("test", cfg.data, "the proof needs records that the search never sees")
     model_path = find(cfg.model.name)
-    cfg = with_resumed_template(cfg)
+    cfg = as_begun(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -269,7 +269,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
-    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, most_added(space))})
+    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, most_added(space), data.lengths)})
     tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
         adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
@@ -293,13 +293,14 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     """Score base and best adapter on the test split; runs where the hardware is.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `new_modules` that the base came without, `samples` of
-        generated text, and `merged`, for the time being with the `reason` that it comes later.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `new_modules` that
+        the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that it
+        comes later.
     """
     from peft import PeftModel
 
     from ftray.data import TokenizedData
-    from ftray.evaluation.metrics import compare
+    from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
 
     cfg = context.config
@@ -321,6 +322,7 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
         "new_modules": base.new_modules,
         "merged": {"reason": "not made yet"},
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
+        "sources": compare_sources([row.get("source") for row in rows], before, after, cfg.evaluation.bootstrap),
         "samples": samples[: cfg.evaluation.samples],
     }
 

@@ -15,7 +15,7 @@ from ftray.errors import UserError
 from ftray.models.chat_template import give_chat_template, names, turn_end
 from ftray.models.load import load_tokenizer
 from ftray.task_spec import IGNORE
-from ftray.tasks.infer_task import with_resumed_template
+from ftray.tasks.infer_task import as_begun
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 
@@ -177,7 +177,7 @@ def test_what_is_resumed_keeps_the_template_that_it_began_with(tmp_path, tiny_ll
     def template(**more):
         given = {"source": words, **more.pop("data", {})}
         cfg = config_from({"data": given, "model": {"name": tiny_llama}, "output": str(tmp_path), **more})
-        return with_resumed_template(cfg).data.template
+        return as_begun(cfg).data.template
 
     assert template(resume=True) == "say {prompt}:"
     assert template(resume=True, data={"template": "{prompt}"}) == "{prompt}"

@@ -14,7 +14,7 @@ import yaml
 from helpers.views import guarded
 
 from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, choices_of, field_of, fields, main, parse, reads
-from ftray.config import Config, ServingConfig
+from ftray.config import Config, MixedSource, ServingConfig
 from ftray.errors import UserError
 from ftray.reference import commands, reference
 
@@ -31,6 +31,7 @@ def test_the_references_in_docs_are_what_the_code_says(capsys):
 SPECIAL = {
     "search.trackers": ["mlflow"],
     "data.source": ["one", "two"],
+    "data.sources": [MixedSource(source="one", weight=2).model_dump()],
     "data.validation": "something",
     "data.test": ["one", "two"],
     "data.fields": {"prompt": "question"},

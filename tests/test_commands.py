@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -179,6 +180,16 @@ def test_infer_asks_as_training_did_and_writes_what_it_answers(tmp_path, capsys,
     assert [a["generated"] for a in answers] == wanted
     assert main(["infer", *common, "--prompt", "a b"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == wanted[0].rstrip("\n")
+
+    odd = [{"riddle": "a b", "weight": 0}, {"riddle": "the cat sat", "gold": "known", "is_correct": False}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in odd))
+    assert main(["infer", *common, "--file", str(file)]) == 2
+    (proposed,) = re.findall("--data.fields '(.*)'", capsys.readouterr().err)
+    assert proposed == "text: riddle"
+    fields = ["--data.fields", "prompt: riddle, completion: gold"]
+    assert main(["infer", *common, "--file", str(file), *fields]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == [record | {"generated": text} for record, text in zip(odd, wanted[:2], strict=True)]
 
     sampled = set()
     for seed in ("1", "1", "2"):

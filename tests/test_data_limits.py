@@ -1,9 +1,14 @@
 """What a model has places for, and what is said of data that is beyond."""
 
+import json
+import random
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 import torch
 import transformers as t
+import yaml
 from conftest import bert, gpt2, llama, t5
 
 from ftray import train
@@ -100,7 +105,7 @@ def shards(directory, *records: list[int], lengths: tuple[int, ...] = ()) -> Tok
         {"key": i, "input_ids": ids, "labels": ids, "lengths": list(lengths), **empty} for i, ids in enumerate(records)
     ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    writer.add(table.append_column("truncated", [[False] * len(rows)]))
+    writer.add(table.append_column("truncated", [[0] * len(rows)]))
     return TokenizedData(str(directory), "", {"train": writer.close()})
 
 
@@ -145,3 +150,41 @@ def test_training_plans_for_few_positions(tmp_path, words, tokenizer):
     assert train.check(cfg)[0].data.max_length == 40
     prompted = cfg.model_copy(update={"adapter": AdapterConfig(method="prompt_tuning", virtual_tokens=5)})
     assert train.check(prompted)[0].data.max_length == 35
+
+
+def test_auto_leaves_all_but_one_in_a_thousand_whole_if_the_model_takes_as_many(capsys):
+    lengths = [*range(3, 2003)]  # 2000 of them: 1998 have at most 2000 tokens
+    random.Random(0).shuffle(lengths)
+    cfg = DataConfig(max_length="auto")
+    roomy = llama(max_position_embeddings=4096)
+    assert within_positions(cfg, roomy, 0, lengths).max_length == 2000
+    assert capsys.readouterr().out == (
+        "data.max_length 2000: of 2000 records 99.9% have at most 2000 tokens, the longest has 2002, "
+        "and the model takes 4096\n"
+    )
+    assert within_positions(cfg, gpt2(), 12, lengths).max_length == 500
+    assert within_positions(cfg, llama(), 0, lengths).max_length == 512
+    assert within_positions(cfg, t5(), 0, [5, 7, 6]).max_length == 7  # no table and no such setting
+    assert within_positions(cfg, gpt2(), 0, [1]).max_length == 2
+
+
+def test_auto_goes_by_the_records_and_a_resumed_run_by_what_it_came_to(tmp_path, words, tiny_llama, tokenizer):
+    told = {"model": {"name": tiny_llama}, "data": {"source": words, "max_length": "auto"}}
+    cfg = config_from({**told, "output": str(tmp_path / "out")})
+    records = [json.loads(line) for line in Path(words).read_text().splitlines()]
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": r["input"]}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        + tokenizer(r["output"] + "<|end|>")["input_ids"]
+        for r in records
+    ]
+    assert train.check(cfg)[0].data.max_length == max(map(len, chats))
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    begun = {**cfg.model_dump(), "task": "CAUSAL_LM"}
+    begun["data"]["max_length"], begun["search"]["metric"] = 9, "validation_loss"
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(begun))
+    resumed = config_from({**told, "output": str(tmp_path / "out"), "resume": True})
+    assert train.check(resumed)[0].data.max_length == 9
+    not_given = config_from({"model": told["model"], "data": {"source": words}, "output": str(tmp_path / "out")})
+    assert train.check(not_given.model_copy(update={"resume": True}))[0].data.max_length == 9

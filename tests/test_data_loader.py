@@ -1,9 +1,10 @@
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ftray.data.loader import batches, batches_in_order
 from ftray.data.row_groups import read_slice, row_group_order, row_groups_in_order
+from ftray.data.shards import ROW_GROUP_ROWS, MixedRows, Split
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks.causal import collate
 
@@ -26,7 +28,7 @@ class InMemory:
     def __init__(self, sizes: list[int]):
         self.starts = np.cumsum([0, *sizes])
         self.read: list[int] = []  # row groups, in the order in which they were read
-        self.splits = dict.fromkeys(("train", "validation"), SimpleNamespace(row_groups=sizes))
+        self.splits = dict.fromkeys(("train", "validation"), Split(row_groups=sizes, records=sum(sizes)))
 
     def row_group(self, split: str, index: int, columns: list[str]) -> pa.Table:
         self.read.append(index)
@@ -272,3 +274,75 @@ def test_a_task_that_reads_row_groups_imports_no_torch():
     code = "import sys, ftray.data.ray_loader; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# --- mixtures
+
+
+class Mixture(InMemory):
+    """As `InMemory`, of records of several sources, in the order in which they are stored."""
+
+    def __init__(self, sources: list[str], weights: dict[str, float], size: int):
+        whole, rest = divmod(len(sources), size)
+        super().__init__([size] * whole + [rest] * bool(rest))
+        self.sources = sources
+        groups = [sources[at : at + size] for at in range(0, len(sources), size)]
+        mixed = {name: MixedRows(weights[name], [group.count(name) for group in groups]) for name in weights}
+        self.splits["train"] = replace(self.splits["train"], sources=mixed)
+
+    def row_group(self, split: str, index: int, columns: list[str]) -> pa.Table:
+        table = super().row_group(split, index, columns)
+        own = self.sources[self.starts[index] : self.starts[index + 1]]
+        at = columns.index("source") if "source" in columns else None
+        return table if at is None else table.set_column(at, "source", pa.array(own))
+
+
+mixtures = st.builds(
+    Mixture,
+    st.lists(st.sampled_from("abc"), min_size=3, max_size=40).map(lambda names: [*names, *"abc"]),
+    st.fixed_dictionaries(dict.fromkeys("abc", st.sampled_from([0.01, 0.3, 0.5, 1, 1.7, 2, 5]))),
+    st.integers(1, 7),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=mixtures, seed=st.integers(0, 2**32))
+def test_a_weight_is_how_often_each_record_of_a_source_comes_up_in_an_epoch(data, seed):
+    epochs = 4
+    sizes = {name: data.sources.count(name) for name in "abc"}
+    wanted = {name: max(1, round(mixed.weight * sizes[name])) for name, mixed in data.splits["train"].sources.items()}
+    total = sum(wanted.values())
+    whole = stream(data, epochs * total, seed)
+    seen = Counter[int]()
+    for epoch in range(epochs):
+        own = whole[epoch * total : (epoch + 1) * total]
+        assert Counter(data.sources[record] for record in own) == wanted
+        seen.update(own)
+        for record, source in enumerate(data.sources):  # none comes up twice more often than another
+            share = (epoch + 1) * wanted[source] / sizes[source]
+            assert math.floor(share) <= seen[record] <= math.ceil(share)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=mixtures, seed=st.integers(0, 2**32), first=st.integers(0, 90), world_size=st.sampled_from([1, 2, 4]))
+def test_the_order_of_a_mixture_goes_on_exactly_where_it_stood(data, seed, first, world_size):
+    whole = stream(data, 140, seed)
+    assert stream(data, 40, seed, first) == whole[first : first + 40]
+    start = first - first % 4
+    by_rank = [stream(data, 10, seed, start, rank, world_size) for rank in range(world_size)]
+    together = [record for step in zip(*by_rank, strict=True) for record in step]
+    assert together == whole[start : start + len(together)]
+
+
+def test_weights_of_one_leave_the_order_as_it_is_without_any():
+    sources = [*"abbacab"] * 5
+    mixed = Mixture(sources, dict.fromkeys("abc", 1.0), 8)
+    assert stream(mixed, 100, 3) == stream(InMemory([8] * 4 + [3]), 100, 3)
+
+
+def test_a_row_group_that_weights_lengthen_is_read_in_parts():
+    data = Mixture([*"ab"] * 8, {"a": 700.0, "b": 1.0}, 16)
+    parts = list(row_group_order(data, 0, 0, 8 * 701))
+    assert max(part.stop - part.start for part in parts) == ROW_GROUP_ROWS
+    assert sum(part.stop - part.start for part in parts) == 8 * 701
+    assert Counter(stream(data, 8 * 701)) == {n: 1 if n % 2 else 700 for n in range(16)}

@@ -1,5 +1,10 @@
+import json
+import shlex
+
 import pytest
 
+from ftray import cli
+from ftray.data.fields import Fields
 from ftray.data.records import Example, Turn, parse, parse_and_see
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -60,6 +65,7 @@ HONOURED = [
     (PLAIN | {"system": "", "history": []}, chat(SAID)),
     (PLAIN | {"history": ""}, chat(SAID)),
     (PLAIN | {"system": None, "history": None, "label": None, "weight": None, "images": None}, Example("a", "b")),
+    *((PLAIN | {"weight": whole, "mask": "0"}, Example("a", "b")) for whole in ("1", "1.0", "true", "True ")),
     (PLAIN | {"images": [], "tools": "[]", "context": " ", "rejected": "", "weight": 1}, Example("a", "b")),
     ({"messages": None, "prompt": None, "completion": None, "text": "t"}, Example("", "t")),
     ({"instruction": None, "input": "a", "output": "b"}, Example("a", "b")),
@@ -124,6 +130,8 @@ SEEN = [
         "messages (messages)",
         "messages[].content[].cache_control",
     ),
+    # a verdict that the answer is good, and a share, which says neither
+    (PLAIN | {"is_correct": True, "reward": 0.3}, "prompt/completion (prompt, completion)", "is_correct, reward"),
     # a text that only repeats what the record says
     ({"messages": [USER, ANSWER], "prompt": " a"}, "messages (messages)", "prompt"),
     ({"instruction": "a", "output": "b", "text": "### a\n### b"}, "instruction (instruction, output)", "text"),
@@ -151,6 +159,12 @@ LOST = [
     ({"messages": [USER, ANSWER], "rejected": "c"}, "rejected: one of a preference pair"),
     ({"messages": [USER, ANSWER], "rejected_response": "c"}, "rejected_response: one of a preference pair"),
     ({"text": "t", "rejected": "c"}, "rejected: one of a preference pair"),
+    (PLAIN | {"is_correct": False}, "is_correct is False, and what is learnt are good answers: leave the record out"),
+    (PLAIN | {"accepted": "no", "correct": "False"}, "correct is False, and what is learnt are good answers"),
+    (PLAIN | {"reward": "-1.0"}, "reward is -1, and what is learnt are good answers"),
+    ({"question": "q", "answer": "a", "passed": 0}, "passed is 0, and what is learnt are good answers"),
+    ({"messages": [USER, ANSWER], "accepted": False}, "accepted is False, and what is learnt are good answers"),
+    ({"messages": [USER, ANSWER | {"is_correct": False}]}, r"messages\[1\]\.is_correct is False, and what is learnt"),
     (PLAIN | {"images": ["a.png"]}, "images: ftray reads text alone"),
     (PLAIN | {"image": {"bytes": "x"}}, "image: ftray reads text alone"),
     ({"messages": [USER, ANSWER], "videos": ["v"]}, "videos: ftray reads text alone"),
@@ -183,6 +197,10 @@ LOST = [
     ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages has no assistant turn to be learnt: nothing to learn"),
     ({"messages": [USER | {"train": True}, ANSWER]}, r"messages\[0\]\.train: a turn of user can't be learnt alone"),
     (PLAIN | {"weight": 0.5}, "weight is 0.5: a turn or record is learnt or not"),
+    (PLAIN | {"weight": "0.5"}, "weight is 0.5: a turn or record is learnt or not"),
+    (PLAIN | {"weight": "often"}, "weight is 'often': a turn or record is learnt or not"),
+    *((PLAIN | {"weight": none}, "marked as one that isn't learnt") for none in ("0", "0.0", " FALSE")),
+    (PLAIN | {"mask": "1"}, "marked as one that isn't learnt: leave the record out"),
     (PLAIN | {"weight": 0}, "marked as one that isn't learnt: leave the record out"),
     (PLAIN | {"mask": True}, "marked as one that isn't learnt: leave the record out"),
     (PLAIN | {"system": ["S"]}, "system must be text, not list"),
@@ -308,3 +326,50 @@ REFUSED = [
 def test_refused(record, message):
     with pytest.raises(UserError, match=f"^f.jsonl:7: {message}"):
         parse(record, "f.jsonl:7")
+
+
+# of records of no known shape, what they say once they are mapped as the message proposes
+ODD = [
+    (
+        {
+            "id": 1,
+            "talk": [{"who": "Customer", "said": 'it\'s <b>"broken"\n'}, {"who": "Agent", "said": "try \\ again"}],
+        },
+        chat((("user", 'it\'s <b>"broken"\n'), ("assistant", "try \\ again"))),
+    ),
+    (
+        {"talk": [{"name": "Al", "values": "a"}, {"name": "Bo", "values": "b"}, {"name": "Al", "values": "thanks"}]},
+        chat((*SAID, ("user", "thanks"))),
+    ),
+    ({"data": {"thread": [{"speaker": "patient", "text": "a"}, {"speaker": "doctor", "text": "b"}]}}, chat(SAID)),
+    (
+        {
+            "talk": [
+                {"role of": "System", "t": "S"},
+                {"role of": "Kunde", "t": "a"},
+                {"role of": "Berater", "t": "b"},
+            ]
+        },
+        chat((("system", "S"), *SAID)),
+    ),
+    ({"talk": [USER, ANSWER]}, chat(SAID)),
+    ({"talk": json.dumps([USER, ANSWER])}, chat(SAID)),
+    ({"options": [{"n": 1}, {"n": 2}], "riddle": "a", "gold": "b"}, Example("a", "b")),
+]
+
+
+@pytest.mark.parametrize(("record", "example"), ODD)
+def test_the_mapping_that_is_proposed_for_an_odd_record_reads_it(record, example):
+    with pytest.raises(UserError) as told:
+        parse(record, "f.jsonl:7")
+    assert "\n" not in str(told.value)
+    proposed = str(told.value).split("as in ")[1]
+    fields = cli.parse("preprocess", shlex.split(proposed)).data.fields
+    assert parse(Fields(fields)(record, "f.jsonl:7"), "f.jsonl:7") == example
+
+
+def test_numbers_that_a_csv_file_writes_as_text_are_read():
+    scored = {"sentence1": "a", "sentence2": "b", "score": "0.5"}
+    assert TaskSpec("FEATURE_EXTRACTION").load().parse(scored, "f:1").score == 0.5
+    asked = {"question": "q", "context": "a b b", "answer": "b", "answer_start": "4", "is_impossible": "False"}
+    assert TaskSpec("QUESTION_ANS").load().parse(asked, "f:1").answers == [("b", 4)]

@@ -116,6 +116,11 @@ WRONG = {
     ),
     "validation of almost nothing": (GOOD, {"validation_fraction": 1e-9}, "validation split of 60 .* is empty"),
     "test empty": (GOOD, {"test_fraction": 1e-9}, "test split of 60 .* is empty: raise data.test_fraction"),
+    "all alike": (
+        GOOD[:1] * 60,
+        {},
+        r"of 60 record\(s\), only 1 of them different, is empty: equal ones share a split: give more that differ, or",
+    ),
     "limit too small": (GOOD, {"limit": 1}, "is left for training|split of 1 record.* is empty"),
     "nothing fits": (
         GOOD,

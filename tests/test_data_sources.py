@@ -127,7 +127,11 @@ PLAIN = json.dumps(RECORDS[0]) + "\n"
 BROKEN = {
     "json line": ("r.jsonl", PLAIN + "\n{'input': 1}\n", r"r\.jsonl:3: not valid JSON: Expecting property name"),
     "not an object": ("r.jsonl", PLAIN + "[1]\n", r"r\.jsonl:2: a record must be a JSON object, not list"),
-    "not UTF-8": ("r.jsonl", PLAIN.encode() + b'{"a": "\xff"}\n', r"r\.jsonl:2: not valid JSON"),
+    "not UTF-8": (
+        "r.jsonl",
+        PLAIN.encode() + b'{"a": "\xff"}\n',
+        r"r\.jsonl:2: not valid JSON: not utf-8: name .* data\.encoding",
+    ),
     "json file": ("r.json", "[\n{},\n{]", r"r\.json:3: not valid JSON"),
     "json of numbers": ("r.json", "[1]", r"r\.json\[0\]: a record must be a JSON object, not int"),
     "json scalar": ("r.json", '"x"', r"must hold a list of records, not str"),

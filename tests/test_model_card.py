@@ -14,7 +14,11 @@ BEST = {
     "tokens": 9000,
 }
 METRIC = {"base": 2.5, "best": 1.5, "difference": -1.0, "interval": [-1.25, -0.75]}
-PROOF = {"metrics": {"loss": METRIC, "exact_match": METRIC | {"best": 0.75}}, "new_modules": ["score"]}
+PROOF = {
+    "metrics": {"loss": METRIC, "exact_match": METRIC | {"best": 0.75}},
+    "sources": {"chats.jsonl": {"records": 40, **METRIC}},
+    "new_modules": ["score"],
+}
 
 
 def written(proof, **fields) -> ModelCard:
@@ -41,6 +45,15 @@ def test_without_a_proof_it_says_what_was_validated_and_names_no_data_set_that_t
     assert result.dataset_name == "words.jsonl"
 
 
+def test_of_several_sources_those_of_the_hub_are_named():
+    mixed = [
+        {"source": "some-org/chats"},
+        {"source": "words.jsonl", "weight": 2},
+        {"source": "other-org/facts:small@train"},
+    ]
+    assert written(None, data={"sources": mixed}).data.datasets == ["some-org/chats", "other-org/facts"]
+
+
 def test_names_that_mean_something_to_yaml_stay_names():
     assert written(None, model={"name": "/models/a: b #1"}).data.base_model == "/models/a: b #1"
 
@@ -52,6 +65,7 @@ def test_the_text_says_how_it_was_made_what_it_is_worth_and_how_it_is_used():
         "Trained on `some-org/records:main`; the best of a search over",
         "validation_loss: 1.2500 after 640 records (9000 tokens).",
         "| loss | 2.5000 | 1.5000 | difference -1.2500 to -0.7500 |",
+        "| loss, 40 records of chats.jsonl | 2.5000 | 1.5000 | difference -1.2500 to -0.7500 |",
         "The base came without score: above, its head is untrained.",
         "from transformers import AutoModelForCausalLM",
         'model = PeftModel.from_pretrained(base, ".")',

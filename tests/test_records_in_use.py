@@ -15,6 +15,7 @@ import pytest
 from pyarrow import CompressedOutputStream
 
 from ftray import preprocess
+from ftray.cli import main
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, prepare
 from ftray.data.formats import read_chunk
@@ -23,7 +24,7 @@ from ftray.data.splits import find_sources, split_of
 from ftray.data.tokens import Tokens, spread
 from ftray.errors import UserError
 from ftray.models.load import load_tokenizer
-from ftray.task_spec import IGNORE, TaskSpec
+from ftray.task_spec import IGNORE, RAW, TaskSpec
 from ftray.tasks.infer_task import infer_task
 
 TEMPLATE = (  # with tools, as the templates of current models have them
@@ -492,6 +493,21 @@ def test_a_number_of_thousands_of_digits_is_refused(tmp_path, tiny_llama):
             texts_of(find_sources(config(tmp_path / name, tiny_llama, None).data)["train"].chunks)
 
 
+def test_a_weight_in_a_csv_file_is_a_number_as_in_others(tmp_path, tiny_llama, capsys):
+    rows = "".join(f"q{n},a{n},{'1' if n % 2 else '1.0'}\n" for n in range(60))
+    (tmp_path / "r.csv").write_text("input,output,weight\n" + rows)
+    cfg = config(tmp_path / "r.csv", tiny_llama, None)
+    _, learnt = rows_of(cfg)
+    assert len(learnt) == 60
+    for unlearnt, message in (
+        ("0", "marked as one that isn't learnt: leave the record out"),
+        ("0.25", "weight is 0.25: a turn or record is learnt or not"),
+    ):
+        (tmp_path / "r.csv").write_text("input,output,weight\n" + rows + f"q,a,{unlearnt}\n")
+        assert main(["preprocess", "--data", str(tmp_path / "r.csv"), "--model", tiny_llama]) == 2
+        assert f"r.csv:62: {message}" in capsys.readouterr().err
+
+
 BAD = {
     "a key twice": (b'{"input": "a", "output": "b"}\n{"input": "a", "input": "b"}\n', r":2: key 'input' stands twice"),
     "a key twice inside": (b'{"messages": [{"role": "user", "role": "system"}]}\n', r":1: key 'role' stands twice"),
@@ -673,3 +689,31 @@ def test_a_second_conversation_is_not_left_out_but_the_same_in_other_words_is():
     assert parse({"messages": turns, "conversations": other, "turns": 2}, "here").messages[1].text == "hello"
     with pytest.raises(UserError, match="conversations would be lost"):
         parse({"messages": turns, "conversations": [*other[:1], {"from": "gpt", "value": "go away"}]}, "here")
+
+
+def test_what_is_cut_is_told_with_its_share_and_the_longest_of_all(cluster, tiny_llama, tokenizer, tmp_path, capsys):
+    """By the lengths that the tokenizer gives for whole records, of several tasks."""
+    draw = random.Random(4)
+    texts = [" ".join(draw.choices("abcdef", k=draw.randint(3, 12))) for _ in range(60)]
+    texts[37] = " ".join("abcdef" * 9)
+    kinds = {
+        "pairs": (lambda text: {"prompt": text, "completion": "z"}, lambda text: f"{text}\nz{END}"),
+        "labels": (lambda text: {"text": text, "label": "ab"["f" in text]}, str),
+    }
+    for name, (record, whole) in kinds.items():
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(record(text)) + "\n" for text in texts))
+        lengths = [len(tokenizer(whole(text))["input_ids"]) for text in texts]
+        flags = {"--data": source, "--model": tiny_llama, "--data.max_length": 17, "--data.test_fraction": 0}
+        flags |= {"--data.validation_fraction": 0, "--data.template": RAW, "--data.cache": tmp_path / "cache"}
+        assert main(["preprocess", *(str(part) for pair in flags.items() for part in pair)]) == 0
+        cut = [length for length in lengths if length > 17]
+        assert (
+            f"{len(cut)} truncated ({100 * len(cut) / 60:.2g} %; the longest, {source}:38, has {max(lengths)} tokens)"
+        ) in capsys.readouterr().out
+    assert (
+        main(["preprocess", *(str(p) for pair in (flags | {"--data.max_length": "auto"}).items() for p in pair)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert f"data.max_length {max(lengths)}: of 60 records 99.9% have at most {max(lengths)} tokens" in printed
+    assert "0 truncated\n" in printed

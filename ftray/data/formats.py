@@ -37,6 +37,7 @@ class Chunk:
         delimiter, encoding: of a text file; empty: to be detected.
         block: characters of a record that is cut from a text file; about.
         fields: JSON of the mapping from fields to what they are made of (see :mod:`ftray.data.fields`).
+        part: of a mixture, the name of the source that it belongs to; else empty.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Chunk:
     encoding: str = ""
     block: int = 2048
     fields: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,12 @@ def _read_jsonl_text(chunk: Chunk) -> Iterator[Located]:
                     place = SourceLocation(chunk.path, number, True)
                     yield place, parse_json(line, place)
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
 
 
-def _undecodable(where: object, error: UnicodeError, chunk: Chunk) -> UserError:
+def _undecodable(where: object, error: UnicodeError, encoding: str = "") -> UserError:
     """The error about text that is not in its encoding; some codecs raise a UnicodeError that does not name theirs."""
-    encoding = (chunk.encoding or getattr(error, "encoding", "utf-8")).removesuffix("-sig")
+    encoding = (encoding or getattr(error, "encoding", "utf-8")).removesuffix("-sig")
     return UserError(f"{where}: not {encoding}: name the file's encoding by data.encoding, as cp1252 or utf-16")
 
 
@@ -205,7 +207,7 @@ def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
         text = (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
         record = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
+        raise _undecodable(f"{place}: not valid JSON", error) from None
     except _KeyTwiceError as error:
         raise UserError(f"{place}: key {error} stands twice: leave one of them out") from None
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
@@ -248,7 +250,7 @@ def _read_json(chunk: Chunk) -> Iterator[Located]:
         with _text_of(chunk, "") as file:
             content = file.read()
     except UnicodeError as error:
-        raise _undecodable(chunk.path, error, chunk) from None
+        raise _undecodable(chunk.path, error, chunk.encoding) from None
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except _KeyTwiceError as error:
@@ -297,7 +299,7 @@ def _read_csv(chunk: Chunk) -> Iterator[Located]:
                     raise UserError(f"{place}: not as many fields as the header has: {len(names)}, {_named(names)}")
                 yield place, dict(row)
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
         except csv.Error as error:
             raise UserError(f"{chunk.path}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -325,7 +327,7 @@ def _read_text(chunk: Chunk) -> Iterator[Located]:
                         break
                 part += line
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk) from None
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
     if part.strip():
         yield SourceLocation(chunk.path, at, True), {"text": part} | ({PART: "last"} if begun else {})
 

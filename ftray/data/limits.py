@@ -1,5 +1,7 @@
 """Data against what the model has places for: found before training, which would end in an index error."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute
@@ -8,22 +10,48 @@ from ftray.config import DataConfig
 from ftray.data.shards import TokenizedData
 from ftray.errors import UserError
 
+SHARE = 0.999  # of the records that `max_length: auto` leaves whole
 
-def within_positions(cfg: DataConfig, model: Any, added: int = 0) -> DataConfig:
+
+def within_positions(cfg: DataConfig, model: Any, added: int = 0, lengths: Sequence[int] = ()) -> DataConfig:
     """`cfg` with a `max_length` that the model has positions for, unless it was given; says so.
+
+    `auto` becomes the length that `SHARE` of the records don't exceed, or the most that the model takes.
 
     Args:
         model: with or without weights.
         added: tokens that an adapter puts before a record.
+        lengths: tokens of records, for `auto`.
     """
-    from ftray.models.limits import positions
+    from ftray.models.limits import context_length, positions
 
     most = positions(model)
+    if cfg.max_length == "auto":
+        most = context_length(model)
+        return _settled(cfg, None if most is None else most - added, sorted(lengths))
     if most is None or cfg.max_length <= most - added or "max_length" in cfg.model_fields_set:
         return cfg
     beside = f", {added} of them for the adapter's own tokens" if added else ""
     print(f"data.max_length {most - added}: the model has {most} positions{beside}", flush=True)
     return cfg.model_copy(update={"max_length": most - added})
+
+
+def _settled(cfg: DataConfig, most: int | None, lengths: list[int]) -> DataConfig:
+    """`auto` as a number.
+
+    Args:
+        most: tokens that the model takes beside an adapter's own; None: any number.
+        lengths: tokens of records, sorted.
+    """
+    wanted = max(2, lengths[math.ceil(SHARE * len(lengths)) - 1])
+    taken = wanted if most is None else min(wanted, most)
+    limit = "" if most is None else f", and the model takes {most}"
+    print(
+        f"data.max_length {taken}: of {len(lengths)} records {SHARE:.1%} have at most {wanted} tokens, the longest "
+        f"has {lengths[-1]}{limit}",
+        flush=True,
+    )
+    return cfg.model_copy(update={"max_length": taken})
 
 
 def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: Any, added: int = 0) -> None:
@@ -46,7 +74,7 @@ def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: A
             f"data {cfg.names}: has the token {token!r} of id {highest}, but the model has embeddings for {rows} "
             "tokens: take its own tokenizer, or a model that was resized for the token"
         )
-    if most is None or cfg.max_length + added <= most:
+    if most is None or cfg.longest + added <= most:
         return
     longest = longest_text(data)
     if longest + added > most:

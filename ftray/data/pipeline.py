@@ -5,7 +5,6 @@ import json
 import logging
 import pickle
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -35,7 +34,7 @@ from ftray.data.splits import (
     refuse_unsupervised,
     split_of,
 )
-from ftray.data.tokens import prompt_template, rendering, spread
+from ftray.data.tokens import Tokens, prompt_template, rendering, spread
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
@@ -59,6 +58,7 @@ RECORD = pa.schema(
     {
         "key": pa.int64(),  # place in the order; signed, for the sort
         "split": pa.string(),
+        "source": pa.string(),  # of a mixture
         "shape": pa.string(),
         "ignored": pa.list_(pa.string()),
         "classes": pa.list_(pa.string()),
@@ -118,7 +118,7 @@ def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str,
         "version": VERSION,
         "task": [task, *labels],
         "content": {name: content_stamp(source.chunks) for name, source in sources.items()},
-        "settings": cfg.model_dump(exclude={"cache"}),
+        "settings": cfg.model_dump(exclude={"cache"} if cfg.sources else {"cache", "sources"}),
         "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }
@@ -157,25 +157,27 @@ def _user_errors() -> Iterator[None]:
 
 def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments) -> None:
     """Write the Parquet files, and complete the description in `data`."""
-    writers = {split: SplitWriter(Path(data.directory), split) for split in SPLITS}
+    weights = {mixed.source: mixed.weight for mixed in cfg.sources}
+    writers = {split: SplitWriter(Path(data.directory), split, weights if split == "train" else {}) for split in SPLITS}
     renderings: set[str] = set()
     for name, source in sources.items():  # train comes first
         records = _read(source, name, data.task)
         if not data.task.labels and data.task.load().has_labels:
             records = records.materialize()  # the classes must be known before the first record is tokenized
             data.task = replace(data.task, labels=_classes(records))
-        shapes, ignored = Counter[str](), set[str]()
+        parts = {part: SourceSummary() for part in source.parts}
         for table in _tokenize(records, source.cfg, tokenizer, data.task):
             renderings.update(table["rendering"].drop_null().unique().to_pylist())
-            shapes.update(table["shape"].drop_null().to_pylist())
-            ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
+            for part, summary in parts.items():
+                summary.add(table.filter(pa.compute.equal(table["source"], part)) if part else table)
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
-        by_count = sorted(shapes.items(), key=lambda shape: (-shape[1], shape[0]))
-        data.sources[name] = SourceSummary(dict(by_count), sorted(ignored))
+        data.sources |= {f"{name} {part}".rstrip(): summary.in_order() for part, summary in parts.items()}
     if data.task.template is not None and len(renderings) == 1:  # all are chats, or texts alone, whatever was asked for
         data.task = replace(data.task, template=renderings.pop() or AS_IT_IS)
     data.splits = {split: writer.close() for split, writer in writers.items()}
+    for written in data.splits.values():  # as they were given, not as they came
+        written.sources = {name: written.sources[name] for name in weights if name in written.sources}
     _refuse_empty_splits(data, cfg, sources)
 
 
@@ -202,19 +204,21 @@ def _read(source: Source, name: str, task: TaskSpec) -> "ray.data.Dataset | Loca
 
 
 def _read_chunks(chunks: pa.Table, cfg: DataConfig, source: str, task: TaskSpec) -> Iterator[pa.Table]:
-    of = task.load()
-    for chunk in chunks.to_pylist():
-        records = read_chunk(Chunk(**chunk))
-        while rows := [_checked(located, cfg, source, of) for located in islice(records, BATCH)]:
+    of, parts = task.load(), cfg.parts
+    for row in chunks.to_pylist():
+        chunk = Chunk(**row)
+        records, part = read_chunk(chunk), parts[chunk.part]
+        while rows := [_checked(located, part, chunk.part, source, of) for located in islice(records, BATCH)]:
             yield pa.Table.from_pylist(rows, RECORD)
 
 
-def _checked(located: Located, cfg: DataConfig, source: str, of: "Task") -> dict[str, Any]:
+def _checked(located: Located, cfg: DataConfig, part: str, source: str, of: "Task") -> dict[str, Any]:
     place, record = located
     example, seen = of.parse_and_see(record, place)
     return {
-        "key": order_key(record, cfg.seed) - 2**63,
+        "key": order_key(record, cfg.seed, part) - 2**63,
         "split": split_of(record, cfg, source),
+        "source": part,
         "shape": seen.shape,
         "ignored": seen.ignored,
         "classes": of.labels(example),
@@ -261,8 +265,13 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
     words = _tokenizer(*tokenizer)
-    renderings = [rendering(example, words, cfg) if task.name == CAUSAL.name else None for example in examples]
-    numbered = spread(of.tokenize(examples, words, cfg))
+    whole: list[Tokens | None] = [None] * len(examples)
+    renderings: list[str | None] = [None] * len(examples)
+    for name, part in cfg.parts.items():
+        at = [i for i, source in enumerate(records["source"].to_pylist()) if source == name]
+        for i, made in zip(at, of.tokenize([examples[i] for i in at], words, part) if at else [], strict=True):
+            whole[i], renderings[i] = made, rendering(examples[i], words, part) if task.name == CAUSAL.name else None
+    numbered = spread(whole)
     tokens = [row for _, row in numbered]
     records = records.take([i for i, _ in numbered])
     first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]  # of the rows of a record
@@ -280,9 +289,13 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
             "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
             "split": records["split"],
+            "source": records["source"],
             "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record
             "rendering": pa.array([renderings[i] for i, _ in numbered], pa.string()),
             "ignored": records["ignored"],
-            "truncated": [bool(t and t.truncated) for t in tokens],
+            "truncated": pa.array([t.truncated if t else 0 for t in tokens], pa.int32()),
+            "place": pa.array(
+                [json.dumps(asdict(examples[i].where)) if t and t.truncated else None for i, t in numbered], pa.string()
+            ),
         }
     )

@@ -19,9 +19,9 @@ from ftray.data.shapes import (
     bears_loss,
     is_empty,
     listed,
-    proposal,
     read,
     refuse,
+    refuse_bad_answer,
 )
 from ftray.errors import UserError
 
@@ -180,6 +180,7 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
 
 def _answered(prompt: str, target: str, record: Record, where: object) -> Example:
     """Prompt and target; a conversation if the record has one of its keys, be it empty, that all of a file be alike."""
+    refuse_bad_answer(record, "", where)
     tools = _tools(record, where)
     if not tools and all(record.get(key) is None for key in (*SYSTEM, "history")):
         return Example(prompt, target, where=where)
@@ -247,6 +248,8 @@ def _only_text(key: str) -> Callable[[Record, object], Example]:
 
 def unknown(record: Record, where: object, others: str = "") -> str:
     """What to say of a record of no known shape."""
+    from ftray.data.proposal import proposal  # which imports this module
+
     guess = proposal(record)
     hint = f"; or say what is what, as in {guess}" if guess else ""
     keys = ", ".join(key for key in map(str, record) if not key.startswith(OWN)) or "(none)"
@@ -351,6 +354,7 @@ def _turn(turn: Any, at: str, where: object) -> Turn:
     text = _content(turn.get(key), f"{at}.{key}", where)
     thoughts = next((str(turn[key]) for key in THOUGHTS if not is_empty(turn.get(key))), "")
     if role == "assistant":
+        refuse_bad_answer(turn, f"{at}.", where)
         calls = _calls(turn, at, where)
         if str(name).lower() in CALLS and text is not None and not calls and (calls := _calls_in(text)):
             return Turn(role, "", calls, words=text, thoughts=thoughts)
@@ -401,6 +405,7 @@ def _call(given: Any) -> dict[str, Any] | None:
 
 
 def _conversation(messages: list[Turn], context: set[int], record: Record, key: str, where: object) -> Example:
+    refuse_bad_answer(record, "", where)
     tools = _tools(record, where)
     example = Example(messages=tuple(messages), context=frozenset(context), tools=tools, where=where)
     if not example.learnt:

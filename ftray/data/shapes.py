@@ -6,7 +6,6 @@ Imports nothing that is slow.
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +28,8 @@ ANY: dict[str, str] = {
 _WANTED, _UNWANTED = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("mask", "masked")
 FLAGS = (*_WANTED, *_UNWANTED)
 ASKING = _WANTED[2:]  # those that are set on purpose: `weight` may stand, as 1, at any turn
+# what says that an answer is a good one, or a correct one
+VERDICTS = ("is_correct", "correct", "is_accepted", "accepted", "passed", "is_good", "reward")
 RENDERED = ("text", "prompt")  # where many files repeat the whole record
 # what reading adds to a record, in keys that no file has
 OWN = "ftray:"
@@ -132,6 +133,20 @@ def refuse(holder: Mapping[str, Any], reasons: Mapping[str, str], where: object,
             raise UserError(f"{where}: {path}{key}: {reasons[key]}")
 
 
+def number(value: Any) -> Any:
+    """A number or boolean, which may be written as text, as in a CSV file; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        found = float(text)
+    except ValueError:
+        return value
+    return int(found) if found.is_integer() else found
+
+
 def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
     """Whether a turn, or a record, is to be learnt, as its `FLAGS` say; so it is where there are none.
 
@@ -142,6 +157,7 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
     for key in FLAGS:
         if key not in holder or is_empty(value := holder[key]):
             continue
+        value = value if path else number(value)
         if isinstance(value, str) or value not in (0, 1):
             raise UserError(
                 f"{where}: {path}{key} is {value!r:.40}: a turn or record is learnt or not, there are no shares yet: "
@@ -149,6 +165,20 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
             )
         result = result and bool(value) == (key in _WANTED)
     return result
+
+
+def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> None:
+    """Raise the UserError about an answer that its record or turn marks as a bad one: it would be learnt.
+
+    A share (`reward: 0.3`) marks none as bad; nor does what can't be told to be a verdict, as a text.
+    """
+    for key in VERDICTS:
+        value = number(holder.get(key))
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(
+                f"{where}: {path}{key} is {value!r}, and what is learnt are good answers: leave the record out, or say "
+                "by --data.fields what is to be read"
+            )
 
 
 def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
@@ -225,34 +255,3 @@ def as_text(value: Any, key: str, where: object) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise UserError(f"{where}: {key} must be text, not {type(value).__name__}")
-
-
-# what a field is probably for, by words in its name
-_ASKS = re.compile(
-    "question|prompt|instruct|query|input|source|src|problem|article|document|dialog|post|request|ask|user|human"
-)
-_ANSWERS = re.compile(
-    "answer|response|output|completion|reply|target|tgt|solution|summary|result|label|assistant|bot|gold"
-)
-_LABELS = re.compile("label|class|sentiment|category|intent|stars|rating|emotion|topic")
-
-
-def proposal(record: Record) -> str:
-    """The mapping that a record of unknown shape probably needs, as one would type it; empty: no guess."""
-    for key, value in record.items():
-        if isinstance(listed(value), list) and value and all(isinstance(turn, dict) for turn in listed(value)):
-            return f"--data.fields 'messages: {key}'"
-    texts = [str(key) for key, value in record.items() if isinstance(value, str) and not is_empty(value)]
-    plain = [str(key) for key, value in record.items() if isinstance(value, str | int | float) and not is_empty(value)]
-    answer = next((key for key in plain if _ANSWERS.search(key.lower()) and not _LABELS.search(key.lower())), None)
-    label = next((key for key in plain if _LABELS.search(key.lower())), None)
-    rest = [key for key in texts if key not in (answer, label)]
-    asked = next((key for key in rest if _ASKS.search(key.lower())), None)
-    if answer is None and label is not None and rest:
-        return f"--data.fields 'text: {asked or rest[0]}, label: {label}'"
-    if answer is None and len(rest) > 1:
-        answer = next(key for key in reversed(rest) if key != asked)
-    asked = asked or next((key for key in rest if key != answer), None)
-    if answer and asked:
-        return f"--data.fields 'prompt: {asked}, completion: {answer}'"
-    return f"--data.fields 'text: {texts[0]}'" if texts else ""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from ftray.data.formats import SourceLocation
 from ftray.storage.location import parse_location
 from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
@@ -29,9 +30,37 @@ SCHEMA = pa.schema(
         "lengths": pa.list_(pa.int32()),
         "score": pa.float32(),
         "extra": pa.string(),
+        "source": pa.string(),  # of a mixture; else empty
     }
 )
+_LATER = ("source",)  # columns that older shards lack
 _NAMES_ON_DISK = {"row_groups": "windows"}  # that version 0.1.0 gave to fields of a split
+
+
+@dataclass
+class MixedRows:
+    """What a split holds of one source of a mixture.
+
+    Attributes:
+        row_groups: rows in each row group.
+        weight: how often an epoch draws each of them.
+        tokens, supervised_tokens: in all of them.
+    """
+
+    weight: float = 1.0
+    row_groups: list[int] = field(default_factory=list)
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+    @property
+    def rows(self) -> int:
+        """In all row groups."""
+        return sum(self.row_groups)
+
+    @property
+    def drawn(self) -> int:
+        """Rows that an epoch draws: at least one."""
+        return max(1, round(self.weight * self.rows)) if self.rows else 0
 
 
 @dataclass
@@ -45,8 +74,11 @@ class Split:
         supervised_tokens: labels that bear loss.
         lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
         dropped, truncated: records left out, and cut to fit.
+        longest_cut, longest_cut_at: tokens that the longest of those that were cut had, and where it stands; 0 and
+            empty if none was cut, and in shards made before they were added.
         digest: of all that is trained on; empty in shards made before it was added.
         highest: token id; -1 in shards made before it was added.
+        sources: of a mixture, by name; else empty.
     """
 
     files: list[str] = field(default_factory=list)
@@ -57,20 +89,40 @@ class Split:
     lengths: list[int] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
+    longest_cut: int = 0
+    longest_cut_at: str = ""
     digest: str = ""
     highest: int = -1
+    sources: dict[str, MixedRows] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> int:
+        """Rows of an epoch: all, but in a mixture, where weights say how often."""
+        return sum(source.drawn for source in self.sources.values()) if self.sources else self.records
+
+    @property
+    def drawn_tokens(self) -> float:
+        """Tokens in the rows of an epoch, about."""
+        shares = [source.tokens * source.drawn / max(1, source.rows) for source in self.sources.values()]
+        return sum(shares) if self.sources else self.tokens
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Split":
         """From what :meth:`to_json` gave."""
         names = {on_disk: name for name, on_disk in _NAMES_ON_DISK.items()}
-        return cls(**{names.get(name, name): value for name, value in fields.items()})
+        split = cls(**{names.get(name, name): value for name, value in fields.items()})
+        split.sources = {name: MixedRows(**rows) for name, rows in fields.get("sources", {}).items()}
+        return split
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, by the names that they have in files."""
         fields = {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
         if self.highest < 0:
             del fields["highest"]
+        if not self.sources:
+            del fields["sources"]
+        if not self.longest_cut:
+            del fields["longest_cut"], fields["longest_cut_at"]
         return fields
 
 
@@ -86,6 +138,17 @@ class SourceSummary:
     shapes: dict[str, int] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
+    def add(self, tokenized: pa.Table) -> None:
+        """Count what was recognised in the records of a table."""
+        for shape in tokenized["shape"].drop_null().to_pylist():
+            self.shapes[shape] = self.shapes.get(shape, 0) + 1
+        self.ignored = sorted({*self.ignored, *pa.compute.list_flatten(tokenized["ignored"]).to_pylist()})
+
+    def in_order(self) -> "SourceSummary":
+        """The most frequent shape first."""
+        by_count = sorted(self.shapes.items(), key=lambda shape: (-shape[1], shape[0]))
+        return SourceSummary(dict(by_count), self.ignored)
+
 
 @dataclass
 class TokenizedData:
@@ -96,7 +159,8 @@ class TokenizedData:
         fingerprint: equal for all that would make the same shards.
         splits: by name.
         task: with the classes of the training records.
-        sources: a summary of each source, by the split that the source was given for.
+        sources: a summary of each source, by the split that the source was given for, which in a mixture the source's
+            name follows.
     """
 
     directory: str
@@ -131,7 +195,7 @@ class TokenizedData:
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in stored order, in memory: for scoring test records."""
-        names = [f.name for f in SCHEMA]
+        names = [name for name in SCHEMA.names if self.splits[split].sources or name not in _LATER]
         rows: list[dict[str, Any]] = []
         for index in range(len(self.splits[split].row_groups)):
             rows += self.row_group(split, index, names).to_pylist()
@@ -143,19 +207,22 @@ class TokenizedData:
 class SplitWriter:
     """Writes the rows of one split, in row groups of exactly `ROW_GROUP_ROWS`."""
 
-    def __init__(self, directory: Path, name: str):
+    def __init__(self, directory: Path, name: str, weights: dict[str, float] | None = None):
+        """`weights`: of the sources of a mixture, by name."""
         self.directory, self.name, self.split = directory, name, Split()
+        self.weights = weights or {}
         self.pending: list[pa.Table] = []
         self.writer: pq.ParquetWriter | None = None
         self.lengths = [np.empty(0, np.int32)]
         self.digest = hashlib.sha256()
+        self.longest_cut_at = ""  # JSON of the place: to print one, lines may have to be counted
 
     def add(self, table: pa.Table) -> None:
         """Take the rows of `table`, except those that tokenization left empty."""
         lengths = pa.compute.list_value_length(table["input_ids"])
         kept = table.filter(pa.compute.greater(lengths, 0))
         self.split.dropped += table.num_rows - kept.num_rows
-        self.split.truncated += pa.compute.sum(kept["truncated"]).as_py() or 0
+        self._count_cut(kept.filter(pa.compute.greater(kept["truncated"], 0)))
         self.pending.append(kept.select(SCHEMA.names).cast(SCHEMA))
         while sum(t.num_rows for t in self.pending) >= ROW_GROUP_ROWS:
             self._write_row_group()
@@ -166,11 +233,20 @@ class SplitWriter:
             self._write_row_group()
         if self.writer:
             self.writer.close()
+        if self.longest_cut_at:
+            self.split.longest_cut_at = str(SourceLocation(**json.loads(self.longest_cut_at)))
         self.split.digest = self.digest.hexdigest()[:16]
         ordered = np.sort(np.concatenate(self.lengths))
         if len(ordered):
             self.split.lengths = [int(ordered[round((len(ordered) - 1) * q)]) for q in (0, 0.5, 0.9, 0.99, 1)]
         return self.split
+
+    def _count_cut(self, cut: pa.Table) -> None:
+        self.split.truncated += cut.num_rows
+        longest = pa.compute.max(cut["truncated"]).as_py() or 0
+        if longest > self.split.longest_cut:
+            self.split.longest_cut = longest
+            self.longest_cut_at = cut["place"][pa.compute.index(cut["truncated"], longest).as_py()].as_py()
 
     def _write_row_group(self) -> None:
         rows = pa.concat_tables(self.pending).combine_chunks()
@@ -203,3 +279,17 @@ class SplitWriter:
         self.split.records += row_group.num_rows
         self.split.tokens += int(lengths.sum())
         self.split.supervised_tokens += pa.compute.sum(supervised).as_py()
+        self._count_sources(row_group)
+
+    def _count_sources(self, row_group: pa.Table) -> None:
+        for name in row_group["source"].unique().to_pylist():
+            if name and name not in self.split.sources:
+                self.split.sources[name] = MixedRows(
+                    self.weights.get(name, 1.0), [0] * (len(self.split.row_groups) - 1)
+                )
+        for name, mixed in self.split.sources.items():
+            own = row_group.filter(pa.compute.equal(row_group["source"], name))
+            mixed.row_groups.append(own.num_rows)
+            mixed.tokens += len(pa.compute.list_flatten(own["input_ids"]))
+            labels = pa.compute.list_flatten(own["labels"])
+            mixed.supervised_tokens += pa.compute.sum(pa.compute.not_equal(labels, IGNORE)).as_py() or 0

@@ -30,6 +30,7 @@ CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
 CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
+AUTO_TOKENS = 2048  # of such a record under `max_length: auto`, which then follows the records
 TEXT_RECORDS = 50  # that even a short text file is cut into, so that some are left for validation
 
 
@@ -231,17 +232,18 @@ def content_stamp(chunks: list[Chunk]) -> list[Any]:
     It holds path, size and modification time of each file (hashing terabytes would cost more than it saves), the commit
     of a hub data set, or the version of a bundled one.
     """
-    if chunks[0].kind == "bundled":
-        from importlib.metadata import version
+    from importlib.metadata import version
 
-        return [chunks[0].path, version(chunks[0].path)]
-    if chunks[0].kind == "hub":
-        return [chunks[0].path, chunks[0].revision]
     stamps: list[Any] = []
-    for path in dict.fromkeys(c.path for c in chunks):
-        filesystem, root = open_path(path)
-        info = filesystem.get_file_info(root)
-        stamps.append([path, info.size, info.mtime_ns])
+    for kind, path, revision in dict.fromkeys((c.kind, c.path, c.revision) for c in chunks):
+        if kind == "bundled":
+            stamps.append([path, version(path)])
+        elif kind == "hub":
+            stamps.append([path, revision])
+        else:
+            filesystem, root = open_path(path)
+            info = filesystem.get_file_info(root)
+            stamps.append([path, info.size, info.mtime_ns])
     return stamps
 
 
@@ -281,7 +283,7 @@ def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg:
             chunks.append(Chunk(kind, path, group, group + 1, first, file.size // metadata.num_row_groups))
             first += metadata.row_group(group).num_rows
         return chunks
-    block = CHARACTERS * cfg.max_length
+    block = CHARACTERS * (AUTO_TOKENS if cfg.max_length == "auto" else cfg.max_length)
     return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
 
 

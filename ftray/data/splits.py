@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
+from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ftray.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
+MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -26,12 +28,18 @@ class Source:
     """Where records come from.
 
     Attributes:
-        chunks: parts of it that can be read in parallel.
+        chunks: of it, that can be read in parallel; in a mixture, each names its part.
         cfg: how its records are split and tokenized; `source` names it.
     """
 
     chunks: list[Chunk]
     cfg: DataConfig
+
+    @property
+    def parts(self) -> dict[str, "Source"]:
+        """The sources of a mixture, by name; of another, itself under the name ''."""
+        found = {name: [chunk for chunk in self.chunks if chunk.part == name] for name in self.cfg.parts}
+        return {name: Source(found[name], cfg) for name, cfg in self.cfg.parts.items() if found[name]}
 
 
 # by the split that a source was given for; that of `train` is cut into the splits that have none of their own
@@ -44,21 +52,36 @@ def find_sources(cfg: DataConfig) -> Sources:
     Raises:
         UserError: as :func:`ftray.data.sources.find_splits`.
     """
-    given, own = {"validation": cfg.validation, "test": cfg.test}, find_splits(cfg.source, cfg)
-    fractions = {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in own}
-    sources = {"train": Source(own["train"], cfg.model_copy(update=fractions))}
+    given = {"validation": cfg.validation, "test": cfg.test}
+    own = {part: find_splits(of.source, of) for part, of in cfg.parts.items()}
+    # what a source has a split of its own for is not cut from what it is to be trained on
+    uncut = {
+        part: {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in splits}
+        for part, splits in own.items()
+    }
+    mixed = [one.model_copy(update=uncut[one.source]) for one in cfg.sources]
+    sources = {"train": Source(_chunks(own, "train"), cfg.model_copy(update={"sources": mixed, **uncut.get("", {})}))}
     for name, source in given.items():
         if source:
             chunks = find_chunks(source, cfg, name)
-            sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "limit": None}))
-        elif name in own:
-            sources[name] = Source(own[name], cfg.model_copy(update={"limit": None}))
+            sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
+        elif chunks := _chunks(own, name):
+            sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
     return sources
+
+
+def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
+    """Those of a split, of all parts, each with the name of its part."""
+    return [replace(chunk, part=part) for part, own in splits.items() for chunk in own.get(name, [])]
 
 
 def needed(cfg: DataConfig) -> list[str]:
     """The splits that must not be empty: those that were asked for."""
-    asked = {"validation": cfg.validation or cfg.validation_fraction, "test": cfg.test or cfg.test_fraction}
+    parts = cfg.parts.values()
+    asked = {
+        "validation": cfg.validation or any(part.validation_fraction for part in parts),
+        "test": cfg.test or any(part.test_fraction for part in parts),
+    }
     return ["train", *(split for split, given in asked.items() if given)]
 
 
@@ -75,9 +98,13 @@ def require(split: str, cfg: DataConfig, why: str) -> None:
         raise UserError(f"data.{split}_fraction 0: {why}: raise it, or give data.{split}")
 
 
-def order_key(record: dict[str, Any], seed: int) -> int:
-    """The record's place in the order of all records, an unsigned 64-bit number."""
-    return _hash(record, seed, "order")
+def order_key(record: dict[str, Any], seed: int, part: str = "") -> int:
+    """The record's place in the order of all records, an unsigned 64-bit number.
+
+    Args:
+        part: of a mixture; equal records of two parts have places of their own.
+    """
+    return _hash(record, seed, f"order{part and hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}")
 
 
 def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
@@ -100,8 +127,9 @@ def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record that was read: its place in the order, its split, and what the task found in it."""
+    """A record that was read: its part of a mixture, its place in the order, its split, what the task found in it."""
 
+    part: str
     key: int
     split: str
     example: Any
@@ -114,6 +142,7 @@ class DataCheck:
 
     Attributes:
         first: the first training record, by which the task is inferred.
+        lengths: tokens of training records, whole; of none unless `max_length` is `auto`.
 
     Raises:
         UserError: as :func:`find_sources`; or the first training record can't be read.
@@ -121,12 +150,18 @@ class DataCheck:
 
     def __init__(self, cfg: DataConfig):
         self.cfg, self.sources = cfg, find_sources(cfg)
-        self._records = {name: read_for_check(source.chunks) for name, source in self.sources.items()}
-        first = next(self._records["train"], None)
+        self.lengths: list[int] = []
+        self._records = {
+            (name, part): read_for_check(own.chunks)
+            for name, source in self.sources.items()
+            for part, own in source.parts.items()
+        }
+        at = next(iter(self._records))  # train comes first
+        first = next(self._records[at], None)
         if first is None:
-            raise _no_record(cfg)
+            raise _no_record(self.sources["train"].parts[at[1]].cfg)
         self.first = first
-        self._records["train"] = chain([first], self._records["train"])
+        self._records[at] = chain([first], self._records[at])
 
     def run(self, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
         """Find what is wrong with the data. Reads on from :attr:`first`, so it can be called once.
@@ -147,29 +182,35 @@ class DataCheck:
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
         of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
         counts: Counter[str] = Counter()
+        different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree
         for name, source in self.sources.items():
-            records = self._read(name, of)
+            records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
             first = first or [records[0].example]
             refuse_mixture([*first, *(record.example for record in records)], of)
             if name == "train" and of.has_labels and not labels:
                 of = replace(of.spec, labels=_classes(records, of, source)).load()
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
+            different.update(record.key for record in taken)
+            if name == "train" and self.cfg.max_length == "auto":
+                self.lengths = _lengths(taken[:MEASURED], tokenizer, of, source)
             if is_small(source.chunks):
-                own = [record.example for record in taken if record.split == name]
-                _refuse_nothing_to_learn(own or [record.example for record in records], tokenizer, of, source.cfg)
+                for part, own in source.parts.items():
+                    of_part = [record for record in records if record.part == part]
+                    to_learn = [record.example for record in taken if (record.part, record.split) == (part, name)]
+                    examples = to_learn or [record.example for record in of_part]
+                    _refuse_nothing_to_learn(examples, tokenizer, of, own.cfg)
         if all(is_small(source.chunks) for source in self.sources.values()):
             for split in needed(self.cfg):
                 if not counts[split]:
-                    refuse_empty(split, counts.total(), self.cfg)
+                    refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
 
-    def _read(self, name: str, of: "Task") -> list[_Record]:
-        cfg = self.sources[name].cfg
+    def _read(self, name: str, part: str, cfg: DataConfig, of: "Task") -> list[_Record]:
         records = [
-            _Record(order_key(record, cfg.seed), split_of(record, cfg, name), of.parse(record, place))
-            for place, record in self._records[name]
+            _Record(part, order_key(record, cfg.seed, part), split_of(record, cfg, name), of.parse(record, place))
+            for place, record in self._records[name, part]
         ]
         if not records:
             raise _no_record(cfg)
@@ -186,6 +227,19 @@ def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, .
     if is_small(source.chunks):
         refuse_labels(seen, [record.example for record in records], of, source.cfg)
     return in_order(seen)
+
+
+def _lengths(records: list[_Record], tokenizer: Any, of: "Task", source: Source) -> list[int]:
+    """The most tokens that a model reads, or writes, of each record at once."""
+    found = []
+    for part, own in source.parts.items():
+        examples = [record.example for record in records if record.part == part]
+        for at in range(0, len(examples), TOKENIZED_AT_ONCE):
+            rows = spread(of.tokenize(examples[at : at + TOKENIZED_AT_ONCE], tokenizer, own.cfg))
+            found += [max([*(row.lengths or [len(row.input_ids)]), len(row.labels)]) for _, row in rows if row]
+    if not found:
+        refuse_unsupervised(source.cfg)
+    return found
 
 
 def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: "Task", cfg: DataConfig) -> None:
@@ -223,14 +277,18 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: Da
         )
 
 
-def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
-    """Raise the UserError about a split without records."""
+def refuse_empty(split: str, records: int, cfg: DataConfig, different: int | None = None) -> None:
+    """Raise the UserError about a split without records.
+
+    Args:
+        different: how many of the records differ from each other; None: not known.
+    """
+    said, do = f"{records} record(s)", f"raise data.{split}_fraction"
+    if different is not None and 2 * different < records:
+        said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
     if split == "train":
-        raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
-    raise UserError(
-        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
-        f"raise data.{split}_fraction, or give data.{split}"
-    )
+        raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records")
+    raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}")
 
 
 def refuse_unsupervised(cfg: DataConfig) -> None:

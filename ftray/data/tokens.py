@@ -20,7 +20,7 @@ class Tokens:
         prompt: rendered prompt.
         prompt_tokens: how many tokens come before the (last) target: what generation must be given.
         target: the text that should follow.
-        truncated: tokens were cut off.
+        truncated: how many tokens it had before it was cut to fit; 0: nothing was cut off.
         token_type_ids: as the tokenizer gives them, for tasks that hand them on.
         lengths: of the texts that lie one after another in `input_ids`, where there are several.
         score: that a model is to give, where a task has one.
@@ -33,7 +33,7 @@ class Tokens:
     prompt: str
     target: str
     prompt_tokens: int
-    truncated: bool = False
+    truncated: int = 0
     token_type_ids: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     score: float = 0.0
@@ -195,16 +195,16 @@ def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: Any) -> lis
 
 def _cut(tokens: Tokens, bos: int | None, cfg: DataConfig) -> list[Tokens]:
     """A text in rows of at most `max_length` tokens; each begins with the last token of the one before."""
-    ids, step = tokens.input_ids, cfg.max_length - 1
-    if len(ids) <= cfg.max_length or cfg.overlong == "drop":
+    ids, step = tokens.input_ids, cfg.longest - 1
+    if len(ids) <= cfg.longest or cfg.overlong == "drop":
         return [tokens]
     starts = range(0, len(ids) - 1, step)
-    parts = [(ids[at : at + cfg.max_length], tokens.labels[at : at + cfg.max_length]) for at in starts]
+    parts = [(ids[at : at + cfg.longest], tokens.labels[at : at + cfg.longest]) for at in starts]
     return [replace(tokens, input_ids=own, labels=labels, prompt_tokens=0) for own, labels in parts]
 
 
 def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
-    over = len(tokens.input_ids) - cfg.max_length
+    over = len(tokens.input_ids) - cfg.longest
     if over > 0:
         if cfg.overlong == "drop":
             return None
@@ -213,10 +213,10 @@ def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
         head = int(tokens.input_ids[0] == bos)
         tokens = replace(
             tokens,
-            input_ids=(tokens.input_ids[:head] + tokens.input_ids[head + cut :])[: cfg.max_length],
-            labels=(tokens.labels[:head] + tokens.labels[head + cut :])[: cfg.max_length],
-            prompt_tokens=min(tokens.prompt_tokens - cut, cfg.max_length),
-            truncated=True,
+            input_ids=(tokens.input_ids[:head] + tokens.input_ids[head + cut :])[: cfg.longest],
+            labels=(tokens.labels[:head] + tokens.labels[head + cut :])[: cfg.longest],
+            prompt_tokens=min(tokens.prompt_tokens - cut, cfg.longest),
+            truncated=len(tokens.input_ids),
         )
     if all(label == IGNORE for label in tokens.labels[1:]):  # what predicts the first token isn't in the record
         return None

@@ -136,6 +136,22 @@ def compare(base: Scores, best: Scores, resamples: int, seed: int = 0) -> dict[s
     }
 
 
+def compare_sources(
+    sources: Sequence[str | None], base: Scores, best: Scores, resamples: int
+) -> dict[str, dict[str, float | list[float]]]:
+    """The loss of both models on the records of each source of a mixture, as :func:`compare` has it, and their number.
+
+    Args:
+        sources: the name of each record's source; those of no name are left out.
+    """
+    found = {}
+    for name in sorted({name for name in sources if name}):
+        own = [i for i, source in enumerate(sources) if source == name]
+        before, after = (Scores(scores.loss[own], scores.tokens[own]) for scores in (base, best))
+        found[name] = {"records": len(own), **compare(before, after, resamples)["loss"]}
+    return found
+
+
 def _entry(base: float, best: float, differences: np.ndarray) -> dict[str, float | list[float]]:
     low, high = np.percentile(differences, [2.5, 97.5])
     return {

@@ -14,6 +14,12 @@ def embedded_tokens(model: "PreTrainedModel | PeftModel") -> int:
     return int(model.get_input_embeddings().num_embeddings)
 
 
+def context_length(model: "PreTrainedModel | PeftModel") -> int | None:
+    """The most tokens that the model takes at once: of its tables, else as its configuration says; None: any number."""
+    named: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions(model) or named
+
+
 def positions(model: "PreTrainedModel | PeftModel") -> int | None:
     """The most tokens that the model's tables of positions have a row for; None: it has no such table.
 

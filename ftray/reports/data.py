@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ftray.data import TokenizedData
+from ftray.data import Split, TokenizedData
+from ftray.data.shards import MixedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,19 +35,38 @@ def describe(data: TokenizedData) -> str:
     """
     lines = []
     for name, summary in data.sources.items():
+        given_for, _, part = name.partition(" ")
         source = f" in data.{name}" if name != "train" else " in data.source" if len(data.sources) > 1 else ""
+        source = f" in {part}{'' if given_for == 'train' else f', {given_for}'}" if part else source
         lines += [f"shape{source}: {shape}: {count} records" for shape, count in summary.shapes.items()]
         lines += [f"ignored{source}: {', '.join(summary.ignored)}"] if summary.ignored else []
     for name, split in data.splits.items():
         percentiles = "/".join(map(str, split.lengths))
         lines.append(
             f"{name}: {split.records} records, {split.tokens} tokens ({split.supervised_tokens} supervised), "
-            f"lengths at 0/50/90/99/100 %: {percentiles}, {split.dropped} dropped, {split.truncated} truncated"
+            f"lengths at 0/50/90/99/100 %: {percentiles}, {split.dropped} dropped, {_truncated(split)}"
         )
+        lines += [f"  of {source}: {_mixed(mixed, name, split)}" for source, mixed in split.sources.items()]
     if data.task.labels:
         lines.append(f"labels: {', '.join(data.task.labels)}")
     where = "records are packed into rows without any" if data.task.load().packed else f"in batches of {ROWS} records"
     return "\n".join([*lines, f"padding: {padding_share(data):.0%} ({where})"])
+
+
+def _truncated(split: Split) -> str:
+    """How many records were cut to fit, which share of all, and the longest of them."""
+    said = f"{split.truncated} truncated"
+    if not split.truncated:
+        return said
+    longest = f"; the longest, {split.longest_cut_at}, has {split.longest_cut} tokens" if split.longest_cut else ""
+    return f"{said} ({100 * split.truncated / split.records:.2g} %{longest})"
+
+
+def _mixed(mixed: MixedRows, name: str, split: Split) -> str:
+    """What a split holds of a source of a mixture, and what an epoch draws of it."""
+    drawn = f"; weight {mixed.weight:g}: an epoch draws {mixed.drawn}, {mixed.drawn / split.drawn:.0%} of its records"
+    counts = f"{mixed.rows} records, {mixed.tokens} tokens ({mixed.supervised_tokens} supervised)"
+    return counts + (drawn if name == "train" else "")
 
 
 def padding_share(data: TokenizedData, rows: int = ROWS) -> float:

@@ -34,6 +34,10 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
         low, high = m["interval"]
         numbers = [f"{v:.4g}" for v in (m["base"], m["best"], m["difference"])]
         table.add_row(name, *numbers, f"{low:.4g} to {high:.4g}")
+    for source, own in proof["sources"].items():
+        low, high = own["interval"]
+        numbers = [f"{own[key]:.4g}" for key in ("base", "best", "difference")]
+        table.add_row(f"loss, {own['records']} of {source}", *numbers, f"{low:.4g} to {high:.4g}")
     console().print(table)
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}

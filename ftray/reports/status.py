@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ftray.config import Config, config_from
+from ftray.data.shards import Split
 from ftray.errors import UserError
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
@@ -95,7 +96,7 @@ def read(output: Location) -> Search:
     if not (output / DATA).exists() or not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     with refuse_damaged(output / DATA):
-        whole = budget(cfg, json.loads((output / DATA).read_text())["train"]["records"])
+        whole = budget(cfg, Split.from_json(json.loads((output / DATA).read_text())["train"]).drawn)
     metric = cfg.search.metric
     since = running_since(output)
     rows: list[TrialProgress] = []

@@ -78,7 +78,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     tokenized = TokenizedData.load(context.data)
     data = tokenized.splits
     skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task).to(choose_dtype(cfg.model))
-    length = max(2, round(data["train"].tokens / data["train"].records))
+    length = max(2, round(data["train"].drawn_tokens / data["train"].drawn))
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
     for corner in corners:
@@ -189,7 +189,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     context: SearchContext = config["context"]
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
     task = TokenizedData.load(context.data).task
-    trainer = PackTrainer(cfg.model, context.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
+    trainer = PackTrainer(cfg.model, context.model_path, cfg.training.gradient_checkpointing, task, cfg.data.longest)
     trainer.measure = context.measure()
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]

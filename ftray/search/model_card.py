@@ -27,6 +27,8 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
 
     task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
     dataset = hub_dataset(cfg.data.names)
+    sources = [cfg.data.source] if isinstance(cfg.data.source, str) else cfg.data.source
+    datasets = [hub_id for source in sources if (hub_id := hub_dataset(source))]
     found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
     if proof:
         found = {name: metric["best"] for name, metric in proof["metrics"].items()}
@@ -43,7 +45,7 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     ]
     return ModelCardData(
         base_model=cfg.model.name,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         eval_results=results,
         library_name="peft",
         metrics=list(found),
@@ -73,6 +75,10 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         for name, m in proof["metrics"].items():
             low, high = m["interval"]
             lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+        for source, m in proof["sources"].items():
+            low, high = m["interval"]
+            of = f"loss, {m['records']} records of {source}"
+            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
         if proof["new_modules"]:
             lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
     task = TaskSpec(cfg.task).load()

@@ -72,7 +72,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
     settings = context.search.config
     task = TokenizedData.load(context.search.data).task
     checkpointing = settings.training.gradient_checkpointing
-    trainer = PackTrainer(settings.model, context.search.model_path, checkpointing, task, settings.data.max_length)
+    trainer = PackTrainer(settings.model, context.search.model_path, checkpointing, task, settings.data.longest)
     if trainer.rank == 0:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()
@@ -218,7 +218,7 @@ class PackWorker:
         batches = training_batches(self.data, seed, first, last, rows, self.trainer.rank, ranks)
         split = self.data.splits["train"]
         kept = last - first + sum(last - stream.first for stream in shared)
-        if kept / ranks * split.tokens / split.records * TOKEN_BYTES >= KEPT_BYTES:
+        if kept / ranks * split.drawn_tokens / split.drawn * TOKEN_BYTES >= KEPT_BYTES:
             return batches
         shared.append(SharedBatches(batches, first, rows * ranks))
         return shared[-1].start_at(first)

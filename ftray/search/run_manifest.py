@@ -183,7 +183,10 @@ def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData,
         UserError: this resumes, and data or base model have changed: trials could not be compared.
     """
     kind, path = RUN if space is None else SEARCH, output / DATA
-    splits = {name: {k: v for k, v in split.to_json().items() if k != "files"} for name, split in data.splits.items()}
+    places = ("files", "longest_cut_at")  # where they lie says nothing of what they are
+    splits = {
+        name: {k: v for k, v in split.to_json().items() if k not in places} for name, split in data.splits.items()
+    }
     found: dict[str, Any] = {**splits, "base": [list(sample) for sample in samples(Path(base))]}
     with refuse_damaged(path):
         known = json.loads(path.read_text()) if path.exists() and _state(output, kind) else {}

@@ -4,7 +4,7 @@ from ftray.config import Config
 
 
 def budget(cfg: Config, records: int) -> int:
-    """Records that a trial sees when nothing stops it; `records` are those of the training split."""
+    """Records that a trial sees when nothing stops it; `records` are those of an epoch."""
     training = cfg.training
     if training.steps:
         return training.steps * training.batch_size

@@ -62,7 +62,7 @@ class SearchContext:
         rungs = rung_records(self.budget(), self.config)
         at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
         task = TokenizedData.load(self.data).task
-        longest = self.config.data.max_length
+        longest = self.config.data.longest
         return RunSpec(
             self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task, longest
         )
@@ -88,7 +88,7 @@ class SearchContext:
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
-        return budget(self.config, TokenizedData.load(self.data).splits["train"].records)
+        return budget(self.config, TokenizedData.load(self.data).splits["train"].drawn)
 
 
 def trainer(

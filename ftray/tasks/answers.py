@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape, is_empty
+from ftray.data.shapes import ANY, Record, Shape, is_empty, number
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores, ratio
@@ -61,11 +61,11 @@ def _parse(record: Record, where: object) -> Example:
     if given is None and not is_empty(record.get("answer")):
         given = record["answer"]
         if isinstance(given, str) and not is_empty(start := record.get("answer_start")):
-            given = {"text": [given], "answer_start": start if isinstance(start, list) else [start]}
+            given = {"text": [given], "answer_start": start if isinstance(start, list) else [number(start)]}
     if isinstance(given, list) and given and all(isinstance(answer, dict) for answer in given):
         given = {key: [answer.get(key) for answer in given] for key in ("text", "answer_start")}
     answers = list(_answers(given, context, where))
-    impossible = record.get("is_impossible")
+    impossible = number(record.get("is_impossible"))
     if not is_empty(impossible) and bool(impossible) == bool(answers):
         raise UserError(f"{where}: is_impossible is {impossible!r}, but there are {len(answers)} answers")
     return Example(question, context, answers, where)
@@ -135,14 +135,14 @@ class Task(task.PaddedTask):
         return [self._tokens(example, tokenizer, cfg) for example in examples]
 
     def _tokens(self, example: Example, tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig) -> Tokens | None:
-        found = windows(example.question, example.context, tokenizer, cfg.max_length)
+        found = windows(example.question, example.context, tokenizer, cfg.longest)
         if len(found) > 1 and cfg.overlong == "drop":
             return None
         text, start = example.answers[0] if example.answers else ("", 0)
         for window in found:
             span = span_of(window, start, start + len(text)) if text else (0, 0)
             if span:
-                extra = {"question": example.question, "context": example.context, "max_length": cfg.max_length}
+                extra = {"question": example.question, "context": example.context, "max_length": cfg.longest}
                 return Tokens(
                     window.input_ids,
                     list(span),

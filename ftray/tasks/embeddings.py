@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape, is_empty
+from ftray.data.shapes import ANY, Record, Shape, is_empty, number
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Metric, Scores, ratio, spearman
@@ -39,7 +39,7 @@ NEEDS = "anchor and positive (and negative), or sentence1, sentence2 and score"
 
 def _scored(record: Record, where: object) -> Example:
     texts = [text_of(record, key, where, NEEDS) for key in ("sentence1", "sentence2")]
-    score = record.get("score")
+    score = number(record.get("score"))
     if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
         raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
     return Example(texts, float(score), where)
@@ -101,7 +101,7 @@ class Task(task.PaddedTask):
             own = range(at, at + len(example.texts))
             at = own.stop
             parts = [list(encoded["input_ids"][i]) for i in own]
-            too_long = any(cut[i] for i in own)
+            too_long = max(cut[i] for i in own)
             tokens = Tokens(
                 [token for part in parts for token in part],
                 [0],

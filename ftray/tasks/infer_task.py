@@ -52,15 +52,20 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
     return cfg.model_copy(update={"task": name, "search": search, "data": data})
 
 
-def with_resumed_template(cfg: Config) -> Config:
-    """`cfg` with the prompt template of the output that it resumes, unless it gives one: `auto` is newer."""
-    stored = parse_location(cfg.output) / "config.yaml"
-    if not cfg.resume or "template" in cfg.data.model_fields_set or not stored.exists():
+def as_begun(cfg: Config) -> Config:
+    """`cfg` with the prompt template and the length of the output that it resumes, unless it gives them.
+
+    A template of `auto` is newer; a length that isn't given, or is `auto`, was settled when the output was begun.
+    """
+    stored, given = parse_location(cfg.output) / "config.yaml", cfg.data.model_fields_set
+    if not cfg.resume or not stored.exists():
         return cfg
     with refuse_damaged(stored):
-        begun = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        template = (begun.get("data") or {}).get("template", RAW)
-    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"template": template})})
+        begun = yaml.safe_load(stored.read_text(encoding="utf-8")).get("data") or {}
+        update = {} if "template" in given else {"template": begun.get("template", RAW)}
+        if "max_length" not in given or cfg.data.max_length == "auto":
+            update["max_length"] = begun.get("max_length", cfg.data.max_length)
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update=update)})
 
 
 def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) -> str:

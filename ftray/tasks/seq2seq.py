@@ -59,7 +59,7 @@ class Task(task.PaddedTask):
         wanted, cut_too = encode(None, None, tokenizer, cfg, text_target=[e.target for e in examples])
         end, result = tokenizer.eos_token_id, []
         for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-            ids, labels, too_long = list(given["input_ids"][i]), list(wanted["input_ids"][i]), cut[i] or cut_too[i]
+            ids, labels, too_long = list(given["input_ids"][i]), list(wanted["input_ids"][i]), max(cut[i], cut_too[i])
             if end is not None and labels[-1:] != [end] and not cut_too[i]:
                 labels.append(end)  # not every tokenizer puts it
             tokens = Tokens(ids, labels, prompt, example.target, len(ids), too_long, types_of(given, i))

@@ -254,13 +254,16 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     cfg: DataConfig,
     **settings: Any,
-) -> tuple[Any, list[bool]]:
-    """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and which of them are cut."""
-    longest = min(cfg.max_length, tokenizer.model_max_length)
+) -> tuple[Any, list[int]]:
+    """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and how long the cut ones were.
+
+    Those that are whole have 0 in place of a length.
+    """
+    longest = min(cfg.longest, tokenizer.model_max_length)
     types = "token_type_ids" in tokenizer.model_input_names
     common = {"return_attention_mask": False, "return_token_type_ids": types, **settings}
     whole = tokenizer(texts, pairs, **common)
-    cut = [len(ids) > longest for ids in whole["input_ids"]]
+    cut = [len(ids) if len(ids) > longest else 0 for ids in whole["input_ids"]]
     return (tokenizer(texts, pairs, truncation=True, max_length=longest, **common) if any(cut) else whole), cut
 
 
