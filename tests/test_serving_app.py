@@ -149,6 +149,7 @@ def test_likelihoods_as_an_evaluation_harness_reads_them(server):
 
 OK = {"model": "lora", "prompt": "a", "max_tokens": 2}
 SAY = {"model": "lora", "messages": MESSAGES, "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
 MALFORMED = [
     ("completions", b"", 400, "JSON"),
     ("completions", b"{", 400, "JSON"),
@@ -193,7 +194,8 @@ MALFORMED = [
     ("chat/completions", {**SAY, "messages": [{"role": "king", "content": "a"}]}, 400, "role"),
     ("chat/completions", {**SAY, "messages": [{"role": "user"}]}, 400, "content"),
     ("chat/completions", {**SAY, "messages": "hello"}, 400, "messages"),
-    ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "unsupported field 'tools'"),
+    ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat/completions", {**SAY, "tools": [TOOL]}, 400, "has no place for tools"),
     ("chat/completions", {**SAY, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", {**SAY, "prompt": "a"}, 400, "unsupported field 'prompt'"),

@@ -84,7 +84,7 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     from ftray.models.load import own_labels
 
     places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
-    spec = next((found for place in places if (found := _task_of(place))), None)
+    spec = next((found for place in places if (found := kept_task(place))), None)
     if spec is None:
         named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
         spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
@@ -93,11 +93,17 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     return spec
 
 
-def _task_of(source: str) -> TaskSpec | None:
-    from ftray.serving.adapters import local_adapter
+def kept_task(source: str) -> TaskSpec | None:
+    """The task that was kept beside the adapter in `source`, a directory or URI; None: none was.
 
-    with local_adapter(source) as directory:
-        return TaskSpec.read(directory)
+    Raises:
+        UserError: it can't be read.
+    """
+    file = parse_location(source) / FILE
+    try:
+        return TaskSpec.of(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    except OSError as error:
+        raise UserError(f"adapter {source}: can't be read: {error.strerror or reason(error)}") from None
 
 
 def _of_run(run: Location) -> dict[str, str]:
@@ -139,7 +145,6 @@ def leaderboard(run: str | None) -> dict[str, Any]:
     ]
     template = written["data"]["template"]
     if template == "auto":
-        kept = parse_location(run) / "best" / "adapter" / FILE
-        spec = TaskSpec.of(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else CAUSAL
+        spec = kept_task(str(parse_location(run) / "best" / "adapter")) or CAUSAL
         template = None if spec.template == CHAT else spec.template
     return {"metric": summary["metric"], "template": template, "trials": trials}

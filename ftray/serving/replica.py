@@ -57,7 +57,7 @@ class Replica(BaseReplica):
             yield OutputDeltas(refused=invalid(str(error), "model"))
             return
         try:
-            prompts = prompt_tokens(request, rendering.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            prompts = prompt_tokens(request, rendering, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
         except APIError as error:
             yield OutputDeltas(refused=error)
@@ -75,7 +75,8 @@ class Replica(BaseReplica):
                 yield OutputDeltas(refused=invalid(str(error), "model"))
                 return
             warning = self._warn(request, rendering)
-            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning)
+            tokens, calls = sum(map(len, prompts)), rendering.calls(request)
+            yield OutputDeltas(prompt_tokens=tokens, warning=warning, calls=calls)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
                 deltas = await inbox.get()
@@ -132,7 +133,7 @@ class Replica(BaseReplica):
 
     def _warn(self, request: GenerationRequest, rendering: Rendering) -> str | None:
         """The warning for whoever asked; the log has it once for each adapter."""
-        warning = rendering.warning if request.messages is not None else None
+        warning = rendering.warnings(request)
         if warning and request.adapter not in self._warned:
             self._warned.add(request.adapter)
             logging.getLogger("ray.serve").warning("%s: %s", request.source or self.base.name_or_path, warning)

@@ -5,6 +5,7 @@ import time
 import uuid
 from typing import Any
 
+from ftray.data.tool_calls import CallFormat, CallReader, ToolCall
 from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters
 from ftray.serving.errors import model_error
 from ftray.serving.generation_request import OutputDelta
@@ -21,9 +22,14 @@ def event(value: dict[str, Any]) -> str:
 
 
 class ResponseWriter:
-    """Writes the deltas of one request."""
+    """Writes the deltas of one request.
+
+    Attributes:
+        calls: how calls of tools are written in the answers; None: they hold none, or it is not known.
+    """
 
     prefix, kind, chunk_kind = "", "", ""
+    calls: CallFormat | None = None
 
     def __init__(self, body: GenerationParameters):
         self.model, self.id, self.created = body.model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
@@ -108,25 +114,44 @@ class ChatCompletionWriter(ResponseWriter):
 
     def __init__(self, body: ChatCompletionRequest):
         super().__init__(body)
+        self.tools, self.most_calls = body.offered, None if body.parallel_tool_calls else 1
         self._begun: set[int] = set()  # choices whose first event has been written
+        self._readers: dict[int, CallReader] = {}  # of each choice, where answers may hold calls
 
     def choice(self, delta: OutputDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        text, calls = self._read(delta)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         choice = {"index": delta.choice, "message": message, "logprobs": self._logprobs(delta)}
-        return {**choice, "finish_reason": delta.finish}
+        return {**choice, "finish_reason": _finish(delta, calls)}
 
     def chunks(self, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
         result = []
         for delta in deltas:
             refuse_failed(delta)
-            content: dict[str, Any] = {"content": delta.text} if delta.text else {}
+            text, calls = self._read(delta)
+            content: dict[str, Any] = {"content": text} if text else {}
             if delta.choice not in self._begun:
                 self._begun.add(delta.choice)
-                content = {"role": "assistant", "content": delta.text}
+                content = {"role": "assistant", "content": text}
+            if calls:
+                content["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
             if content or delta.tokens or delta.finish:
                 choice = {"index": delta.choice, "delta": content, "logprobs": self._logprobs(delta)}
-                result.append(self.chunk([{**choice, "finish_reason": delta.finish}]))
+                result.append(self.chunk([{**choice, "finish_reason": _finish(delta, calls)}]))
         return result
+
+    def _read(self, delta: OutputDelta) -> tuple[str, list[dict[str, Any]]]:
+        """The text of a delta that is certain not to be part of a call, and, with the last one, the calls."""
+        if self.calls is None:
+            return delta.text, []
+        reader = self._readers.setdefault(delta.choice, CallReader(self.calls, self.tools))
+        text = reader.add(delta.text)
+        if delta.finish is None:
+            return text, []
+        rest, calls = reader.end()
+        return text + rest, [_call(call) for call in calls[: self.most_calls]]
 
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any] | None:
         def entry(text: str, logprob: float | None) -> dict[str, Any]:
@@ -139,6 +164,16 @@ class ChatCompletionWriter(ResponseWriter):
             for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call in OpenAI's shape; some chat templates take ids of nine letters and digits alone."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or uuid.uuid4().hex[:9], "type": "function", "function": function}
+
+
+def _finish(delta: OutputDelta, calls: list[dict[str, Any]]) -> str | None:
+    return "tool_calls" if calls and delta.finish == "stop" else delta.finish
 
 
 def refuse_failed(delta: OutputDelta) -> None:
