@@ -108,11 +108,12 @@ class OutputDelta:
 class OutputDeltas:
     """A message of a replica about one request.
 
-    The first is empty and says that the replica has the request; the second holds `prompt_tokens`; deltas follow.
+    The first says that the request has `begun`; then one holds `prompt_tokens`, and deltas follow.
 
     Attributes:
         deltas: what is new of the answers.
-        prompt_tokens: of all prompts together; None in all messages but the second.
+        begun: from here on a step may hold the request, or its adapter is loaded, which the process may not outlive.
+        prompt_tokens: of all prompts together; None in all messages but one.
         answering: the first tokens have been chosen, though deltas are only sent at the end.
         refused: why nothing follows.
         warning: for whoever asked; comes with `prompt_tokens`.
@@ -120,6 +121,7 @@ class OutputDeltas:
     """
 
     deltas: list[OutputDelta] = field(default_factory=list)
+    begun: bool = False
     prompt_tokens: int | None = None
     answering: bool = False
     refused: APIError | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.errors import UserError
+from ftray.serving.admission import Admission
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import (
@@ -41,6 +42,7 @@ class Replica(BaseReplica):
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[Deliver, list[OutputDelta]] = {}  # what a step gave, by request
+        self._admission = Admission(self.cfg.serving.slots)
         self._keys = itertools.count()
         self._rendering_of_base = Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
         self._renderings: dict[str, Rendering] = {}  # of loaded adapters, by their name in the engine
@@ -50,17 +52,17 @@ class Replica(BaseReplica):
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `request`; closing this iterator frees their slots."""
-        yield OutputDeltas()
+        if request.adapter is not None and request.adapter not in self._kept:
+            yield OutputDeltas(begun=True)
         try:
             rendering = await self._rendering(request)
-        except UserError as error:
-            yield OutputDeltas(refused=invalid(str(error), "model"))
-            return
-        try:
             prompts = prompt_tokens(request, rendering, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
         except APIError as error:
             yield OutputDeltas(refused=error)
+            return
+        except UserError as error:
+            yield OutputDeltas(refused=invalid(str(error), "model"))
             return
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[OutputDelta]]()
 
@@ -68,21 +70,25 @@ class Replica(BaseReplica):
             loop.call_soon_threadsafe(inbox.put_nowait, deltas)
 
         sequences: list[Sequence] = []
+        taken = await self._admission.enter(len(prompts) * request.n)
         try:
+            yield OutputDeltas(begun=True)
             try:
                 await self._submit(request, prompts, max_tokens, deliver, sequences)
             except UserError as error:
                 yield OutputDeltas(refused=invalid(str(error), "model"))
                 return
-            warning = self._warn(request, rendering)
-            tokens, calls = sum(map(len, prompts)), rendering.calls(request)
-            yield OutputDeltas(prompt_tokens=tokens, warning=warning, calls=calls)
+            warning, calls = self._warn(request, rendering), rendering.calls(request)
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning, calls=calls)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
                 deltas = await inbox.get()
                 while not inbox.empty():
                     deltas = deltas + inbox.get_nowait()
                 left -= sum(delta.finish is not None for delta in deltas)
+                if left < taken:
+                    self._admission.leave(taken - left)
+                    taken = left
                 if request.stream:
                     yield OutputDeltas(deltas)
                     continue
@@ -93,6 +99,7 @@ class Replica(BaseReplica):
                 yield OutputDeltas(kept)
         finally:
             self.inbox.put(lambda: self._cancel(sequences))
+            self._admission.leave(taken)
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -120,12 +127,12 @@ class Replica(BaseReplica):
         return LoadedAdapter(key, forget)
 
     async def _rendering(self, request: GenerationRequest) -> Rendering:
-        """How the conversation of a request is rendered: as its adapter was trained.
+        """How a request is rendered: as its adapter was trained.
 
         Raises:
             UserError: the adapter can't be loaded.
         """
-        while request.adapter is not None and request.messages is not None:
+        while request.adapter is not None:
             key = str(await self.loaded(request.adapter, request.source))
             with suppress(KeyError):  # other adapters have pushed it out again
                 return self._renderings[key]

@@ -196,7 +196,6 @@ class VLLMReplica:
         """The answers to `request`; closing this iterator ends them."""
         from ray.serve.llm.openai_api_models import CompletionRequest
 
-        yield OutputDeltas()
         try:
             rendering = await asyncio.to_thread(self._rendering, request)
             prompts = prompt_tokens(request, rendering, self.vocab_size)
@@ -208,7 +207,7 @@ class VLLMReplica:
             yield OutputDeltas(refused=invalid(str(error), "model"))
             return
         tokens, warning = sum(map(len, prompts)), rendering.warnings(request)
-        yield OutputDeltas(prompt_tokens=tokens, warning=warning, calls=rendering.calls(request))
+        yield OutputDeltas(begun=True, prompt_tokens=tokens, warning=warning, calls=rendering.calls(request))
         model, stops = model_id(request), sorted({*self.stops, *rendering.ends})
         fields = completion_fields(request, prompts, max_tokens, model or self.base, stops)
         llm = self.llm.options(stream=True, multiplexed_model_id=model)
