@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 from ftray.data.tool_calls import find_call_format
 from ftray.serving.api.app import create_app
 from ftray.serving.api.endpoint import Endpoint, current_endpoint
-from ftray.serving.generation_request import OutputDelta, OutputDeltas
+from ftray.serving.generation_request import OutputDelta, OutputDeltas, TokenLogprob
 
 KEY = "correct horse battery"
 OPEN = {("GET", "/"), ("GET", "/health")}
@@ -282,3 +282,25 @@ def test_calls_in_an_answer_are_told_from_its_text(text, finish, changes, conten
 
 def tagged(call):
     return f"<tool_call>\n{json.dumps({'name': call['name'], 'arguments': call['arguments']})}\n</tool_call>"
+
+
+def test_a_character_of_several_tokens_has_their_bytes_and_one_place():
+    euro = [TokenLogprob(b"a", -0.5, [(b"a", -0.5), (b"\xe2", -1.0)])]
+    euro += [TokenLogprob(data, -0.5, [(data, -0.5)]) for data in (b"\xe2\x82", b"\xac", b" b")]
+    messages = [OutputDeltas(prompt_tokens=1), OutputDeltas([OutputDelta(0, "a€ b", euro, 4, "stop")])]
+    client = client_of(Replicas(messages), key=None)
+    chat = {"model": "base", "messages": [ASK], "logprobs": True, "top_logprobs": 2}
+    (choice,) = client.post("/v1/chat/completions", json=chat).json()["choices"]
+    entries = choice["logprobs"]["content"]
+    assert [(entry["token"], entry["bytes"]) for entry in entries] == [
+        ("a", [97]),
+        ("\\xe2\\x82", [0xE2, 0x82]),
+        ("\\xac", [0xAC]),
+        (" b", [32, 98]),
+    ]
+    assert [top["bytes"] for top in entries[0]["top_logprobs"]] == [[97], [0xE2]]
+    plain = {"model": "base", "prompt": "p", "logprobs": 2}
+    (choice,) = client.post("/v1/completions", json=plain).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["a", "\\xe2\\x82", "\\xac", " b"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2]
+    assert choice["logprobs"]["top_logprobs"][0] == {"a": -0.5, "\\xe2": -1.0}

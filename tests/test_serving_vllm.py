@@ -129,7 +129,10 @@ def test_requests_and_answers_in_openais_words():
     bodies = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {"completion_tokens": 7}}]
     text = "".join(f"data: {json.dumps(body)}\n\n" for body in bodies) + "data: [DONE]\n\n"
     assert vllm.parse_chunk(text) == (
-        [OutputDelta(1, "b", [TokenLogprob("b", -0.5, [("b", -0.5), ("c", -2.0)])]), OutputDelta(0, finish="length")],
+        [
+            OutputDelta(1, "b", [TokenLogprob(b"b", -0.5, [(b"b", -0.5), (b"c", -2.0)])]),
+            OutputDelta(0, finish="length"),
+        ],
         7,
     )
     (failed,), _ = vllm.parse_chunk('data: {"error": {"message": "too long"}}\n\n')

@@ -73,14 +73,14 @@ class TokenLogprob:
     """A token of an answer.
 
     Attributes:
-        text: of this token alone.
+        data: the bytes of this token alone; a character may need those of several.
         logprob: its log-probability; None: it is the first of an echoed prompt.
         top: the likeliest tokens in its place, each with its log-probability.
     """
 
-    text: str
+    data: bytes
     logprob: float | None = None
-    top: list[tuple[str, float]] = field(default_factory=list)
+    top: list[tuple[bytes, float]] = field(default_factory=list)
 
 
 @dataclass

@@ -299,4 +299,7 @@ def _token_logprobs(logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
         return []
     tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
     rows = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
-    return [TokenLogprob(text, own, list((top or {}).items())) for text, own, top in rows]
+    return [
+        TokenLogprob(text.encode(), own, [(other.encode(), value) for other, value in (top or {}).items()])
+        for text, own, top in rows
+    ]

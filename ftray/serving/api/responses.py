@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from codecs import IncrementalDecoder, getincrementaldecoder
 from typing import Any
 
 from ftray.data.tool_calls import CallFormat, CallReader, ToolCall
@@ -76,6 +77,7 @@ class CompletionWriter(ResponseWriter):
 
     def __init__(self, body: CompletionRequest):
         super().__init__(body)
+        self._decoders: dict[int, IncrementalDecoder] = {}  # of the tokens of each choice
         self._offsets: dict[int, int] = {}  # characters of the tokens of each choice so far
 
     def choice(self, delta: OutputDelta) -> dict[str, Any]:
@@ -92,15 +94,18 @@ class CompletionWriter(ResponseWriter):
 
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any]:
         offsets, at = [], self._offsets.get(delta.choice, 0)
+        decoder = self._decoders.setdefault(delta.choice, getincrementaldecoder("utf-8")("replace"))
         for token in delta.tokens:
             offsets.append(at)
-            at += len(token.text)
+            at += len(decoder.decode(token.data))
         self._offsets[delta.choice] = at
         return {
-            "tokens": [token.text for token in delta.tokens],
+            "tokens": [_shown(token.data) for token in delta.tokens],
             "token_logprobs": [token.logprob for token in delta.tokens],
             "top_logprobs": [
-                None if token.logprob is None else {**dict(token.top), token.text: token.logprob}
+                None
+                if token.logprob is None
+                else {_shown(data): value for data, value in (*token.top, (token.data, token.logprob))}
                 for token in delta.tokens
             ],
             "text_offset": offsets,
@@ -154,16 +159,21 @@ class ChatCompletionWriter(ResponseWriter):
         return text + rest, [_call(call) for call in calls[: self.most_calls]]
 
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any] | None:
-        def entry(text: str, logprob: float | None) -> dict[str, Any]:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(data: bytes, logprob: float | None) -> dict[str, Any]:
+            return {"token": _shown(data), "logprob": logprob, "bytes": list(data)}
 
         if not delta.tokens:
             return None
         content = [
-            {**entry(token.text, token.logprob), "top_logprobs": [entry(*top) for top in token.top]}
+            {**entry(token.data, token.logprob), "top_logprobs": [entry(*top) for top in token.top]}
             for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _shown(data: bytes) -> str:
+    r"""The text of a token; what is no whole character in it as OpenAI writes it: \xe2\x82."""
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
