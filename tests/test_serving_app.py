@@ -431,6 +431,21 @@ def test_the_page_shows_two_models_side_by_side(server, tmp_path):
         for side, name in enumerate((server.base, "best")):
             shown = at(f"answer-{side}").get_attribute("textContent")
             assert shown == server.wanted(name, ids, 64)[0]
+        at("model-1").send_keys("trial-3")  # which has a chat template of its own
+        at("prompt").send_keys(Keys.CONTROL + Keys.ENTER)
+        wait.until(lambda _: "tokens/s" in at("speed-1").text and at("send").is_enabled())
+        asked = [{"role": "user", "content": "the <b>cat</b>"}]
+        rendered = server.tokenizer.apply_chat_template(
+            asked, chat_template=server.other, add_generation_prompt=True, tokenize=False
+        )
+        ids = server.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        assert at("answer-1").get_attribute("textContent") == server.wanted("trial-3", ids, 64)[0]
+
+
+def test_the_page_is_told_how_each_was_trained(server):
+    got = httpx.get(server.url + "/v1/run", headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert got["template"] == "say {prompt}:\n"
+    assert got["templates"] == {"best": "say {prompt}:\n", "trial-3": None}
 
 
 def test_the_readme_examples_run(server, monkeypatch, capsys):

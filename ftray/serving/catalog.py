@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving import pooling
-from ftray.serving.registry import Registry
+from ftray.serving.registry import AdapterEntry, Registry
 from ftray.storage.location import Location, parse_location, reason
 from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
 
@@ -104,6 +105,21 @@ def kept_task(source: str) -> TaskSpec | None:
         return TaskSpec.of(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
     except OSError as error:
         raise UserError(f"adapter {source}: can't be read: {error.strerror or reason(error)}") from None
+
+
+@lru_cache(maxsize=1024)
+def how_to_ask(entry: AdapterEntry) -> dict[str, str | None]:
+    """The template by which prompts of an adapter were rendered, by its name; None: its chat template.
+
+    Empty where it is not known.
+    """
+    try:
+        spec = kept_task(entry.source)
+    except UserError:
+        return {}
+    if spec is None or spec.template is None:
+        return {}
+    return {entry.id.partition("@")[0]: None if spec.template == CHAT else spec.template}
 
 
 def _of_run(run: Location) -> dict[str, str]:
