@@ -171,6 +171,24 @@ def data_settings(cfg: Config, trained: Path | None) -> DataConfig:
     return cfg.data.model_copy(update={"template": RAW})  # of before there was another one
 
 
+def check_chat_template(trained: Path, data: DataConfig, tokenizer: Any) -> None:
+    """Refuse to ask in plain words what was trained by a chat template.
+
+    Args:
+        trained: as for :func:`data_settings`, which gave `data`.
+        tokenizer: with the template that `data` names.
+
+    Raises:
+        UserError: that template is gone.
+    """
+    spec = TaskSpec.read(trained)
+    if spec and spec.template == CHAT and data.template == "auto" and not tokenizer.chat_template:
+        raise UserError(
+            f"adapter {trained}: by a chat template, which the tokenizer of {tokenizer.name_or_path} lacks, it was "
+            "trained: give it by --data.chat_template, or --data.template"
+        )
+
+
 def _check_base(cfg: Config, adapter: Path, base: str) -> None:
     named = adapter_config(adapter).base_model_name_or_path or base
     if _known_to_differ(named, base):

@@ -254,13 +254,25 @@ NAMES = [
         "n",
         "seed",
     ),
-    *("stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "user", "encoding_format"),
+    *(
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "stop",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        "user",
+        "encoding_format",
+    ),
 ]
 
 
 def test_requests(tmp_path):
     messages = [
-        OutputDeltas(),
+        OutputDeltas(begun=True),
         OutputDeltas(prompt_tokens=1),
         OutputDeltas([OutputDelta(0, "b", count=1, finish="stop")]),
     ]
