@@ -28,6 +28,7 @@ from ftray.task_spec import TaskSpec
 if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
     from ftray.serving.engine import Sequence
 
+TOLD_SECONDS = 0.002  # after which a message has left this process, and a step that ends it can't keep it back
 Result = TypeVar("Result")
 Deliver = Callable[[list[OutputDelta]], None]
 
@@ -73,6 +74,7 @@ class Replica(BaseReplica):
         taken = await self._admission.enter(len(prompts) * request.n)
         try:
             yield OutputDeltas(begun=True)
+            await asyncio.sleep(TOLD_SECONDS)
             try:
                 await self._submit(request, prompts, max_tokens, deliver, sequences)
             except UserError as error:
