@@ -62,12 +62,14 @@ def run(cfg: Config) -> int:
     data_cfg = cfg.data
 
     # these take seconds to import: a name misspelt has been found by now
-    from ftray.adapters.discovery import added_by
+    from ftray.adapters.discovery import added_by, check_chat_template
     from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer, own_labels
 
     labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
+    for adapter in adapters or [Path(model_path)]:
+        check_chat_template(adapter, data_cfg, tokenizer)
     spec = check.run(tokenizer, cfg.task, labels)
     skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)

@@ -36,7 +36,7 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
-    from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
+    from ftray.adapters.discovery import base_of, check_chat_template, data_settings, find_adapter, saved_task
 
     asked = cfg.generation
     if asked.prompt is not None and asked.file is not None:
@@ -58,13 +58,10 @@ def run(cfg: Config) -> int:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data.chat_template)
     if asked.chat and not tokenizer.chat_template:
         raise UserError(f"generation.chat: the tokenizer of {model_path} has no chat template")
-    trained_as = TaskSpec.read(adapters[0] if adapters else Path(model_path))
+    trained = adapters[0] if adapters else Path(model_path)
+    check_chat_template(trained, data, tokenizer)
+    trained_as = TaskSpec.read(trained)
     raw = bool(trained_as and trained_as.template not in (None, CHAT))
-    if trained_as and trained_as.template == CHAT and data.template == "auto" and not tokenizer.chat_template:
-        raise UserError(
-            f"adapter {adapters[0] if adapters else model_path}: by a chat template, which the tokenizer of "
-            f"{model_path} lacks, it was trained: give it by --data.chat_template, or --data.template"
-        )
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:

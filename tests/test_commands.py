@@ -13,6 +13,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftray.cli import main
+from ftray.data import TokenizedData
 from ftray.infer import read_records
 from ftray.task_spec import CHAT, TaskSpec
 
@@ -75,7 +76,6 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
     cluster, tmp_path, capsys, words, tiny_llama, adapters
 ):
     from ftray.config import EvaluationConfig
-    from ftray.data import TokenizedData
     from ftray.models.load import load_tokenizer
     from ftray.tasks.causal import score
 
@@ -278,7 +278,9 @@ def test_only_line_breaks_end_a_line_of_prompts(tmp_path, suffix, odd):
     assert list(read_records(str(file))) == [(f"{file}:{i}", {"prompt": p}) for i, p in enumerate(prompts, 1)]
 
 
-def test_an_adapter_of_chats_is_not_prompted_raw_where_the_template_is_gone(tmp_path, capsys, tiny_llama, adapters):
+def test_an_adapter_of_chats_is_not_prompted_raw_where_the_template_is_gone(
+    tmp_path, capsys, words, tiny_llama, adapters
+):
     bare = tmp_path / "bare"
     shutil.copytree(tiny_llama, bare)
     (bare / "chat_template.jinja").unlink()
@@ -288,6 +290,35 @@ def test_an_adapter_of_chats_is_not_prompted_raw_where_the_template_is_gone(tmp_
     assert main(asked) == 2
     assert "a chat template, which the tokenizer of" in capsys.readouterr().err
     assert main([*asked, "--data.chat_template", "chatml", "--generation.max_new_tokens", "2"]) == 0
+    capsys.readouterr()
+    scored = ["evaluate", *asked[1:5], "--data", words]
+    assert main(scored) == 2
+    assert "a chat template, which the tokenizer of" in capsys.readouterr().err
+
+
+def test_evaluate_renders_by_the_template_that_an_adapter_was_trained_with(
+    cluster, tmp_path, tiny_llama, tokenizer, words, adapters
+):
+    """Whether the base's tokenizer has one of its own or none."""
+    for place, template in (("bare", OTHER), ("own", None)):
+        base, adapter = tmp_path / place, tmp_path / f"{place}-adapter"
+        shutil.copytree(tiny_llama, base)
+        if place == "bare":
+            (base / "chat_template.jinja").unlink()
+        shutil.copytree(adapters["a"], adapter)
+        TaskSpec(template=CHAT, chat_template=template).save(adapter)
+        cache, file = tmp_path / f"{place}-shards", tmp_path / f"{place}.json"
+        given = flags("--evaluation.generate", "false", "--split", "test", words=words, cache=cache)
+        asked = ["evaluate", "--model", str(base), "--adapter", str(adapter), *given, "--output", str(file)]
+        assert main(asked) == 0
+        shards = TokenizedData.load(next(cache.glob("*/manifest.json")).parent)
+        row = shards.rows("test")[0]
+        records = map(json.loads, Path(words).read_text().splitlines())
+        record = next(record for record in records if record["output"] == row["target"])
+        turns = [{"role": "user", "content": record["input"]}, {"role": "assistant", "content": record["output"]}]
+        wanted = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template)
+        assert tokenizer.decode(row["input_ids"]) == wanted
+        assert json.loads(file.read_text())["adapters"][str(adapter)]["loss"]["best"] > 0
 
 
 def test_a_conversation_on_a_terminal(tiny_llama, adapters):

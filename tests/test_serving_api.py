@@ -1,6 +1,8 @@
 """Every route of the application by itself: its key, the limit of its body, the shape of its errors."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +11,10 @@ from fastapi.testclient import TestClient
 from helpers.routes import ROUTES
 from ray.exceptions import ActorDiedError
 
+from ftray.data.tool_calls import find_call_format
 from ftray.serving.api.app import create_app
 from ftray.serving.api.endpoint import Endpoint, current_endpoint
-from ftray.serving.generation_request import OutputDelta, OutputDeltas
+from ftray.serving.generation_request import OutputDelta, OutputDeltas, TokenLogprob
 
 KEY = "correct horse battery"
 OPEN = {("GET", "/"), ("GET", "/health")}
@@ -154,3 +157,137 @@ def test_an_answer_that_fails_is_an_error_whatever_its_text(path):
             assert whole.json()["error"]["code"] == "model_error"
             assert "on purpose" in whole.json()["error"]["message"]
             assert "event: error" in streamed.text
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"type": "object"}, "x": 1}}
+ASK = {"role": "user", "content": "q"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "annotations": None}
+ANSWERED = {
+    "role": "tool",
+    "tool_call_id": "c1",
+    "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "1"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "reason"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", "up to the model"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "up to the model"),
+        ({"tool_choice": "some"}, "tool_choice", "'auto' or 'none'"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "type: Input should be 'function'"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools", "function.name: Field required"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "function.name"),
+        ({"tools": {"f": 1}}, "tools", "list"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported field"),
+        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "messages", "messages.1: content"),
+        ({"messages": [ASK, {**CALLED, "role": "user"}]}, "messages", "a turn of user makes no calls"),
+        ({"messages": [ASK, {**CALLED, "tool_calls": [{**CALL, "type": "custom"}]}]}, "messages", "type"),
+        ({"messages": [ASK, {**CALLED, "function_call": {"name": "f"}}]}, "messages.1.function_call", "unsupported"),
+        ({"messages": [ASK, CALLED, {"role": "tool", "content": "21"}]}, "messages", "tool_call_id"),
+        ({"messages": [ASK, CALLED, {**ANSWERED, "tool_call_id": "c2"}]}, "messages", "made a call 'c2'"),
+        ({"messages": [ASK, ANSWERED, CALLED]}, "messages", "made a call 'c1'"),
+        ({"messages": [{**ASK, "tool_call_id": "c1"}]}, "messages", "no other turn"),
+        (
+            {"messages": [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages",
+            "messages.0.content: part 0 is no text but 'image_url'",
+        ),
+        ({"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, "b"]}]}, "messages", "part 1 is no text"),
+        ({"messages": [{**ASK, "content": {"text": "a"}}]}, "messages", "messages.0.content: Input should be a valid"),
+    ],
+)
+def test_what_of_tools_and_turns_can_not_be_had_is_named(changes, param, reason):
+    got = client_of(key=None).post("/v1/chat/completions", json={"model": "base", "messages": [ASK], **changes})
+    error = got.json()["error"]
+    assert (got.status_code, error["param"]) == (400, param), error
+    assert reason in error["message"]
+
+
+def test_a_replica_gets_turns_and_tools_as_they_were_given():
+    asked = []
+
+    class Sees(Replicas):
+        def remote(self, request):
+            asked.append(request)
+            return super().remote()
+
+    messages = [OutputDeltas(prompt_tokens=1), OutputDeltas([OutputDelta(0, "a", count=1, finish="stop")])]
+    client = client_of(Sees(messages), key=None)
+    body = {"model": "base", "messages": [ASK, CALLED, ANSWERED], "tools": [TOOL], "parallel_tool_calls": False}
+    for choice, tools in (({}, [TOOL]), ({"tool_choice": "auto"}, [TOOL]), ({"tool_choice": "none"}, [])):
+        assert client.post("/v1/chat/completions", json={**body, **choice}).status_code == 200
+        called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+        assert asked[-1].messages == [ASK, called, {"role": "tool", "tool_call_id": "c1", "content": "21"}]
+        assert list(map(json.dumps, asked[-1].tools)) == list(map(json.dumps, tools))  # in the same order too
+
+
+SAID = 'I look.\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+TWICE = SAID + SAID.removeprefix("I look.")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "finish", "changes", "content", "calls"),
+    [
+        (SAID, "stop", {}, "I look.", 1),
+        (SAID.removeprefix("I look.\n"), "stop", {}, None, 1),
+        (TWICE, "stop", {}, "I look.", 2),
+        (TWICE, "stop", {"parallel_tool_calls": False}, "I look.", 1),
+        (SAID, "length", {}, "I look.", 1),  # there was more to say
+        (SAID.removesuffix("}\n</tool_call>"), "length", {}, SAID.removesuffix("}\n</tool_call>"), 0),
+        (SAID, "stop", {"tools": None}, SAID, 0),
+        (SAID, "stop", {"tool_choice": "none"}, SAID, 0),
+        (" It is 3 < 4. ", "stop", {}, " It is 3 < 4. ", 0),
+    ],
+)
+def test_calls_in_an_answer_are_told_from_its_text(text, finish, changes, content, calls, stream):
+    form = find_call_format(lambda given: "\n".join(map(tagged, given)), "said") if "tools" not in changes else None
+    form = None if changes.get("tool_choice") == "none" else form
+    parts = [OutputDelta(0, part, count=1) for part in text] + [OutputDelta(0, finish=finish)]
+    client = client_of(Replicas([OutputDeltas(prompt_tokens=1, calls=form), *(OutputDeltas([p]) for p in parts)]), None)
+    body = {"model": "base", "messages": [ASK], "tools": [TOOL], "stream": stream, **changes}
+    got = client.post("/v1/chat/completions", json={k: v for k, v in body.items() if v is not None})
+    if stream:
+        events = [json.loads(line.removeprefix("data: ")) for line in got.text.split("\n\n") if line.endswith("}")]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        assert deltas[0]["role"] == "assistant"
+        said = "".join(delta.get("content") or "" for delta in deltas) or None
+        made = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        assert [call.pop("index") for call in made] == list(range(calls))
+        (ended,) = {event["choices"][0]["finish_reason"] for event in events} - {None}
+    else:
+        (choice,) = got.json()["choices"]
+        said, made = choice["message"]["content"], choice["message"].get("tool_calls", [])
+        ended = choice["finish_reason"]
+    assert said == content
+    assert [call["function"] for call in made] == [{"name": "f", "arguments": '{"a": "é"}'}] * calls
+    assert all(call["type"] == "function" and re.fullmatch("[0-9a-f]{9}", call["id"]) for call in made)
+    assert ended == ("tool_calls" if calls and finish == "stop" else finish)
+
+
+def tagged(call):
+    return f"<tool_call>\n{json.dumps({'name': call['name'], 'arguments': call['arguments']})}\n</tool_call>"
+
+
+def test_a_character_of_several_tokens_has_their_bytes_and_one_place():
+    euro = [TokenLogprob(b"a", -0.5, [(b"a", -0.5), (b"\xe2", -1.0)])]
+    euro += [TokenLogprob(data, -0.5, [(data, -0.5)]) for data in (b"\xe2\x82", b"\xac", b" b")]
+    messages = [OutputDeltas(prompt_tokens=1), OutputDeltas([OutputDelta(0, "a€ b", euro, 4, "stop")])]
+    client = client_of(Replicas(messages), key=None)
+    chat = {"model": "base", "messages": [ASK], "logprobs": True, "top_logprobs": 2}
+    (choice,) = client.post("/v1/chat/completions", json=chat).json()["choices"]
+    entries = choice["logprobs"]["content"]
+    assert [(entry["token"], entry["bytes"]) for entry in entries] == [
+        ("a", [97]),
+        ("\\xe2\\x82", [0xE2, 0x82]),
+        ("\\xac", [0xAC]),
+        (" b", [32, 98]),
+    ]
+    assert [top["bytes"] for top in entries[0]["top_logprobs"]] == [[97], [0xE2]]
+    plain = {"model": "base", "prompt": "p", "logprobs": 2}
+    (choice,) = client.post("/v1/completions", json=plain).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["a", "\\xe2\\x82", "\\xac", " b"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2]
+    assert choice["logprobs"]["top_logprobs"][0] == {"a": -0.5, "\\xe2": -1.0}

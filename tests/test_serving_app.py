@@ -144,11 +144,14 @@ def test_likelihoods_as_an_evaluation_harness_reads_them(server):
     )
     entries = chat.choices[0].logprobs.content
     assert all(len(e.top_logprobs) == 2 and e.logprob == e.top_logprobs[0].logprob for e in entries)
-    assert bytes(entries[0].bytes).decode() == entries[0].token
+    assert all(bytes(e.bytes).decode(errors="backslashreplace") == e.token for e in entries)
+    said = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
+    assert said.removesuffix("<|end|>") == chat.choices[0].message.content
 
 
 OK = {"model": "lora", "prompt": "a", "max_tokens": 2}
 SAY = {"model": "lora", "messages": MESSAGES, "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
 MALFORMED = [
     ("completions", b"", 400, "JSON"),
     ("completions", b"{", 400, "JSON"),
@@ -193,7 +196,8 @@ MALFORMED = [
     ("chat/completions", {**SAY, "messages": [{"role": "king", "content": "a"}]}, 400, "role"),
     ("chat/completions", {**SAY, "messages": [{"role": "user"}]}, 400, "content"),
     ("chat/completions", {**SAY, "messages": "hello"}, 400, "messages"),
-    ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "unsupported field 'tools'"),
+    ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat/completions", {**SAY, "tools": [TOOL]}, 400, "has no place for tools"),
     ("chat/completions", {**SAY, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", {**SAY, "prompt": "a"}, 400, "unsupported field 'prompt'"),
@@ -427,6 +431,21 @@ def test_the_page_shows_two_models_side_by_side(server, tmp_path):
         for side, name in enumerate((server.base, "best")):
             shown = at(f"answer-{side}").get_attribute("textContent")
             assert shown == server.wanted(name, ids, 64)[0]
+        at("model-1").send_keys("trial-3")  # which has a chat template of its own
+        at("prompt").send_keys(Keys.CONTROL + Keys.ENTER)
+        wait.until(lambda _: "tokens/s" in at("speed-1").text and at("send").is_enabled())
+        asked = [{"role": "user", "content": "the <b>cat</b>"}]
+        rendered = server.tokenizer.apply_chat_template(
+            asked, chat_template=server.other, add_generation_prompt=True, tokenize=False
+        )
+        ids = server.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        assert at("answer-1").get_attribute("textContent") == server.wanted("trial-3", ids, 64)[0]
+
+
+def test_the_page_is_told_how_each_was_trained(server):
+    got = httpx.get(server.url + "/v1/run", headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert got["template"] == "say {prompt}:\n"
+    assert got["templates"] == {"best": "say {prompt}:\n", "trial-3": None}
 
 
 def test_the_readme_examples_run(server, monkeypatch, capsys):

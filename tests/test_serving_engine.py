@@ -11,12 +11,20 @@ from helpers.packs import APART, CONFIGS, TARGETS, Trial
 from helpers.servers import generated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ftray.errors import UserError
 from ftray.serving.adapters import check_name, load_adapter
 from ftray.serving.engine import Engine
 from ftray.serving.generation_request import Rendering
+from ftray.serving.sampling import token_bytes
 from ftray.task_spec import TaskSpec
 
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "eos_token_id": 0}
@@ -156,7 +164,7 @@ def test_echoed_log_probabilities_are_the_models(prompt_tokens):
         run(engine, [sequence])
         tokens = [t for delta in sequence.deltas for t in delta.tokens]
         texts = [engine.tokenizer.decode([token]) for token in range(384)]
-        assert [t.text for t in tokens] == [texts[token] for token in sequence.ids]
+        assert [t.data.decode(errors="replace") for t in tokens] == [texts[token] for token in sequence.ids]
         assert "".join(delta.text for delta in sequence.deltas).startswith(
             engine.tokenizer.decode([token for token in prompt if token != engine.tokenizer.pad_token_id])
         )
@@ -166,12 +174,12 @@ def test_echoed_log_probabilities_are_the_models(prompt_tokens):
         for place, (token, own) in enumerate(zip(tokens[1:], sequence.ids[1:], strict=True)):
             likeliest = wanted[place].topk(2)
             assert token.logprob == pytest.approx(wanted[place, own].item(), abs=1e-4)
-            assert [text for text, _ in token.top] == [texts[i] for i in likeliest.indices]
+            assert [data.decode(errors="replace") for data, _ in token.top] == [texts[i] for i in likeliest.indices]
             assert [logprob for _, logprob in token.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
     nothing_more = asked(prompt, "lora", max_tokens=0, echo=True, logprobs=0)
     run(engine, [nothing_more])
     (delta,) = nothing_more.deltas
-    assert [t.text for t in delta.tokens] == [texts[token] for token in prompt]
+    assert [t.data.decode(errors="replace") for t in delta.tokens] == [texts[token] for token in prompt]
     said = [token for token in prompt if token != engine.tokenizer.pad_token_id]
     assert (delta.text, delta.count) == (engine.tokenizer.decode(said), 0)
     assert nothing_more.deltas[-1].finish == "length"
@@ -183,6 +191,27 @@ def test_next_to_no_temperature_takes_the_likeliest(temperature, top_p):
     engine = engine_of(llama())
     cold, warm = asked([9, 8, 7], temperature=temperature, top_p=top_p, max_tokens=6), asked([9, 8, 7], max_tokens=6)
     assert run(engine, [cold, warm]) == [generated(engine.base, [9, 8, 7], 6)] * 2
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Writes a blank as a letter, drops the first one of a text, and has a token for each byte."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {piece: 256 + i for i, piece in enumerate(["▁", "a", "t", "h", "e", "th", "the", "▁the"])}
+    pieces = Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e"), ("▁", "the")], byte_fallback=True))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    pieces.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces)
+
+
+@pytest.mark.parametrize("kind", [make_tokenizer, sentencepiece])
+def test_the_bytes_of_tokens_are_those_of_the_text(kind):
+    tokenizer, text = kind(), "the theé 🙂 the\n�~"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = [token_bytes(tokenizer, token) for token in ids]
+    assert b"".join(parts).decode().removeprefix(" ") == text  # a blank before the first word is SentencePiece's
+    assert len(parts) > len(text) - text.count("the") * 3
+    assert b"\xf0" in b"".join(part for part in parts if len(part) == 1)  # an emoji is no token of either
 
 
 def test_more_alternatives_than_there_are_tokens():

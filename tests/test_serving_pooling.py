@@ -220,7 +220,12 @@ def test_requests_of_several_clients_are_read_together(begin, tiny_bert):
             return await super()._pool_all(requests)
 
         async def at_once(self, requests):
-            return await asyncio.gather(*(self.pool(one) for one in requests)), self.together
+            async def read(one):
+                begun, response = [message async for message in self.pool(one)]
+                assert begun is None
+                return response
+
+            return await asyncio.gather(*map(read, requests)), self.together
 
     spec = TaskSpec("FEATURE_EXTRACTION", (), 1)
     settings = Config(model=FP32).model_dump()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -21,6 +22,7 @@ from ftray.cli import parse, run_command
 from ftray.serving import vllm
 from ftray.serving.catalog import find_catalog
 from ftray.serving.generation_request import GenerationRequest, OutputDelta, Sampling, TokenLogprob
+from ftray.task_spec import TaskSpec
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -129,11 +131,71 @@ def test_requests_and_answers_in_openais_words():
     bodies = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {"completion_tokens": 7}}]
     text = "".join(f"data: {json.dumps(body)}\n\n" for body in bodies) + "data: [DONE]\n\n"
     assert vllm.parse_chunk(text) == (
-        [OutputDelta(1, "b", [TokenLogprob("b", -0.5, [("b", -0.5), ("c", -2.0)])]), OutputDelta(0, finish="length")],
+        [
+            OutputDelta(1, "b", [TokenLogprob(b"b", -0.5, [(b"b", -0.5), (b"c", -2.0)])]),
+            OutputDelta(0, finish="length"),
+        ],
         7,
     )
     (failed,), _ = vllm.parse_chunk('data: {"error": {"message": "too long"}}\n\n')
     assert (failed.finish, failed.error) == ("error", "too long")
+
+
+OTHER = "{% for m in messages %}[{{ m.content }}]<|pad|>{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+
+
+def test_an_adapter_is_asked_by_the_template_that_it_was_trained_with(tiny_llama, adapters, tokenizer, monkeypatch):
+    class Server:
+        """Serve LLM's, which keeps what it is asked."""
+
+        def options(self, **kwargs):
+            return self
+
+        def remote(self, asked):
+            self.asked = asked
+
+            async def answer():
+                choice = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop"}
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+            return Stream(answer())
+
+        completions = property(lambda self: self)
+
+    class Stream:
+        def __init__(self, parts):
+            self.parts = parts
+
+        def __aiter__(self):
+            return self.parts
+
+        def cancel(self):
+            pass
+
+    models = SimpleNamespace(CompletionRequest=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
+    llm = Server()
+    replica = vllm.VLLMReplica("tiny", tiny_llama, False, 32, llm)
+    TaskSpec(template="chat", chat_template=OTHER).save(adapters / "plain")
+
+    def asked(**changes):
+        given = request(prompts=[], messages=[{"role": "user", "content": "a b"}], n=1, max_prompt_tokens=99, **changes)
+
+        async def messages():
+            return [message async for message in replica.generate(given)]
+
+        return asyncio.run(messages())
+
+    (first, *_) = asked(source=str(adapters / "plain"))
+    assert first.begun
+    assert tokenizer.decode(llm.asked["prompt"][0]) == "[a b]<|pad|>["
+    assert set(llm.asked["stop_token_ids"]) == {0, tokenizer.pad_token_id}
+    assert llm.asked["skip_special_tokens"] is False
+    asked(adapter=None, source=None)
+    assert tokenizer.decode(llm.asked["prompt"][0]) == "<|user|>a b<|end|><|assistant|>"
+    assert llm.asked["stop_token_ids"] == [0]
+    (refused,) = asked(adapter=None, source=None, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert refused.refused.param == "tools"
 
 
 class VLLMServer:

@@ -9,7 +9,14 @@ from conftest import llama, make_tokenizer
 from helpers.engines import asked, run, text_of
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ftray.cli import main
 from ftray.config import DataConfig, EvaluationConfig
@@ -18,7 +25,7 @@ from ftray.infer import Renderer
 from ftray.models.load import load_tokenizer
 from ftray.models.stops import stop_tokens
 from ftray.serving.engine import Engine
-from ftray.serving.generation_request import GenerationRequest, Sampling, prompt_tokens
+from ftray.serving.generation_request import GenerationRequest, Rendering, Sampling, prompt_tokens
 from ftray.serving.vllm import VLLMReplica
 from ftray.task_spec import TaskSpec
 
@@ -142,6 +149,18 @@ def test_seq2seq_ends_where_the_turn_ends(tmp_path, starts):
     assert scores.generated == [WANTED] * 2
 
 
+def test_seq2seq_ends_where_the_decoder_has_no_more_positions():
+    sizes = {"vocab_size": 384, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    special = {"decoder_start_token_id": END, "pad_token_id": PAD, "eos_token_id": END, "forced_eos_token_id": None}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, **special, max_position_embeddings=12)).eval()
+    bart.final_logits_bias[0, [X, END]] = torch.tensor([1e4, -1e4])  # it says x, for ever
+    row = {"input_ids": [A, END], "token_type_ids": [], "labels": [B, END], "target": "b"}
+    settings = EvaluationConfig(max_new_tokens=40)
+    scores = TaskSpec("SEQ_2_SEQ_LM", (), PAD).load().score(bart, make_tokenizer(), [row], settings)
+    assert scores.generated == ["x" * 12]
+
+
 @pytest.mark.parametrize("more", [{}, {"do_sample": False, "temperature": 0.6, "top_p": 0.9}])  # the second is unsound
 def test_a_merged_model_ends_where_its_base_does_in_plain_transformers(tmp_path, more):
     base = speaker(tmp_path / "model", generation={"eos_token_id": [HASH], **more}, eos_token_id=X)
@@ -200,5 +219,5 @@ def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_texts(tokenizer, frame, 
     framed.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
     wanted = [*first, *tokenizer("a b")["input_ids"]]
     request = GenerationRequest(["a b"], None, 1, None, None, 9, Sampling(), False, 99, 99)
-    assert prompt_tokens(request, framed, 384) == [wanted]
+    assert prompt_tokens(request, Rendering(framed, None), 384) == [wanted]
     assert Renderer(framed, DataConfig(template="{prompt}"), None).plain("a b") == wanted

@@ -20,6 +20,7 @@ from ftray.task_spec import CAUSAL, CHAT, FILE, RAW, TaskSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
@@ -81,6 +82,7 @@ def adapter_config(adapter: Path) -> "PeftConfig":
         UserError: the installed PEFT can't read it.
     """
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
 
     try:
         return PeftConfig.from_pretrained(str(adapter))
@@ -171,6 +173,24 @@ def data_settings(cfg: Config, trained: Path | None) -> DataConfig:
             except (yaml.YAMLError, ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: not the config.yaml of a run: give --data.template") from None
     return cfg.data.model_copy(update={"template": RAW})  # of before there was another one
+
+
+def check_chat_template(trained: Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse to ask in plain words what was trained by a chat template.
+
+    Args:
+        trained: as for :func:`data_settings`, which gave `data`.
+        tokenizer: with the template that `data` names.
+
+    Raises:
+        UserError: that template is gone.
+    """
+    spec = TaskSpec.read(trained)
+    if spec and spec.template == CHAT and data.template == "auto" and not tokenizer.chat_template:
+        raise UserError(
+            f"adapter {trained}: by a chat template, which the tokenizer of {tokenizer.name_or_path} lacks, it was "
+            "trained: give it by --data.chat_template, or --data.template"
+        )
 
 
 def _check_base(cfg: Config, adapter: Path, base: str) -> None:

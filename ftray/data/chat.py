@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ftray.data.records import Example, Turn
+from ftray.data.tool_calls import CallFormat, find_call_format
 from ftray.errors import UserError
 
 _MARK = "zqxj"  # a word that stands in no template
@@ -83,6 +84,14 @@ class ChatTemplate:
         turns = example.messages or ()
         for index in example.learnt[-1:] if learn == "last" else example.learnt:
             yield self._answer(messages, turns[index], index, tools, learn == "generation", example.where)
+
+    def asked(self, example: Example) -> str:
+        """The rendering in which an answer to all turns of a conversation is asked for.
+
+        Raises:
+            UserError: the template can't render them, or leaves something out.
+        """
+        return self._rendered(self.messages(example), [*example.tools] or None, True, example.where)
 
     def _answer(
         self, messages: list[dict[str, Any]], turn: Turn, index: int, tools: Any, tagged: bool, where: object
@@ -180,6 +189,20 @@ class ChatTemplate:
                 return fit[0], as_text
         return None
 
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        """How calls are written; None: they are left out, or written in no known way."""
+        if self.call_form is None:
+            return None
+        content, as_text = self.call_form
+
+        def written(calls: list[dict[str, Any]]) -> str:
+            wrapped = [{"type": "function", "id": call["id"], "function": _function(call)} for call in calls]
+            turn = {"role": "assistant", "content": content, "tool_calls": [_call(call, as_text) for call in wrapped]}
+            return self._tried([_USER, turn])
+
+        return find_call_format(written, self._tried([_USER, {"role": "assistant", "content": _MARK.upper()}]))
+
     def _renders_role(self, role: str) -> bool:
         """Whether a turn of that role stands in a rendering, or is refused with one."""
         if role not in self._roles:
@@ -225,10 +248,12 @@ class _refusals:
         return
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        from jinja2 import TemplateError
-
-        if isinstance(error, TemplateError | TypeError | ValueError | KeyError):
+        if isinstance(error, Exception):  # a template is a program, and raises whatever it likes
             raise UserError(f"{self.where}: the model's chat template refuses these turns: {error}") from None
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any]:
+    return {"name": call["name"], "arguments": call["arguments"]}
 
 
 def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:

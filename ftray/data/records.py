@@ -303,6 +303,18 @@ def _turns_in(key: str) -> Shape:
     )
 
 
+def conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]], where: object) -> Example:
+    """A conversation in OpenAI's words as a record's `messages` and `tools` give it; nothing in it need be learnt.
+
+    Raises:
+        UserError: a turn that no record may hold.
+    """
+    turns, context = _turns({"messages": messages}, "messages", where)
+    return Example(
+        messages=tuple(turns), context=frozenset(context), tools=_tools({"tools": tools}, where), where=where
+    )
+
+
 def _conversational(record: Record, where: object) -> Example:
     """Prompt and completion as turns: what the assistant says in the prompt is context."""
     before, _ = _turns(record, "prompt", where)

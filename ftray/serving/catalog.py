@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving import pooling
-from ftray.serving.registry import Registry
+from ftray.serving.registry import AdapterEntry, Registry
 from ftray.storage.location import Location, parse_location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
@@ -85,7 +86,7 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     from ftray.models.load import own_labels
 
     places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
-    spec = next((found for place in places if (found := _task_of(place))), None)
+    spec = next((found for place in places if (found := kept_task(place))), None)
     if spec is None:
         named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
         spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
@@ -94,11 +95,32 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     return spec
 
 
-def _task_of(source: str) -> TaskSpec | None:
-    from ftray.serving.adapters import local_adapter
+def kept_task(source: str) -> TaskSpec | None:
+    """The task that was kept beside the adapter in `source`, a directory or URI; None: none was.
 
-    with local_adapter(source) as directory:
-        return TaskSpec.read(directory)
+    Raises:
+        UserError: it can't be read.
+    """
+    file = parse_location(source) / FILE
+    try:
+        return TaskSpec.of(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    except OSError as error:
+        raise UserError(f"adapter {source}: can't be read: {error.strerror or reason(error)}") from None
+
+
+@lru_cache(maxsize=1024)
+def how_to_ask(entry: AdapterEntry) -> dict[str, str | None]:
+    """The template by which prompts of an adapter were rendered, by its name; None: its chat template.
+
+    Empty where it is not known.
+    """
+    try:
+        spec = kept_task(entry.source)
+    except UserError:
+        return {}
+    if spec is None or spec.template is None:
+        return {}
+    return {entry.id.partition("@")[0]: None if spec.template == CHAT else spec.template}
 
 
 def _of_run(run: Location) -> dict[str, str]:
@@ -143,7 +165,6 @@ def leaderboard(run: str | None) -> dict[str, Any]:
     ]
     template = written["data"]["template"]
     if template == "auto":
-        kept = parse_location(run) / "best" / "adapter" / FILE
-        spec = TaskSpec.of(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else CAUSAL
+        spec = kept_task(str(parse_location(run) / "best" / "adapter")) or CAUSAL
         template = None if spec.template == CHAT else spec.template
     return {"metric": summary["metric"], "template": template, "trials": trials}

@@ -20,7 +20,7 @@ from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import tuner_layers
 from ftray.serving.generation_request import OutputDelta, Sampling, TokenLogprob
 from ftray.serving.model_runner import Chunk, ModelRunner
-from ftray.serving.sampling import Text, choose, token_logprobs
+from ftray.serving.sampling import Text, choose, token_bytes, token_logprobs
 
 
 @dataclass(eq=False)
@@ -291,7 +291,7 @@ class Engine:
         if alternatives is None:
             return
         if not sequence.echoed:
-            sequence.echoed = [TokenLogprob(self.tokenizer.decode(prompt[:1]))]
+            sequence.echoed = [TokenLogprob(token_bytes(self.tokenizer, prompt[0]))]
         start = len(sequence.echoed)
         following = prompt[start : start + len(logits)]  # the prompt's last row predicts the answer
         if following:

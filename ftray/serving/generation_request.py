@@ -2,9 +2,14 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
+from ftray.data.chat import ChatTemplate, chat_template
+from ftray.data.records import conversation
 from ftray.data.tokens import beginning
+from ftray.data.tool_calls import CallFormat
+from ftray.errors import UserError
 from ftray.models.chat_template import turn_end
 from ftray.serving.errors import APIError, invalid
 from ftray.task_spec import CHAT, TaskSpec
@@ -39,7 +44,7 @@ class GenerationRequest:
     """A request as a replica takes it.
 
     Attributes:
-        prompts: text or token ids of each prompt; empty where `messages` holds one conversation.
+        prompts: text or token ids of each prompt; empty where `messages` holds one conversation, in OpenAI's words.
         n: answers to each prompt; answer i of prompt p is choice p * n + i.
         adapter: id of the adapter; None: the base model.
         source: directory or URI of the adapter.
@@ -47,10 +52,11 @@ class GenerationRequest:
         stream: send deltas as they come, not all at the end.
         max_prompt_tokens: longer prompts are refused.
         max_output_tokens: more tokens than this, in all answers together, are refused.
+        tools: that the conversation may call, as OpenAI has them.
     """
 
     prompts: list[str] | list[list[int]]
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     n: int
     adapter: str | None
     source: str | None
@@ -59,6 +65,7 @@ class GenerationRequest:
     stream: bool
     max_prompt_tokens: int
     max_output_tokens: int
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,14 @@ class TokenLogprob:
     """A token of an answer.
 
     Attributes:
-        text: of this token alone.
+        data: the bytes of this token alone; a character may need those of several.
         logprob: its log-probability; None: it is the first of an echoed prompt.
         top: the likeliest tokens in its place, each with its log-probability.
     """
 
-    text: str
+    data: bytes
     logprob: float | None = None
-    top: list[tuple[str, float]] = field(default_factory=list)
+    top: list[tuple[bytes, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -101,21 +108,25 @@ class OutputDelta:
 class OutputDeltas:
     """A message of a replica about one request.
 
-    The first is empty and says that the replica has the request; the second holds `prompt_tokens`; deltas follow.
+    The first says that the request has `begun`; then one holds `prompt_tokens`, and deltas follow.
 
     Attributes:
         deltas: what is new of the answers.
-        prompt_tokens: of all prompts together; None in all messages but the second.
+        begun: from here on a step may hold the request, or its adapter is loaded, which the process may not outlive.
+        prompt_tokens: of all prompts together; None in all messages but one.
         answering: the first tokens have been chosen, though deltas are only sent at the end.
         refused: why nothing follows.
         warning: for whoever asked; comes with `prompt_tokens`.
+        calls: how an answer's calls are written; comes with `prompt_tokens`; None: they can't be told from text.
     """
 
     deltas: list[OutputDelta] = field(default_factory=list)
+    begun: bool = False
     prompt_tokens: int | None = None
     answering: bool = False
     refused: APIError | None = None
     warning: str | None = None
+    calls: CallFormat | None = None
 
 
 class Rendering:
@@ -143,21 +154,34 @@ class Rendering:
                 f"trained on prompts in the template {trained_as.template!r}, not on chats: ask /v1/completions"
             )
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The chat template, which training uses in the same way."""
+        return chat_template(self.tokenizer)
 
-def prompt_tokens(request: GenerationRequest, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[list[int]]:
-    """The token ids of each prompt; a conversation is rendered by the model's chat template.
+    def warnings(self, request: GenerationRequest) -> str | None:
+        """What to say to whoever sent `request`; None: nothing."""
+        if request.messages is None:
+            return None
+        untold = "the chat template writes calls in a form that is not known: they are text in the answer"
+        given = [self.warning, untold if request.tools and self.chat.call_format is None else None]
+        return "; ".join(filter(None, given)) or None
+
+    def calls(self, request: GenerationRequest) -> CallFormat | None:
+        """How calls are written in answers to `request`; None: none may be made, or the form is not known."""
+        return self.chat.call_format if request.tools else None
+
+
+def prompt_tokens(request: GenerationRequest, rendering: Rendering, vocab_size: int) -> list[list[int]]:
+    """The token ids of each prompt; a conversation is rendered as the model's training renders it.
 
     Raises:
         APIError: with the field at fault: a prompt has no tokens, or some that the model doesn't know.
     """
+    tokenizer = rendering.tokenizer
     if request.messages is not None:
-        if not tokenizer.chat_template:
-            raise invalid("the model has no chat template: use /v1/completions", "messages")
-        try:
-            rendered = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program: it may raise anything
-            raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from None
-        result = [list(tokenizer(rendered, add_special_tokens=False)["input_ids"])]
+        text = _asked(request.messages, request.tools, rendering.chat)
+        result = [list(tokenizer(text, add_special_tokens=False)["input_ids"])]
     else:
         first = beginning(tokenizer)  # without the end token that some tokenizers add: the text continues
 
@@ -172,6 +196,22 @@ def prompt_tokens(request: GenerationRequest, tokenizer: "PreTrainedTokenizerBas
         if any(not 0 <= token < vocab_size for token in ids):
             raise invalid(f"prompt tokens must be from 0 to {vocab_size - 1}", param)
     return result
+
+
+def _asked(messages: list[dict[str, Any]], tools: list[dict[str, Any]], chat: ChatTemplate) -> str:
+    """A conversation up to where the model's turn begins.
+
+    Raises:
+        APIError: the template refuses it, or leaves a part of it out.
+    """
+    if not chat.source:
+        raise invalid("the model has no chat template: use /v1/completions", "messages")
+    if tools and not chat.renders_tools:
+        raise invalid("the model's chat template has no place for tools: leave them out", "tools")
+    try:
+        return chat.asked(conversation(messages, tools, "the request"))
+    except UserError as error:
+        raise invalid(str(error), "messages") from None
 
 
 def output_tokens(request: GenerationRequest, prompts: list[list[int]], max_length: int) -> int:

@@ -1,7 +1,7 @@
 """A replica for tasks that don't generate: the class of a text or of each of its words, or the vector of a text."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -65,12 +65,14 @@ class _Encoded:
         types: token types of each text; empty for models that have none.
         words: index of the first token of each word, for each text; empty unless words have classes.
         model: the base, or with its adapter.
+        begun: set as the batch that they are in is read.
     """
 
     ids: list[list[int]]
     types: list[list[int]]
     words: list[list[int]]
     model: Any = None
+    begun: asyncio.Event | None = None
 
 
 class PoolingReplica(BaseReplica):
@@ -96,23 +98,42 @@ class PoolingReplica(BaseReplica):
         exact_heads(model)
         return model.requires_grad_(False)
 
-    async def pool(self, request: PoolingRequest) -> PoolingResponse:
-        """The class probabilities or the vector of each text."""
+    async def pool(self, request: PoolingRequest) -> AsyncIterator[PoolingResponse | None]:
+        """The class probabilities or the vector of each text.
+
+        Before, None: the batch with the request is read, or its adapter loaded, which the process may not outlive.
+        """
         try:
             if request.adapter is None and self.base.new_modules:
                 raise invalid(f"the base model has no {self.base.new_modules[0]} of its own: name an adapter", "model")
             encoded = self.encode(request)
+            if request.adapter is not None and request.adapter not in self._kept:
+                yield None
             model = self.base if request.adapter is None else await self.loaded(request.adapter, request.source)
         except APIError as error:
-            return PoolingResponse([], (), 0, error)
+            yield PoolingResponse([], (), 0, error)
+            return
         except UserError as error:
-            return PoolingResponse([], (), 0, invalid(str(error), "model"))
-        values = await self._batched(replace(encoded, model=model))
+            yield PoolingResponse([], (), 0, invalid(str(error), "model"))
+            return
+        begun = asyncio.Event()
+        reading = asyncio.ensure_future(self._batched(replace(encoded, model=model, begun=begun)))
+        reading.add_done_callback(lambda _: begun.set())
+        try:
+            await begun.wait()
+            yield None
+            values = await reading
+        finally:
+            reading.cancel()
         if isinstance(values, Exception):
-            return PoolingResponse([], (), 0, model_error(f"{type(values).__name__}: {values}"))
-        return PoolingResponse(values, self.task.spec.labels, sum(map(len, encoded.ids)))
+            yield PoolingResponse([], (), 0, model_error(f"{type(values).__name__}: {values}"))
+            return
+        yield PoolingResponse(values, self.task.spec.labels, sum(map(len, encoded.ids)))
 
     async def _pool_all(self, requests: list[_Encoded]) -> list[list[Any] | Exception]:
+        for one in requests:
+            if one.begun:
+                one.begun.set()
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.forward, requests)
 
     def forward(self, requests: list[_Encoded]) -> list[list[Any] | Exception]:

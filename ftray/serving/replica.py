@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.errors import UserError
+from ftray.serving.admission import Admission
 from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import (
@@ -27,6 +28,7 @@ from ftray.task_spec import TaskSpec
 if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
     from ftray.serving.engine import Sequence
 
+TOLD_SECONDS = 0.002  # after which a message has left this process, and a step that ends it can't keep it back
 Result = TypeVar("Result")
 Deliver = Callable[[list[OutputDelta]], None]
 
@@ -41,6 +43,7 @@ class Replica(BaseReplica):
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[Deliver, list[OutputDelta]] = {}  # what a step gave, by request
+        self._admission = Admission(self.cfg.serving.slots)
         self._keys = itertools.count()
         self._rendering_of_base = Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
         self._renderings: dict[str, Rendering] = {}  # of loaded adapters, by their name in the engine
@@ -50,17 +53,17 @@ class Replica(BaseReplica):
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `request`; closing this iterator frees their slots."""
-        yield OutputDeltas()
+        if request.adapter is not None and request.adapter not in self._kept:
+            yield OutputDeltas(begun=True)
         try:
             rendering = await self._rendering(request)
-        except UserError as error:
-            yield OutputDeltas(refused=invalid(str(error), "model"))
-            return
-        try:
-            prompts = prompt_tokens(request, rendering.tokenizer, self.base.get_input_embeddings().num_embeddings)
+            prompts = prompt_tokens(request, rendering, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
         except APIError as error:
             yield OutputDeltas(refused=error)
+            return
+        except UserError as error:
+            yield OutputDeltas(refused=invalid(str(error), "model"))
             return
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[list[OutputDelta]]()
 
@@ -68,20 +71,26 @@ class Replica(BaseReplica):
             loop.call_soon_threadsafe(inbox.put_nowait, deltas)
 
         sequences: list[Sequence] = []
+        taken = await self._admission.enter(len(prompts) * request.n)
         try:
+            yield OutputDeltas(begun=True)
+            await asyncio.sleep(TOLD_SECONDS)
             try:
                 await self._submit(request, prompts, max_tokens, deliver, sequences)
             except UserError as error:
                 yield OutputDeltas(refused=invalid(str(error), "model"))
                 return
-            warning = self._warn(request, rendering)
-            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning)
+            warning, calls = self._warn(request, rendering), rendering.calls(request)
+            yield OutputDeltas(prompt_tokens=sum(map(len, prompts)), warning=warning, calls=calls)
             left, kept = len(sequences), list[OutputDelta]()
             while left:
                 deltas = await inbox.get()
                 while not inbox.empty():
                     deltas = deltas + inbox.get_nowait()
                 left -= sum(delta.finish is not None for delta in deltas)
+                if left < taken:
+                    self._admission.leave(taken - left)
+                    taken = left
                 if request.stream:
                     yield OutputDeltas(deltas)
                     continue
@@ -92,6 +101,7 @@ class Replica(BaseReplica):
                 yield OutputDeltas(kept)
         finally:
             self.inbox.put(lambda: self._cancel(sequences))
+            self._admission.leave(taken)
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -119,12 +129,12 @@ class Replica(BaseReplica):
         return LoadedAdapter(key, forget)
 
     async def _rendering(self, request: GenerationRequest) -> Rendering:
-        """How the conversation of a request is rendered: as its adapter was trained.
+        """How a request is rendered: as its adapter was trained.
 
         Raises:
             UserError: the adapter can't be loaded.
         """
-        while request.adapter is not None and request.messages is not None:
+        while request.adapter is not None:
             key = str(await self.loaded(request.adapter, request.source))
             with suppress(KeyError):  # it was evicted again for other adapters
                 return self._renderings[key]
@@ -132,7 +142,7 @@ class Replica(BaseReplica):
 
     def _warn(self, request: GenerationRequest, rendering: Rendering) -> str | None:
         """The warning for whoever asked; the log has it once for each adapter."""
-        warning = rendering.warning if request.messages is not None else None
+        warning = rendering.warnings(request)
         if warning and request.adapter not in self._warned:
             self._warned.add(request.adapter)
             logging.getLogger("ray.serve").warning("%s: %s", request.source or self.base.name_or_path, warning)

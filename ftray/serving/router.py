@@ -1,9 +1,10 @@
 """Sends a request to a replica, and to another one if that dies; counts all requests.
 
-Any request that a dead replica had and had not begun to answer may have killed it. Each of those is tried once more,
-one at a time: the innocent ones are answered, and the one that kills costs no more than two replicas. Which of
-them it was can't be seen from the death itself: a process killed from outside looks the same, and its requests must
-be answered. Where the node was preempted, no request is to blame.
+A request whose first step, or whose adapter's loading, was under way when its replica died may have ended it, and is
+not tried again: it would end the next one too. Which of several did can't be told from the death itself: a process that
+is killed from outside looks the same. All others are tried again: those that waited for their turn, and those that had
+outlived their first step, of which no part was sent yet; these once, as they too may have ended it. Where the node was
+preempted, no request is to blame.
 
 Serve's multiplexing picks a replica that has the adapter loaded if there is one. See
 https://docs.ray.io/en/latest/serve/model-multiplexing.html.
@@ -12,7 +13,8 @@ https://docs.ray.io/en/latest/serve/model-multiplexing.html.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.exceptions import RayActorError
@@ -24,7 +26,7 @@ from ftray.serving.generation_request import GenerationRequest, OutputDeltas
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
 
 ATTEMPTS = 3  # replicas that a request is tried on, if they die
-MAX_KILLED = 2  # of which so many may have died of it
+MAX_OUTLIVED = 1  # of which so many may have died while it was answered
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send it again by themselves
 
 
@@ -56,7 +58,6 @@ class Router:
 
     def __init__(self, cfg: ServingConfig, replicas: DeploymentHandle):
         self.cfg, self.replicas, self.usage, self.under_way = cfg, replicas, Usage(), 0
-        self._suspect = asyncio.Lock()  # held by the request that is tried again
 
     def refuse_when_full(self) -> None:
         """Refuse a request while too many are under way.
@@ -74,23 +75,24 @@ class Router:
         Raises:
             APIError: the replica refuses them, all that were tried have died, or it takes too long.
         """
-        handle = self.replicas.options(multiplexed_model_id=request.adapter or "")
+        deadline = time.monotonic() + self.cfg.request_seconds
         with self._counted(model, "500"):
-            async with asyncio.timeout(self.cfg.request_seconds):
-                killed = 0
-                for attempt in range(ATTEMPTS):
-                    async with self._suspect if killed else nullcontext():
-                        try:
-                            response: PoolingResponse = await handle.pool.remote(request)
-                            break
-                        except RayActorError as error:
-                            killed += not error.preempted
-                    _refuse_retry(attempt, killed)
+            for attempt in range(ATTEMPTS):
+                begun = False
+                try:
+                    async for message in self._try("pool", request, deadline):
+                        if message is None:
+                            begun = True
+                            continue
+                        response: PoolingResponse = message
+                        if response.refused:
+                            raise response.refused
+                        self.usage.prompt.labels(model).inc(response.tokens)
+                        return response
+                except RayActorError as error:
+                    _refuse_retry(attempt, begun and not error.preempted)
                     await asyncio.sleep(0.1)
-            if response.refused:
-                raise response.refused
-            self.usage.prompt.labels(model).inc(response.tokens)
-            return response
+            raise APIError(500, "the replica gave no answer", code="replica_died")
 
     async def generate(self, model: str, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """What a replica answers; another one if it dies, unless a part was sent already or the request kills.
@@ -99,47 +101,44 @@ class Router:
             APIError: the replica refuses the request, all that were tried have died, or it takes too long.
         """
         began = time.monotonic()
-        deadline, killed = began + self.cfg.request_seconds, 0
+        deadline, outlived = began + self.cfg.request_seconds, 0
         announced = given = False
         with self._counted(model, "499"):
             for attempt in range(ATTEMPTS):
-                taken = answering = False
+                begun = answering = False
                 try:
-                    async with AsyncExitStack() as turn:
-                        if killed:
-                            async with asyncio.timeout(deadline - time.monotonic()):
-                                await turn.enter_async_context(self._suspect)
-                        async for message in self._try(request, deadline):
-                            taken = True
-                            if message.refused:
-                                raise message.refused
-                            if message.answering or message.deltas:
-                                answering = True
-                                await turn.aclose()  # the next suspect's turn
-                            if message.prompt_tokens is not None:
-                                if announced:  # by a replica that died
-                                    continue
-                                announced = True
-                                self.usage.prompt.labels(model).inc(message.prompt_tokens)
-                            elif not message.deltas:
+                    async for message in self._try("generate", request, deadline):
+                        if message.refused:
+                            raise message.refused
+                        begun = begun or message.begun
+                        answering = answering or message.answering or bool(message.deltas)
+                        if message.prompt_tokens is not None:
+                            if announced:  # by a replica that died
                                 continue
-                            elif not given:
-                                given = True
-                                self.usage.first.labels(model).observe(time.monotonic() - began)
-                            self.usage.output.labels(model).inc(sum(delta.count for delta in message.deltas))
-                            yield message
+                            announced = True
+                            self.usage.prompt.labels(model).inc(message.prompt_tokens)
+                        elif not message.deltas:
+                            continue
+                        elif not given:
+                            given = True
+                            self.usage.first.labels(model).observe(time.monotonic() - began)
+                        self.usage.output.labels(model).inc(sum(delta.count for delta in message.deltas))
+                        yield message
                     break
                 except RayActorError as error:
-                    killed += taken and not answering and not error.preempted
                     if given:
                         raise APIError(500, "the replica that gave this answer has died", code="replica_died") from None
-                    _refuse_retry(attempt, killed)
+                    outlived += answering and not error.preempted
+                    blamed = begun and not answering and not error.preempted
+                    _refuse_retry(attempt, blamed or outlived > MAX_OUTLIVED)
                     await asyncio.sleep(0.1 * 2**attempt)
 
-    async def _try(self, request: GenerationRequest, deadline: float) -> AsyncIterator[OutputDeltas]:
+    async def _try(
+        self, what: Literal["generate", "pool"], request: GenerationRequest | PoolingRequest, deadline: float
+    ) -> AsyncIterator[Any]:
         """What one replica answers; closing this iterator cancels it."""
         handle = self.replicas.options(stream=True, multiplexed_model_id=request.adapter or "")
-        answer = handle.generate.remote(request)
+        answer = getattr(handle, what).remote(request)
         messages, done = aiter(answer), False
         try:
             while True:
@@ -175,13 +174,14 @@ class Router:
             self.usage.requests.labels(model, status).inc()
 
 
-def _refuse_retry(attempt: int, killed: int) -> None:
+def _refuse_retry(attempt: int, blamed: bool) -> None:
     """After a replica died.
 
     Raises:
         APIError: the request is not tried again.
     """
-    if killed == MAX_KILLED:
-        raise APIError(500, f"{MAX_KILLED} replicas have died of this request", None, "replica_died", NO_RETRY)
+    if blamed:
+        message = "the replica died while it began this request, and may have died of it: it is not tried again"
+        raise APIError(500, message, None, "replica_died", NO_RETRY)
     if attempt == ATTEMPTS - 1:
         raise APIError(503, "replicas keep dying", code="replica_died")

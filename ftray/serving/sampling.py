@@ -1,5 +1,8 @@
 """How the next token is chosen, and how chosen tokens become text that ends at a stop string."""
 
+import re
+from functools import lru_cache
+
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, TopPLogitsWarper
@@ -54,10 +57,36 @@ def token_logprobs(
     own = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     values, places = logprobs.topk(min(alternatives, logprobs.shape[1]))
     tops = [
-        [(tokenizer.decode([token]), value) for token, value in zip(*row, strict=True)]
+        [(token_bytes(tokenizer, token), value) for token, value in zip(*row, strict=True)]
         for row in zip(places.tolist(), values.tolist(), strict=True)
     ]
-    return [TokenLogprob(tokenizer.decode([token]), *rest) for token, *rest in zip(ids, own, tops, strict=True)]
+    return [TokenLogprob(token_bytes(tokenizer, token), *rest) for token, *rest in zip(ids, own, tops, strict=True)]
+
+
+@lru_cache(maxsize=2**16)
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes that a token adds to a text: a blank before a word too, and a part of a character as it is."""
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][
+        -1:
+    ]  # some tokenizers drop the first blank of a text
+    before, text = str(tokenizer.decode(anchor)), str(tokenizer.decode([*anchor, token]))
+    text = text.removeprefix(before) if text.startswith(before) else str(tokenizer.decode([token]))
+    if "\ufffd" not in text:
+        return text.encode()
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):  # how SentencePiece writes a byte
+        return bytes.fromhex(name[3:5])
+    return bytes(map(_BYTES.__getitem__, name)) if set(name) <= _BYTES.keys() else text.encode()
+
+
+def _letters() -> dict[str, int]:
+    """The letter by which a byte-level tokenizer writes each byte: itself, where it can be seen, else one of others."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+
+
+_BYTES = _letters()
 
 
 class Text:

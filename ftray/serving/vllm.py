@@ -5,6 +5,7 @@ The endpoint calls a :class:`VLLMReplica`, which calls Serve LLM's server; that 
 See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/en/latest/features/lora.html.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -22,16 +23,18 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.models.stored import quantization_of
 from ftray.serving.adapters import check_adapter, local_adapter
-from ftray.serving.catalog import Catalog
-from ftray.serving.errors import APIError
+from ftray.serving.catalog import Catalog, kept_task
+from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import (
     GenerationRequest,
     OutputDelta,
     OutputDeltas,
+    Rendering,
     TokenLogprob,
     output_tokens,
     prompt_tokens,
 )
+from ftray.task_spec import TaskSpec
 
 if TYPE_CHECKING:
     from ray.serve.llm.openai_api_models import ErrorResponse
@@ -169,6 +172,9 @@ class VLLMReplica:
         self.tokenizer = load_tokenizer(model_path, trust_remote_code)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self.stops = saved_stop_tokens(self.tokenizer, config, model_path)
+        self._renderings: dict[str | None, Rendering] = {
+            None: Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
+        }
         text = config.get_text_config()
         self.vocab_size, self.max_length = text.vocab_size, int(text.max_position_embeddings)
 
@@ -182,23 +188,28 @@ class VLLMReplica:
         return None if rank <= self.rank else f"adapter {source}: has rank {rank}; {self.rank} are provided for"
 
     async def drop(self, adapter: str) -> bool:
-        """Nothing to do: vLLM forgets the least recently used of too many."""
+        """vLLM itself forgets the least recently used of too many."""
+        self._renderings.pop(adapter, None)
         return False
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `request`; closing this iterator ends them."""
         from ray.serve.llm.openai_api_models import CompletionRequest
 
-        yield OutputDeltas()
         try:
-            prompts = prompt_tokens(request, self.tokenizer, self.vocab_size)
+            rendering = await asyncio.to_thread(self._rendering, request)
+            prompts = prompt_tokens(request, rendering, self.vocab_size)
             max_tokens = output_tokens(request, prompts, self.max_length)
         except APIError as error:
             yield OutputDeltas(refused=error)
             return
-        yield OutputDeltas(prompt_tokens=sum(map(len, prompts)))
-        model = model_id(request)
-        fields = completion_fields(request, prompts, max_tokens, model or self.base, self.stops)
+        except UserError as error:
+            yield OutputDeltas(refused=invalid(str(error), "model"))
+            return
+        tokens, warning = sum(map(len, prompts)), rendering.warnings(request)
+        yield OutputDeltas(begun=True, prompt_tokens=tokens, warning=warning, calls=rendering.calls(request))
+        model, stops = model_id(request), sorted({*self.stops, *rendering.ends})
+        fields = completion_fields(request, prompts, max_tokens, model or self.base, stops)
         llm = self.llm.options(stream=True, multiplexed_model_id=model)
         stream = llm.completions.remote(CompletionRequest(**fields))
         kept, last = list[OutputDelta](), list[OutputDelta]()
@@ -221,6 +232,12 @@ class VLLMReplica:
             yield OutputDeltas([_failure((str(error.cause) or "it failed").splitlines()[0])])
         finally:
             stream.cancel()
+
+    def _rendering(self, request: GenerationRequest) -> Rendering:
+        """How the adapter of a request was trained to be asked."""
+        if request.adapter not in self._renderings:
+            self._renderings[request.adapter] = Rendering(self.tokenizer, kept_task(request.source or ""))
+        return self._renderings[request.adapter]
 
 
 def model_id(request: GenerationRequest) -> str:
@@ -246,6 +263,7 @@ def completion_fields(
         "logprobs": sampling.logprobs,
         "echo": sampling.echo,
         "stop_token_ids": stops,
+        "skip_special_tokens": request.messages is None,  # marks of calls and thoughts are part of what a turn says
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -281,4 +299,7 @@ def _token_logprobs(logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
         return []
     tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
     rows = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
-    return [TokenLogprob(text, own, list((top or {}).items())) for text, own, top in rows]
+    return [
+        TokenLogprob(text.encode(), own, [(other.encode(), value) for other, value in (top or {}).items()])
+        for text, own, top in rows
+    ]

@@ -14,6 +14,7 @@ from ftray.data.shapes import Seen, is_empty
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
+from ftray.models.limits import positions
 from ftray.models.stops import answer_text, stop_tokens
 from ftray.task_spec import IGNORE, RAW
 from ftray.tasks import task
@@ -86,7 +87,9 @@ class Task(task.PaddedTask):
     ) -> Scores:
         loss, tokens, texts = np.zeros(len(rows)), np.zeros(len(rows)), [""] * len(rows)
         stops = stop_tokens(tokenizer, model.config, model.generation_config)
-        settings = {"max_new_tokens": cfg.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
+        room = positions(model)  # the decoder's table may end before
+        most = cfg.max_new_tokens if room is None else min(cfg.max_new_tokens, room)
+        settings = {"max_new_tokens": most, "do_sample": False, "eos_token_id": stops or None}
         for part, batch in self.batches(model, rows, cfg.batch_size):
             logits = self.logits(model, batch)
             each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").double()

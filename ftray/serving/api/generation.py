@@ -1,6 +1,7 @@
 """Routes of models that generate: plain and chat completions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -34,7 +35,7 @@ async def chat_completions(http: Request, endpoint: CurrentEndpoint) -> Response
     sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, logprobs)
     messages = [message.plain for message in body.messages]
     max_tokens = body.max_completion_tokens or body.max_tokens
-    request = generation_request(endpoint, body, [], messages, max_tokens, sampling)
+    request = generation_request(endpoint, body, [], messages, max_tokens, sampling, body.offered)
     return await respond(endpoint, body, request, ChatCompletionWriter(body))
 
 
@@ -42,9 +43,10 @@ def generation_request(
     endpoint: Endpoint,
     body: GenerationParameters,
     prompts: list[str] | list[list[int]],
-    messages: list[dict[str, str]] | None,
+    messages: list[dict[str, Any]] | None,
     max_tokens: int | None,
     sampling: Sampling,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> GenerationRequest:
     """What a replica gets.
 
@@ -63,6 +65,7 @@ def generation_request(
         stream=body.stream,
         max_prompt_tokens=endpoint.cfg.max_prompt_tokens,
         max_output_tokens=endpoint.cfg.max_output_tokens,
+        tools=list(tools),
     )
 
 
@@ -79,13 +82,15 @@ async def respond(
     messages = endpoint.router.generate(body.model, request)
     if body.stream:
         first = await anext(messages)  # before the response begins: a refusal needs a status
+        writer.calls = first.calls
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = stream_events(writer, messages, first.prompt_tokens or 0, with_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=warning_headers(first.warning))
     deltas: list[OutputDelta] = []
     prompt_tokens, warning = 0, None
     async for message in messages:
-        prompt_tokens, warning = message.prompt_tokens or prompt_tokens, message.warning or warning
+        if message.prompt_tokens is not None:
+            prompt_tokens, warning, writer.calls = message.prompt_tokens, message.warning, message.calls
         deltas += message.deltas
     whole = writer.whole(deltas, len(request.prompts or [0]) * request.n)
     whole |= {"usage": usage(prompt_tokens, sum(delta.count for delta in deltas))}

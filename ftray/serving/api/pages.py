@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ftray.serving.api.endpoint import CurrentEndpoint
-from ftray.serving.catalog import leaderboard
+from ftray.serving.catalog import how_to_ask, leaderboard
 
 PAGE = Path(__file__).parents[1] / "page.html"
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -28,8 +28,14 @@ async def page() -> Response:
 
 @router.get("/v1/run")
 async def run(endpoint: CurrentEndpoint) -> dict[str, Any]:
-    """What the models are for; the search's metric, its trials, best first, and how it rendered prompts."""
-    return {"task": endpoint.task, **await asyncio.to_thread(leaderboard, endpoint.cfg.run)}
+    """What the models are for; the search: its metric, its trials, best first; and how prompts were rendered."""
+    entries = list(endpoint.registry.entries.values())
+
+    def read() -> dict[str, Any]:
+        templates = dict(pair for entry in entries for pair in how_to_ask(entry).items())
+        return {**leaderboard(endpoint.cfg.run), "templates": templates}
+
+    return {"task": endpoint.task, **await asyncio.to_thread(read)}
 
 
 @router.get("/metrics")

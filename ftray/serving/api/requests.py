@@ -3,7 +3,16 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ftray.config import COLDEST
 from ftray.serving.errors import APIError, invalid
@@ -15,8 +24,31 @@ Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: v
 Body = TypeVar("Body", bound=BaseModel)
 
 
+def _without_nulls(values: object) -> object:
+    return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def _joined(content: object) -> object:
+    """The text of content that comes in parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(part.get("text"), str) or len(part) > 2:
+            raise ValueError(f"part {index} is no text but {str(kind)[:40]!r}: the models here read text alone")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _free_choice(choice: object) -> object:
+    if choice == "required" or isinstance(choice, dict):
+        raise ValueError("whether a tool is called is up to the model here: 'auto', or 'none'")
+    return choice
 
 
 class StreamOptions(Model):
@@ -41,7 +73,7 @@ class GenerationParameters(Model):
     @model_validator(mode="before")
     @classmethod
     def _null_is_the_default(cls, values: object) -> object:
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+        return _without_nulls(values)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -64,37 +96,102 @@ class CompletionRequest(GenerationParameters):
         return as_list(self.prompt)
 
 
-class Part(Model):
-    type: Literal["text"]
-    text: str
+class FunctionCall(Model):
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class ToolCallGiven(Model):
+    """A call that an earlier answer made."""
+
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class Message(Model):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    """A turn. Clients send answers back as they came, with all that is null in them."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_joined)] | None = None
     name: str | None = None
+    tool_calls: list[ToolCallGiven] = Field(default=[], max_length=128)
+    tool_call_id: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, values: object) -> object:
+        return _without_nulls(values)
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: a turn of {self.role} makes no calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id: a tool's turn has the id of the call that it answers, and no other turn")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: a text, or a list of parts that are texts")
+        return self
 
     @property
-    def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def plain(self) -> dict[str, Any]:
+        """What was given, with content as text."""
+        return self.model_dump(exclude_unset=True) | {"content": self.content}
+
+
+def _answering_calls(messages: list[Message]) -> list[Message]:
+    made: set[str] = set()
+    for index, message in enumerate(messages):
+        made |= {call.id for call in message.tool_calls}
+        if (answered := message.tool_call_id) is not None and answered not in made:
+            raise ValueError(f"{index}.tool_call_id: no turn before made a call {answered[:80]!r}")
+    return messages
+
+
+class Function(BaseModel):
+    """A tool's name and parameters; whatever else stands there is for the chat template."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+def _checked(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool itself: the order of its keys is seen in the prompt."""
+    try:
+        Tool.model_validate(tool)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return tool
 
 
 class ChatCompletionRequest(GenerationParameters):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000), AfterValidator(_answering_calls)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Annotated[dict[str, Any], AfterValidator(_checked)]] = Field(default=[], max_length=128)
+    tool_choice: Annotated[Literal["auto", "none"], BeforeValidator(_free_choice)] = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools
 
 
 class EmbeddingRequest(Model):

@@ -3,8 +3,10 @@
 import json
 import time
 import uuid
+from codecs import IncrementalDecoder, getincrementaldecoder
 from typing import Any
 
+from ftray.data.tool_calls import CallFormat, CallReader, ToolCall
 from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters
 from ftray.serving.errors import model_error
 from ftray.serving.generation_request import OutputDelta
@@ -21,9 +23,14 @@ def event(value: dict[str, Any]) -> str:
 
 
 class ResponseWriter:
-    """Writes the deltas of one request."""
+    """Writes the deltas of one request.
+
+    Attributes:
+        calls: how calls of tools are written in the answers; None: they hold none, or it is not known.
+    """
 
     prefix, kind, chunk_kind = "", "", ""
+    calls: CallFormat | None = None
 
     def __init__(self, body: GenerationParameters):
         self.model, self.id, self.created = body.model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
@@ -70,6 +77,7 @@ class CompletionWriter(ResponseWriter):
 
     def __init__(self, body: CompletionRequest):
         super().__init__(body)
+        self._decoders: dict[int, IncrementalDecoder] = {}  # of the tokens of each choice
         self._offsets: dict[int, int] = {}  # characters of the tokens of each choice so far
 
     def choice(self, delta: OutputDelta) -> dict[str, Any]:
@@ -86,15 +94,18 @@ class CompletionWriter(ResponseWriter):
 
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any]:
         offsets, at = [], self._offsets.get(delta.choice, 0)
+        decoder = self._decoders.setdefault(delta.choice, getincrementaldecoder("utf-8")("replace"))
         for token in delta.tokens:
             offsets.append(at)
-            at += len(token.text)
+            at += len(decoder.decode(token.data))
         self._offsets[delta.choice] = at
         return {
-            "tokens": [token.text for token in delta.tokens],
+            "tokens": [_shown(token.data) for token in delta.tokens],
             "token_logprobs": [token.logprob for token in delta.tokens],
             "top_logprobs": [
-                None if token.logprob is None else {**dict(token.top), token.text: token.logprob}
+                None
+                if token.logprob is None
+                else {_shown(data): value for data, value in (*token.top, (token.data, token.logprob))}
                 for token in delta.tokens
             ],
             "text_offset": offsets,
@@ -108,37 +119,71 @@ class ChatCompletionWriter(ResponseWriter):
 
     def __init__(self, body: ChatCompletionRequest):
         super().__init__(body)
+        self.tools, self.most_calls = body.offered, None if body.parallel_tool_calls else 1
         self._begun: set[int] = set()  # choices whose first event has been written
+        self._readers: dict[int, CallReader] = {}  # of each choice, where answers may hold calls
 
     def choice(self, delta: OutputDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        text, calls = self._read(delta)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         choice = {"index": delta.choice, "message": message, "logprobs": self._logprobs(delta)}
-        return {**choice, "finish_reason": delta.finish}
+        return {**choice, "finish_reason": _finish(delta, calls)}
 
     def chunks(self, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
         result = []
         for delta in deltas:
             refuse_failed(delta)
-            content: dict[str, Any] = {"content": delta.text} if delta.text else {}
+            text, calls = self._read(delta)
+            content: dict[str, Any] = {"content": text} if text else {}
             if delta.choice not in self._begun:
                 self._begun.add(delta.choice)
-                content = {"role": "assistant", "content": delta.text}
+                content = {"role": "assistant", "content": text}
+            if calls:
+                content["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
             if content or delta.tokens or delta.finish:
                 choice = {"index": delta.choice, "delta": content, "logprobs": self._logprobs(delta)}
-                result.append(self.chunk([{**choice, "finish_reason": delta.finish}]))
+                result.append(self.chunk([{**choice, "finish_reason": _finish(delta, calls)}]))
         return result
 
+    def _read(self, delta: OutputDelta) -> tuple[str, list[dict[str, Any]]]:
+        """The text of a delta that is certain not to be part of a call, and, with the last one, the calls."""
+        if self.calls is None:
+            return delta.text, []
+        reader = self._readers.setdefault(delta.choice, CallReader(self.calls, self.tools))
+        text = reader.add(delta.text)
+        if delta.finish is None:
+            return text, []
+        rest, calls = reader.end()
+        return text + rest, [_call(call) for call in calls[: self.most_calls]]
+
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any] | None:
-        def entry(text: str, logprob: float | None) -> dict[str, Any]:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(data: bytes, logprob: float | None) -> dict[str, Any]:
+            return {"token": _shown(data), "logprob": logprob, "bytes": list(data)}
 
         if not delta.tokens:
             return None
         content = [
-            {**entry(token.text, token.logprob), "top_logprobs": [entry(*top) for top in token.top]}
+            {**entry(token.data, token.logprob), "top_logprobs": [entry(*top) for top in token.top]}
             for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _shown(data: bytes) -> str:
+    r"""The text of a token; what is no whole character in it as OpenAI writes it: \xe2\x82."""
+    return data.decode("utf-8", "backslashreplace")
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call in OpenAI's shape; some chat templates take ids of nine letters and digits alone."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or uuid.uuid4().hex[:9], "type": "function", "function": function}
+
+
+def _finish(delta: OutputDelta, calls: list[dict[str, Any]]) -> str | None:
+    return "tool_calls" if calls and delta.finish == "stop" else delta.finish
 
 
 def refuse_failed(delta: OutputDelta) -> None:
