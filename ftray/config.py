@@ -87,8 +87,17 @@ class ModelConfig(Section):
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="of 4bit: normal quantiles, or floating point")
     double_quantization: bool = Field(True, description="of 4bit: quantise the scales too")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    shard: bool = Field(
+        False, description="share the weights out over the workers of a trial or pack, by FSDP2, while training"
+    )
+    offload: bool = Field(False, description="keep the layers in CPU memory between their uses; GPU only; also shards")
 
     _at_home = field_validator("name")(at_home)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether workers share the weights out in training."""
+        return self.shard or self.offload
 
 
 class DataConfig(Section):
