@@ -110,11 +110,16 @@ def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreT
     return base.cuda() if torch.cuda.is_available() and as_stored(cfg, path).quantization == "none" else base
 
 
-def load_sharded(cfg: ModelConfig, path: str, task: TaskSpec, device: torch.device) -> PreTrainedModel:
+def load_sharded(
+    cfg: ModelConfig, path: str, task: TaskSpec, device: torch.device, offload: bool = False
+) -> PreTrainedModel:
     """As :func:`load_base`, on `device`, with weights that all ranks share out: see :mod:`ftray.models.sharding`.
 
     Where the stored weights are of one dtype, a rank holds no more on the way than its part and one layer: what is
     read of the files are pages that the system takes back whenever it needs them.
+
+    Args:
+        offload: see :func:`ftray.models.sharding.shard`.
     """
     dtype = choose_dtype(cfg)
     model = load_base(cfg, path, task, _stored_dtype(path) or dtype)
@@ -131,7 +136,7 @@ def load_sharded(cfg: ModelConfig, path: str, task: TaskSpec, device: torch.devi
             buffer.data = buffer.data.to(device)
 
     model.config.dtype = dtype
-    return shard(model, device, cfg.offload, prepare)
+    return shard(model, device, offload, prepare)
 
 
 def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:

@@ -124,7 +124,7 @@ def units(model: PreTrainedModel) -> list[Unit]:
         if isinstance(part, GradientCheckpointingLayer) and not any(part in set(one.modules()) for one in layers):
             layers.append(part)
     if not layers:
-        raise UserError(f"model.shard: {type(model).__name__} has no layers that it could be shared out by")
+        raise UserError(f"training.shard_base: {type(model).__name__} has no layers that it could be shared out by")
     homes: dict[nn.Module, list[nn.Module]] = {leaf: [] for leaf in leaves}
     for layer in layers:
         for part in layer.modules():

@@ -19,6 +19,7 @@ from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.models.load import choose_dtype, load_skeleton
+from ftray.models.sharding import units
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, tuner_layers
 from ftray.search.driver import trials_that_fit
@@ -100,7 +101,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     validations = sum(trials) / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
-        "base": base_bytes(cfg.model, skeleton) / (workers if cfg.training.zero_stage == 3 else 1),
+        "base": resident_bytes(cfg, skeleton),
         "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
         "activations": max(rows * s.activations + probe.trials * s.fixed for s in methods.values()),
     }
@@ -175,6 +176,26 @@ def base_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> float:
     return float(sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()))
 
 
+def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
+    """Bytes of the base that a worker holds at a time.
+
+    Over a sharded base: its parts, unless they lie in CPU memory, and the largest layer whole, once as it is gathered
+    and once as it is used.
+    """
+    size, workers = base_bytes(cfg.model, skeleton), cfg.scaling.workers
+    if cfg.training.zero_stage == 3:
+        return size / workers
+    if not cfg.training.shard_base:
+        return size
+    item, apart = choose_dtype(cfg.model).itemsize, cfg.training.offload == "all"
+    found = [
+        (item * sum(p.numel() for p in {p for leaf in unit.leaves for p in leaf.parameters()}), unit.is_layer)
+        for unit in units(skeleton)
+    ]
+    parts = sum(whole / workers * (not (apart and is_layer)) for whole, is_layer in found)
+    return size - sum(whole for whole, _ in found) + parts + 2 * max(whole for whole, _ in found)
+
+
 def probe_pack(context: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
@@ -189,7 +210,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     context: SearchContext = config["context"]
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
     task = TokenizedData.load(context.data).task
-    trainer = PackTrainer(cfg.model, context.model_path, cfg.training.gradient_checkpointing, task, cfg.data.max_length)
+    trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.max_length)
     trainer.measure = context.measure()
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]

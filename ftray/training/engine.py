@@ -53,7 +53,7 @@ def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict
             "stage3_max_reuse_distance": live,
             "stage3_prefetch_bucket_size": min(5 * 10**7, live),
         }
-    if cfg.offload == "all":
+    if cfg.zero_stage == 3 and cfg.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": cfg.batch_size,

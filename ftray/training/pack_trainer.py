@@ -15,7 +15,7 @@ from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, rate_ratio
 from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
-from ftray.config import ModelConfig
+from ftray.config import ModelConfig, TrainingConfig
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import out_of_memory, share
@@ -62,22 +62,31 @@ class PackTrainer:
         self,
         model: ModelConfig,
         model_path: str,
-        gradient_checkpointing: bool = False,
+        training: TrainingConfig | None = None,
         task: TaskSpec = CAUSAL,
         longest: int | None = None,
     ):
-        """Load the base model; `longest` is the most tokens of a record, None: any number."""
+        """Load the base model.
+
+        Args:
+            training: the settings that all trials have in common; None: the defaults.
+            longest: most tokens of a record; None: any number.
+
+        Raises:
+            UserError: the base can't be shared out.
+        """
+        training = training or TrainingConfig()
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        if model.sharded:
-            base = load_sharded(model, model_path, task, self.device)
+        if training.shard_base:
+            base = load_sharded(model, model_path, task, self.device, training.offload == "all")
         else:
             base = load_base(model, model_path, task)
             base = base.to(self.device) if model.quantization == "none" else base
-        if gradient_checkpointing:
+        if training.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, PackedTrial] = {}
