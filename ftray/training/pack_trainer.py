@@ -22,7 +22,7 @@ from ftray.multi_adapter.shared_model import out_of_memory, share
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.deepspeed_optimizer import DeepSpeedOptimizer
-from ftray.training.engine import join_process_group, sum_over_ranks
+from ftray.training.engine import join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
@@ -82,6 +82,7 @@ class PackTrainer:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         if training.shard_base:
+            return_freed_memory()
             base = load_sharded(model, model_path, task, self.device, training.offload == "all")
         else:
             base = load_base(model, model_path, task)
