@@ -408,15 +408,16 @@ class Pack:
                 self.members[name].model.eval()
 
         def attempt() -> list[float | None]:
-            found: list[float | None] = []
+            found: dict[str, float | None] = {}
             for units in self._passes([(name, 0, batch) for name in names]):
+                own = [name for name, *_ in units]
                 try:
-                    found += self._loss(units, [1.0] * len(units))[1]
+                    found |= zip(own, self._loss(units, [1.0] * len(units))[1], strict=True)
                 except RuntimeError as error:
                     if self.sharded or len(units) > 1 or not out_of_memory(error):
                         raise
-                    found.append(None)
-            return found
+                    found[own[0]] = None
+            return [found[name] for name in names]
 
         before = self.tokens
         found = self._in_memory(attempt)
@@ -425,7 +426,10 @@ class Pack:
         return found
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
-        """Divide `units` into passes by tokens, in order; one unit per adapter a pass, an isolated one by itself."""
+        """Divide `units` into passes by tokens; one unit per adapter a pass, an isolated one by itself.
+
+        Those of one adapter come in order; an isolated one lets those after it go first.
+        """
         sizes = self._sizes(units)
         while units:
             now: list[Unit] = []
