@@ -95,9 +95,9 @@ REFUSALS = [
         lambda w: w.training.shard_base and w.training.zero_stage == 3,
     ),
     Refusal(
-        "training.shard_base with model.quantization",
-        "the packed weights of bitsandbytes are not shared out: take one of them",
-        lambda w: w.training.shard_base and w.model.quantization != "none",
+        "training.shard_base with model.quantization 8bit",
+        "FSDP2 loses the scales that bitsandbytes keeps with 8-bit weights: take 4bit, or none",
+        lambda w: w.training.shard_base and w.model.quantization == "8bit",
     ),
     Refusal(
         "lora.init pissa, olora or eva with training.shard_base",

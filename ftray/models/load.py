@@ -116,11 +116,14 @@ def load_sharded(
     """As :func:`load_base`, on `device`, with weights that all ranks share out: see :mod:`ftray.models.sharding`.
 
     Where the stored weights are of one dtype, a rank holds no more on the way than its part and one layer: what is
-    read of the files are pages that the system takes back whenever it needs them.
+    read of the files are pages that the system takes back whenever it needs them. Of a quantised base it holds the
+    whole, packed, until its part is cut out.
 
     Args:
         offload: see :func:`ftray.models.sharding.shard`.
     """
+    if as_stored(cfg, path).quantization != "none":  # packed by bitsandbytes: as they are to be
+        return shard(load_base(cfg, path, task), device, offload, lambda module: None)
     dtype = choose_dtype(cfg)
     model = load_base(cfg, path, task, _stored_dtype(path) or dtype)
     with torch.device("meta"):  # to see which parameters are of another dtype than the others

@@ -46,6 +46,8 @@ class _Group(nn.Module):
         users: calls that need the whole weights now.
         in_backward: whether the backward pass through a caller is under way.
         storages: keys of the memory that the whole weights come to lie in.
+        packed: by leaf whose weight bitsandbytes has packed into 4 bits, that weight as it knows it: FSDP2 gathers the
+            same memory as a plain parameter. None: it has not been gathered yet.
     """
 
     def __init__(self, leaves: list[nn.Module]):
@@ -53,9 +55,14 @@ class _Group(nn.Module):
         self.leaves = nn.ModuleList(leaves)
         self.users, self.in_backward = 0, False
         self.storages: set[int] = set()
+        self.packed: dict[Any, nn.Parameter | None] = {
+            leaf: None for leaf in leaves if hasattr(leaf.weight, "quant_state")
+        }
 
     def gather(self) -> None:
         self.unshard()  # type: ignore[operator]  # FSDP2 adds it to the class
+        for leaf, weight in self.packed.items():
+            self.packed[leaf] = leaf.weight = weight if weight is not None else _as_packed(leaf)
         self.storages = self.storages or {storage_key(p) for p in self.leaves.parameters()}
 
     def acquire(self) -> None:
@@ -101,6 +108,18 @@ class _Group(nn.Module):
 
         caller.register_forward_pre_hook(before, with_kwargs=True)
         caller.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+
+def _as_packed(leaf: Any) -> nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit(
+        leaf.weight.data,
+        quant_state=leaf.quant_state,
+        blocksize=leaf.quant_state.blocksize,
+        quant_type=leaf.quant_state.quant_type,
+        bnb_quantized=True,
+    )
 
 
 _groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()  # by leaf

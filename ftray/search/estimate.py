@@ -166,14 +166,14 @@ def saved_bytes(model: PeftModel, length: int) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def base_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> float:
-    """Bytes of the resident base: linear layers but the head as quantised, the rest as loaded."""
+def parameter_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> dict[nn.Parameter, float]:
+    """Bytes of each parameter of the base: linear layers but the head as quantised, the rest as loaded."""
     head = skeleton.get_output_embeddings()
     stored = {"none": choose_dtype(cfg).itemsize, "8bit": 1, "4bit": FOUR_BIT}[cfg.quantization]
     inside = {m.weight for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
     # around quantised layers, PEFT's preparation holds everything in float32
     rest = stored if cfg.quantization == "none" else 4
-    return float(sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()))
+    return {p: p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()}
 
 
 def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
@@ -182,14 +182,15 @@ def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
     Over a sharded base: its parts, unless they lie in CPU memory, and the largest layer whole, once as it is gathered
     and once as it is used.
     """
-    size, workers = base_bytes(cfg.model, skeleton), cfg.scaling.workers
+    sizes, workers = parameter_bytes(cfg.model, skeleton), cfg.scaling.workers
+    size = sum(sizes.values())
     if cfg.training.zero_stage == 3:
         return size / workers
     if not cfg.training.shard_base:
         return size
-    item, apart = choose_dtype(cfg.model).itemsize, cfg.training.offload == "all"
+    apart = cfg.training.offload == "all"
     found = [
-        (item * sum(p.numel() for p in {p for leaf in unit.leaves for p in leaf.parameters()}), unit.is_layer)
+        (sum(sizes[p] for p in {p for leaf in unit.leaves for p in leaf.parameters()}), unit.is_layer)
         for unit in units(skeleton)
     ]
     parts = sum(whole / workers * (not (apart and is_layer)) for whole, is_layer in found)
