@@ -270,8 +270,11 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed ZeRO partitions over workers")
+    shard_base: bool = Field(
+        False, description="share the frozen base out over the workers of a trial or pack, by PyTorch's FSDP2"
+    )
     offload: Literal["none", "optimizer", "all"] = Field(
-        "none", description="keep optimiser states (and with stage 3 parameters) in CPU memory"
+        "none", description="keep optimiser states (and with stage 3 or shard_base the base's layers) in CPU memory"
     )
     seed: int = Field(0, description="of initialisation, data order and dropout")
 
@@ -279,8 +282,8 @@ class TrainingConfig(Section):
     def _offload_needs_a_stage(self) -> "TrainingConfig":
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError("offload: all needs zero_stage 3")
+        if self.offload == "all" and self.zero_stage != 3 and not self.shard_base:
+            raise ValueError("offload: all needs zero_stage 3 or shard_base")
         return self
 
 

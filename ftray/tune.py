@@ -139,14 +139,17 @@ def search_for_best(
     from ftray.search.run_manifest import write_data
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
+    from ftray.training.run_spec import check_sharding
 
+    gpus = gpus_per_worker(cfg)
+    check_sharding(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task), tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg))
+    context = SearchContext(cfg, model_path, data.directory, gpus)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -220,12 +223,15 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
     from ftray.search.trial_worker import SearchContext
+    from ftray.training.run_spec import check_sharding
 
     connect(cfg)
+    gpus = gpus_per_worker(cfg)
+    check_sharding(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    result = estimate(SearchContext(cfg, model_path, data.directory, gpus_per_worker(cfg)), space)
+    result = estimate(SearchContext(cfg, model_path, data.directory, gpus), space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
     return 0
@@ -261,7 +267,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
-    from ftray.training.run_spec import accumulation_steps
+    from ftray.training.run_spec import accumulation_steps, check_sharding
 
     packable(cfg, space)
     check_output(cfg, space)
@@ -279,6 +285,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
             dry_run(adapter, skeleton, cfg.model, settings)
             tried.append(adapter)
         accumulation_steps(settings, cfg.scaling.workers)
+        check_sharding(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
 
 

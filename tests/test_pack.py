@@ -218,9 +218,16 @@ def test_an_adapter_from_a_pack_is_a_plain_one(tmp_path):
     torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-6)
 
 
-def test_losses_of_many_on_the_same_rows():
+@pytest.mark.parametrize("tokens", [100, 1000])
+def test_losses_of_many_on_the_same_rows(tokens):
     base = llama().requires_grad_(False)
-    pack, some = Pack(base, tokens=100), {"a": Trial("lora"), "b": Trial("oft", seed=1), "c": Trial("dora", seed=2)}
+    pack = Pack(base, tokens)
+    some = {
+        "a": Trial("lora"),
+        "apart": Trial("lora on head", seed=3),
+        "b": Trial("oft", seed=1),
+        "c": Trial("dora", seed=2),
+    }
     for name, trial in some.items():
         model = trial.model(base)
         pack.add(name, model, trial.update(model))

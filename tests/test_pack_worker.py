@@ -137,8 +137,8 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     assert done.stdout.splitlines() == ["[5, 2, 2, 1, 2, 1, 2]", "[7, 3, 1, 0, 2, 1, 2]"], done.stderr
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "shard_base"), [(0, False), (2, False), (2, True)])
+def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage, shard_base):
     """Also beside trials that can't join the pack, which fail alone."""
     from ftray.search.driver import search
     from ftray.search.results import trial_rows
@@ -156,7 +156,12 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
     )
     sections = {
         "model": {"dtype": "fp32"},
-        "training": {"steps": 18, "zero_stage": stage, "validation_records": 7 if stage else 1000},
+        "training": {
+            "steps": 18,
+            "zero_stage": stage,
+            "validation_records": 7 if stage else 1000,
+            "shard_base": shard_base,
+        },
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "search": {"trials": 8, "pack": 3},
     }

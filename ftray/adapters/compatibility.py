@@ -41,6 +41,11 @@ class Combination:
     def takes_from_base(self) -> bool:
         return self.init.startswith(("pissa", "olora"))
 
+    @property
+    def trains_base(self) -> bool:
+        given = (getattr(self.own, name, None) for name in ("modules_to_save", "trainable_token_indices", "bias"))
+        return any(value not in (None, [], {}, "none") for value in given)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -86,6 +91,26 @@ REFUSALS = [
         "lora.init pissa, olora, eva or loftq with training.zero_stage 3",
         "they need whole weights, which ZeRO 3 shares out over the workers: take stage 2, or another init",
         lambda w: (w.takes_from_base or w.init in ("eva", "loftq")) and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "training.shard_base with training.zero_stage 3",
+        "ZeRO 3 shares the base out by itself, one trial at a time: leave shard_base out, or take stage 2",
+        lambda w: w.training.shard_base and w.training.zero_stage == 3,
+    ),
+    Refusal(
+        "training.shard_base with model.quantization 8bit",
+        "FSDP2 loses the scales that bitsandbytes keeps with 8-bit weights: take 4bit, or none",
+        lambda w: w.training.shard_base and w.model.quantization == "8bit",
+    ),
+    Refusal(
+        "lora.init pissa, olora or eva with training.shard_base",
+        "they need the whole base at once, which no worker has: take another init",
+        lambda w: w.training.shard_base and (w.takes_from_base or w.init == "eva"),
+    ),
+    Refusal(
+        "full, or modules_to_save, trainable_token_indices or bias of a PEFT configuration, with training.shard_base",
+        "they train weights of the base itself, of which each worker has a part: take ZeRO 3 for full, or others",
+        lambda w: w.training.shard_base and (w.method == "full" or w.trains_base),
     ),
     Refusal(
         "lora.init pissa or olora with lora.use_dora",

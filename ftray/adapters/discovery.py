@@ -82,7 +82,6 @@ def adapter_config(adapter: Path) -> "PeftConfig":
         UserError: the installed PEFT can't read it.
     """
     from peft import PeftConfig
-    from transformers import PreTrainedTokenizerBase
 
     try:
         return PeftConfig.from_pretrained(str(adapter))

@@ -6,6 +6,7 @@ Adding a method is one entry in `METHODS`.
 import dataclasses
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveInt, ValidationError
@@ -306,6 +307,8 @@ def attach(
 
     from ftray.adapters import heads, lora_init
     from ftray.adapters.targets import asked_for, refuse_others
+    from ftray.compat.peft import around_layers
+    from ftray.models.sharding import is_sharded, whole
 
     config, settings = peft_config(adapter, model, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -316,7 +319,8 @@ def attach(
         lora_init.before(model, config)
         try:
             asked = asked_for(model, config)
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+            with around_layers(config.peft_type, whole) if is_sharded(model) else nullcontext():
+                adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None

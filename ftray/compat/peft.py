@@ -1,10 +1,12 @@
 """Private names of PEFT; seen in PEFT 0.21.2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.loftq_utils import _SafetensorLoader
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
@@ -41,3 +43,33 @@ def taken_names(model: nn.Module, method: str) -> frozenset[str]:
         except ValueError:
             found.add(name)
     return frozenset(found)
+
+
+@contextmanager
+def around_layers(kind: str, around: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, PEFT adapts each layer of a new model within `around(layer)`: some methods start from its weights.
+
+    PEFT itself gathers weights that DeepSpeed has shared out, and no others.
+
+    Args:
+        kind: PEFT's name of the method, as "LORA".
+    """
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    if not hasattr(tuner, "_create_and_replace"):  # a prompt method
+        yield
+        return
+    adapt, own = tuner._create_and_replace, "_create_and_replace" in vars(tuner)
+
+    def adapt_whole(self: object, config: object, name: str, target: nn.Module, *rest: object, **more: object) -> None:
+        layer: Any = target
+        with around(layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer):
+            adapt(self, config, name, target, *rest, **more)
+
+    tuner._create_and_replace = adapt_whole
+    try:
+        yield
+    finally:
+        if own:
+            tuner._create_and_replace = adapt
+        else:
+            del tuner._create_and_replace

@@ -3,6 +3,8 @@
 Operations on lists of tensors run in a few kernels on a GPU, however many tensors there are, and have no public name.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -19,3 +21,8 @@ def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
 def storage_key(tensor: torch.Tensor) -> int:
     """The same for all tensors that share memory; `data_ptr`, the public one, is 0 for all on the meta device."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call `function` at the end of the backward pass that is under way; public hooks are those of single tensors."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import build_glob_alternation
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -26,6 +28,15 @@ def drop_weight_conversions(model: PreTrainedModel, unwanted: Callable[[Any], bo
         for conversion in model._weight_conversions
         if not any(map(unwanted, getattr(conversion, "operations", [])))
     ]
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether the parameter of a name stays in float32 where `from_pretrained` is asked for `dtype`."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    found, *_ = build_glob_alternation(list(plan))
+    return lambda name: bool(found.search(name))
 
 
 def with_generation_spans(

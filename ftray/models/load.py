@@ -1,9 +1,11 @@
-"""Loading a base model: frozen, in the right precision, optionally quantised."""
+"""Loading a base model: frozen, in the right precision, optionally quantised or shared out over workers."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -14,14 +16,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ftray.compat.transformers import drop_weight_conversions
+from ftray.compat.transformers import drop_weight_conversions, kept_in_float32
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models.chat_template import give_chat_template
+from ftray.models.sharding import shard
 from ftray.models.stored import as_stored
 from ftray.task_spec import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # names in safetensors files
 
 
 def choose_dtype(cfg: ModelConfig) -> torch.dtype:
@@ -52,7 +56,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
+def load_base(
+    cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
     One that is stored quantised is loaded so, whatever `cfg` says (see :func:`ftray.models.stored.as_stored`).
@@ -62,10 +68,13 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTraine
 
     What the head has of its own, which a base model lacks, is drawn from a fixed seed; its modules are named in the
     result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
+
+    `dtype` takes the place of what :func:`choose_dtype` says.
     """
     cfg, config = as_stored(cfg, path), _config(cfg, path, task)
     dropout = _without_dropout(config)
-    kwargs: dict[str, Any] = {"config": config, "dtype": choose_dtype(cfg)}  # transformers takes sdpa where it can
+    # transformers takes sdpa where it can
+    kwargs: dict[str, Any] = {"config": config, "dtype": dtype or choose_dtype(cfg)}
     if cfg.quantization != "none":
         skeleton = load_skeleton(cfg, path, task)
         if stored := getattr(config, "quantization_config", None):
@@ -103,6 +112,38 @@ def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreT
     return base.cuda() if torch.cuda.is_available() and as_stored(cfg, path).quantization == "none" else base
 
 
+def load_sharded(
+    cfg: ModelConfig, path: str, task: TaskSpec, device: torch.device, offload: bool = False
+) -> PreTrainedModel:
+    """As :func:`load_base`, on `device`, with weights that all ranks share out: see :mod:`ftray.models.sharding`.
+
+    Where the stored weights are of one dtype, a rank holds no more on the way than its part and one layer: what is
+    read of the files are pages that the system takes back whenever it needs them. Of a quantised base it holds the
+    whole, packed, until its part is cut out.
+
+    Args:
+        offload: see :func:`ftray.models.sharding.shard`.
+    """
+    if as_stored(cfg, path).quantization != "none":  # packed by bitsandbytes: as they are to be
+        return shard(load_base(cfg, path, task), device, offload, lambda module: None)
+    dtype = choose_dtype(cfg)
+    model = load_base(cfg, path, task, _stored_dtype(path) or dtype)
+    with torch.device("meta"):  # to see which parameters are of another dtype than the others
+        like = _auto_class(task).from_config(model.config, trust_remote_code=cfg.trust_remote_code, dtype=dtype)
+    in_float32 = kept_in_float32(model, dtype)
+    dtypes = {name: torch.float32 if in_float32(name) else p.dtype for name, p in like.named_parameters()}
+    wanted = {id(p): dtypes[name] for name, p in model.named_parameters()}
+
+    def prepare(module: nn.Module) -> None:
+        for p in module.parameters(recurse=False):
+            p.data = p.data.to(device, wanted[id(p)]).contiguous()
+        for buffer in module.buffers(recurse=False):
+            buffer.data = buffer.data.to(device)
+
+    model.config.dtype = dtype
+    return shard(model, device, offload, prepare)
+
+
 def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
     """As :func:`load_base`, in float32: what is quantised is dequantised, to what rounding has left of it."""
     base = load_base(cfg.model_copy(update={"dtype": "fp32"}), path, task)
@@ -131,6 +172,15 @@ def own_labels(path: str, task: TaskSpec, trust_remote_code: bool = False) -> tu
     if not of.has_labels or not any(kind.endswith(head) for kind in config.architectures or []):
         return ()
     return tuple(config.id2label[i] for i in range(config.num_labels))
+
+
+def _stored_dtype(path: str) -> torch.dtype | None:
+    """That of all weights in the safetensors files of the directory `path`; None: they have several, or are others."""
+    found: set[str] = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            found |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118  # it is no dict
+    return STORED.get(found.pop()) if len(found) == 1 else None
 
 
 def _auto_class(task: TaskSpec) -> type[PreTrainedModel]:

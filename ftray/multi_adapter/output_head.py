@@ -48,6 +48,11 @@ class OutputHead(nn.Module):
         self.__dict__["_model"] = model  # not a part: its parameters are the base's
         self.weight = base.get_output_embeddings().weight
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules of the model that it may run."""
+        return list(self.__dict__["_model"].modules())
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden size] to [tokens, vocabulary]."""
         self._given.hidden = hidden[None]

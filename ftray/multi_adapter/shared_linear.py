@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ftray.models.sharding import whole
 from ftray.multi_adapter.dropout import Dropout, DropoutRNG
 from ftray.multi_adapter.low_rank import AddLowRank, LoraDelta, PaddedSegments, padded_segments
 
@@ -87,7 +88,7 @@ class SharedLinear(nn.Module):
         # quantised weights are integers
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         row = torch.zeros(1, 1, inputs, device=weight.device, dtype=dtype)
-        with torch.no_grad():
+        with torch.no_grad(), whole(base):
             answer = _Answer(base, row, self.base(row))
             layer(row)
         if answer.end():

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ftray.compat.transformers import set_attention
+from ftray.models.sharding import sharded_leaves
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 
 Shared = TypeVar("Shared", bound=nn.Module)
@@ -24,16 +25,21 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def share(model: Shared) -> Shared:
-    """A copy of the module structure whose parameters and buffers are those of `model` itself."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """A copy of the module structure whose parameters and buffers are those of `model` itself.
+
+    So are the modules whose weights are shared out over workers: gathering changes what they hold.
+    """
+    own = (*model.parameters(), *model.buffers(), *sharded_leaves(model))
+    return copy.deepcopy(model, {id(part): part for part in own})
 
 
 def shared_model(base: PreTrainedModel, implementation: str | None) -> PreTrainedModel:
     """A :func:`share` of the base that runs the rows of many adapters; the attention is of that name, None: its own."""
     shared = share(base)
+    kept = {id(getattr(module, "config", None)) for module in sharded_leaves(base)}
     for module in shared.modules():
         own = getattr(module, "config", None)  # a copy too, and that of a language model may be a part of the whole's
-        if implementation and isinstance(own, PretrainedConfig):
+        if implementation and isinstance(own, PretrainedConfig) and id(own) not in kept:
             set_attention(own, implementation)
     return shared
 

@@ -19,6 +19,7 @@ from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.models.load import choose_dtype, load_skeleton
+from ftray.models.sharding import units
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, tuner_layers
 from ftray.search.driver import trials_that_fit
@@ -100,7 +101,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     validations = sum(trials) / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
-        "base": base_bytes(cfg.model, skeleton) / (workers if cfg.training.zero_stage == 3 else 1),
+        "base": resident_bytes(cfg, skeleton),
         "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
         "activations": max(rows * s.activations + probe.trials * s.fixed for s in methods.values()),
     }
@@ -165,14 +166,35 @@ def saved_bytes(model: PeftModel, length: int) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def base_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> float:
-    """Bytes of the resident base: linear layers but the head as quantised, the rest as loaded."""
+def parameter_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> dict[nn.Parameter, float]:
+    """Bytes of each parameter of the base: linear layers but the head as quantised, the rest as loaded."""
     head = skeleton.get_output_embeddings()
     stored = {"none": choose_dtype(cfg).itemsize, "8bit": 1, "4bit": FOUR_BIT}[cfg.quantization]
     inside = {m.weight for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
     # around quantised layers, PEFT's preparation holds everything in float32
     rest = stored if cfg.quantization == "none" else 4
-    return float(sum(p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()))
+    return {p: p.numel() * (stored if p in inside else rest) for p in skeleton.parameters()}
+
+
+def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
+    """Bytes of the base that a worker holds at a time.
+
+    Over a sharded base: its parts, unless they lie in CPU memory, and the largest layer whole, once as it is gathered
+    and once as it is used.
+    """
+    sizes, workers = parameter_bytes(cfg.model, skeleton), cfg.scaling.workers
+    size = sum(sizes.values())
+    if cfg.training.zero_stage == 3:
+        return size / workers
+    if not cfg.training.shard_base:
+        return size
+    apart = cfg.training.offload == "all"
+    found = [
+        (sum(sizes[p] for p in {p for leaf in unit.leaves for p in leaf.parameters()}), unit.is_layer)
+        for unit in units(skeleton)
+    ]
+    parts = sum(whole / workers * (not (apart and is_layer)) for whole, is_layer in found)
+    return size - sum(whole for whole, _ in found) + parts + 2 * max(whole for whole, _ in found)
 
 
 def probe_pack(context: SearchContext, corner: Corner) -> Probe:
@@ -189,7 +211,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     context: SearchContext = config["context"]
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
     task = TokenizedData.load(context.data).task
-    trainer = PackTrainer(cfg.model, context.model_path, cfg.training.gradient_checkpointing, task, cfg.data.longest)
+    trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
     trainer.measure = context.measure()
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]

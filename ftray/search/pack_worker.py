@@ -71,8 +71,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
     context: PackContext = config["context"]
     settings = context.search.config
     task = TokenizedData.load(context.search.data).task
-    checkpointing = settings.training.gradient_checkpointing
-    trainer = PackTrainer(settings.model, context.search.model_path, checkpointing, task, settings.data.longest)
+    trainer = PackTrainer(settings.model, context.search.model_path, settings.training, task, settings.data.longest)
     if trainer.rank == 0:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()

@@ -117,6 +117,7 @@ def group_trainer(
 
     If it is stopped from outside, :func:`release` gives its placement group back.
     """
+    gathers = context.config.training.zero_stage == 3 or context.config.training.shard_base
     return SoloTrainer(
         worker,
         train_loop_config=config,
@@ -138,8 +139,8 @@ def group_trainer(
                 checkpoint_score_order=context.config.search.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
-            # under ZeRO 3 freed memory goes back to the system: see ftray.training.engine.return_freed_memory
-            worker_runtime_env={"env_vars": MALLOC} if context.config.training.zero_stage < 3 else None,
+            # over a sharded base freed memory goes back to the system: see ftray.training.engine.return_freed_memory
+            worker_runtime_env=None if gathers else {"env_vars": MALLOC},
         ),
     )
 

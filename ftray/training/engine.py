@@ -53,7 +53,7 @@ def deepspeed_config(cfg: TrainingConfig, workers: int, parameters: int) -> dict
             "stage3_max_reuse_distance": live,
             "stage3_prefetch_bucket_size": min(5 * 10**7, live),
         }
-    if cfg.offload == "all":
+    if cfg.zero_stage == 3 and cfg.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": cfg.batch_size,
@@ -96,7 +96,8 @@ def build_engine(
 def return_freed_memory() -> None:
     """Make glibc return the memory of tensors of 1 MiB and more to the system at once, instead of keeping it.
 
-    ZeRO 3 gathers and frees parameters of many sizes in turn: the memory that is kept would exceed the whole base.
+    What gathers and frees parameters of many sizes in turn, as ZeRO 3 and a sharded base do, would keep more than the
+    whole base.
     """
     if sys.platform == "linux":
         mmap_threshold = -3  # M_MMAP_THRESHOLD, https://man7.org/linux/man-pages/man3/mallopt.3.html

@@ -22,10 +22,11 @@ from ftray.compat.torch import add
 from ftray.errors import UserError
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
+from ftray.models.sharding import is_sharded, whole
 from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.head_loss import HeadLoss
-from ftray.multi_adapter.output_head import output_head
+from ftray.multi_adapter.output_head import OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, task_of
@@ -79,7 +80,8 @@ class Pack:
     """Adapters that train together on `base`.
 
     Args:
-        base: frozen model; its parameters are shared, and the model itself is not changed.
+        base: frozen model; its parameters are shared, and the model itself is not changed. Where ranks share its
+            weights out (:mod:`ftray.models.sharding`), they make the same passes of the same adapters.
         tokens: most tokens of one forward and backward pass; an adapter's micro-batch is never split.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: sums lists of numbers element-wise over ranks.
@@ -102,6 +104,7 @@ class Pack:
     ):
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
         self.task = task_of(base).load()
+        self.sharded = is_sharded(base)
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks
         self._segments = AdapterSegments()
@@ -299,7 +302,8 @@ class Pack:
         """Make one optimiser step of every adapter in `batches`.
 
         When memory runs out, passes are halved. An adapter of which a single micro-batch is too large fails, and the
-        others step as if it had not been there. In a single process, so does one whose update is too large.
+        others step as if it had not been there. In a single process, so does one whose update is too large. Over a
+        sharded base nothing of this is possible: the other ranks are in the midst of the same pass.
 
         Args:
             batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
@@ -358,7 +362,7 @@ class Pack:
             try:
                 return attempt()
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if self.sharded or not out_of_memory(error):
                     raise
             self.tokens //= 2
             if torch.cuda.is_available():
@@ -392,7 +396,7 @@ class Pack:
                 total, parts = self._loss(units, [weights[name] for name, *_ in units])
                 flat = iter(torch.autograd.grad(total, every, allow_unused=True))
             except RuntimeError as error:
-                if len(units) > 1 or not out_of_memory(error):
+                if self.sharded or len(units) > 1 or not out_of_memory(error):
                     raise
                 exhausted.add(units[0][0])
                 continue
@@ -414,15 +418,16 @@ class Pack:
                 self.members[name].model.eval()
 
         def attempt() -> list[float | None]:
-            found: list[float | None] = []
+            found: dict[str, float | None] = {}
             for units in self._passes([(name, 0, batch) for name in names]):
+                own = [name for name, *_ in units]
                 try:
-                    found += self._loss(units, [1.0] * len(units))[1]
+                    found |= zip(own, self._loss(units, [1.0] * len(units))[1], strict=True)
                 except RuntimeError as error:
-                    if len(units) > 1 or not out_of_memory(error):
+                    if self.sharded or len(units) > 1 or not out_of_memory(error):
                         raise
-                    found.append(None)
-            return found
+                    found[own[0]] = None
+            return [found[name] for name in names]
 
         before = self.tokens
         found = self._in_memory(attempt)
@@ -431,13 +436,17 @@ class Pack:
         return found
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
-        """Divide `units` into passes by tokens, in order; one unit per adapter a pass, an isolated one by itself."""
+        """Divide `units` into passes by tokens; one unit per adapter a pass, an isolated one by itself.
+
+        Those of one adapter come in order; an isolated one lets those after it go first.
+        """
+        sizes = self._sizes(units)
         while units:
             now: list[Unit] = []
             later: list[Unit] = []
             size = 0
             for unit in units:
-                tokens = unit[2]["input_ids"].numel()
+                tokens = sizes[unit[:2]]
                 full = now and (size + tokens > self.tokens or self.members[unit[0]].isolation_reason)
                 if full or any(unit[0] == name for name, *_ in (*now, *later)):
                     later.append(unit)
@@ -446,6 +455,15 @@ class Pack:
                     size += tokens if not self.members[unit[0]].isolation_reason else self.tokens
             yield now
             units = later
+
+    def _sizes(self, units: list[Unit]) -> dict[tuple[str, int], int]:
+        """Tokens by adapter and micro-batch; over a sharded base the most of any rank: all make the same passes."""
+        sizes = [float(batch["input_ids"].numel()) for *_, batch in units]
+        if self.sharded:
+            own = [size * (rank == self.rank) for rank in range(self.world_size) for size in sizes]
+            by_rank = self._sum(own)
+            sizes = [max(by_rank[i :: len(units)]) for i in range(len(units))]
+        return {(name, micro_batch): int(size) for (name, micro_batch, _), size in zip(units, sizes, strict=True)}
 
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and the loss of each, summed over its supervised tokens."""
@@ -460,12 +478,13 @@ class Pack:
         positions = (targets != IGNORE).nonzero().squeeze(1)
         counts = [supervised_tokens(batch) for *_, batch in units]
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
-        total, losses = HeadLoss.apply(
-            hidden[positions.to(hidden.device)],
-            self.head,
-            targets[positions].to(hidden.device),
-            torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
-        )
+        with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
+            total, losses = HeadLoss.apply(
+                hidden[positions.to(hidden.device)],
+                self.head,
+                targets[positions].to(hidden.device),
+                torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
+            )
         return total, [part.double().sum().item() for part in losses.split(counts)]
 
     def _hidden(

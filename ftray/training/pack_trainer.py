@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -14,13 +14,15 @@ import torch.distributed as dist
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, rate_ratio
 from ftray.adapters.targets import described
-from ftray.config import ModelConfig
-from ftray.models.load import load_base
+from ftray.compat.torch import storage_key
+from ftray.config import ModelConfig, TrainingConfig
+from ftray.models.load import load_base, load_sharded
+from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import out_of_memory, share
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.deepspeed_optimizer import DeepSpeedOptimizer
-from ftray.training.engine import join_process_group, sum_over_ranks
+from ftray.training.engine import join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
@@ -60,19 +62,32 @@ class PackTrainer:
         self,
         model: ModelConfig,
         model_path: str,
-        gradient_checkpointing: bool = False,
+        training: TrainingConfig | None = None,
         task: TaskSpec = CAUSAL,
         longest: int | None = None,
     ):
-        """Load the base model; `longest` is the most tokens of a record, None: any number."""
+        """Load the base model.
+
+        Args:
+            training: the settings that all trials have in common; None: the defaults.
+            longest: most tokens of a record; None: any number.
+
+        Raises:
+            UserError: the base can't be shared out.
+        """
+        training = training or TrainingConfig()
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        base = load_base(model, model_path, task)
-        if model.quantization == "none":
-            base = base.to(self.device)
-        if gradient_checkpointing:
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if training.shard_base:
+            return_freed_memory()
+            base = load_sharded(model, model_path, task, self.device, training.offload == "all")
+        else:
+            base = load_base(model, model_path, task)
+            base = base.to(self.device) if model.quantization == "none" else base
+        if training.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
         self.trials: dict[str, PackedTrial] = {}
@@ -142,13 +157,13 @@ class PackTrainer:
         """
         started, losses, supervised = time.monotonic(), dict.fromkeys(names, 0.0), 0.0
         exhausted: set[str] = set()
-        for batch in batches:
+        for batch, counts in self._in_step(batches):
             fit = [name for name in names if name not in exhausted]
             for name, loss in zip(fit, self.pack.losses(fit, batch), strict=True):
                 if loss is None:
                     exhausted.add(name)
-                losses[name] += loss or 0.0
-            supervised += self.pack.task.num_targets(batch)
+                losses[name] += (loss or 0.0) * counts
+            supervised += self.pack.task.num_targets(batch) * counts
         *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
         seconds, failures = time.monotonic() - started, {}
         for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
@@ -164,6 +179,21 @@ class PackTrainer:
                 took = seconds + time.monotonic() - started
                 history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took)
         return failures
+
+    def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches, and whether they count. Over a sharded base, where each pass needs all ranks, those that
+        have fewer go on with a batch of another that doesn't."""
+        if not self.pack.sharded:
+            yield from ((batch, True) for batch in batches)
+            return
+        rest = iter(batches)
+        while True:
+            own = next(rest, None)
+            given = self._sum([float(own is not None)])[0]
+            if not given:
+                return
+            shown = own if given == self.world_size else self.first_of_ranks(own)
+            yield cast("Batch", shown), own is not None
 
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
         """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank."""
@@ -190,13 +220,13 @@ class PackTrainer:
         gradients and optimiser states.
         """
         self.join("probe", run)
-        own = {p.untyped_storage().data_ptr() for p in self.pack.base.parameters()}
+        base = self.pack.base
+        own = {storage_key(p) for p in base.parameters()} | gathered_storages(base)
         kept: dict[int, int] = {}
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            if (key := storage_key(tensor)) not in own:
+                kept[key] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -221,9 +251,9 @@ class PackTrainer:
         first: Sent = values[0]
         return first
 
-    def first_of_ranks(self, value: str | None) -> str | None:
+    def first_of_ranks(self, value: Sent | None) -> Sent | None:
         """The first `value` over ranks that is not None; None if all are."""
-        values: list[str | None] = [None] * self.world_size
+        values: list[Sent | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return next((v for v in values if v is not None), None)
 

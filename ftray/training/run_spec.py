@@ -40,6 +40,22 @@ def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
     return cfg.batch_size // (workers * micro_batch)
 
 
+def check_sharding(cfg: TrainingConfig, workers: int, gpus: float | None = None) -> None:
+    """Check that there is somebody to share the base out with, and a GPU to keep it from.
+
+    Args:
+        workers: of a trial or pack.
+        gpus: of a worker; None: not known yet.
+
+    Raises:
+        UserError: there is not.
+    """
+    if cfg.shard_base and workers == 1 and cfg.offload != "all":
+        raise UserError("training.shard_base needs scaling.workers 2 or more: one worker has nobody to share with")
+    if cfg.shard_base and cfg.offload == "all" and gpus == 0:
+        raise UserError("training.offload all with shard_base needs GPUs: without, layers lie in CPU memory anyway")
+
+
 def micro_batch_size(cfg: TrainingConfig, workers: int) -> int:
     """Records per forward pass and worker."""
     return cfg.micro_batch or max(1, cfg.batch_size // workers)

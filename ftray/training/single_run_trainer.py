@@ -25,8 +25,7 @@ class SingleRunTrainer:
     preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, run: RunSpec, samples: Callable[[], list[Batch]] | None = None):
-        checkpointing = run.training.gradient_checkpointing
-        self.pack = PackTrainer(run.model, run.model_path, checkpointing, run.task, run.longest)
+        self.pack = PackTrainer(run.model, run.model_path, run.training, run.task, run.longest)
         self.pack.join(NAME, run, samples=samples)
         self.trial = self.pack.trials[NAME]
         self.rank, self.world_size = self.pack.rank, self.pack.world_size

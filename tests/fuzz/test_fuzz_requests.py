@@ -155,6 +155,9 @@ FIELDS = {
     "echo": st.booleans() | VALUES,
     "user": TEXTS | VALUES,
     "encoding_format": st.sampled_from(["float", "base64"]) | VALUES,
+    "tools": st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": VALUES}), max_size=2) | VALUES,
+    "tool_choice": st.sampled_from(["auto", "none", "required"]) | VALUES,
+    "parallel_tool_calls": st.booleans() | VALUES,
     "name": st.sampled_from(["base", "tuned", "new", "a/b"]) | TEXTS,
     "source": TEXTS | VALUES,
 }

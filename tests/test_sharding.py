@@ -1,0 +1,142 @@
+"""A frozen base that the workers of a pack share out: the same training, a part of the memory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import bert, gpt2, llama, t5
+from helpers.sharded_pack import TRIALS
+
+from ftray.adapters.compatibility import refuse
+from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
+from ftray.errors import UserError
+from ftray.models.sharding import units
+from ftray.search.estimate import resident_bytes
+from ftray.training.run_spec import check_sharding
+
+HELPERS = Path(__file__).parent / "helpers"
+
+
+def torchrun(script: str, *arguments: str) -> str:
+    """What two processes print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(HELPERS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(HELPERS / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict[str, list[torch.Tensor]]]:
+    output = tmp_path_factory.mktemp("sharded")
+    # wide, so that the matrices that are shared out outweigh what is not
+    llama(hidden_size=128, intermediate_size=256).save_pretrained(output / "model")
+    torchrun("sharded_pack.py", str(output / "model"), str(output))
+    found: dict[str, dict[str, list[torch.Tensor]]] = torch.load(output / "results.pt")
+    return found
+
+
+@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("kind", ["sharded", "resumed", "recomputed"])
+def test_a_sharded_base_trains_as_a_whole_one(results, kind, name):
+    for got, wanted in zip(results[kind][name], results["whole"][name], strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+# not DoRA: over a whole base PEFT puts another object in the place of a packed weight, and the first trial trains apart
+@pytest.mark.parametrize("name", ["lora", "upper", "ia3", "apart"])
+def test_a_base_of_4_bits_is_shared_out_packed(results, name):
+    for got, wanted in zip(results["4bit, sharded"][name], results["4bit"][name], strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_each_of_two_workers_holds_half(results):
+    (whole,), (shared,) = results["whole"]["held"], results["sharded"]["held"]
+    assert shared < 0.6 * whole
+
+
+@pytest.mark.slow
+def test_the_peak_of_memory_falls(tmp_path, tokenizer):
+    """Of two processes that train over a base of 255 MB: the parts of the other, but for two layers, less."""
+    sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    model = llama(**sizes).to(torch.bfloat16)  # of which fp32 is a copy, while a file of fp32 would only be mapped
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    size = 4 * sum(p.numel() for p in model.parameters())
+
+    def peaks(shard_base: str) -> list[float]:
+        said = torchrun("peak_memory.py", str(tmp_path / "model"), f'{{"shard_base": {shard_base}}}')
+        return [float(peak) for peak in re.findall(r"peak (\d+)", said)]
+
+    whole, shared = peaks("false"), peaks("true")
+    assert len(whole) == len(shared) == 2
+    assert max(shared) < min(whole) - 0.2 * size, (whole, shared)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert, t5])
+def test_every_matrix_is_in_one_unit(make):
+    model = make()
+    found = units(model)
+    held = [p for unit in found for p in {p for leaf in unit.leaves for p in leaf.parameters()}]
+    assert len(set(held)) == len(held)
+    own = [*model.base_model.parameters(), *model.get_output_embeddings().parameters()]
+    assert {p for p in own if p.ndim > 1} <= set(held)
+    assert sum(unit.is_layer for unit in found) == model.config.num_hidden_layers * (2 if make is t5 else 1)
+
+
+def test_a_plan_counts_parts():
+    model = llama(num_hidden_layers=8, tie_word_embeddings=True)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
+    words = model.get_input_embeddings().weight.numel()
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+
+    def planned(**training) -> float:
+        sections = {"model": {"dtype": "fp32"}, "scaling": {"workers": 4}, "training": training}
+        return resident_bytes(Config.model_validate(sections), model)
+
+    assert planned() == 4 * (8 * layer + words + norms)
+    assert planned(shard_base=True) == 4 * ((8 * layer + words) / 4 + norms + 2 * max(layer, words))
+    assert planned(shard_base=True, offload="all") == 4 * (words / 4 + norms + 2 * max(layer, words))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "training", "reason"),
+    [
+        ({"method": "lora"}, {}, {"zero_stage": 3}, "ZeRO 3 shares the base out by itself"),
+        ({"method": "lora"}, {"quantization": "8bit"}, {}, "FSDP2 loses the scales"),
+        ({"method": "lora", "init": "pissa"}, {}, {}, "the whole base at once"),
+        ({"method": "lora", "init": "eva"}, {}, {}, "the whole base at once"),
+        ({"method": "full"}, {}, {}, "weights of the base itself"),
+        (
+            {"method": "peft", "config": {"peft_type": "LORA", "modules_to_save": ["lm_head"]}},
+            {},
+            {},
+            "weights of the base itself",
+        ),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(adapter, model, training, reason):
+    settings = TrainingConfig(shard_base=True, **training)
+    with pytest.raises(UserError, match=reason):
+        refuse(AdapterConfig(**adapter), ModelConfig(**model), settings)
+
+
+def test_nobody_to_share_with_is_refused():
+    with pytest.raises(UserError, match=r"scaling\.workers 2 or more"):
+        check_sharding(TrainingConfig(shard_base=True), 1)
+    check_sharding(TrainingConfig(shard_base=True), 2)
+    check_sharding(TrainingConfig(), 1)
+    layers_away = TrainingConfig(shard_base=True, offload="all")
+    check_sharding(layers_away, 1, 1.0)
+    with pytest.raises(UserError, match="needs GPUs"):
+        check_sharding(layers_away, 1, 0.0)
