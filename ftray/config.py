@@ -106,6 +106,9 @@ class DataConfig(Section):
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="of CSV (default: detected)")
     encoding: str | None = Field(None, description="of files of text (default: UTF-8, or UTF-16 by its mark)")
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
+    group: str | None = Field(
+        None, min_length=1, description="key of the records, dots lead into it: those with one value share a split"
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
     max_length: int = Field(512, ge=2, description="tokens a record may have")
@@ -380,6 +383,7 @@ class Config(Section):
     )
     resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
+    show: int = Field(1, ge=0, description="records that `preprocess` shows as the model sees them")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
     _at_home = field_validator("adapters", "output")(at_home)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ftray.data.fields import compiled
+from ftray.data.fields import compiled, with_group
 from ftray.data.shapes import PART
 from ftray.errors import UserError
 
@@ -37,6 +37,7 @@ class Chunk:
         delimiter, encoding: of a text file; empty: to be detected.
         block: characters of a record that is cut from a text file; about.
         fields: JSON of the mapping from fields to what they are made of (see :mod:`ftray.data.fields`).
+        group: the key that `data.group` names.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Chunk:
     encoding: str = ""
     block: int = 2048
     fields: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,13 @@ def read_chunk(chunk: Chunk) -> Iterator[Located]:
     }
     with readable(chunk.path):
         located = (flat for place, record in readers[chunk.kind](chunk) for flat in _flat(record, place))
-        if not chunk.fields:
+        if not chunk.fields and not chunk.group:
             yield from located
             return
-        fields = compiled(chunk.fields)
+        fields = compiled(chunk.fields) if chunk.fields else None
         for place, record in located:
-            yield place, fields(record, place)
+            made = fields(record, place) if fields else record
+            yield place, with_group(made, record, chunk.group, place) if chunk.group else made
 
 
 def _flat(record: dict[str, Any], place: SourceLocation) -> Iterator[Located]:

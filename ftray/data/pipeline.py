@@ -116,7 +116,7 @@ def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str,
         "version": VERSION,
         "task": [task, *labels],
         "content": {name: content_stamp(source.chunks) for name, source in sources.items()},
-        "settings": cfg.model_dump(exclude={"cache"}),
+        "settings": cfg.model_dump(exclude={"cache"} if cfg.group else {"cache", "group"}),
         "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }

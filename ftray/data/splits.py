@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
+from ftray.data.shapes import GROUP
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -81,19 +82,19 @@ def order_key(record: dict[str, Any], seed: int) -> int:
 
 
 def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
-    """The split of a record; equal records share it.
+    """The split of a record; equal records share it, and those of one group (see `data.group`).
 
     It takes a hash of its own, so that `limit`, which takes the smallest order keys, leaves the shares as they are.
     """
     if source != "train":
         return source
-    place = _hash(record, cfg.seed, "split") / 2**64
+    place = _hash(record.get(GROUP, record), cfg.seed, "split") / 2**64
     if place < cfg.test_fraction:
         return "test"
     return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
 
 
-def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
+def _hash(record: Any, seed: int, purpose: str) -> int:
     content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
@@ -227,8 +228,9 @@ def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
     """Raise the UserError about a split without records."""
     if split == "train":
         raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
+    whole = f", of which those of one {cfg.group} stay together," if cfg.group else ""
     raise UserError(
-        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
+        f"data {cfg.names}: the {split} split of {records} record(s){whole} is empty: "
         f"raise data.{split}_fraction, or give data.{split}"
     )
 
