@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def set_attention(config: PretrainedConfig, name: str) -> None:
@@ -26,21 +25,3 @@ def drop_weight_conversions(model: PreTrainedModel, unwanted: Callable[[Any], bo
         for conversion in model._weight_conversions
         if not any(map(unwanted, getattr(conversion, "operations", [])))
     ]
-
-
-def with_generation_spans(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
-) -> tuple[str, list[tuple[int, int]]]:
-    """What the tokenizer's chat template renders, and the characters that it puts between {% generation %} tags.
-
-    The public `apply_chat_template` gives a mask of tokens alone, of the whole text tokenized at once.
-    """
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as it does
-    rendered, spans = render_jinja_template(
-        [said],
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        tools=tools,
-        **tokenizer.special_tokens_map,
-    )
-    return rendered[0], [(start, end) for start, end in spans[0]]

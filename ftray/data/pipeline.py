@@ -5,20 +5,25 @@ import json
 import logging
 import pickle
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk, Located, read_chunk
+from ftray.data.fast_tokenizer import FastTokenizer, state_of
+from ftray.data.formats import Chunk, read_chunk
+from ftray.data.parts import Sorted, bins_of, read_bin, read_tables, write_sorted, write_tables
+from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import (
@@ -27,12 +32,11 @@ from ftray.data.splits import (
     Sources,
     find_sources,
     in_order,
+    key_and_split,
     needed,
-    order_key,
     refuse_empty,
     refuse_mixture,
     refuse_unsupervised,
-    split_of,
 )
 from ftray.data.tokens import prompt_template, rendering, spread
 from ftray.errors import UserError
@@ -40,18 +44,14 @@ from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
 from ftray.task_spec import AS_IT_IS, CAUSAL, TaskSpec
 
-if TYPE_CHECKING:
-    import ray.data
-
-    from ftray.tasks.task import Task
-
 log = logging.getLogger(__name__)
 
 TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in other processes
 
 VERSION = 4  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
-TASK_CPUS = 0.5  # of a Ray task
+TASK_CPUS = 1  # of a Ray task
+PARTS, TOKENIZER = ".parts", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
 # a record that was read and checked
 RECORD = pa.schema(
     {
@@ -101,11 +101,25 @@ def prepare(
     log.info("tokenizing %s into %s", cfg.names, target)
     template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
     spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
-    with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
-        data = TokenizedData(str(directory), fingerprint, {}, spec)
-        with _user_errors():
-            _write(data, cfg, sources, (model, trust_remote_code, chat_template))
-        data.save()
+    work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, and the next one goes on
+    work.mkdir(parents=True, exist_ok=True)
+    if task == CAUSAL.name and (state := state_of(tokenizer)):
+        (work / TOKENIZER).write_text(state)
+    try:
+        with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
+            data = TokenizedData(str(directory), fingerprint, {}, spec)
+            with _user_errors():
+                _write(data, cfg, sources, (model, trust_remote_code, chat_template), work)
+            data.save()
+    except UserError:
+        work.remove()
+        raise
+    except Exception:
+        if not (target / MANIFEST).exists():  # else another process was first, and has taken its parts away
+            raise
+    work.remove()
+    for left in _cache(cfg).published_dirs(f".{fingerprint}.*"):  # of killed runs; one that lives finds ours instead
+        left.remove()
     return TokenizedData.load(str(target))
 
 
@@ -153,20 +167,21 @@ def _user_errors() -> Iterator[None]:
         raise
 
 
-def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments) -> None:
+def _write(
+    data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments, work: Location
+) -> None:
     """Write the Parquet files, and complete the description in `data`."""
     writers = {split: SplitWriter(Path(data.directory), split) for split in SPLITS}
     renderings: set[str] = set()
     for name, source in sources.items():  # train comes first
-        records = _read(source, name, data.task)
-        if not data.task.labels and data.task.load().has_labels:
-            records = records.materialize()  # the classes must be known before the first record is tokenized
-            data.task = replace(data.task, labels=_classes(records))
+        found = _read(source, name, data.task, work)
+        if not data.task.labels and record_task(data.task).has_labels:
+            data.task = replace(data.task, labels=in_order({label for part in found for label in part.classes}))
         shapes, ignored = Counter[str](), set[str]()
-        for table in _tokenize(records, source.cfg, tokenizer, data.task):
+        for table in _tokenize(found, source.cfg, name, tokenizer, data.task, work):
             renderings.update(table["rendering"].drop_null().unique().to_pylist())
             shapes.update(table["shape"].drop_null().to_pylist())
-            ignored.update(pa.compute.list_flatten(table["ignored"]).to_pylist())
+            ignored.update(pa.compute.list_flatten(table["ignored"]).unique().to_pylist())
             for split, writer in writers.items():
                 writer.add(table.filter(pa.compute.equal(table["split"], split)))
         by_count = sorted(shapes.items(), key=lambda shape: (-shape[1], shape[0]))
@@ -185,82 +200,104 @@ def _refuse_empty_splits(data: TokenizedData, cfg: DataConfig, sources: Sources)
             refuse_empty(name, sum(split.records for split in data.splits.values()), cfg)
 
 
-def _read(source: Source, name: str, task: TaskSpec) -> "ray.data.Dataset":
-    """The records of a source, checked, in rows of the schema `RECORD`."""
+def _read(source: Source, name: str, task: TaskSpec, work: Location) -> list[Sorted]:
+    """Check the records of a source and leave them in `work`; what was found in each chunk, in order."""
+    chunks = [{"number": number, "chunk": json.dumps(asdict(chunk))} for number, chunk in enumerate(source.chunks)]
+    fixed = {"cfg": source.cfg, "source": name, "task": task, "work": str(work), "bins": bins_of(source.chunks)}
+    return [Sorted(**json.loads(row["sorted"])) for row in _in_tasks(_read_chunk, chunks, fixed)]
+
+
+def _in_tasks(function: Any, rows: list[dict[str, Any]], fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `function` makes of each row in a task of Ray, in their order."""
     import ray.data
 
-    chunks = ray.data.from_items([asdict(chunk) for chunk in source.chunks], override_num_blocks=len(source.chunks))
-    chunks.context.execution_options.preserve_order = True
-    fixed = {"cfg": source.cfg, "source": name, "task": task}
-    return chunks.map_batches(_read_chunks, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data.context.execution_options.preserve_order = True
+    done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
+    for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from table.to_pylist()
 
 
-def _read_chunks(chunks: pa.Table, cfg: DataConfig, source: str, task: TaskSpec) -> Iterator[pa.Table]:
-    of = task.load()
-    for chunk in chunks.to_pylist():
-        records = read_chunk(Chunk(**chunk))
-        while rows := [_checked(located, cfg, source, of) for located in islice(records, BATCH)]:
-            yield pa.Table.from_pylist(rows, RECORD)
+def _read_chunk(rows: pa.Table, cfg: DataConfig, source: str, task: TaskSpec, work: str, bins: int) -> pa.Table:
+    (row,) = rows.to_pylist()
+    tables = _checked(Chunk(**json.loads(row["chunk"])), cfg, source, record_task(task))
+    found = write_sorted(tables, parse_location(work), f"{source}-{row['number']:06d}", bins, cfg.limit)
+    return pa.table({"sorted": [json.dumps(asdict(found))]})
 
 
-def _checked(located: Located, cfg: DataConfig, source: str, of: "Task") -> dict[str, Any]:
-    place, record = located
-    example, seen = of.parse_and_see(record, place)
-    return {
-        "key": order_key(record, cfg.seed) - 2**63,
-        "split": split_of(record, cfg, source),
-        "shape": seen.shape,
-        "ignored": seen.ignored,
-        "classes": of.labels(example),
-        "example": pickle.dumps(example),
-    }
-
-
-def _classes(records: "ray.data.Dataset") -> tuple[str, ...]:
-    """All class names in the records, sorted; whole numbers by their size."""
-    found: set[str] = set()
-    for table in records.select_columns(["classes"]).iter_batches(batch_size=None, batch_format="pyarrow"):
-        found.update(pa.compute.list_flatten(table["classes"]).unique().to_pylist())
-    return in_order(found)
+def _checked(chunk: Chunk, cfg: DataConfig, source: str, of: RecordTask) -> Iterator[pa.Table]:
+    """The records of a chunk, in tables of the schema `RECORD`."""
+    records = read_chunk(chunk)
+    while located := list(islice(records, BATCH)):
+        rows: list[tuple[Any, ...]] = []
+        for place, record in located:
+            example, seen = of.parse_and_see(record, place)
+            key, split = key_and_split(record, cfg, source)
+            rows.append(
+                (key - 2**63, split, seen.shape, seen.ignored, [*of.labels(example)], pickle.dumps(example, protocol=5))
+            )
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), RECORD, strict=True)]
+        yield pa.Table.from_arrays(columns, schema=RECORD)
 
 
 def _tokenize(
-    records: "ray.data.Dataset", cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec
+    found: list[Sorted], cfg: DataConfig, source: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
-    common: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": TASK_CPUS}
-    if cfg.limit:  # of each block first, so that fewer are sorted
-        records = records.map_batches(_smallest, batch_size=None, fn_kwargs={"limit": cfg.limit}, **common)
-    ordered = records.sort("key")
-    if cfg.limit:
-        ordered = ordered.limit(cfg.limit)
-    fixed = {"cfg": cfg, "tokenizer": tokenizer, "task": task}
-    tokenized = ordered.map_batches(_tokenize_batch, batch_size=BATCH, fn_kwargs=fixed, **common)
-    yield from tokenized.iter_batches(batch_size=BATCH, batch_format="pyarrow")
+    bins, left = [], cfg.limit or sys.maxsize
+    for number, counts in enumerate(zip(*(part.counts for part in found), strict=True)):
+        taken = min(left, sum(counts))
+        left -= taken
+        if taken:
+            bins.append({"number": number, "taken": taken})
+    if not bins:
+        return
+    parts = [name for part in found for name in part.parts]
+    fixed = {"cfg": cfg, "source": source, "parts": parts, "tokenizer": tokenizer, "task": task, "work": str(work)}
+    for row in _in_tasks(_tokenize_bin, bins, fixed):
+        yield from read_tables(work / row["file"])
 
 
-def _smallest(records: pa.Table, limit: int) -> pa.Table:
-    return records.take(pa.compute.sort_indices(records["key"])[:limit])
+def _tokenize_bin(
+    rows: pa.Table,
+    cfg: DataConfig,
+    source: str,
+    parts: list[str],
+    tokenizer: TokenizerArguments,
+    task: TaskSpec,
+    work: str,
+) -> pa.Table:
+    (row,) = rows.to_pylist()
+    place, name = parse_location(work), f"{source}-tokens-{row['number']:06d}.arrow"
+    if not (place / name).exists():
+        words = _tokenizer(work, *tokenizer)
+        records = read_bin(place, parts, row["number"])[: row["taken"]]
+        batches = (records[at : at + BATCH] for at in range(0, records.num_rows, BATCH))
+        tables = (_tokenize_batch(batch, cfg, words, task) for batch in batches)
+        first = next(tables)
+        write_tables(place / name, chain([first], tables), first.schema)
+    return pa.table({"file": [name]})
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
+def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
+    if (state := parse_location(work) / TOKENIZER).exists():
+        return FastTokenizer(state.read_text())
     from ftray.models.load import load_tokenizer
 
     return load_tokenizer(model, trust_remote_code, chat_template)
 
 
-def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec) -> pa.Table:
-    of = task.load()
+def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: Any, task: TaskSpec) -> pa.Table:
+    of = record_task(task)
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
-    words = _tokenizer(*tokenizer)
     renderings = [rendering(example, words, cfg) if task.name == CAUSAL.name else None for example in examples]
     numbered = spread(of.tokenize(examples, words, cfg))
     tokens = [row for _, row in numbered]
     records = records.take([i for i, _ in numbered])
     first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]  # of the rows of a record
-    keys = [key + 2**63 for key in records["key"].to_pylist()]
+    keys = records["key"].to_numpy().view(np.uint64) ^ np.uint64(2**63)
     return pa.table(
         {
             "key": pa.array(keys, pa.uint64()),
@@ -277,6 +314,6 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
             "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record
             "rendering": pa.array([renderings[i] for i, _ in numbered], pa.string()),
             "ignored": records["ignored"],
-            "truncated": [bool(t and t.truncated) for t in tokens],
+            "truncated": pa.array([bool(t and t.truncated) for t in tokens], pa.bool_()),
         }
     )

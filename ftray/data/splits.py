@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
+from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
-
-if TYPE_CHECKING:
-    from ftray.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
@@ -78,7 +76,7 @@ def require(split: str, cfg: DataConfig, why: str) -> None:
 
 def order_key(record: dict[str, Any], seed: int) -> int:
     """The record's place in the order of all records, an unsigned 64-bit number."""
-    return _hash(record, seed, "order")
+    return _hash(_content(record), seed, "order")
 
 
 def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
@@ -86,16 +84,30 @@ def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
 
     It takes a hash of its own, so that `limit`, which takes the smallest order keys, leaves the shares as they are.
     """
+    return _split(_content(record.get(GROUP, record)), cfg, source)
+
+
+def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str) -> tuple[int, str]:
+    """:func:`order_key` and :func:`split_of`."""
+    content = _content(record)
+    grouped = _content(record[GROUP]) if GROUP in record else content
+    return _hash(content, cfg.seed, "order"), _split(grouped, cfg, source)
+
+
+def _split(content: bytes, cfg: DataConfig, source: str) -> str:
     if source != "train":
         return source
-    place = _hash(record.get(GROUP, record), cfg.seed, "split") / 2**64
+    place = _hash(content, cfg.seed, "split") / 2**64
     if place < cfg.test_fraction:
         return "test"
     return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
 
 
-def _hash(record: Any, seed: int, purpose: str) -> int:
-    content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+def _content(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+
+
+def _hash(content: bytes, seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
 
@@ -139,14 +151,14 @@ class DataCheck:
             The task with the labels of the records that were read, or the given ones.
 
         Raises:
-            UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
+            UserError: see :mod:`ftray.data.sources` and :mod:`ftray.data.record_task`; also an empty split, or no
                 supervised token within `max_length`, where the whole source was read; a cache that can't be
                 written.
         """
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
-        of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
+        of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         first: list[Any] = []  # of all, with which those of other sources must agree
         for name, source in self.sources.items():
@@ -154,7 +166,7 @@ class DataCheck:
             first = first or [records[0].example]
             refuse_mixture([*first, *(record.example for record in records)], of)
             if name == "train" and of.has_labels and not labels:
-                of = replace(of.spec, labels=_classes(records, of, source)).load()
+                of = record_task(replace(of.spec, labels=_classes(records, of, source)))
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
             if is_small(source.chunks):
@@ -166,11 +178,10 @@ class DataCheck:
                     refuse_empty(split, counts.total(), self.cfg)
         return of.spec
 
-    def _read(self, name: str, of: "Task") -> list[_Record]:
+    def _read(self, name: str, of: RecordTask) -> list[_Record]:
         cfg = self.sources[name].cfg
         records = [
-            _Record(order_key(record, cfg.seed), split_of(record, cfg, name), of.parse(record, place))
-            for place, record in self._records[name]
+            _Record(*key_and_split(record, cfg, name), of.parse(record, place)) for place, record in self._records[name]
         ]
         if not records:
             raise _no_record(cfg)
@@ -181,7 +192,7 @@ def _no_record(cfg: DataConfig) -> UserError:
     return UserError(f"data {cfg.names}: holds no record")
 
 
-def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, ...]:
+def _classes(records: list[_Record], of: RecordTask, source: Source) -> tuple[str, ...]:
     """The class names of the training records, none of which is too rare."""
     seen = Counter(label for record in records for label in of.labels(record.example))
     if is_small(source.chunks):
@@ -189,7 +200,7 @@ def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, .
     return in_order(seen)
 
 
-def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: "Task", cfg: DataConfig) -> None:
+def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: RecordTask, cfg: DataConfig) -> None:
     """Raise the UserError about records of which tokenization leaves nothing, if that is so."""
     batches = (examples[at : at + TOKENIZED_AT_ONCE] for at in range(0, len(examples), TOKENIZED_AT_ONCE))
     if not any(any(of.tokenize(batch, tokenizer, cfg)) for batch in batches):
@@ -201,7 +212,7 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
 
 
-def refuse_mixture(examples: list[Any], task: "Task") -> None:
+def refuse_mixture(examples: list[Any], task: RecordTask) -> None:
     """Raise the UserError about records that can't be trained on together, if there are any."""
     first = examples[0]
     for example in examples:
@@ -212,7 +223,7 @@ def refuse_mixture(examples: list[Any], task: "Task") -> None:
             )
 
 
-def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: DataConfig) -> None:
+def refuse_labels(seen: Counter[str], examples: list[Any], task: RecordTask, cfg: DataConfig) -> None:
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
         raise UserError(f"data {cfg.names}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
