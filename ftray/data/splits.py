@@ -239,10 +239,10 @@ def refuse_empty(split: str, records: int, cfg: DataConfig) -> None:
     """Raise the UserError about a split without records."""
     if split == "train":
         raise UserError(f"data {cfg.names}: none of {records} record(s) is left for training: give more records")
-    whole = f", of which those of one {cfg.group} stay together," if cfg.group else ""
+    together = f"; records of one {cfg.group} stay together" if cfg.group else ""
     raise UserError(
-        f"data {cfg.names}: the {split} split of {records} record(s){whole} is empty: "
-        f"raise data.{split}_fraction, or give data.{split}"
+        f"data {cfg.names}: the {split} split of {records} record(s) is empty: "
+        f"raise data.{split}_fraction, or give data.{split}{together}"
     )
 
 
