@@ -48,9 +48,10 @@ SCORING = ("evaluation.generate", "evaluation.max_new_tokens", "evaluation.batch
 COMMANDS = {
     "preprocess": Command(
         "tokenize a data set into cached shards and show statistics and a sample",
-        DATA,
-        "ftray preprocess --data records.jsonl --model smollm2-135m\n"
+        {**DATA, "show": "show"},
+        "ftray preprocess --data records.jsonl --model smollm2-135m --show 10\n"
         "ftray preprocess --data chats/ --model path/to/model --data.max_length 2048 --data.overlong drop\n"
+        "ftray preprocess --data records.jsonl --data.group user_id\n"
         "ftray preprocess --data s3://bucket/records.parquet --data.limit 10000",
         ("data", "model.trust_remote_code", "scaling.address"),
     ),

@@ -149,6 +149,9 @@ class DataConfig(Section):
     )
     encoding: str | None = Field(None, description="of files of text (default: UTF-8, or UTF-16 by its mark)")
     limit: PositiveInt | None = Field(None, description="use this many records, chosen by seeded hash")
+    group: str | None = Field(
+        None, min_length=1, description="key of the records, dots lead into it: those with one value share a split"
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search optimises on")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of records the search never sees")
     max_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
@@ -452,6 +455,7 @@ class Config(Section):
     )
     resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
+    show: int = Field(1, ge=0, description="records that `preprocess` shows as the model sees them")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
     _at_home = field_validator("adapters", "output")(at_home)

@@ -1,17 +1,23 @@
 """Tokenize a data set into cached shards and show the result."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from ftray.cli import run_command
 from ftray.config import Config, ModelConfig
-from ftray.reports.data import LEARNT, MASKED, describe, rendered
+from ftray.reports.data import CLOSE, LEARNT, MASKED, OPEN, describe, duplicates, histogram, marked, rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ftray.data import TokenizedData
 
 
 def run(cfg: Config) -> int:
-    """The command: statistics of every split, and one record as the model sees it, context and target in two colours.
+    """The command: statistics of every split, and some records as the model sees them, what bears no loss dimmed.
 
     Raises:
         UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
@@ -40,12 +46,23 @@ def run(cfg: Config) -> int:
         data_cfg = within_positions(data_cfg, load_skeleton(plain, model_path, task), lengths=check.lengths)
     connect(cfg)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
-    print(describe(data))
-    console = Console()
-    console.print(Text.assemble("a record, ", ("as context", MASKED), " and ", ("to be learnt", LEARNT), ":"))
-    console.print(rendered(data.rows("train", 1)[0], tokenizer, data.task.name), soft_wrap=True)
+    print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))
+    _show(data, tokenizer, cfg.show)
     print(f"shards {data.directory}")
     return 0
+
+
+def _show(data: "TokenizedData", tokenizer: "PreTrainedTokenizerBase", records: int) -> None:
+    """Print training records as the model sees them."""
+    console = Console()
+    styled = console.is_terminal and not console.is_dumb_terminal
+    for number, row in enumerate(data.rows("train", records) if records else [], 1):
+        text = rendered(row, tokenizer, data.task.name)
+        if styled:
+            console.print(Text.assemble(f"record {number}, ", ("context", MASKED), " and ", ("learnt", LEARNT), ":"))
+            console.print(text, soft_wrap=True)
+        else:
+            print(f"record {number}, what is learnt in {OPEN} {CLOSE}:\n{marked(text)}")
 
 
 if __name__ == "__main__":

@@ -673,7 +673,7 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
     shown = io.StringIO()
     Console(file=shown, force_terminal=True, color_system="standard").print(text, soft_wrap=True)
     asked, answered = "<|user|>wie [bold]groß?<|end|><|assistant|>", "ganz groß €<|end|>"
-    assert shown.getvalue() == f"\x1b[36m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
+    assert shown.getvalue() == f"\x1b[2m{asked}\x1b[0m\x1b[1;32m{answered}\x1b[0m\n"
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,18 @@ def test_a_manifest_of_the_first_version_is_read_and_written_as_it_was(tmp_path)
     assert (written["splits"], written["read"]) == ({"train": train}, read)
 
 
+def test_shards_say_how_many_row_groups_a_file_has(prepared, monkeypatch, tmp_path):
+    """They were written with 4: another default since then changes nothing."""
+    _, _, data = prepared
+    rows = data.rows("train")
+    monkeypatch.setattr(shards, "ROW_GROUPS_PER_FILE", 64)
+    assert TokenizedData.load(data.directory).rows("train") == rows
+    manifest = json.loads((Path(data.directory) / "manifest.json").read_text())
+    assert manifest.pop("row_groups_per_file") == 4
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert TokenizedData.load(tmp_path).row_groups_per_file == 64  # as in all manifests that don't say
+
+
 def test_dropped_and_truncated_records_are_counted(cluster, tiny_llama, tokenizer, tmp_path):
     records = some_records(80)
     source = write(tmp_path / "r.jsonl", records)

@@ -1,5 +1,7 @@
 import json
+import re
 import tempfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +9,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftray.data import sources
+from ftray.data import formats, sources
 from ftray.data.formats import Chunk, read_chunk
 from ftray.data.sources import content_stamp, find_chunks, is_small, read_for_check
 from ftray.errors import UserError
@@ -193,3 +195,75 @@ def test_unreadable_sources_are_refused(tmp_path, monkeypatch):
     gone.unlink()  # as when rights or a network mount fail between check and reading
     with pytest.raises(UserError, match=r"r\.jsonl: can't be read"):
         list(read_chunk(chunks[0]))
+
+
+# --- a JSON file, which is read piece by piece
+
+
+def read_json(path) -> list:
+    return [record for _, record in read_chunk(Chunk("json", str(path)))]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='ab"\\{}[],: é\u2028\n', max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='a"}', max_size=2), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    records=st.lists(st.dictionaries(st.text(max_size=3), JSON_VALUES, max_size=3), max_size=5),
+    at_once=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 3]),
+    ascii_only=st.booleans(),
+    around=st.sampled_from(["", " \r\n\t"]),
+    spoil=st.none() | st.tuples(st.integers(0, 200), st.sampled_from(["", "]", "[", "{", "}", ",", '"', "1", "\\"])),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_json_list_read_in_pieces_is_what_the_whole_says(
+    tmp_path, monkeypatch, records, at_once, indent, ascii_only, around, spoil
+):
+    text = around + json.dumps(records, indent=indent, ensure_ascii=ascii_only) + around
+    if spoil:
+        place, sign = spoil
+        text = text[:place] + sign + text[place + 1 :]
+    path = tmp_path / "r.json"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(formats, "JSON_CHARACTERS", at_once)
+    pieces = outcome(path)
+    monkeypatch.setattr(formats, "JSON_CHARACTERS", 10**6)
+    assert pieces == outcome(path)
+    try:
+        known = json.loads(text)
+    except ValueError as error:
+        known = error
+    if isinstance(pieces, list) and isinstance(known, list):
+        assert pieces == known
+    elif isinstance(known, list):  # what Python takes and ftray doesn't
+        assert re.search(r"must be a JSON object|stands twice|half of a surrogate", pieces)
+    elif isinstance(known, json.JSONDecodeError) and "Extra data" not in str(known):
+        assert f"r.json:{known.lineno}: not valid JSON: {known.msg}" in pieces
+
+
+def outcome(path):
+    try:
+        return read_json(path)
+    except UserError as error:
+        return str(error)
+
+
+def test_json_is_read_without_its_whole_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "JSON_CHARACTERS", 2**14)
+    records = [{"text": f"{n} " + "x" * 990} for n in range(6000)]
+    (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, records)))
+    for name in ("list.json", "lines.json"):
+        tracemalloc.start()
+        count = sum(1 for _ in read_chunk(Chunk("json", str(tmp_path / name))))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == 6000
+        assert peak < 2**20  # the file has 6 MB
+    (tmp_path / "list.json").write_text(json.dumps(records)[:-1] + ",\n {oops}]")
+    with pytest.raises(UserError, match=r"list\.json:2: not valid JSON: Expecting property name"):
+        read_json(tmp_path / "list.json")

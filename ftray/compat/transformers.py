@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
-from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def set_attention(config: PretrainedConfig, name: str) -> None:
@@ -37,21 +36,3 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str
         return lambda name: False
     found, *_ = build_glob_alternation(list(plan))
     return lambda name: bool(found.search(name))
-
-
-def with_generation_spans(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
-) -> tuple[str, list[tuple[int, int]]]:
-    """What the tokenizer's chat template renders, and the characters that it puts between {% generation %} tags.
-
-    The public `apply_chat_template` gives a mask of tokens alone, of the whole text tokenized at once.
-    """
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as it does
-    rendered, spans = render_jinja_template(
-        [said],
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        tools=tools,
-        **tokenizer.special_tokens_map,
-    )
-    return rendered[0], [(start, end) for start, end in spans[0]]

@@ -230,12 +230,13 @@ class ChatTemplate:
             )
 
     def _tagged(self, messages: list[dict[str, Any]], tools: Any, where: object) -> tuple[str, list[tuple[int, int]]]:
-        from ftray.compat.transformers import with_generation_spans  # takes seconds, and most need none of it
+        from ftray.compat.chat_template import with_generation_spans  # takes a second, and most need none of it
 
         if not self.marks_generation:
             raise UserError("data.learn generation: the model's chat template has no {% generation %} in it")
         with _refusals(where):
-            return with_generation_spans(messages, self._tokenizer, tools=tools)
+            template = self._tokenizer.get_chat_template(tools=tools)
+            return with_generation_spans(template, messages, tools, self._tokenizer.special_tokens_map)
 
 
 class _refusals:

@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from ftray.data.shapes import LEFT_OUT, Record
+from ftray.data.shapes import GROUP, LEFT_OUT, OWN, Record, as_text, is_empty
 from ftray.errors import UserError, near
 
 
@@ -41,9 +41,9 @@ class Fields:
         Raises:
             UserError: a key is missing, or a template fails; says where.
         """
-        made = {field: _value(record, path, field, where) for field, path in self.keys.items()}
+        made = {field: _value(record, path, f"data.fields: {field}", where) for field, path in self.keys.items()}
         made |= {field: _rendered(template, record, field, where) for field, (template, _) in self.templates.items()}
-        used = {path if path in record else path.partition(".")[0] for path in self.keys.values()}
+        used = {_used(record, path) for path in self.keys.values()}
         used = used.union(*(keys for _, keys in self.templates.values()))
         left = sorted(str(key) for key in record if key not in used)
         return made | ({LEFT_OUT: left} if left else {})
@@ -55,14 +55,32 @@ def compiled(fields: str) -> Fields:
     return Fields(json.loads(fields))
 
 
+def with_group(made: Record, record: Record, path: str, where: object) -> Record:
+    """`made` with the group of `record`, which is the value at `path`, under `GROUP`.
+
+    Raises:
+        UserError: it has none; says where.
+    """
+    value = _value(record, path, "data.group", where)
+    if is_empty(value):
+        raise UserError(f"{where}: data.group: {path} is empty: give each record one, or leave data.group out")
+    return made | {GROUP: [_used(record, path), as_text(value, f"data.group: {path}", where)]}
+
+
+def _used(record: Record, path: str) -> str:
+    """The record's own key that a path begins with."""
+    return path if path in record else path.partition(".")[0]
+
+
 def _value(record: Record, path: str, field: str, where: object) -> Any:
     value: Any = record
     for key in [path] if path in record else path.split("."):
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (KeyError, IndexError, ValueError, TypeError):
-            hint = near(path, map(str, record), otherwise=f"it has {', '.join(map(str, record)) or 'none'}")
-            raise UserError(f"{where}: data.fields: {field}: the record has no key {path}{hint}") from None
+            keys = [str(own) for own in record if not str(own).startswith(OWN)]
+            hint = near(path, keys, otherwise=f"it has {', '.join(keys) or 'none'}")
+            raise UserError(f"{where}: {field}: the record has no key {path}{hint}") from None
     return value
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +15,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ftray.data.fields import compiled
+from ftray.data.fields import compiled, with_group
 from ftray.data.shapes import PART
 from ftray.errors import UserError
 
 HOLDERS = ("data", "records", "examples", "rows")  # keys of a JSON file under which its records may stand
+JSON_CHARACTERS = 2**20  # of a JSON file that are read at once
+_BLANKS = re.compile(r"[ \t\r\n]*")
 csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
 
 
@@ -38,6 +41,7 @@ class Chunk:
         block: characters of a record that is cut from a text file; about.
         fields: JSON of the mapping from fields to what they are made of (see :mod:`ftray.data.fields`).
         part: of a mixture, the name of the source that it belongs to; else empty.
+        group: the key that `data.group` names.
     """
 
     kind: str
@@ -52,6 +56,7 @@ class Chunk:
     block: int = 2048
     fields: str = ""
     part: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,13 @@ def read_chunk(chunk: Chunk) -> Iterator[Located]:
     }
     with readable(chunk.path):
         located = (flat for place, record in readers[chunk.kind](chunk) for flat in _flat(record, place))
-        if not chunk.fields:
+        if not chunk.fields and not chunk.group:
             yield from located
             return
-        fields = compiled(chunk.fields)
+        fields = compiled(chunk.fields) if chunk.fields else None
         for place, record in located:
-            yield place, fields(record, place)
+            made = fields(record, place) if fields else record
+            yield place, with_group(made, record, chunk.group, place) if chunk.group else made
 
 
 def _flat(record: dict[str, Any], place: SourceLocation) -> Iterator[Located]:
@@ -228,6 +234,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_OBJECT = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
     """A record of JSON; only where that has `escapes` can its text hold what is no character."""
     if not isinstance(record, dict):
@@ -245,20 +254,91 @@ def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
 
 
 def _read_json(chunk: Chunk) -> Iterator[Located]:
-    """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too."""
+    """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too.
+
+    A list and lines are read piece by piece, and whatever else, and what is wrong, as a whole.
+    """
+    count = 0
     try:
         with _text_of(chunk, "") as file:
-            content = file.read()
+            for record, escapes in _objects_of_list(file):
+                place = SourceLocation(chunk.path, count)
+                yield place, _checked(record, place, escapes)
+                count += 1
+            return
+    except _NoListError:
+        pass
     except UnicodeError as error:
         raise _undecodable(chunk.path, error, chunk.encoding) from None
+    yield from _read_jsonl_text(chunk) if _is_lines(chunk) else itertools.islice(_read_whole_json(chunk), count, None)
+
+
+class _NoListError(Exception):
+    pass
+
+
+def _objects_of_list(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
+    """The objects of a list that is all there is in a file, and whether each has escapes in its text.
+
+    Raises:
+        _NoListError: something else stands there.
+    """
+    text, at = "", 0
+    wanted: tuple[str, ...] = ("[",)
+    while True:
+        at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+        if at == len(text):
+            text, at = file.read(JSON_CHARACTERS), 0
+            if text:
+                continue
+            if wanted:
+                raise _NoListError
+            return
+        sign = text[at]
+        if sign not in wanted:
+            raise _NoListError
+        if sign != "{":
+            wanted = {"[": ("{", "]"), ",": ("{",), "]": ()}[sign]
+            at += 1
+            continue
+        try:
+            record, end = _OBJECT.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError, _KeyTwiceError):
+            more = file.read(max(JSON_CHARACTERS, len(text)))  # it may go on there
+            if not more:
+                raise _NoListError from None
+            text, at = text[at:] + more, 0
+            continue
+        yield record, text.find("\\u", at, end) >= 0
+        at, wanted = end, (",", "]")
+
+
+def _is_lines(chunk: Chunk) -> bool:
+    """Whether more follows the object that a file begins with."""
+    with _text_of(chunk, "") as file:
+        text = file.read(JSON_CHARACTERS)
+        while text.lstrip().startswith("{"):
+            try:
+                _, end = _OBJECT.raw_decode(text, len(text) - len(text.lstrip()))
+            except (RecursionError, _KeyTwiceError):
+                return False
+            except json.JSONDecodeError:
+                if not (more := file.read(len(text))):
+                    return False
+                text += more
+                continue
+            return bool((text[end:] + file.read(JSON_CHARACTERS)).strip())
+    return False
+
+
+def _read_whole_json(chunk: Chunk) -> Iterator[Located]:
+    with _text_of(chunk, "") as file:
+        content = file.read()
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except _KeyTwiceError as error:
         raise UserError(f"{chunk.path}: key {error} stands twice in one object: leave one of them out") from None
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and content.lstrip().startswith("{"):
-            yield from _read_jsonl_text(chunk)
-            return
         raise UserError(f"{chunk.path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{chunk.path}: not valid JSON: {error}") from None

@@ -5,20 +5,24 @@ import json
 import logging
 import pickle
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk, Located, read_chunk
-from ftray.data.local_records import LocalRecords
+from ftray.data.fast_tokenizer import FastTokenizer, state_of
+from ftray.data.formats import Chunk, read_chunk
+from ftray.data.parts import Sorted, bins_of, read_bin, read_tables, write_sorted, write_tables
+from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import (
@@ -27,12 +31,11 @@ from ftray.data.splits import (
     Sources,
     find_sources,
     in_order,
+    key_and_split,
     needed,
-    order_key,
     refuse_empty,
     refuse_mixture,
     refuse_unsupervised,
-    split_of,
 )
 from ftray.data.tokens import Tokens, prompt_template, rendering, spread
 from ftray.errors import UserError
@@ -40,19 +43,16 @@ from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
 from ftray.task_spec import AS_IT_IS, CAUSAL, TaskSpec
 
-if TYPE_CHECKING:
-    import ray.data
-
-    from ftray.tasks.task import Task
-
 log = logging.getLogger(__name__)
 
 TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in other processes
 
 VERSION = 4  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
-TASK_CPUS = 0.5  # of a Ray task
-LOCAL_BYTES = 2**22  # of a source that is read in this process: a second or two of work
+TASK_CPUS = 1  # of a Ray task
+LOCAL_BYTES = 2**22  # of a source that is read in this process, with which tasks of Ray would take longer to begin
+LATER = ("sources", "group")  # settings that came later: data that has none keeps its name
+PARTS, TOKENIZER = ".parts", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
 # a record that was read and checked
 RECORD = pa.schema(
     {
@@ -103,11 +103,25 @@ def prepare(
     log.info("tokenizing %s into %s", cfg.names, target)
     template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
     spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
-    with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
-        data = TokenizedData(str(directory), fingerprint, {}, spec)
-        with _user_errors():
-            _write(data, cfg, sources, (model, trust_remote_code, chat_template))
-        data.save()
+    work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, and the next one goes on
+    work.mkdir(parents=True, exist_ok=True)
+    if task == CAUSAL.name and (state := state_of(tokenizer)):
+        (work / TOKENIZER).write_text(state)
+    try:
+        with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
+            data = TokenizedData(str(directory), fingerprint, {}, spec)
+            with _user_errors():
+                _write(data, cfg, sources, (model, trust_remote_code, chat_template), work)
+            data.save()
+    except UserError:
+        work.remove()
+        raise
+    except Exception:
+        if not (target / MANIFEST).exists():  # else another process was first, and has taken its parts away
+            raise
+    work.remove()
+    for left in _cache(cfg).published_dirs(f".{fingerprint}.*"):  # of killed runs; one that lives finds ours instead
+        left.remove()
     return TokenizedData.load(str(target))
 
 
@@ -118,7 +132,7 @@ def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str,
         "version": VERSION,
         "task": [task, *labels],
         "content": {name: content_stamp(source.chunks) for name, source in sources.items()},
-        "settings": cfg.model_dump(exclude={"cache"} if cfg.sources else {"cache", "sources"}),
+        "settings": cfg.model_dump(exclude={"cache", *(name for name in LATER if not getattr(cfg, name))}),
         "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }
@@ -155,18 +169,19 @@ def _user_errors() -> Iterator[None]:
         raise
 
 
-def _write(data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments) -> None:
+def _write(
+    data: TokenizedData, cfg: DataConfig, sources: Sources, tokenizer: TokenizerArguments, work: Location
+) -> None:
     """Write the Parquet files, and complete the description in `data`."""
     weights = {mixed.source: mixed.weight for mixed in cfg.sources}
     writers = {split: SplitWriter(Path(data.directory), split, weights if split == "train" else {}) for split in SPLITS}
     renderings: set[str] = set()
     for name, source in sources.items():  # train comes first
-        records = _read(source, name, data.task)
-        if not data.task.labels and data.task.load().has_labels:
-            records = records.materialize()  # the classes must be known before the first record is tokenized
-            data.task = replace(data.task, labels=_classes(records))
+        found = _read(source, name, data.task, work)
+        if not data.task.labels and record_task(data.task).has_labels:
+            data.task = replace(data.task, labels=in_order({label for part in found for label in part.classes}))
         parts = {part: SourceSummary() for part in source.parts}
-        for table in _tokenize(records, source.cfg, tokenizer, data.task):
+        for table in _tokenize(found, source, name, tokenizer, data.task, work):
             renderings.update(table["rendering"].drop_null().unique().to_pylist())
             for part, summary in parts.items():
                 summary.add(table.filter(pa.compute.equal(table["source"], part)) if part else table)
@@ -189,82 +204,104 @@ def _refuse_empty_splits(data: TokenizedData, cfg: DataConfig, sources: Sources)
             refuse_empty(name, sum(split.records for split in data.splits.values()), cfg)
 
 
-def _read(source: Source, name: str, task: TaskSpec) -> "ray.data.Dataset | LocalRecords":
-    """The records of a source, checked, in rows of the schema `RECORD`."""
-    rows = [asdict(chunk) for chunk in source.chunks]
-    if all(chunk.bytes is not None for chunk in source.chunks) and sum(row["bytes"] for row in rows) <= LOCAL_BYTES:
-        chunks: Any = LocalRecords(pa.Table.from_pylist(rows))
-    else:
-        import ray.data
-
-        chunks = ray.data.from_items(rows, override_num_blocks=len(rows))
-        chunks.context.execution_options.preserve_order = True
-    fixed = {"cfg": source.cfg, "source": name, "task": task}
-    return chunks.map_batches(_read_chunks, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
+def _read(source: Source, name: str, task: TaskSpec, work: Location) -> list[Sorted]:
+    """Check the records of a source and leave them in `work`; what was found in each chunk, in order."""
+    chunks = [{"number": number, "chunk": json.dumps(asdict(chunk))} for number, chunk in enumerate(source.chunks)]
+    fixed = {"cfg": source.cfg, "source": name, "task": task, "work": str(work), "bins": bins_of(source.chunks)}
+    return [Sorted(**json.loads(row["sorted"])) for row in _in_tasks(_read_chunk, chunks, fixed, source)]
 
 
-def _read_chunks(chunks: pa.Table, cfg: DataConfig, source: str, task: TaskSpec) -> Iterator[pa.Table]:
-    of, parts = task.load(), cfg.parts
-    for row in chunks.to_pylist():
-        chunk = Chunk(**row)
-        records, part = read_chunk(chunk), parts[chunk.part]
-        while rows := [_checked(located, part, chunk.part, source, of) for located in islice(records, BATCH)]:
-            yield pa.Table.from_pylist(rows, RECORD)
+def _in_tasks(
+    function: Any, rows: list[dict[str, Any]], fixed: dict[str, Any], source: Source
+) -> Iterator[dict[str, Any]]:
+    """What `function` makes of each row, in their order: in tasks of Ray, or of a small source in this process."""
+    sizes = [chunk.bytes for chunk in source.chunks]
+    if None not in sizes and sum(size or 0 for size in sizes) <= LOCAL_BYTES:
+        for row in rows:
+            yield from function(pa.Table.from_pylist([row]), **fixed).to_pylist()
+        return
+    import ray.data
+
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data.context.execution_options.preserve_order = True
+    done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
+    for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from table.to_pylist()
 
 
-def _checked(located: Located, cfg: DataConfig, part: str, source: str, of: "Task") -> dict[str, Any]:
-    place, record = located
-    example, seen = of.parse_and_see(record, place)
-    return {
-        "key": order_key(record, cfg.seed, part) - 2**63,
-        "split": split_of(record, cfg, source),
-        "source": part,
-        "shape": seen.shape,
-        "ignored": seen.ignored,
-        "classes": of.labels(example),
-        "example": pickle.dumps(example),
-    }
+def _read_chunk(rows: pa.Table, cfg: DataConfig, source: str, task: TaskSpec, work: str, bins: int) -> pa.Table:
+    (row,) = rows.to_pylist()
+    tables = _checked(Chunk(**json.loads(row["chunk"])), cfg, source, record_task(task))
+    found = write_sorted(tables, parse_location(work), f"{source}-{row['number']:06d}", bins, cfg.limit)
+    return pa.table({"sorted": [json.dumps(asdict(found))]})
 
 
-def _classes(records: "ray.data.Dataset | LocalRecords") -> tuple[str, ...]:
-    """All class names in the records, sorted; whole numbers by their size."""
-    found: set[str] = set()
-    for table in records.select_columns(["classes"]).iter_batches(batch_size=None, batch_format="pyarrow"):
-        found.update(pa.compute.list_flatten(table["classes"]).unique().to_pylist())
-    return in_order(found)
+def _checked(chunk: Chunk, cfg: DataConfig, source: str, of: RecordTask) -> Iterator[pa.Table]:
+    """The records of a chunk, in tables of the schema `RECORD`."""
+    records, own = read_chunk(chunk), cfg.parts[chunk.part]
+    while located := list(islice(records, BATCH)):
+        rows: list[tuple[Any, ...]] = []
+        for place, record in located:
+            example, seen = of.parse_and_see(record, place)
+            key, split = key_and_split(record, own, source, chunk.part)
+            said = [*of.labels(example)], pickle.dumps(example, protocol=5)
+            rows.append((key - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), RECORD, strict=True)]
+        yield pa.Table.from_arrays(columns, schema=RECORD)
 
 
 def _tokenize(
-    records: "ray.data.Dataset | LocalRecords", cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec
+    found: list[Sorted], source: Source, name: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
-    common: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": TASK_CPUS}
-    if cfg.limit:  # of each block first, so that fewer are sorted
-        records = records.map_batches(_smallest, batch_size=None, fn_kwargs={"limit": cfg.limit}, **common)
-    ordered = records.sort("key")
-    if cfg.limit:
-        ordered = ordered.limit(cfg.limit)
-    fixed = {"cfg": cfg, "tokenizer": tokenizer, "task": task}
-    tokenized = ordered.map_batches(_tokenize_batch, batch_size=BATCH, fn_kwargs=fixed, **common)
-    yield from tokenized.iter_batches(batch_size=BATCH, batch_format="pyarrow")
+    bins, left = [], source.cfg.limit or sys.maxsize
+    for number, counts in enumerate(zip(*(part.counts for part in found), strict=True)):
+        taken = min(left, sum(counts))
+        left -= taken
+        if taken:
+            bins.append({"number": number, "taken": taken})
+    if not bins:
+        return
+    parts = [name for part in found for name in part.parts]
+    fixed = {"cfg": source.cfg, "source": name, "parts": parts, "tokenizer": tokenizer, "task": task, "work": str(work)}
+    for row in _in_tasks(_tokenize_bin, bins, fixed, source):
+        yield from read_tables(work / row["file"])
 
 
-def _smallest(records: pa.Table, limit: int) -> pa.Table:
-    return records.take(pa.compute.sort_indices(records["key"])[:limit])
+def _tokenize_bin(
+    rows: pa.Table,
+    cfg: DataConfig,
+    source: str,
+    parts: list[str],
+    tokenizer: TokenizerArguments,
+    task: TaskSpec,
+    work: str,
+) -> pa.Table:
+    (row,) = rows.to_pylist()
+    place, name = parse_location(work), f"{source}-tokens-{row['number']:06d}.arrow"
+    if not (place / name).exists():
+        words = _tokenizer(work, *tokenizer)
+        records = read_bin(place, parts, row["number"])[: row["taken"]]
+        batches = (records[at : at + BATCH] for at in range(0, records.num_rows, BATCH))
+        tables = (_tokenize_batch(batch, cfg, words, task) for batch in batches)
+        first = next(tables)
+        write_tables(place / name, chain([first], tables), first.schema)
+    return pa.table({"file": [name]})
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
+def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
+    if (state := parse_location(work) / TOKENIZER).exists():
+        return FastTokenizer(state.read_text())
     from ftray.models.load import load_tokenizer
 
     return load_tokenizer(model, trust_remote_code, chat_template)
 
 
-def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArguments, task: TaskSpec) -> pa.Table:
-    of = task.load()
+def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: Any, task: TaskSpec) -> pa.Table:
+    of = record_task(task)
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
-    words = _tokenizer(*tokenizer)
     whole: list[Tokens | None] = [None] * len(examples)
     renderings: list[str | None] = [None] * len(examples)
     for name, part in cfg.parts.items():
@@ -275,7 +312,7 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, tokenizer: TokenizerArgu
     tokens = [row for _, row in numbered]
     records = records.take([i for i, _ in numbered])
     first = [at == 0 or i != numbered[at - 1][0] for at, (i, _) in enumerate(numbered)]  # of the rows of a record
-    keys = [key + 2**63 for key in records["key"].to_pylist()]
+    keys = records["key"].to_numpy().view(np.uint64) ^ np.uint64(2**63)
     return pa.table(
         {
             "key": pa.array(keys, pa.uint64()),

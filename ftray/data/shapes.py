@@ -35,7 +35,8 @@ RENDERED = ("text", "prompt")  # where many files repeat the whole record
 OWN = "ftray:"
 PART = "ftray:part"  # which part of a longer text its text is: first, middle or last
 LEFT_OUT = "ftray:left out"  # the keys that a mapping did not use
-_OWN = (PART, LEFT_OUT)
+GROUP = "ftray:group"  # the key that `data.group` names, and its value
+_OWN = (PART, LEFT_OUT, GROUP)
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _ignored(record: Record, shape: Shape) -> tuple[str, ...]:
             for part in parts if key in shape.in_turn and isinstance(parts, list) else []:
                 left = [name for name in part if name not in ("type", "text")] if isinstance(part, dict) else []
                 found.update(f"{at}.{key}[].{name}" for name in left if "text" in part and not is_empty(part[name]))
-    return tuple(sorted(found))
+    return tuple(sorted(found.difference(record.get(GROUP, ())[:1])))
 
 
 def as_text(value: Any, key: str, where: object) -> str:

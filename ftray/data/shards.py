@@ -161,6 +161,7 @@ class TokenizedData:
         task: with the classes of the training records.
         sources: a summary of each source, by the split that the source was given for, which in a mixture the source's
             name follows.
+        row_groups_per_file: of each split; the last file may hold fewer.
     """
 
     directory: str
@@ -168,6 +169,7 @@ class TokenizedData:
     splits: dict[str, Split]
     task: TaskSpec = CAUSAL
     sources: dict[str, SourceSummary] = field(default_factory=dict)
+    row_groups_per_file: int = field(default_factory=lambda: ROW_GROUPS_PER_FILE)
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
@@ -175,7 +177,8 @@ class TokenizedData:
         manifest = json.loads((parse_location(str(directory)) / MANIFEST).read_text())
         splits = {name: Split.from_json(split) for name, split in manifest["splits"].items()}
         sources = {name: SourceSummary(**summary) for name, summary in manifest["read"].items()}
-        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]), sources)
+        per_file = manifest.get("row_groups_per_file", 64)  # what it was before manifests said so
+        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]), sources, per_file)
 
     def save(self) -> None:
         """Write the manifest into the directory, which is a local one."""
@@ -184,14 +187,15 @@ class TokenizedData:
             "task": asdict(self.task),
             "splits": {name: split.to_json() for name, split in self.splits.items()},
             "read": {name: asdict(summary) for name, summary in self.sources.items()},
+            "row_groups_per_file": self.row_groups_per_file,
         }
         (Path(self.directory) / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     def row_group(self, split: str, index: int, columns: list[str]) -> pa.Table:
         """Row group `index` of a split."""
-        path = parse_location(self.directory) / self.splits[split].files[index // ROW_GROUPS_PER_FILE]
+        path = parse_location(self.directory) / self.splits[split].files[index // self.row_groups_per_file]
         with pq.ParquetFile(path.path, filesystem=path.filesystem) as file:
-            return file.read_row_group(index % ROW_GROUPS_PER_FILE, columns)
+            return file.read_row_group(index % self.row_groups_per_file, columns)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in stored order, in memory: for scoring test records."""

@@ -69,7 +69,10 @@ def find_splits(source: str | Sequence[str], cfg: DataConfig | None = None) -> S
     fields = json.dumps(cfg.fields) if cfg.fields else ""
     delimiter, encoding = cfg.delimiter or "", cfg.encoding or ""
     return {
-        name: [replace(chunk, delimiter=delimiter, encoding=encoding, fields=fields) for chunk in chunks]
+        name: [
+            replace(chunk, delimiter=delimiter, encoding=encoding, fields=fields, group=cfg.group or "")
+            for chunk in chunks
+        ]
         for name, chunks in found.items()
     }
 

@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
+from ftray.data.record_task import RecordTask, record_task
+from ftray.data.shapes import GROUP
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
-
-if TYPE_CHECKING:
-    from ftray.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
@@ -104,24 +103,42 @@ def order_key(record: dict[str, Any], seed: int, part: str = "") -> int:
     Args:
         part: of a mixture; equal records of two parts have places of their own.
     """
-    return _hash(record, seed, f"order{part and hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}")
+    return _hash(_content(record), seed, _order(part))
 
 
 def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
-    """The split of a record; equal records share it.
+    """The split of a record; equal records share it, and those of one group (see `data.group`).
 
     It takes a hash of its own, so that `limit`, which takes the smallest order keys, leaves the shares as they are.
     """
+    return _split(_content(record.get(GROUP, record)), cfg, source)
+
+
+def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, str]:
+    """:func:`order_key` and :func:`split_of`."""
+    content = _content(record)
+    grouped = _content(record[GROUP]) if GROUP in record else content
+    return _hash(content, cfg.seed, _order(part)), _split(grouped, cfg, source)
+
+
+def _split(content: bytes, cfg: DataConfig, source: str) -> str:
     if source != "train":
         return source
-    place = _hash(record, cfg.seed, "split") / 2**64
+    place = _hash(content, cfg.seed, "split") / 2**64
     if place < cfg.test_fraction:
         return "test"
     return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
 
 
-def _hash(record: dict[str, Any], seed: int, purpose: str) -> int:
-    content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+def _order(part: str) -> str:
+    return f"order{part and hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}"
+
+
+def _content(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+
+
+def _hash(content: bytes, seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
 
 
@@ -173,14 +190,14 @@ class DataCheck:
             The task with the labels of the records that were read, or the given ones.
 
         Raises:
-            UserError: see :mod:`ftray.data.sources` and :class:`ftray.tasks.task.Task`; also an empty split, or no
+            UserError: see :mod:`ftray.data.sources` and :mod:`ftray.data.record_task`; also an empty split, or no
                 supervised token within `max_length`, where the whole source was read; a cache that can't be
                 written.
         """
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
-        of = TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0).load()
+        of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree
@@ -189,7 +206,7 @@ class DataCheck:
             first = first or [records[0].example]
             refuse_mixture([*first, *(record.example for record in records)], of)
             if name == "train" and of.has_labels and not labels:
-                of = replace(of.spec, labels=_classes(records, of, source)).load()
+                of = record_task(replace(of.spec, labels=_classes(records, of, source)))
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             counts.update(record.split for record in taken)
             different.update(record.key for record in taken)
@@ -207,9 +224,9 @@ class DataCheck:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
 
-    def _read(self, name: str, part: str, cfg: DataConfig, of: "Task") -> list[_Record]:
+    def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [
-            _Record(part, order_key(record, cfg.seed, part), split_of(record, cfg, name), of.parse(record, place))
+            _Record(part, *key_and_split(record, cfg, name, part), of.parse(record, place))
             for place, record in self._records[name, part]
         ]
         if not records:
@@ -221,7 +238,7 @@ def _no_record(cfg: DataConfig) -> UserError:
     return UserError(f"data {cfg.names}: holds no record")
 
 
-def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, ...]:
+def _classes(records: list[_Record], of: RecordTask, source: Source) -> tuple[str, ...]:
     """The class names of the training records, none of which is too rare."""
     seen = Counter(label for record in records for label in of.labels(record.example))
     if is_small(source.chunks):
@@ -229,7 +246,7 @@ def _classes(records: list[_Record], of: "Task", source: Source) -> tuple[str, .
     return in_order(seen)
 
 
-def _lengths(records: list[_Record], tokenizer: Any, of: "Task", source: Source) -> list[int]:
+def _lengths(records: list[_Record], tokenizer: Any, of: RecordTask, source: Source) -> list[int]:
     """The most tokens that a model reads, or writes, of each record at once."""
     found = []
     for part, own in source.parts.items():
@@ -242,7 +259,7 @@ def _lengths(records: list[_Record], tokenizer: Any, of: "Task", source: Source)
     return found
 
 
-def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: "Task", cfg: DataConfig) -> None:
+def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: RecordTask, cfg: DataConfig) -> None:
     """Raise the UserError about records of which tokenization leaves nothing, if that is so."""
     batches = (examples[at : at + TOKENIZED_AT_ONCE] for at in range(0, len(examples), TOKENIZED_AT_ONCE))
     if not any(any(of.tokenize(batch, tokenizer, cfg)) for batch in batches):
@@ -254,7 +271,7 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
 
 
-def refuse_mixture(examples: list[Any], task: "Task") -> None:
+def refuse_mixture(examples: list[Any], task: RecordTask) -> None:
     """Raise the UserError about records that can't be trained on together, if there are any."""
     first = examples[0]
     for example in examples:
@@ -265,7 +282,7 @@ def refuse_mixture(examples: list[Any], task: "Task") -> None:
             )
 
 
-def refuse_labels(seen: Counter[str], examples: list[Any], task: "Task", cfg: DataConfig) -> None:
+def refuse_labels(seen: Counter[str], examples: list[Any], task: RecordTask, cfg: DataConfig) -> None:
     """Raise the UserError about labels that can't be learnt, if there are any."""
     if len(seen) < 2:
         raise UserError(f"data {cfg.names}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
@@ -288,7 +305,8 @@ def refuse_empty(split: str, records: int, cfg: DataConfig, different: int | Non
         said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
     if split == "train":
         raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records")
-    raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}")
+    together = f"; records of one {cfg.group} stay together" if cfg.group else ""
+    raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}{together}")
 
 
 def refuse_unsupervised(cfg: DataConfig) -> None:

@@ -1,22 +1,28 @@
 """Shows tokenized data: counts of each split, a record as the model sees it."""
 
+import math
 from itertools import groupby, islice, repeat
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.compute
 from rich.text import Text
 
 from ftray.data import Split, TokenizedData
+from ftray.data.duplicates import shared_prompts
 from ftray.data.shards import MixedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MASKED, LEARNT = "cyan", "bold green"
+MASKED, LEARNT = "dim", "bold green"
+OPEN, CLOSE = "[[", "]]"  # around what is learnt, where there are no styles
+BARS, WIDTH = 10, 40  # of a histogram; of its longest bar, in characters
 ROWS = 8  # of a batch whose padding is shown
 
 
 def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM") -> Text:
-    """The tokens of a row as text: those without loss in one colour, those with loss in another.
+    """The tokens of a row as text: those without loss dimmed, those with loss in a colour.
 
     For a task without a label for each token, the text is all context, and the target follows it.
     """
@@ -27,6 +33,46 @@ def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: st
     for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
         text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
     return text if task == "CAUSAL_LM" else text.append(f" -> {row['target']}", style=LEARNT)
+
+
+def marked(text: Text) -> str:
+    """What :func:`rendered` gave, without styles: what is learnt stands in double brackets."""
+    parts, at = [], 0
+    for span in text.spans:
+        if span.style == LEARNT:
+            parts += [text.plain[at : span.start], OPEN, text.plain[span.start : span.end], CLOSE]
+            at = span.end
+    return "".join([*parts, text.plain[at:]])
+
+
+def histogram(data: TokenizedData, split: str) -> str:
+    """A line for each range of lengths, in tokens: its bar, and how many records of the split it holds."""
+    longest = max(data.splits[split].lengths, default=0)
+    step = max(1, math.ceil(longest / BARS))
+    counts = np.zeros(math.ceil(longest / step), np.int64)
+    for index in range(len(data.splits[split].row_groups)):
+        lengths = pyarrow.compute.list_value_length(data.row_group(split, index, ["input_ids"])["input_ids"])
+        counts += np.bincount((lengths.to_numpy() - 1) // step, minlength=len(counts))
+    digits = len(str(longest))
+    lines = [f"lengths of {split} in tokens:"]
+    for place, count in enumerate(counts):
+        bar = "#" * math.ceil(WIDTH * count / counts.max())
+        lines.append(f"  {place * step + 1:>{digits}}-{min((place + 1) * step, longest):<{digits}} {bar} {count}")
+    return "\n".join(lines)
+
+
+def duplicates(data: TokenizedData) -> list[str]:
+    """A line for each held-out split that has prompts of the training split."""
+    lines = []
+    for name in ("validation", "test"):
+        records = data.splits[name].records
+        if records:
+            shared = shared_prompts(data, name) or "none"
+            lines.append(
+                f"near-duplicates: {shared} of {records} {name} records ask what a training record asks, "
+                "but for letter case and blanks"
+            )
+    return lines
 
 
 def describe(data: TokenizedData) -> str:

@@ -203,7 +203,7 @@ def _state(output: Location, kind: Kind) -> str | None:
 
 
 def _resolved(cfg: Config) -> dict[str, Any]:
-    return cfg.model_dump(exclude={"resume", "plan", "verbose"})
+    return cfg.model_dump(exclude={"resume", "plan", "show", "verbose"})
 
 
 def _keep(cfg: Config, space: Space | None, output: Location) -> None:

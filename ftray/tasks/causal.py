@@ -7,9 +7,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ftray.config import DataConfig, EvaluationConfig
-from ftray.data import records
-from ftray.data.tokens import Tokens, tokenize
+from ftray.config import EvaluationConfig
+from ftray.data.record_task import TextTask
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
 from ftray.models.next_token import supervised_loss, supervised_tokens, token_losses
@@ -25,7 +24,7 @@ _alone: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # of models that wer
 SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at once
 
 
-class Task(task.Task):
+class Task(TextTask, task.Task):
     """See :mod:`ftray.data.tokens` and :mod:`ftray.models.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
@@ -33,14 +32,7 @@ class Task(task.Task):
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
     generated = task.GENERATED
-    shapes = records.SHAPES
-    record_keys = records.KNOWN
     usage_example = "ftray serve --run {run}"
-
-    def tokenize(
-        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
-    ) -> list[Tokens | None]:
-        return tokenize(examples, tokenizer, cfg)
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
         return collate(columns)

@@ -1,6 +1,6 @@
 """What a task has to say, in the order in which a record goes through it."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
@@ -10,11 +10,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import Seen, Shape, read
-from ftray.data.tokens import Tokens
+from ftray.data.record_task import RecordTask
 from ftray.evaluation.metrics import Scores
 from ftray.models.probe import shared_passes
-from ftray.task_spec import IGNORE, TaskSpec
+from ftray.task_spec import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +28,8 @@ TEXT = {"loss": "min", "perplexity": "min", "exact_match": "max", "rouge_l": "ma
 _passes: WeakKeyDictionary[Any, Passes] = WeakKeyDictionary()  # by model: tried once
 
 
-class Task(ABC):
-    """One task.
+class Task(RecordTask):
+    """One task, with the model that learns it.
 
     Attributes:
         auto_class: of transformers, that loads the model with the right head.
@@ -42,10 +41,6 @@ class Task(ABC):
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
         generated: those of `metrics` that `evaluation.generate` gives.
-        has_labels: whether records name classes; :meth:`labels` then gives them.
-        min_label_count: how often a class must occur in all records.
-        shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
-        record_keys: the keys of a record, for messages.
         usage_example: a line of shell that uses the result; {path} is the merged model's directory, {run} the search's.
     """
 
@@ -57,52 +52,11 @@ class Task(ABC):
     metrics: ClassVar[Mapping[str, str]]
     metric: ClassVar[str] = "loss"
     generated: ClassVar[tuple[str, ...]] = ()
-    has_labels: ClassVar[bool] = False
-    min_label_count: ClassVar[int] = 1
-    shapes: ClassVar[Sequence[Shape]]
-    record_keys: ClassVar[str]
     usage_example: ClassVar[str]
-
-    def __init__(self, spec: TaskSpec):
-        self.spec = spec
 
     def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
         """`metrics` and `metric` for records like this first one."""
         return self.metrics, self.metric
-
-    def parse(self, record: dict[str, Any], where: object) -> Any:
-        """What a record says.
-
-        Raises:
-            UserError: as :meth:`parse_and_see`.
-        """
-        return self.parse_and_see(record, where)[0]
-
-    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
-        """What a record says, and what was recognised in it.
-
-        Raises:
-            UserError: it doesn't say what the task needs, or more than is read; names the place.
-        """
-        return read(record, self.shapes, where)
-
-    def labels(self, example: Any) -> Sequence[str]:
-        """The class names in what :meth:`parse` gave."""
-        return ()
-
-    def shape(self, example: Any) -> str:
-        """What :meth:`parse` found there to be; all records must be alike in it."""
-        return ""
-
-    @abstractmethod
-    def tokenize(
-        self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
-    ) -> list[Tokens | None]:
-        """Token ids and labels; None where a record is too long or has nothing left to learn.
-
-        Raises:
-            UserError: a label that isn't among the spec's.
-        """
 
     @abstractmethod
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:

@@ -1,0 +1,78 @@
+"""What a task does with records, before there is a model. Imports no torch, which tasks of Ray would pay for."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ftray.config import DataConfig
+from ftray.data import records
+from ftray.data.shapes import Seen, Shape, read
+from ftray.data.tokens import Tokens, tokenize
+from ftray.task_spec import CAUSAL, TaskSpec
+
+
+class RecordTask(ABC):
+    """A task, as far as records go.
+
+    Attributes:
+        has_labels: whether records name classes; :meth:`labels` then gives them.
+        min_label_count: how often a class must occur in all records.
+        shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
+        record_keys: the keys of a record, for messages.
+    """
+
+    has_labels: ClassVar[bool] = False
+    min_label_count: ClassVar[int] = 1
+    shapes: ClassVar[Sequence[Shape]]
+    record_keys: ClassVar[str]
+
+    def __init__(self, spec: TaskSpec):
+        self.spec = spec
+
+    def parse(self, record: dict[str, Any], where: object) -> Any:
+        """What a record says.
+
+        Raises:
+            UserError: as :meth:`parse_and_see`.
+        """
+        return self.parse_and_see(record, where)[0]
+
+    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
+        """What a record says, and what was recognised in it.
+
+        Raises:
+            UserError: it doesn't say what the task needs, or more than is read; names the place.
+        """
+        return read(record, self.shapes, where)
+
+    def labels(self, example: Any) -> Sequence[str]:
+        """The class names in what :meth:`parse` gave."""
+        return ()
+
+    def shape(self, example: Any) -> str:
+        """What :meth:`parse` found there to be; all records must be alike in it."""
+        return ""
+
+    @abstractmethod
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        """Token ids and labels; None where a record is too long or has nothing left to learn.
+
+        Raises:
+            UserError: a label that isn't among the spec's.
+        """
+
+
+class TextTask(RecordTask):
+    """CAUSAL_LM: text that goes on from a prompt."""
+
+    shapes = records.SHAPES
+    record_keys = records.KNOWN
+
+    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+        """See :mod:`ftray.data.tokens`."""
+        return tokenize(examples, tokenizer, cfg)
+
+
+def record_task(spec: TaskSpec) -> RecordTask:
+    """The task of that name; all but the first come whole, with torch."""
+    return TextTask(spec) if spec.name == CAUSAL.name else spec.load()
