@@ -112,6 +112,13 @@ def test_ray_train_worker_group_callback():
     assert next(iter(inspect.signature(WorkerGroup.execute).parameters.values())).name == "self"
 
 
+def test_ray_train_heeds_the_environment_of_the_driver():
+    """By the names that `ftray.runtime.cluster.connect` sets."""
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    assert {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"} <= ENV_VARS_TO_PROPAGATE
+
+
 def test_ray_train_preemption_known(monkeypatch):
     from ray.train.v2._internal.execution import context
     from ray.train.v2._internal.execution.preemption import PreemptionContext
