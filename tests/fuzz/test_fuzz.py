@@ -150,7 +150,7 @@ def test_prompts(tmp_path, tiny_llama):
             for where, record in read_records(str(path)):
                 assert all(isinstance(token, int) for token in renderer.record(where, record, chat))
         except UserError as error:
-            refused(error, "prompts", "data:")
+            refused(error, "prompts", "data", "generation")
 
     fuzz(
         check,
