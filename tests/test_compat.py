@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from ray import ActorID, PlacementGroupID, serve
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import ftray
 
@@ -187,6 +188,47 @@ def test_peft_taken_names():
     assert not any(".mlp.gate_proj.lora_A" in name for name, _ in adapted.named_parameters())
 
 
+@pytest.mark.parametrize("method", [LoraConfig(), AdaLoraConfig(total_step=9), IA3Config(), PromptTuningConfig()])
+def test_peft_around_layers(tiny_llama, method):
+    from ftray.compat.peft import around_layers
+
+    model, seen = AutoModelForCausalLM.from_pretrained(tiny_llama), []
+    linear = {m for name, m in model.named_modules() if name.endswith((".q_proj", ".v_proj"))}
+    method.task_type, method.target_modules = "CAUSAL_LM", ["q_proj", "v_proj"]
+    if isinstance(method, IA3Config):
+        method.feedforward_modules = []
+    if isinstance(method, PromptTuningConfig):
+        method.num_virtual_tokens, linear = 2, set()
+
+    @contextmanager
+    def around(layer):
+        seen.append(layer)
+        yield
+
+    with around_layers(method.peft_type, around):
+        get_peft_model(model, method)
+    assert set(seen) == linear
+    count = len(seen)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), method)
+    assert len(seen) == count
+
+
+def test_transformers_kept_in_float32(tmp_path):
+    """What `from_pretrained` does with T5's output projections, which float16 can't hold."""
+    from conftest import t5
+
+    from ftray.compat.transformers import kept_in_float32
+
+    t5().save_pretrained(tmp_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    kept = kept_in_float32(model, torch.float16)
+    assert {n for n, p in model.named_parameters() if p.dtype == torch.float32} == set(
+        filter(kept, dict(model.named_parameters()))
+    )
+    assert any(map(kept, dict(model.named_parameters())))
+    assert not any(map(kept_in_float32(model, torch.bfloat16), dict(model.named_parameters())))
+
+
 def test_transformers_attention(tiny_llama):
     from ftray.compat.transformers import set_attention
 
@@ -231,6 +273,20 @@ def test_torch_lists_of_tensors():
     assert [t.tolist() for t in first] == [[1.0, 1.0], [[1.0] * 3]]
     copy([first[0][:1], first[1]], [second[0][1:], second[1].double()])
     assert [t.tolist() for t in first] == [[1.0, 1.0], [[4.0] * 3]]
+
+
+def test_torch_after_backward():
+    from ftray.compat.torch import after_backward
+
+    events: list[str] = []
+    x = torch.ones(1, requires_grad=True)
+    middle = x * 2
+    middle.register_hook(lambda gradient: events.append("middle"))
+    end = middle * 3
+    end.register_hook(lambda gradient: after_backward(lambda: events.append("over")))
+    (gradient,) = torch.autograd.grad(end.sum(), x)
+    assert events == ["middle", "over"]
+    assert gradient.item() == 6
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
