@@ -141,7 +141,10 @@ def test_shards_made_before_groups_are_found_again_and_those_by_group_are_others
     settings: list[set[str]] = []
     fingerprint()
     fingerprint(group="user_id")
-    assert settings == [{"cache", "group", "sources"}, {"cache", "sources"}]  # the first is what was hashed when there was no such field
+    assert settings == [
+        {"cache", "group", "sources"},
+        {"cache", "sources"},
+    ]  # the first is what was hashed when there was no such field
 
 
 # --- the command
