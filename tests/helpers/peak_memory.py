@@ -1,9 +1,8 @@
-"""One process of several under torchrun: train a step on MODEL with SETTINGS, print the peak of its own memory.
+"""One process of two under torchrun: train a step on MODEL at a ZeRO STAGE, print the peak of its own memory.
 
 Pages of the mapped weight files do not count: the system takes them back whenever it needs them.
 """
 
-import json
 import os
 import sys
 import threading
@@ -16,7 +15,6 @@ import torch.distributed as dist
 
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.training.run_spec import RunSpec
-from ftray.training.single_run_trainer import SingleRunTrainer
 from ftray.training.zero3_trainer import Zero3Trainer
 
 peak = 0
@@ -31,12 +29,11 @@ def watch() -> None:
 
 
 threading.Thread(target=watch, daemon=True).start()
-model, given = sys.argv[1], json.loads(sys.argv[2])
+model, stage = sys.argv[1], int(sys.argv[2])
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 dist.init_process_group("gloo")
-settings = TrainingConfig.model_validate({"batch_size": dist.get_world_size()} | given)
-make = SingleRunTrainer if "shard_base" in given else Zero3Trainer
-trainer = make(RunSpec(ModelConfig(dtype="fp32"), model, AdapterConfig(method="lora"), settings, 1))
+settings = TrainingConfig.model_validate({"batch_size": 2, "zero_stage": stage})
+trainer = Zero3Trainer(RunSpec(ModelConfig(dtype="fp32"), model, AdapterConfig(method="lora"), settings, 1))
 ids = torch.arange(2, 18)[None]
 batch = {"input_ids": ids, "position_ids": torch.arange(16)[None], "labels": ids}
 trainer.fit(repeat(batch), lambda: [batch], lambda metrics: None)
