@@ -445,7 +445,7 @@ class Config(Section):
     serving: ServingConfig = Field(default_factory=ServingConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
     task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
-        Field("auto", description="what is learnt; auto: told from the first record and the model")
+        Field("auto", description="what is learnt; auto: inferred from the first record and the model")
     )
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"

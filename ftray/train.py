@@ -55,7 +55,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.models.stored import as_stored
     from ftray.tasks.infer_task import as_begun, infer_task
 
-    require("validation", cfg.data, "which checkpoint is the best is told by records that are not trained on")
+    require("validation", cfg.data, "which checkpoint is the best is decided by records that are not trained on")
     model_path = find(cfg.model.name)
     cfg = as_begun(cfg)
     data = DataCheck(cfg.data)

@@ -1,4 +1,4 @@
-"""Mapping: which keys of a record make the fields that a shape is told by."""
+"""Mapping: which keys of a record make the fields that a shape is recognised by."""
 
 import json
 from functools import lru_cache

@@ -103,7 +103,7 @@ def prepare(
     log.info("tokenizing %s into %s", cfg.names, target)
     template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
     spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
-    work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, and the next one goes on
+    work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, which the next one resumes
     work.mkdir(parents=True, exist_ok=True)
     if task == CAUSAL.name and (state := state_of(tokenizer)):
         (work / TOKENIZER).write_text(state)

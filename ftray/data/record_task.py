@@ -63,7 +63,7 @@ class RecordTask(ABC):
 
 
 class TextTask(RecordTask):
-    """CAUSAL_LM: text that goes on from a prompt."""
+    """CAUSAL_LM: text that continues a prompt."""
 
     shapes = records.SHAPES
     record_keys = records.KNOWN

@@ -1,4 +1,4 @@
-"""From a record of text that goes on, of any known shape, to prompt and target or turns of a conversation."""
+"""From a record for a generating task, of any known shape, to prompt and target or turns of a conversation."""
 
 import json
 import re

@@ -6,7 +6,7 @@ holds positions [n B, (n + 1) B); of these, rank r of W takes the positions p wi
 (seed, n) alone: not on the number of workers, on when a run was resumed, or on the cluster. Any position can be found
 without reading what comes before it.
 
-In a mixture, an epoch draws `MixedRows.drawn` rows of each source, d of its n, and the next epoch goes on where it
+In a mixture, an epoch draws `MixedRows.drawn` rows of each source, d of its n, and the next epoch continues where it
 ended: row r of the source, in stored order, comes up ceil((r - e + 1) d / n) - ceil((r - e) d / n) times in epoch e.
 So after any number E of epochs, every row has come up E d / n times, rounded down or up.
 """

@@ -1,4 +1,4 @@
-"""Shapes of records: how one is told, and what becomes of keys that it doesn't read.
+"""Shapes of records: how one is recognised, and what becomes of keys that it doesn't read.
 
 A key that would change what is learnt is read by a shape or refused; any other is ignored, and named to the user.
 Imports nothing that is slow.
@@ -45,7 +45,7 @@ class Shape:
 
     Attributes:
         name: for whoever reads what was recognised.
-        required_keys: keys by which it is told.
+        required_keys: keys by which it is recognised.
         parse: a record and where it stands -> what the task tokenizes.
         honours: keys that may be there, and are read.
         refuses: keys that would change what is learnt, and can't be read -> why.

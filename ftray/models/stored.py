@@ -1,4 +1,4 @@
-"""Bases that are stored quantised: told by their config.json, before anything slow is done with them."""
+"""Bases that are stored quantised: recognised by their config.json, before anything slow is done with them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""CAUSAL_LM: text that goes on from a prompt; records lie packed in one row."""
+"""CAUSAL_LM: text that continues a prompt; records lie packed in one row."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -53,7 +53,7 @@ class Task(task.PaddedTask):
     def tokenize(
         self, examples: list[Any], tokenizer: "PreTrainedTokenizerBase", cfg: DataConfig
     ) -> list[Tokens | None]:
-        # white space around the prompt marks where a decoder goes on: here it would only be noise
+        # white space around the prompt marks where a decoder continues: here it would only be noise
         template = RAW if cfg.template == "auto" else cfg.template
         prompts = [template.replace("{prompt}", e.prompt).strip() for e in examples]
         given, cut = encode(prompts, None, tokenizer, cfg)
