@@ -138,6 +138,7 @@ class Task(task.PaddedTask):
         found = windows(example.question, example.context, tokenizer, cfg.longest)
         if len(found) > 1 and cfg.overlong == "drop":
             return None
+        whole = len(tokenizer(example.question, example.context)["input_ids"]) if len(found) > 1 else 0
         text, start = example.answers[0] if example.answers else ("", 0)
         for window in found:
             span = span_of(window, start, start + len(text)) if text else (0, 0)
@@ -149,7 +150,7 @@ class Task(task.PaddedTask):
                     f"{example.context}\n{example.question}",
                     text,
                     len(window.input_ids),
-                    len(found) > 1,
+                    whole,
                     window.token_type_ids,
                     extra=json.dumps(extra | {"answers": [text for text, _ in example.answers]}),
                 )
