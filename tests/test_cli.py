@@ -318,7 +318,7 @@ def needed(field: str) -> list[str]:
         (b'"\\L": 1', r"unknown key \u2028; known: "),
         (b'"\\N": 1', r"unknown key \x85; known: "),
         (b'"\\f": 1', r"unknown key \x0c; known: "),
-        (b'"\\uD83D": 1', r"unicode string (got '\ud83d')"),
+        (b'"\\uD83D": 1', r"'\ud83d' holds half of a surrogate pair"),
         (b"a: 1\x02", "not valid YAML: unacceptable character #x0002"),
         (b"a: \xff", "not valid YAML: 'utf-8' codec can't decode byte 0xff"),
     ],

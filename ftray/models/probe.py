@@ -328,9 +328,8 @@ def _with_gradient(adapted: "PeftModel", ids: torch.Tensor, own: dict[str, list[
 
 def ended(model: "Model", ids: torch.Tensor) -> torch.Tensor:
     """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
-    end = model.config.eos_token_id
-    ends = model.config.is_encoder_decoder and isinstance(end, int)
-    return torch.cat([ids, ids.new_tensor([end])]) if ends else ids
+    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    return torch.cat([ids, ids.new_tensor([end])]) if isinstance(end, int) else ids
 
 
 def other_first(records: Sequence[torch.Tensor]) -> list[torch.Tensor]:
