@@ -155,7 +155,10 @@ def test_preprocess_tells_what_each_source_holds_and_how_often_it_is_drawn(
         ("[{weight: 1}]", "data.sources[0].source: Field required"),
         ("[{source: A}, {source: A}]", "data: sources: A stands twice: give it one weight"),
         ("[{source: A, template: hi}]", "data.sources[0]: template must hold {prompt}, or be auto"),
-        ("[{source: A, encoding: latin-one}]", "data.sources[0]: encoding latin-one: Python knows no encoding of text of that name"),
+        (
+            "[{source: A, encoding: latin-one}]",
+            "data.sources[0]: encoding latin-one: Python knows no encoding of text of that name",
+        ),
         ("[A]", "data.sources[0]: Input should be a valid dictionary (got 'A')"),
         ("[{source: A}, {source: C/empty.jsonl}]", "data C/empty.jsonl: empty"),
         ("[{source: A}, {source: C/blank.jsonl}]", "data C/blank.jsonl: holds no record"),

@@ -512,7 +512,10 @@ BAD = {
     "a key twice": (b'{"input": "a", "output": "b"}\n{"input": "a", "input": "b"}\n', r":2: key 'input' stands twice"),
     "a key twice inside": (b'{"messages": [{"role": "user", "role": "system"}]}\n', r":1: key 'role' stands twice"),
     "half a surrogate": (b'{"input": "\\ud83d", "output": "b"}\n', r":1: input holds \\ud83d, half of a surrogate"),
-    "half a surrogate in bytes": (b'{"input": "\xed\xa0\xbd", "output": "b"}\n', r":1: not valid JSON: 'utf-8' codec"),
+    "half a surrogate in bytes": (
+        b'{"input": "\xed\xa0\xbd", "output": "b"}\n',
+        r":1: not valid JSON: not utf-8: name the file's encoding by data.encoding",
+    ),
     "NaN": (b'{"input": "a", "output": NaN}\n', r":1: output is nan, which is no text"),
     "a raw NUL": (b'{"input": "a\x00", "output": "b"}\n', r":1: not valid JSON: Invalid control character"),
 }

@@ -303,7 +303,7 @@ def _objects_of_list(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
             continue
         try:
             record, end = _OBJECT.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError, _KeyTwiceError):
+        except (ValueError, RecursionError, _KeyTwiceError):  # ValueError: not whole, or a number of many digits
             more = file.read(max(JSON_CHARACTERS, len(text)))  # it may go on there
             if not more:
                 raise _NoListError from None
@@ -320,13 +320,13 @@ def _is_lines(chunk: Chunk) -> bool:
         while text.lstrip().startswith("{"):
             try:
                 _, end = _OBJECT.raw_decode(text, len(text) - len(text.lstrip()))
-            except (RecursionError, _KeyTwiceError):
-                return False
             except json.JSONDecodeError:
                 if not (more := file.read(len(text))):
                     return False
                 text += more
                 continue
+            except (ValueError, RecursionError, _KeyTwiceError):
+                return False
             return bool((text[end:] + file.read(JSON_CHARACTERS)).strip())
     return False
 
