@@ -151,7 +151,7 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
         "lora:\n"
         "  learning_rate: {log: [1.0e-5, 1.0e-1]}\n"
         "  dropout: 0.0\n"
-        "  target_modules: {choice: [attention, nonsense]}\n"
+        "  target_modules: {choice: [attention, attention-qv, mlp, nonsense]}\n"
         "oft: {block_size: 16, learning_rate: {log: [1.0e-4, 1.0e-2]}}\n"
     )
     sections = {
@@ -163,14 +163,14 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
             "shard_base": shard_base,
         },
         "scaling": {"workers": 2, "cpus_per_worker": 1},
-        "search": {"trials": 8, "pack": 3},
+        "search": {"trials": 12, "pack": 3},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), LocalLocation(tmp_path), [])
     rows = trial_rows(job.config, LocalLocation(tmp_path))
-    assert len(rows) == 8
+    assert len(rows) == 12
     wrong = [row for row in rows if row["config"]["adapter"].get("target_modules") == "nonsense"]
-    assert 0 < len(wrong) < 8
+    assert 0 < len(wrong) < 12
     assert {row["status"] for row in wrong} == {"failed"}
     assert all("nonsense" in row["reason"] for row in wrong)
     assert {row["status"] for row in rows if row not in wrong} == {"finished", "stopped early"}
