@@ -267,3 +267,16 @@ def test_json_is_read_without_its_whole_in_memory(tmp_path, monkeypatch):
     (tmp_path / "list.json").write_text(json.dumps(records)[:-1] + ",\n {oops}]")
     with pytest.raises(UserError, match=r"list\.json:2: not valid JSON: Expecting property name"):
         read_json(tmp_path / "list.json")
+
+
+def test_documents_of_a_folder_are_whole_where_there_are_enough(tmp_path):
+    """One text file is cut so that some of it is left for validation; many are not."""
+    documents = [f"Document {n}\nsays {n * n}.\nIt ends here.\n" for n in range(30)]
+    for n, text in enumerate(documents):
+        (tmp_path / f"{n:02}.txt").write_text(text)
+    read = [record["text"] for chunk in find_chunks(str(tmp_path)) for _, record in read_chunk(chunk)]
+    assert read == documents
+    (tmp_path / "book.md").write_text("".join(documents) * 8)
+    book = [record["text"] for chunk in find_chunks(str(tmp_path / "book.md")) for _, record in read_chunk(chunk)]
+    assert 40 <= len(book) <= 60
+    assert "".join(book) == "".join(documents) * 8

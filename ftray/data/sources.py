@@ -31,7 +31,8 @@ CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before an
 CHECKED_RECORDS = 1000  # of larger ones, this many
 CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
 AUTO_TOKENS = 2048  # of such a record under `max_length: auto`, which then follows the records
-TEXT_RECORDS = 50  # that even a short text file is cut into, so that some are left for validation
+TEXT_RECORDS = 50  # that few text files are cut into, so that some are left for validation
+LEAST_TEXT = 100  # characters of such a record
 
 
 Splits = dict[str, list[Chunk]]
@@ -201,7 +202,7 @@ def _chunks_of_all(
             scheme, _, rest = base.partition("://")
             host = rest.partition("/")[0] if scheme == "file" else ""
             path = f"{scheme}://{host}{quote(path)}{mark}{options}"
-        chunks += _chunks_of(filesystem, file, path, cfg)
+        chunks += _chunks_of(filesystem, file, path, cfg, max(1, TEXT_RECORDS // len(files)))
     return chunks
 
 
@@ -265,7 +266,9 @@ def _near(source: str) -> str:
     return near(path.name, [*names, "cmudict"], otherwise="", likeness=0.6)
 
 
-def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg: DataConfig) -> list[Chunk]:
+def _chunks_of(
+    filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg: DataConfig, least_records: int
+) -> list[Chunk]:
     suffix, compressed = suffix_of(file.path), Path(file.path).suffix.lower() in COMPRESSIONS
     if suffix not in SUFFIXES or (compressed and suffix in (".parquet", ".arrow")):
         raise UserError(
@@ -287,7 +290,8 @@ def _chunks_of(filesystem: pafs.FileSystem, file: pafs.FileInfo, path: str, cfg:
             first += metadata.row_group(group).num_rows
         return chunks
     block = CHARACTERS * (AUTO_TOKENS if cfg.max_length == "auto" else cfg.max_length)
-    return [Chunk(kind, path, bytes=size, block=min(block, (size or 2**31) // TEXT_RECORDS + 1))]
+    least = max(LEAST_TEXT, (size or 2**31) // least_records + 1)
+    return [Chunk(kind, path, bytes=size, block=min(block, least))]
 
 
 def hub_splits(source: str) -> Splits:
