@@ -41,12 +41,13 @@ def merge(model: PeftModel) -> PreTrainedModel:
         raise UserError(f"{method} can't be folded into the base's weights: serve the adapter itself")
     untie(model)
     config = model.get_base_model().config
-    tied = config.tie_word_embeddings
+    tied = getattr(config, "tie_word_embeddings", None)  # some have no such field
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"merge: PEFT refuses: {' '.join(str(error).split())}") from None
-    config.tie_word_embeddings = tied  # PEFT takes a head tied to the decoder's embeddings for an untied one
+    if tied is not None:  # PEFT takes a head tied to the decoder's embeddings for an untied one
+        config.tie_word_embeddings = tied
     for name, module in list(merged.named_modules()):  # a head that ln_tuning leaves wrapped
         if isinstance(module, ModulesToSaveWrapper):
             whole = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)

@@ -17,7 +17,7 @@ def embedded_tokens(model: "PreTrainedModel | PeftModel") -> int:
 def context_length(model: "PreTrainedModel | PeftModel") -> int | None:
     """The most tokens that the model takes at once: of its tables, else as its configuration says; None: any number."""
     named: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions(model) or named
+    return positions(model) or (named if (named or 0) > 0 else None)  # XLNet has -1
 
 
 def positions(model: "PreTrainedModel | PeftModel") -> int | None:

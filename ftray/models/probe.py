@@ -302,7 +302,7 @@ def idle_layers(adapted: "PeftModel") -> list[str]:
     if not own:
         return []
     short = torch.cat(probe_records(adapted, 1))[None].to(adapted.device)
-    room = getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or LONG
+    room = max(0, getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or 0) or LONG
     # repeated, as some layers wake up beyond a number of tokens only
     long = short.repeat(1, LONG // short.shape[1] + 1)[:, : min(LONG, room - 8)]
     try:

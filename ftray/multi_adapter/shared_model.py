@@ -29,6 +29,10 @@ def share(model: Shared) -> Shared:
 
     So are the modules whose weights are shared out over workers: gathering changes what they hold.
     """
+    for module in model.modules():  # some keep the state of their last pass, and a part of a graph can't be copied
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
     own = (*model.parameters(), *model.buffers(), *sharded_leaves(model))
     return copy.deepcopy(model, {id(part): part for part in own})
 

@@ -57,7 +57,8 @@ class ModelRunner:
     def __init__(self, base: PreTrainedModel, slots: int):
         text = base.config.get_text_config()
         self.base, self.slots = base.eval(), slots
-        self.max_length = int(getattr(text, "max_position_embeddings", 0) or 2**31)
+        most = int(getattr(text, "max_position_embeddings", 0) or 0)
+        self.max_length = most if most > 0 else 2**31
         self._segments = ServedSegments()
         self._step: list[kv_cache.Step] = []
         self._model = shared_model(base, kv_cache.slotted_attention(self._step))
