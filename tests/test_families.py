@@ -149,6 +149,13 @@ def test_what_peft_takes_for_something_else_is_refused():
         lora(share(base), ["gate_proj", "up_proj", "down_proj"])
 
 
+def test_an_adapter_that_peft_would_not_load_again_is_refused():
+    """PEFT renames this model's shared experts to what there is not, as it loads them."""
+    with pytest.raises(UserError, match=r"would not load what it saves of .*shared_experts"):
+        lora(tiny("laguna"), "all-linear")
+    lora(tiny("laguna"), "attention")
+
+
 def test_an_adapter_that_never_acts_is_refused():
     base = tiny("mamba")
     model = lora(share(base), ["dt_proj", "in_proj"])

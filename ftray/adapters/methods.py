@@ -306,7 +306,7 @@ def attach(
     from peft.utils.integrations import gather_params_ctx
 
     from ftray.adapters import heads, lora_init
-    from ftray.adapters.targets import asked_for, refuse_others
+    from ftray.adapters.targets import asked_for, refuse_others, refuse_unloadable
     from ftray.compat.peft import around_layers
     from ftray.models.sharding import is_sharded, whole
 
@@ -326,6 +326,7 @@ def attach(
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
         refuse_others(adapted, asked)
         heads.refuse_others(adapted, getattr(config, "modules_to_save", None))
+        refuse_unloadable(adapted)
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -138,6 +138,28 @@ def refuse_others(adapted: "PeftModel", asked: set[str]) -> None:
             )
 
 
+def refuse_unloadable(adapted: "PeftModel") -> None:
+    """Load what would be saved of a new adapter: for models whose checkpoints have other names, PEFT renames layers.
+
+    Raises:
+        UserError: some of it would be lost.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    base = adapted.get_base_model()
+    if not get_checkpoint_conversion_mapping(base.config.model_type):
+        return
+    saved = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(set_peft_model_state_dict(adapted, saved).missing_keys))
+    if lost:
+        raise UserError(
+            f"target_modules: PEFT would not load what it saves of {lost[0]} and {len(lost) - 1} more of "
+            f"{type(base).__name__}: name other layers"
+        )
+
+
 def adapted_names(model: "PeftModel") -> dict[str, int]:
     """Each module and parameter of the base that a PEFT model adapts, and how many parameters it trains for it."""
     from peft.tuners.lora.layer import ParamWrapper
