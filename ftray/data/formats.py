@@ -317,6 +317,8 @@ def _is_lines(chunk: Chunk) -> bool:
     """Whether more follows the object that a file begins with."""
     with _text_of(chunk, "") as file:
         text = file.read(JSON_CHARACTERS)
+        while text and not text.strip():
+            text = file.read(JSON_CHARACTERS)
         while text.lstrip().startswith("{"):
             try:
                 _, end = _OBJECT.raw_decode(text, len(text) - len(text.lstrip()))
@@ -327,7 +329,10 @@ def _is_lines(chunk: Chunk) -> bool:
                 continue
             except (ValueError, RecursionError, _KeyTwiceError):
                 return False
-            return bool((text[end:] + file.read(JSON_CHARACTERS)).strip())
+            rest = text[end:]
+            while not rest.strip() and (more := file.read(JSON_CHARACTERS)):
+                rest = more
+            return bool(rest.strip())
     return False
 
 

@@ -90,11 +90,11 @@ def _splits_of(source: str, cfg: DataConfig) -> Splits:
             filesystem, root = open_path(path)
             info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.Directory:
-            files = _saved(filesystem, root, path, wanted) or _by_name(_files_in(filesystem, root, path))
+            files = _saved(filesystem, root, path, wanted) or _by_name(_files_in(filesystem, root, path), root)
         elif info.type == pafs.FileType.File and not wanted:
             files = {"train": [info]}
         elif _is_glob(source):
-            files = {"train": _matching(filesystem, root, source)}
+            files = _by_name(_matching(filesystem, root, source), _base_of(root)[0])
         elif hub_dataset(source):
             return hub_splits(source)
         else:
@@ -113,11 +113,16 @@ def _is_glob(source: str) -> bool:
     return any(mark in source for mark in ("*[" if "://" in source else "*?["))  # in a URI, ? begins the options
 
 
-def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
-    """The files that a glob names; `**` stands for folders of any depth."""
+def _base_of(root: str) -> tuple[str, str]:
+    """The folder in which a glob begins, and the glob within it."""
     parts = root.split("/")
     at = next(i for i, part in enumerate(parts) if _is_glob(part))
-    base, pattern = "/".join(parts[:at]) or "/", "/".join(parts[at:])
+    return "/".join(parts[:at]) or "/", "/".join(parts[at:])
+
+
+def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
+    """The files that a glob names; `**` stands for folders of any depth."""
+    base, pattern = _base_of(root)
     steps = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     regex = "".join(known.get(step) or (step if step.startswith("[") else re.escape(step)) for step in steps)
@@ -142,12 +147,14 @@ def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
     return records or files
 
 
-def _by_name(files: list[pafs.FileInfo]) -> dict[str, list[pafs.FileInfo]]:
-    """Files by the split that they are named by; what bears no such name is to be trained on."""
+def _by_name(files: list[pafs.FileInfo], root: str) -> dict[str, list[pafs.FileInfo]]:
+    """Files by the split that they, or folders between them and `root`, are named by; others are to be trained on."""
     found: dict[str, list[pafs.FileInfo]] = {name: [] for name in SPLIT_NAMES}
     for file in files:
-        words = re.split(r"[^a-z]+", Path(file.path).name.lower())
-        found[next((name for name, known in SPLIT_NAMES.items() if {*known} & {*words}), "train")].append(file)
+        names = reversed(file.path[len(root.rstrip("/")) + 1 :].lower().split("/"))
+        words = [{*re.split(r"[^a-z]+", name)} for name in names]
+        of = (name for own in words for name, known in SPLIT_NAMES.items() if {*known} & own)
+        found[next(of, "train")].append(file)
     return found if found["train"] else {"train": files}
 
 
