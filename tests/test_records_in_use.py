@@ -712,7 +712,7 @@ def test_what_is_cut_is_told_with_its_share_and_the_longest_of_all(cluster, tiny
         assert main(["preprocess", *(str(part) for pair in flags.items() for part in pair)]) == 0
         cut = [length for length in lengths if length > 17]
         assert (
-            f"{len(cut)} truncated ({100 * len(cut) / 60:.2g} %; the longest, {source}:38, has {max(lengths)} tokens)"
+            f"{len(cut)} truncated ({100 * len(cut) / 60:.3g} %; the longest, {source}:38, has {max(lengths)} tokens)"
         ) in capsys.readouterr().out
     assert (
         main(["preprocess", *(str(p) for pair in (flags | {"--data.max_length": "auto"}).items() for p in pair)]) == 0

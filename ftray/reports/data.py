@@ -105,7 +105,7 @@ def _truncated(split: Split) -> str:
     if not split.truncated:
         return said
     longest = f"; the longest, {split.longest_cut_at}, has {split.longest_cut} tokens" if split.longest_cut else ""
-    return f"{said} ({100 * split.truncated / split.records:.2g} %{longest})"
+    return f"{said} ({100 * split.truncated / split.records:.3g} %{longest})"
 
 
 def _mixed(mixed: MixedRows, name: str, split: Split) -> str:
