@@ -191,10 +191,10 @@ class PoolingReplica(BaseReplica):
         return _Encoded(ids, types, words)
 
     def _check_tokens(self, texts: list[list[int]], max_tokens: int) -> None:
-        from ftray.models.limits import embedded_tokens, positions
+        from ftray.models.limits import context_length, embedded_tokens
 
         vocab_size = embedded_tokens(self.base)
-        room = positions(self.base) or getattr(self.base.config, "max_position_embeddings", None) or max_tokens
+        room = context_length(self.base) or max_tokens
         allowed = min(max_tokens, self.tokenizer.model_max_length, room)
         for ids in texts:
             if not ids:
