@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.measure import machine, seconds, versions
 from benchmarks.pack import TARGETS, adapter, record, step_alone
 from ftray.multi_adapter.shared_model import trainable
+from ftray.task_spec import CAUSAL
 from ftray.training.pack import Pack
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads
@@ -125,7 +126,7 @@ def equality(dtype: torch.dtype, size: str, trials: int = 8, steps: int = 3) -> 
         AssertionError: they differ by more than rounding.
     """
     base = llama(size, dtype)
-    pack, worst = Pack(base), 0.0
+    pack, worst = Pack(base, CAUSAL), 0.0
     batches = {i: [record(100 * i + s, DEVICE, 24 + 9 * i, 384) for s in range(steps)] for i in range(trials)}
     alone = {i: adapter(base, i, torch.optim.SGD, 1.0) for i in range(trials)}
     for i in range(trials):
@@ -149,7 +150,7 @@ def throughput(size: str, trials: int, length: int, runs: int, **how: Any) -> di
     parameters = sum(p.numel() for n, p in base.named_parameters() if "embed_tokens" not in n)
     vocabulary, tokens = base.config.vocab_size, trials * length
     batches = {str(i): [record(i, DEVICE, length, vocabulary)] for i in range(trials)}
-    pack = Pack(base)
+    pack = Pack(base, CAUSAL)
     for i in range(trials):
         pack.add(str(i), *adapter(base, i, how.get("optimizer")))
     if how.get("compile"):
@@ -258,7 +259,7 @@ def decode(size: str, adapters: int, new: int) -> dict[str, Any]:
 def profile(size: str, trials: int, length: int) -> dict[str, Any]:
     """Where the time of a packed step goes: the kernels that take most, and how long the GPU waits."""
     base = llama(size, torch.bfloat16)
-    pack = Pack(base)
+    pack = Pack(base, CAUSAL)
     for i in range(trials):
         pack.add(str(i), *adapter(base, i))
     batches = {str(i): [record(i, DEVICE, length, base.config.vocab_size)] for i in range(trials)}

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ftray.adapters.methods import attach
 from ftray.adapters.targets import GROUPS, resolve_targets
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
-from ftray.models.load import load_base
+from ftray.models.load import LoadedModel, load_base
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
@@ -90,9 +91,13 @@ class Family:
         self.config = ModelConfig(name=self.path, dtype="fp32")
 
     @cached_property
-    def base(self) -> Any:
+    def loaded(self) -> LoadedModel:
         """The base as ftray loads it."""
         return load_base(self.config, self.path, self.spec)
+
+    @property
+    def base(self) -> Any:
+        return self.loaded.model
 
     def plain(self) -> Any:
         """A copy of the base as transformers alone loads it."""
@@ -174,7 +179,7 @@ class Family:
         """A LoRA over all linear layers, moved off its start."""
         settings = AdapterConfig(method="lora", target_modules="all-linear", rank=rank, dropout=0.0)
         refuse(settings, self.config, TrainingConfig(), base)
-        model = attach(base, settings, STEPS, seed)
+        model = attach(replace(self.loaded, model=base), settings, STEPS, seed)
         draw = torch.Generator().manual_seed(seed)
         for parameter in trainable(model):
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
@@ -251,7 +256,7 @@ def targets(family: Family) -> str:
 def training(family: Family) -> tuple[Any, tuple[str, str]]:
     """Two adapters in a pack, each against itself trained record by record; returns the first of them."""
     base = family.base
-    pack, reasons, states = Pack(base), [], []
+    pack, reasons, states = Pack(base, family.spec), [], []
     for seed, rank in enumerate(ADAPTERS):
         model = family.adapter(share(base), rank, seed)
         states.append([state(model)])
@@ -330,7 +335,7 @@ def reload(family: Family, trained: Any, adapter: Path) -> None:
     trained.save_pretrained(adapter)
     family.spec.save(adapter)
     base = family.plain()
-    for name in family.base.new_modules:  # what it lacks is drawn at random: the adapter brings its own
+    for name in family.loaded.new_modules:  # what it lacks is drawn at random: the adapter brings its own
         base.get_submodule(name).apply(lambda part: [p.data.normal_() for p in part.parameters(recurse=False)])
     again = peft.PeftModel.from_pretrained(base, str(adapter))
     same(family.outputs(again), family.outputs(trained), "loss of the reloaded adapter")

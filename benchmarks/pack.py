@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import compare
 from ftray.multi_adapter.shared_model import share, trainable
+from ftray.task_spec import CAUSAL
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
@@ -33,7 +34,7 @@ def load(size: str, dtype: str) -> Any:
         from ftray.models.find import find
         from ftray.models.load import load_base
 
-        base = load_base(ModelConfig(dtype=dtype), find("smollm2-135m"))
+        base = load_base(ModelConfig(dtype=dtype), find("smollm2-135m")).model
     else:
         config = LlamaConfig(
             vocab_size=32000,
@@ -94,7 +95,7 @@ def arguments(name: str, description: str) -> argparse.Namespace:
 
 def packed(base: Any, trials: int) -> tuple[Pack, dict[str, list[dict[str, torch.Tensor]]]]:
     """A pack of that many adapters, and a micro-batch for each."""
-    pack, batches = Pack(base), {}
+    pack, batches = Pack(base, CAUSAL), {}
     for index in range(trials):
         pack.add(str(index), *adapter(base, index))
         batches[str(index)] = [record(index, base.device)]

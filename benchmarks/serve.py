@@ -46,7 +46,7 @@ def make_adapters(directory: Path) -> list[str]:
 
     for rank in RANKS:
         torch.manual_seed(rank)
-        base = load_base(ModelConfig(), find(MODEL))
+        base = load_base(ModelConfig(), find(MODEL)).model
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -67,7 +67,7 @@ def peer(directory: str, port: int) -> None:
     from ftray.models.find import find
     from ftray.models.load import load_base, load_tokenizer
 
-    base, tokenizer = load_base(ModelConfig(), find(MODEL)), load_tokenizer(find(MODEL))
+    base, tokenizer = load_base(ModelConfig(), find(MODEL)).model, load_tokenizer(find(MODEL))
     base.config.use_cache = True
     names = [f"rank-{rank}" for rank in RANKS]
     model = PeftModel.from_pretrained(base, f"{directory}/{names[0]}", adapter_name=names[0])

@@ -71,7 +71,7 @@ def run(cfg: Config) -> int:
     for adapter in adapters or [Path(model_path)]:
         check_chat_template(adapter, data_cfg, tokenizer)
     spec = check.run(tokenizer, cfg.task, labels)
-    skeleton, added = load_skeleton(cfg.model, model_path, spec), max(map(added_by, adapters), default=0)
+    skeleton, added = load_skeleton(cfg.model, model_path, spec).model, max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
     data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
     place = output_file(cfg)
@@ -130,7 +130,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     from ftray.multi_adapter.shared_model import share
 
     shards, split = TokenizedData.load(data), cfg.evaluation.split
-    task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task)
+    task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task).model
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]

@@ -191,7 +191,7 @@ class Generator:
         from ftray.models.stops import stop_tokens
 
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.model = load_on_device(cfg.model, model_path)
+        self.model = load_on_device(cfg.model, model_path).model
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()

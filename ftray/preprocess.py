@@ -43,7 +43,7 @@ def run(cfg: Config) -> int:
         from ftray.models.load import load_skeleton
 
         plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
-        data_cfg = within_positions(data_cfg, load_skeleton(plain, model_path, task), lengths=check.lengths)
+        data_cfg = within_positions(data_cfg, load_skeleton(plain, model_path, task).model, lengths=check.lengths)
     connect(cfg)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
     print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))

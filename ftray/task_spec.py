@@ -90,9 +90,3 @@ class TaskSpec:
 
 
 CAUSAL = TaskSpec()
-
-
-def task_of(model: object) -> TaskSpec:
-    """What :func:`ftray.models.load.load_base` loaded a model for."""
-    task: TaskSpec = getattr(model, "task", CAUSAL)
-    return task

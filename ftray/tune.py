@@ -144,7 +144,7 @@ def search_for_best(
     gpus = gpus_per_worker(cfg)
     check_sharding(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
-    refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task), tokenizer, most_added(space))
+    refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task).model, tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
@@ -274,8 +274,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)
-    check_special_tokens(cfg.model.name, skeleton, tokenizer)
-    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton, most_added(space), data.lengths)})
+    check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
+    cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
     tried: list[Any] = []
     for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
         adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
@@ -314,7 +314,7 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     data = TokenizedData.load(context.data)
     task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
     with (output / "best" / "adapter").as_local_dir() as adapter:
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base.model, str(adapter))
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
@@ -326,7 +326,7 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
     ]
     return {
         "records": len(rows),
-        "new_modules": base.new_modules,
+        "new_modules": list(base.new_modules),
         "merged": {"reason": "not made yet"},
         "metrics": compare(before, after, cfg.evaluation.bootstrap),
         "sources": compare_sources([row.get("source") for row in rows], before, after, cfg.evaluation.bootstrap),
@@ -355,7 +355,8 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
             merged |= save_merged(cfg.model, context.model_path, adapter, place, data.task, records)
         if cfg.model.quantization != "none":
             with place.as_local_dir() as made:
-                whole = load_on_device(cfg.model.model_copy(update={"quantization": "none"}), str(made), data.task)
+                unquantized = cfg.model.model_copy(update={"quantization": "none"})
+                whole = load_on_device(unquantized, str(made), data.task).model
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
             merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import bert, gpt2, llama, t5
@@ -9,6 +11,9 @@ from ftray.adapters.targets import resolve_targets
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
 from ftray.models.load import load_base
+from ftray.multi_adapter.shared_model import share
+from ftray.task_spec import TaskSpec
+from ftray.training.pack import Pack
 
 FP32 = ModelConfig(dtype="fp32")
 
@@ -33,6 +38,18 @@ def train(model, steps=12, rate=1e-2) -> list[float]:
 def test_oft_on_conv1d_is_refused(tiny_gpt2):
     with pytest.raises(UserError, match="Conv1D layers of GPT2LMHeadModel"):
         attach(load_base(FP32, tiny_gpt2), AdapterConfig(method="oft"), steps=12, seed=0)
+
+
+def test_a_head_that_the_base_lacks_is_trained_and_none_is_forgotten(tiny_llama):
+    base = load_base(FP32, tiny_llama, TaskSpec("SEQ_CLS", ("a", "b"), 1))
+    for own in (base, replace(base, model=share(base.model))):  # as a search trains it, and a pack
+        model = attach(own, AdapterConfig(method="lora"), 10, 0)
+        head = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+        assert head == ["base_model.model.score.modules_to_save.default.weight"]
+    with pytest.raises((AttributeError, UserError)):  # nobody said what it lacks
+        attach(base.model, AdapterConfig(method="lora"), 10, 0)
+    with pytest.raises(TypeError, match="task"):
+        Pack(base.model)
 
 
 def test_initialisation_depends_on_the_seed_alone(tiny_llama):
@@ -67,8 +84,9 @@ def test_merging_dequantises_and_says_so(tiny_llama, tmp_path, settings, capsys)
 
 def test_4bit_settings_reach_the_base(tiny_llama):
     states = [
-        load_base(ModelConfig(quantization="4bit", **own), tiny_llama).model.layers[0].mlp.up_proj.weight.quant_state
+        base.model.get_submodule("model.layers.0.mlp.up_proj").weight.quant_state
         for own in ({}, {"quant_type": "fp4", "double_quantization": False})
+        for base in [load_base(ModelConfig(quantization="4bit", **own), tiny_llama)]
     ]
     assert [state.quant_type for state in states] == ["nf4", "fp4"]
     assert [state.nested for state in states] == [True, False]

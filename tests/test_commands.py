@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ftray.cli import main
 from ftray.data import TokenizedData
 from ftray.infer import read_records
-from ftray.task_spec import CHAT, TaskSpec
+from ftray.task_spec import CAUSAL, CHAT, TaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -533,12 +533,13 @@ def planned(capsys, tmp_path: Path, words: str, tiny_llama: str, *more: str) -> 
 
 def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words, tiny_llama):
     from ftray.adapters.methods import attach
-    from ftray.config import AdapterConfig
+    from ftray.config import AdapterConfig, ModelConfig
+    from ftray.models.load import load_base
 
     plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2")
     assert plan["rungs"] == [{"records": 8, "trials": 9}, {"records": 24, "trials": 3}, {"records": 72, "trials": 1}]
     largest = AdapterConfig(method="lora", rank=4, target_modules="all-linear")
-    model = attach(AutoModelForCausalLM.from_pretrained(tiny_llama), largest, 9, 0)
+    model = attach(load_base(ModelConfig(), tiny_llama), largest, 9, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert plan["methods"]["lora"]["parameters"] == trained
     assert plan["methods"]["ia3"]["runs"] == "in a pack, together with others"
@@ -564,7 +565,7 @@ def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_l
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    assert 50 * shapes.activations + shapes.fixed == pytest.approx(saved_bytes(model.train(), 50), rel=0.1)
+    assert 50 * shapes.activations + shapes.fixed == pytest.approx(saved_bytes(model.train(), CAUSAL, 50), rel=0.1)
 
 
 @pytest.mark.parametrize(("fixture", "task"), [("tiny_bert", "TOKEN_CLS"), ("tiny_t5", "SEQ_2_SEQ_LM")])
@@ -581,7 +582,7 @@ def test_activations_of_tasks_that_pad(request, fixture, task):
     model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
     assert shapes.isolation_reason == f"{task} pads its records"
     # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
-    assert 0.9 < (50 * shapes.activations + shapes.fixed) / saved_bytes(model.train(), 50) < 1.25
+    assert 0.9 < (50 * shapes.activations + shapes.fixed) / saved_bytes(model.train(), spec, 50) < 1.25
 
 
 def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):
@@ -600,7 +601,7 @@ def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_be
             if parameter.requires_grad:
                 parameter.normal_()
     (tmp_path / "adapter").mkdir()
-    lora_init.save(model, tmp_path / "adapter")
+    lora_init.save(model, spec, tmp_path / "adapter")
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     adapter, given = (
         ["--adapter", str(tmp_path / "adapter")],

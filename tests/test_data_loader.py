@@ -152,7 +152,7 @@ def test_packed_records_do_not_see_each_other(tiny_llama):
     from ftray.config import ModelConfig
     from ftray.models.load import load_base
 
-    model = load_base(ModelConfig(dtype="fp32"), tiny_llama).eval()
+    model = load_base(ModelConfig(dtype="fp32"), tiny_llama).model.eval()
     draw = torch.Generator().manual_seed(0)
     records = [torch.randint(5, 200, (n,), generator=draw).tolist() for n in (7, 3, 12, 1)]
     batch = collate({"input_ids": records, "labels": records})

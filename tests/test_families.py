@@ -11,9 +11,9 @@ from ftray.adapters.targets import adapted_names, described, expert_parameters, 
 from ftray.compat.peft import taken_names
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
-from ftray.models.load import load_skeleton
+from ftray.models.load import LoadedModel, load_skeleton
 from ftray.multi_adapter.shared_model import share
-from ftray.task_spec import TaskSpec
+from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
@@ -57,7 +57,8 @@ def tiny(kind: str):
 
 
 def lora(model, targets, dropout=0.0):
-    return attach(model, AdapterConfig(method="lora", target_modules=targets, rank=4, dropout=dropout), 10, 0)
+    base = model if isinstance(model, LoadedModel) else LoadedModel(model, CAUSAL, ())
+    return attach(base, AdapterConfig(method="lora", target_modules=targets, rank=4, dropout=dropout), 10, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,9 @@ def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path):
 def test_a_head_named_like_a_part_of_the_base_is_refused():
     """PEFT goes by the end of a name: it would train the head of the tower too."""
     model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("modernvbert", "SEQ_CLS"))
-    model.new_modules, model.task = ["head", "classifier"], TaskSpec("SEQ_CLS", ("A", "B"), 1)
+    loaded = LoadedModel(model, TaskSpec("SEQ_CLS", ("A", "B"), 1), ("head", "classifier"))
     with pytest.raises(UserError, match=r"PEFT takes model\.vision_model\.head for the head"):
-        lora(model, "all-linear")
+        lora(loaded, "all-linear")
 
 
 @pytest.mark.parametrize(("kind", "sharing"), [("bert", "all"), ("xlnet", "equal"), ("fnet", "equal")])
@@ -160,7 +161,7 @@ def test_an_adapter_that_never_acts_is_refused():
     base = tiny("mamba")
     model = lora(share(base), ["dt_proj", "in_proj"])
     with pytest.raises(UserError, match=r"backbone\.layers\.0\.mixer\.dt_proj and 1 more.* '\[in_proj\]'"):
-        Pack(base).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
+        Pack(base, CAUSAL).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
 
 
 def test_what_is_adapted_is_told_by_pattern_count_and_parameters():

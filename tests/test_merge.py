@@ -66,7 +66,7 @@ def adapter_of(base: str, config, directory, task: TaskSpec = CAUSAL, size: floa
     """Write a random adapter; returns what it says of `TEXTS`."""
     config.task_type = task.name
     torch.manual_seed(1)
-    model = get_peft_model(load_base(FP32, base, task), config)
+    model = get_peft_model(load_base(FP32, base, task).model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(size * torch.randn_like(parameter))
@@ -141,10 +141,10 @@ def test_full_fine_tuning_trains_head_and_embeddings_whatever_they_are_called(ma
         if id(parameter) in learns:
             parameter.data.sub_(parameter.grad.sign(), alpha=0.02)
     adapter.mkdir()
-    lora_init.save(model, adapter)
+    lora_init.save(model, task, adapter)
     wanted = outputs(model, TEXTS)
     assert relative(plain, wanted) > 0.01
-    again = PeftModel.from_pretrained(load_base(FP32, base, task), adapter)
+    again = PeftModel.from_pretrained(load_base(FP32, base, task).model, adapter)
     assert relative(wanted, outputs(again, TEXTS)) < 1e-6
     assert save_merged(FP32, base, adapter, tmp_path / "merged", task, TEXTS)["difference"] < 1e-6
     merged = getattr(transformers, task.load().auto_class).from_pretrained(tmp_path / "merged")
@@ -182,7 +182,7 @@ def test_a_merged_model_that_does_something_else_is_refused_and_leaves_nothing(t
 @pytest.mark.parametrize("value", [float("nan"), 1e25])
 def test_an_adapter_that_has_diverged_is_refused(value, tmp_path, capsys):
     base = saved(llama, tmp_path / "base")
-    model = get_peft_model(load_base(FP32, base), LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(load_base(FP32, base).model, LoraConfig(r=4, target_modules=["q_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.fill_(value)
@@ -197,7 +197,7 @@ def test_rounding_is_told_apart_from_a_difference(dtype, tmp_path, capsys):
     """What is stored is each weight of the float32 sum, rounded; its effect is that of the rounding alone."""
     base = saved(tied_llama, tmp_path / "base")
     wanted = adapter_of(base, lora("lm_head", "q_proj"), tmp_path / "adapter")
-    whole = merge(PeftModel.from_pretrained(load_base(FP32, base), tmp_path / "adapter"))
+    whole = merge(PeftModel.from_pretrained(load_base(FP32, base).model, tmp_path / "adapter"))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     told = save_merged(ModelConfig(dtype=dtype), base, tmp_path / "adapter", tmp_path / "merged", CAUSAL, TEXTS)
     stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
@@ -229,7 +229,7 @@ def test_float32_may_differ_by_what_it_is_and_a_wrong_weight_may_not(tmp_path):
     adapter_of(base, lora("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), tmp_path / "adapter", size=0.5)
 
     def adapted(dtype: torch.dtype) -> PeftModel:
-        return PeftModel.from_pretrained(load_base(FP32, base), tmp_path / "adapter").to(dtype)
+        return PeftModel.from_pretrained(load_base(FP32, base).model, tmp_path / "adapter").to(dtype)
 
     exact = outputs(adapted(torch.float64), TEXTS)
     merged = merge(adapted(torch.float32))

@@ -17,7 +17,7 @@ from ftray.task_spec import TaskSpec
 def test_the_bundled_model_answers_sensibly():
     path = find("smollm2-135m")
     tokenizer = load_tokenizer(path)
-    model = load_base(ModelConfig(), path)
+    model = load_base(ModelConfig(), path).model
     assert model.dtype == choose_dtype(ModelConfig())
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert not any(p.requires_grad for p in model.parameters())
@@ -86,7 +86,7 @@ def test_names(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_dtype_is_as_asked(tiny_llama, dtype):
-    model = load_base(ModelConfig(dtype=dtype), tiny_llama)
+    model = load_base(ModelConfig(dtype=dtype), tiny_llama).model
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
@@ -95,7 +95,7 @@ def test_quantised_base_holds_fewer_bytes_and_gives_near_logits(tiny_llama, bits
     from transformers import LlamaForCausalLM
 
     plain = LlamaForCausalLM.from_pretrained(tiny_llama)
-    quantised = load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama)
+    quantised = load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama).model
     assert quantised.get_memory_footprint() < 0.75 * plain.get_memory_footprint()
     ids = torch.arange(20)[None]
     wanted, got = plain(ids).logits, quantised(ids).logits.float()
@@ -103,7 +103,7 @@ def test_quantised_base_holds_fewer_bytes_and_gives_near_logits(tiny_llama, bits
 
 
 def test_skeleton_takes_no_memory(tiny_llama):
-    skeleton = load_skeleton(ModelConfig(), tiny_llama)
+    skeleton = load_skeleton(ModelConfig(), tiny_llama).model
     assert all(p.device.type == "meta" for p in skeleton.parameters())
 
 
@@ -117,7 +117,7 @@ def test_a_decoder_classifies_by_the_last_token_whatever_its_config_says_of_padd
     tokenizer.save_pretrained(tmp_path)
     texts = [[9, 5, 7, 5], [5], [11, 12, 13, 14, 15, 16, 5]]  # 5 ends a text as any other token
     spec = TaskSpec("SEQ_CLS", ("a", "b", "c"), tokenizer.pad_token_id)
-    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec)
+    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec).model
     task = spec.load()
     batch = task.collate({"input_ids": texts, "token_type_ids": [[]] * 3, "labels": [[0]] * 3})
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_an_encoder_counts_positions_by_the_padding_of_its_own(tmp_path, tokeniz
     RobertaModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     spec = TaskSpec("SEQ_CLS", ("a", "b"), tokenizer.pad_token_id)
-    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec)
+    base = load_base(ModelConfig(dtype="fp32"), str(tmp_path), spec).model
     assert base.config.pad_token_id == 7
     texts = [[9, 5, 3], [11, 12, 13, 14, 15]]
     batch = spec.load().collate({"input_ids": texts, "token_type_ids": [[]] * 2, "labels": [[0]] * 2})

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ftray.multi_adapter.dropout import Dropout
+from ftray.task_spec import CAUSAL
 from ftray.training.pack import Pack
 
 trials = st.builds(
@@ -85,7 +86,7 @@ def test_one_that_diverges_leaves_its_mates_as_they_are():
     base = llama().requires_grad_(False)
 
     def run(rate: float) -> tuple[list[PeftModel], list[str | None]]:
-        pack, trials = Pack(base), [Trial("lora"), Trial("lora", seed=1, rate=rate), Trial("oft", seed=2)]
+        pack, trials = Pack(base, CAUSAL), [Trial("lora"), Trial("lora", seed=1, rate=rate), Trial("oft", seed=2)]
         models, failures = [trial.model(base) for trial in trials], []
         for name, (trial, model) in enumerate(zip(trials, models, strict=True)):
             pack.add(str(name), model, trial.update(model))
@@ -117,7 +118,7 @@ def test_bf16_base_in_company_equals_alone():
 def test_out_of_memory_makes_passes_smaller():
     base = llama().requires_grad_(False)
     chosen = [Trial("lora"), Trial("oft", seed=1), Trial("dora", seed=2)]
-    wanted, pack = together(base, chosen), Pack(base)
+    wanted, pack = together(base, chosen), Pack(base, CAUSAL)
 
     def limit(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
         if keywords["input_ids"].shape[1] > 70:
@@ -144,7 +145,7 @@ def test_one_that_multiplies_by_itself_in_some_layers_only():
 
 def test_one_that_is_too_much_for_the_memory_leaves_alone():
     base = llama().requires_grad_(False)
-    chosen, pack = [Trial("lora", seed=1, rows=1), Trial("lora", seed=2, rows=9)], Pack(base)
+    chosen, pack = [Trial("lora", seed=1, rows=1), Trial("lora", seed=2, rows=9)], Pack(base, CAUSAL)
 
     def limit(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
         if keywords["input_ids"].shape[1] > 70:
@@ -165,7 +166,7 @@ def test_one_that_is_too_much_for_the_memory_leaves_alone():
 def test_memory_that_is_refused_to_one_changes_nothing_for_its_mates(where):
     """The allocator itself refuses, inside of one adapter's work."""
     base = llama().requires_grad_(False)
-    chosen, pack = [Trial("lora"), Trial("loha", seed=1), Trial("oft", seed=2)], Pack(base)
+    chosen, pack = [Trial("lora"), Trial("loha", seed=1), Trial("oft", seed=2)], Pack(base, CAUSAL)
     wanted, tokens = together(base, [chosen[0], chosen[2]]), pack.tokens
     models = [trial.model(base) for trial in chosen]
     updates = [trial.update(model) for trial, model in zip(chosen, models, strict=True)]
@@ -221,7 +222,7 @@ def test_an_adapter_from_a_pack_is_a_plain_one(tmp_path):
 @pytest.mark.parametrize("tokens", [100, 1000])
 def test_losses_of_many_on_the_same_rows(tokens):
     base = llama().requires_grad_(False)
-    pack = Pack(base, tokens)
+    pack = Pack(base, CAUSAL, tokens)
     some = {
         "a": Trial("lora"),
         "apart": Trial("lora on head", seed=3),
@@ -252,7 +253,7 @@ def test_losses_of_many_on_the_same_rows(tokens):
 def test_what_cannot_share_a_batch_trains_between_the_others(method, reason):
     base = llama().requires_grad_(False)
     chosen = [Trial(method), Trial("oft", seed=1), Trial(method, seed=2, micro_batches=2)]
-    pack = Pack(base)
+    pack = Pack(base, CAUSAL)
     for i, trial in enumerate(chosen):
         model = trial.model(base)
         why = pack.add(str(i), model, trial.update(model))
@@ -272,7 +273,7 @@ class Repeating(LlamaForCausalLM):
 
 def test_models_that_cannot_be_shared_train_one_adapter_after_another():
     base = Repeating(llama().config).requires_grad_(False)
-    assert "head is more" in Pack(base).isolation_reason
+    assert "head is more" in Pack(base, CAUSAL).isolation_reason
     chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 1e-5)
@@ -284,7 +285,7 @@ def test_a_model_that_caps_its_logits_shares_its_passes():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     few = {"sliding_window": 64, "attn_implementation": "eager"}  # a record of the probe is longer than the window
     base = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **few)).requires_grad_(False)
-    assert (Pack(base).isolation_reason, Pack(base).padded) == (None, True)
+    assert (Pack(base, CAUSAL).isolation_reason, Pack(base, CAUSAL).padded) == (None, True)
     chosen = [Trial("lora"), Trial("lora", seed=1, micro_batches=2)]
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 1e-5)

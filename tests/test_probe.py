@@ -13,6 +13,7 @@ from ftray.evaluation.generation import generate
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
 from ftray.serving.generation_request import Sampling
+from ftray.task_spec import CAUSAL
 from ftray.tasks.causal import score
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
@@ -143,7 +144,7 @@ def test_a_pack_equals_plain_peft_record_by_record(name):
         make(name),
         [Trial("lora", targets=targets.split(), rows=3), Trial("lora", rank=2, seed=4, targets=targets.split())],
     )
-    pack = Pack(base)
+    pack = Pack(base, CAUSAL)
     assert ("apart" if pack.isolation_reason else "padded" if pack.padded else "packed") == how
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 2e-5)
@@ -167,8 +168,8 @@ def test_scoring_many_at_once_equals_one_by_one(name):
 
 
 def test_a_leak_shows_in_bfloat16_too():
-    assert Pack(make("state space and experts").to(torch.bfloat16)).padded
-    assert not Pack(make("windows beside full attention").to(torch.bfloat16)).padded
+    assert Pack(make("state space and experts").to(torch.bfloat16), CAUSAL).padded
+    assert not Pack(make("windows beside full attention").to(torch.bfloat16), CAUSAL).padded
 
 
 def test_dropout_is_drawn_for_a_record_as_if_nothing_were_padded():
@@ -183,7 +184,7 @@ def test_dropout_is_drawn_for_a_record_as_if_nothing_were_padded():
 def test_an_adapter_that_changes_other_rows_trains_by_itself():
     """What the probe is for: a layer that looks at other rows than its own is found, whatever it is called."""
     base = llama().requires_grad_(False)
-    pack = Pack(base)
+    pack = Pack(base, CAUSAL)
     model = get_peft_model(
         share(base), LoraConfig(r=4, use_dora=True, target_modules=["v_proj"], task_type="CAUSAL_LM")
     )
@@ -198,7 +199,7 @@ def test_weights_are_as_before_after_the_probe():
     base = llama().requires_grad_(False)
     model = Trial("lora").model(base)
     before = [p.detach().clone() for p in model.parameters()]
-    Pack(base).add("0", model, Trial("lora").update(model))
+    Pack(base, CAUSAL).add("0", model, Trial("lora").update(model))
     for now, then in zip(model.parameters(), before, strict=True):
         assert torch.equal(now, then)
 

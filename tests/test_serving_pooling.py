@@ -52,7 +52,7 @@ def adapter(model: str, spec: TaskSpec, directory: Path, seed: int) -> Path:
             if parameter.requires_grad:
                 parameter.normal_(std=0.3)
     directory.mkdir(parents=True)
-    lora_init.save(trained, directory)
+    lora_init.save(trained, spec, directory)
     return directory
 
 
@@ -87,7 +87,7 @@ def begin(cluster):
 
 def alone(model: str, spec: TaskSpec, directory: Path | None, texts: list[str], pairs: list[str] | None = None):
     """What the task itself makes of each text by itself."""
-    base, tokenizer = load_base(FP32, model, spec).eval(), AutoTokenizer.from_pretrained(model)
+    base, tokenizer = load_base(FP32, model, spec).model.eval(), AutoTokenizer.from_pretrained(model)
     adapted = PeftModel.from_pretrained(base, str(directory)).eval() if directory else base
     rows = []
     for i, text in enumerate(texts):
@@ -199,7 +199,7 @@ def test_a_tag_of_each_word(begin, tiny_bert, tmp_path):
     pair = {"model": "tags", "input": "a", "pair": "b"}
     refused = httpx.post(f"{url}/v1/classify", json=pair, timeout=60).json()["error"]
     assert (refused["param"], refused["message"]) == ("pair", "the models here read one text")
-    base, tokenizer = load_base(FP32, tiny_bert, spec).eval(), AutoTokenizer.from_pretrained(tiny_bert)
+    base, tokenizer = load_base(FP32, tiny_bert, spec).model.eval(), AutoTokenizer.from_pretrained(tiny_bert)
     model = PeftModel.from_pretrained(base, str(tags)).eval()
     for text, read in zip(TEXTS, got["data"], strict=True):
         encoded = tokenizer(text.split(), is_split_into_words=True, return_tensors="pt")

@@ -66,7 +66,7 @@ def test_each_of_two_workers_holds_half(results):
 @pytest.mark.parametrize("make", [llama, gpt2, bert, t5])
 def test_every_matrix_is_in_one_unit(make):
     model = make()
-    found = units(model)
+    found = units(model, ())
     held = [p for unit in found for p in {p for leaf in unit.leaves for p in leaf.parameters()}]
     assert len(set(held)) == len(held)
     own = [*model.base_model.parameters(), *model.get_output_embeddings().parameters()]

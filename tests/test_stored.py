@@ -47,7 +47,7 @@ def stored(tmp_path_factory, tiny_llama) -> dict[str, str]:
     places = {}
     for bits in ("4bit", "8bit"):
         places[bits] = str(tmp_path_factory.mktemp("stored") / bits)
-        load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama).save_pretrained(places[bits])
+        load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama).model.save_pretrained(places[bits])
         make_tokenizer().save_pretrained(places[bits])
     return places
 
@@ -117,13 +117,13 @@ def test_what_is_asked_for_is_what_is_stored(stored, tiny_llama):
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_it_is_the_model_that_was_stored(bits, stored, tiny_llama):
     ids = torch.arange(20)[None]
-    before = load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama)
-    again = load_base(ModelConfig(dtype="fp32"), stored[bits])
+    before = load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama).model
+    again = load_base(ModelConfig(dtype="fp32"), stored[bits]).model
     kind = type(before.model.layers[0].mlp.up_proj)
     assert kind is not torch.nn.Linear
     assert type(again.model.layers[0].mlp.up_proj) is kind
     torch.testing.assert_close(again(ids).logits, before(ids).logits, rtol=0, atol=0)
-    assert all(type(m) is not kind for m in load_skeleton(ModelConfig(), stored[bits]).modules())
+    assert all(type(m) is not kind for m in load_skeleton(ModelConfig(), stored[bits]).model.modules())
 
 
 @pytest.mark.parametrize("skipped", [["lm_head"], None])
@@ -134,9 +134,9 @@ def test_a_head_that_it_lacks_is_trained_in_floating_point(skipped, stored, tmp_
     config["quantization_config"]["llm_int8_skip_modules"] = skipped
     (model / "config.json").write_text(json.dumps(config))
     base = load_base(ModelConfig(dtype="fp32"), str(model), TaskSpec("SEQ_CLS", ("a", "b"), 1))
-    assert base.new_modules == ["score"]
-    assert type(base.score) is torch.nn.Linear
-    assert base.score.weight.is_floating_point()
+    assert base.new_modules == ("score",)
+    assert type(base.model.score) is torch.nn.Linear
+    assert base.model.score.weight.is_floating_point()
 
 
 def test_methods_know_that_it_is_quantised(stored):

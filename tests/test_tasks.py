@@ -55,7 +55,7 @@ def test_a_task_learns_and_its_result_loads_anywhere(name, cluster, request, tmp
     trainer.save(str(tmp_path / "checkpoint"))
     assert reports[-1]["validation_loss"] < 0.8 * reports[0]["validation_loss"]
 
-    base = load_base(FP32, model, data.task)
+    base = load_base(FP32, model, data.task).model
     before = task.score(base, tokenizer, rows, EvaluationConfig())
     adapted = PeftModel.from_pretrained(base, tmp_path / "checkpoint" / "adapter")
     after = task.score(adapted, tokenizer, rows, EvaluationConfig())

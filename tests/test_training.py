@@ -99,7 +99,7 @@ def test_checkpoint_holds_a_plain_adapter(tiny_llama, data, tmp_path):
     trainer.measure = measure
     trainer.fit(batches(data, 0, 0, 8), lambda: batches_in_order(data, "validation", 8), lambda metrics: None)
     trainer.save(str(tmp_path))
-    again = PeftModel.from_pretrained(load_base(FP32, tiny_llama), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_base(FP32, tiny_llama).model, tmp_path / "adapter")
     torch.testing.assert_close(again.eval()(**inputs).logits, logits[-1], rtol=0, atol=1e-6)
 
 

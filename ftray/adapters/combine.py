@@ -50,7 +50,7 @@ def check_combination(cfg: Config, base: str, adapters: list[Path], task: TaskSp
         raise UserError(f"merge.rank: only svd combinations choose a rank, {asked.combination} doesn't")
     try:
         with torch.device("meta"):
-            _combined(cfg, load_skeleton(cfg.model, base, task), adapters)
+            _combined(cfg, load_skeleton(cfg.model, base, task).model, adapters)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"merge.combination {asked.combination}: {str(error).strip().splitlines()[0]}") from None
 
@@ -60,7 +60,7 @@ def combine(cfg: Config, base: str, adapters: list[Path], task: TaskSpec, output
     from ftray.models.load import load_base
 
     full = cfg.model.model_copy(update={"quantization": "none", "dtype": "fp32"})
-    model = _combined(cfg, load_base(full, base, task), adapters)
+    model = _combined(cfg, load_base(full, base, task).model, adapters)
     model.save_pretrained(str(output), selected_adapters=[COMBINED])
     task.save(output / COMBINED)
     return output / COMBINED

@@ -16,6 +16,8 @@ from ftray.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ftray.models.load import LoadedModel
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -210,7 +212,7 @@ def refuse(
             raise UserError(f"{refusal.what}: {refusal.reason}")
 
 
-def dry_run(adapter: AdapterConfig, skeleton: "PreTrainedModel", model: ModelConfig, training: TrainingConfig) -> None:
+def dry_run(adapter: AdapterConfig, skeleton: "LoadedModel", model: ModelConfig, training: TrainingConfig) -> None:
     """As :func:`refuse`; then let PEFT adapt a copy of the `skeleton`, a model on the meta device.
 
     Raises:
@@ -218,7 +220,7 @@ def dry_run(adapter: AdapterConfig, skeleton: "PreTrainedModel", model: ModelCon
     """
     import torch
 
-    refuse(adapter, model, training, skeleton)
+    refuse(adapter, model, training, skeleton.model)
     with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 

@@ -237,7 +237,7 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
 
     from ftray.models.load import load_skeleton
 
-    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base, _task(adapter))
+    config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base, _task(adapter)).model
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)

@@ -6,21 +6,20 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
 from ftray.errors import UserError
-from ftray.task_spec import task_of
+from ftray.models.load import LoadedModel
 
 
-def for_task(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+def for_task(config: PeftConfig, base: LoadedModel) -> PeftConfig:
     """Set `task_type` and, for PEFT to train and save, the modules that the base model came without.
 
     Of a head of several layers the whole is named, also where but one of them is new: PEFT names it too, and would wrap
     a layer inside of what is wrapped already.
     """
-    config.task_type = task_of(model).name
-    base = model.base_model_prefix
-    new = [name if name.startswith(f"{base}.") else name.split(".")[0] for name in getattr(model, "new_modules", [])]
+    config.task_type = base.task.name
+    body = base.model.base_model_prefix
+    new = [name if name.startswith(f"{body}.") else name.split(".")[0] for name in base.new_modules]
     if new and hasattr(config, "modules_to_save"):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
     return config

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftray.errors import UserError
-from ftray.task_spec import task_of
+from ftray.task_spec import TaskSpec
 
 SAMPLES = 16  # batches that EVA repeats until the components converge
 # by model, the initial weights of an adapter that took a part of the base
@@ -61,12 +61,12 @@ def after(model: PeftModel, init: str, samples: Callable[[], list[Any]] | None) 
         _loftq(model)
 
 
-def save(model: PeftModel, directory: Path) -> None:
-    """Write the adapter as a PEFT directory for the unchanged base, and the task that it is for."""
+def save(model: PeftModel, task: TaskSpec, directory: Path) -> None:
+    """Write the adapter as a PEFT directory for the unchanged base, and the `task` that it is for."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
     if start := _starts.get(model):
         _subtract_start(directory, start)
-    task_of(model.get_base_model()).save(directory)
+    task.save(directory)
 
 
 def _subtract_start(directory: Path, start: dict[str, torch.Tensor]) -> None:

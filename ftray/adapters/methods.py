@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from ftray.models.load import LoadedModel
+
 INITS = {
     "default": "no update at first",
     "gaussian": "the same, A normally distributed",
@@ -256,8 +258,8 @@ def added_tokens(adapter: AdapterConfig) -> int:
     return getattr(own, "virtual_tokens", None) or getattr(own, "config", {}).get("num_virtual_tokens") or 0
 
 
-def peft_config(adapter: AdapterConfig, model: "PreTrainedModel", steps: int) -> "PeftConfig":
-    """The PEFT configuration of `adapter` for `model` (the meta device will do) and a run of `steps`.
+def peft_config(adapter: AdapterConfig, base: "LoadedModel", steps: int) -> "PeftConfig":
+    """The PEFT configuration of `adapter` for `base` (the meta device will do) and a run of `steps`.
 
     Raises:
         UserError: as :func:`parameters`, or target modules that the model lacks.
@@ -266,9 +268,9 @@ def peft_config(adapter: AdapterConfig, model: "PreTrainedModel", steps: int) ->
     from ftray.adapters.targets import expert_parameters, resolve_targets
     from ftray.compat.peft import taken_names
 
-    settings = parameters(adapter)
+    settings, model = parameters(adapter), base.model
     if not isinstance(settings, LayerParameters):
-        return for_task(METHODS[adapter.method].build(settings, [], model, steps), model)
+        return for_task(METHODS[adapter.method].build(settings, [], model, steps), base)
     given, blocks = settings.target_modules, settings.layers_to_transform
     taken = taken_names(model, adapter.method.upper())
     config = METHODS[adapter.method].build(settings, resolve_targets(model, given, blocks, taken), model, steps)
@@ -276,7 +278,7 @@ def peft_config(adapter: AdapterConfig, model: "PreTrainedModel", steps: int) ->
         if not hasattr(config, "target_parameters"):
             raise UserError(f"target_modules: PEFT's {adapter.method} adapts no weights of experts: take lora")
         config.target_parameters = weights
-    return for_task(config, model)
+    return for_task(config, base)
 
 
 def rate_ratio(adapter: AdapterConfig) -> float:
@@ -285,15 +287,16 @@ def rate_ratio(adapter: AdapterConfig) -> float:
 
 
 def attach(
-    model: "PreTrainedModel",
+    base: "LoadedModel",
     adapter: AdapterConfig,
     steps: int,
     seed: int,
     samples: Callable[[], list[Any]] | None = None,
 ) -> "PeftModel":
-    """Wrap the frozen `model` as a `peft.PeftModel` whose adapter is float32 and initialised from `seed` alone.
+    """Wrap the frozen `base` as a `peft.PeftModel` whose adapter is float32 and initialised from `seed` alone.
 
-    The base's parameters are left as they are: what an initialisation changes, it changes in a copy.
+    With it trains what the base lacks of its task's head. The base's parameters are left as they are: what an
+    initialisation changes, it changes in a copy.
 
     Args:
         samples: gives some training batches, for `init: eva`; every rank's are rank 0's.
@@ -310,7 +313,7 @@ def attach(
     from ftray.compat.peft import around_layers
     from ftray.models.sharding import is_sharded, whole
 
-    config, settings = peft_config(adapter, model, steps), parameters(adapter)
+    model, config, settings = base.model, peft_config(adapter, base, steps), parameters(adapter)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     copied = [m for m in model.modules() if config.peft_type.value == "LN_TUNING" and "Norm" in type(m).__name__]
     norms = [p for module in copied for p in module.parameters(recurse=False)]

@@ -1,5 +1,6 @@
 """Loading a base model: frozen, in the right precision, optionally quantised or shared out over workers."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ from ftray.task_spec import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # names in safetensors files
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model, and what can't be seen of the model itself.
+
+    Attributes:
+        model: frozen.
+        task: what it was loaded for.
+        new_modules: names of those parts of the task's head that the stored model lacks: they are drawn at random, for
+            an adapter to train and to save. Of a model without weights, where nobody can tell: none.
+    """
+
+    model: PreTrainedModel
+    task: TaskSpec
+    new_modules: tuple[str, ...]
 
 
 def choose_dtype(cfg: ModelConfig) -> torch.dtype:
@@ -56,9 +73,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_base(
-    cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch.dtype | None = None) -> LoadedModel:
     """The frozen model in `path` with the head of `task`, on the CPU, or on the current GPU if it is quantised there.
 
     One that is stored quantised is loaded so, whatever `cfg` says (see :func:`ftray.models.stored.as_stored`).
@@ -66,8 +81,7 @@ def load_base(
     Its own dropout is off: what is frozen draws nothing, an adapter has a dropout of its own. Where a
     `transformers.integrations.HfDeepSpeedConfig` for ZeRO 3 is alive, the parameters come partitioned.
 
-    What the head has of its own, which a base model lacks, is drawn from a fixed seed; its modules are named in the
-    result's `new_modules`, for an adapter to train and to save them. Its `task` is `task`.
+    What the head has of its own, which a base model lacks, is drawn from a fixed seed.
 
     `dtype` takes the place of what :func:`choose_dtype` says.
     """
@@ -76,7 +90,7 @@ def load_base(
     # transformers takes sdpa where it can
     kwargs: dict[str, Any] = {"config": config, "dtype": dtype or choose_dtype(cfg)}
     if cfg.quantization != "none":
-        skeleton = load_skeleton(cfg, path, task)
+        skeleton = load_skeleton(cfg, path, task).model
         if stored := getattr(config, "quantization_config", None):
             _adjust(stored, cfg, [] if type(skeleton).__name__ in (config.architectures or []) else _heads(skeleton))
         else:
@@ -100,21 +114,22 @@ def load_base(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     new = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    model.new_modules = sorted({key.rpartition(".")[0] for key in new})
-    model.task = task
     _find_ends_by(model, task)
-    return model.requires_grad_(False)
+    new_modules = sorted({key.rpartition(".")[0] for key in new})
+    return LoadedModel(model.requires_grad_(False), task, tuple(new_modules))
 
 
-def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
+def load_on_device(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> LoadedModel:
     """As :func:`load_base`, on the GPU where there is one."""
     base = load_base(cfg, path, task)
-    return base.cuda() if torch.cuda.is_available() and as_stored(cfg, path).quantization == "none" else base
+    if torch.cuda.is_available() and as_stored(cfg, path).quantization == "none":
+        return replace(base, model=base.model.cuda())
+    return base
 
 
 def load_sharded(
     cfg: ModelConfig, path: str, task: TaskSpec, device: torch.device, offload: bool = False
-) -> PreTrainedModel:
+) -> LoadedModel:
     """As :func:`load_base`, on `device`, with weights that all ranks share out: see :mod:`ftray.models.sharding`.
 
     Where the stored weights are of one dtype, a rank holds no more on the way than its part and one layer: what is
@@ -125,9 +140,12 @@ def load_sharded(
         offload: see :func:`ftray.models.sharding.shard`.
     """
     if as_stored(cfg, path).quantization != "none":  # packed by bitsandbytes: as they are to be
-        return shard(load_base(cfg, path, task), device, offload, lambda module: None)
+        base = load_base(cfg, path, task)
+        shard(base.model, base.new_modules, device, offload, lambda module: None)
+        return base
     dtype = choose_dtype(cfg)
-    model = load_base(cfg, path, task, _stored_dtype(path) or dtype)
+    base = load_base(cfg, path, task, _stored_dtype(path) or dtype)
+    model = base.model
     with torch.device("meta"):  # to see which parameters are of another dtype than the others
         like = _auto_class(task).from_config(model.config, trust_remote_code=cfg.trust_remote_code, dtype=dtype)
     in_float32 = kept_in_float32(model, dtype)
@@ -141,12 +159,13 @@ def load_sharded(
             buffer.data = buffer.data.to(device)
 
     model.config.dtype = dtype
-    return shard(model, device, offload, prepare)
+    shard(model, base.new_modules, device, offload, prepare)
+    return base
 
 
 def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
-    """As :func:`load_base`, in float32: what is quantised is dequantised, to what rounding has left of it."""
-    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), path, task)
+    """The model of :func:`load_base` in float32: what is quantised is dequantised, to what rounding has left of it."""
+    base = load_base(cfg.model_copy(update={"dtype": "fp32"}), path, task).model
     if as_stored(cfg, path).quantization != "none":
         base = base.dequantize().float()
         base.is_loaded_in_8bit = base.is_loaded_in_4bit = False  # marks that transformers leaves, and PEFT goes by
@@ -154,15 +173,14 @@ def load_whole(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrain
     return base
 
 
-def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> PreTrainedModel:
+def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> LoadedModel:
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
     config = _config(cfg, path, task)
     _without_dropout(config)
     with torch.device("meta"):
         model = _auto_class(task).from_config(config, trust_remote_code=cfg.trust_remote_code)
-    model.task = task
     _find_ends_by(model, task)
-    return model
+    return LoadedModel(model, task, ())
 
 
 def own_labels(path: str, task: TaskSpec, trust_remote_code: bool = False) -> tuple[str, ...]:

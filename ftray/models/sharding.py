@@ -6,7 +6,7 @@ gather is decided here, by hooks that copies of a model's structure take along: 
 over the same weights. All workers must run the same layers in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -128,16 +128,16 @@ def _as_packed(leaf: nn.Module) -> nn.Parameter:
 _groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()  # by leaf
 
 
-def units(model: PreTrainedModel) -> list[Unit]:
+def units(model: PreTrainedModel, new_modules: Sequence[str]) -> list[Unit]:
     """How the weights of `model` are shared out: matrices of layers, of embeddings and of the output layer.
 
-    What is small, such as norms, and what the model came without, which trials train, is left whole.
+    What is small, such as norms, and the `new_modules`, which trials train, is left whole.
 
     Raises:
         UserError: it has no layers that can be told apart.
     """
     body = getattr(model, model.base_model_prefix, model)
-    new = {part for name in getattr(model, "new_modules", ()) for part in model.get_submodule(name).modules()}
+    new = {part for name in new_modules for part in model.get_submodule(name).modules()}
     head = model.get_output_embeddings()
     shareable = dict.fromkeys(part for part in (*body.modules(), *([head] if head else [])) if part not in new)
     leaves = [part for part in shareable if _is_leaf(part)]
@@ -177,11 +177,16 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def shard(
-    model: PreTrainedModel, device: torch.device, offload: bool, prepare: Callable[[nn.Module], None]
-) -> PreTrainedModel:
+    model: PreTrainedModel,
+    new_modules: Sequence[str],
+    device: torch.device,
+    offload: bool,
+    prepare: Callable[[nn.Module], None],
+) -> None:
     """Share the weights of the frozen `model` out over all ranks; each calls it with the same model.
 
     Args:
+        new_modules: see :class:`ftray.models.load.LoadedModel`.
         device: where it computes.
         offload: keep the parts of the layers in CPU memory, and copy them to the device for each use.
         prepare: called with each module before its own weights are shared out: puts them on the device as they are to
@@ -191,7 +196,7 @@ def shard(
         UserError: as :func:`units`.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    found = units(model)
+    found = units(model, new_modules)
     leaves = {leaf for unit in found for leaf in unit.leaves}
     for part in model.modules():
         if part not in leaves:
@@ -206,7 +211,6 @@ def shard(
             _groups[leaf] = group
         for caller in unit.callers:
             group.serve(caller)
-    return model
 
 
 def is_sharded(model: nn.Module) -> bool:

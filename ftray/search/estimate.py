@@ -18,7 +18,7 @@ from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
-from ftray.models.load import choose_dtype, load_skeleton
+from ftray.models.load import LoadedModel, choose_dtype, load_skeleton
 from ftray.models.sharding import units
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, tuner_layers
@@ -31,7 +31,7 @@ from ftray.search.sampler import BASELINE
 from ftray.search.space import Space
 from ftray.search.trial_worker import SearchContext, trainer
 from ftray.storage.local import LocalLocation
-from ftray.task_spec import task_of
+from ftray.task_spec import TaskSpec
 from ftray.training.pack_trainer import MOST_TOKENS, STATE_BYTES
 from ftray.training.run_spec import micro_batch_size
 
@@ -78,7 +78,8 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     cfg, shared = context.config, packable(context.config, space) and context.config.search.pack != "off"
     tokenized = TokenizedData.load(context.data)
     data = tokenized.splits
-    skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task).to(choose_dtype(cfg.model))
+    skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task)
+    skeleton.model.to(choose_dtype(cfg.model))
     length = max(2, round(data["train"].drawn_tokens / data["train"].drawn))
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
@@ -101,7 +102,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     validations = sum(trials) / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
-        "base": resident_bytes(cfg, skeleton),
+        "base": resident_bytes(cfg, skeleton.model),
         "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
         "activations": max(rows * s.activations + probe.trials * s.fixed for s in methods.values()),
     }
@@ -125,26 +126,27 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     }
 
 
-def measure(skeleton: PreTrainedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
+def measure(skeleton: LoadedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
     """Count a configuration's parameters and the bytes kept for its backward pass, on the meta device."""
     with torch.device("meta"):
-        model = attach(share(skeleton), without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
+        own = replace(skeleton, model=share(skeleton.model))
+        model = attach(own, without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        once, twice = (saved_bytes(model.train(), tokens) for tokens in (length, 2 * length))
-    task = task_of(skeleton)
+        once, twice = (saved_bytes(model.train(), skeleton.task, tokens) for tokens in (length, 2 * length))
+    task = skeleton.task
     isolation_reason = None if task.load().packed else f"{task.name} pads its records"
     try:
-        tuner_layers(model, skeleton)
+        tuner_layers(model, skeleton.model)
     except PackingUnsupported as error:
         isolation_reason = isolation_reason or str(error)
     fixed = max(0, 2 * once - twice)
     return Shapes(corner, trained, (twice - once) / length, fixed, isolation_reason, described(model))
 
 
-def saved_bytes(model: PeftModel, length: int) -> int:
+def saved_bytes(model: PeftModel, task: TaskSpec, length: int) -> int:
     """Bytes that autograd saves for the backward pass of one record, without the parameters."""
     own = {storage_key(p) for p in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
@@ -156,9 +158,7 @@ def saved_bytes(model: PeftModel, length: int) -> int:
 
     # a whole mask: none has to be made from values, of which there are none
     ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, 1, length, length, dtype=torch.bool)
-    further: dict[str, Any] = (
-        {"use_cache": False, "logits_to_keep": 1} if task_of(model.get_base_model()).load().packed else {}
-    )
+    further: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1} if task.load().packed else {}
     if model.config.is_encoder_decoder:
         further = {"use_cache": False, "decoder_input_ids": ids, "decoder_attention_mask": mask}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -191,7 +191,7 @@ def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
     apart = cfg.training.offload == "all"
     found = [
         (sum(sizes[p] for p in {p for leaf in unit.leaves for p in leaf.parameters()}), unit.is_layer)
-        for unit in units(skeleton)
+        for unit in units(skeleton, ())
     ]
     parts = sum(whole / workers * (not (apart and is_layer)) for whole, is_layer in found)
     return size - sum(whole for whole, _ in found) + parts + 2 * max(whole for whole, _ in found)

@@ -73,7 +73,8 @@ class BaseReplica(ABC):
         self.cfg = Config.model_validate(settings)
         own_torch_threads(1)
         self._loader = ThreadPoolExecutor(1, "loader", own_torch_threads, (1,))
-        self.base = load_on_device(self.cfg.model, model_path, task).eval()
+        loaded = load_on_device(self.cfg.model, model_path, task)
+        self.base, self.new_modules = loaded.model.eval(), loaded.new_modules
         self.tokenizer = load_tokenizer(model_path, self.cfg.model.trust_remote_code)
         self._sources: dict[str, str] = {}
         self._kept: WeakValueDictionary[str, LoadedAdapter] = WeakValueDictionary()

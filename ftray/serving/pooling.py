@@ -104,8 +104,8 @@ class PoolingReplica(BaseReplica):
         Before, None: the batch with the request is read, or its adapter loaded, which the process may not outlive.
         """
         try:
-            if request.adapter is None and self.base.new_modules:
-                raise invalid(f"the base model has no {self.base.new_modules[0]} of its own: name an adapter", "model")
+            if request.adapter is None and self.new_modules:
+                raise invalid(f"the base model has no {self.new_modules[0]} of its own: name an adapter", "model")
             encoded = self.encode(request)
             if request.adapter is not None and request.adapter not in self._kept:
                 yield None

@@ -22,7 +22,7 @@ TAG = "state"
 
 
 def save_checkpoint(
-    engine: "DeepSpeedEngine", allocation: RankAllocation, directory: str | Path, state: dict[str, Any]
+    engine: "DeepSpeedEngine", allocation: RankAllocation, task: TaskSpec, directory: str | Path, state: dict[str, Any]
 ) -> None:
     """Write `directory/adapter` (PEFT, safetensors) and `directory/state` (DeepSpeed); every rank must call it.
 
@@ -35,7 +35,7 @@ def save_checkpoint(
         client_state={**state, "allocation": allocation.state()},
         exclude_frozen_parameters=True,
     )
-    save_adapter(engine, allocation.model, Path(directory) / "adapter")
+    save_adapter(engine, allocation.model, task, Path(directory) / "adapter")
 
 
 def load_checkpoint(engine: "DeepSpeedEngine", allocation: RankAllocation, directory: str | Path) -> dict[str, Any]:
@@ -46,14 +46,14 @@ def load_checkpoint(engine: "DeepSpeedEngine", allocation: RankAllocation, direc
     return client_state
 
 
-def save_adapter(engine: "DeepSpeedEngine", model: "PeftModel", directory: Path) -> None:
+def save_adapter(engine: "DeepSpeedEngine", model: "PeftModel", task: TaskSpec, directory: Path) -> None:
     """Write the adapter as a plain PEFT directory with a manifest; every rank must call it, rank 0 writes."""
     import deepspeed
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
-            lora_init.save(model, directory)
+            lora_init.save(model, task, directory)
             seal(directory)
 
 
@@ -98,7 +98,7 @@ def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path
 
     config = weightless_config(like)
     with torch.device("meta"):
-        model = get_peft_model(load_skeleton(cfg, base, task), config)
+        model = get_peft_model(load_skeleton(cfg, base, task).model, config)
     weights = trained_weights(checkpoint)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wanted != weights.keys():

@@ -29,7 +29,7 @@ from ftray.multi_adapter.head_loss import HeadLoss
 from ftray.multi_adapter.output_head import OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
-from ftray.task_spec import IGNORE, task_of
+from ftray.task_spec import IGNORE, TaskSpec
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 
@@ -82,6 +82,7 @@ class Pack:
     Args:
         base: frozen model; its parameters are shared, and the model itself is not changed. Where ranks share its
             weights out (:mod:`ftray.models.sharding`), they make the same passes of the same adapters.
+        task: what it was loaded for.
         tokens: most tokens of one forward and backward pass; an adapter's micro-batch is never split.
         rank, world_size: of data-parallel processes, each with a pack of the same adapters.
         sum_over_ranks: sums lists of numbers element-wise over ranks.
@@ -96,6 +97,7 @@ class Pack:
     def __init__(
         self,
         base: PreTrainedModel,
+        task: TaskSpec,
         tokens: int = 2**16,
         rank: int = 0,
         world_size: int = 1,
@@ -103,7 +105,7 @@ class Pack:
         longest: int | None = None,
     ):
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
-        self.task = task_of(base).load()
+        self.task = task.load()
         self.sharded = is_sharded(base)
         self.members: dict[str, Member] = {}
         self._sum = sum_over_ranks

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import psutil
@@ -83,13 +83,21 @@ class PackTrainer:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         if training.shard_base:
             return_freed_memory()
-            base = load_sharded(model, model_path, task, self.device, training.offload == "all")
+            self.base = load_sharded(model, model_path, task, self.device, training.offload == "all")
         else:
-            base = load_base(model, model_path, task)
-            base = base.to(self.device) if model.quantization == "none" else base
+            self.base = load_base(model, model_path, task)
+            if model.quantization == "none":
+                self.base.model.to(self.device)
         if training.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.pack = Pack(base, rank=self.rank, world_size=self.world_size, sum_over_ranks=self._sum, longest=longest)
+            self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.pack = Pack(
+            self.base.model,
+            task,
+            rank=self.rank,
+            world_size=self.world_size,
+            sum_over_ranks=self._sum,
+            longest=longest,
+        )
         self.trials: dict[str, PackedTrial] = {}
         self._printed: set[str] = set()  # lines of the log
 
@@ -118,7 +126,8 @@ class PackTrainer:
             PackingUnsupported: it can't be trained on batches of several records.
         """
         refuse(run.adapter, run.model, run.training)
-        model = attach(share(self.pack.base), run.adapter, run.steps, run.training.seed, samples)
+        own = replace(self.base, model=share(self.base.model))
+        model = attach(own, run.adapter, run.steps, run.training.seed, samples)
         update = DeepSpeedOptimizer(model, run.training, run.steps, rate_ratio(run.adapter))
         history = TrainState(run)
         if checkpoint:
@@ -211,7 +220,7 @@ class PackTrainer:
     def save(self, name: str, directory: str) -> None:
         """Write a trial's checkpoint; every rank passes its own view of the same directory."""
         trial = self.trials[name]
-        save_checkpoint(trial.update.engine, trial.update.allocation, directory, trial.history.state())
+        save_checkpoint(trial.update.engine, trial.update.allocation, self.base.task, directory, trial.history.state())
 
     def fit_memory(self, run: RunSpec, batch: Batch) -> int:
         """Set the tokens of a pass from the memory of a probe step of `run` on `batch`; returns how many trials fit.
@@ -220,7 +229,7 @@ class PackTrainer:
         gradients and optimiser states.
         """
         self.join("probe", run)
-        base = self.pack.base
+        base = self.base.model
         own = {storage_key(p) for p in base.parameters()} | gathered_storages(base)
         kept: dict[int, int] = {}
 

@@ -52,7 +52,7 @@ class Zero3Trainer:
             from transformers.integrations import HfDeepSpeedConfig
 
             return_freed_memory()
-            parameters = load_skeleton(run.model, run.model_path, run.task).num_parameters()
+            parameters = load_skeleton(run.model, run.model_path, run.task).model.num_parameters()
             # while this object lives, from_pretrained loads the base already partitioned over the workers
             self._sharded_loading = HfDeepSpeedConfig(deepspeed_config(run.training, self.world_size, parameters))
         base = load_base(run.model, run.model_path, run.task)
@@ -85,7 +85,7 @@ class Zero3Trainer:
 
     def save(self, directory: str) -> None:
         """Write a checkpoint; every rank calls it with its own view of the same directory."""
-        save_checkpoint(self.engine, self.allocation, directory, self.history.state())
+        save_checkpoint(self.engine, self.allocation, self.run.task, directory, self.history.state())
 
     def fit(
         self,

@@ -197,8 +197,7 @@ def adapter(tmp_path_factory, tiny_llama) -> Path:
     directory = tmp_path_factory.mktemp("adapter")
     transformers.utils.logging.disable_progress_bar()  # as a command does, before it imports transformers
     model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method="lora"), 1, 0)
-    save(model, directory)
-    TaskSpec("CAUSAL_LM", template="{prompt}\n").save(directory)
+    save(model, TaskSpec("CAUSAL_LM", template="{prompt}\n"), directory)
     return directory
 
 

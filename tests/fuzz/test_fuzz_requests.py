@@ -103,7 +103,7 @@ def clients(tmp_path_factory, tiny_llama, tiny_bert):
     for task, spec in SPECS.items():
         path = tiny_llama if task == "CAUSAL_LM" else tiny_bert
         directory = tmp_path_factory.mktemp(task)
-        save(attach(load_base(FP32, path, spec), AdapterConfig(method="lora"), 1, 0), directory)
+        save(attach(load_base(FP32, path, spec), AdapterConfig(method="lora"), 1, 0), spec, directory)
         spec.save(directory)
         serving = ServingConfig(adapter_sources=[str(directory)], max_prompt_tokens=64, max_output_tokens=64)
         settings = Config(model=FP32, serving=serving).model_dump()

@@ -188,7 +188,7 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
     path, task, batch = wanted.model_path, wanted.task, given.batch
     try_out(wanted)
     (first, last), trained, score = train(wanted, given, directory)
-    again = PeftModel.from_pretrained(load_base(wanted.model, path, task), directory / "adapter")
+    again = PeftModel.from_pretrained(load_base(wanted.model, path, task).model, directory / "adapter")
     reloaded, rescored = losses(again, batch, task), scores(again, given.rows, path, task)
     merged = None
     if METHODS[wanted.adapter.method].merge_tolerance is not None:
@@ -196,7 +196,7 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
         if task == CAUSAL:
             whole = AutoModelForCausalLM.from_pretrained(directory / "merged", dtype="auto")
         else:
-            whole = load_base(ModelConfig(dtype="fp32"), str(directory / "merged"), task)
+            whole = load_base(ModelConfig(dtype="fp32"), str(directory / "merged"), task).model
         merged = difference(losses(whole, batch, task), trained)
     return Cell(
         before=first["train_loss"],

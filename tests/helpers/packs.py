@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from ftray.multi_adapter.shared_model import share, trainable
+from ftray.task_spec import CAUSAL
 from ftray.training.optimizer import TorchOptimizer
 from ftray.training.pack import Pack
 
@@ -126,7 +127,7 @@ def alone(base: Any, trial: Trial) -> PeftModel:
 
 def together(base: Any, trials: list[Trial], tokens: int = 2**16) -> list[PeftModel]:
     """The trials in one pack, each joining at its `first` step and leaving when it has made its `steps`."""
-    pack, done = Pack(base, tokens), {}
+    pack, done = Pack(base, CAUSAL, tokens), {}
     for now in range(max(t.first + t.steps for t in trials)):
         for i, trial in enumerate(trials):
             if trial.first == now:
