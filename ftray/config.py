@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -26,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from ftray.errors import UserError, near
+from ftray.errors import UserError, first_error, near
 
 
 def _comma_separated(value: object) -> object:
@@ -236,12 +237,12 @@ class AdapterConfig(BaseModel):
         if not isinstance(values, dict) or values.get("method") != "peft" or not isinstance(values.get("config"), str):
             return values
         path = Path(str(at_home(values["config"])))
-        path = path / "adapter_config.json" if path.is_dir() else path
         try:
+            path = path / "adapter_config.json" if path.is_dir() else path
             return values | {"config": json.loads(path.read_text(encoding="utf-8"))}
         except OSError as error:
             raise ValueError(f"config: can't read {path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"config: {path} is not valid JSON: {error}") from None
 
     @property
@@ -471,16 +472,12 @@ def config_from(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        # of a choice of types, pydantic names that which the value came nearest to
-        path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))]
-        field = re.sub(r"^data\.sources\.(\d+)", r"data.sources[\1]", ".".join(path))
-        if first["type"] == "extra_forbidden":
-            model = section_at(path[:-1])
-            raise UserError(f"unknown key {field}{near(path[-1], model.model_fields)}") from None
-        message = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
-        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{field or 'configuration'}: {message}{shown}") from None
+        first = first_error(error)
+        field = re.sub(r"^data\.sources\.(\d+)", r"data.sources[\1]", ".".join(first.path))
+        if first.unknown:
+            model = section_at(first.path[:-1])
+            raise UserError(f"unknown key {field}{near(first.path[-1], model.model_fields)}") from None
+        raise UserError(f"{field or 'configuration'}: {first.reason}") from None
 
 
 def refuse_half_characters(value: object, *path: str) -> None:
@@ -520,7 +517,7 @@ def parse_yaml(text: str, where: object) -> object:
         raise UserError(f"{where}: not valid YAML: {error}") from None
 
 
-def section_at(path: list[str]) -> type[BaseModel]:
+def section_at(path: Sequence[str]) -> type[BaseModel]:
     """The section at a path of keys; an index leads to a section in a list of them."""
     model: type[BaseModel] = Config
     for part in path:

@@ -168,7 +168,7 @@ TASKS = {
         ["--task", "SEQ_CLS"],
         "text is missing; records of this task hold text and label",
     ),
-    "unknown task": (GOOD, ["--task", "NER"], "task: Input should be 'auto', 'CAUSAL_LM'"),
+    "unknown task": (GOOD, ["--task", "NER"], "task: must be 'auto', 'CAUSAL_LM'"),
     "metric of another task": (lines(*TEXTS), ["--search.metric", "entity_f1"], "SEQ_CLS has no such metric"),
 }
 RESUME = ["--resume", "--output", "begun"]
@@ -177,8 +177,8 @@ CONFIG = {
     "model directory without weights": (["--model", "empty"], "lacks config.json"),
     "unknown option": (["--trails", "3"], "unknown option --trails; did you mean trials"),
     "unknown key": (["--training.learnin_rate", "1"], "unknown key training.learnin_rate; did you mean learning_rate"),
-    "bad number": (["--trials", "many"], "search.trials: Input should be a valid integer"),
-    "out of range": (["--training.learning_rate", "-1"], "training.learning_rate: Input should be greater than 0"),
+    "bad number": (["--trials", "many"], "search.trials: must be a whole number (got 'many')"),
+    "out of range": (["--training.learning_rate", "-1"], "training.learning_rate: must be greater than 0 (got -1)"),
     "missing value": (["--training.steps"], "--training.steps needs a value"),
     "missing config": (["--config", "nope.yaml"], "can't read nope.yaml"),
     "broken config": (["--config", "broken.yaml"], "broken.yaml:3: not valid YAML"),

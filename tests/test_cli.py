@@ -192,7 +192,7 @@ def test_yaml_may_say_off_of_packs(tmp_path):
 
 @pytest.mark.parametrize("value", ["[1, 2", "2000-99-99", "{a: b: c}", "*x", "["])
 def test_what_is_no_yaml_is_refused_by_its_field(value):
-    with pytest.raises(UserError, match=r"^training\.steps: Input should be a valid integer"):
+    with pytest.raises(UserError, match=r"^training\.steps: must be a whole number"):
         parse("train", ["--training.steps", value])
 
 

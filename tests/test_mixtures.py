@@ -147,19 +147,19 @@ def test_preprocess_tells_what_each_source_holds_and_how_often_it_is_drawn(
     ("given", "message"),
     [
         ("[{source: A, weigth: 2}]", "unknown key data.sources[0].weigth; did you mean weight?"),
-        ("[{source: A, weight: 0}]", "data.sources[0].weight: Input should be greater than 0 (got 0)"),
+        ("[{source: A, weight: 0}]", "data.sources[0].weight: must be greater than 0 (got 0)"),
         (
             "[{source: B}, {source: A, weight: .nan}]",
-            "data.sources[1].weight: Input should be a finite number (got nan)",
+            "data.sources[1].weight: must be a finite number (got nan)",
         ),
-        ("[{weight: 1}]", "data.sources[0].source: Field required"),
+        ("[{weight: 1}]", "data.sources[0].source: is missing"),
         ("[{source: A}, {source: A}]", "data: sources: A stands twice: give it one weight"),
         ("[{source: A, template: hi}]", "data.sources[0]: template must hold {prompt}, or be auto"),
         (
             "[{source: A, encoding: latin-one}]",
             "data.sources[0]: encoding latin-one: Python knows no encoding of text of that name",
         ),
-        ("[A]", "data.sources[0]: Input should be a valid dictionary (got 'A')"),
+        ("[A]", "data.sources[0]: must be a mapping of names to values (got 'A')"),
         ("[{source: A}, {source: C/empty.jsonl}]", "data C/empty.jsonl: empty"),
         ("[{source: A}, {source: C/blank.jsonl}]", "data C/blank.jsonl: holds no record"),
         ("[{source: A}, {source: C/none.jsonl}]", "data C/none.jsonl: no such file or folder"),

@@ -176,8 +176,8 @@ ANSWERED = {
         ({"tool_choice": "required"}, "tool_choice", "up to the model"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "up to the model"),
         ({"tool_choice": "some"}, "tool_choice", "'auto' or 'none'"),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "type: Input should be 'function'"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools", "function.name: Field required"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "type: must be 'function'"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools", "function.name: is missing"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "function.name"),
         ({"tools": {"f": 1}}, "tools", "list"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported field"),
@@ -195,7 +195,7 @@ ANSWERED = {
             "messages.0.content: part 0 is no text but 'image_url'",
         ),
         ({"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, "b"]}]}, "messages", "part 1 is no text"),
-        ({"messages": [{**ASK, "content": {"text": "a"}}]}, "messages", "messages.0.content: Input should be a valid"),
+        ({"messages": [{**ASK, "content": {"text": "a"}}]}, "messages", "messages.0.content: must be a text"),
     ],
 )
 def test_what_of_tools_and_turns_can_not_be_had_is_named(changes, param, reason):

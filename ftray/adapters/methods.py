@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 from ftray.adapters import layers, prompts
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
 from ftray.config import AdapterConfig
-from ftray.errors import UserError, near
+from ftray.errors import UserError, first_error, near
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -239,13 +239,12 @@ def parameters(adapter: AdapterConfig) -> Parameters:
     try:
         return method.parameters.model_validate(adapter.parameters)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
+        first = first_error(error)
+        name = ".".join(first.path)
+        if first.unknown:
             known = method.parameters.model_fields
             raise UserError(f"adapter.{name}: {adapter.method} has no such parameter{near(name, known)}") from None
-        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-        raise UserError(f"adapter.{name}: {reason} (got {first['input']!r})") from None
+        raise UserError(f"adapter.{name}: {first.reason}") from None
 
 
 def added_tokens(adapter: AdapterConfig) -> int:

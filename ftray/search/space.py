@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 
 from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, parse_yaml
-from ftray.errors import UserError, near
+from ftray.errors import UserError, first_error, near
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -303,8 +303,8 @@ class _Reader:
         try:
             ModelConfig.model_validate(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise self.error(f"model.{first['loc'][0]}", f"{first['msg']} (got {first['input']!r})") from None
+            first = first_error(error)
+            raise self.error(".".join(["model", *first.path]), first.reason) from None
         return value
 
     def try_out(self, corner: dict[str, dict[str, Any]]) -> None:
@@ -315,9 +315,8 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{self.path}: {str(error).replace('adapter.', f'{method}.', 1)}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or method
-            raise self.error(where, f"{first['msg']} (got {first['input']!r})") from None
+            first = first_error(error)
+            raise self.error(".".join(first.path) or method, first.reason) from None
 
     def error(self, where: str, what: str) -> UserError:
         return UserError(f"{self.path}: {where}: {what}")

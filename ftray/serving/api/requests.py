@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from ftray.config import COLDEST
+from ftray.errors import first_error, near
 from ftray.serving.errors import APIError, invalid
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -165,8 +166,8 @@ def _checked(tool: dict[str, Any]) -> dict[str, Any]:
     try:
         Tool.model_validate(tool)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        first = first_error(error)
+        raise ValueError(f"{'.'.join(first.path)}: {first.reason}") from None
     return tool
 
 
@@ -257,15 +258,13 @@ def parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(
-            str(part) for part in first["loc"] if isinstance(part, int) or part in values or "[" not in part
-        )
-        field = str(first["loc"][0]) if first["loc"] else None
-        if first["type"] == "extra_forbidden":
-            raise APIError(400, f"unsupported field {path!r}", path, "unsupported_field") from None
-        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-        raise invalid(f"{path}: {message}" if path else message, field) from None
+        first = first_error(error)
+        path = ".".join(first.path)
+        if first.unknown:
+            meant = near(path, kind.model_fields, "") if len(first.path) == 1 else ""
+            raise APIError(400, f"unsupported field {path!r}{meant}", path, "unsupported_field") from None
+        field = first.path[0] if path else None
+        raise invalid(f"{path}: {first.reason}" if path else first.reason, field) from None
 
 
 def _refuse_half_characters(values: dict[str, Any]) -> None:
