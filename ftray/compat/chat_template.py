@@ -1,4 +1,5 @@
-"""Private names of `transformers.utils.chat_template_utils`, which imports no torch; seen in transformers 5.23.0."""
+"""Private names of `transformers.utils.chat_template_utils`, which imports no torch; seen in transformers 5.22.2
+(not in 5.22.1) to 5.23.0."""
 
 from typing import Any
 
