@@ -1,13 +1,21 @@
-"""From last hidden states to logits, by one linear layer where a model has no more than that, else by its own code."""
+"""From last hidden states to logits, by one linear layer where a model has no more than that, else by its own code; and
+their loss, computed without holding all logits of a long batch in memory.
+"""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ftray.models.probe import body, head_obstacle
+
+LOGITS = 2**24  # elements of logits that are computed at once
+BLOCK = 16  # positions, on a CPU: their logits stay in its cache from the softmax to the gradient
 
 
 def output_head(base: PreTrainedModel, ids: torch.Tensor) -> tuple[Any, str | None]:
@@ -84,3 +92,75 @@ class _Output:
 
     def __getitem__(self, place: int) -> torch.Tensor:
         return (self.last_hidden_state,)[place]
+
+
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    gradient: torch.Tensor  # of the hidden states, where they need one
+
+
+class HeadLoss(torch.autograd.Function):
+    """A frozen head and its cross-entropy, a slice of positions at a time.
+
+    The gradient is made in the forward pass, from the same logits: they are never kept, nor computed twice
+    (Liger Kernel, arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        hidden: torch.Tensor,
+        head: nn.Linear | OutputHead,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the losses (float32 scalar), and the loss of each position, without gradient.
+
+        Args:
+            hidden: [S, hidden size], the head's input at the supervised positions.
+            head: frozen; see :func:`output_head`.
+            targets: int64 [S].
+            weights: float32 [S], the gradient of each position's loss.
+        """
+        losses = torch.empty_like(weights)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, LOGITS // head.weight.shape[0])
+        for at in range(0, len(hidden), rows):
+            part = slice(at, at + rows)
+            logits, to_states = _logits(head, hidden[part])
+            blocks = (
+                t.split(BLOCK if logits.device.type == "cpu" else rows)
+                for t in (logits, targets[part, None], losses[part])
+            )
+            for block, target, loss in zip(*blocks, strict=True):
+                logs = F.log_softmax(block, -1, dtype=torch.float32)
+                found = logs.gather(1, target)
+                loss.copy_(-found.squeeze(1))
+                if gradient is not None:
+                    block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
+            if gradient is not None:
+                gradient[part] = to_states(logits.to(hidden.dtype)) * weights[part, None].to(hidden.dtype)
+        if gradient is not None:
+            ctx.gradient = gradient
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(
+        ctx: _Context, gradient: torch.Tensor, _: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.gradient * gradient, None, None, None
+
+
+def _logits(
+    head: nn.Linear | OutputHead, states: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Logits that may be written to, and what makes the gradient of `states` from theirs."""
+    if not isinstance(head, OutputHead):
+        return head(states), lambda gradient: gradient @ head.weight
+    with torch.enable_grad():
+        given = states.detach().requires_grad_()
+        logits = head(given)
+    return logits.detach().clone(), lambda gradient: torch.autograd.grad(logits, given, gradient.to(logits))[0]

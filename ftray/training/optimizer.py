@@ -1,4 +1,4 @@
-"""How one adapter of a pack makes its optimiser steps; with DeepSpeed: :mod:`ftray.training.deepspeed_optimizer`."""
+"""How one adapter of a pack makes its optimiser steps; with DeepSpeed: :mod:`ftray.training.engine`."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -25,8 +25,7 @@ from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.models.sharding import is_sharded, whole
 from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
-from ftray.multi_adapter.head_loss import HeadLoss
-from ftray.multi_adapter.output_head import OutputHead, output_head
+from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec

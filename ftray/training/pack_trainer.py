@@ -21,8 +21,7 @@ from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import out_of_memory, share
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
-from ftray.training.deepspeed_optimizer import DeepSpeedOptimizer
-from ftray.training.engine import join_process_group, return_freed_memory, sum_over_ranks
+from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState, validation_metrics
