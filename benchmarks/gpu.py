@@ -136,7 +136,7 @@ def equality(dtype: torch.dtype, size: str, trials: int = 8, steps: int = 3) -> 
         for i, own in alone.items():
             step_alone(*own, batches[i][step], step)
     for i, (model, _) in alone.items():
-        models = adapter(base, i)[0], model, pack.members[str(i)].model
+        models = adapter(base, i)[0], model, pack.adapters[str(i)].model
         start, theirs, ours = (torch.cat([p.detach().flatten() for p in trainable(m)]) for m in models)
         worst = max(worst, ((ours - theirs).norm() / (theirs - start).norm()).item())
     if worst > ALLOWED[dtype]:

@@ -266,7 +266,7 @@ def training(family: Family) -> tuple[Any, tuple[str, str]]:
         for name, stepped in pack.step(batches).items():
             if stepped.failure:
                 raise Wrong(f"adapter {name}: {stepped.failure}")
-            states[int(name)].append(state(pack.members[name].model))
+            states[int(name)].append(state(pack.adapters[name].model))
     ours = [pack.remove(str(i)) for i in range(len(ADAPTERS))]
     notes = [held_against_alone(family, model, states[seed], seed) for seed, model in enumerate(ours)]
     how = "apart" if any(reasons) else "padded" if pack.padded else "packed"

@@ -69,7 +69,7 @@ def main() -> int:
 
     def end_ours() -> None:
         start_peer()
-        current[0].model = pack.pack.members["run"].model
+        current[0].model = pack.pack.adapters["run"].model
         losses["ours"].append(usual.held_out_loss(current[0]))
         pack.leave("run")
 

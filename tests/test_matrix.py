@@ -164,7 +164,7 @@ def test_all_methods_in_one_pack_get_what_they_get_alone(tiny_llama):
         assert reason in apart[variant]
     for variant, run in runs.items():
         alone, _ = plain_loop(run, repeat(batch), [batch], lambda: [batch])
-        packed = trainer.pack.members[variant].model
+        packed = trainer.pack.adapters[variant].model
         assert matrix.difference(matrix.losses(alone, batch), matrix.losses(packed, batch)) < 1e-4, variant
 
 

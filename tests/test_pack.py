@@ -91,9 +91,9 @@ def test_one_that_diverges_leaves_its_mates_as_they_are():
         for name, (trial, model) in enumerate(zip(trials, models, strict=True)):
             pack.add(str(name), model, trial.update(model))
         for step in range(STEPS):
-            stepped = pack.step({name: trials[int(name)].batches(step) for name in pack.members})
+            stepped = pack.step({name: trials[int(name)].batches(step) for name in pack.adapters})
             failures += [s.failure for s in stepped.values() if s.failure]
-            if step == 1 and "1" in pack.members:
+            if step == 1 and "1" in pack.adapters:
                 pack.remove("1")
         return models, failures
 
@@ -156,7 +156,7 @@ def test_one_that_is_too_much_for_the_memory_leaves_alone():
     for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
         pack.add(str(i), model, trial.update(model))
     for step in range(STEPS):
-        stepped = pack.step({name: chosen[int(name)].batches(step) for name in pack.members})
+        stepped = pack.step({name: chosen[int(name)].batches(step) for name in pack.adapters})
         failures = {name: result.failure for name, result in stepped.items() if result.failure}
         assert failures == ({"1": "out of memory: one micro-batch at step 1"} if step == 0 else {})
     assert_same_weights(models[0], alone(base, chosen[0]), 1e-5)
@@ -182,7 +182,7 @@ def test_memory_that_is_refused_to_one_changes_nothing_for_its_mates(where):
     else:
         next(m for m in models[1].modules() if isinstance(m, BaseTunerLayer)).register_forward_pre_hook(take)
     for step in range(STEPS):
-        stepped = pack.step({name: chosen[int(name)].batches(step) for name in pack.members})
+        stepped = pack.step({name: chosen[int(name)].batches(step) for name in pack.adapters})
         failures = {name: result.failure for name, result in stepped.items() if result.failure}
         if step == 0 and where != "validation":
             said = {"pass": "one micro-batch at step 1", "update": "the update of step 1"}[where]

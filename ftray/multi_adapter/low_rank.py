@@ -40,7 +40,7 @@ class PaddedSegments:
     """The rows of K adapters with similar numbers of rows, padded to [K, L].
 
     Attributes:
-        members: indices of the adapters.
+        adapters: indices of the adapters.
         lengths: number of rows of each, at most L.
         rows: int64 [R], indices of the rows in the batch; None: all rows of the batch, in order.
         pad_index: int64 [K * L], the row at each padded position, the adapter's last one at padding; None: the batch
@@ -48,7 +48,7 @@ class PaddedSegments:
         unpad_index, padding_index: int64, padded positions of rows and of padding; None: there is no padding.
     """
 
-    members: tuple[int, ...]
+    adapters: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: torch.Tensor | None
     pad_index: torch.Tensor | None
@@ -72,16 +72,16 @@ def padded_segments(segments: Sequence[tuple[int, int]], rows: int, device: torc
     for i, (first, end) in enumerate(segments):
         alike.setdefault((end - first).bit_length(), []).append(i)
     found = []
-    for members in alike.values():
-        lengths = tuple(segments[i][1] - segments[i][0] for i in members)
-        own = [torch.arange(*segments[i]) for i in members]
+    for adapters in alike.values():
+        lengths = tuple(segments[i][1] - segments[i][0] for i in adapters)
+        own = [torch.arange(*segments[i]) for i in adapters]
         whole = sum(lengths) == rows  # segments don't overlap and come in order
         even = len(set(lengths)) == 1
         inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         padded = torch.stack([torch.cat([o, o[-1:].expand(max(lengths) - len(o))]) for o in own])
         found.append(
             PaddedSegments(
-                tuple(members),
+                tuple(adapters),
                 lengths,
                 None if whole else torch.cat(own).to(device),
                 None if whole and even else padded.flatten().to(device),
@@ -128,7 +128,7 @@ class AddLowRank(torch.autograd.Function):
         """
         saved: list[torch.Tensor] = []
         for segments in layout:
-            mine = [updates[i] for i in segments.members]
+            mine = [updates[i] for i in segments.adapters]
             a, b = _stacked_factors(mine, precision(x))
             scaling = torch.tensor([u.scaling for u in mine], dtype=a.dtype).to(x.device)[:, None, None]
             hidden = (_padded_input(x[0], segments, mine) @ a.transpose(1, 2)).mul_(scaling)
@@ -151,14 +151,14 @@ class AddLowRank(torch.autograd.Function):
         inner: torch.Tensor | None = None
         gradients: list[Any] = [None] * (2 * len(ctx.updates))
         for segments, a, b, scaling, hidden in zip(ctx.layout, *(saved[i::4] for i in range(4)), strict=True):
-            mine = [ctx.updates[i] for i in segments.members]
+            mine = [ctx.updates[i] for i in segments.adapters]
             outer = segments.pad(gradient[0])
             if segments.padding_index is not None:
                 outer.flatten(0, 1).index_fill_(0, segments.padding_index, 0.0)
             dh = (outer @ b).mul_(scaling)
             da = (dh.transpose(1, 2) @ _padded_input(x[0], segments, mine)).float()
             db = (outer.transpose(1, 2) @ hidden).float()
-            for k, (i, update) in enumerate(zip(segments.members, mine, strict=True)):
+            for k, (i, update) in enumerate(zip(segments.adapters, mine, strict=True)):
                 rank = len(update.a)
                 gradients[2 * i], gradients[2 * i + 1] = da[k, :rank], db[k, :, :rank].contiguous()
             if ctx.needs_input_grad[0]:

@@ -58,14 +58,14 @@ class SharedLinear(nn.Module):
 
     Attributes:
         base: an `nn.Linear`, a `Conv1D` or a quantised layer.
-        members: by adapter, its PEFT layer and its dropout.
+        adapters: by name, its PEFT layer and its dropout.
         multiplies: adapters that change the layer's input, so that their rows are multiplied separately.
     """
 
     def __init__(self, base: nn.Module, segments: AdapterSegments):
         super().__init__()
         self.base, self.segments = base, segments
-        self.members: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
+        self.adapters: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
         self.multiplies: set[str] = set()
 
     @classmethod
@@ -79,7 +79,7 @@ class SharedLinear(nn.Module):
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         """Add the PEFT `layer` of adapter `name`."""
-        self.members[name] = layer, rng
+        self.adapters[name] = layer, rng
         if update_of(layer.eval(), rng, 0):  # adds to the layer's output
             return
         base: Any = layer.get_base_layer()
@@ -96,7 +96,7 @@ class SharedLinear(nn.Module):
 
     def leave(self, name: str) -> None:
         """Remove adapter `name`."""
-        del self.members[name]
+        del self.adapters[name]
         self.multiplies.discard(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,8 +120,8 @@ class SharedLinear(nn.Module):
         spans = self.segments.spans
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):
-            if member := self.members.get(name):
-                if update := update_of(*member, end - first):
+            if adapter := self.adapters.get(name):
+                if update := update_of(*adapter, end - first):
                     updates[i] = update
                 else:
                     own.append(i)
@@ -138,7 +138,7 @@ class SharedLinear(nn.Module):
             results = self._multiply(together, ranges, updates).split([sizes[i] for i in kept], dim=1)
             multiplied = dict(zip(kept, results, strict=True))
         for i in own:
-            layer, _ = self.members[spans[i][0]]
+            layer, _ = self.adapters[spans[i][0]]
             # a copy, as some methods add to their input in place
             answer = _Answer(layer.get_base_layer(), inputs[i], multiplied[i].clone() if i in multiplied else None)
             try:

@@ -95,7 +95,7 @@ class ModelRunner:
         segments: list[tuple[str, int, int]] = []
         for chunk in chunks:
             first, end = len(ids), len(ids) + len(chunk.ids)
-            name = chunk.adapter or ""  # no layer has a member of that name
+            name = chunk.adapter or ""  # no layer has an adapter of that name
             if segments and segments[-1][0] == name:
                 segments[-1] = (name, segments[-1][1], end)
             else:

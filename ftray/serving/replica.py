@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
 
 TOLD_SECONDS = 0.002  # after which a message has left this process, and a step that ends it can't keep it back
 Result = TypeVar("Result")
-Deliver = Callable[[list[OutputDelta]], None]
+DeltaCallback = Callable[[list[OutputDelta]], None]
 
 
 class Replica(BaseReplica):
@@ -42,7 +42,7 @@ class Replica(BaseReplica):
         super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.outbox: dict[Deliver, list[OutputDelta]] = {}  # what a step gave, by request
+        self.outbox: dict[DeltaCallback, list[OutputDelta]] = {}  # what a step gave, by request
         self._admission = Admission(self.cfg.serving.slots)
         self._keys = itertools.count()
         self._rendering_of_base = Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
@@ -153,7 +153,7 @@ class Replica(BaseReplica):
         request: GenerationRequest,
         prompts: list[list[int]],
         max_tokens: int,
-        deliver: Deliver,
+        deliver: DeltaCallback,
         submitted: list["Sequence"],
     ) -> None:
         """Queue the sequences of a request, after loading their adapter unless it is in memory.
@@ -178,7 +178,7 @@ class Replica(BaseReplica):
         prompts: list[list[int]],
         max_tokens: int,
         key: str | None,
-        deliver: Deliver,
+        deliver: DeltaCallback,
         submitted: list["Sequence"],
     ) -> None:
         """What :meth:`_submit` does in the engine's thread.

@@ -41,7 +41,7 @@ Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
 @dataclass
-class Member:
+class PackedAdapter:
     """One adapter of a pack.
 
     Attributes:
@@ -106,7 +106,7 @@ class Pack:
         self.base, self.tokens, self.rank, self.world_size = base, tokens, rank, world_size
         self.task = task.load()
         self.sharded = is_sharded(base)
-        self.members: dict[str, Member] = {}
+        self.adapters: dict[str, PackedAdapter] = {}
         self._sum = sum_over_ranks
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
@@ -219,12 +219,12 @@ class Pack:
                 isolation_reason = str(error)
         for path, layer in layers.items():
             SharedLinear.at(self.shared, path, self._segments).join(name, layer, rng)
-        self.members[name] = Member(model.eval(), update, rng, layers, trainable(model), step, isolation_reason)
+        self.adapters[name] = PackedAdapter(model.eval(), update, rng, layers, trainable(model), step, isolation_reason)
         if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             rng = DropoutRNG(model, seed, self.rank)
             isolation_reason = reason
-            self.members[name] = Member(model.eval(), update, rng, {}, trainable(model), step, isolation_reason)
+            self.adapters[name] = PackedAdapter(model.eval(), update, rng, {}, trainable(model), step, isolation_reason)
         if isolation_reason and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
@@ -259,32 +259,32 @@ class Pack:
 
         Adapters of one kind run the same code: only the first of each kind is tried.
         """
-        member = self.members[name]
-        adapted = ((n, m) for n, m in member.model.named_modules() if isinstance(m, BaseTunerLayer))
-        layers = ((path, type(layer), update_of(layer, member.rng, 0) is None) for path, layer in adapted)
-        kind = member.model.active_peft_config.peft_type, member.isolation_reason, tuple(layers)
+        adapter = self.adapters[name]
+        adapted = ((n, m) for n, m in adapter.model.named_modules() if isinstance(m, BaseTunerLayer))
+        layers = ((path, type(layer), update_of(layer, adapter.rng, 0) is None) for path, layer in adapted)
+        kind = adapter.model.active_peft_config.peft_type, adapter.isolation_reason, tuple(layers)
         if kind not in self._probed:
-            with probe.moved(member.parameters), torch.enable_grad():
-                find = self._differs_isolated if member.isolation_reason else self._differs_shared
-                self._probed[kind] = self._agreed(lambda: find(member, name))
+            with probe.moved(adapter.parameters), torch.enable_grad():
+                find = self._differs_isolated if adapter.isolation_reason else self._differs_shared
+                self._probed[kind] = self._agreed(lambda: find(adapter, name))
         return self._probed[kind]
 
-    def _differs_shared(self, member: Member, name: str) -> str | None:
+    def _differs_shared(self, adapter: PackedAdapter, name: str) -> str | None:
         self.shared.eval()
         own, allowed = range(1, len(self._records)), probe.tolerance(self.base)
-        wanted, gradients = probe.alone_adapter(member.model, [self._records[i] for i in own], member.parameters)
+        wanted, gradients = probe.alone_adapter(adapter.model, [self._records[i] for i in own], adapter.parameters)
         logits = self._probe_pass(name, self._records)
         expected = [self._alone[0], *wanted]
         loss = torch.stack([probe.token_loss(logits[i], self._records[i]) for i in own]).sum()
-        ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
+        ours = torch.autograd.grad(loss, adapter.parameters, allow_unused=True, materialize_grads=True)
         return probe.wrong_logits(logits, expected, allowed) or probe.wrong_gradients(ours, gradients, allowed)
 
-    def _differs_isolated(self, member: Member, name: str) -> str | None:
-        wanted, gradients = probe.alone_adapter(member.model, self._records, member.parameters)
+    def _differs_isolated(self, adapter: PackedAdapter, name: str) -> str | None:
+        wanted, gradients = probe.alone_adapter(adapter.model, self._records, adapter.parameters)
         columns = {"input_ids": self._records, "labels": self._records}
         batch = {key: tensor.to(self.base.device) for key, tensor in self.task.collate(columns).items()}
-        loss = self.task.loss(member.model, batch)
-        ours = torch.autograd.grad(loss, member.parameters, allow_unused=True, materialize_grads=True)
+        loss = self.task.loss(adapter.model, batch)
+        ours = torch.autograd.grad(loss, adapter.parameters, allow_unused=True, materialize_grads=True)
         alone = sum(float(probe.token_loss(*pair)) for pair in zip(wanted, self._records, strict=True))
         allowed = max(probe.TOLERANCES.values())  # what is refused has to be off by more than any rounding
         if not abs(loss.item() - alone) <= allowed.logits * abs(alone):
@@ -293,11 +293,11 @@ class Pack:
 
     def remove(self, name: str) -> PeftModel:
         """Remove an adapter; returns its model, which works without the pack."""
-        member = self.members.pop(name)
-        member.rng.end()
-        for path in member.layers:
+        adapter = self.adapters.pop(name)
+        adapter.rng.end()
+        for path in adapter.layers:
             self.shared.get_submodule(path).leave(name)
-        return member.model
+        return adapter.model
 
     def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
         """Make one optimiser step of every adapter in `batches`.
@@ -324,8 +324,8 @@ class Pack:
             local += [losses[name], square, float(name in exhausted)]
         results = {}
         for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
-            failure = _step_failure(self.members[name].step + 1, loss, square, bool(ran_out))
-            failure = failure or self._update(self.members[name], gradients.pop(name))
+            failure = _step_failure(self.adapters[name].step + 1, loss, square, bool(ran_out))
+            failure = failure or self._update(self.adapters[name], gradients.pop(name))
             if failure:
                 self.remove(name)
             results[name] = StepResult(loss, *counts[name], failure)
@@ -346,15 +346,15 @@ class Pack:
             return losses | again[0], gradients | again[1], exhausted | again[2]
         return losses, gradients, exhausted
 
-    def _update(self, member: Member, gradients: list[torch.Tensor]) -> str | None:
+    def _update(self, adapter: PackedAdapter, gradients: list[torch.Tensor]) -> str | None:
         """Make the optimiser step of one adapter; returns why it failed."""
         try:
-            member.update.apply(gradients, member.step)
+            adapter.update.apply(gradients, adapter.step)
         except RuntimeError as error:
             if not out_of_memory(error) or self.world_size > 1:  # other ranks may wait in a collective
                 raise
-            return f"out of memory: the update of step {member.step + 1}"
-        member.step += 1
+            return f"out of memory: the update of step {adapter.step + 1}"
+        adapter.step += 1
         return None
 
     def _in_memory(self, attempt: Callable[[], Result]) -> Result:
@@ -384,14 +384,14 @@ class Pack:
             train_mode(self.shared)
         losses, gradients = dict.fromkeys(batches, 0.0), {}
         for name in batches:
-            if not self.members[name].model.training:
-                train_mode(self.members[name].model)
-            gradients[name] = _penalty_gradient(self.members[name].model)
+            if not self.adapters[name].model.training:
+                train_mode(self.adapters[name].model)
+            gradients[name] = _penalty_gradient(self.adapters[name].model)
         for units in self._passes([(n, i, batch) for n, own in batches.items() for i, batch in enumerate(own)]):
             for name, micro_batch, _ in units:
-                rng = self.members[name].rng
-                rng.step, rng.micro_batch = self.members[name].step, micro_batch
-            parameters = {name: self.members[name].parameters for name, *_ in units}
+                rng = self.adapters[name].rng
+                rng.step, rng.micro_batch = self.adapters[name].step, micro_batch
+            parameters = {name: self.adapters[name].parameters for name, *_ in units}
             every = [p for own in parameters.values() for p in own]
             try:
                 total, parts = self._loss(units, [weights[name] for name, *_ in units])
@@ -415,8 +415,8 @@ class Pack:
         """
         self.shared.eval()
         for name in names:
-            if self.members[name].model.training:
-                self.members[name].model.eval()
+            if self.adapters[name].model.training:
+                self.adapters[name].model.eval()
 
         def attempt() -> list[float | None]:
             found: dict[str, float | None] = {}
@@ -448,12 +448,12 @@ class Pack:
             size = 0
             for unit in units:
                 tokens = sizes[unit[:2]]
-                full = now and (size + tokens > self.tokens or self.members[unit[0]].isolation_reason)
+                full = now and (size + tokens > self.tokens or self.adapters[unit[0]].isolation_reason)
                 if full or any(unit[0] == name for name, *_ in (*now, *later)):
                     later.append(unit)
                 else:
                     now.append(unit)
-                    size += tokens if not self.members[unit[0]].isolation_reason else self.tokens
+                    size += tokens if not self.adapters[unit[0]].isolation_reason else self.tokens
             yield now
             units = later
 
@@ -468,9 +468,9 @@ class Pack:
 
     def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
         """The weighted sum of the units' losses, and the loss of each, summed over its supervised tokens."""
-        if self.members[units[0][0]].isolation_reason:
+        if self.adapters[units[0][0]].isolation_reason:
             rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
-            loss = self.task.loss(self.members[units[0][0]].model, rows)
+            loss = self.task.loss(self.adapters[units[0][0]].model, rows)
             return loss * weights[0], [loss.item()]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]

@@ -141,7 +141,7 @@ class PackTrainer:
 
     def leave(self, name: str) -> None:
         """Remove a trial, whether or not the pack has already dropped it."""
-        if name in self.pack.members:
+        if name in self.pack.adapters:
             self.pack.remove(name)
         self.trials.pop(name).update.engine.destroy()
 
@@ -209,7 +209,7 @@ class PackTrainer:
             return None
         reason = None
         try:
-            metrics |= self.measure(self.pack.members[name].model)
+            metrics |= self.measure(self.pack.adapters[name].model)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

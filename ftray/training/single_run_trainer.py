@@ -39,7 +39,7 @@ class SingleRunTrainer:
         """Resume from a checkpoint directory that :meth:`save` wrote with the same run and world size."""
         update = self.trial.update
         self.history.restore(load_checkpoint(update.engine, update.allocation, directory))
-        self.pack.pack.members[NAME].step = self.history.step
+        self.pack.pack.adapters[NAME].step = self.history.step
 
     def save(self, directory: str) -> None:
         """Write a checkpoint; every rank calls it with its own view of the same directory."""
