@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import TracebackType
 from typing import Any
 
+from ftray.data.fast_tokenizer import AnyTokenizer, Tools
 from ftray.data.records import Example, Turn
 from ftray.data.tool_calls import CallFormat, find_call_format
 from ftray.errors import UserError
@@ -38,17 +40,17 @@ class Answer:
     said: str
 
 
-def chat_template(tokenizer: Any) -> "ChatTemplate":
+def chat_template(tokenizer: AnyTokenizer) -> "ChatTemplate":
     """The tokenizer's chat template, tried once."""
     return _tried_once(tokenizer, _source(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _tried_once(tokenizer: Any, source: str) -> "ChatTemplate":
+def _tried_once(tokenizer: AnyTokenizer, source: str) -> "ChatTemplate":
     return ChatTemplate(tokenizer, source)
 
 
-def _source(tokenizer: Any) -> str:
+def _source(tokenizer: AnyTokenizer) -> str:
     template = tokenizer.chat_template
     return json.dumps(template) if isinstance(template, dict | list) else template or ""
 
@@ -60,7 +62,7 @@ class ChatTemplate:
         source: its text; empty: there is none.
     """
 
-    def __init__(self, tokenizer: Any, source: str):
+    def __init__(self, tokenizer: AnyTokenizer, source: str):
         self._tokenizer, self.source = tokenizer, source
         self._roles: dict[str, bool] = {}
 
@@ -94,7 +96,7 @@ class ChatTemplate:
         return self._rendered(self.messages(example), [*example.tools] or None, True, example.where)
 
     def _answer(
-        self, messages: list[dict[str, Any]], turn: Turn, index: int, tools: Any, tagged: bool, where: object
+        self, messages: list[dict[str, Any]], turn: Turn, index: int, tools: Tools, tagged: bool, where: object
     ) -> Answer:
         spans: list[tuple[int, int]] = []
         if tagged:
@@ -217,19 +219,19 @@ class ChatTemplate:
         """Whether it says what the assistant's part is."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
-    def _tried(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
+    def _tried(self, messages: list[dict[str, Any]], tools: Tools = None) -> str:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
         except Exception:  # a template is a program, and raises whatever it likes
             return ""
 
-    def _rendered(self, messages: list[dict[str, Any]], tools: Any, ask: bool, where: object) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], tools: Tools, ask: bool, where: object) -> str:
         with _refusals(where):
             return str(
                 self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
             )
 
-    def _tagged(self, messages: list[dict[str, Any]], tools: Any, where: object) -> tuple[str, list[tuple[int, int]]]:
+    def _tagged(self, messages: list[dict[str, Any]], tools: Tools, where: object) -> tuple[str, list[tuple[int, int]]]:
         from ftray.compat.chat_template import with_generation_spans  # takes a second, and most need none of it
 
         if not self.marks_generation:
@@ -248,7 +250,9 @@ class _refusals:
     def __enter__(self) -> None:
         return
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if isinstance(error, Exception):  # a template is a program, and raises whatever it likes
             raise UserError(f"{self.where}: the model's chat template refuses these turns: {error}") from None
 

@@ -4,9 +4,15 @@ import json
 import re
 from collections.abc import Callable
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | FastTokenizer"
+Tools: TypeAlias = list[dict[str, Any]] | None  # that a conversation may call, as JSON schemas
 
 MOST_WORDS, LONGEST_WORD = 2**17, 40  # that are kept
 # A word after a blank is never one token with what is before it, where a pre-tokenizer is one of those below: none of
@@ -68,7 +74,7 @@ class FastTokenizer:
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools = None,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
@@ -77,7 +83,7 @@ class FastTokenizer:
 
         return render(self.get_chat_template(), messages, tools, add_generation_prompt, self.special_tokens_map)
 
-    def get_chat_template(self, tools: Any = None) -> str:
+    def get_chat_template(self, tools: Tools = None) -> str:
         """The only one."""
         return self.chat_template or ""
 
@@ -143,7 +149,7 @@ def _is_known(step: dict[str, Any]) -> bool | None:
     return None
 
 
-def state_of(tokenizer: Any) -> str | None:
+def state_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """What a :class:`FastTokenizer` needs to stand in for a tokenizer of transformers; None: it couldn't."""
     from transformers import PreTrainedTokenizerFast
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute
 
@@ -10,10 +10,15 @@ from ftray.config import DataConfig
 from ftray.data.shards import TokenizedData
 from ftray.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SHARE = 0.999  # of the records that `max_length: auto` leaves whole
 
 
-def within_positions(cfg: DataConfig, model: Any, added: int = 0, lengths: Sequence[int] = ()) -> DataConfig:
+def within_positions(
+    cfg: DataConfig, model: "PreTrainedModel", added: int = 0, lengths: Sequence[int] = ()
+) -> DataConfig:
     """`cfg` with a `max_length` that the model has positions for, unless it was given; says so.
 
     `auto` becomes the length that `SHARE` of the records don't exceed, or the most that the model takes.
@@ -54,7 +59,9 @@ def _settled(cfg: DataConfig, most: int | None, lengths: list[int]) -> DataConfi
     return cfg.model_copy(update={"max_length": taken})
 
 
-def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: Any, added: int = 0) -> None:
+def refuse_beyond(
+    data: TokenizedData, cfg: DataConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", added: int = 0
+) -> None:
     """Refuse tokens that the model has no embedding for, and records that it has no positions for.
 
     Args:
@@ -85,7 +92,7 @@ def refuse_beyond(data: TokenizedData, cfg: DataConfig, model: Any, tokenizer: A
         )
 
 
-def check_special_tokens(name: str, model: Any, tokenizer: Any) -> None:
+def check_special_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a padding token that the model has no embedding for; say if no token ends an answer.
 
     Args:

@@ -6,20 +6,20 @@ import logging
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from ftray.config import DataConfig
-from ftray.data.fast_tokenizer import FastTokenizer, state_of
+from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer, state_of
 from ftray.data.formats import Chunk, read_chunk
 from ftray.data.parts import Sorted, bins_of, read_bin, read_tables, write_sorted, write_tables
 from ftray.data.record_task import RecordTask, record_task
@@ -42,6 +42,9 @@ from ftray.errors import UserError
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
 from ftray.task_spec import AS_IT_IS, CAUSAL, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +128,9 @@ def prepare(
     return TokenizedData.load(str(target))
 
 
-def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...] = ()) -> str:
+def fingerprint_of(
+    cfg: DataConfig, sources: Sources, tokenizer: "PreTrainedTokenizerBase", task: str, labels: tuple[str, ...] = ()
+) -> str:
     """The same for all that makes the same tokens: the name of their directory in the cache."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
@@ -145,7 +150,9 @@ def _cache(cfg: DataConfig) -> Location:
     return parse_location(cfg.cache or cache_root() / "data")
 
 
-def check_cache(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str, labels: tuple[str, ...]) -> None:
+def check_cache(
+    cfg: DataConfig, sources: Sources, tokenizer: "PreTrainedTokenizerBase", task: str, labels: tuple[str, ...]
+) -> None:
     """Check that :func:`prepare` can write, unless all that it would write is there.
 
     Raises:
@@ -212,7 +219,7 @@ def _read(source: Source, name: str, task: TaskSpec, work: Location) -> list[Sor
 
 
 def _in_tasks(
-    function: Any, rows: list[dict[str, Any]], fixed: dict[str, Any], source: Source
+    function: Callable[..., pa.Table], rows: list[dict[str, Any]], fixed: dict[str, Any], source: Source
 ) -> Iterator[dict[str, Any]]:
     """What `function` makes of each row, in their order: in tasks of Ray, or of a small source in this process."""
     sizes = [chunk.bytes for chunk in source.chunks]
@@ -290,7 +297,7 @@ def _tokenize_bin(
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: str | None) -> Any:
+def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: str | None) -> AnyTokenizer:
     if (state := parse_location(work) / TOKENIZER).exists():
         return FastTokenizer(state.read_text())
     from ftray.models.load import load_tokenizer
@@ -298,7 +305,7 @@ def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: st
     return load_tokenizer(model, trust_remote_code, chat_template)
 
 
-def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: Any, task: TaskSpec) -> pa.Table:
+def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: AnyTokenizer, task: TaskSpec) -> pa.Table:
     of = record_task(task)
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)

@@ -30,7 +30,7 @@ class RankedShards(ray.train.DataConfig):
         self.columns = list(data.task.load().columns)  # looked up here, so that reading tasks need not import the task
 
     def configure(
-        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+        self, datasets: dict[str, Any], world_size: int, *args: object, **kwargs: object
     ) -> list[dict[str, ray.data.DataIterator]]:
         """One iterator per worker and split; `datasets` hold the slices to read."""
         return [
@@ -117,6 +117,8 @@ def _dataset(slices: Iterator[RowGroupSlice]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROW_GROUPS_PER_TASK)))
 
 
-def _read(table: pa.Table, **fixed: Any) -> Iterator[pa.Table]:
+def _read(
+    table: pa.Table, data: TokenizedData, split: str, seed: int, rank: int, world_size: int, columns: list[str]
+) -> Iterator[pa.Table]:
     for row in table.to_pylist():
-        yield read_slice(part=RowGroupSlice(**row), **fixed)
+        yield read_slice(data, split, RowGroupSlice(**row), seed, rank, world_size, columns)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ftray.config import DataConfig
 from ftray.data import records
+from ftray.data.fast_tokenizer import AnyTokenizer
 from ftray.data.shapes import Seen, Shape, read
 from ftray.data.tokens import Tokens, tokenize
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -54,7 +55,7 @@ class RecordTask(ABC):
         return ""
 
     @abstractmethod
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(self, examples: list[Any], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """Token ids and labels; None where a record is too long or has nothing left to learn.
 
         Raises:
@@ -68,7 +69,7 @@ class TextTask(RecordTask):
     shapes = records.SHAPES
     record_keys = records.KNOWN
 
-    def tokenize(self, examples: list[Any], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+    def tokenize(self, examples: list[Any], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """See :mod:`ftray.data.tokens`."""
         return tokenize(examples, tokenizer, cfg)
 

@@ -161,9 +161,9 @@ def _by_name(files: list[pafs.FileInfo], root: str) -> dict[str, list[pafs.FileI
 def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> dict[str, list[pafs.FileInfo]]:
     """The Arrow files of each split that `datasets` saved in a folder; none: it is no such folder."""
 
-    def load(path: str) -> Any:
+    def load(path: str) -> dict[str, Any]:
         with filesystem.open_input_stream(path) as file:
-            return json.loads(file.read())
+            return dict(json.loads(file.read()))
 
     def there(path: str) -> bool:
         return bool(filesystem.get_file_info(path).is_file)

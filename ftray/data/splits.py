@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk
@@ -16,6 +16,9 @@ from ftray.data.sources import find_chunks, find_splits, is_small, read_for_chec
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
@@ -134,7 +137,7 @@ def _order(part: str) -> str:
     return f"order{part and hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}"
 
 
-def _content(value: Any) -> bytes:
+def _content(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode(errors="surrogatepass")
 
 
@@ -180,7 +183,9 @@ class DataCheck:
         self.first = first
         self._records[at] = chain([first], self._records[at])
 
-    def run(self, tokenizer: Any, task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()) -> TaskSpec:
+    def run(
+        self, tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()
+    ) -> TaskSpec:
         """Find what is wrong with the data. Reads on from :attr:`first`, so it can be called once.
 
         Args:
@@ -246,7 +251,7 @@ def _classes(records: list[_Record], of: RecordTask, source: Source) -> tuple[st
     return in_order(seen)
 
 
-def _lengths(records: list[_Record], tokenizer: Any, of: RecordTask, source: Source) -> list[int]:
+def _lengths(records: list[_Record], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, source: Source) -> list[int]:
     """The most tokens that a model reads, or writes, of each record at once."""
     found = []
     for part, own in source.parts.items():
@@ -259,7 +264,9 @@ def _lengths(records: list[_Record], tokenizer: Any, of: RecordTask, source: Sou
     return found
 
 
-def _refuse_nothing_to_learn(examples: list[Any], tokenizer: Any, of: RecordTask, cfg: DataConfig) -> None:
+def _refuse_nothing_to_learn(
+    examples: list[Any], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, cfg: DataConfig
+) -> None:
     """Raise the UserError about records of which tokenization leaves nothing, if that is so."""
     batches = (examples[at : at + TOKENIZED_AT_ONCE] for at in range(0, len(examples), TOKENIZED_AT_ONCE))
     if not any(any(of.tokenize(batch, tokenizer, cfg)) for batch in batches):

@@ -1,10 +1,10 @@
 """From examples to token ids and labels."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ftray.config import DataConfig
 from ftray.data.chat import Answer, chat_template
+from ftray.data.fast_tokenizer import AnyTokenizer
 from ftray.data.records import Example, as_chat
 from ftray.errors import UserError
 from ftray.task_spec import CHAT, IGNORE, RAW
@@ -41,7 +41,7 @@ class Tokens:
     further: tuple["Tokens", ...] = ()
 
 
-def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[Tokens | None]:
+def tokenize(examples: list[Example], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
     """Tokenize; None where a record is too long (`overlong: drop`) or has no supervised token left.
 
     Prompt and target are tokenized apart, so that the border between them is a token border in training as in
@@ -77,7 +77,7 @@ def tokenize(examples: list[Example], tokenizer: Any, cfg: DataConfig) -> list[T
     return result
 
 
-def beginning(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: AnyTokenizer) -> list[int]:
     """The beginning-of-sequence token, if the tokenizer puts one before a text."""
     first = list(tokenizer("")["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []
@@ -88,14 +88,14 @@ def spread(tokens: list[Tokens | None]) -> list[tuple[int, Tokens | None]]:
     return [(i, row) for i, first in enumerate(tokens) for row in (first, *(first.further if first else ()))]
 
 
-def rendering(example: Example, tokenizer: Any, cfg: DataConfig) -> str:
+def rendering(example: Example, tokenizer: AnyTokenizer, cfg: DataConfig) -> str:
     """How a record is rendered: `CHAT`, by the chat template, or else by this template; empty: it is text alone."""
     if example.messages is not None:
         return CHAT
     return prompt_template(tokenizer, cfg) if example.prompt else ""
 
 
-def prompt_template(tokenizer: Any, cfg: DataConfig) -> str:
+def prompt_template(tokenizer: AnyTokenizer, cfg: DataConfig) -> str:
     """What `data.template` comes to: `CHAT`, or a text that holds {prompt}."""
     if cfg.template != "auto":
         return cfg.template
@@ -105,7 +105,7 @@ def prompt_template(tokenizer: Any, cfg: DataConfig) -> str:
 class _Raw:
     """Records that no chat template renders, tokenized together: that is where fast tokenizers use their threads."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: AnyTokenizer):
         self.tokenizer, self.texts = tokenizer, list[str]()
         self.examples: dict[int, tuple[Example, str]] = {}
 
@@ -129,7 +129,7 @@ class _Raw:
         return result
 
 
-def _chat_rows(chats: dict[int, list[Answer]], tokenizer: Any) -> dict[int, list[Tokens]]:
+def _chat_rows(chats: dict[int, list[Answer]], tokenizer: AnyTokenizer) -> dict[int, list[Tokens]]:
     """The rows of conversations, of which all texts are tokenized together."""
     groups = {i: _by_rendering(answers) for i, answers in chats.items()}
     texts = list(dict.fromkeys(text for own in groups.values() for group in own for text in _texts(group)))
@@ -168,7 +168,7 @@ def _texts(group: list[Answer]) -> list[str]:
     return found
 
 
-def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: Any) -> list[Tokens]:
+def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: AnyTokenizer) -> list[Tokens]:
     """Answers in one rendering as one row; as several, if what is before an answer is not tokenized as in pieces."""
     row: list[int] = []
     labels: list[int] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 _NAME = r"[\w.:/-]+"
 
@@ -289,7 +289,7 @@ def _loose(literal: str) -> str:
     return r"\s*".join(re.escape(part) for part in re.split(r"\s+", literal))
 
 
-def _not_json(constant: str) -> Any:
+def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
@@ -308,11 +308,11 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         raise ValueError("too many levels") from None
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _path(value: Any, wanted: Any) -> tuple[str, ...] | None:
+def _path(value: object, wanted: object) -> tuple[str, ...] | None:
     """The keys of objects that lead to `wanted`, or to its JSON; None: it isn't there."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         if inner == wanted or (isinstance(wanted, dict) and inner == json.dumps(wanted)):
@@ -322,20 +322,20 @@ def _path(value: Any, wanted: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _at(value: Any, path: tuple[str, ...]) -> Any:
+def _at(value: object, path: tuple[str, ...]) -> object:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def _kinds(schema: Any) -> dict[str, Any]:
+def _kinds(schema: object) -> dict[str, Any]:
     """The type that a JSON schema names for each key of an object."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     inner = properties if isinstance(properties, dict) else {}
     return {key: own.get("type") for key, own in inner.items() if isinstance(own, dict)}
 
 
-def _value(text: str, kind: Any) -> Any:
+def _value(text: str, kind: object) -> object:
     """A bare value: what the schema says it is, if it can be that; else a text."""
     if kind is None or kind == "string" or (isinstance(kind, list) and "string" in kind):
         return text

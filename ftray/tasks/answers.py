@@ -71,7 +71,7 @@ def _parse(record: Record, where: object) -> Example:
     return Example(question, context, answers, where)
 
 
-def _answers(answers: Any, context: str, where: object) -> Iterator[tuple[str, int]]:
+def _answers(answers: object, context: str, where: object) -> Iterator[tuple[str, int]]:
     if isinstance(answers, str):
         answers = [answers]
     starts: Any

@@ -48,11 +48,11 @@ def _labelled(first: str, label: str, second: str = "", may_be_single: bool = Fa
     return Shape(name, keys, parse, optional, refused, SECOND, fits)
 
 
-def _is_label(value: Any) -> bool:
+def _is_label(value: object) -> bool:
     return isinstance(value, str | int) or (isinstance(value, list) and bool(value) and isinstance(value[0], str | int))
 
 
-def _one_label(value: Any, key: str, where: object) -> str:
+def _one_label(value: object, key: str, where: object) -> str:
     if isinstance(value, list) and len(value) > 1:
         raise UserError(f"{where}: {key} holds {len(value)} labels: ftray learns one label a text")
     return label_of(value[0] if isinstance(value, list) and value else value, key, where)
@@ -166,7 +166,7 @@ def text_of(record: Record, key: str, where: object, needs: str) -> str:
     return text
 
 
-def label_of(value: Any, key: str, where: object) -> str:
+def label_of(value: object, key: str, where: object) -> str:
     """A class name: text or a whole number.
 
     Raises:

@@ -191,7 +191,7 @@ class PaddedTask(Task):
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
-def _outputs(output: Any) -> dict[str, torch.Tensor]:
+def _outputs(output: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: output[name] for name in OUTPUTS if name in output}
 
 
@@ -207,7 +207,7 @@ def encode(
     pairs: list[Any] | None,
     tokenizer: "PreTrainedTokenizerBase",
     cfg: DataConfig,
-    **settings: Any,
+    **settings: object,
 ) -> tuple[Any, list[int]]:
     """Texts as the tokenizer encodes them with its special tokens, cut to `max_length`; and how long the cut ones were.
 
@@ -221,7 +221,7 @@ def encode(
     return (tokenizer(texts, pairs, truncation=True, max_length=longest, **common) if any(cut) else whole), cut
 
 
-def types_of(encoded: Any, i: int) -> list[int]:
+def types_of(encoded: Mapping[str, Any], i: int) -> list[int]:
     """`token_type_ids` of text i; empty if the tokenizer makes none."""
     return list(encoded["token_type_ids"][i]) if "token_type_ids" in encoded else []
 
