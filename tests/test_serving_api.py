@@ -182,7 +182,7 @@ ANSWERED = {
         ({"tools": {"f": 1}}, "tools", "list"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported field"),
         ({"messages": [ASK, {"role": "assistant", "content": None}]}, "messages", "messages.1: content"),
-        ({"messages": [ASK, {**CALLED, "role": "user"}]}, "messages", "a turn of user makes no calls"),
+        ({"messages": [ASK, {**CALLED, "role": "user"}]}, "messages", "a turn of role user can't hold calls"),
         ({"messages": [ASK, {**CALLED, "tool_calls": [{**CALL, "type": "custom"}]}]}, "messages", "type"),
         ({"messages": [ASK, {**CALLED, "function_call": {"name": "f"}}]}, "messages.1.function_call", "unsupported"),
         ({"messages": [ASK, CALLED, {"role": "tool", "content": "21"}]}, "messages", "tool_call_id"),
@@ -192,7 +192,7 @@ ANSWERED = {
         (
             {"messages": [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages",
-            "messages.0.content: part 0 is no text but 'image_url'",
+            "messages.0.content: part 0 is 'image_url'",
         ),
         ({"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, "b"]}]}, "messages", "part 1 is no text"),
         ({"messages": [{**ASK, "content": {"text": "a"}}]}, "messages", "messages.0.content: must be a text"),

@@ -12,10 +12,10 @@ AT_ONCE = 2**22  # hashes held in memory
 
 
 def shared_prompts(data: TokenizedData, split: str, other: str = "train", at_once: int = AT_ONCE) -> int:
-    """How many records of `split` ask what a record of `other` asks; of a text without a prompt, all of it counts.
+    """How many rows of `split` have the prompt of a row of `other`; a text without a prompt counts as a whole.
 
     Args:
-        at_once: records of `split` whose hashes are in memory; for each so many, `other` is read once.
+        at_once: rows of `split` whose hashes are held in memory; `other` is read once for each so many.
     """
     groups, count, held = len(data.splits[split].row_groups), 0, list[np.ndarray]()
     for index in range(groups):
@@ -36,7 +36,7 @@ def normalised(text: str) -> str:
 
 
 def _hashes(data: TokenizedData, split: str, row_group: int) -> np.ndarray:
-    """A hash of what each row of a row group asks, uint64."""
+    """A hash of the prompt of each row of a row group, uint64."""
     table: pa.Table = data.row_group(split, row_group, ["prompt", "target"])
     texts = [prompt or target for prompt, target in zip(*(column.to_pylist() for column in table.columns), strict=True)]
     digests = (hashlib.blake2b(normalised(text).encode(errors="surrogatepass"), digest_size=8) for text in texts)

@@ -12,15 +12,15 @@ from ftray.data.shards import TokenizedData
 def batches(
     data: TokenizedData, seed: int, first: int, rows: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A rank's micro-batches of `rows` records from position `first` on, endlessly."""
+    """A rank's micro-batches of `rows` rows each, from position `first` on, endlessly."""
     return _batched(data, "train", row_group_order(data, seed, first), seed, rows, rank, world_size)
 
 
 def batches_in_order(
-    data: TokenizedData, split: str, rows: int, rank: int = 0, world_size: int = 1, records: int | None = None
+    data: TokenizedData, split: str, rows: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A rank's share of a split (or of its first `records`) once, in stored order; the last batch may hold fewer."""
-    return _batched(data, split, row_groups_in_order(data, split, records), 0, rows, rank, world_size)
+    """A rank's share of a split (or of its first `limit` rows) once, in stored order; the last batch may hold fewer."""
+    return _batched(data, split, row_groups_in_order(data, split, limit), 0, rows, rank, world_size)
 
 
 def _batched(

@@ -39,13 +39,13 @@ class Sorted:
 
 
 def bins_of(chunks: list[Chunk]) -> int:
-    """Into how many bins a source is cut."""
+    """How many bins a source is cut into."""
     size = sum(UNKNOWN_BYTES if chunk.bytes is None else chunk.bytes for chunk in chunks)
     return min(MOST_BINS, max(1, size // BIN_BYTES))
 
 
 def write_sorted(tables: Iterable[pa.Table], place: Location, name: str, bins: int, limit: int | None) -> Sorted:
-    """Write tables with columns `key`, int64, and `classes` in sorted parts; or find that it has been done.
+    """Write tables with columns `key`, int64, and `classes` in sorted parts, unless an earlier run has done so.
 
     Args:
         place: directory.
@@ -97,7 +97,7 @@ def read_bin(place: Location, parts: list[str], number: int) -> pa.Table:
 
 
 def write_tables(file: Location, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """A file of tables, each of which becomes one batch; it appears when it is whole."""
+    """Write tables into one file, a batch each; the file appears when it is whole."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema, options=_LZ4) as writer:
         for table in tables:

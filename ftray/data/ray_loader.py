@@ -57,7 +57,7 @@ class RankedShards(ray.train.DataConfig):
 def training_batches(
     data: TokenizedData, seed: int, first: int, last: int, rows: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Any]]:
-    """A rank's micro-batches of `rows` records each, streamed by Ray Data.
+    """A rank's micro-batches of `rows` rows each, streamed by Ray Data.
 
     Args:
         seed: of the data order.
@@ -107,9 +107,9 @@ def training_row_groups(data: TokenizedData, seed: int, first: int, last: int) -
     return _dataset(row_group_order(data, seed, first, last))
 
 
-def validation_row_groups(data: TokenizedData, records: int) -> ray.data.Dataset:
-    """The slices to read for the first `records` validation rows, for a trainer's `datasets`."""
-    return _dataset(row_groups_in_order(data, "validation", records))
+def validation_row_groups(data: TokenizedData, limit: int) -> ray.data.Dataset:
+    """The slices to read for the first `limit` validation rows, for a trainer's `datasets`."""
+    return _dataset(row_groups_in_order(data, "validation", limit))
 
 
 def _dataset(slices: Iterator[RowGroupSlice]) -> ray.data.Dataset:

@@ -82,9 +82,9 @@ def _copies(sources: np.ndarray, split: Split, part: RowGroupSlice) -> np.ndarra
     return copies
 
 
-def row_groups_in_order(data: TokenizedData, split: str, records: int | None = None) -> Iterator[RowGroupSlice]:
-    """Every row group of a split once, rows in stored (random) order; or only those of the first `records`."""
-    position, last = 0, sum(data.splits[split].row_groups) if records is None else records
+def row_groups_in_order(data: TokenizedData, split: str, limit: int | None = None) -> Iterator[RowGroupSlice]:
+    """Every row group of a split once, rows in stored (random) order; or those that hold the first `limit` rows."""
+    position, last = 0, sum(data.splits[split].row_groups) if limit is None else limit
     for row_group, size in enumerate(data.splits[split].row_groups):
         if position >= last:
             return

@@ -1,4 +1,4 @@
-"""Tokenized shards on disk: a `manifest.json`, and Parquet files of each split in row groups of 1024 records."""
+"""Tokenized shards on disk: a `manifest.json`, and Parquet files of each split in row groups of 1024 rows."""
 
 import hashlib
 import json
@@ -70,10 +70,11 @@ class Split:
     Attributes:
         files: Parquet files relative to the data directory, in order.
         row_groups: rows of each row group, over all files in order; all but the last hold `ROW_GROUP_ROWS`.
-        records, tokens: in all of them.
+        records: rows in all of them; a long text and some conversations give several.
+        tokens: in all of them.
         supervised_tokens: labels that bear loss.
-        lengths: percentiles (0, 50, 90, 99, 100) of tokens per record.
-        dropped, truncated: records left out, and cut to fit.
+        lengths: percentiles (0, 50, 90, 99, 100) of tokens per row.
+        dropped, truncated: records left out, and rows cut to fit.
         longest_cut, longest_cut_at: tokens that the longest of those that were cut had, and where it stands; 0 and
             empty if none was cut, and in shards made before they were added.
         digest: of all that is trained on; empty in shards made before it was added.
@@ -159,8 +160,8 @@ class TokenizedData:
         fingerprint: equal for all that would make the same shards.
         splits: by name.
         task: with the classes of the training records.
-        sources: a summary of each source, by the split that the source was given for, which in a mixture the source's
-            name follows.
+        sources: a summary of each source, by the split that it was given for; in a mixture by split and name, as
+            `train FILE`.
         row_groups_per_file: of each split; the last file may hold fewer.
     """
 

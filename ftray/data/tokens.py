@@ -12,7 +12,7 @@ from ftray.task_spec import CHAT, IGNORE, RAW
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenized example.
+    """One row: a tokenized example, or one of several rows of it.
 
     Attributes:
         input_ids: token ids.
@@ -25,7 +25,7 @@ class Tokens:
         lengths: of the texts that lie one after another in `input_ids`, where there are several.
         score: that a model is to give, where a task has one.
         extra: JSON of what else scoring needs.
-        further: more rows of the same record.
+        further: more rows of the same example.
     """
 
     input_ids: list[int]
@@ -42,7 +42,7 @@ class Tokens:
 
 
 def tokenize(examples: list[Example], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
-    """Tokenize; None where a record is too long (`overlong: drop`) or has no supervised token left.
+    """Tokenize; None where an example is too long (`overlong: drop`) or has no supervised token left.
 
     Prompt and target are tokenized apart, so that the border between them is a token border in training as in
     generation. Raw records get the tokenizer's beginning-of-sequence token, if it puts one, and end with its
@@ -84,7 +84,7 @@ def beginning(tokenizer: AnyTokenizer) -> list[int]:
 
 
 def spread(tokens: list[Tokens | None]) -> list[tuple[int, Tokens | None]]:
-    """All rows of what :func:`tokenize` gave, each with the index of its record."""
+    """All rows of what :func:`tokenize` gave, each with the index of its example."""
     return [(i, row) for i, first in enumerate(tokens) for row in (first, *(first.further if first else ()))]
 
 
@@ -117,13 +117,13 @@ class _Raw:
 
     def rows(self) -> dict[int, list[Tokens]]:
         tokenizer = self.tokenizer
-        pieces = iter(tokenizer(self.texts, add_special_tokens=False)["input_ids"] if self.texts else [])
+        ids = iter(tokenizer(self.texts, add_special_tokens=False)["input_ids"] if self.texts else [])
         start = beginning(tokenizer)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         result = {}
         for i, (example, prompt) in self.examples.items():
-            before = [*(start if example.begins else []), *next(pieces)]
-            target = [*next(pieces), *(end if example.ends else [])]
+            before = [*(start if example.begins else []), *next(ids)]
+            target = [*next(ids), *(end if example.ends else [])]
             labels = [IGNORE] * len(before) + target
             result[i] = [Tokens(before + target, labels, prompt, example.target, len(before))]
         return result
@@ -150,26 +150,26 @@ def _by_rendering(answers: list[Answer]) -> list[list[Answer]]:
     return groups
 
 
-def _pieces(answer: Answer) -> list[tuple[str, bool]]:
+def _segments(answer: Answer) -> list[tuple[str, bool]]:
     """An answer's text, cut where its loss begins and ends."""
-    pieces, at = [], 0
+    segments, at = [], 0
     for start, end in answer.spans:
-        pieces += [(answer.text[at:start], False), (answer.text[start:end], True)]
+        segments += [(answer.text[at:start], False), (answer.text[start:end], True)]
         at = end
-    return [(text, learnt) for text, learnt in [*pieces, (answer.text[at:], False)] if text]
+    return [(text, learnt) for text, learnt in [*segments, (answer.text[at:], False)] if text]
 
 
 def _texts(group: list[Answer]) -> list[str]:
     """What must be tokenized of answers in one rendering: what is before the first, what comes between, the answers."""
     found, text = [group[-1].before], ""
     for answer in group:
-        found += [answer.before[len(text) :], *(piece for piece, _ in _pieces(answer))]
+        found += [answer.before[len(text) :], *(segment for segment, _ in _segments(answer))]
         text = answer.before + answer.text
     return found
 
 
 def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: AnyTokenizer) -> list[Tokens]:
-    """Answers in one rendering as one row; as several, if what is before an answer is not tokenized as in pieces."""
+    """Answers in one rendering as one row; as several, where tokens reach over the borders of segments."""
     row: list[int] = []
     labels: list[int] = []
     text, prompt_tokens = "", 0
@@ -178,16 +178,16 @@ def _rows(group: list[Answer], ids: dict[str, list[int]], tokenizer: AnyTokenize
         row += between
         labels += [IGNORE] * len(between)
         prompt_tokens = len(row)
-        for piece, learnt in _pieces(answer):
-            row += ids[piece]
-            labels += ids[piece] if learnt else [IGNORE] * len(ids[piece])
+        for segment, learnt in _segments(answer):
+            row += ids[segment]
+            labels += ids[segment] if learnt else [IGNORE] * len(ids[segment])
         text = answer.before + answer.text
     last = group[-1]
     if row[:prompt_tokens] != ids[last.before]:  # tokens reach over a border: generation would be given others
         whole = {last.before: ids[last.before]} | {
             text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
             for answer in group
-            for text in (answer.before, *(piece for piece, _ in _pieces(answer)))
+            for text in (answer.before, *(segment for segment, _ in _segments(answer)))
         }
         return [_rows([answer], whole, tokenizer)[0] for answer in group]
     return [Tokens(row, labels, last.before, last.said, prompt_tokens)]

@@ -56,9 +56,10 @@ class Domain:
 
     @cached_property
     def labels(self) -> tuple[Any, ...]:
-        """What Optuna is given for each choice: it stores None, bool, int, float and str, and tells them apart by `==`.
+        """What Optuna is given for each choice: it stores None, bool, int, float and str, and compares them by `==`.
 
-        Such a choice is given as it is; a list or a mapping, or 1 where 1.0 or true is a choice too, as its YAML.
+        A choice of these types is given as it is. A list or a mapping is given as YAML text; so is a choice that equals
+        another one, as 1, 1.0 and true do.
         """
         texts = [_as_yaml(value) for value in self.values]
         named = {text: value for text, value in zip(texts, self.values, strict=True) if isinstance(value, str)}
@@ -79,7 +80,7 @@ class Domain:
         return trial.suggest_float(name, *self.values, log=self.kind == "log" or self.log)
 
     def holds(self, value: object) -> bool:
-        """Whether `value` can be drawn."""
+        """Whether `value` lies in the domain."""
         if self.kind == "choice":
             return value in self.values
         low, high = self.values
@@ -87,7 +88,7 @@ class Domain:
         return numeric and (self.kind != "int" or (value - low) % self.step == 0)
 
     def stored(self, value: object) -> object:
-        """What the study holds for `value`, one that can be drawn."""
+        """What the Optuna study stores for `value`, which must lie in the domain."""
         if self.kind != "choice":
             return value
         texts = [_as_yaml(known) for known in self.values]
@@ -141,12 +142,12 @@ class Space:
         return found
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """What Optuna is given to choose from, by its names of the parameters."""
+        """The choices of each categorical parameter as Optuna knows them, by Optuna's name of the parameter."""
         settings = [setting for method in self.methods for setting in self._settings(method).items()]
         return {name: s.labels for name, s in settings if isinstance(s, Domain) and s.kind == "choice"}
 
     def corners(self) -> Iterable[dict[str, dict[str, Any]]]:
-        """Configurations that between them hold every extreme and every choice of every parameter."""
+        """Configurations which together hold the ends of every range and every choice of every parameter."""
         for method in self.methods:
             settings = self._settings(method)
             widest = max((len(s.values) for s in settings.values() if isinstance(s, Domain)), default=1)
@@ -248,9 +249,10 @@ class _Reader:
             return self.plain(where, value)
         kinds = [key for key in value if key in KINDS]
         unknown = [key for key in value if key not in (*KINDS, "times", "step") and key != "log"]
-        if unknown or not kinds:
-            bad = unknown[0] if unknown else "(none)"
-            raise self.error(where, f"unknown kind {bad}{near(str(bad), KINDS)}")
+        if unknown:
+            raise self.error(where, f"unknown kind {unknown[0]}{near(str(unknown[0]), KINDS)}")
+        if not kinds:
+            raise self.error(where, f"a mapping names one of {', '.join(KINDS)}, as in {{float: [0.1, 0.5]}}")
         kind = next((k for k in kinds if k != "log"), "log")
         if [k for k in kinds if k not in (kind, "log")]:
             raise self.error(where, f"holds two kinds: {', '.join(kinds)}")
@@ -327,7 +329,7 @@ def _holds_mapping(field: FieldInfo) -> bool:
 
 
 def _as_yaml(value: object) -> str:
-    """On one line; one text, one value."""
+    """`value` as YAML on one line; different values have different texts."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
 

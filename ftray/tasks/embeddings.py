@@ -120,8 +120,8 @@ class Task(task.PaddedTask):
         cuts = [np.cumsum(lengths)[:-1] for lengths in columns["lengths"]]
         texts = {}
         for name in ("input_ids", "token_type_ids"):
-            pieces = [np.split(np.asarray(ids, np.int64), cut) for ids, cut in zip(columns[name], cuts, strict=True)]
-            texts[name] = [own[k] for k in range(3) for own in pieces if k < len(own)]
+            parts = [np.split(np.asarray(ids, np.int64), cut) for ids, cut in zip(columns[name], cuts, strict=True)]
+            texts[name] = [own[k] for k in range(3) for own in parts if k < len(own)]
         batch = super().collate({**texts, "labels": columns["labels"]})
         return batch | {"score": torch.tensor(columns["score"], dtype=torch.float32)}
 

@@ -20,9 +20,9 @@ router = APIRouter()
 async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
     body = parse(CompletionRequest, await http.body())
     if body.max_tokens == 0 and not body.echo:
-        raise invalid("max_tokens: 0 makes sense with echo alone", "max_tokens")
+        raise invalid("max_tokens: 0 needs echo: true", "max_tokens")
     if not body.prompt or len(body.prompts) > MAX_PROMPTS:
-        raise invalid(f"prompt: from 1 to {MAX_PROMPTS} prompts that are not empty", "prompt")
+        raise invalid(f"prompt: give from 1 to {MAX_PROMPTS} prompts, none of them empty", "prompt")
     sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, body.logprobs, body.echo)
     request = generation_request(endpoint, body, body.prompts, None, body.max_tokens, sampling)
     return await respond(endpoint, body, request, CompletionWriter(body))
@@ -48,7 +48,7 @@ def generation_request(
     sampling: Sampling,
     tools: Sequence[dict[str, Any]] = (),
 ) -> GenerationRequest:
-    """What a replica gets.
+    """The request in the form that a replica takes.
 
     Raises:
         APIError: 404: there is no such model.

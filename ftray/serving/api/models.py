@@ -88,7 +88,7 @@ def check_addition(endpoint: Endpoint, body: AddAdapterRequest) -> str:
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Report to the client what the registry could not write.
+    """Report to the client that the registry could not write its file.
 
     Raises:
         APIError: 500.
@@ -96,5 +96,5 @@ def remembering() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"can't be remembered: {error.filename}: {error.strerror}"
+        reason = f"the change can't be saved: {error.filename}: {error.strerror}"
         raise APIError(500, reason, code="not_remembered") from None

@@ -31,7 +31,7 @@ async def embeddings(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]
 async def classify(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
     body = parse(ClassificationRequest, await http.body())
     if body.pairs is not None and len(body.pairs) != len(body.texts):
-        raise invalid("pair: as many as there are in input", "pair")
+        raise invalid("pair: must hold as many texts as input", "pair")
     endpoint.require_task("SEQ_CLS", "TOKEN_CLS")
     response = await pool(endpoint, body, body.pairs)
     labels = response.labels
@@ -49,13 +49,13 @@ async def classify(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
 async def pool(
     endpoint: Endpoint, body: EmbeddingRequest | ClassificationRequest, pairs: list[str] | None
 ) -> PoolingResponse:
-    """What a replica makes of the texts.
+    """The answer of a replica about the texts.
 
     Raises:
         APIError: it refuses them, too many requests are under way, or it takes too long.
     """
     if not body.texts or not all(body.texts) or len(body.texts) > MAX_TEXTS:
-        raise invalid(f"input: from 1 to {MAX_TEXTS} texts that are not empty", "input")
+        raise invalid(f"input: give from 1 to {MAX_TEXTS} texts, none of them empty", "input")
     endpoint.router.refuse_when_full()
     adapter = endpoint.adapter(body.model)
     request = PoolingRequest(

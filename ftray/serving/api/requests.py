@@ -41,14 +41,14 @@ def _joined(content: object) -> object:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) > 2:
-            raise ValueError(f"part {index} is no text but {str(kind)[:40]!r}: the models here read text alone")
+            raise ValueError(f"part {index} is {str(kind)[:40]!r}: the models here read text parts only")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def _free_choice(choice: object) -> object:
     if choice == "required" or isinstance(choice, dict):
-        raise ValueError("whether a tool is called is up to the model here: 'auto', or 'none'")
+        raise ValueError("must be 'auto' or 'none': whether a tool is called is up to the model here")
     return choice
 
 
@@ -57,7 +57,7 @@ class StreamOptions(Model):
 
 
 class GenerationParameters(Model):
-    """What chat and plain completions share. Parameters that aren't supported take the value that changes nothing."""
+    """What chat and plain completions share. One that isn't supported may have the value that changes nothing."""
 
     model: str = Field(max_length=200)
     temperature: Temperature = 1.0
@@ -127,11 +127,13 @@ class Message(Model):
     @model_validator(mode="after")
     def _fits_its_role(self) -> "Message":
         if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls: a turn of {self.role} makes no calls")
+            raise ValueError(f"tool_calls: a turn of role {self.role} can't hold calls")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id: a tool's turn has the id of the call that it answers, and no other turn")
+            raise ValueError(
+                "tool_call_id: a turn of role tool needs the id of the call that it answers; others have none"
+            )
         if self.content is None and not self.tool_calls:
-            raise ValueError("content: a text, or a list of parts that are texts")
+            raise ValueError("content: must be a text, or a list of text parts")
         return self
 
     @property
@@ -274,5 +276,5 @@ def _refuse_half_characters(values: dict[str, Any]) -> None:
             try:
                 json.dumps(part, ensure_ascii=False).encode()
             except (UnicodeEncodeError, RecursionError) as error:
-                what = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "too many levels"
+                what = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "too deep a nesting"
                 raise invalid(f"{field or 'a field name'}: holds {what}", field) from None
