@@ -192,9 +192,13 @@ ANSWERED = {
         (
             {"messages": [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages",
-            "messages.0.content: part 0 is 'image_url'",
+            "messages.0.content: part 0 must be of type text, not 'image_url'",
         ),
-        ({"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, "b"]}]}, "messages", "part 1 is no text"),
+        (
+            {"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, "b"]}]},
+            "messages",
+            "part 1 must be of type text",
+        ),
         ({"messages": [{**ASK, "content": {"text": "a"}}]}, "messages", "messages.0.content: must be a text"),
     ],
 )

@@ -41,7 +41,9 @@ def _joined(content: object) -> object:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) > 2:
-            raise ValueError(f"part {index} is {str(kind)[:40]!r}: the models here read text parts only")
+            raise ValueError(
+                f"part {index} must be of type text, not {str(kind)[:40]!r}: the models here read text only"
+            )
         texts.append(part["text"])
     return "".join(texts)
 
@@ -130,7 +132,7 @@ class Message(Model):
             raise ValueError(f"tool_calls: a turn of role {self.role} can't hold calls")
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError(
-                "tool_call_id: a turn of role tool needs the id of the call that it answers; others have none"
+                "tool_call_id: a turn of role tool needs the id of the call that it answers, and no other turn"
             )
         if self.content is None and not self.tool_calls:
             raise ValueError("content: must be a text, or a list of text parts")
