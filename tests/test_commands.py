@@ -12,9 +12,13 @@ from conftest import llama
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from ftray.adapters.lora_init import save
+from ftray.adapters.methods import attach
 from ftray.cli import main
+from ftray.config import AdapterConfig, ModelConfig
 from ftray.data import TokenizedData
 from ftray.infer import read_records
+from ftray.models.load import load_base
 from ftray.task_spec import CHAT, TaskSpec
 
 
@@ -104,6 +108,32 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["records"] == 120
     assert alone["adapters"] == {}
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_an_adapter_of_prompts_is_asked_and_not_merged(method, tmp_path, capsys, tiny_llama, tokenizer):
+    adapter = tmp_path / "adapter"
+    model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method=method), 1, 0)
+    save(model, adapter)
+    TaskSpec(template="say {prompt}\n").save(adapter)
+    asked = ["--adapter", str(adapter), "--model.dtype", "fp32"]
+    assert main(["infer", *asked, "--prompt", "a b", "--generation.max_new_tokens", "8"]) == 0
+    prompt = tokenizer("say a b\n", return_tensors="pt")
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), adapter)
+    new = fresh.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+
+    assert main(["merge", *asked, "--output", str(tmp_path / "merged")]) == 2
+    assert "can't be folded" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "merged").exists()
+
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change in ({"num_virtual_tokens": 7}, {"num_transformer_submodules": 3}):
+        file.write_text(json.dumps(config | change))
+        assert main(["infer", *asked, "--prompt", "a b"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"adapter {adapter}: " in line
 
 
 @pytest.mark.parametrize("command", ["evaluate", "infer", "merge"])

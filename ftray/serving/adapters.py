@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
@@ -109,6 +110,9 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
                 model = PeftModel.from_pretrained(
                     share(base), str(directory), config=config, is_trainable=trained, use_safetensors=True
                 )
+            model = model.to(base.device).eval()
+            with torch.inference_mode():
+                model(input_ids=torch.tensor([[0, 0]], device=base.device))  # some settings are only used here
         except Exception as error:  # PEFT raises many kinds for a directory that does not fit
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
@@ -125,4 +129,4 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
         raise UserError(f"adapter {source}: does not fit {base.name_or_path}: it lacks {min(missing)}"[:400])
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
-    return model.to(base.device).eval(), trained_as
+    return model, trained_as

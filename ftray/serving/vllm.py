@@ -223,10 +223,8 @@ class VLLMReplica:
                     more = [delta for delta in deltas if not delta.finish]
                     if more and request.stream:
                         yield OutputDeltas(more)
-                        continue
-                    if more and not kept:
-                        yield OutputDeltas(answering=True)
-                    kept += more
+                    else:
+                        kept += more
             yield OutputDeltas(kept + last)
         except RayTaskError as error:  # the first request for an adapter loads it
             yield OutputDeltas([_failure((str(error.cause) or "it failed").splitlines()[0])])
