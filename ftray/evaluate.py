@@ -78,7 +78,7 @@ def run(cfg: Config) -> int:
 
     import ray
 
-    from ftray.runtime.cluster import connect, on_hardware
+    from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
     from ftray.search.results import write_json
 
     connect(cfg)
@@ -88,6 +88,7 @@ def run(cfg: Config) -> int:
         raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
+    say_if_waiting(1, hardware(cfg))
     result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
     show(result)
     if place is None:

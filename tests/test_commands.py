@@ -4,12 +4,14 @@ import json
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import llama
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from ftray.adapters.lora_init import save
@@ -19,6 +21,7 @@ from ftray.config import AdapterConfig, ModelConfig
 from ftray.data import TokenizedData
 from ftray.infer import read_records
 from ftray.models.load import load_base
+from ftray.runtime.cluster import say_if_waiting
 from ftray.task_spec import CHAT, TaskSpec
 
 
@@ -108,6 +111,22 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["records"] == 120
     assert alone["adapters"] == {}
+
+
+def test_a_command_says_what_it_waits_for(cluster, tmp_path, capsys, monkeypatch, words, tiny_llama):
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 0.5)
+    others = placement_group([{"CPU": 3}])
+    assert others.wait(60)
+    threading.Timer(4, remove_placement_group, [others]).start()
+    common = flags("--split", "all", "--evaluation.generate", "false", words=words, cache=tmp_path)
+    assert main(["evaluate", "--model", tiny_llama, *common]) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if "waits" in line] == ["ftray waits for 4 CPU; free: 1 of 4 CPU"]
+    assert json.loads(said.out.splitlines()[-1])["records"] == 120
+    say_if_waiting(2, {"CPU": 2, "GPU": 0})
+    assert capsys.readouterr().err == ""
+    say_if_waiting(3, {"CPU": 2, "GPU": 1})
+    assert capsys.readouterr().err == "ftray waits for 3 times 2 CPU and 1 GPU; free: 4 of 4 CPU and 0 of 0 GPU\n"
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
