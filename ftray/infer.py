@@ -187,13 +187,15 @@ class Generator:
         from peft import PeftModel
         from transformers import set_seed
 
+        from ftray.adapters.discovery import refuse_settings
         from ftray.models.load import load_on_device
         from ftray.models.stops import stop_tokens
 
         self.tokenizer, self.cfg = tokenizer, cfg
         self.model = load_on_device(cfg.model, model_path)
         if adapter:
-            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+            with refuse_settings(adapter):
+                self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
         self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
         given = cfg.generation

@@ -475,6 +475,9 @@ def test_a_file_of_a_run_that_was_changed_is_named(command, content, tmp_path, m
         {"r": [8]},
         {"modules_to_save": {"lm_head": 1}},
         {"base_model_name_or_path": ["base"]},
+        {"monteclora_config": " "},
+        {"monteclora_config": {"num_samples": "8"}},
+        {"eva_config": 3},
         *({"alora_invocation_tokens": tokens} for tokens in ("call", 7, {"a": 1}, [[7]], ["7"])),
     ],
 )

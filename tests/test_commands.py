@@ -155,6 +155,24 @@ def test_an_adapter_of_prompts_is_asked_and_not_merged(method, tmp_path, capsys,
         assert f"adapter {adapter}: " in line
 
 
+@pytest.mark.parametrize("command", ["evaluate", "infer", "merge", "merge two"])
+def test_settings_that_only_weights_show_to_be_wrong(command, cluster, tmp_path, capsys, words, tiny_llama, adapters):
+    shutil.copytree(adapters["a"], tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "as you like"}))
+    asked = {
+        "evaluate": flags("--evaluation.generate", "false", words=words, cache=tmp_path / "cache"),
+        "infer": ["--prompt", "a"],
+        "merge": ["--output", str(tmp_path / "merged")],
+        "merge two": ["--adapter", adapters["b"], "--output", str(tmp_path / "merged")],
+    }
+    assert main([command.split()[0], "--adapter", str(tmp_path / "odd"), *asked[command]]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"adapter {tmp_path}/odd: PEFT can't apply its adapter_config.json: " in said
+    assert "as you like" in said
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "infer", "merge"])
 def test_an_adapter_for_another_base_is_refused(command, tmp_path, capsys, words, adapters, other_base):
     reasons = {"same": "was made for another base, ", "deeper": "another base", "narrower": "another base"}

@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +95,19 @@ def adapter_config(adapter: Path) -> "PeftConfig":
         return PeftConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason(error)}") from None
+
+
+@contextmanager
+def refuse_settings(adapter: str | Path) -> Iterator[None]:
+    """Inside, PEFT loads `adapter`: it checks some settings, as how weights begin, only with the base's at hand.
+
+    Raises:
+        UserError: it can't apply them.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"adapter {adapter}: PEFT can't apply its {CONFIG}: {reason(error)}") from None
 
 
 def added_by(adapter: Path) -> int:

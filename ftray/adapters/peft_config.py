@@ -27,7 +27,7 @@ def wrong_field(kind: type, given: Mapping[str, Any]) -> str | None:
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Whether a value of JSON can be what `hint` says; of classes of PEFT's own, only whether it is a table or text."""
+    """Whether a value of JSON can be what `hint` says; of PEFT's enumerations, only whether it is text."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
@@ -43,7 +43,9 @@ def _fits(value: object, hint: object) -> bool:
         return isinstance(value, dict) and (not inner or all(_fits(item, inner[1]) for item in value.values()))
     if base is bool or base is str or base is type(None):
         return type(value) is base
-    return hint is Any or isinstance(value, (str, dict))
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        return isinstance(value, dict) and wrong_field(base, value) is None
+    return hint is Any or isinstance(value, str)
 
 
 def _named(hint: object) -> str:
@@ -56,6 +58,8 @@ def _named(hint: object) -> str:
     base = origin or hint
     if base in LISTS:
         return "list" + (f" of {' or '.join(_named(one) for one in inner if one is not ...)}" if inner else "")
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        return f"table that is a {base.__name__}"
     named: dict[object, str] = {int: "number", float: "number", str: "text", bool: "true or false", dict: "table"}
     return named.get(base) or str(getattr(base, "__name__", "value"))
 
