@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama
+from conftest import llama, make_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoModelForCausalLM
@@ -123,8 +123,10 @@ def test_a_command_says_what_it_waits_for(cluster, tmp_path, capsys, monkeypatch
     said = capsys.readouterr()
     assert [line for line in said.err.splitlines() if "waits" in line] == ["ftray waits for 4 CPU; free: 1 of 4 CPU"]
     assert json.loads(said.out.splitlines()[-1])["records"] == 120
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 60)  # the task of a moment ago has to end
     say_if_waiting(2, {"CPU": 2, "GPU": 0})
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 0.5)
     say_if_waiting(3, {"CPU": 2, "GPU": 1})
     assert capsys.readouterr().err == "ftray waits for 3 times 2 CPU and 1 GPU; free: 4 of 4 CPU and 0 of 0 GPU\n"
 
@@ -318,6 +320,22 @@ def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama)
     for temperature in ("nan", "inf", "-1"):
         assert main([*common, "--prompt", "a b", f"--generation.temperature={temperature}"]) == 2
         assert "generation.temperature" in capsys.readouterr().err
+
+
+def test_infer_ends_where_the_learnt_positions_do(tmp_path, capsys, tiny_gpt2):
+    """512 of them; a prompt of as many leaves no place for an answer."""
+    common = ["infer", "--model", tiny_gpt2, "--model.dtype", "fp32", "--data.template", "{prompt}"]
+    assert main([*common, "--prompt", "\x01" * 509, "--generation.max_new_tokens", "3000"]) == 0
+    prompt = torch.full((1, 509), make_tokenizer()("\x01")["input_ids"][0])
+    new = AutoModelForCausalLM.from_pretrained(tiny_gpt2).generate(prompt, max_new_tokens=3, do_sample=False)[0, 509:]
+    assert capsys.readouterr().out == make_tokenizer().decode(new, skip_special_tokens=True) + "\n"
+    assert main([*common, "--prompt", "\x01" * 512]) == 2
+    said = "has 512 tokens, but the model has 512 positions: shorten the prompt"
+    assert capsys.readouterr().err.endswith(f"ftray infer: error: generation.prompt: {said}\n")
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"input": "\x01" * length}) + "\n" for length in (3, 512)))
+    assert main([*common, "--file", str(file)]) == 2
+    assert f"{file}:2: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,11 @@ def test_no_key_no_listening_beyond_this_machine(monkeypatch, tmp_path):
         ({"adapters": ["../up=x"]}, "adapter name"),
         ({"adapters": ["a=nowhere"]}, "no PEFT adapter"),
         ({"adapters": ["tiny-llama0=x"]}, "the base model has that name"),
+        *(({"registry": f"{place}/serving.json"}, "serving.registry") for place in ("/dev/null", "/proc/none")),
     ],
 )
 def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reason):
-    cfg = serving(run=settings.get("run"))
+    cfg = serving(run=settings.get("run"), registry=settings.get("registry"))
     cfg.adapters = settings.get("adapters", [])
     cfg.model.name = tiny_llama
     with pytest.raises(UserError, match=reason):
