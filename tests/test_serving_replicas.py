@@ -292,10 +292,8 @@ def test_a_request_that_kills_costs_one_replica_and_those_that_waited_are_answer
 
     async def crowd():
         async with httpx.AsyncClient() as client:
-            tasks = [asyncio.create_task(one(client, "the cat")) for _ in range(11)]
-            await asyncio.sleep(0.5)  # some of them are in steps
-            assert not any(task.done() for task in tasks)
-            tasks.insert(6, asyncio.create_task(one(client, [7])))
+            prompts = ["the cat"] * 6 + [[7]] + ["the cat"] * 5
+            tasks = [asyncio.create_task(one(client, prompt)) for prompt in prompts]
             while not all(task.done() for task in tasks):
                 seen.update(process.pid for process in processes("replica"))
                 await asyncio.sleep(0.05)
