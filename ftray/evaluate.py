@@ -77,8 +77,9 @@ def run(cfg: Config) -> int:
     place = output_file(cfg)
 
     import ray
+    from ray.exceptions import RayTaskError
 
-    from ftray.runtime.cluster import connect, on_hardware
+    from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
     from ftray.search.results import write_json
 
     connect(cfg)
@@ -88,7 +89,11 @@ def run(cfg: Config) -> int:
         raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
-    result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
+    say_if_waiting(1, hardware(cfg))
+    try:
+        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
     show(result)
     if place is None:
         print(json.dumps(result), flush=True)
@@ -123,7 +128,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     """
     from peft import PeftModel
 
-    from ftray.adapters.discovery import find_adapter
+    from ftray.adapters.discovery import find_adapter, refuse_settings
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
@@ -138,7 +143,9 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     after: dict[str, Scores] = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
-        model = PeftModel.from_pretrained(share(base), str(find_adapter(directory)))
+        found = find_adapter(directory)
+        with refuse_settings(found):
+            model = PeftModel.from_pretrained(share(base), str(found))
         after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [

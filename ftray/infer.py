@@ -69,6 +69,8 @@ def run(cfg: Config) -> int:
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
+        for (where, _), prompt in zip(records, prompts, strict=True):
+            generator.room(prompt, where)
         answer_file(cfg, generator, records, prompts)
     elif asked.prompt is not None:
         generator.stream(renderer.turns([("user", asked.prompt)]) if asked.chat else renderer.plain(asked.prompt))
@@ -187,15 +189,19 @@ class Generator:
         from peft import PeftModel
         from transformers import set_seed
 
+        from ftray.adapters.discovery import refuse_settings
+        from ftray.models.limits import text_positions
         from ftray.models.load import load_on_device
         from ftray.models.stops import stop_tokens
 
         self.tokenizer, self.cfg = tokenizer, cfg
         self.model = load_on_device(cfg.model, model_path).model
         if adapter:
-            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+            with refuse_settings(adapter):
+                self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
         self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
+        self.positions = text_positions(self.model)
         given = cfg.generation
         self.sampling: dict[str, Any] = {
             "do_sample": given.temperature >= COLDEST,
@@ -205,12 +211,32 @@ class Generator:
             self.sampling |= {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
         set_seed(given.seed)
 
+    def room(self, prompt: list[int], where: str) -> int:
+        """The most tokens that are generated after `prompt`.
+
+        Raises:
+            UserError: the model has learnt no position for any; names `where`.
+        """
+        asked = self.cfg.generation.max_new_tokens
+        if self.positions is None:
+            return asked
+        if len(prompt) >= self.positions:
+            raise UserError(
+                f"{where}: has {len(prompt)} tokens, but the model has {self.positions} positions: shorten the prompt"
+            )
+        return min(asked, self.positions - len(prompt))
+
     def stream(self, prompt: list[int]) -> str:
-        """Print the answer as it is generated; Ctrl-C ends it. Returns its text."""
+        """Print the answer as it is generated; Ctrl-C ends it. Returns its text.
+
+        Raises:
+            UserError: the prompt is too long.
+        """
         import torch
 
         from ftray.models.stops import answer_text
 
+        room = self.room(prompt, "generation.prompt")
         streamer, said = _streamer(self.tokenizer, self.stops), StopOnInterrupt()
         ids = torch.tensor([prompt], device=self.model.device)
         before = signal.signal(signal.SIGINT, said.interrupt)
@@ -218,7 +244,7 @@ class Generator:
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.cfg.generation.max_new_tokens,
+                max_new_tokens=room,
                 eos_token_id=self.stops or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,

@@ -23,7 +23,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts; afterwards, that Serve is in use on the cluster.
     """
-    from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet
+    from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet, say_if_waiting
 
     if not cfg.verbose:
         quiet()
@@ -46,6 +46,7 @@ def run(cfg: Config) -> int:
             http_options={"host": cfg.serving.host, "port": cfg.serving.port},
             logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
         )
+        say_if_waiting(cfg.serving.min_replicas, {"CPU": cpus, "GPU": gpus})
         serve.run(application(cfg, catalog, key, cpus, gpus), name=NAME)
         stop = threading.Event()
         # only now: Ray installs handlers of its own

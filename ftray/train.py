@@ -94,7 +94,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.data.limits import refuse_beyond
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
-    from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker
+    from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
     from ftray.search.results import save_best_adapter
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import SearchContext
@@ -109,6 +109,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     refuse_beyond(data, cfg.data, skeleton, tokenizer, added_tokens(cfg.adapter))
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
+    say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
     result = fit(SearchContext(cfg, model_path, data.directory, gpus), output)
     print_reports(result.return_value["reports"], cfg.search.metric)
     best = output / "train" / best_checkpoint(result, cfg.search)

@@ -2,18 +2,23 @@
 
 import json
 import logging
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import ray
 
+from ftray.adapters.methods import attach
+from ftray.adapters.peft_config import wrong_field
 from ftray.cli import run_command
-from ftray.config import config_from
+from ftray.config import AdapterConfig, ModelConfig, config_from
 from ftray.errors import UserError
+from ftray.models.load import load_base
 from ftray.runtime import cluster
 from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.space import load_space
@@ -457,7 +462,25 @@ def test_a_file_of_a_run_that_was_changed_is_named(command, content, tmp_path, m
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("setting", [{"alpha_pattern": []}, {"r": "8"}, {"target_modules": 3}, {"lora_dropout": {}}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"alpha_pattern": []},
+        {"r": "8"},
+        {"target_modules": 3},
+        {"lora_dropout": {}},
+        {"lora_dropout": True},
+        {"lora_alpha": math.nan},
+        {"use_dora": "no"},
+        {"r": [8]},
+        {"modules_to_save": {"lm_head": 1}},
+        {"base_model_name_or_path": ["base"]},
+        {"monteclora_config": " "},
+        {"monteclora_config": {"num_samples": "8"}},
+        {"eva_config": 3},
+        *({"alora_invocation_tokens": tokens} for tokens in ("call", 7, {"a": 1}, [[7]], ["7"])),
+    ],
+)
 def test_settings_of_an_adapter_that_peft_can_not_apply(setting, tmp_path, capsys, tiny_llama):
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **setting}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -466,7 +489,22 @@ def test_settings_of_an_adapter_that_peft_can_not_apply(setting, tmp_path, capsy
     message = capsys.readouterr().err.strip()
     assert len(message.splitlines()) == 1, message
     assert f"adapter {tmp_path}: " in message
-    assert "adapter_config.json" in message
+    assert f"adapter_config.json: {next(iter(setting))}: " in message
+
+
+def test_what_peft_saves_itself_is_of_its_own_types(tmp_path):
+    needs = {"ADALORA": {"total_step": 10}, "CPT": {"task_type": "CAUSAL_LM"}}
+    for name, kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        kind(**needs.get(name.value, {})).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert wrong_field(kind, saved) is None, name
+
+
+@pytest.mark.parametrize("wrong", [{"alora_invocation_tokens": "call"}, {"lora_dropout": [0.1]}, {"use_rslora": 2}])
+def test_a_configuration_of_peft_is_held_to_its_types(wrong, tiny_llama):
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], **wrong}
+    with pytest.raises(UserError, match=f"adapter.config: {next(iter(wrong))}: "):
+        attach(load_base(ModelConfig(), tiny_llama), AdapterConfig(method="peft", config=config), 1, 0)
 
 
 @pytest.mark.parametrize(("address", "watches"), [("local", False), ("127.0.0.1:9", True)])

@@ -4,17 +4,24 @@ import json
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama
+from conftest import llama, make_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoModelForCausalLM
 
+from ftray.adapters.lora_init import save
+from ftray.adapters.methods import attach
 from ftray.cli import main
+from ftray.config import AdapterConfig, ModelConfig
 from ftray.data import TokenizedData
 from ftray.infer import read_records
+from ftray.models.load import load_base
+from ftray.runtime.cluster import say_if_waiting
 from ftray.task_spec import CAUSAL, CHAT, TaskSpec
 
 
@@ -104,6 +111,68 @@ def test_evaluate_scores_base_and_adapters_of_two_methods_side_by_side(
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["records"] == 120
     assert alone["adapters"] == {}
+
+
+def test_a_command_says_what_it_waits_for(cluster, tmp_path, capsys, monkeypatch, words, tiny_llama):
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 0.5)
+    others = placement_group([{"CPU": 3}])
+    assert others.wait(60)
+    threading.Timer(4, remove_placement_group, [others]).start()
+    common = flags("--split", "all", "--evaluation.generate", "false", words=words, cache=tmp_path)
+    assert main(["evaluate", "--model", tiny_llama, *common]) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if "waits" in line] == ["ftray waits for 4 CPU; free: 1 of 4 CPU"]
+    assert json.loads(said.out.splitlines()[-1])["records"] == 120
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 60)  # the task of a moment ago has to end
+    say_if_waiting(2, {"CPU": 2, "GPU": 0})
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 0.5)
+    say_if_waiting(3, {"CPU": 2, "GPU": 1})
+    assert capsys.readouterr().err == "ftray waits for 3 times 2 CPU and 1 GPU; free: 4 of 4 CPU and 0 of 0 GPU\n"
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_an_adapter_of_prompts_is_asked_and_not_merged(method, tmp_path, capsys, tiny_llama, tokenizer):
+    adapter = tmp_path / "adapter"
+    model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method=method), 1, 0)
+    save(model, adapter)
+    TaskSpec(template="say {prompt}\n").save(adapter)
+    asked = ["--adapter", str(adapter), "--model.dtype", "fp32"]
+    assert main(["infer", *asked, "--prompt", "a b", "--generation.max_new_tokens", "8"]) == 0
+    prompt = tokenizer("say a b\n", return_tensors="pt")
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), adapter)
+    new = fresh.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+
+    assert main(["merge", *asked, "--output", str(tmp_path / "merged")]) == 2
+    assert "can't be folded" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "merged").exists()
+
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change in ({"num_virtual_tokens": 7}, {"num_transformer_submodules": 3}):
+        file.write_text(json.dumps(config | change))
+        assert main(["infer", *asked, "--prompt", "a b"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"adapter {adapter}: " in line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "infer", "merge", "merge two"])
+def test_settings_that_only_weights_show_to_be_wrong(command, cluster, tmp_path, capsys, words, tiny_llama, adapters):
+    shutil.copytree(adapters["a"], tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "as you like"}))
+    asked = {
+        "evaluate": flags("--evaluation.generate", "false", words=words, cache=tmp_path / "cache"),
+        "infer": ["--prompt", "a"],
+        "merge": ["--output", str(tmp_path / "merged")],
+        "merge two": ["--adapter", adapters["b"], "--output", str(tmp_path / "merged")],
+    }
+    assert main([command.split()[0], "--adapter", str(tmp_path / "odd"), *asked[command]]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"adapter {tmp_path}/odd: PEFT can't apply its adapter_config.json: " in said
+    assert "as you like" in said
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "infer", "merge"])
@@ -251,6 +320,22 @@ def test_infer_at_next_to_no_temperature_takes_the_likeliest(capsys, tiny_llama)
     for temperature in ("nan", "inf", "-1"):
         assert main([*common, "--prompt", "a b", f"--generation.temperature={temperature}"]) == 2
         assert "generation.temperature" in capsys.readouterr().err
+
+
+def test_infer_ends_where_the_learnt_positions_do(tmp_path, capsys, tiny_gpt2):
+    """512 of them; a prompt of as many leaves no place for an answer."""
+    common = ["infer", "--model", tiny_gpt2, "--model.dtype", "fp32", "--data.template", "{prompt}"]
+    assert main([*common, "--prompt", "\x01" * 509, "--generation.max_new_tokens", "3000"]) == 0
+    prompt = torch.full((1, 509), make_tokenizer()("\x01")["input_ids"][0])
+    new = AutoModelForCausalLM.from_pretrained(tiny_gpt2).generate(prompt, max_new_tokens=3, do_sample=False)[0, 509:]
+    assert capsys.readouterr().out == make_tokenizer().decode(new, skip_special_tokens=True) + "\n"
+    assert main([*common, "--prompt", "\x01" * 512]) == 2
+    said = "has 512 tokens, but the model has 512 positions: shorten the prompt"
+    assert capsys.readouterr().err.endswith(f"ftray infer: error: generation.prompt: {said}\n")
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"input": "\x01" * length}) + "\n" for length in (3, 512)))
+    assert main([*common, "--file", str(file)]) == 2
+    assert f"{file}:2: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

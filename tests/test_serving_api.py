@@ -112,7 +112,7 @@ def test_errors_have_one_shape(tmp_path):
         (client_of().put("/v1/models", headers=headers), 405, None),
         (
             client_of(adapter_sources=[str(tmp_path)]).post("/v1/adapters", headers=headers, json=adapter),
-            503,
+            500,
             "replica_died",
         ),
     ]

@@ -1,15 +1,22 @@
 """What the serve command makes of its configuration before anything starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from ftray.adapters.lora_init import save
+from ftray.adapters.methods import attach
 from ftray.cli import parse, run_command
-from ftray.config import Config, ServingConfig
+from ftray.config import AdapterConfig, Config, ModelConfig, ServingConfig
 from ftray.errors import UserError
+from ftray.models.load import load_base
+from ftray.serving.api.models import check_addition
+from ftray.serving.api.requests import AddAdapterRequest
 from ftray.serving.app import build, key_digest
 from ftray.serving.catalog import find_catalog
+from ftray.serving.errors import APIError
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 
@@ -68,14 +75,35 @@ def test_no_key_no_listening_beyond_this_machine(monkeypatch, tmp_path):
         ({"adapters": ["../up=x"]}, "adapter name"),
         ({"adapters": ["a=nowhere"]}, "no PEFT adapter"),
         ({"adapters": ["tiny-llama0=x"]}, "the base model has that name"),
+        *(({"registry": f"{place}/serving.json"}, "serving.registry") for place in ("/dev/null", "/proc/none")),
     ],
 )
 def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reason):
-    cfg = serving(run=settings.get("run"))
+    cfg = serving(run=settings.get("run"), registry=settings.get("registry"))
     cfg.adapters = settings.get("adapters", [])
     cfg.model.name = tiny_llama
     with pytest.raises(UserError, match=reason):
         find_catalog(cfg)
+
+
+@pytest.mark.parametrize("inside", [".", "adapter", "best/adapter"])
+def test_an_adapter_is_found_in_what_a_run_left(tiny_llama, tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method="lora"), 1, 0)
+    save(model, tmp_path / "runs" / "one" / inside)
+    place = str((tmp_path / "runs" / "one" / inside).resolve())
+    cfg = Config(model=ModelConfig(name=tiny_llama), adapters=["a=runs/one", f"b=file://{tmp_path}/runs/one"])
+    found = find_catalog(cfg).adapters
+    assert {name: source.removeprefix("file://") for name, source in found.items()} == {"a": place, "b": place}
+
+    here = ServingConfig(adapter_sources=[str(tmp_path)])
+    endpoint = SimpleNamespace(cfg=here, base="m", registry=SimpleNamespace(entries={}))
+    assert check_addition(endpoint, AddAdapterRequest(name="new", source=str(tmp_path / "runs" / "one"))) == place
+    (tmp_path / "allowed" / "one").mkdir(parents=True)
+    (tmp_path / "allowed" / "one" / "adapter").symlink_to(place)
+    endpoint.cfg = ServingConfig(adapter_sources=[str(tmp_path / "allowed")])
+    with pytest.raises(APIError, match="adapters may come from"):
+        check_addition(endpoint, AddAdapterRequest(name="new", source=str(tmp_path / "allowed" / "one")))
 
 
 def test_flags_of_the_command(capsys):

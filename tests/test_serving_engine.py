@@ -11,6 +11,7 @@ from helpers.packs import APART, CONFIGS, TARGETS, Trial
 from helpers.servers import generated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -90,6 +91,20 @@ def test_what_cannot_share_a_batch_is_answered_by_itself():
     engine = engine_of(llama(), [*APART, "lora"])
     assert [a.isolation_reason is None for a in engine.adapters.values()] == [False] * len(APART) + [True]
     assert_as_alone(engine, [*APART, "lora", None, *APART])
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_an_adapter_that_begins_at_its_invocation_tokens_goes_on_to_the_end(monkeypatch, found):
+    def activated(rank, targets):
+        return LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8])
+
+    monkeypatch.setitem(CONFIGS, "alora", activated)
+    engine = engine_of(llama(), ["alora", "lora"])
+    prompt = [5, 6, 7, 8, 9, 10] if found else [5, 6, 7, 9, 8, 10]
+    got = run(engine, [asked(prompt, "alora"), asked(prompt, "lora"), asked(prompt)])
+    models = [engine.adapters["alora"].model, engine.adapters["lora"].model, engine.base]
+    assert got == [generated(model, prompt, 16) for model in models]
+    assert (got[0] == got[2]) == (not found)
 
 
 @pytest.mark.parametrize(

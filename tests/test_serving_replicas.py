@@ -275,7 +275,7 @@ def test_a_killed_endpoint_remembers_the_adapters_and_a_removed_one_is_freed(app
 
 
 @pytest.mark.slow
-def test_a_request_that_kills_costs_one_replica_and_those_beside_it_are_answered(app):
+def test_a_request_that_kills_costs_one_replica_and_those_that_waited_are_answered(app):
     class Deadly(Replica):
         """Dies of a prompt of one token."""
 
@@ -292,16 +292,14 @@ def test_a_request_that_kills_costs_one_replica_and_those_beside_it_are_answered
 
     async def crowd():
         async with httpx.AsyncClient() as client:
-            tasks = [asyncio.create_task(one(client, "the cat")) for _ in range(11)]
-            await asyncio.sleep(1)  # they have outlived their first step
-            assert not any(task.done() for task in tasks)
-            tasks.insert(6, asyncio.create_task(one(client, [7])))
+            prompts = ["the cat"] * 6 + [[7]] + ["the cat"] * 5
+            tasks = [asyncio.create_task(one(client, prompt)) for prompt in prompts]
             while not all(task.done() for task in tasks):
                 seen.update(process.pid for process in processes("replica"))
                 await asyncio.sleep(0.05)
             return [task.result() for task in tasks]
 
-    cfg = Config.model_validate({"model": app.model, "serving": app.serving})
+    cfg = Config.model_validate({"model": app.model, "serving": app.serving | {"slots": 2}})
     options = {"num_replicas": 2, "health_check_period_s": 5, "ray_actor_options": {"num_cpus": 1}}
     deadly = serve.deployment(Deadly, name="replica", **options).bind(cfg.model_dump(), app.model["name"], 1)
     serve.run(endpoint(cfg, find_catalog(cfg), None, deadly), name="ftray")
@@ -309,9 +307,12 @@ def test_a_request_that_kills_costs_one_replica_and_those_beside_it_are_answered
     try:
         before = {process.pid for process in processes("replica")}
         got = asyncio.run(crowd())
-        assert [g.status_code for g in got] == [200] * 6 + [500] + [200] * 5
-        assert got[6].headers["x-should-retry"] == "false"
-        assert got[6].json()["error"]["code"] == "replica_died"
+        given_up = [number for number, g in enumerate(got) if g.status_code != 200]
+        assert 6 in given_up
+        assert len(given_up) <= Admission(2).most  # those that were in the replica with it
+        assert {got[number].status_code for number in given_up} == {500}
+        assert {got[number].headers["x-should-retry"] for number in given_up} == {"false"}
+        assert {got[number].json()["error"]["code"] for number in given_up} == {"replica_died"}
         assert len({g.json()["choices"][0]["text"] for g in got if g.status_code == 200}) == 1
         until(lambda: app.running() == 2)
         assert len(before - {process.pid for process in processes("replica")}) == 1
@@ -325,7 +326,7 @@ def _registry(app):
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
+def test_no_request_that_waits_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
     extra = ["--serving.min_replicas", "2", "--serving.max_replicas", "2", "--scaling.cpus_per_worker", "1"]
     server = Server(tiny_llama, tmp_path, [*extra, "--serving.max_queue", "64"])
     # the base model's requests are spread over both; an adapter's go where it is loaded
@@ -336,7 +337,6 @@ def test_no_request_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
     async def one(client, number, stream):
         body = ask | ({"stream": True, "seed": number} if stream else {})
         async with client.stream("POST", server.url + "/v1/completions", json=body, timeout=300) as got:
-            assert got.status_code == 200
             text = ""
             async for part in got.aiter_text():
                 text += part
@@ -344,6 +344,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
                     begun.add(number)
                 if len(begun) >= 6:  # a replica gives four at once
                     enough_have.set()
+            assert got.status_code == 200 or (got.status_code, "replica_died" in text) == (500, True)
             return text
 
     async def all_of_them():
@@ -358,13 +359,12 @@ def test_no_request_is_lost_when_a_replica_is_killed(tiny_llama, tmp_path):
 
     try:
         got = asyncio.run(all_of_them())
+        given_up = [text for text in got if "replica_died" in text]
+        assert 1 <= len(given_up) <= Admission(4).most  # all that one replica held
         whole = [json.loads(text) for text, stream in zip(got, kinds, strict=True) if not stream]
-        assert len({answer["choices"][0]["text"] for answer in whole}) == 1
+        assert len({answer["choices"][0]["text"] for answer in whole if "choices" in answer}) == 1
         streams = [text for text, stream in zip(got, kinds, strict=True) if stream]
-        ended = [text for text in streams if "event: error" in text]
-        assert ended
-        assert all("replica_died" in text for text in ended)
-        assert all(text.endswith("data: [DONE]\n\n") for text in streams if text not in ended)
+        assert all(text.endswith("data: [DONE]\n\n") for text in streams if text not in given_up)
     finally:
         server.process.terminate()
         server.process.wait(60)

@@ -125,19 +125,22 @@ def test_requests_and_answers_in_openais_words():
     wanted |= {"stop_token_ids": [0, 7], "temperature": 0.5, "top_p": 1.0, "seed": 3, "echo": False}
     assert wanted.items() <= fields.items()
     assert (fields["stream"], fields["stream_options"]) == (True, {"include_usage": True})
-    logprobs = {"tokens": ["b"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -0.5, "c": -2.0}], "text_offset": [0]}
+    assert fields["return_tokens_as_token_ids"]
+    top = [{"token_id:1": -0.5, "token_id:2": -2.0}]
+    logprobs = {"tokens": ["token_id:1"], "token_logprobs": [-0.5], "top_logprobs": top, "text_offset": [0]}
     choice = {"index": 1, "text": "b", "logprobs": logprobs, "finish_reason": None}
     end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
     bodies = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {"completion_tokens": 7}}]
     text = "".join(f"data: {json.dumps(body)}\n\n" for body in bodies) + "data: [DONE]\n\n"
-    assert vllm.parse_chunk(text) == (
+    known = {"token_id:1": b"b", "token_id:2": b"\xc3"}
+    assert vllm.parse_chunk(text, known.__getitem__) == (
         [
-            OutputDelta(1, "b", [TokenLogprob(b"b", -0.5, [(b"b", -0.5), (b"c", -2.0)])]),
+            OutputDelta(1, "b", [TokenLogprob(b"b", -0.5, [(b"b", -0.5), (b"\xc3", -2.0)])]),
             OutputDelta(0, finish="length"),
         ],
         7,
     )
-    (failed,), _ = vllm.parse_chunk('data: {"error": {"message": "too long"}}\n\n')
+    (failed,), _ = vllm.parse_chunk('data: {"error": {"message": "too long"}}\n\n', known.__getitem__)
     assert (failed.finish, failed.error) == ("error", "too long")
 
 
@@ -155,7 +158,10 @@ def test_an_adapter_is_asked_by_the_template_that_it_was_trained_with(tiny_llama
             self.asked = asked
 
             async def answer():
-                choice = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop"}
+                parts = tokenizer("é")["input_ids"]
+                names = [f"token_id:{token}" for token in parts]
+                told = {"tokens": names, "token_logprobs": [-1.0] * len(names), "top_logprobs": None}
+                choice = {"index": 0, "text": "é", "logprobs": told, "finish_reason": "stop"}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
 
             return Stream(answer())
@@ -186,8 +192,9 @@ def test_an_adapter_is_asked_by_the_template_that_it_was_trained_with(tiny_llama
 
         return asyncio.run(messages())
 
-    (first, *_) = asked(source=str(adapters / "plain"))
+    first, *_, last = asked(source=str(adapters / "plain"))
     assert first.begun
+    assert [token.data for token in last.deltas[0].tokens] == [b"\xc3", b"\xa9"]  # each alone is no character
     assert tokenizer.decode(llm.asked["prompt"][0]) == "[a b]<|pad|>["
     assert set(llm.asked["stop_token_ids"]) == {0, tokenizer.pad_token_id}
     assert llm.asked["skip_special_tokens"] is False

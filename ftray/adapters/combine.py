@@ -6,7 +6,7 @@ https://huggingface.co/docs/peft/developer_guides/model_merging: TIES (arXiv 230
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftray.adapters.discovery import adapter_config
+from ftray.adapters.discovery import adapter_config, refuse_settings
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -71,9 +71,11 @@ def _combined(cfg: Config, base: "PreTrainedModel", adapters: list[Path]) -> "Pe
     from peft import PeftModel
 
     names = [f"adapter-{i}" for i in range(len(adapters))]
-    model = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name=names[0])
+    with refuse_settings(adapters[0]):
+        model = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        model.load_adapter(str(adapter), adapter_name=name)
+        with refuse_settings(adapter):
+            model.load_adapter(str(adapter), adapter_name=name)
     layers = [_name_layers(model, name) for name in names]
     weights = cfg.merge.weights or [1 / len(adapters)] * len(adapters)
     settings: dict[str, Any] = {"adapters": names, "weights": weights, "adapter_name": COMBINED}

@@ -2,14 +2,18 @@
 
 import atexit
 import hashlib
+import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
+from ftray.adapters.peft_config import wrong_field
 from ftray.config import Config, DataConfig
 from ftray.errors import UserError, near
 from ftray.models.find import find, is_hub_id
@@ -79,14 +83,31 @@ def adapter_config(adapter: Path) -> "PeftConfig":
     """The adapter's `peft.PeftConfig`.
 
     Raises:
-        UserError: the installed PEFT can't read it.
+        UserError: the installed PEFT can't read it, or a value in it is of a wrong type.
     """
-    from peft import PeftConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
     try:
+        given = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(given.get("peft_type"))
+        if kind and (wrong := wrong_field(kind, given)):
+            raise UserError(f"adapter {adapter}: {CONFIG}: {wrong}")
         return PeftConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"adapter {adapter}: PEFT can't read its {CONFIG}: {reason(error)}") from None
+
+
+@contextmanager
+def refuse_settings(adapter: str | Path) -> Iterator[None]:
+    """Inside, PEFT loads `adapter`: it checks some settings, as how weights begin, only with the base's at hand.
+
+    Raises:
+        UserError: it can't apply them.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"adapter {adapter}: PEFT can't apply its {CONFIG}: {reason(error)}") from None
 
 
 def added_by(adapter: Path) -> int:
@@ -238,6 +259,7 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
     from ftray.models.load import load_skeleton
 
     config, skeleton = weightless_config(adapter), load_skeleton(cfg.model, base, _task(adapter)).model
+    config.inference_mode = config.is_prompt_learning  # what a prompt's encoder gave is saved, not the encoder
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)
@@ -245,9 +267,12 @@ def _mismatch(cfg: Config, adapter: Path, base: str) -> str | None:
         return f"PEFT can't apply its {CONFIG} there: {type(error).__name__}: {reason(error)}"
     try:
         result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
-    except (ValueError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except Exception as error:  # a KeyError, of tensors that are not there
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return next((line for line in lines if "size mismatch" in line), lines[0])
+    if config.is_prompt_learning:  # PEFT has raised if it lacked one, and names its parts by other words
+        given, wanted = getattr(config, "num_transformer_submodules", None), 1 + (_task(adapter).name == "SEQ_2_SEQ_LM")
+        return None if given in (None, wanted) else f"num_transformer_submodules is {given}, and not {wanted}"
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     missing = [name for name in result.missing_keys if name in trained]
     for names, what in ((missing, "it has nothing for"), (result.unexpected_keys, "the base has no place for")):

@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ftray.adapters.discovery import refuse_settings
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
 from ftray.errors import UserError
@@ -101,7 +102,8 @@ def save_merged(
     if (bits := as_stored(cfg, base_path).quantization) != "none":
         print(f"merge: the {bits} base is dequantised first; the merged model is in full precision")
     base = load_whole(cfg, base_path, task)
-    model = PeftModel.from_pretrained(base, str(adapter))
+    with refuse_settings(adapter):
+        model = PeftModel.from_pretrained(base, str(adapter))
     method = model.active_peft_config.peft_type.value.lower()
     tolerance = METHODS[method].merge_tolerance if method in METHODS else TOLERANCE
     texts = list(records) or made_up(base)

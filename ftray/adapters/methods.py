@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 
 from ftray.adapters import layers, prompts
 from ftray.adapters.method import LayerParameters, Method, Parameters, Targets, stores_transposed
+from ftray.adapters.peft_config import wrong_field
 from ftray.config import AdapterConfig
 from ftray.errors import UserError, first_error, near
 
@@ -190,6 +191,8 @@ def _peft(p: PeftParameters, targets: list[str], model: "PreTrainedModel", steps
     fields = {field.name for field in dataclasses.fields(kind)}
     if unknown := [key for key in given if key not in fields]:
         raise UserError(f"adapter.config: {kind.__name__} has no {unknown[0]!r}{near(unknown[0], fields)}")
+    if wrong := wrong_field(kind, given):
+        raise UserError(f"adapter.config: {wrong}")
     if given.get("init_lora_weights", True) not in (True, "gaussian", "orthogonal"):
         raise UserError("adapter.config: init_lora_weights: set adapter.method lora with its init instead")
     if "target_modules" in fields and not given.get("target_modules"):

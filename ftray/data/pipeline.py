@@ -39,6 +39,7 @@ from ftray.data.splits import (
 )
 from ftray.data.tokens import Tokens, prompt_template, rendering, spread
 from ftray.errors import UserError
+from ftray.runtime.cluster import say_if_waiting
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
 from ftray.task_spec import AS_IT_IS, CAUSAL, TaskSpec
@@ -229,6 +230,7 @@ def _in_tasks(
         return
     import ray.data
 
+    say_if_waiting(1, {"CPU": TASK_CPUS})
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     data.context.execution_options.preserve_order = True
     done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ftray.config import EvaluationConfig
-from ftray.models.limits import positions
+from ftray.models.limits import text_positions
 from ftray.models.probe import decodes_together
 from ftray.models.stops import answer_text, stop_tokens
 
@@ -36,7 +36,7 @@ def generate(
     """
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
-    texts, most = [""] * len(rows), positions(model)
+    texts, most = [""] * len(rows), text_positions(model)
     for part in _batches(model, prompts, cfg.batch_size):
         width = max(len(prompts[i]) for i in part)
         room = cfg.max_new_tokens if most is None else min(cfg.max_new_tokens, most - width)

@@ -20,6 +20,12 @@ def context_length(model: "PreTrainedModel | PeftModel") -> int | None:
     return positions(model) or (named if (named or 0) > 0 else None)  # XLNet has -1
 
 
+def text_positions(model: "PreTrainedModel | PeftModel") -> int | None:
+    """As :func:`positions`, without those that the tokens take which an adapter puts before a text."""
+    most, config = positions(model), getattr(model, "active_peft_config", None)
+    return None if most is None else most - (getattr(config, "num_virtual_tokens", None) or 0)
+
+
 def positions(model: "PreTrainedModel | PeftModel") -> int | None:
     """The most tokens that the model's tables of positions have a row for; None: it has no such table.
 

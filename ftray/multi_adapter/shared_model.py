@@ -87,6 +87,8 @@ def tuner_layers(model: PeftModel, shared: PreTrainedModel) -> dict[str, BaseTun
     method = model.active_peft_config.peft_type.value
     if model.active_peft_config.is_prompt_learning:
         raise PackingUnsupported(f"{method} adds tokens or activations to the model's input")
+    if getattr(model.active_peft_config, "alora_invocation_tokens", None) is not None:
+        raise PackingUnsupported("aLoRA looks for its invocation tokens in a text by itself")
     inner: Any = model.get_base_model()
     layers = {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}

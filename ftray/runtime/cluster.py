@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import ray
 
 # seconds; KubeRay restarts a head in less than a minute
-JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE = 10, 5, 45
+JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE, ROOM_PATIENCE = 10, 5, 45, 10
 LONGEST_SOCKET = 107  # bytes of its path, on Linux
 RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a trial has several small processes
 
@@ -240,6 +240,30 @@ def cpus_each(workers: int, gpus: float) -> int:
     return max((cpus for cpus in range(1, largest + 1) if workers_that_fit(cpus, gpus, nodes) >= workers), default=1)
 
 
+def say_if_waiting(groups: int, each: dict[str, float]) -> None:
+    """Say in one line what is waited for, if the cluster has no room for it within some seconds; Ray says nothing.
+
+    Args:
+        groups: how many workers, replicas or tasks begin together.
+        each: the resources of each, by kind.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    needed = {kind: amount for kind, amount in each.items() if amount}
+    if not needed:
+        return
+    room = placement_group([needed] * groups)
+    found = room.wait(ROOM_PATIENCE)
+    remove_placement_group(room)
+    if not found:
+        there, free = ray.cluster_resources(), ray.available_resources()
+        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
+        taken = " and ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}" for kind in needed)
+        times = f"{groups} times " if groups > 1 else ""
+        print(f"ftray waits for {times}{wanted}; free: {taken}", file=sys.stderr, flush=True)
+
+
 def on_hardware(cfg: Config, function: Callable[..., Any], *args: object, max_retries: int = 3) -> "ray.ObjectRef":
     """Run `function` as a Ray task with all CPUs of a node, and a GPU if there is one.
 
@@ -248,6 +272,12 @@ def on_hardware(cfg: Config, function: Callable[..., Any], *args: object, max_re
     """
     import ray
 
-    gpus = min(1, gpus_per_worker(cfg))
-    options = {"num_cpus": cpus_each(1, gpus), "num_gpus": gpus, "max_retries": max_retries}
+    needed = hardware(cfg)
+    options = {"num_cpus": needed["CPU"], "num_gpus": needed["GPU"], "max_retries": max_retries}
     return ray.remote(function).options(**options).remote(*args)
+
+
+def hardware(cfg: Config) -> dict[str, float]:
+    """All CPUs of a node, and a GPU if there is one: what :func:`on_hardware` asks for."""
+    gpus = min(1, gpus_per_worker(cfg))
+    return {"CPU": cpus_each(1, gpus), "GPU": gpus}

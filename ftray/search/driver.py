@@ -15,13 +15,13 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
-from ftray.runtime.cluster import node_resources, workers_that_fit
+from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
 from ftray.search.broker import TrialEndCallback, TrialProxy
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.journal import past_trials
-from ftray.search.packs import Capacity, packs
+from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
 from ftray.search.rungs import rung_records
@@ -95,7 +95,10 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
     past = [trial for trial in past_trials(output / JOURNAL) if trial.state.is_finished()]
     if len(past) >= cfg.search.trials:
         return
-    if not _in_packs(context, space):
+    packed = _in_packs(context, space)
+    cpus = cpus_of_pack_worker(context) if packed else cfg.scaling.cpus_per_worker or 1
+    say_if_waiting(cfg.scaling.workers, {"CPU": cpus, "GPU": context.gpus_per_worker})
+    if not packed:
         trainable = tune.with_parameters(run_trial, context=context, experiment=experiment)
         with notice():
             capacity = Capacity(trials_that_fit(context), time.monotonic())

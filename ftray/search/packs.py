@@ -90,12 +90,17 @@ def packs_that_fit(search: SearchContext) -> int:
     return max(1, fit // search.config.scaling.workers)
 
 
+def cpus_of_pack_worker(search: SearchContext) -> float:
+    """The CPUs of each worker of a pack: as configured, else its share of those that are up."""
+    workers = packs_that_fit(search) * search.config.scaling.workers
+    return search.config.scaling.cpus_per_worker or cpus_each(workers, search.gpus_per_worker)
+
+
 def pack_trainer(
     search: SearchContext, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
 ) -> TorchTrainer:
     """A `TorchTrainer` whose workers run `worker(config)`, each with its share of the CPUs."""
-    workers = packs_that_fit(search) * search.config.scaling.workers
-    cpus = search.config.scaling.cpus_per_worker or cpus_each(workers, search.gpus_per_worker)
+    cpus = cpus_of_pack_worker(search)
     seed = search.config.training.seed
     held_out = validation_row_groups(TokenizedData.load(search.data), search.config.training.validation_records)
     return group_trainer(search, worker, config, cpus, {"validation": held_out}, seed, name, storage)

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ftray.adapters.discovery import CONFIG, adapter_config, same_base
+from ftray.adapters.discovery import CONFIG, INSIDE, adapter_config, same_base
 from ftray.errors import UserError
 from ftray.multi_adapter.shared_model import share
+from ftray.storage.location import parse_location
 from ftray.storage.manifest import MANIFEST, check
 from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
@@ -35,6 +37,18 @@ def check_name(name: str) -> str:
             f"adapter name {name[:80]!r}: at most 64 letters, digits, '.', '_' and '-', the first a letter or digit"
         )
     return name
+
+
+def adapter_in(source: str) -> str:
+    """The adapter that `source`, a directory or URI, is, or has in it as an output of `tune` or `train`.
+
+    `source` itself where none is found or the store can't be reached: it is refused where it is read.
+    """
+    try:
+        places = (parse_location(source) / inside if inside else parse_location(source) for inside in ("", *INSIDE))
+        return next((str(place) for place in places if (place / CONFIG).is_file()), source)
+    except (OSError, UserError):
+        return source
 
 
 @contextmanager
@@ -109,6 +123,9 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
                 model = PeftModel.from_pretrained(
                     share(base), str(directory), config=config, is_trainable=trained, use_safetensors=True
                 )
+            model = model.to(base.device).eval()
+            with torch.inference_mode():
+                model(input_ids=torch.tensor([[0, 0]], device=base.device))  # some settings are only used here
         except Exception as error:  # PEFT raises many kinds for a directory that does not fit
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
@@ -125,4 +142,4 @@ def load_adapter(base: PreTrainedModel, source: str, spec: TaskSpec = CAUSAL) ->
         raise UserError(f"adapter {source}: does not fit {base.name_or_path}: it lacks {min(missing)}"[:400])
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"adapter {source}: its weights are not finite: it has diverged")
-    return model.to(base.device).eval(), trained_as
+    return model, trained_as

@@ -42,7 +42,7 @@ def find_catalog(cfg: Config) -> Catalog:
     """
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.serving.adapters import check_adapter, check_name
+    from ftray.serving.adapters import adapter_in, check_adapter, check_name
 
     run = parse_location(cfg.serving.run) if cfg.serving.run else None
     run = run and run.absolute()
@@ -65,7 +65,7 @@ def find_catalog(cfg: Config) -> Catalog:
         name, equals, source = given.partition("=")
         if not equals or not source:
             raise UserError(f"--adapter {given!r}: must be NAME=DIRECTORY or NAME=URI")
-        adapters[check_name(name)] = source if "://" in source else str(Path(source).absolute())
+        adapters[check_name(name)] = adapter_in(source if "://" in source else str(Path(source).absolute()))
     base = Path(cfg.model.name).name.removesuffix(".gguf")
     if base in adapters:
         raise UserError(f"adapter {base}: the base model has that name")
@@ -74,6 +74,8 @@ def find_catalog(cfg: Config) -> Catalog:
         if "://" not in source:
             check_adapter(Path(source), path, task)
     Registry(cfg.serving, adapters)  # refuses a file that can't be read
+    if cfg.serving.registry:
+        parse_location(cfg.serving.registry).check_writable("serving.registry")
     return Catalog(base, path, adapters, task)
 
 

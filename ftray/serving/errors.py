@@ -38,6 +38,12 @@ def invalid(message: str, param: str | None) -> APIError:
     return APIError(400, message, param, "invalid_value")
 
 
+def replica_died() -> APIError:
+    """500: a replica died with this request, which may be why: neither the router nor OpenAI's clients try it again."""
+    message = "the replica died while it answered this request, and may have died of it: it is not tried again"
+    return APIError(500, message, None, "replica_died", {"x-should-retry": "false"})
+
+
 def model_error(reason: str) -> APIError:
     """500: the model failed on this request, and on no other."""
     return APIError(500, f"the model failed: {reason}", code="model_error")

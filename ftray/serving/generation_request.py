@@ -108,22 +108,21 @@ class OutputDelta:
 class OutputDeltas:
     """A message of a replica about one request.
 
-    The first says that the request has `begun`; then one holds `prompt_tokens`, and deltas follow.
+    One says that the request has `begun`; then one holds `prompt_tokens`, and deltas follow.
 
     Attributes:
         deltas: what is new of the answers.
-        begun: from here on a step may hold the request, or its adapter is loaded, which the process may not outlive.
+        begun: from here on a step may hold the request, or its adapter is loaded, which the process may not outlive;
+            False: it only waits from here on; None: as before.
         prompt_tokens: of all prompts together; None in all messages but one.
-        answering: the first tokens have been chosen, though deltas are only sent at the end.
         refused: why nothing follows.
         warning: for whoever asked; comes with `prompt_tokens`.
         calls: how an answer's calls are written; comes with `prompt_tokens`; None: they can't be told from text.
     """
 
     deltas: list[OutputDelta] = field(default_factory=list)
-    begun: bool = False
+    begun: bool | None = None
     prompt_tokens: int | None = None
-    answering: bool = False
     refused: APIError | None = None
     warning: str | None = None
     calls: CallFormat | None = None

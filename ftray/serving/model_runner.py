@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -157,12 +158,16 @@ class ModelRunner:
             Logits in the model's dtype, [tokens read, vocabulary], and the cache.
         """
         reader: Any = model if model is not None else self.base
+        offsets = {}
+        if model is not None and getattr(model.active_peft_config, "alora_invocation_tokens", None):
+            found = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor([ids]))
+            offsets = {"alora_offsets": found}  # PEFT itself would look in `new` alone
         if not self.can_cache:  # all tokens are read again for each new one
             return reader(input_ids=torch.tensor([ids], device=self.base.device)).logits[0, -len(ids) :], None
         if cached and model is not None and model.active_peft_config.is_prompt_learning:
             reader = model.get_base_model()  # the cache holds the virtual tokens already
         new = torch.tensor([ids[cached:]], device=self.base.device)
-        out = reader(input_ids=new, past_key_values=past, use_cache=True)
+        out = reader(input_ids=new, past_key_values=past, use_cache=True, **offsets)
         return out.logits[0, -new.shape[1] :], out.past_key_values
 
     @torch.no_grad()

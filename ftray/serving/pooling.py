@@ -98,18 +98,22 @@ class PoolingReplica(BaseReplica):
         exact_heads(model)
         return model.requires_grad_(False)
 
-    async def pool(self, request: PoolingRequest) -> AsyncIterator[PoolingResponse | None]:
+    async def pool(self, request: PoolingRequest) -> AsyncIterator[PoolingResponse | bool]:
         """The class probabilities or the vector of each text.
 
-        Before, None: the batch with the request is read, or its adapter loaded, which the process may not outlive.
+        Before, True: the batch with the request is read, or its adapter loaded, which the process may not outlive.
+        False: from here on it only waits.
         """
         try:
             if request.adapter is None and self.new_modules:
                 raise invalid(f"the base model has no {self.new_modules[0]} of its own: name an adapter", "model")
             encoded = self.encode(request)
-            if request.adapter is not None and request.adapter not in self._kept:
-                yield None
+            loads = request.adapter is not None and request.adapter not in self._kept
+            if loads:
+                yield True
             model = self.base if request.adapter is None else await self.loaded(request.adapter, request.source)
+            if loads:
+                yield False
         except APIError as error:
             yield PoolingResponse([], (), 0, error)
             return
@@ -121,7 +125,7 @@ class PoolingReplica(BaseReplica):
         reading.add_done_callback(lambda _: begun.set())
         try:
             await begun.wait()
-            yield None
+            yield True
             values = await reading
         finally:
             reading.cancel()

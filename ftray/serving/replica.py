@@ -53,10 +53,13 @@ class Replica(BaseReplica):
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
         """The answers to `request`; closing this iterator frees their slots."""
-        if request.adapter is not None and request.adapter not in self._kept:
+        loads = request.adapter is not None and request.adapter not in self._kept
+        if loads:
             yield OutputDeltas(begun=True)
         try:
             rendering = await self._rendering(request)
+            if loads:
+                yield OutputDeltas(begun=False)
             prompts = prompt_tokens(request, rendering, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
         except APIError as error:
@@ -93,10 +96,8 @@ class Replica(BaseReplica):
                     taken = left
                 if request.stream:
                     yield OutputDeltas(deltas)
-                    continue
-                if not kept:
-                    yield OutputDeltas(answering=True)
-                kept += deltas
+                else:
+                    kept += deltas
             if kept:
                 yield OutputDeltas(kept)
         finally:

@@ -1,10 +1,9 @@
-"""Sends a request to a replica, and to another one if that dies; counts all requests.
+"""Sends a request to a replica, and to another one if that dies while the request waits; counts all requests.
 
-A request whose first step, or whose adapter's loading, was under way when its replica died may have ended it, and is
+A request that a step may have held when its replica died, or whose adapter was being loaded, may have ended it, and is
 not tried again: it would end the next one too. Which of several did can't be told from the death itself: a process that
-is killed from outside looks the same. All others are tried again: those that waited for their turn, and those that had
-outlived their first step, of which no part was sent yet; these once, as they too may have ended it. Where the node was
-preempted, no request is to blame.
+is killed from outside looks the same. Those that waited for their turn are tried again; where the node was preempted,
+no request is to blame.
 
 Serve's multiplexing picks a replica that has the adapter loaded if there is one. See
 https://docs.ray.io/en/latest/serve/model-multiplexing.html.
@@ -21,13 +20,12 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import ServingConfig
-from ftray.serving.errors import APIError
+from ftray.serving.errors import APIError, replica_died
 from ftray.serving.generation_request import GenerationRequest, OutputDeltas
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
 
 ATTEMPTS = 3  # replicas that a request is tried on, if they die
-MAX_OUTLIVED = 1  # of which so many may have died while it was answered
-NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send it again by themselves
+REPLACED = {"Retry-After": "10"}  # seconds in which Serve has mostly put another replica in the place of a dead one
 
 
 class Usage:
@@ -81,8 +79,8 @@ class Router:
                 begun = False
                 try:
                     async for message in self._try("pool", request, deadline):
-                        if message is None:
-                            begun = True
+                        if isinstance(message, bool):
+                            begun = message
                             continue
                         response: PoolingResponse = message
                         if response.refused:
@@ -95,25 +93,24 @@ class Router:
             raise APIError(500, "the replica gave no answer", code="replica_died")
 
     async def generate(self, model: str, request: GenerationRequest) -> AsyncIterator[OutputDeltas]:
-        """What a replica answers; another one if it dies, unless a part was sent already or the request kills.
+        """What a replica answers; another one if it dies before it has begun the request.
 
         Raises:
             APIError: the replica refuses the request, all that were tried have died, or it takes too long.
         """
         began = time.monotonic()
-        deadline, outlived = began + self.cfg.request_seconds, 0
+        deadline = began + self.cfg.request_seconds
         announced = given = False
         with self._counted(model, "499"):
             for attempt in range(ATTEMPTS):
-                begun = answering = False
+                begun = False
                 try:
                     async for message in self._try("generate", request, deadline):
                         if message.refused:
                             raise message.refused
-                        begun = begun or message.begun
-                        answering = answering or message.answering or bool(message.deltas)
+                        begun = begun if message.begun is None else message.begun
                         if message.prompt_tokens is not None:
-                            if announced:  # by a replica that died
+                            if announced:  # by a replica that was preempted
                                 continue
                             announced = True
                             self.usage.prompt.labels(model).inc(message.prompt_tokens)
@@ -128,9 +125,7 @@ class Router:
                 except RayActorError as error:
                     if given:
                         raise APIError(500, "the replica that gave this answer has died", code="replica_died") from None
-                    outlived += answering and not error.preempted
-                    blamed = begun and not answering and not error.preempted
-                    _refuse_retry(attempt, blamed or outlived > MAX_OUTLIVED)
+                    _refuse_retry(attempt, begun and not error.preempted)
                     await asyncio.sleep(0.1 * 2**attempt)
 
     async def _try(
@@ -181,7 +176,6 @@ def _refuse_retry(attempt: int, blamed: bool) -> None:
         APIError: the request is not tried again.
     """
     if blamed:
-        message = "the replica died while it began this request, and may have died of it: it is not tried again"
-        raise APIError(500, message, None, "replica_died", NO_RETRY)
+        raise replica_died()
     if attempt == ATTEMPTS - 1:
-        raise APIError(503, "replicas keep dying", code="replica_died")
+        raise APIError(503, "replicas keep dying: try again later", None, "replica_died", REPLACED)

