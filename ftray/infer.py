@@ -119,10 +119,12 @@ class Renderer:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
+    from ftray.data.meanings import is_verdict, marks_learnt
     from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
-    from ftray.data.shapes import FLAGS, VERDICTS, fitting
+    from ftray.data.shapes import fitting
 
-    record = {key: value for key, value in record.items() if key not in (*FLAGS, *VERDICTS)}  # of its answer
+    # what is said of its answer
+    record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}
     last = {"role": "assistant", "content": "."}
     for key in TURNS:
         if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):

@@ -160,7 +160,7 @@ LOST = [
     ({"messages": [USER, ANSWER], "rejected_response": "c"}, "rejected_response: one of a preference pair"),
     ({"text": "t", "rejected": "c"}, "rejected: one of a preference pair"),
     (PLAIN | {"is_correct": False}, "is_correct is False, and what is learnt are good answers: leave the record out"),
-    (PLAIN | {"accepted": "no", "correct": "False"}, "correct is False, and what is learnt are good answers"),
+    (PLAIN | {"accepted": "perhaps", "correct": "False"}, "correct is False, and what is learnt are good answers"),
     (PLAIN | {"reward": "-1.0"}, "reward is -1, and what is learnt are good answers"),
     ({"question": "q", "answer": "a", "passed": 0}, "passed is 0, and what is learnt are good answers"),
     ({"messages": [USER, ANSWER], "accepted": False}, "accepted is False, and what is learnt are good answers"),

@@ -19,6 +19,7 @@ from ftray.task_spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
+NAMED = 3  # files at most, in a line that says which are held out
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -197,6 +198,7 @@ class DataCheck:
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
+        self._say_held_out()
         of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
@@ -223,6 +225,17 @@ class DataCheck:
                 if not counts[split]:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
+
+    def _say_held_out(self) -> None:
+        """Say which files are held out by their names alone: perhaps they aren't meant so."""
+        for name, given in (("validation", self.cfg.validation), ("test", self.cfg.test)):
+            files = [] if given or name not in self.sources else self.sources[name].chunks
+            paths = dict.fromkeys(chunk.path for chunk in files if chunk.kind != "hub")
+            if paths:
+                more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+                print(
+                    f"{name}, by name: {', '.join([*paths][:NAMED])}{more}: rename what is to be trained on", flush=True
+                )
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [
