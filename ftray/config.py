@@ -182,8 +182,8 @@ class DataConfig(Section):
 
     @field_validator("sources", mode="before")
     @classmethod
-    def _named_alone(cls, sources: Any) -> Any:
-        """A source that is named and nothing more."""
+    def _named_alone(cls, sources: object) -> object:
+        """Sources of which some may be named and nothing more."""
         if not isinstance(sources, list):
             return sources
         return [{"source": source} if isinstance(source, str) else source for source in sources]

@@ -65,7 +65,7 @@ def run(cfg: Config) -> int:
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
-        records = list(read_records(asked.file))
+        records = list(read_records(asked.file, data))
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
@@ -140,32 +140,50 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, shape.required_keys[1]: "."} if shape else record
 
 
-def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line of each prompt, and its record; a line of a .txt file is a plain prompt.
+def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
+
+    Args:
+        data: how a file of text is encoded and delimited.
 
     Raises:
-        UserError: the file can't be read, holds no prompt, or has a line that is not a record.
+        UserError: the file can't be read, holds no prompt, or has what is no record.
     """
-    from ftray.data.formats import parse_json
+    from ftray.data.formats import read_chunk
+    from ftray.data.sources import SUFFIXES, TEXT, find_chunks, suffix_of
 
-    path = Path(name)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
+    path, data = Path(name), data or DataConfig()
+    if path.suffix == ".txt":
+        yield from _lines_of(path)
+        return
+    if suffix_of(name) not in SUFFIXES or suffix_of(name) in TEXT:
+        raise UserError(
+            f"file {name}: must be a file of records, as .jsonl, .csv or .parquet, or .txt (a prompt a line)"
+        )
+    if not path.is_file():
+        raise UserError(f"can't read {name}: No such file or directory")
+    reading = DataConfig(source=name, delimiter=data.delimiter, encoding=data.encoding)
+    count = 0
+    for chunk in find_chunks(name, reading) if path.stat().st_size else []:
+        for place, record in read_chunk(chunk):
+            count += 1
+            yield str(place), record
+    if not count:
+        raise UserError(f"file {name}: holds no prompt")
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prompts of a file of text, which are its lines."""
     try:
         # not splitlines(): it also ends a line at characters that may stand inside of a text, as U+2028
         lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not any(line.strip() for line in lines):
-        raise UserError(f"file {name}: holds no prompt")
+        raise UserError(f"file {path}: holds no prompt")
     for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield where, {"prompt": line}
-            continue
-        yield where, parse_json(line, where)
+        if line.strip():
+            yield f"{path}:{number}", {"prompt": line}
 
 
 def mapped(records: list[tuple[str, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -178,9 +178,10 @@ def label_of(value: Any, key: str, where: object) -> str:
         value = int(value)
     if isinstance(value, float):
         raise UserError(
-            f"{where}: {key} is {value}, and ftray tells classes apart, it learns no numbers (regression): give texts or "
-            "whole numbers; or give a score of two texts, as by --data.fields 'sentence1: sentence1, sentence2: "
-            f'sentence2, score: "{{{{ {key} / 5 }}}}"\''
+            f"{where}: {key} is {value}, and ftray learns classes, not numbers (regression): give texts or whole "
+            "numbers; or give a score of two texts, as by --data.fields 'sentence1: sentence1, sentence2: sentence2, "
+            "score: "
+            f'"{{{{ {key} / 5 }}}}"\''
         )
     if not isinstance(value, str | int):
         raise UserError(f"{where}: {key} must be text or a whole number, not {type(value).__name__}")
