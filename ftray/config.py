@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -178,6 +179,9 @@ class DataConfig(Section):
         None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
     )
 
+    # which `splits.find_sources` finds from the records each time
+    _redraws: int = PrivateAttr(0)
+
     _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
 
     @field_validator("sources", mode="before")
@@ -210,6 +214,15 @@ class DataConfig(Section):
                 raise ValueError("source and sources both say what is trained on: give one of them")
             self.__dict__["source"] = _one_or_several(names)  # not assigned, which would validate again
         return self
+
+    @property
+    def redraws(self) -> int:
+        """How often the split was drawn anew, because chance left a part of few records empty."""
+        return self._redraws
+
+    def redraw(self, redraws: int) -> None:
+        """Have the split drawn that often anew."""
+        self._redraws = redraws
 
     @property
     def names(self) -> str:

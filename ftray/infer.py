@@ -65,7 +65,7 @@ def run(cfg: Config) -> int:
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
-        records = list(read_records(asked.file, data))
+        records = list(read_records(asked.file))
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
@@ -140,11 +140,8 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, shape.required_keys[1]: "."} if shape else record
 
 
-def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
-
-    Args:
-        data: how a file of text is encoded and delimited.
 
     Raises:
         UserError: the file can't be read, holds no prompt, or has what is no record.
@@ -152,7 +149,7 @@ def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[st
     from ftray.data.formats import read_chunk
     from ftray.data.sources import SUFFIXES, TEXT, find_chunks, suffix_of
 
-    path, data = Path(name), data or DataConfig()
+    path = Path(name)
     if path.suffix == ".txt":
         yield from _lines_of(path)
         return
@@ -162,9 +159,8 @@ def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[st
         )
     if not path.is_file():
         raise UserError(f"can't read {name}: No such file or directory")
-    reading = DataConfig(source=name, delimiter=data.delimiter, encoding=data.encoding)
     count = 0
-    for chunk in find_chunks(name, reading) if path.stat().st_size else []:
+    for chunk in find_chunks(name) if path.stat().st_size else []:
         for place, record in read_chunk(chunk):
             count += 1
             yield str(place), record

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk
+from ftray.data.formats import Chunk, read_chunk
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
@@ -19,6 +19,8 @@ from ftray.task_spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
+REDRAWN_BYTES = 2**20  # sources up to this size have their split drawn anew where chance leaves one empty
+REDRAWS = 100  # at most, of which each succeeds in about half of the cases
 NAMED = 3  # files at most, in a line that says which are held out
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
@@ -67,7 +69,34 @@ def find_sources(cfg: DataConfig) -> Sources:
             sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
         elif chunks := _chunks(own, name):
             sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
+    sources["train"].cfg.redraw(_redraws(sources["train"]))
     return sources
+
+
+def _redraws(source: Source) -> int:
+    """How often the split of a source of few records is drawn anew, until each split has some whose share is a record.
+
+    It follows from the records alone, and is 0 where the first draw leaves no such split empty.
+    """
+    if sum(REDRAWN_BYTES + 1 if chunk.bytes is None else chunk.bytes for chunk in source.chunks) > REDRAWN_BYTES:
+        return 0
+    found = []
+    try:
+        for name, own in source.parts.items():
+            records = (record for chunk in own.chunks for _, record in read_chunk(chunk))
+            found += [(order_key(r, own.cfg.seed, name), _content(r.get(GROUP, r)), own.cfg) for r in records]
+    except UserError:  # the check of the data comes to it
+        return 0
+    different = {content: cfg for _, content, cfg in sorted(found, key=lambda one: one[0])[: source.cfg.limit]}
+    shares = {
+        "validation": sum(cfg.validation_fraction for cfg in different.values()),
+        "test": sum(cfg.test_fraction for cfg in different.values()),
+    }
+    wanted = {"train", *(name for name, share in shares.items() if share > 1 - 1e-9)}
+    for redraws in range(REDRAWS):
+        if wanted <= {_split(content, cfg, "train", redraws) for content, cfg in different.items()}:
+            return redraws
+    return 0
 
 
 def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
@@ -122,10 +151,11 @@ def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: st
     return _hash(content, cfg.seed, _order(part)), _split(grouped, cfg, source)
 
 
-def _split(content: bytes, cfg: DataConfig, source: str) -> str:
+def _split(content: bytes, cfg: DataConfig, source: str, redraws: int | None = None) -> str:
     if source != "train":
         return source
-    place = _hash(content, cfg.seed, "split") / 2**64
+    redraws = cfg.redraws if redraws is None else redraws
+    place = _hash(content, cfg.seed, f"split{redraws or ''}") / 2**64
     if place < cfg.test_fraction:
         return "test"
     return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
