@@ -154,9 +154,8 @@ def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _lines_of(path)
         return
     if suffix_of(name) not in SUFFIXES or suffix_of(name) in TEXT:
-        raise UserError(
-            f"file {name}: must be a file of records, as .jsonl, .csv or .parquet, or .txt (a prompt a line)"
-        )
+        known = ", ".join(suffix for suffix in SUFFIXES if suffix not in TEXT)
+        raise UserError(f"file {name}: must end in {known} (of records) or .txt (a prompt a line)")
     if not path.is_file():
         raise UserError(f"can't read {name}: No such file or directory")
     count = 0
