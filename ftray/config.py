@@ -365,7 +365,7 @@ class GenerationConfig(Section):
     """What `infer` asks, and how it draws the answer."""
 
     prompt: str | None = Field(None, description="the one prompt to answer")
-    file: str | None = Field(None, description="prompts: records in .jsonl, or one a line in .txt")
+    file: str | None = Field(None, description="prompts: a file of records, as data takes, or one a line in .txt")
     chat: bool | None = Field(
         None, description="render by the tokenizer's chat template (default: in a conversation, and records of turns)"
     )

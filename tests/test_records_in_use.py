@@ -614,9 +614,7 @@ def test_a_source_of_a_mixture_may_be_named_alone():
 def test_texts_with_labels_are_not_learnt_as_texts_beside_prompts(tmp_path, tiny_llama):
     kinds = [{"prompt": "q", "completion": "a"}, {"text": "nice", "label": 1}]
     (tmp_path / "r.jsonl").write_text(lines(lambda n: {key: f"{v} {n}" for key, v in kinds[n % 2].items()}))
-    with pytest.raises(
-        UserError, match=r"r\.jsonl:2: has a label, which isn't learnt, beside its text, but .*:1 has no"
-    ):
+    with pytest.raises(UserError, match=r"r\.jsonl:2: has a label, which isn't learnt, beside its text"):
         rows_of(config(tmp_path / "r.jsonl", tiny_llama, None))
 
 
