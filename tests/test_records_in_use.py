@@ -24,6 +24,7 @@ from ftray.data.splits import find_sources, split_of
 from ftray.data.tokens import Tokens, spread
 from ftray.errors import UserError
 from ftray.models.load import load_tokenizer
+from ftray.reports.data import rendered
 from ftray.task_spec import IGNORE, RAW, TaskSpec
 from ftray.tasks.infer_task import infer_task
 
@@ -680,6 +681,22 @@ def test_a_long_text_is_learnt_to_its_end(tmp_path, tiny_llama, tokenizer):
     assert first[: len(wanted)] == wanted  # each row begins with the last token of the one before
     assert all(row.labels == row.input_ids for _, row in rows)
     assert not any(row.truncated for _, row in rows)
+
+
+def test_words_and_texts_that_are_shown_have_something_between_them(tmp_path, tiny_llama, tiny_bert):
+    kinds = {
+        "words": ({"tokens": ["EU", "calls"], "tags": ["B", "O"]}, "EU | calls -> B O"),
+        "pair": ({"premise": "a b", "hypothesis": "c", "label": "x"}, "a b | c -> x"),
+        "texts": ({"anchor": "a b", "positive": "c"}, "a b | c -> c"),
+    }
+    for name, (record, wanted) in kinds.items():
+        others = [record | ({"label": "y"} if "label" in record and n % 2 else {}) for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text(lines(lambda n, others=others: others[n] | {"id": n}, 4))
+        given = {"validation_fraction": 0, "test_fraction": 0}
+        task, rows = rows_of(config(tmp_path / f"{name}.jsonl", tiny_llama, None, **given))
+        tokenizer = load_tokenizer(tiny_llama, False, None)
+        text = rendered(vars(rows[0][1]), tokenizer, task).plain
+        assert text.replace(tokenizer.eos_token or "", "").replace(tokenizer.bos_token or "", "") == wanted
 
 
 # --- the command itself
