@@ -4,15 +4,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk, read_chunk
+from ftray.data.formats import Chunk, Located
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
-from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
+from ftray.data.sources import content_stamp, find_chunks, find_splits, is_small, read_for_check
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -32,10 +32,12 @@ class Source:
     Attributes:
         chunks: of it, that can be read in parallel; in a mixture, each names its part.
         cfg: how its records are split and tokenized; `source` names it.
+        records: of each part, where they have been read.
     """
 
     chunks: list[Chunk]
     cfg: DataConfig
+    records: dict[str, list[Located]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parts(self) -> dict[str, "Source"]:
@@ -69,24 +71,35 @@ def find_sources(cfg: DataConfig) -> Sources:
             sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
         elif chunks := _chunks(own, name):
             sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
-    sources["train"].cfg.redraw(_redraws(sources["train"]))
+    train = sources["train"]
+    known = json.dumps([content_stamp(train.chunks), train.cfg.model_dump(exclude={"cache"})], default=str)
+    if known not in _REDRAWS:
+        _REDRAWS[known] = _redraws(train)
+    train.cfg.redraw(_REDRAWS[known])
     return sources
+
+
+_REDRAWS: dict[str, int] = {}  # of sources that this process has read, so that none is read again
 
 
 def _redraws(source: Source) -> int:
     """How often the split of a source of few records is drawn anew, until each split has some whose share is a record.
 
-    It follows from the records alone, and is 0 where the first draw leaves no such split empty.
+    It follows from the records alone, and is 0 where the first draw leaves no such split empty. Fills `records`.
     """
-    if sum(REDRAWN_BYTES + 1 if chunk.bytes is None else chunk.bytes for chunk in source.chunks) > REDRAWN_BYTES:
+    size = sum(REDRAWN_BYTES + 1 if chunk.bytes is None else chunk.bytes for chunk in source.chunks)
+    if size > REDRAWN_BYTES or not is_small(source.chunks):
         return 0
-    found = []
     try:
-        for name, own in source.parts.items():
-            records = (record for chunk in own.chunks for _, record in read_chunk(chunk))
-            found += [(order_key(r, own.cfg.seed, name), _content(r.get(GROUP, r)), own.cfg) for r in records]
+        read = {name: [*read_for_check(own.chunks)] for name, own in source.parts.items()}
     except UserError:  # the check of the data comes to it
         return 0
+    source.records.update(read)
+    found = [
+        (order_key(record, own.cfg.seed, name), _content(record.get(GROUP, record)), own.cfg)
+        for name, own in source.parts.items()
+        for _, record in read[name]
+    ]
     different = {content: cfg for _, content, cfg in sorted(found, key=lambda one: one[0])[: source.cfg.limit]}
     shares = {
         "validation": sum(cfg.validation_fraction for cfg in different.values()),
@@ -200,7 +213,7 @@ class DataCheck:
         self.cfg, self.sources = cfg, find_sources(cfg)
         self.lengths: list[int] = []
         self._records = {
-            (name, part): read_for_check(own.chunks)
+            (name, part): iter(source.records[part]) if part in source.records else read_for_check(own.chunks)
             for name, source in self.sources.items()
             for part, own in source.parts.items()
         }
