@@ -72,7 +72,7 @@ def find_sources(cfg: DataConfig) -> Sources:
         elif chunks := _chunks(own, name):
             sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
     train = sources["train"]
-    known = json.dumps([content_stamp(train.chunks), train.cfg.model_dump(exclude={"cache"})], default=str)
+    known = json.dumps([content_stamp(train.chunks), train.cfg.model_dump_json(exclude={"cache"})], default=str)
     if known not in _REDRAWS:
         _REDRAWS[known] = _redraws(train)
     train.cfg.redraw(_REDRAWS[known])
