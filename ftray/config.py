@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -179,7 +180,18 @@ class DataConfig(Section):
         None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
     )
 
+    # which `splits.find_sources` finds from the records each time
+    _redraws: int = PrivateAttr(0)
+
     _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _named_alone(cls, sources: object) -> object:
+        """Sources of which some may be named and nothing more."""
+        if not isinstance(sources, list):
+            return sources
+        return [{"source": source} if isinstance(source, str) else source for source in sources]
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
@@ -203,6 +215,15 @@ class DataConfig(Section):
                 raise ValueError("source and sources both say what is trained on: give one of them")
             self.__dict__["source"] = _one_or_several(names)  # not assigned, which would validate again
         return self
+
+    @property
+    def redraws(self) -> int:
+        """How often the split was drawn anew, because chance left a part of few records empty."""
+        return self._redraws
+
+    def redraw(self, redraws: int) -> None:
+        """Have the split drawn that often anew."""
+        self._redraws = redraws
 
     @property
     def names(self) -> str:
@@ -345,7 +366,7 @@ class GenerationConfig(Section):
     """What `infer` asks, and how it draws the answer."""
 
     prompt: str | None = Field(None, description="the one prompt to answer")
-    file: str | None = Field(None, description="prompts: records in .jsonl, or one a line in .txt")
+    file: str | None = Field(None, description="prompts: a file of records, as data takes, or one a line in .txt")
     chat: bool | None = Field(
         None, description="render by the tokenizer's chat template (default: in a conversation, and records of turns)"
     )

@@ -121,10 +121,12 @@ class Renderer:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
+    from ftray.data.meanings import is_verdict, marks_learnt
     from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
-    from ftray.data.shapes import FLAGS, VERDICTS, fitting
+    from ftray.data.shapes import fitting
 
-    record = {key: value for key, value in record.items() if key not in (*FLAGS, *VERDICTS)}  # of its answer
+    # what is said of its answer
+    record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}
     last = {"role": "assistant", "content": "."}
     for key in TURNS:
         if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):
@@ -141,31 +143,44 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line of each prompt, and its record; a line of a .txt file is a plain prompt.
+    """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
 
     Raises:
-        UserError: the file can't be read, holds no prompt, or has a line that is not a record.
+        UserError: the file can't be read, holds no prompt, or has what is no record.
     """
-    from ftray.data.formats import parse_json
+    from ftray.data.formats import read_chunk
+    from ftray.data.sources import SUFFIXES, TEXT, find_chunks, suffix_of
 
     path = Path(name)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
+    if path.suffix == ".txt":
+        yield from _lines_of(path)
+        return
+    if suffix_of(name) not in SUFFIXES or suffix_of(name) in TEXT:
+        known = ", ".join(suffix for suffix in SUFFIXES if suffix not in TEXT)
+        raise UserError(f"file {name}: must end in {known} (of records) or .txt (a prompt a line)")
+    if not path.is_file():
+        raise UserError(f"can't read {name}: No such file or directory")
+    count = 0
+    for chunk in find_chunks(name) if path.stat().st_size else []:
+        for place, record in read_chunk(chunk):
+            count += 1
+            yield str(place), record
+    if not count:
+        raise UserError(f"file {name}: holds no prompt")
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prompts of a file of text, which are its lines."""
     try:
         # not splitlines(): it also ends a line at characters that may stand inside of a text, as U+2028
         lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not any(line.strip() for line in lines):
-        raise UserError(f"file {name}: holds no prompt")
+        raise UserError(f"file {path}: holds no prompt")
     for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield where, {"prompt": line}
-            continue
-        yield where, parse_json(line, where)
+        if line.strip():
+            yield f"{path}:{number}", {"prompt": line}
 
 
 def mapped(records: list[tuple[str, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -160,7 +160,7 @@ LOST = [
     ({"messages": [USER, ANSWER], "rejected_response": "c"}, "rejected_response: one of a preference pair"),
     ({"text": "t", "rejected": "c"}, "rejected: one of a preference pair"),
     (PLAIN | {"is_correct": False}, "is_correct is False, and what is learnt are good answers: leave the record out"),
-    (PLAIN | {"accepted": "no", "correct": "False"}, "correct is False, and what is learnt are good answers"),
+    (PLAIN | {"accepted": "perhaps", "correct": "False"}, "correct is False, and what is learnt are good answers"),
     (PLAIN | {"reward": "-1.0"}, "reward is -1, and what is learnt are good answers"),
     ({"question": "q", "answer": "a", "passed": 0}, "passed is 0, and what is learnt are good answers"),
     ({"messages": [USER, ANSWER], "accepted": False}, "accepted is False, and what is learnt are good answers"),
@@ -241,6 +241,193 @@ def test_keys_that_would_be_lost_are_refused(record, message):
     assert "\n" not in str(told.value)
 
 
+def spelt(key: str) -> list[str]:
+    """A key in snake, camel and kebab case."""
+    first, *rest = key.split("_")
+    return [key, first + "".join(word.capitalize() for word in rest), key.replace("_", "-")]
+
+
+# a key beside an answer, what it holds -> why it is refused; of each kind, some of the names that it has in use
+KINDS = [
+    ("rejected_output", "x", "one of a preference pair"),
+    ("non_preferred_output", [ANSWER], "one of a preference pair"),
+    ("worse_response", "x", "one of a preference pair"),
+    ("winner", "model_a", "one of a preference pair"),
+    ("negative", "x", "a bad answer"),
+    ("incorrect_answers", ["x", "y"], "a bad answer"),
+    ("thumbs_up", False, "thumbs.?[uU]p is False, and what is learnt are good answers"),
+    ("thumbs_down", 1, "thumbs.?[dD]own is 1, and what is learnt are good answers"),
+    ("preferred", "false", "preferred is False, and what is learnt"),
+    ("accepted", "no", "accepted is 'no', and what is learnt"),
+    ("user_feedback", "thumbs_down", "user.?[fF]eedback is 'thumbs_down', and what is learnt"),
+    ("rating", "bad", "rating is 'bad', and what is learnt"),
+    ("image_path", "a.png", "ftray reads text alone"),
+    ("audio_url", "a.wav", "ftray reads text alone"),
+    ("system_message", "S", "would be lost: it is read by the name of system: .* system: system.?[mM]essage'"),
+    ("chat_history", [["u", "v"]], "would be lost: it is read by the name of history: .* history: chat.?[hH]istory'"),
+    ("context_messages", [USER, {"role": "user", "content": "c"}], "would be lost: give what was said before and what"),
+    ("available_tools", [{"name": "f"}], "would be lost: it is read by the name of tools: .*tools: available"),
+    ("rationale", "since", "would be lost: a record with prompt/completion"),
+    ("step_by_step_reasoning", "since", "would be lost: a record with prompt/completion"),
+    ("chain_of_thought", "since", "would be lost: a record with prompt/completion"),
+    ("compute_loss", False, "marked as one that isn't learnt"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "why"), KINDS)
+def test_a_key_is_known_by_its_words_however_it_is_spelt(key, value, why):
+    for name in spelt(key):
+        with pytest.raises(UserError, match=f"^f.jsonl:7: .*{why}") as told:
+            parse(PLAIN | {name: value}, "f.jsonl:7")
+        assert "\n" not in str(told.value)
+        assert name in str(told.value) or "marked" in why
+
+
+def test_a_key_that_is_read_by_another_name_is_read_as_the_message_says():
+    for key, value, more in (
+        ("systemPrompt", "S", {"system": "S"}),
+        ("chat_history", [["u", "v"]], {"history": [["u", "v"]]}),
+        ("tool_definitions", [{"name": "f"}], {"tools": [{"name": "f"}]}),
+    ):
+        with pytest.raises(UserError) as told:
+            parse(PLAIN | {key: value}, "f:1")
+        fields = cli.parse("preprocess", shlex.split(str(told.value).split("as by ")[1])).data.fields
+        assert parse(Fields(fields)(PLAIN | {key: value}, "f:1"), "f:1") == parse(PLAIN | more, "f:1")
+    google = {"parts": [{"text": "S"}]}
+    assert parse(PLAIN | {"system": google}, "f:1") == parse(PLAIN | {"system": "S"}, "f:1")
+
+
+HARMLESS = {
+    "feedback": "Short, and a little dry.",
+    "rating": 1,
+    "thumbs_up": True,
+    "image_count": 2,
+    "has_image": False,
+    "finish_reason": "stop",
+    "tool_name": "x",
+    "tools_used": ["x"],
+    "reasoning_tokens": 9,
+    "rejected_count": 3,
+    "system_id": 4,
+}
+
+
+@pytest.mark.parametrize("key", HARMLESS)
+def test_what_only_looks_like_it_is_ignored_and_named(key):
+    assert parse_and_see(PLAIN | {key: HARMLESS[key]}, "f:1")[1].ignored == (key,)
+
+
+@pytest.mark.parametrize(
+    ("key", "off"),
+    [
+        ("compute_loss", False),
+        ("calculateLoss", 0),
+        ("ignore", True),
+        ("skip", 1),
+        ("no_loss", True),
+        ("mask_loss", 1),
+        ("is_supervised", False),
+        ("should-train", 0),
+        ("learn", False),
+        ("loss_weight", 0.0),
+    ],
+)
+def test_marks_of_turns(key, off):
+    marked = parse({"messages": [USER, ANSWER | {key: off}, USER, ANSWER | {key: not off}]}, "f:1")
+    assert marked == chat(SAID * 2, context=frozenset([1]))
+    with pytest.raises(UserError, match=rf"messages\[1\]\.{key} is 'false': a turn or record is learnt or not"):
+        parse({"messages": [USER, ANSWER | {key: "false"}]}, "f:1")
+
+
+# of what is published as text to be learnt alone, and what stands beside it
+CORPORA = [
+    {"text": "t", "url": "u", "timestamp": "2020-01-01", "source": "s"},
+    {"text": "t", "id": "1", "url": "u", "title": "t i"},
+    {"text": "t", "meta": {"pile_set_name": "x"}},
+    {"text": "t", "id": "x", "added": "d", "created": "d", "source": "s", "version": "v", "metadata": {"a": "b"}},
+    {"text": "t", "id": "i", "dump": "d", "url": "u", "date": "d", "file_path": "p", "language": "en"}
+    | {"language_score": 0.9, "token_count": 3, "score": 2.5, "int_score": 3},
+    {"content": "c", "max_stars_repo_path": "p", "max_stars_repo_name": "r", "hexsha": "x", "lang": "py", "ext": "py"},
+    {"content": "c", "blob_id": "b", "detected_licenses": ["MIT"], "license_type": "permissive", "repo_name": "r"},
+    {"text": "t", "red_pajama_subset": "wiki", "subset": "s"},
+]
+
+
+@pytest.mark.parametrize("record", CORPORA)
+def test_what_is_about_a_text_is_ignored_and_named(record):
+    example, seen = parse_and_see(record, "f:1")
+    assert example.target == record.get("text", record.get("content"))
+    assert {*seen.ignored} == {*record} - {"text", "content"}
+
+
+@pytest.mark.parametrize(
+    ("more", "proposed"),
+    [
+        ({"code": "def f(): ...", "task_id": 1, "test_list": ["assert f()"]}, {"prompt": "text", "completion": "code"}),
+        ({"label_text": "pos"}, {"text": "text", "label": "label_text"}),
+        ({"category": "sport"}, {"text": "text", "label": "category"}),
+        ({"stars": 5}, {"text": "text", "label": "stars"}),
+        ({"role": "user"}, {"prompt": "text", "completion": "role"}),
+        ({"entities": [{"start": 0, "label": "PER"}]}, None),
+    ],
+)
+def test_what_is_to_be_learnt_of_a_text_does_not_get_lost(more, proposed):
+    record = {"text": "a sport"} | more
+    with pytest.raises(UserError, match=f"^f:1: {next(iter(more))} would be lost: .*'text: text' to learn the") as told:
+        parse(record, "f:1")
+    if proposed:
+        words = str(told.value).split("as by ")[1].split(" to learn it")[0]
+        assert cli.parse("preprocess", shlex.split(words)).data.fields == proposed
+    assert parse(Fields({"text": "text"})(record, "f:1"), "f:1") == Example("", "a sport")
+
+
+def test_an_answer_beside_turns_is_not_left_out():
+    for key, where in (("response", "messages"), ("summary", "dialogue"), ("completion", "conversations")):
+        with pytest.raises(UserError, match=f"{key} would be lost: a record with {where}"):
+            parse({where: [USER, ANSWER], key: "other"}, "f:1")
+        assert parse({where: [USER, ANSWER], key: "b"}, "f:1") == chat(SAID)
+
+
+# shapes of others whose meaning is unique
+FOREIGN = [
+    (
+        {"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]},
+        chat(SAID),
+    ),
+    ({"dialog": ["a", "b", "c", "d"], "act": [1, 1, 2, 2]}, chat((*SAID, ("user", "c"), ("assistant", "d")))),
+    ({"question": "a", "answer": ["b"]}, Example("a", "b")),
+    ({"question": "a", "answers": ["b", "b"]}, Example("a", "b")),
+]
+
+
+@pytest.mark.parametrize(("record", "example"), FOREIGN)
+def test_shapes_of_others(record, example):
+    assert parse(record, "f:1") == example
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "a", "answer": ["b", "c"]}, "answer holds 2 answers: say which one is to be learnt"),
+        ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, "preferred_"),
+        ({"prompt": "q", "response_a": "x", "response_b": "y", "winner": "a"}, "winner: one of a preference pair"),
+        ({"prompt": "q", "response_1": "x", "response_2": "y"}, ".*'prompt: prompt, completion: response_1'$"),
+        ({"prefix": "a", "suffix": "b", "middle": "c"}, ".*'text: \"<|fim_prefix|>{{ prefix }}<|fim_suffix|>"),
+        (
+            {"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]},
+            r"contents\[0\]\.parts\[0\] is no text but 'inlineData'",
+        ),
+        *(
+            ({"messages": [USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": given}}]}]}, "mess")
+            for given in ("not JSON", "{'a': 1}", "[1]", "5", '{"a": ')
+        ),
+    ],
+)
+def test_what_has_no_place_is_refused(record, message):
+    with pytest.raises(UserError, match=f"^f:1: {message.replace('|', '[|]')}"):
+        parse(record, "f:1")
+
+
 LABELLED, TAGGED = {"text": "a", "label": 1}, {"tokens": ["a"], "tags": ["O"]}
 ASKED = {"question": "q", "context": "a b", "answers": ["b"]}
 PAIR, SCORED = {"anchor": "a", "positive": "b"}, {"sentence1": "a", "sentence2": "b", "score": 0.5}
@@ -252,6 +439,8 @@ OTHERS = [
     ("SEQ_CLS", LABELLED | {"labels": [1, 2]}, "labels: ftray learns one label a text"),
     ("SEQ_CLS", LABELLED | {"image": "a.png"}, "image: ftray reads text alone"),
     ("SEQ_CLS", LABELLED | {"weight": 2}, "weight is 2: a turn or record is learnt or not"),
+    ("SEQ_CLS", LABELLED | {"label": 2.5}, "label is 2.5, and ftray learns classes, not numbers"),
+    ("SEQ_CLS", LABELLED | {"image_path": "a.png"}, "image_path: ftray reads text alone"),
     ("TOKEN_CLS", TAGGED | {"bboxes": [[0, 0, 1, 1]]}, "bboxes: ftray reads text alone, not where it stands"),
     ("TOKEN_CLS", TAGGED | {"mask": [1]}, r"mask is \[1\]: a turn or record"),
     ("QUESTION_ANS", ASKED | {"is_impossible": True}, "is_impossible is True, but there are 1 answers"),

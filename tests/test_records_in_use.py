@@ -24,6 +24,7 @@ from ftray.data.splits import find_sources, split_of
 from ftray.data.tokens import Tokens, spread
 from ftray.errors import UserError
 from ftray.models.load import load_tokenizer
+from ftray.reports.data import rendered
 from ftray.task_spec import IGNORE, RAW, TaskSpec
 from ftray.tasks.infer_task import infer_task
 
@@ -439,6 +440,10 @@ FILES = {
     "r.json": json.dumps(WHOLE).encode(),
     "held.json": json.dumps({"version": 1, "data": WHOLE}).encode(),
     "r.csv": table(",").encode(),
+    "pandas.json": json.dumps({key: {str(n): r[key] for n, r in enumerate(WHOLE)} for key in WHOLE[0]}).encode(),
+    "split.json": json.dumps(
+        {"columns": [*WHOLE[0]], "index": [*range(40)], "data": [[*record.values()] for record in WHOLE]}
+    ).encode(),
     "semicolon.csv": table(";").encode("utf-8-sig"),
     "utf16.csv": table(",").encode("utf-16"),
     "r.tsv": table("\t").encode(),
@@ -575,6 +580,45 @@ def test_files_named_by_splits_are_these(tmp_path, tiny_llama):
         split_counts(f"{tmp_path}@tests", tiny_llama)
 
 
+def test_files_that_are_held_out_by_their_names_are_named(tmp_path, tiny_llama, capsys):
+    for name, count in (("train", 40), ("dev_team", 5)):
+        (tmp_path / f"{name}.jsonl").write_text(lines(lambda n: {"input": f"a {n}", "output": "b"}, count))
+    (tmp_path / "dataset_info.json").write_text('{"description": "about the records", "features": {}}')
+    _, rows = rows_of(config(tmp_path, tiny_llama, None, test_fraction=0))
+    assert len(rows) == 40
+    assert f"validation, by name: {tmp_path}/dev_team.jsonl: rename what is to be" in capsys.readouterr().out
+    rows_of(config(tmp_path / "dev_team.jsonl", tiny_llama, None, validation_fraction=0, test_fraction=0))
+    assert "by name" not in capsys.readouterr().out
+
+
+def test_no_split_of_few_records_is_left_empty_by_chance(tmp_path, tiny_llama):
+    redrawn = 0
+    for start in range(0, 400, 10):
+        (tmp_path / "r.jsonl").write_text(lines(lambda n, start=start: {"input": f"a {start + n}", "output": "b"}, 10))
+        given = {"validation_fraction": 0.1, "test_fraction": 0.1}
+        source = find_sources(config(tmp_path / "r.jsonl", tiny_llama, None, **given).data)["train"]
+        records = [record for chunk in source.chunks for _, record in read_chunk(chunk)]
+        assert {split_of(record, source.cfg, "train") for record in records} == {"train", "validation", "test"}
+        # a split that nothing was empty in stays as it was
+        first = [split_of(record, DataConfig(**given), "train") for record in records]
+        redrawn += len({*first}) < 3
+        if len({*first}) == 3:
+            assert [split_of(record, source.cfg, "train") for record in records] == first
+    assert 5 < redrawn < 40
+
+
+def test_a_source_of_a_mixture_may_be_named_alone():
+    mixed = config_from({"data": {"sources": ["a.jsonl", {"source": "b.jsonl", "weight": 2}]}}).data.sources
+    assert [(one.source, one.weight) for one in mixed] == [("a.jsonl", 1), ("b.jsonl", 2)]
+
+
+def test_texts_with_labels_are_not_learnt_as_texts_beside_prompts(tmp_path, tiny_llama):
+    kinds = [{"prompt": "q", "completion": "a"}, {"text": "nice", "label": 1}]
+    (tmp_path / "r.jsonl").write_text(lines(lambda n: {key: f"{v} {n}" for key, v in kinds[n % 2].items()}))
+    with pytest.raises(UserError, match=r"r\.jsonl:2: has a label, which isn't learnt, beside its text"):
+        rows_of(config(tmp_path / "r.jsonl", tiny_llama, None))
+
+
 def test_what_datasets_saved_keeps_its_splits_and_the_names_of_classes(tmp_path, tiny_llama, tiny_bert):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
 
@@ -637,6 +681,22 @@ def test_a_long_text_is_learnt_to_its_end(tmp_path, tiny_llama, tokenizer):
     assert first[: len(wanted)] == wanted  # each row begins with the last token of the one before
     assert all(row.labels == row.input_ids for _, row in rows)
     assert not any(row.truncated for _, row in rows)
+
+
+def test_words_and_texts_that_are_shown_have_something_between_them(tmp_path, tiny_llama, tiny_bert):
+    kinds = {
+        "words": ({"tokens": ["EU", "calls"], "tags": ["B", "O"]}, "EU | calls -> B O"),
+        "pair": ({"premise": "a b", "hypothesis": "c", "label": "x"}, "a b | c -> x"),
+        "texts": ({"anchor": "a b", "positive": "c"}, "a b | c -> c"),
+    }
+    for name, (record, wanted) in kinds.items():
+        others = [record | ({"label": "y"} if "label" in record and n % 2 else {}) for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text(lines(lambda n, others=others: others[n] | {"id": n}, 4))
+        given = {"validation_fraction": 0, "test_fraction": 0}
+        task, rows = rows_of(config(tmp_path / f"{name}.jsonl", tiny_llama, None, **given))
+        tokenizer = load_tokenizer(tiny_llama, False, None)
+        text = rendered(vars(rows[0][1]), tokenizer, task).plain
+        assert text.replace(tokenizer.eos_token or "", "").replace(tokenizer.bos_token or "", "") == wanted
 
 
 # --- the command itself

@@ -20,6 +20,8 @@ _SPEAKERS = re.compile("role|from|speaker|author|sender|who|user|name|agent|part
 _USERS = re.compile("user|human|customer|client|patient|question|asker|student|caller|visitor|prompter")
 _SYSTEMS = re.compile("system|developer|instruction")
 MOST_SPEAKERS = 4
+_GAP = ("prefix", "suffix", "middle")  # of fill-in-the-middle, which each model has tokens of its own for
+_ONE_OF_SEVERAL = re.compile(r"[\W_]*([ab]|[0-9]+)$")  # how one of several answers is numbered
 
 
 def proposal(record: Record) -> str:
@@ -30,11 +32,15 @@ def proposal(record: Record) -> str:
     for path, value in (*record.items(), *inner):
         if messages := _messages(str(path), value):
             return f"--data.fields 'messages: {messages}'"
+    if all(isinstance(record.get(key), str) for key in _GAP):
+        filled = "<|fim_prefix|>{{ prefix }}<|fim_suffix|>{{ suffix }}<|fim_middle|>{{ middle }}"
+        return f"--data.fields 'text: \"{filled}\"', with the tokens that the model has for these three"
     texts = [str(key) for key, value in record.items() if isinstance(value, str) and not is_empty(value)]
     plain = [str(key) for key, value in record.items() if isinstance(value, str | int | float) and not is_empty(value)]
     answer = next((key for key in plain if _ANSWERS.search(key.lower()) and not _LABELS.search(key.lower())), None)
     label = next((key for key in plain if _LABELS.search(key.lower())), None)
-    rest = [key for key in texts if key not in (answer, label)]
+    others = [key for key in plain if answer and _ONE_OF_SEVERAL.sub("", key) == _ONE_OF_SEVERAL.sub("", answer)]
+    rest = [key for key in texts if key not in (*others, answer, label)]
     asked = next((key for key in rest if _ASKS.search(key.lower())), None)
     if answer is None and label is not None and rest:
         return f"--data.fields 'text: {asked or rest[0]}, label: {label}'"

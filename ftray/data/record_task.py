@@ -69,6 +69,10 @@ class TextTask(RecordTask):
     shapes = records.SHAPES
     record_keys = records.KNOWN
 
+    def shape(self, example: Any) -> str:
+        """A text whose label isn't learnt stands beside no record without one: it would be another task's."""
+        return "a label, which isn't learnt, beside its text" if example.labelled else "no label"
+
     def tokenize(self, examples: list[Any], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """See :mod:`ftray.data.tokens`."""
         return tokenize(examples, tokenizer, cfg)

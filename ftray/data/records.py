@@ -7,9 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ftray.data.meanings import marks_learnt
 from ftray.data.shapes import (
     ANY,
-    ASKING,
+    LABELS,
     OWN,
     PART,
     Record,
@@ -22,6 +23,7 @@ from ftray.data.shapes import (
     read,
     refuse,
     refuse_bad_answer,
+    refuse_in_turn,
 )
 from ftray.errors import UserError
 
@@ -47,11 +49,11 @@ ROLES: dict[str, Role] = {
     "tool_call": "assistant",
 }
 CALLS = ("function_call", "tool_call")  # roles of an assistant's turn whose text is a call
-ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message")
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message", "parts")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 IN_TURN = (*ROLE_KEYS, *TEXT_KEYS, *THOUGHTS, "tool_calls", "function_call", "tool_call_id")
 TEXT_PARTS = ("text", "input_text", "output_text")
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "contents")
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 CONVERSATION = (*SYSTEM, "history", *TOOLS)  # with one of these a record is a conversation, whatever its other keys
@@ -113,6 +115,7 @@ class Example:
         context: which of the turns, by index, are marked to bear none.
         tools: that the assistant may call, as OpenAI has them.
         begins, ends: whether the text's beginning and end are those of a document; not so for parts of one.
+        labelled: whether a label stands beside the text, which isn't learnt.
         where: where the record stands; its `str` is for error messages.
     """
 
@@ -123,6 +126,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     begins: bool = True
     ends: bool = True
+    labelled: bool = field(default=False, compare=False)
     where: object = field(default="", compare=False)
 
     @property
@@ -156,6 +160,19 @@ def _text(record: Record, key: str, where: object, may_be_empty: bool = False) -
     return value
 
 
+def _with_one_answer(record: Record, key: str, where: object) -> Record:
+    """The record with its answer out of a list that has no other; of several, nobody knows which is meant."""
+    answers = listed(record[key])
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        return record
+    if len({*answers}) > 1:
+        raise UserError(
+            f"{where}: {key} holds {len(answers)} answers: say which one is to be learnt, as the first by "
+            f"--data.fields '..., completion: {key}.0'"
+        )
+    return record | {key: answers[0]}
+
+
 def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool = False, name: str = "") -> Shape:
     """A shape of one text and the answer to it.
 
@@ -170,12 +187,12 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
         texts = [_text(record, ask, where, optional)]
         texts += [_text(record, key, where, True) for key in further if record.get(key) is not None]
         prompt = "\n".join(text for i, text in enumerate(texts) if not i or text.strip())
-        return _answered(prompt, _text(record, answer, where), record, where)
+        return _answered(prompt, _text(_with_one_answer(record, answer, where), answer, where), record, where)
 
     fits = None if name or ask == "text" else _is_bare
     beside = (*ASKED, *ANSWERED)
     honours = (*further, *CONVERSATION)
-    return Shape(name or f"{ask}/{answer}", (ask, answer), parse, honours, _BESIDE_ANSWER, beside, fits)
+    return Shape(name or f"{ask}/{answer}", (ask, answer), parse, honours, _BESIDE_ANSWER, beside, fits, teaches=True)
 
 
 def _answered(prompt: str, target: str, record: Record, where: object) -> Example:
@@ -191,11 +208,18 @@ def _answered(prompt: str, target: str, record: Record, where: object) -> Exampl
 
 def _system(record: Record, where: object) -> str:
     """What the record's own keys say of the system turn; empty: nothing."""
-    given = [_text(record, key, where, True) for key in SYSTEM if record.get(key) is not None]
+    given = [_text(_with_joined(record, key, where), key, where, True) for key in SYSTEM if record.get(key) is not None]
     texts = {text for text in given if text.strip()}
     if len(texts) > 1:
         raise UserError(f"{where}: system and system_prompt differ: leave one of them out")
     return texts.pop() if texts else ""
+
+
+def _with_joined(record: Record, key: str, where: object) -> Record:
+    """The record with a text in place of an object that holds it in parts, as Google's system instruction does."""
+    value = record[key]
+    inner = next((name for name in TEXT_KEYS if isinstance(value, dict) and value.get(name) is not None), None)
+    return record if inner is None else record | {key: _content(value[inner], f"{key}.{inner}", where)}
 
 
 def _history(record: Record, where: object) -> list[Turn]:
@@ -235,13 +259,24 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _one_text(key: str, fits: Callable[[Record], bool] | None = None, holds_all: bool = False) -> Shape:
+    """A shape of a text without a prompt."""
+    beside = (*ASKED, *ANSWERED, *CONVERSATION)
+    return Shape(
+        key, (key,), _only_text(key), (), REFUSED, beside, fits, holds_all=holds_all, teaches=True, is_alone=True
+    )
+
+
 def _only_text(key: str) -> Callable[[Record, object], Example]:
     def parse(record: Record, where: object) -> Example:
         if key not in record:
             raise UserError(unknown(record, where))
+        refuse_bad_answer(record, "", where)
         part = record.get(PART)
         text = _text(record, key, where)
-        return Example("", text, begins=part in (None, "first"), ends=part in (None, "last"), where=where)
+        labelled = any(not is_empty(record.get(label)) for label in LABELS)
+        begins, ends = part in (None, "first"), part in (None, "last")
+        return Example("", text, begins=begins, ends=ends, labelled=labelled, where=where)
 
     return parse
 
@@ -296,10 +331,12 @@ def _turns_in(key: str) -> Shape:
         parse,
         (*SYSTEM, *TOOLS),
         _BESIDE_ANSWER,
-        (*_BESIDE_TURNS, *(other for other in ("messages", "conversations") if other != key)),
+        (*_BESIDE_TURNS, *ANSWERED, *(other for other in ("messages", "conversations") if other != key)),
         None if key in ("messages", "conversations") else lambda record: _are_turns(record[key]),
         (key,),
         IN_TURN,
+        holds_all=True,
+        teaches=True,
     )
 
 
@@ -329,7 +366,14 @@ def _conversational(record: Record, where: object) -> Example:
 
 def _are_turns(value: Any) -> bool:
     turns = listed(value)
-    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
+    return (
+        isinstance(turns, list) and bool(turns) and (all(isinstance(turn, dict) for turn in turns) or _in_turn(turns))
+    )
+
+
+def _in_turn(turns: list[Any]) -> bool:
+    """Whether turns are texts alone, as those of two who speak in turn, the second of them the assistant."""
+    return len(turns) > 1 and all(isinstance(turn, str) for turn in turns)
 
 
 def _turns(record: Record, key: str, where: object) -> tuple[list[Turn], set[int]]:
@@ -337,6 +381,8 @@ def _turns(record: Record, key: str, where: object) -> tuple[list[Turn], set[int
     given = listed(record[key])
     if not isinstance(given, list) or not given:
         raise UserError(f"{where}: {key} must be a list of turns, at least one")
+    if _in_turn(given):
+        given = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(given)]
     messages: list[Turn] = []
     context = set()
     for index, turn in enumerate(given):
@@ -345,12 +391,17 @@ def _turns(record: Record, key: str, where: object) -> tuple[list[Turn], set[int
         messages.append(said)
         if not bears_loss(turn, f"{at}.", where):
             context.add(index)
-        elif said.role != "assistant" and (asking := next((flag for flag in ASKING if turn.get(flag)), None)):
+        elif said.role != "assistant" and (asking := next((key for key in turn if _asks_to_learn(turn, key)), None)):
             raise UserError(
                 f"{where}: {at}.{asking}: a turn of {said.role} can't be learnt alone: "
                 "leave the key out, or set data.train_on_prompt to learn all turns"
             )
     return messages, context
+
+
+def _asks_to_learn(turn: dict[str, Any], key: str) -> bool:
+    """Whether a mark is set on purpose: a weight may stand, as 1, at any turn."""
+    return bool(turn[key]) and marks_learnt(key) is True and not key.lower().endswith("weight")
 
 
 def _turn(turn: Any, at: str, where: object) -> Turn:
@@ -359,6 +410,7 @@ def _turn(turn: Any, at: str, where: object) -> Turn:
     if name_key is None or len(keys) > 1:
         raise UserError(f"{where}: {at} must have role and content (or from and value), both text")
     refuse(turn, REFUSED_IN_TURN, where, f"{at}.")
+    refuse_in_turn(turn, IN_TURN, f"{at}.", where)
     name, key = turn[name_key], keys[0] if keys else TEXT_KEYS[ROLE_KEYS.index(name_key) % 2]
     role = ROLES.get(str(name).lower())
     if role is None:
@@ -369,6 +421,8 @@ def _turn(turn: Any, at: str, where: object) -> Turn:
         refuse_bad_answer(turn, f"{at}.", where)
         calls = _calls(turn, at, where)
         if str(name).lower() in CALLS and text is not None and not calls and (calls := _calls_in(text)):
+            for call in calls:
+                _refuse_no_arguments(call, at, where)
             return Turn(role, "", calls, words=text, thoughts=thoughts)
         if text is not None or calls:
             return Turn(role, text or "", calls, thoughts=thoughts)
@@ -390,7 +444,18 @@ def _calls(turn: dict[str, Any], at: str, where: object) -> tuple[dict[str, Any]
             raise UserError(
                 f"{where}: {at}.tool_calls[{index}] must be an object with a function of name and arguments"
             )
+        _refuse_no_arguments(call, f"{at}.tool_calls[{index}]", where)
     return tuple(call for call in calls if call)
+
+
+def _refuse_no_arguments(call: dict[str, Any], at: str, where: object) -> None:
+    """Raise the UserError about a call by whose example a model would learn to write arguments that nobody can read."""
+    arguments = call["function"]["arguments"]
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"{where}: {at}: the arguments of {call['function']['name']} are no JSON object but {arguments!r:.40}: "
+            "mend them or leave out the record"
+        )
 
 
 def _calls_in(text: str) -> tuple[dict[str, Any], ...]:
@@ -410,7 +475,7 @@ def _call(given: Any) -> dict[str, Any] | None:
         return None
     arguments = _without_nulls(inner.get("arguments", inner.get("parameters", {})))
     if isinstance(arguments, str):
-        with suppress(ValueError):  # some tools take plain text
+        with suppress(ValueError):  # which is refused
             arguments = json.loads(arguments or "{}")
     call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
     return {"id": given["id"]} | call if given.get("id") else call
@@ -443,6 +508,8 @@ def _content(value: Any, at: str, where: object) -> str | None:
         text = part.get("text") if isinstance(part, dict) else part
         if isinstance(part, dict):
             refuse(part, REFUSED_IN_TURN, where, f"{at}[{index}].")
+        if isinstance(part, dict) and "type" not in part and "text" not in part:
+            kind = ", ".join(map(str, part))  # as Google's parts, which are named by their keys
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise UserError(f"{where}: {at}[{index}] is no text but {kind!r}: ftray reads text alone")
         texts.append(text)
@@ -464,6 +531,7 @@ SHAPES: Sequence[Shape] = (
         lambda record: _are_turns(record["prompt"]),
         ("prompt", "completion"),
         IN_TURN,
+        teaches=True,
     ),
     _pair("instruction", "output", ("input", "context"), name="instruction"),
     _pair("input", "output", optional=True, name="input/output"),
@@ -478,6 +546,7 @@ SHAPES: Sequence[Shape] = (
     _pair("question", "answer", ("context", "passage")),
     _pair("question", "response", ("context", "passage")),
     _pair("question", "output", ("context", "passage")),
+    _pair("question", "answers"),
     _pair("query", "response", ("context",)),
     _pair("query", "answer", ("context",)),
     _pair("query", "output", ("context",)),
@@ -503,10 +572,20 @@ SHAPES: Sequence[Shape] = (
         _BESIDE_ANSWER,
         ASKED,
         lambda record: isinstance(record["translation"], dict),
+        teaches=True,
     ),
-    Shape("two languages", (), _two_languages, CONVERSATION, _BESIDE_ANSWER, (*ASKED, *ANSWERED), _languages),
-    Shape("content", ("content",), _only_text("content"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), _is_bare),
-    Shape("text", ("text",), _only_text("text"), (), REFUSED, (*ASKED, *ANSWERED, *CONVERSATION), holds_all=True),
+    Shape(
+        "two languages",
+        (),
+        _two_languages,
+        CONVERSATION,
+        _BESIDE_ANSWER,
+        (*ASKED, *ANSWERED),
+        _languages,
+        teaches=True,
+    ),
+    _one_text("content", _is_bare),
+    _one_text("text", holds_all=True),
 )
 KNOWN = "input/output, instruction/input/output, prompt/completion, question/answer, messages, conversations, text"
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ftray.data import meanings
 from ftray.errors import UserError
 
 Record = dict[str, Any]
@@ -24,12 +25,7 @@ ANY: dict[str, str] = {
         "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion",
     ),
 }
-# whether a turn, or a record, is learnt: 1 or true means that it is, and for the last two that it isn't
-_WANTED, _UNWANTED = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("mask", "masked")
-FLAGS = (*_WANTED, *_UNWANTED)
-ASKING = _WANTED[2:]  # those that are set on purpose: `weight` may stand, as 1, at any turn
-# what says that an answer is a good one, or a correct one
-VERDICTS = ("is_correct", "correct", "is_accepted", "accepted", "passed", "is_good", "reward")
+LABELS = ("label", "labels", "sentiment", "intent", "emotion")  # of a text, by which another task is told
 RENDERED = ("text", "prompt")  # where many files repeat the whole record
 # what reading adds to a record, in keys that no file has
 OWN = "ftray:"
@@ -54,7 +50,10 @@ class Shape:
             it gives them.
         turns: keys that hold lists of turns.
         in_turn: keys that are read in each turn.
-        holds_all: its one text may hold what stands beside it.
+        holds_all: its texts may hold what stands beside them.
+        teaches: what a model is to write, so that a key is refused which means another answer, what was asked before,
+            or how the answer was found; see :mod:`ftray.data.meanings`.
+        is_alone: it reads one text, beside which other texts are refused that aren't about the record.
     """
 
     name: str
@@ -67,6 +66,8 @@ class Shape:
     turns: tuple[str, ...] = ()
     in_turn: tuple[str, ...] = ()
     holds_all: bool = False
+    teaches: bool = False
+    is_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def read(record: Record, shapes: Sequence[Shape], where: object) -> tuple[Any, S
     """
     shape = recognise(record, shapes)
     refuse(record, shape.refuses, where)
+    refuse_meanings(record, shape, where)
     if not bears_loss(record, "", where):
         raise UserError(f"{where}: marked as one that isn't learnt: leave the record out")
     example = shape.parse(record, where)
@@ -124,6 +126,8 @@ def read(record: Record, shapes: Sequence[Shape], where: object) -> tuple[Any, S
     for key, value in record.items():
         if key in shape.beside and key not in own and not is_empty(value):
             _refuse_lost(record, key, shape, where)
+    if shape.is_alone:
+        _refuse_beside_text(record, shape, where)
     return example, Seen(f"{shape.name} ({', '.join(_read_keys(record, shape))})", _ignored(record, shape))
 
 
@@ -132,6 +136,62 @@ def refuse(holder: Mapping[str, Any], reasons: Mapping[str, str], where: object,
     for key, value in holder.items():
         if key in reasons and not is_empty(value):
             raise UserError(f"{where}: {path}{key}: {reasons[key]}")
+
+
+def refuse_meanings(record: Record, shape: Shape, where: object) -> None:
+    """Raise the UserError about the first key that, by its words, would change what is learnt, and isn't read."""
+    own = (*shape.required_keys, *shape.honours)
+    is_known = all(key in record for key in shape.required_keys)
+    for key, value in record.items():
+        if key in own or key in _OWN or is_empty(value) or meanings.marks_learnt(key) is not None:
+            continue
+        if why := meanings.of_media(key, value) or (meanings.of_answer(key, value) if shape.teaches else ""):
+            raise UserError(f"{where}: {key}: {why}, or say by --data.fields what is to be read")
+        if not shape.teaches or not is_known or key in shape.beside or _is_repeated(record, key, shape):
+            continue
+        if name := meanings.read_as(key, value):
+            raise UserError(f"{where}: {key} would be lost: {_renamed(record, key, name, shape)}")
+        if meanings.is_reasoning(key, value):
+            _refuse_lost(record, key, shape, where)
+
+
+def refuse_in_turn(turn: Mapping[str, Any], read_keys: Sequence[str], path: str, where: object) -> None:
+    """The same for the keys of a turn."""
+    for key, value in turn.items():
+        if key in read_keys or is_empty(value) or meanings.marks_learnt(key) is not None:
+            continue
+        if why := meanings.of_media(key, value) or meanings.of_answer(key, value):
+            raise UserError(f"{where}: {path}{key}: {why}")
+        if meanings.is_reasoning(key, value) or meanings.read_as(key, value) == "tools":
+            raise UserError(
+                f"{where}: {path}{key} would be lost: a turn is read by its role, text, calls and thoughts "
+                "(reasoning_content) alone: put it into one of them, or leave it out"
+            )
+
+
+def _renamed(record: Record, key: str, name: str, shape: Shape) -> str:
+    """What to do about a key that is read by another name."""
+    own = [known for known in (*shape.required_keys, *shape.honours) if record.get(known) is not None]
+    pairs = name != "history" or all(isinstance(said, list | tuple) for said in listed(record[key]))
+    if name not in shape.honours or not pairs:
+        return "give what was said before and what is learnt as one list of turns, as messages"
+    mapping = ", ".join([*(f"{known}: {known}" for known in own), f"{name}: {key}"])
+    return f"it is read by the name of {name}: rename it, as by --data.fields '{mapping}'"
+
+
+def _refuse_beside_text(record: Record, shape: Shape, where: object) -> None:
+    """Raise the UserError about what stands beside a lone text, and is probably what is to be learnt."""
+    (own,) = shape.required_keys
+    for key, value in record.items():
+        known = key in _OWN or key in shape.beside or key in LABELS or meanings.marks_learnt(key) is not None
+        if key == own or known or is_empty(value) or meanings.is_about(key, value):
+            continue
+        asked = f"text: {own}, label: {key}" if meanings.is_label(key) else f"prompt: {own}, completion: {key}"
+        learn = f"--data.fields '{asked}' to learn it" if not isinstance(value, list | dict) else "--data.fields"
+        raise UserError(
+            f"{where}: {key} would be lost: a record with {own} is read by {own} alone: say what is to be read, as by "
+            f"{learn}, or --data.fields 'text: {own}' to learn the text alone"
+        )
 
 
 def number(value: Any) -> Any:
@@ -155,8 +215,9 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
         UserError: a flag is neither 1 nor 0.
     """
     result = True
-    for key in FLAGS:
-        if key not in holder or is_empty(value := holder[key]):
+    for key, value in holder.items():
+        marked = meanings.marks_learnt(key)
+        if marked is None or is_empty(value):
             continue
         value = value if path else number(value)
         if isinstance(value, str) or value not in (0, 1):
@@ -164,32 +225,37 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
                 f"{where}: {path}{key} is {value!r:.40}: a turn or record is learnt or not, there are no shares yet: "
                 "give 1 or 0, or true or false"
             )
-        result = result and bool(value) == (key in _WANTED)
+        result = result and bool(value) == marked
     return result
 
 
 def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> None:
     """Raise the UserError about an answer that its record or turn marks as a bad one: it would be learnt.
 
-    A share (`reward: 0.3`) marks none as bad; nor does what can't be told to be a verdict, as a text.
+    A share (`reward: 0.3`) marks none as bad; nor does what can't be told to be a verdict, as a comment.
     """
-    for key in VERDICTS:
-        value = number(holder.get(key))
-        if isinstance(value, int | float) and value <= 0:
+    for key, value in holder.items():
+        value = number(value)
+        if meanings.says_bad(key, value):
             raise UserError(
                 f"{where}: {path}{key} is {value!r}, and what is learnt are good answers: leave the record out, or say "
                 "by --data.fields what is to be read"
             )
 
 
-def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
+def _is_repeated(record: Record, key: str, shape: Shape) -> bool:
+    """Whether what stands under a key only repeats what is read."""
     own = [text for name in (*shape.required_keys, *shape.honours) for text in _texts(record.get(name))]
     given = _texts(record[key])
     if all(text in own for text in given):
-        return
+        return True
     if shape.holds_all and all(any(text in whole for whole in own) for text in given):
-        return
-    if key in RENDERED and all(text in "\n".join(given) for text in own):
+        return True
+    return key in RENDERED and all(text in "\n".join(given) for text in own)
+
+
+def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
+    if _is_repeated(record, key, shape):
         return
     raise UserError(
         f"{where}: {key} would be lost: a record with {'/'.join(shape.required_keys)} is read by "
@@ -225,17 +291,19 @@ def listed(value: Any) -> Any:
 
 
 def _read_keys(record: Record, shape: Shape) -> list[str]:
-    marked = {f"{at}.{key}" for at, turn in _turns(record, shape) for key in turn if turn[key] is not None}
-    flags = [f"{at}[].{key}" for at in shape.turns for key in FLAGS if f"{at}[].{key}" in marked]
+    turns = [(f"{at}.{key}", key) for at, turn in _turns(record, shape) for key in turn if turn[key] is not None]
+    flags = dict.fromkeys(path for path, key in turns if meanings.marks_learnt(key) is not None)
     return [*shape.required_keys, *(key for key in shape.honours if record.get(key) is not None), *flags]
 
 
 def _ignored(record: Record, shape: Shape) -> tuple[str, ...]:
-    known = {*shape.required_keys, *shape.honours, *FLAGS, *_OWN}
+    known = {*shape.required_keys, *shape.honours, *_OWN}
+    known |= {key for key in record if meanings.marks_learnt(key) is not None}
     found = {key for key, value in record.items() if key not in known and not is_empty(value)}
     found.update(record.get(LEFT_OUT, ()))
     for at, turn in _turns(record, shape):
-        found.update(f"{at}.{key}" for key in turn if key not in (*shape.in_turn, *FLAGS) and not is_empty(turn[key]))
+        unread = [key for key in turn if key not in shape.in_turn and meanings.marks_learnt(key) is None]
+        found.update(f"{at}.{key}" for key in unread if not is_empty(turn[key]))
         for key, parts in turn.items():
             for part in parts if key in shape.in_turn and isinstance(parts, list) else []:
                 left = [name for name in part if name not in ("type", "text")] if isinstance(part, dict) else []

@@ -26,6 +26,8 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# what lies beside records and describes them
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
@@ -142,6 +144,7 @@ def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
         key=lambda e: e.path,
     )
     records = [file for file in files if suffix_of(file.path) not in TEXT]
+    records = [file for file in records if Path(file.path).name not in DESCRIPTIONS] or records
     if not files:
         raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
     return records or files

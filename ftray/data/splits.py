@@ -4,15 +4,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk
+from ftray.data.formats import Chunk, Located
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
-from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
+from ftray.data.sources import content_stamp, find_chunks, find_splits, is_small, read_for_check
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
+REDRAWN_BYTES = 2**20  # sources up to this size have their split drawn anew where chance leaves one empty
+REDRAWS = 100  # at most, of which each succeeds in about half of the cases
+NAMED = 3  # files at most, in a line that says which are held out
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -32,10 +35,12 @@ class Source:
     Attributes:
         chunks: of it, that can be read in parallel; in a mixture, each names its part.
         cfg: how its records are split and tokenized; `source` names it.
+        records: of each part, where they have been read.
     """
 
     chunks: list[Chunk]
     cfg: DataConfig
+    records: dict[str, list[Located]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parts(self) -> dict[str, "Source"]:
@@ -69,7 +74,45 @@ def find_sources(cfg: DataConfig) -> Sources:
             sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
         elif chunks := _chunks(own, name):
             sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
+    train = sources["train"]
+    known = json.dumps([content_stamp(train.chunks), train.cfg.model_dump_json(exclude={"cache"})], default=str)
+    if known not in _REDRAWS:
+        _REDRAWS[known] = _redraws(train)
+    train.cfg.redraw(_REDRAWS[known])
     return sources
+
+
+_REDRAWS: dict[str, int] = {}  # of sources that this process has read, so that none is read again
+
+
+def _redraws(source: Source) -> int:
+    """How often the split of a source of few records is drawn anew, until each split has some whose share is a record.
+
+    It follows from the records alone, and is 0 where the first draw leaves no such split empty. Fills `records`.
+    """
+    size = sum(REDRAWN_BYTES + 1 if chunk.bytes is None else chunk.bytes for chunk in source.chunks)
+    if size > REDRAWN_BYTES or not is_small(source.chunks):
+        return 0
+    try:
+        read = {name: [*read_for_check(own.chunks)] for name, own in source.parts.items()}
+    except UserError:  # the check of the data comes to it
+        return 0
+    source.records.update(read)
+    found = [
+        (order_key(record, own.cfg.seed, name), _content(record.get(GROUP, record)), own.cfg)
+        for name, own in source.parts.items()
+        for _, record in read[name]
+    ]
+    different = {content: cfg for _, content, cfg in sorted(found, key=lambda one: one[0])[: source.cfg.limit]}
+    shares = {
+        "validation": sum(cfg.validation_fraction for cfg in different.values()),
+        "test": sum(cfg.test_fraction for cfg in different.values()),
+    }
+    wanted = {"train", *(name for name, share in shares.items() if share > 1 - 1e-9)}
+    for redraws in range(REDRAWS):
+        if wanted <= {_split(content, cfg, "train", redraws) for content, cfg in different.items()}:
+            return redraws
+    return 0
 
 
 def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
@@ -124,10 +167,11 @@ def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: st
     return _hash(content, cfg.seed, _order(part)), _split(grouped, cfg, source)
 
 
-def _split(content: bytes, cfg: DataConfig, source: str) -> str:
+def _split(content: bytes, cfg: DataConfig, source: str, redraws: int | None = None) -> str:
     if source != "train":
         return source
-    place = _hash(content, cfg.seed, "split") / 2**64
+    redraws = cfg.redraws if redraws is None else redraws
+    place = _hash(content, cfg.seed, f"split{redraws or ''}") / 2**64
     if place < cfg.test_fraction:
         return "test"
     return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
@@ -172,7 +216,7 @@ class DataCheck:
         self.cfg, self.sources = cfg, find_sources(cfg)
         self.lengths: list[int] = []
         self._records = {
-            (name, part): read_for_check(own.chunks)
+            (name, part): iter(source.records[part]) if part in source.records else read_for_check(own.chunks)
             for name, source in self.sources.items()
             for part, own in source.parts.items()
         }
@@ -202,6 +246,7 @@ class DataCheck:
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
+        self._say_held_out()
         of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
@@ -228,6 +273,17 @@ class DataCheck:
                 if not counts[split]:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
+
+    def _say_held_out(self) -> None:
+        """Say which files are held out by their names alone: perhaps they aren't meant so."""
+        for name, given in (("validation", self.cfg.validation), ("test", self.cfg.test)):
+            files = [] if given or name not in self.sources else self.sources[name].chunks
+            paths = dict.fromkeys(chunk.path for chunk in files if chunk.kind != "hub")
+            if paths:
+                more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+                print(
+                    f"{name}, by name: {', '.join([*paths][:NAMED])}{more}: rename what is to be trained on", flush=True
+                )
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [

@@ -1,7 +1,7 @@
 """Shows tokenized data: counts of each split, a record as the model sees it."""
 
 import math
-from itertools import groupby, islice, repeat
+from itertools import accumulate, groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MASKED, LEARNT = "dim", "bold green"
 OPEN, CLOSE = "[[", "]]"  # around what is learnt, where there are no styles
+SEAM = " | "  # between words that have tags, and between texts
 BARS, WIDTH = 10, 40  # of a histogram; of its longest bar, in characters
 ROWS = 8  # of a batch whose padding is shown
 
@@ -24,15 +25,37 @@ ROWS = 8  # of a batch whose padding is shown
 def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM") -> Text:
     """The tokens of a row as text: those without loss dimmed, those with loss in a colour.
 
-    For a task without a label for each token, the text is all context, and the target follows it.
+    For a task without a label for each token, the text is all context, and the target follows it. Words that have a
+    tag, and texts that belong together, have a bar between them where the tokenizer puts nothing there.
     """
     from ftray.task_spec import IGNORE
 
-    text, one_a_token = Text(), task in ("CAUSAL_LM", "TOKEN_CLS")
-    pairs = zip(row["input_ids"], row["labels"] if one_a_token else repeat(IGNORE), strict=one_a_token)
-    for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
-        text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
-    return text if task == "CAUSAL_LM" else text.append(f" -> {row['target']}", style=LEARNT)
+    text, ids = Text(), list(row["input_ids"])
+    if task == "TOKEN_CLS":
+        starts = [at for at, label in enumerate(row["labels"]) if label != IGNORE]
+        text.append(tokenizer.decode(ids[: starts[0]]) if starts else "", style=MASKED)
+        for start, end in pairwise([*starts, len(ids)]):  # of a word, the first token has its tag
+            text.append(SEAM if text.plain.strip() else "", style=MASKED)
+            text.append(tokenizer.decode(ids[start : start + 1]).strip(), style=LEARNT)
+            text.append(tokenizer.decode(ids[start + 1 : end]).rstrip(), style=MASKED)
+    elif task == "CAUSAL_LM":
+        pairs = zip(ids, row["labels"], strict=True)
+        for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
+            text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
+        return text
+    else:
+        ends = accumulate(row.get("lengths") or [len(ids)])
+        texts = [tokenizer.decode(ids[start:end]) for start, end in pairwise([0, *ends])]
+        text.append(_seamed(SEAM.join(texts), str(row.get("prompt") or "")), style=MASKED)
+    return text.append(f" -> {row['target']}", style=LEARNT)
+
+
+def _seamed(text: str, prompt: str) -> str:
+    """`text` with a bar where it lacks the end of line that `prompt` has between two texts."""
+    for at in (at for at, letter in enumerate(prompt) if letter == "\n"):
+        if (glued := prompt[:at] + prompt[at + 1 :]) in text:
+            return text.replace(glued, f"{prompt[:at]}{SEAM}{prompt[at + 1 :]}")
+    return text
 
 
 def marked(text: Text) -> str:

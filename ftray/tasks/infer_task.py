@@ -7,7 +7,7 @@ import yaml
 from ftray.config import Config
 from ftray.data.formats import Located
 from ftray.data.records import SHAPES, unknown
-from ftray.data.shapes import fitting, recognise, refuse
+from ftray.data.shapes import fitting, recognise, refuse, refuse_meanings
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
 from ftray.storage.location import parse_location
@@ -80,6 +80,7 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     shape = recognise(record, SHAPES)
     if not all(key in record for key in shape.required_keys):
         refuse(record, shape.refuses, place)
+        refuse_meanings(record, shape, place)
         others = ", ".join("/".join(keys) for keys in (("tokens", "tags"), ("text", "label"), *(k for k, _ in KEYS)))
         raise UserError(unknown(record, place, f", {others}"))
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)

@@ -176,6 +176,13 @@ def label_of(value: object, key: str, where: object) -> str:
         raise UserError(f"{where}: {key} is missing")
     if isinstance(value, float) and value.is_integer():  # as CSV and JSON readers may give it
         value = int(value)
+    if isinstance(value, float):
+        raise UserError(
+            f"{where}: {key} is {value}, and ftray learns classes, not numbers (regression): give texts or whole "
+            "numbers; or give a score of two texts, as by --data.fields 'sentence1: sentence1, sentence2: sentence2, "
+            "score: "
+            f'"{{{{ {key} / 5 }}}}"\''
+        )
     if not isinstance(value, str | int):
         raise UserError(f"{where}: {key} must be text or a whole number, not {type(value).__name__}")
     return str(value)
