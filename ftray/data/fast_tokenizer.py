@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.compat.chat_template import Pieces
+
 AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | FastTokenizer"
 Tools: TypeAlias = list[dict[str, Any]] | None  # that a conversation may call, as JSON schemas
 
@@ -82,6 +84,12 @@ class FastTokenizer:
         from ftray.compat.chat_template import render  # takes a second, and texts need none of it
 
         return render(self.get_chat_template(), messages, tools, add_generation_prompt, self.special_tokens_map)
+
+    def render_pieces(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> "Pieces | None":
+        """All that :meth:`apply_chat_template` makes of the first turns, cut at turns; None: not with this template."""
+        from ftray.compat.chat_template import render_pieces
+
+        return render_pieces(self.get_chat_template(), messages, tools, self.special_tokens_map)
 
     def get_chat_template(self, tools: Tools = None) -> str:
         """The only one."""

@@ -6,7 +6,6 @@ Each kind is a set of words, to which a newcomer adds one. `image_path`, `imageP
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 
 def _set(text: str) -> frozenset[str]:
@@ -119,7 +118,7 @@ def is_verdict(key: object) -> bool:
     return _name(key) in GOOD | BAD
 
 
-def says_bad(key: object, value: Any) -> bool:
+def says_bad(key: object, value: object) -> bool:
     """Whether `value`, a number, a boolean or a word, says under this key that an answer is a bad one.
 
     A share (`reward: 0.3`) says neither; nor does a text of more than a word, as a comment.
@@ -137,7 +136,7 @@ def says_bad(key: object, value: Any) -> bool:
     return said in NO and (good or bool(GRADES & {*words(key)}))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     if isinstance(value, str):
         try:
             float(value)
@@ -147,14 +146,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def of_media(key: object, value: Any) -> str:
+def of_media(key: object, value: object) -> str:
     """Why a record is refused whose key holds an image, or names one; empty: it doesn't."""
     own = words(key)
     about = own and own[-1] in ("id", "ids", "count", "num", "number", "width", "height", "size", "caption", "captions")
     return _MEDIA if _MEDIA_WORDS & {*own} and not about and not _is_number(value) else ""
 
 
-def of_answer(key: object, value: Any) -> str:
+def of_answer(key: object, value: object) -> str:
     """Why a record is refused whose key holds another answer than the one to be learnt, or which one is better."""
     own = {*words(key)}
     names_better = bool({"winner", "preference"} & own)
@@ -164,7 +163,7 @@ def of_answer(key: object, value: Any) -> str:
     return next((why for known, why in _ANSWERS if known & own), "")
 
 
-def read_as(key: object, value: Any) -> str:
+def read_as(key: object, value: object) -> str:
     """The key by which it would be read: system, history or tools; empty: none of them."""
     own = {*words(key)}
     if own & _SYSTEM_WORDS and own <= _SYSTEM_TEXTS and not _is_number(value):
@@ -179,14 +178,14 @@ def read_as(key: object, value: Any) -> str:
     return "tools" if own & _TOOLS and (isinstance(holds, dict) or is_json) else ""
 
 
-def is_reasoning(key: object, value: Any) -> bool:
+def is_reasoning(key: object, value: object) -> bool:
     """Whether a key holds how an answer was found."""
     own = words(key)
     about = bool(own) and own[-1] in ("length", "tokens", "count", "effort", "id", "type", "model", "score")
     return (bool(_REASONS & {*own}) or "chain_of_thought" in "_".join(own)) and not about and not _is_number(value)
 
 
-def is_about(key: object, value: Any) -> bool:
+def is_about(key: object, value: object) -> bool:
     """Whether what stands under a key beside a lone text is about the record, rather than something to be learnt."""
     own = words(key)
     if own and (own[-1] in _ABOUT or own[0] in ("meta", "metadata")):
@@ -199,7 +198,7 @@ def is_label(key: object) -> bool:
     return bool(_LABELS & {*words(key)})
 
 
-def _holds_text(value: Any) -> bool:
+def _holds_text(value: object) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_text(inner) for inner in value.values())
     if isinstance(value, list | tuple):
