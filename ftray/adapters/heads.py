@@ -12,15 +12,25 @@ from ftray.errors import UserError
 from ftray.task_spec import task_of
 
 
+NAMED_BY_PEFT = {  # layers of heads that PEFT trains, by the end of their name, whatever else it is told to
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
 def for_task(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     """Set `task_type` and, for PEFT to train and save, the modules that the base model came without.
 
     Of a head of several layers the whole is named, also where but one of them is new: PEFT names it too, and would wrap
-    a layer inside of what is wrapped already.
+    a layer inside of what is wrapped already. Where PEFT names a layer within the head, its layers are named one by one.
     """
     config.task_type = task_of(model).name
     base = model.base_model_prefix
-    new = [name if name.startswith(f"{base}.") else name.split(".")[0] for name in getattr(model, "new_modules", [])]
+    new = getattr(model, "new_modules", [])
+    inner = tuple(f".{name}" for name in NAMED_BY_PEFT.get(config.task_type, ()))
+    if not any(name.endswith(inner) for name in new):
+        new = [name if name.startswith(f"{base}.") else name.split(".")[0] for name in new]
     if new and hasattr(config, "modules_to_save"):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *new]))
     return config

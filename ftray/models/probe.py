@@ -328,7 +328,7 @@ def _with_gradient(adapted: "PeftModel", ids: torch.Tensor, own: dict[str, list[
 
 def ended(model: "Model", ids: torch.Tensor) -> torch.Tensor:
     """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
-    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    end = getattr(model.config, "eos_token_id", None) if model.config.is_encoder_decoder else None
     return torch.cat([ids, ids.new_tensor([end])]) if isinstance(end, int) else ids
 
 
