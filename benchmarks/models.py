@@ -191,9 +191,6 @@ class Family:
         draw = torch.Generator().manual_seed(seed)
         for parameter in trainable(model):
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
-        if self.dtype is torch.float64:  # heads are given float32 by hooks
-            for module in model.modules():
-                module._forward_pre_hooks.clear()
         return model.to(self.dtype)
 
 

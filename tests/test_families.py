@@ -6,11 +6,13 @@ import transformers
 
 from benchmarks.models import GOOD, study
 from benchmarks.tiny_models import tiny_config
+from ftray.adapters import merge
 from ftray.adapters.methods import attach
 from ftray.adapters.targets import adapted_names, described, expert_parameters, resolve_targets
 from ftray.compat.peft import taken_names
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
+from ftray.models.limits import embedded_tokens
 from ftray.models.load import load_skeleton
 from ftray.multi_adapter.shared_model import share
 from ftray.task_spec import TaskSpec
@@ -32,13 +34,20 @@ FAMILIES = [
     ("qwen3_5_text", "CAUSAL_LM", "padded"),
     ("falcon", "CAUSAL_LM", "padded"),  # a mask of its own
     ("bart", "CAUSAL_LM", "padded"),  # attention to an encoder that is not there
+    ("hunyuan_v1_moe", "CAUSAL_LM", "apart"),  # reads the weight of its router past the layer
+    ("rwkv", "CAUSAL_LM", "padded"),  # rescales its weights for evaluation
+    ("zamba", "CAUSAL_LM", "padded"),  # blocks that share their weights
     ("bart", "SEQ_CLS", "apart"),  # reads the state of the end
     ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
     ("bert", "TOKEN_CLS", "apart"),
     ("xlnet", "SEQ_CLS", "apart"),  # reads the last position, padding or not
     ("fnet", "TOKEN_CLS", "apart"),  # mixes all positions, padding too
     ("distilbert", "QUESTION_ANS", "apart"),
+    ("big_bird", "QUESTION_ANS", "apart"),  # a head around what PEFT takes for the head
     ("t5", "SEQ_2_SEQ_LM", "apart"),
+    ("fsmt", "SEQ_2_SEQ_LM", "apart"),  # looks for the end of the labels; with a cache it masks nothing
+    ("switch_transformers", "SEQ_2_SEQ_LM", "apart"),  # experts that no token reaches
+    ("encoder-decoder", "SEQ_2_SEQ_LM", "apart"),  # its configuration has neither words nor an end
     ("m2m_100", "SEQ_2_SEQ_LM", "apart"),  # does not say how it shifts labels
     ("t5gemma", "SEQ_2_SEQ_LM", "apart"),  # its head is tied to the decoder's words, not to the encoder's
 ]
@@ -101,6 +110,27 @@ def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path):
     transformers.AutoModel.from_config(tiny_config("canine", "SEQ_CLS")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="CanineForSequenceClassification has no table of token embeddings"):
         load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec("SEQ_CLS", ("A", "B"), 1))
+
+
+def test_the_words_are_found_where_a_model_names_something_else():
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("perceiver", "SEQ_CLS"))
+    assert embedded_tokens(model) == model.config.vocab_size
+    assert merge.made_up(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "reason"),
+    [
+        ("reformer", "CAUSAL_LM", "a Reformer sorts tokens by hashes that it draws at random"),
+        ("qwen2_audio", "SEQ_2_SEQ_LM", "a qwen2_audio model has no encoder and decoder: take another model"),
+        ("llama", "SEQ_2_SEQ_LM", "a llama model has no encoder and decoder: take CAUSAL_LM"),
+        ("t5", "CAUSAL_LM", "transformers has no t5 model for CAUSAL_LM"),
+    ],
+)
+def test_what_no_task_can_be_learnt_with_is_refused_at_once(kind, task, reason, tmp_path):
+    tiny_config(kind, task).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec(task))
 
 
 def test_a_head_named_like_a_part_of_the_base_is_refused():

@@ -1,6 +1,6 @@
 """What a model has places for: tokens in its embedding table, positions in a learnt table."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,11 +18,12 @@ def word_table(model: "PreTrainedModel | PeftModel") -> nn.Embedding:
         UserError: it has none.
     """
     try:
-        words = model.get_input_embeddings()
+        words: Any = model.get_input_embeddings()
     except NotImplementedError:  # CANINE hashes characters
         words = None
     if isinstance(getattr(words, "weight", None), nn.Parameter):
-        return words
+        table: nn.Embedding = words
+        return table
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size]
     if tables:  # what Perceiver names are its latents

@@ -81,15 +81,15 @@ def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, `parameters` are off their values by noise of a fixed seed; afterwards they are exactly as before."""
-    before = [p.detach().clone() for p in parameters]
+    before = [p.data for p in parameters]
     draw = torch.Generator().manual_seed(1)
     try:
         for p in parameters:
-            p.data.add_((MOVED * torch.randn(p.shape, generator=draw)).to(p))
+            p.data = p.data + (MOVED * torch.randn(p.shape, generator=draw)).to(p)
         yield
     finally:
         for p, old in zip(parameters, before, strict=True):
-            p.data.copy_(old)
+            p.data = old
 
 
 @contextmanager
