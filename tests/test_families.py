@@ -14,10 +14,9 @@ from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
 from ftray.models.limits import embedded_tokens
 from ftray.models.load import load_skeleton
+from ftray.models.probe import idle_layers
 from ftray.multi_adapter.shared_model import share
 from ftray.task_spec import TaskSpec
-from ftray.training.optimizer import TorchOptimizer
-from ftray.training.pack import Pack
 
 # how records of several adapters share a pass; for heads each adapter trains in passes of its own
 FAMILIES = [
@@ -37,6 +36,7 @@ FAMILIES = [
     ("hunyuan_v1_moe", "CAUSAL_LM", "apart"),  # reads the weight of its router past the layer
     ("rwkv", "CAUSAL_LM", "padded"),  # rescales its weights for evaluation
     ("zamba", "CAUSAL_LM", "padded"),  # blocks that share their weights
+    ("luke", "SEQ_CLS", "apart"),  # layers that no text needs
     ("bart", "SEQ_CLS", "apart"),  # reads the state of the end
     ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
     ("bert", "TOKEN_CLS", "apart"),
@@ -188,9 +188,42 @@ def test_an_adapter_that_peft_would_not_load_again_is_refused():
 
 def test_an_adapter_that_never_acts_is_refused():
     base = tiny("mamba")
-    model = lora(share(base), ["dt_proj", "in_proj"])
     with pytest.raises(UserError, match=r"backbone\.layers\.0\.mixer\.dt_proj and 1 more.* '\[in_proj\]'"):
-        Pack(base).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
+        lora(base, ["dt_proj", "in_proj"])
+
+
+def with_and_without_weights(kind: str, task: str):
+    """A model, and the same without weights, as a plan has it."""
+    spec = TaskSpec(task, ("A", "B"), 1)
+    auto, config = getattr(transformers, spec.load().auto_class), tiny_config(kind, task)
+    made = auto.from_config(config).requires_grad_(False)
+    with torch.device("meta"):
+        planned = auto.from_config(config)
+    made.task = planned.task = spec
+    return made, planned
+
+
+def test_groups_leave_out_what_nothing_depends_on():
+    """LUKE has projections for entities, which a text has none of: three in each of its two layers."""
+    of_entities = ("w2e_query", "e2w_query", "e2e_query")
+    unused = {f"luke.encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in of_entities}
+    for model in with_and_without_weights("luke", "SEQ_CLS"):
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert idle_layers(model) & linears == unused
+        with torch.device(model.device):
+            adapted = lora(model, "all-linear")
+        assert not unused & set(adapted_names(adapted))
+        assert len(adapted_names(adapted)) == 2 * 6
+        assert described(adapted).endswith("left out: 6 layers that the model never uses for this task")
+
+
+def test_unused_layers_are_looked_for_once():
+    base, calls = tiny("llama"), []
+    base.register_forward_hook(lambda *_: calls.append(1))
+    assert idle_layers(base) == frozenset()
+    for _ in range(3):
+        lora(share(base), "all-linear")
+    assert len(calls) == 1
 
 
 def test_what_is_adapted_is_told_by_pattern_count_and_parameters():

@@ -218,7 +218,10 @@ def dry_run(adapter: AdapterConfig, skeleton: "PreTrainedModel", model: ModelCon
     """
     import torch
 
+    from ftray.models.probe import idle_layers
+
     refuse(adapter, model, training, skeleton)
+    idle_layers(skeleton)  # which the copy takes along
     with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 

@@ -133,8 +133,10 @@ def _ia3(p: IA3Parameters, targets: list[str], model: "PreTrainedModel", steps: 
     from peft import IA3Config
 
     from ftray.adapters.targets import resolve_targets
+    from ftray.models.probe import idle_layers
 
-    down = set(resolve_targets(model, "mlp-down"))  # there the input is rescaled, elsewhere the output
+    # there the input is rescaled, elsewhere the output
+    down = set(resolve_targets(model, "mlp-down", idle=idle_layers(model)))
     return IA3Config(
         task_type="CAUSAL_LM",
         target_modules=targets,
@@ -265,13 +267,15 @@ def peft_config(adapter: AdapterConfig, model: "PreTrainedModel", steps: int) ->
     from ftray.adapters.heads import for_task
     from ftray.adapters.targets import expert_parameters, resolve_targets
     from ftray.compat.peft import taken_names
+    from ftray.models.probe import idle_layers
 
     settings = parameters(adapter)
     if not isinstance(settings, LayerParameters):
         return for_task(METHODS[adapter.method].build(settings, [], model, steps), model)
     given, blocks = settings.target_modules, settings.layers_to_transform
     taken = taken_names(model, adapter.method.upper())
-    config = METHODS[adapter.method].build(settings, resolve_targets(model, given, blocks, taken), model, steps)
+    targets = resolve_targets(model, given, blocks, taken, idle_layers(model))
+    config = METHODS[adapter.method].build(settings, targets, model, steps)
     if weights := expert_parameters(model, given, blocks):
         if not hasattr(config, "target_parameters"):
             raise UserError(f"target_modules: PEFT's {adapter.method} adapts no weights of experts: take lora")
@@ -306,11 +310,15 @@ def attach(
     from peft.utils.integrations import gather_params_ctx
 
     from ftray.adapters import heads, lora_init
-    from ftray.adapters.targets import asked_for, refuse_others, refuse_unloadable
+    from ftray.adapters.targets import asked_for, left_out, refuse_idle, refuse_others, refuse_unloadable
     from ftray.compat.peft import around_layers
+    from ftray.models.probe import idle_layers
     from ftray.models.sharding import is_sharded, whole
 
-    config, settings = peft_config(adapter, model, steps), parameters(adapter)
+    config, settings, idle = peft_config(adapter, model, steps), parameters(adapter), idle_layers(model)
+    without: set[str] = set()
+    if isinstance(settings, LayerParameters):
+        without = left_out(model, settings.target_modules, settings.layers_to_transform, idle)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     copied = [m for m in model.modules() if config.peft_type.value == "LN_TUNING" and "Norm" in type(m).__name__]
     norms = [p for module in copied for p in module.parameters(recurse=False)]
@@ -326,8 +334,10 @@ def attach(
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
         refuse_others(adapted, asked)
         heads.refuse_others(adapted, getattr(config, "modules_to_save", None))
+        refuse_idle(adapted, idle)
         refuse_unloadable(adapted)
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
+    adapted.left_out = len(without)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
