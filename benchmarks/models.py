@@ -115,8 +115,10 @@ class Family:
         if self.spec.labels:
             config.id2label = dict(enumerate(LABELS))
         for name, value in config.to_dict().items():
-            if ("drop" in name and isinstance(value, float)) or name == "rescale_every":
-                setattr(config, name, 0)  # RWKV divides its weights to be evaluated, but not what adapters add to them
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+            if name == "rescale_every":  # RWKV divides its weights to be evaluated, but not what adapters add to them
+                config.rescale_every = 0
         if self.spec.name != "CAUSAL_LM" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.spec.pad
         torch.manual_seed(0)
