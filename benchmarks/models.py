@@ -40,7 +40,7 @@ from ftray.adapters.methods import attach
 from ftray.adapters.targets import GROUPS, resolve_targets
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
-from ftray.models.load import LoadedModel, load_base
+from ftray.models.load import LoadedModel, load_base, load_skeleton
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.serving.engine import Engine, Sequence
@@ -74,11 +74,15 @@ class Family:
     def __init__(self, kind: str, task: str, directory: Path):
         self.directory, self.path = directory, str(directory / "base")
         self.spec = TaskSpec(task, LABELS if task in ("SEQ_CLS", "TOKEN_CLS") else (), 1)
+        self.dtype = torch.float32
         self.task: Any = self.spec.load()
         self.auto = getattr(transformers, self.task.auto_class)
         self.made = self.auto if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else transformers.AutoModel
         torch.manual_seed(0)
         config = tiny_config(kind, task)
+        config.save_pretrained(self.path)
+        self.config = ModelConfig(name=self.path, dtype="fp32")
+        load_skeleton(self.config, self.path, self.spec)  # what is refused at all
         model = self.made.from_config(config)
         text = config.get_text_config()
         self.words = min(300, getattr(text, "vocab_size", 300))  # ids of records
@@ -88,12 +92,19 @@ class Family:
             parameter.data += (0.08 * torch.randn(parameter.shape, generator=draw)).to(parameter)
         model.save_pretrained(self.path)
         tokenizer().save_pretrained(self.path)
-        self.config = ModelConfig(name=self.path, dtype="fp32")
+
+    def in_float64(self) -> "Family":
+        """The same family, where rounding moves next to nothing."""
+        exact = copy.copy(self)
+        exact.dtype = torch.float64
+        for made in ("base", "_plain"):
+            vars(exact).pop(made, None)
+        return exact
 
     @cached_property
     def loaded(self) -> LoadedModel:
         """The base as ftray loads it."""
-        return load_base(self.config, self.path, self.spec)
+        return load_base(self.config, self.path, self.spec, self.dtype)
 
     @property
     def base(self) -> Any:
@@ -111,11 +122,14 @@ class Family:
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
+            if name == "rescale_every":  # RWKV divides its weights to be evaluated, but not what adapters add to them
+                config.rescale_every = 0
         if self.spec.name != "CAUSAL_LM" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.spec.pad
         torch.manual_seed(0)
-        model = self.auto.from_pretrained(self.path, config=config, dtype=torch.float32)
-        return model.requires_grad_(False).eval()
+        model = self.auto.from_pretrained(self.path, config=config, dtype=self.dtype)
+        model.config.use_cache = False  # RWKV writes to its cache what the gradient goes through
+        return model.to(self.dtype).requires_grad_(False).eval()
 
     def records(self, seed: int, count: int) -> dict[str, list[list[int]]]:
         """Columns `input_ids` and `labels` of records of 5 to 40 tokens."""
@@ -156,12 +170,13 @@ class Family:
             return F.cross_entropy(logits, wanted[1:], reduction="sum")
         if self.spec.name == "SEQ_2_SEQ_LM":
             inner = getattr(model, "get_base_model", lambda: model)()
-            start = model.config.decoder_start_token_id
-            if hasattr(inner, "prepare_decoder_input_ids_from_labels") or start is None:
-                logits = model(input_ids=given, labels=wanted[None]).logits[0]  # by its own shift
+            settings = (model.config, model.generation_config)
+            start = next(s.decoder_start_token_id for s in settings if s.decoder_start_token_id is not None)
+            if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+                shifted = inner.prepare_decoder_input_ids_from_labels(labels=wanted[None])[0]
             else:
                 shifted = torch.cat([wanted.new_tensor([start]), wanted[:-1]])
-                logits = model(input_ids=given, decoder_input_ids=shifted[None]).logits[0]
+            logits = model(input_ids=given, decoder_input_ids=shifted[None]).logits[0]
             return F.cross_entropy(logits, wanted, reduction="sum")
         out = model(input_ids=given)
         if self.spec.name == "QUESTION_ANS":
@@ -183,7 +198,7 @@ class Family:
         draw = torch.Generator().manual_seed(seed)
         for parameter in trainable(model):
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
-        return model
+        return model.to(self.dtype)
 
 
 def optimizer(model: Any) -> torch.optim.Optimizer:
@@ -207,21 +222,16 @@ def study(kind: str, task: str) -> Found:
         except Wrong as error:
             tell("WRONG", str(error))
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            tell("CRASH", f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
+            tell("CRASH", in_a_line(error))
 
     with tempfile.TemporaryDirectory() as directory:
         try:
             family = Family(kind, task, Path(directory))
             family.outputs(family.plain())
+        except UserError as error:
+            return {"made": {"verdict": "refused", "note": str(error)}}
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            return {
-                "made": {
-                    "verdict": "not made",
-                    "note": f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",
-                }
-            }
+            return {"made": {"verdict": "not made", "note": in_a_line(error)}}
         trained = None
         with column("targets") as tell:
             tell("ok", targets(family))
@@ -242,6 +252,13 @@ def study(kind: str, task: str) -> Found:
     return found
 
 
+def in_a_line(error: Exception) -> str:
+    """What was raised, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:260]
+    return f"{text} ({Path(frame.filename).name}:{frame.lineno})"
+
+
 def targets(family: Family) -> str:
     """What each group resolves to."""
     base, parts = family.base, []
@@ -255,6 +272,25 @@ def targets(family: Family) -> str:
 
 def training(family: Family) -> tuple[Any, tuple[str, str]]:
     """Two adapters in a pack, each against itself trained record by record; returns the first of them."""
+    ours, (how, note), states = train_together(family)
+    try:
+        notes = [held_against_alone(family, model, states[seed], seed) for seed, model in enumerate(ours)]
+    except Wrong as error:
+        if how != "apart":  # low-rank products of a shared pass are made in float32
+            raise
+        exact = family.in_float64()
+        try:
+            again, _, states = train_together(exact)
+        except Exception:  # what a model does in float32 whatever it is in
+            raise error from None
+        for seed, model in enumerate(again):
+            held_against_alone(exact, model, states[seed], seed)
+        notes = [f"as alone in float64; in float32 rounding decides: {error}"]
+    return ours[0], (how, "; ".join(filter(None, [note, notes[0]])))
+
+
+def train_together(family: Family) -> tuple[list[Any], tuple[str, str], list[list[State]]]:
+    """Both adapters after their steps, how they shared passes and why, and the states of each from its start on."""
     base = family.base
     pack, reasons, states = Pack(base, family.spec), [], []
     for seed, rank in enumerate(ADAPTERS):
@@ -268,9 +304,8 @@ def training(family: Family) -> tuple[Any, tuple[str, str]]:
                 raise Wrong(f"adapter {name}: {stepped.failure}")
             states[int(name)].append(state(pack.adapters[name].model))
     ours = [pack.remove(str(i)) for i in range(len(ADAPTERS))]
-    notes = [held_against_alone(family, model, states[seed], seed) for seed, model in enumerate(ours)]
     how = "apart" if any(reasons) else "padded" if pack.padded else "packed"
-    return ours[0], (how, "; ".join(filter(None, [next(filter(None, reasons), pack.verdict), notes[0]])))
+    return ours, (how, next(filter(None, reasons), pack.verdict)), states
 
 
 def state(model: Any) -> State:
@@ -292,6 +327,8 @@ def held_against_alone(family: Family, model: Any, states: list[State], seed: in
     name, off = worst(states[-1], alone[-1])
     if off <= SAME:
         return ""
+    if family.dtype is torch.float64:
+        raise Wrong(f"{name} is off by {off:.2g} after {STEPS} steps in float64")
     first, drifts = worst(states[1], alone[1])[1], [0.0, 0.0]
     for attempt in range(TRIES):
         draw = torch.Generator().manual_seed(attempt)
@@ -324,6 +361,8 @@ def train_alone(family: Family, model: Any, start: State, seed: int) -> list[Sta
         count = family.task.num_targets(family.batch(100 * seed + step, 3))
         for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
             (family.loss(alone.eval(), ids, labels) / count).backward()
+        for parameter in trainable(alone):  # that of an expert that no token has reached is zero, as of any other
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         optimise.step()
         optimise.zero_grad()
         states.append(state(alone))
@@ -346,6 +385,7 @@ def merge(family: Family, trained: Any, adapter: Path) -> None:
     wanted, output = family.outputs(trained), family.directory / "merged"
     save_merged(family.config, family.path, adapter, str(output), family.spec)
     merged = family.auto.from_pretrained(output, dtype=torch.float32).eval()
+    merged.config.use_cache = False  # with a cache FSMT masks nothing
     same(family.outputs(merged), wanted, "loss of the merged model", 1e-4)
 
 
@@ -472,7 +512,7 @@ def document(lines: list[dict[str, Any]]) -> str:
         own = [line for line in lines if line["task"] == task]
         if not own:
             continue
-        made = [line for line in own if "made" not in line["columns"]]
+        made = [line for line in own if line["columns"].get("made", {}).get("verdict") != "not made"]
         whole = [line for line in made if all(c["verdict"] in GOOD for c in line["columns"].values())]
         parts.append(
             f"## {task}\n\n{len(own)} of {len(TASKS[task])} types tried, {len(made)} made, {len(whole)} through all "

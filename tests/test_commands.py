@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import llama, make_tokenizer
+from helpers.live_memory import most_bytes
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoModelForCausalLM
@@ -17,12 +18,17 @@ from transformers import AutoModelForCausalLM
 from ftray.adapters.lora_init import save
 from ftray.adapters.methods import attach
 from ftray.cli import main
+from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.data import TokenizedData
 from ftray.infer import read_records
-from ftray.models.load import load_base
+from ftray.models.load import LoadedModel, load_base, load_skeleton
+from ftray.multi_adapter.shared_model import share, trainable
 from ftray.runtime.cluster import say_if_waiting
+from ftray.search.estimate import measure, saved_bytes
 from ftray.task_spec import CAUSAL, CHAT, TaskSpec
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 
 @pytest.fixture(autouse=True)
@@ -637,37 +643,46 @@ def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words,
     assert plan["seconds"] > 9 * 8 * length / plan["probe"]["tokens"] * plan["probe"]["step"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_counted_from_shapes_are_those_that_a_real_pass_keeps(tiny_llama, checkpointing):
-    from ftray.adapters.methods import attach
-    from ftray.config import AdapterConfig, ModelConfig
-    from ftray.models.load import load_base, load_skeleton
-    from ftray.search.estimate import measure, saved_bytes
+LORA = {"method": "lora", "rank": 4, "target_modules": "all-linear", "dropout": 0.0}
 
-    cfg, adapter = ModelConfig(dtype="fp32"), {"method": "oft", "block_size": 16, "target_modules": "all-linear"}
-    shapes = measure(load_skeleton(cfg, tiny_llama), {"adapter": adapter, "training": {}}, 20, checkpointing)
-    model = attach(load_base(cfg, tiny_llama), AdapterConfig(**adapter), 9, 0)
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("length", [48, 160, 400])
+@pytest.mark.parametrize("adapter", [LORA, {"method": "oft", "block_size": 16}])
+def test_memory_counted_from_shapes_is_what_a_real_step_of_a_pack_takes(length, checkpointing, adapter):
+    """A Llama whose proportions are those of SmolLM2, its words and all; of records of one length."""
+    base = llama(vocab_size=12000, num_hidden_layers=6, hidden_size=144, intermediate_size=384).requires_grad_(False)
+    with torch.device("meta"):
+        planned = llama(vocab_size=12000, num_hidden_layers=6, hidden_size=144, intermediate_size=384)
+    shapes = measure(LoadedModel(planned, CAUSAL, ()), {"adapter": adapter, "training": {}}, length, checkpointing)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    assert 50 * shapes.activations + shapes.fixed == pytest.approx(saved_bytes(model.train(), CAUSAL, 50), rel=0.1)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    pack, batches, trials = Pack(base, CAUSAL), {}, 4
+    for name in map(str, range(trials)):
+        model = attach(LoadedModel(share(base), CAUSAL, ()), AdapterConfig(**adapter), 9, 0)
+        pack.add(name, model, TorchOptimizer(model, torch.optim.SGD(trainable(model), lr=0.0)))
+        ids = torch.arange(length)[None]
+        labels = torch.where(ids > 0, ids, -100)
+        batches[name] = [{"input_ids": ids, "position_ids": ids, "labels": labels}]
+    pack.step(batches)
+    trained = 4 * trials * shapes.parameters
+    taken = most_bytes(lambda: pack.step(batches))
+    assert taken - trained <= 1.15 * shapes.activations(trials * length, trials)
+    assert taken >= 0.85 * shapes.activations(trials * length, trials)
 
 
 @pytest.mark.parametrize(("fixture", "task"), [("tiny_bert", "TOKEN_CLS"), ("tiny_t5", "SEQ_2_SEQ_LM")])
 def test_activations_of_tasks_that_pad(request, fixture, task):
-    from ftray.adapters.methods import attach
-    from ftray.config import AdapterConfig, ModelConfig
-    from ftray.models.load import load_base, load_skeleton
-    from ftray.search.estimate import measure, saved_bytes
-    from ftray.task_spec import TaskSpec
-
-    path, spec = request.getfixturevalue(fixture), TaskSpec(task, ("a", "b") if task == "TOKEN_CLS" else ())
+    path, spec = request.getfixturevalue(fixture), TaskSpec(task, ("a", "b") if task == "TOKEN_CLS" else (), 1)
     cfg, adapter = ModelConfig(dtype="fp32"), {"method": "lora"}
     shapes = measure(load_skeleton(cfg, path, spec), {"adapter": adapter, "training": {}}, 20, False)
     model = attach(load_base(cfg, path, spec), AdapterConfig(**adapter), 9, 0)
     assert shapes.isolation_reason == f"{task} pads its records"
-    # without a device, torch counts the matrices of attention, which fused attention doesn't keep: never too little
-    assert 0.9 < (50 * shapes.activations + shapes.fixed) / saved_bytes(model.train(), spec, 50) < 1.25
+    ids = torch.arange(50)[None]
+    further = {"decoder_input_ids": ids} if task == "SEQ_2_SEQ_LM" else {}
+    own = {storage_key(p) for p in model.parameters()}
+    kept = saved_bytes(lambda _: model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), **further), 50, own)
+    assert shapes.activations(50) == pytest.approx(kept, rel=0.15)
 
 
 def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_bert):

@@ -1,21 +1,23 @@
 """Families of models through all that ftray does with them; `make models` tries every one that transformers knows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from benchmarks.models import GOOD, study
 from benchmarks.tiny_models import tiny_config
-from ftray.adapters.methods import attach
+from ftray.adapters import merge
+from ftray.adapters.methods import attach, layers_left_out
 from ftray.adapters.targets import adapted_names, described, expert_parameters, resolve_targets
 from ftray.compat.peft import taken_names
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.errors import UserError
+from ftray.models.limits import embedded_tokens
 from ftray.models.load import LoadedModel, load_skeleton
 from ftray.multi_adapter.shared_model import share
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.training.optimizer import TorchOptimizer
-from ftray.training.pack import Pack
 
 # how records of several adapters share a pass; for heads each adapter trains in passes of its own
 FAMILIES = [
@@ -32,13 +34,21 @@ FAMILIES = [
     ("qwen3_5_text", "CAUSAL_LM", "padded"),
     ("falcon", "CAUSAL_LM", "padded"),  # a mask of its own
     ("bart", "CAUSAL_LM", "padded"),  # attention to an encoder that is not there
+    ("hunyuan_v1_moe", "CAUSAL_LM", "apart"),  # reads the weight of its router past the layer
+    ("rwkv", "CAUSAL_LM", "padded"),  # rescales its weights for evaluation
+    ("zamba", "CAUSAL_LM", "padded"),  # blocks that share their weights
+    ("luke", "SEQ_CLS", "apart"),  # layers that no text needs
     ("bart", "SEQ_CLS", "apart"),  # reads the state of the end
     ("roberta", "SEQ_CLS", "apart"),  # a head of two layers
     ("bert", "TOKEN_CLS", "apart"),
     ("xlnet", "SEQ_CLS", "apart"),  # reads the last position, padding or not
     ("fnet", "TOKEN_CLS", "apart"),  # mixes all positions, padding too
     ("distilbert", "QUESTION_ANS", "apart"),
+    ("big_bird", "QUESTION_ANS", "apart"),  # a head around what PEFT takes for the head
     ("t5", "SEQ_2_SEQ_LM", "apart"),
+    ("fsmt", "SEQ_2_SEQ_LM", "apart"),  # looks for the end of the labels; with a cache it masks nothing
+    ("switch_transformers", "SEQ_2_SEQ_LM", "apart"),  # experts that no token reaches
+    ("encoder-decoder", "SEQ_2_SEQ_LM", "apart"),  # its configuration has neither words nor an end
     ("m2m_100", "SEQ_2_SEQ_LM", "apart"),  # does not say how it shifts labels
     ("t5gemma", "SEQ_2_SEQ_LM", "apart"),  # its head is tied to the decoder's words, not to the encoder's
 ]
@@ -104,6 +114,27 @@ def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path):
         load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec("SEQ_CLS", ("A", "B"), 1))
 
 
+def test_the_words_are_found_where_a_model_names_something_else():
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("perceiver", "SEQ_CLS"))
+    assert embedded_tokens(model) == model.config.vocab_size
+    assert merge.made_up(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "reason"),
+    [
+        ("reformer", "CAUSAL_LM", "a Reformer sorts tokens by hashes that it draws at random"),
+        ("qwen2_audio", "SEQ_2_SEQ_LM", "a qwen2_audio model has no encoder and decoder: take another model"),
+        ("llama", "SEQ_2_SEQ_LM", "a llama model has no encoder and decoder: take CAUSAL_LM"),
+        ("t5", "CAUSAL_LM", "transformers has no t5 model for CAUSAL_LM"),
+    ],
+)
+def test_what_no_task_can_be_learnt_with_is_refused_at_once(kind, task, reason, tmp_path):
+    tiny_config(kind, task).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_skeleton(ModelConfig(name=str(tmp_path)), str(tmp_path), TaskSpec(task))
+
+
 def test_a_head_named_like_a_part_of_the_base_is_refused():
     """PEFT goes by the end of a name: it would train the head of the tower too."""
     model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("modernvbert", "SEQ_CLS"))
@@ -159,9 +190,44 @@ def test_an_adapter_that_peft_would_not_load_again_is_refused():
 
 def test_an_adapter_that_never_acts_is_refused():
     base = tiny("mamba")
-    model = lora(share(base), ["dt_proj", "in_proj"])
     with pytest.raises(UserError, match=r"backbone\.layers\.0\.mixer\.dt_proj and 1 more.* '\[in_proj\]'"):
-        Pack(base, CAUSAL).add("0", model, TorchOptimizer(model, torch.optim.AdamW(p for p in model.parameters())))
+        lora(base, ["dt_proj", "in_proj"])
+
+
+def with_and_without_weights(kind: str, task: str):
+    """A model, and the same without weights, as a plan has it."""
+    spec = TaskSpec(task, ("A", "B"), 1)
+    auto, config = getattr(transformers, spec.load().auto_class), tiny_config(kind, task)
+    made = auto.from_config(config).requires_grad_(False)
+    with torch.device("meta"):
+        planned = auto.from_config(config)
+    return [LoadedModel(model, spec, ()) for model in (made, planned)]
+
+
+def test_groups_leave_out_what_nothing_depends_on():
+    """LUKE has projections for entities, which a text has none of: three in each of its two layers."""
+    of_entities = ("w2e_query", "e2w_query", "e2e_query")
+    unused = {f"luke.encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in of_entities}
+    for base in with_and_without_weights("luke", "SEQ_CLS"):
+        model = base.model
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert base.idle_layers() & linears == unused
+        with torch.device(model.device):
+            adapted = lora(base, "all-linear")
+        assert not unused & set(adapted_names(adapted))
+        assert len(adapted_names(adapted)) == 2 * 6
+        settings = AdapterConfig(method="lora", target_modules="all-linear")
+        found = described(adapted, layers_left_out(settings, base))
+        assert found.endswith("left out: 6 layers that the model never uses for this task")
+
+
+def test_unused_layers_are_looked_for_once():
+    base, calls = LoadedModel(tiny("llama"), CAUSAL, ()), []
+    base.model.register_forward_hook(lambda *_: calls.append(1))
+    assert base.idle_layers() == frozenset()
+    for _ in range(3):
+        lora(replace(base, model=share(base.model)), "all-linear")
+    assert len(calls) == 1
 
 
 def test_what_is_adapted_is_told_by_pattern_count_and_parameters():

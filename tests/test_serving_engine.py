@@ -1,5 +1,6 @@
 """Many sequences of many adapters answered together, against transformers.generate for each alone."""
 
+import math
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from ftray.errors import UserError
+from ftray.multi_adapter.served_linear import ServedLinear
 from ftray.serving.adapters import check_name, load_adapter
 from ftray.serving.engine import Engine
 from ftray.serving.generation_request import Rendering
@@ -152,6 +154,25 @@ def test_an_adapter_that_is_not_finite_ends_its_own_answers_alone(method, value)
     assert "not finite" in bad.deltas[-1].error
     assert got[1] == generated(engine.adapters["lora"].model, [5, 6], 20)
     assert_as_alone(engine, ["lora", None, "lora"], longest=60)
+
+
+def test_an_adapter_that_would_answer_otherwise_beside_others_is_read_by_itself(monkeypatch):
+    forward = ServedLinear.forward
+    monkeypatch.setattr(ServedLinear, "forward", lambda self, x: 1.01 * forward(self, x))
+    engine = engine_of(llama(), ["lora", "ia3"])
+    assert "beside others are off by" in engine.adapters["lora"].isolation_reason
+    monkeypatch.undo()
+    assert_as_alone(engine, ["lora", None, "ia3", "lora"])
+
+
+def test_an_adapter_of_not_a_number_says_nothing_of_others_of_its_kind():
+    engine = engine_of(llama())
+    broken, sound = (Trial("lora", seed=seed).model(engine.base).eval() for seed in range(2))
+    for parameter in broken.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(math.nan)
+    assert engine.prepare(broken).isolation_reason is None
+    assert engine.prepare(sound).isolation_reason is None
 
 
 def test_seeds_decide_whatever_else_is_in_the_batch():

@@ -165,6 +165,11 @@ REFUSALS = [
         lambda w: w.method == "prefix_tuning" and w.training.gradient_checkpointing,
     ),
     Refusal(
+        "training.gradient_checkpointing with a model that can't recompute its layers",
+        "transformers has no way for it: take smaller micro-batches (training.micro_batch), or another model",
+        lambda w: bool(w.base) and w.training.gradient_checkpointing and not w.base.supports_gradient_checkpointing,
+    ),
+    Refusal(
         "a Doge model",
         "its attention picks the best keys of a padded row, padding included: each record depends on the others",
         lambda w: bool(w.base) and w.base.config.model_type == "doge",
@@ -221,6 +226,7 @@ def dry_run(adapter: AdapterConfig, skeleton: "LoadedModel", model: ModelConfig,
     import torch
 
     refuse(adapter, model, training, skeleton.model)
+    skeleton.idle_layers()  # which the copy takes along
     with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 

@@ -17,6 +17,7 @@ from ftray.adapters.discovery import refuse_settings
 from ftray.adapters.methods import METHODS
 from ftray.config import ModelConfig
 from ftray.errors import UserError
+from ftray.models.limits import embedded_tokens
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
 from ftray.models.probe import ended
 from ftray.models.stops import stop_tokens
@@ -60,19 +61,19 @@ def untie(model: PeftModel) -> None:
     """Part the weights that a layer which is merged shares with another one, as embeddings and head do.
 
     Merged into both, what one of them has learnt would change the other. The configuration says so from then on, for
-    whoever loads the merged model.
+    whoever loads the merged model; as it says so of all, others that are shared are parted too: Zamba's blocks.
     """
     base, places = model.get_base_model(), dict[nn.Parameter, list[tuple[nn.Module, str]]]()
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name))
     merged = [layer.get_base_layer() for layer in base.modules() if isinstance(layer, BaseTunerLayer)]
-    shared = {p for layer in merged for p in layer.parameters(recurse=False) if len(places.get(p, [])) > 1}
-    for parameter in shared:
-        for module, name in places[parameter][1:]:
+    if not any(len(places.get(p, [])) > 1 for layer in merged for p in layer.parameters(recurse=False)):
+        return
+    for parameter, at in places.items():
+        for module, name in at[1:]:
             setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-    if shared:
-        base.config.tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
 
 
 def save_merged(
@@ -157,6 +158,7 @@ def save_model(
         model.to("meta")
         kind = getattr(transformers, task.load().auto_class)
         again = kind.from_pretrained(made, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code).to(device)
+        again.config.use_cache = False  # with a cache FSMT masks nothing
         read = outputs(again, texts)
         refuse(relative(rounded, read), TOLERANCE, again, texts, "what is read again", "what was written")
     return read
@@ -164,7 +166,7 @@ def save_model(
 
 def made_up(model: PreTrainedModel) -> list[list[int]]:
     """Texts of tokens from all over the vocabulary, the same ones each time."""
-    draw, size = torch.Generator().manual_seed(0), model.get_input_embeddings().weight.shape[0]
+    draw, size = torch.Generator().manual_seed(0), embedded_tokens(model)
     return torch.randint(size, (RECORDS, TOKENS), generator=draw).tolist()
 
 

@@ -275,7 +275,8 @@ def peft_config(adapter: AdapterConfig, base: "LoadedModel", steps: int) -> "Pef
         return for_task(METHODS[adapter.method].build(settings, [], model, steps), base)
     given, blocks = settings.target_modules, settings.layers_to_transform
     taken = taken_names(model, adapter.method.upper())
-    config = METHODS[adapter.method].build(settings, resolve_targets(model, given, blocks, taken), model, steps)
+    targets = resolve_targets(model, given, blocks, taken, base.idle_layers())
+    config = METHODS[adapter.method].build(settings, targets, model, steps)
     if weights := expert_parameters(model, given, blocks):
         if not hasattr(config, "target_parameters"):
             raise UserError(f"target_modules: PEFT's {adapter.method} adapts no weights of experts: take lora")
@@ -286,6 +287,16 @@ def peft_config(adapter: AdapterConfig, base: "LoadedModel", steps: int) -> "Pef
 def rate_ratio(adapter: AdapterConfig) -> float:
     """The learning rate of LoRA's B, in multiples of the run's; 1 for other methods."""
     return getattr(parameters(adapter), "rate_ratio", 1.0)
+
+
+def layers_left_out(adapter: AdapterConfig, base: "LoadedModel") -> int:
+    """Number of layers in the groups of the adapter's target modules that are left out, as nothing depends on them."""
+    from ftray.adapters.targets import left_out
+
+    settings = parameters(adapter)
+    if not isinstance(settings, LayerParameters):
+        return 0
+    return len(left_out(base.model, settings.target_modules, settings.layers_to_transform, base.idle_layers()))
 
 
 def attach(
@@ -311,7 +322,7 @@ def attach(
     from peft.utils.integrations import gather_params_ctx
 
     from ftray.adapters import heads, lora_init
-    from ftray.adapters.targets import asked_for, refuse_others, refuse_unloadable
+    from ftray.adapters.targets import asked_for, refuse_idle, refuse_others, refuse_unloadable
     from ftray.compat.peft import around_layers
     from ftray.models.sharding import is_sharded, whole
 
@@ -331,6 +342,7 @@ def attach(
             raise UserError(f"{adapter.method} on {type(model).__name__}: PEFT refuses: {reason}") from None
         refuse_others(adapted, asked)
         heads.refuse_others(adapted, getattr(config, "modules_to_save", None))
+        refuse_idle(adapted, base.idle_layers())
         refuse_unloadable(adapted)
         lora_init.after(adapted, getattr(settings, "init", ""), samples)
     for parameter in adapted.parameters():

@@ -42,6 +42,7 @@ def resolve_targets(
     spec: str | Iterable[str],
     blocks: Iterable[int] | None = None,
     unreachable: Collection[str] = (),
+    idle: Collection[str] = (),
 ) -> list[str]:
     """Names that PEFT's `target_modules` matches to just the modules meant by `spec`.
 
@@ -50,6 +51,7 @@ def resolve_targets(
         spec: groups (see `GROUPS`) and module names, or one regular expression for whole module names.
         blocks: numbers of the blocks whose layers are meant; None: all.
         unreachable: last parts of names that PEFT takes for something else; groups leave them out.
+        idle: whole names of layers that change nothing, see :func:`ftray.models.probe.idle_layers`; so do groups.
 
     Raises:
         UserError: a part of `spec` matches no linear or normalisation layer of the model, or there is no such block.
@@ -57,8 +59,9 @@ def resolve_targets(
     norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     whole = _groups(model)
-    groups = {group: [n for n in names if _leaf(n) not in unreachable] for group, names in whole.items()}
-    groups["norms"] = norms
+    whole["norms"] = norms
+    there = {group: [n for n in names if _leaf(n) not in unreachable] for group, names in whole.items()}
+    groups = {group: [n for n in names if n not in idle] for group, names in there.items()}
     named = linears + norms
     selected: set[str] = set()
     parts = [spec] if isinstance(spec, str) else list(spec)
@@ -68,14 +71,19 @@ def resolve_targets(
         found = groups.get(part) or _matching(part, named)
         if not found:
             leaves = sorted({_leaf(name) for name in named})
+            if there.get(part):
+                raise UserError(
+                    f"target_modules: {part!r}: nothing that {type(model).__name__} says depends on such layers: take "
+                    "another group"
+                )
             if whole.get(part):
                 raise UserError(
                     f"target_modules: {part!r}: PEFT takes {', '.join(sorted({_leaf(n) for n in whole[part]}))} of "
                     f"{type(model).__name__} for something else: take another group (layers: {', '.join(leaves[:12])})"
                 )
             if part in GROUPS:
-                there = ", ".join(g for g, names in groups.items() if names or expert_parameters(model, g))
-                raise UserError(f"target_modules: {part!r}: {type(model).__name__} has no such layers; it has {there}")
+                others = ", ".join(g for g, names in groups.items() if names or expert_parameters(model, g))
+                raise UserError(f"target_modules: {part!r}: {type(model).__name__} has no such layers; it has {others}")
             hint = near(part, [*GROUPS, *leaves], otherwise=f"groups: {', '.join(GROUPS)}", most=3)
             raise UserError(
                 f"target_modules: {part!r} matches no linear layer{hint} (layers: {', '.join(leaves[:12])})"
@@ -87,6 +95,15 @@ def resolve_targets(
     if blocks is not None:
         selected = {name for name in selected if any(f".{block}." in name for block in blocks)}
     return short_names(model, selected)
+
+
+def left_out(
+    model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None, idle: Collection[str]
+) -> set[str]:
+    """The `idle` layers that groups in `spec` leave out."""
+    groups = _groups(model)
+    asked = {name for part in ([spec] if isinstance(spec, str) else spec) for name in groups.get(part, ())}
+    return {n for n in asked & set(idle) if blocks is None or any(f".{block}." in n for block in blocks)}
 
 
 def expert_parameters(model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None = None) -> list[str]:
@@ -138,6 +155,25 @@ def refuse_others(adapted: "PeftModel", asked: set[str]) -> None:
             )
 
 
+def refuse_idle(adapted: "PeftModel", idle: Collection[str]) -> None:
+    """Refuse a new PEFT model that adapts `idle` layers, see :func:`ftray.models.probe.idle_layers`.
+
+    Raises:
+        UserError: it does, as the user has named them.
+    """
+    there, base = adapted_names(adapted), adapted.get_base_model()
+    if useless := sorted(set(there) & set(idle)):
+        others = f" and {len(useless) - 1} more" if useless[1:] else ""
+        acting = _short_names(
+            set(there) - set(idle), [name.replace(".base_layer", "") for name, _ in base.named_modules()]
+        )
+        advice = f"give --adapter.target_modules '[{', '.join(acting)}]'" if acting else "take another model"
+        raise UserError(
+            f"target_modules: {type(base).__name__} does not use the output of {useless[0]}{others}: an adapter "
+            f"there would change nothing: {advice}"
+        )
+
+
 def refuse_unloadable(adapted: "PeftModel") -> None:
     """Load what would be saved of a new adapter: for models whose checkpoints have other names, PEFT renames layers.
 
@@ -174,12 +210,18 @@ def adapted_names(model: "PeftModel") -> dict[str, int]:
     return found
 
 
-def described(model: "PeftModel") -> str:
-    """What a PEFT model adapts, in one line: by name pattern, how many layers and trained parameters."""
+def described(model: "PeftModel", without: int = 0) -> str:
+    """What a PEFT model adapts, in one line: by name pattern, how many layers and trained parameters.
+
+    `without` is the number of layers that groups leave out, as nothing depends on them.
+    """
     found: dict[str, list[int]] = {}
     for name, count in adapted_names(model).items():
         found.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(count)
-    return "; ".join(f"{pattern}: {len(own)} of {sum(own):,} parameters" for pattern, own in sorted(found.items()))
+    parts = [f"{pattern}: {len(own)} of {sum(own):,} parameters" for pattern, own in sorted(found.items())]
+    if without:
+        parts.append(f"left out: {without} layers that the model never uses for this task")
+    return "; ".join(parts)
 
 
 def _leaf(name: str) -> str:

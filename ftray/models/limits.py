@@ -1,17 +1,40 @@
 """What a model has places for: tokens in its embedding table, positions in a learnt table."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from ftray.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
+def word_table(model: "PreTrainedModel | PeftModel") -> nn.Embedding:
+    """The model's table of token embeddings.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        words: Any = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        words = None
+    if isinstance(getattr(words, "weight", None), nn.Parameter):
+        table: nn.Embedding = words
+        return table
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size]
+    if tables:  # what Perceiver names are its latents
+        return tables[0]
+    kind = type(model).__name__
+    raise UserError(f"model.name: {kind} has no table of token embeddings: take a model that has")
+
+
 def embedded_tokens(model: "PreTrainedModel | PeftModel") -> int:
     """The number of token ids that the model has embeddings for."""
-    return int(model.get_input_embeddings().num_embeddings)
+    return word_table(model).num_embeddings
 
 
 def context_length(model: "PreTrainedModel | PeftModel") -> int | None:
@@ -33,7 +56,7 @@ def positions(model: "PreTrainedModel | PeftModel") -> int | None:
     rows free at its start: OPT and BART by an `offset`, RoBERTa up to the padding token.
     """
     named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
+    words = word_table(model)
     found = []
     for module in model.modules():
         if not isinstance(module, nn.Embedding) or module.weight is words.weight:

@@ -1,6 +1,8 @@
 """Loading a base model: frozen, in the right precision, optionally quantised or shared out over workers."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ftray.compat.transformers import drop_weight_conversions, kept_in_float32
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.models.chat_template import give_chat_template
+from ftray.models.limits import word_table
+from ftray.models.probe import idle_layers
 from ftray.models.sharding import shard
 from ftray.models.stored import as_stored
 from ftray.task_spec import CAUSAL, TaskSpec
@@ -43,6 +47,13 @@ class LoadedModel:
     model: PreTrainedModel
     task: TaskSpec
     new_modules: tuple[str, ...]
+    _idle: list[frozenset[str]] = field(default_factory=list, compare=False, repr=False)  # once they were looked for
+
+    def idle_layers(self) -> frozenset[str]:
+        """See :func:`ftray.models.probe.idle_layers`: found once for a model and all copies made by `replace`."""
+        if not self._idle:
+            self._idle.append(idle_layers(self.model))
+        return self._idle[0]
 
 
 def choose_dtype(cfg: ModelConfig) -> torch.dtype:
@@ -100,9 +111,10 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch
         kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, loading = _auto_class(task).from_pretrained(
-            path, trust_remote_code=cfg.trust_remote_code, output_loading_info=True, **kwargs
-        )
+        with _refusing_unknown(config, task):
+            model, loading = _auto_class(task).from_pretrained(
+                path, trust_remote_code=cfg.trust_remote_code, output_loading_info=True, **kwargs
+            )
     model.config.use_cache = False
     for name, value in dropout.items():  # whoever saves the model saves its configuration as it was
         setattr(model.config, name, value)
@@ -177,7 +189,7 @@ def load_skeleton(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL) -> Loade
     """The same architecture without weights (meta device): for checks that must take no time or memory."""
     config = _config(cfg, path, task)
     _without_dropout(config)
-    with torch.device("meta"):
+    with torch.device("meta"), _refusing_unknown(config, task):
         model = _auto_class(task).from_config(config, trust_remote_code=cfg.trust_remote_code)
     _find_ends_by(model, task)
     return LoadedModel(model, task, ())
@@ -206,14 +218,34 @@ def _auto_class(task: TaskSpec) -> type[PreTrainedModel]:
     return kind
 
 
+@contextmanager
+def _refusing_unknown(config: PreTrainedConfig, task: TaskSpec) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UserError(
+            f"model.name: transformers has no {config.model_type} model for {task.name}: take another task, or model"
+        ) from None
+
+
 def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
     if task.name == "SEQ_2_SEQ_LM" and not config.is_encoder_decoder:
-        raise UserError(f"SEQ_2_SEQ_LM: a {config.model_type} model has no encoder and decoder: take CAUSAL_LM")
+        other = "take CAUSAL_LM" if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else "take another model"
+        raise UserError(f"SEQ_2_SEQ_LM: a {config.model_type} model has no encoder and decoder: {other}")
+    if config.model_type == "reformer":
+        raise UserError(
+            "model.name: a Reformer sorts tokens by hashes that it draws at random: what it says of a text is never "
+            "the same twice, and its adapters get no gradient: take another model"
+        )
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     text = config.get_text_config()
+    if getattr(text, "rescale_every", 0):  # RWKV would divide weights that others share, each time it is evaluated
+        text.rescale_every = 0
     own = getattr(text, "pad_token_id", None)  # some composites have no such field at all
     if task.name != "CAUSAL_LM" and own not in range(getattr(text, "vocab_size", 2**31)):  # none, or -1
         text.pad_token_id = task.pad
@@ -225,11 +257,7 @@ def _find_ends_by(model: PreTrainedModel, task: TaskSpec) -> None:
 
     Encoders that count positions by a padding token of their own, as RoBERTa, keep it.
     """
-    try:
-        words = model.get_input_embeddings()
-    except NotImplementedError:  # CANINE hashes characters
-        kind = type(model).__name__
-        raise UserError(f"model.name: {kind} has no table of token embeddings: take a model that has") from None
+    words = word_table(model)
     own = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words and m.padding_idx is not None]
     if task.name == "SEQ_CLS" and not own and not model.config.is_encoder_decoder:
         model.config.get_text_config().pad_token_id = task.pad

@@ -6,13 +6,15 @@ masks without asking where records begin. No list of architectures says so relia
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ftray.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,15 +83,15 @@ def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, `parameters` are off their values by noise of a fixed seed; afterwards they are exactly as before."""
-    before = [p.detach().clone() for p in parameters]
+    before = [p.data for p in parameters]
     draw = torch.Generator().manual_seed(1)
     try:
         for p in parameters:
-            p.data.add_((MOVED * torch.randn(p.shape, generator=draw)).to(p))
+            p.data = p.data + (MOVED * torch.randn(p.shape, generator=draw)).to(p)
         yield
     finally:
         for p, old in zip(parameters, before, strict=True):
-            p.data.copy_(old)
+            p.data = old
 
 
 @contextmanager
@@ -288,47 +290,99 @@ def alone_adapter(
     return logits, total
 
 
-def idle_layers(adapted: "PeftModel") -> list[str]:
-    """Names of the layers of a PEFT model whose adapters change no output, whatever their weights are: the model reads
-    the layer's weight past them, or what they compute only chooses. Experts that few tokens reach are not among them.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def idle_layers(model: "PreTrainedModel") -> frozenset[str]:
+    """Names of the modules with weights of a base whose outputs change nothing that it says for its task: the model
+    never runs them, reads a weight past its module, or what they compute only chooses. An adapter there does nothing.
 
-    own: dict[str, list[nn.Parameter]] = {}
-    for name, layer in adapted.get_base_model().named_modules():
-        if isinstance(layer, BaseTunerLayer) and not re.search(r"experts?[._]\d+\.", name):
-            named = layer.named_parameters()
-            own[name] = [p for n, p in named if p.requires_grad and not n.startswith("base_layer.")]
-    if not own:
-        return []
-    short = torch.cat(probe_records(adapted, 1))[None].to(adapted.device)
-    room = max(0, getattr(adapted.config.get_text_config(), "max_position_embeddings", None) or 0) or LONG
+    Experts that few tokens reach are not among them. Without weights (meta device) they are found only where the
+    model's code asks for no values, else there are none.
+
+    Raises:
+        UserError: the model, with weights, fails on a text.
+    """
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # shared out by ZeRO 3, which gathers for its engine alone
+        return frozenset()
+    short = torch.cat(probe_records(model, 1))[None]
+    room = max(0, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) or LONG
     # repeated, as some layers wake up beyond a number of tokens only
     long = short.repeat(1, LONG // short.shape[1] + 1)[:, : min(LONG, room - 8)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        acting = _with_gradient(adapted, long, own)
-    except (IndexError, RuntimeError, ValueError):  # more than it takes
-        acting = _with_gradient(adapted, short[:, : LENGTHS[1]], own)
-    return [name for name, parameters in own.items() if not any(id(p) in acting for p in parameters)]
+        idle = _not_acting(model, short[:, : LENGTHS[1]])
+        if idle:
+            with suppress(IndexError, RuntimeError, ValueError):  # more than it takes
+                idle &= _not_acting(model, long)
+    except Exception as error:
+        if model.device.type == "meta":
+            return frozenset()
+        raise UserError(f"model.name: {type(model).__name__} fails on a text: {reason_of(error)}") from None
+    finally:
+        for module, training in modes:
+            module.training = training
+    return frozenset(idle)
 
 
 @torch.enable_grad()
-def _with_gradient(adapted: "PeftModel", ids: torch.Tensor, own: dict[str, list[nn.Parameter]]) -> set[int]:
-    """Ids of those of the `own` parameters that the outputs for `ids` [1, tokens] depend on."""
-    every = [p for parameters in own.values() for p in parameters]
-    ids = ended(adapted, ids[0])[None]
+def _not_acting(model: "PreTrainedModel", ids: torch.Tensor) -> set[str]:
+    """Modules without whose outputs the model says the same of `ids` [1, tokens]: no gradient would reach them."""
+    switches: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[..., torch.Tensor | None]:
+        def add(module: nn.Module, inputs: tuple[object, ...], output: object) -> torch.Tensor | None:
+            if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
+                return None
+            if name not in switches:
+                switches[name] = torch.zeros((), device=output.device, requires_grad=True)
+            return output + switches[name].to(output.dtype)
+
+        return add
+
+    own = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    own = [(name, module) for name, module in own if not re.search(r"experts?[._]\d+\.", name)]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in own]
     try:
-        outputs = adapted(input_ids=ids).values()
-    except (TypeError, ValueError):  # a decoder that does not read what the encoder reads
-        outputs = adapted(input_ids=ids, decoder_input_ids=ids[:, : LENGTHS[0]]).values()
-    parts = [v.float().square().sum() for v in outputs if isinstance(v, torch.Tensor) and v.requires_grad]
-    found = torch.autograd.grad(torch.stack(parts).sum(), every, allow_unused=True)
-    return {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
+        outputs = _said_of(model, ended(model, ids[0])[None].to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = _leaves(v.grad_fn for v in outputs if isinstance(v, torch.Tensor))
+    return {name for name, _ in own if id(switches.get(name)) not in reached}
+
+
+def _said_of(model: "PreTrainedModel", ids: torch.Tensor) -> Iterable[object]:
+    """What the model returns for `ids` [1, tokens]."""
+    refusals: tuple[type[Exception], ...] = TypeError, ValueError
+    ways: list[dict[str, torch.Tensor]] = [{}, {"decoder_input_ids": ids[:, : LENGTHS[0]]}]
+    if model.device.type == "meta":  # some look for padding in what has no values, unless a whole mask is given
+        refusals = TypeError, ValueError, RuntimeError
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+        ways += [way | {"attention_mask": mask} for way in ways]
+    for further in ways[:-1]:
+        with suppress(*refusals):
+            said: Iterable[object] = model(input_ids=ids, **further).values()
+            return said
+    last: Iterable[object] = model(input_ids=ids, **ways[-1]).values()
+    return last
+
+
+def _leaves(nodes: Iterable[Any]) -> set[int]:
+    """Ids of the tensors from which a graph that ends in `nodes` begins."""
+    waiting, seen, found = [node for node in nodes if node is not None], set[Any](), set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [earlier for earlier, _ in node.next_functions if earlier is not None]
+    return found
 
 
 def ended(model: "Model", ids: torch.Tensor) -> torch.Tensor:
     """`ids` [tokens] with the end of a text, whose state a classifier over an encoder and a decoder reads."""
-    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    end = getattr(model.config, "eos_token_id", None) if model.config.is_encoder_decoder else None
     return torch.cat([ids, ids.new_tensor([end])]) if isinstance(end, int) else ids
 
 

@@ -62,7 +62,7 @@ class DropoutRNG:
         for part in (part for layer in layers for part in layer.modules()):
             for name, child in part.named_children():
                 if type(child) is nn.Dropout:
-                    setattr(part, name, Dropout(child.p))
+                    setattr(part, name, Dropout(child.p).train(child.training))
         self._index = {layer: i for i, layer in enumerate(layers) if any(_draws(part) for part in layer.modules())}
         self._hooks = [layer.register_forward_pre_hook(lambda layer, _: self.begin(layer)) for layer in self._index]
 

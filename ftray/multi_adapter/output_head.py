@@ -126,22 +126,11 @@ class HeadLoss(torch.autograd.Function):
         """
         losses = torch.empty_like(weights)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, LOGITS // head.weight.shape[0])
+        rows = slice_rows(head.weight.shape[0])
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
-            logits, to_states = _logits(head, hidden[part])
-            blocks = (
-                t.split(BLOCK if logits.device.type == "cpu" else rows)
-                for t in (logits, targets[part, None], losses[part])
-            )
-            for block, target, loss in zip(*blocks, strict=True):
-                logs = F.log_softmax(block, -1, dtype=torch.float32)
-                found = logs.gather(1, target)
-                loss.copy_(-found.squeeze(1))
-                if gradient is not None:
-                    block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
-            if gradient is not None:
-                gradient[part] = to_states(logits.to(hidden.dtype)) * weights[part, None].to(hidden.dtype)
+            own = None if gradient is None else gradient[part]
+            _fill(head, hidden[part], targets[part], weights[part], losses[part], own)
         if gradient is not None:
             ctx.gradient = gradient
         ctx.mark_non_differentiable(losses)
@@ -152,6 +141,32 @@ class HeadLoss(torch.autograd.Function):
         ctx: _Context, gradient: torch.Tensor, _: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
         return ctx.gradient * gradient, None, None, None
+
+
+def slice_rows(vocabulary: int) -> int:
+    """Positions whose logits are in memory at once."""
+    return max(1, LOGITS // vocabulary)
+
+
+def _fill(
+    head: nn.Linear | OutputHead,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Write the losses of one slice, and the gradient of its weighted loss; its logits are gone afterwards."""
+    logits, to_states = _logits(head, states)
+    rows = BLOCK if logits.device.type == "cpu" else len(logits)
+    for block, target, loss in zip(*(t.split(rows) for t in (logits, targets[:, None], losses)), strict=True):
+        logs = F.log_softmax(block, -1, dtype=torch.float32)
+        found = logs.gather(1, target)
+        loss.copy_(-found.squeeze(1))
+        if gradient is not None:
+            block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
+    if gradient is not None:
+        gradient.copy_(to_states(logits.to(states.dtype)) * weights[:, None].to(states.dtype))
 
 
 def _logits(

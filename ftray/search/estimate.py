@@ -1,27 +1,37 @@
 """Estimates a search from a probe step: what it would run, its memory and its time; nothing is kept."""
 
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ftray.adapters.compatibility import without_weights
-from ftray.adapters.methods import attach
+from ftray.adapters.methods import attach, layers_left_out
 from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.models.load import LoadedModel, choose_dtype, load_skeleton
+from ftray.models.probe import body
 from ftray.models.sharding import units
-from ftray.multi_adapter.shared_linear import PackingUnsupported
-from ftray.multi_adapter.shared_model import share, tuner_layers
+from ftray.multi_adapter.attention import Layout, layout, packed_attention
+from ftray.multi_adapter.dropout import DropoutRNG
+from ftray.multi_adapter.output_head import BLOCK, slice_rows
+from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear
+from ftray.multi_adapter.shared_model import share, shared_model, train_mode, tuner_layers
 from ftray.search.driver import trials_that_fit
 from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
@@ -40,23 +50,55 @@ Corner = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class HeadMemory:
+    """What a pass holds while it computes the loss; see :class:`ftray.multi_adapter.head_loss.HeadLoss`.
+
+    Attributes:
+        logits: bytes of one token's logits.
+        rows: tokens whose logits are there at once.
+        states: bytes of a token's input of the head, the part that bears loss, and its gradient.
+        block: further bytes.
+    """
+
+    logits: int = 0
+    rows: int = 0
+    states: int = 0
+    block: int = 0
+
+    def bytes(self, tokens: int) -> int:
+        """Those of a pass over `tokens`."""
+        return min(tokens, self.rows) * self.logits + tokens * self.states + self.block
+
+
+@dataclass(frozen=True)
 class Shapes:
     """The size of a method's largest configuration, computed from the architecture.
 
     Attributes:
         parameters: trained ones.
-        activations: bytes that are kept for the backward pass, per token.
-        fixed: further bytes, however many tokens there are (as the rotations of OFT).
+        kept: bytes that are kept for the backward pass, per token.
+        recomputed: bytes per token of one layer's activations, where they are recomputed.
+        head: what the head holds.
+        fixed: further bytes of a trial, however many tokens there are (as the rotations of OFT).
         isolation_reason: why it can't share a pass with other trials; None: it can.
         adapts: the layers that it adapts, see :func:`ftray.adapters.targets.described`.
     """
 
     corner: Corner
     parameters: int
-    activations: float
+    kept: float
+    recomputed: float
+    head: HeadMemory
     fixed: float
     isolation_reason: str | None
     adapts: str
+
+    def activations(self, tokens: int, trials: int = 1) -> float:
+        """The most bytes that a pass over `tokens` of `trials` holds, beside weights and what optimisers keep.
+
+        That is when the loss is computed, or when the gradient reaches the first layer that is recomputed.
+        """
+        return trials * self.fixed + tokens * self.kept + max(self.head.bytes(tokens), tokens * self.recomputed)
 
 
 @dataclass(frozen=True)
@@ -104,7 +146,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     memory = {
         "base": resident_bytes(cfg, skeleton.model),
         "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
-        "activations": max(rows * s.activations + probe.trials * s.fixed for s in methods.values()),
+        "activations": max(s.activations(rows, probe.trials) for s in methods.values()),
     }
     return {
         "methods": {
@@ -126,29 +168,108 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     }
 
 
-def measure(skeleton: LoadedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
-    """Count a configuration's parameters and the bytes kept for its backward pass, on the meta device."""
+def measure(base: LoadedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
+    """Count a configuration's parameters and what a pass over records of `length` tokens holds, on the meta device."""
     with torch.device("meta"):
-        own = replace(skeleton, model=share(skeleton.model))
-        model = attach(own, without_weights(AdapterConfig(**corner["adapter"])), 100, 0)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        once, twice = (saved_bytes(model.train(), skeleton.task, tokens) for tokens in (length, 2 * length))
-    task = skeleton.task
+        own = replace(base, model=share(base.model))
+        adapter = without_weights(AdapterConfig(**corner["adapter"]))
+        model = attach(own, adapter, 100, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    skeleton, task = base.model, base.task
     isolation_reason = None if task.load().packed else f"{task.name} pads its records"
     try:
-        tuner_layers(model, skeleton.model)
+        layers = tuner_layers(model, skeleton)
     except PackingUnsupported as error:
         isolation_reason = isolation_reason or str(error)
-    fixed = max(0, 2 * once - twice)
-    return Shapes(corner, trained, (twice - once) / length, fixed, isolation_reason, described(model))
+    attempts = [lambda recompute: _alone(model, task, recompute)]
+    if not isolation_reason:
+        attempts.insert(0, lambda recompute: _packed(model, skeleton, layers, recompute))
+    held = {storage_key(p) for p in (*skeleton.parameters(), *model.parameters())}
+    once, twice, whole = _kept(attempts, length, checkpointing, held)
+    per_token = (twice - once) / length
+    recomputed = (whole - once) / length / max(1, skeleton.config.get_text_config().num_hidden_layers)
+    head = _head_memory(skeleton, isolation_reason is None) if task.load().packed else HeadMemory()
+    fixed, adapts = max(0.0, 2 * once - twice), described(model, layers_left_out(adapter, own))
+    return Shapes(corner, trained, per_token, recomputed, head, fixed, isolation_reason, adapts)
 
 
-def saved_bytes(model: PeftModel, task: TaskSpec, length: int) -> int:
-    """Bytes that autograd saves for the backward pass of one record, without the parameters."""
-    own = {storage_key(p) for p in model.parameters()}
+def _head_memory(skeleton: PreTrainedModel, in_slices: bool) -> HeadMemory:
+    weight: Any = skeleton.get_output_embeddings().weight
+    words, hidden = weight.shape
+    logs = 4 * words  # of one token, in float32
+    on_gpu = torch.cuda.is_available()
+    return HeadMemory(
+        logits=words * weight.itemsize + logs * (on_gpu or not in_slices),
+        rows=slice_rows(words) if in_slices else sys.maxsize,
+        states=3 * hidden * weight.itemsize,
+        block=0 if on_gpu or not in_slices else 2 * BLOCK * logs,
+    )
+
+
+def _kept(
+    attempts: list[Callable[[bool], Callable[[int], object]]], length: int, checkpointing: bool, own: set[int]
+) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass of `length` tokens and of twice as many, and those if nothing is recomputed."""
+    for attempt in attempts:
+        try:
+            run = attempt(checkpointing)
+            once, twice = saved_bytes(run, length, own), saved_bytes(run, 2 * length, own)
+            return once, twice, saved_bytes(attempt(False), length, own) if checkpointing else once
+        except Exception as error:
+            failure = error  # as it would be in the pack, which then takes the next way
+    raise failure
+
+
+def _packed(
+    model: PeftModel, skeleton: PreTrainedModel, layers: Mapping[str, BaseTunerLayer], recompute: bool
+) -> Callable[[int], object]:
+    """A pass as a pack makes it, up to the head; see :class:`ftray.training.pack.Pack`."""
+    layouts: list[Layout] = []
+    segments, rng = AdapterSegments(), DropoutRNG(model, 0)
+    shared = shared_model(skeleton, packed_attention(layouts))
+    for path, layer in layers.items():
+        SharedLinear.at(shared, path, segments).join("", layer, rng)
+    rng.end()
+    if recompute:
+        shared.gradient_checkpointing_enable({"use_reentrant": False})
+    train_mode(shared)
+    train_mode(model)
+
+    def run(length: int) -> object:
+        positions = torch.arange(length)[None]
+        segments.set([("", 0, length)])
+        layouts[:] = [layout(positions, torch.device("meta"))]
+        inputs = {"input_ids": positions.to("meta"), "position_ids": positions.to("meta")}
+        return body(shared)(**inputs, use_cache=False)
+
+    return run
+
+
+def _alone(model: PeftModel, task: TaskSpec, recompute: bool) -> Callable[[int], object]:
+    """A pass of the adapter's own model over one record."""
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    elif model.get_base_model().is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.train()
+
+    def run(length: int) -> object:
+        # a whole mask: none has to be made from values, of which there are none
+        ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=model.device)
+        further: dict[str, Any] = {}
+        if task.load().packed:
+            further = {"use_cache": False, "logits_to_keep": 1}
+        if model.config.is_encoder_decoder:
+            further = {"use_cache": False, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+        return model(input_ids=ids, attention_mask=mask, **further)
+
+    return run
+
+
+def saved_bytes(run: Callable[[int], object], length: int, own: set[int]) -> int:
+    """Bytes that autograd saves for the backward pass of `length` tokens, without parameters, whose keys are `own`."""
     held: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,14 +277,46 @@ def saved_bytes(model: PeftModel, task: TaskSpec, length: int) -> int:
             held[key] = tensor.untyped_storage()
         return tensor
 
-    # a whole mask: none has to be made from values, of which there are none
-    ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, 1, length, length, dtype=torch.bool)
-    further: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1} if task.load().packed else {}
-    if model.config.is_encoder_decoder:
-        further = {"use_cache": False, "decoder_input_ids": ids, "decoder_attention_mask": mask}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, **further)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), _FusedAttention():
+        result = run(length)
+    del result
     return sum(storage.nbytes() for storage in held.values())
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention keeps what fused kernels keep; without a device PyTorch takes the way of many products."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        given = kwargs or {}
+        if function is functional.scaled_dot_product_attention and args[0].device.type == "meta":
+            attended: object = _Attended.apply(*args[:3], given.get("attn_mask", args[3] if args[3:] else None))
+            return attended
+        return function(*args, **given)
+
+
+class _Attended(torch.autograd.Function):
+    """Of fused attention the memory alone: inputs, outputs, and a sum for each row of weights."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        records, heads, length, _ = query.shape  # in the order in which layers go on with it
+        output = query.new_empty(records, length, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        kept = (query, key, value, mask, output, sums)
+        ctx.save_for_backward(*(tensor for tensor in kept if tensor is not None))
+        return output
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> None:
+        raise NotImplementedError
 
 
 def parameter_bytes(cfg: ModelConfig, skeleton: PreTrainedModel) -> dict[nn.Parameter, float]:

@@ -69,6 +69,7 @@ class EngineAdapter:
     Attributes:
         layers: its adapted layers, by their path in the base model.
         isolation_reason: why its sequences are read in passes of their own; None: they share one.
+        can_cache: whether those passes may have a cache.
         ends: tokens that end its answers, in addition to those of the base.
         users: number of its sequences that are not done.
         leaving: whether it is removed when its last user is done.
@@ -77,6 +78,7 @@ class EngineAdapter:
     model: PeftModel
     layers: dict[str, Any]
     isolation_reason: str | None
+    can_cache: bool = False
     ends: frozenset[int] = frozenset()
     users: int = 0
     leaving: bool = False
@@ -112,14 +114,16 @@ class Engine:
 
     def prepare(self, model: PeftModel) -> EngineAdapter:
         """What :meth:`add` takes, made of a PEFT model over a :func:`~ftray.multi_adapter.shared_model.share` of it."""
-        if self.isolation_reason:
-            return EngineAdapter(model, {}, self.isolation_reason)
-        try:
-            layers = tuner_layers(model, self.base)
-        except PackingUnsupported as error:
-            return EngineAdapter(model, {}, str(error))
-        reason = self.runner.layer_obstacle(layers)
-        return EngineAdapter(model, {} if reason else layers, reason)
+        layers, reason = dict[str, Any](), self.isolation_reason
+        if not reason:
+            try:
+                layers = tuner_layers(model, self.base)
+                reason = self.runner.adapter_obstacle(model, layers)
+            except PackingUnsupported as error:
+                reason = str(error)
+        if reason:
+            return EngineAdapter(model, {}, reason, self.runner.can_cache and self.runner.caches(model))
+        return EngineAdapter(model, layers, None)
 
     def add(self, name: str, adapter: EngineAdapter) -> None:
         """Make an adapter available to sequences, as `name`."""
@@ -224,8 +228,11 @@ class Engine:
                 self._advance(rows)
 
     def _step_isolated(self, sequence: Sequence) -> None:
-        model = self.adapters[sequence.adapter].model if sequence.adapter else None
-        logits, sequence.past = self.runner.read_isolated(model, sequence.ids, sequence.cached, sequence.past)
+        adapter = self.adapters[sequence.adapter] if sequence.adapter else None
+        model, can_cache = (adapter.model, adapter.can_cache) if adapter else (None, self.runner.can_cache)
+        logits, sequence.past = self.runner.read_isolated(
+            model, sequence.ids, sequence.cached, sequence.past, can_cache
+        )
         sequence.cached = len(sequence.ids)
         self._advance([(sequence, logits.float())])
 

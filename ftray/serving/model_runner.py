@@ -5,9 +5,11 @@ token of each sequence that is being answered, and pieces of the prompts of thos
 sorted by adapter, so that each adapter has one span. See Punica (arXiv 2310.18547) and S-LoRA (2311.03285).
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ftray.models.probe import body, probe_records, reason_of, tolerance, wrong_logits
+from ftray.models.probe import body, moved, probe_records, reason_of, tolerance, wrong_logits
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import output_head
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
+from ftray.multi_adapter.shared_linear import update_of
 from ftray.multi_adapter.shared_model import shared_model
 
 
@@ -52,7 +55,7 @@ class ModelRunner:
     Attributes:
         max_length: tokens that a sequence may have.
         isolation_reason: why no sequences of this base can share a pass; None: they can.
-        can_cache: whether a sequence in a pass of its own may be read with a cache.
+        can_cache: whether a sequence of the base in a pass of its own may be read with a cache.
     """
 
     def __init__(self, base: PreTrainedModel, slots: int):
@@ -60,14 +63,21 @@ class ModelRunner:
         self.base, self.slots = base.eval(), slots
         most = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.max_length = most if most > 0 else 2**31
-        self._segments = ServedSegments()
-        self._step: list[kv_cache.Step] = []
-        self._model = shared_model(base, kv_cache.slotted_attention(self._step))
-        self._cache = kv_cache.slotted_cache(text.num_hidden_layers, slots, self._step)
         self._head: Any = base.get_output_embeddings()
         self._by_row: dict[str, bool] = {}  # by layer: whether each pass gives it one row a token
+        self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
+        self._probing = Lock()
+        self.reset()
         self.isolation_reason = self._find_isolation_reason()
-        self.can_cache = self._probe_cache()
+        self.can_cache = self.caches(None)
+
+    def reset(self) -> None:
+        """Forget all adapters and sequences."""
+        self._segments = ServedSegments()
+        self._step: list[kv_cache.Step] = []
+        self._model = shared_model(self.base, kv_cache.slotted_attention(self._step))
+        layers = self.base.config.get_text_config().num_hidden_layers
+        self._cache = kv_cache.slotted_cache(layers, self.slots, self._step)
 
     def add(self, name: str, model: PeftModel, layers: dict[str, Any]) -> None:
         """Adapt the base's layers, by their path in `layers`, for the chunks of adapter `name`."""
@@ -75,10 +85,46 @@ class ModelRunner:
         for path, layer in layers.items():
             ServedLinear.at(self._model, path, self._segments).join(name, layer, rng)
 
-    def layer_obstacle(self, paths: Iterable[str]) -> str | None:
-        """Why an adapter of these layers of the base can't share a pass; None: it can."""
+    def _layer_obstacle(self, paths: Iterable[str]) -> str | None:
+        """Why an adapter of these layers of the base can't share a pass; None: it may."""
         others = [path for path in paths if not self._by_row.get(path)]
         return f"{others[0]} is not given one row for each token, or is not called at all" if others else None
+
+    @torch.no_grad()
+    def adapter_obstacle(self, model: PeftModel, layers: dict[str, Any]) -> str | None:
+        """Why the answers of an adapter of these `layers` can't share passes; None: beside others they are its own.
+
+        Its own model reads a few records one by one, a shared pass reads them beside one of the base. Adapters of one
+        kind run the same code: only the first of each kind is tried. Passes under way, in another thread, go on.
+        """
+        if reason := self._layer_obstacle(layers):
+            return reason
+        if not all(p.isfinite().all() for p in _own_weights(layers)):
+            return None  # nothing to compare: its answers will end with an error
+        model.eval()
+        rng = DropoutRNG(model, 0)
+        changes = ((path, type(layer), update_of(layer, rng, 0) is None) for path, layer in layers.items())
+        kind = model.active_peft_config.peft_type, tuple(changes)
+        rng.end()
+        with self._probing:
+            if kind not in self._probed:
+                self._probed[kind] = self._differs(model, layers)
+        return self._probed[kind]
+
+    def _differs(self, model: PeftModel, layers: dict[str, Any]) -> str | None:
+        records, apart = self._probe_records()[:3], copy.copy(self)
+        owners: list[str | None] = [None, *["adapter"] * (len(records) - 1)] if records[1:] else ["adapter"]
+        try:
+            with moved(_own_weights(layers)):  # a new adapter does nothing yet
+                readers = [model if owner else self.base for owner in owners]
+                ids = [record[None].to(self.base.device) for record in records]
+                wanted = [r(input_ids=i, use_cache=False).logits[0] for r, i in zip(readers, ids, strict=True)]
+                apart.reset()
+                apart.add("adapter", model, layers)
+                ours = apart.read_in_pieces(records, owners)
+                return wrong_logits(ours, wanted, tolerance(self.base))
+        except Exception as error:
+            return reason_of(error)
 
     def remove(self, name: str, layers: dict[str, Any]) -> None:
         """Undo :meth:`add`."""
@@ -144,7 +190,7 @@ class ModelRunner:
                 layer.clear(slots)
 
     def read_isolated(
-        self, model: PeftModel | None, ids: list[int], cached: int, past: Cache | None
+        self, model: PeftModel | None, ids: list[int], cached: int, past: Cache | None, can_cache: bool
     ) -> tuple[torch.Tensor, Cache]:
         """Read one sequence in a pass of its own.
 
@@ -153,6 +199,7 @@ class ModelRunner:
             ids: all tokens of the sequence.
             cached: how many of them `past` holds.
             past: the cache that the previous pass returned.
+            can_cache: see :meth:`caches`.
 
         Returns:
             Logits in the model's dtype, [tokens read, vocabulary], and the cache.
@@ -162,7 +209,7 @@ class ModelRunner:
         if model is not None and getattr(model.active_peft_config, "alora_invocation_tokens", None):
             found = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor([ids]))
             offsets = {"alora_offsets": found}  # PEFT itself would look in `new` alone
-        if not self.can_cache:  # all tokens are read again for each new one
+        if not can_cache:  # all tokens are read again for each new one
             return reader(input_ids=torch.tensor([ids], device=self.base.device)).logits[0, -len(ids) :], None
         if cached and model is not None and model.active_peft_config.is_prompt_learning:
             reader = model.get_base_model()  # the cache holds the virtual tokens already
@@ -180,27 +227,31 @@ class ModelRunner:
         kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if kinds - {"full_attention", "sliding_attention"}:
             return f"{name} has layers of {', '.join(sorted(kinds))}"
-        records = [record[: self.max_length] for record in probe_records(self.base, self.max_length)[-self.slots :]]
+        records = self._probe_records()
         try:
             wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
             self._head, reason = output_head(self.base, records[0])
-            reason = reason or wrong_logits(self._read_in_pieces(records), wanted, tolerance(self.base))
+            with self._watched():
+                ours = self.read_in_pieces(records, [None] * len(records))
+            reason = reason or wrong_logits(ours, wanted, tolerance(self.base))
         except Exception as error:
             reason = reason_of(error)
         self.clear(slice(None))
         return f"{name}: {reason}" if reason else None
 
-    def _read_in_pieces(self, records: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The logits of each record, [tokens, vocabulary]; three passes read a piece of all of them."""
+    def _probe_records(self) -> list[torch.Tensor]:
+        return [record[: self.max_length] for record in probe_records(self.base, self.max_length)[-self.slots :]]
+
+    def read_in_pieces(self, records: list[torch.Tensor], owners: Sequence[str | None]) -> list[torch.Tensor]:
+        """The logits of each record, [tokens, vocabulary], by adapter; three passes read a piece of all of them."""
         read: list[list[torch.Tensor]] = [[] for _ in records]
         cached = [0] * len(records)
         for cut in (lambda n: n // 3, lambda n: n - 1, lambda n: n):
             chunks = [
-                Chunk(slot, None, cached[slot], record[cached[slot] : cut(len(record))].tolist())
+                Chunk(slot, owners[slot], cached[slot], record[cached[slot] : cut(len(record))].tolist())
                 for slot, record in enumerate(records)
             ]
-            with self._watched():
-                parts = self.hidden_states(chunks).split([len(chunk.ids) for chunk in chunks])
+            parts = self.hidden_states(chunks).split([len(chunk.ids) for chunk in chunks])
             for chunk, hidden in zip(chunks, parts, strict=True):
                 cached[chunk.slot] += len(chunk.ids)
                 read[chunk.slot].append(hidden)
@@ -226,17 +277,22 @@ class ModelRunner:
                 hook.remove()
 
     @torch.no_grad()
-    def _probe_cache(self) -> bool:
-        """Whether the base, with a cache, gives token by token what it gives for the whole sequence."""
-        record = probe_records(self.base, 1)[1]
-        ids = record[None].to(self.base.device)
+    def caches(self, model: PeftModel | None) -> bool:
+        """Whether an adapter's model, or the base, with a cache gives token by token what it gives for a whole text."""
+        ids = probe_records(self.base, 1)[1].tolist()
         try:
-            wanted = self.base(input_ids=ids, use_cache=False).logits[0]
-            past, ours = None, []
-            for piece in ids.split([len(record) - 2, 1, 1], dim=1):
-                out = self.base(input_ids=piece, past_key_values=past, use_cache=True)
-                past = out.past_key_values
-                ours.append(out.logits[0])
+            wanted, _ = self.read_isolated(model, ids, 0, None, False)
+            past, cached, ours = None, 0, []
+            for end in (len(ids) - 2, len(ids) - 1, len(ids)):
+                logits, past = self.read_isolated(model, ids[:end], cached, past, True)
+                cached = end
+                ours.append(logits)
         except Exception:
             return False
         return not wrong_logits([torch.cat(ours)], [wanted], tolerance(self.base))
+
+
+def _own_weights(layers: dict[str, Any]) -> list[nn.Parameter]:
+    """The weights that an adapter has in its layers."""
+    every = [item for layer in layers.values() for item in layer.named_parameters()]
+    return [p for name, p in every if not name.startswith("base_layer.") and p.is_floating_point()]

@@ -70,6 +70,7 @@ def as_begun(cfg: Config) -> Config:
 
 def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) -> str:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for keys, name in KEYS:
         if all(key in record for key in keys):
@@ -87,7 +88,8 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     if model.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
     kinds = model.architectures or []
-    if not kinds or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+    generate = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # Gemma 3's is a Gemma3ForConditionalGeneration
+    if not kinds or any(kind.endswith(("ForCausalLM", "LMHeadModel")) or kind in generate for kind in kinds):
         return "CAUSAL_LM"
     raise UserError(
         f"task: can't be inferred from records with {', '.join(record)} and a {kinds[0]}: give --task, "

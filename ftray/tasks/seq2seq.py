@@ -113,7 +113,11 @@ def _shifted(model: "PreTrainedModel", labels: torch.Tensor) -> torch.Tensor:
         UserError: the model says neither how it shifts them nor what it starts with.
     """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        whole = labels.masked_fill(labels == IGNORE, model.config.pad_token_id)  # FSMT looks for where a text ends
+        try:
+            shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=whole)
+        except ValueError as error:  # of an encoder and a decoder that were put together
+            raise UserError(f"SEQ_2_SEQ_LM: {' '.join(str(error).split())}") from None
         return shifted
     start = model.config.decoder_start_token_id
     start = model.generation_config.decoder_start_token_id if start is None else start

@@ -17,9 +17,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
-from ftray.adapters.targets import adapted_names, short_names
 from ftray.compat.torch import add
-from ftray.errors import UserError
 from ftray.models import probe
 from ftray.models.sharding import is_sharded, whole
 from ftray.multi_adapter import attention
@@ -111,7 +109,6 @@ class Pack:
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
-        self._acting: set[object] = set()  # kinds of adapters all of whose layers change the output
         self.padded = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
@@ -208,9 +205,7 @@ class Pack:
 
         Raises:
             PackingUnsupported: its records affect each other even in passes of its own.
-            UserError: some of its layers would never change the model's output.
         """
-        self._refuse_idle(model.eval())
         rng, isolation_reason, layers = DropoutRNG(model, seed, self.rank), self.isolation_reason, {}
         if not isolation_reason:
             try:
@@ -229,30 +224,6 @@ class Pack:
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
         return isolation_reason
-
-    def _refuse_idle(self, model: PeftModel) -> None:
-        kind = (
-            model.active_peft_config.peft_type,
-            *(n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)),
-        )
-        if kind in self._acting:
-            return
-        try:
-            idle = probe.idle_layers(model)
-        except Exception as error:
-            reason = probe.reason_of(error)
-            raise UserError(
-                f"target_modules: {type(self.base).__name__} fails with such an adapter: {reason}"
-            ) from None
-        if idle:
-            others = f" and {len(idle) - 1} more" if idle[1:] else ""
-            acting = short_names(self.base, set(adapted_names(model)) - set(idle))
-            advice = f"give --adapter.target_modules '[{', '.join(acting)}]'" if acting else "take another model"
-            raise UserError(
-                f"target_modules: {type(self.base).__name__} does not use the output of {idle[0]}{others}: an adapter "
-                f"there would change nothing: {advice}"
-            )
-        self._acting.add(kind)
 
     def _adapter_obstacle(self, name: str) -> str | None:
         """As :meth:`_obstacle`, for records of an adapter with changed weights, after a record without an adapter.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ftray.adapters.compatibility import refuse
-from ftray.adapters.methods import attach, rate_ratio
+from ftray.adapters.methods import attach, layers_left_out, rate_ratio
 from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import ModelConfig, TrainingConfig
@@ -131,7 +131,8 @@ class PackTrainer:
         history = TrainState(run)
         if checkpoint:
             history.restore(load_checkpoint(update.engine, update.allocation, checkpoint))
-        if self.rank == 0 and (adapts := described(model)) not in self._printed:
+        adapts = described(model, layers_left_out(run.adapter, own))
+        if self.rank == 0 and adapts not in self._printed:
             self._printed.add(adapts)
             print(f"adapted: {adapts}", flush=True)
         isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
