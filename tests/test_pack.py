@@ -233,7 +233,7 @@ def test_recomputed_activations_take_less_memory():
     trial = Trial("lora", rows=20, dropout=0.1)
 
     def most() -> int:
-        pack = Pack(base)
+        pack = Pack(base, CAUSAL)
         model = trial.model(base)
         pack.add("0", model, trial.update(model))
         return most_bytes(lambda: pack.step({"0": trial.batches(0)}))

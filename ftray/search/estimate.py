@@ -51,7 +51,7 @@ Corner = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """What a pass holds while it computes the loss; see :class:`ftray.multi_adapter.head_loss.HeadLoss`.
+    """What a pass holds while it computes the loss; see :class:`ftray.multi_adapter.output_head.HeadLoss`.
 
     Attributes:
         logits: bytes of one token's logits.
