@@ -42,7 +42,7 @@ def test_a_broker_assigns_places_and_takes_them_back():
         again = asyncio.create_task(broker.next(0, 1))
         await asyncio.sleep(0)
         assert (await broker.orders(0, {}, {})).run == [0, 2]
-        await broker.leave(0, for_good=False)
+        await broker.leave(0)
         with pytest.raises(TrialFailed):
             await again
         assert (await broker.orders(0, {}, {})).leave == {0}
@@ -50,7 +50,7 @@ def test_a_broker_assigns_places_and_takes_them_back():
         assert (await broker.orders(0, {}, {})).join == {2: {"number": 2}}
         await broker.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
         assert (await broker.orders(0, {}, {})).run == [2]
-        await broker.leave(2, for_good=True)
+        await broker.leave(2)
         await broker.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no place
         with pytest.raises(TrialFailed):
             await reading[2]

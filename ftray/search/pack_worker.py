@@ -1,5 +1,6 @@
 """One worker of a pack: trains the trials that the broker assigns to the pack, all on one base model."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -17,9 +18,11 @@ from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
+from ftray.search.cohorts import MOST_IN_COHORT
 from ftray.search.failures import last_line
 from ftray.search.metrics import PackMetrics
 from ftray.search.results import PACKED_REPORT, newest_whole, places, trial_name, write_json
+from ftray.search.rungs import rungs
 from ftray.search.sampler import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
@@ -59,9 +62,14 @@ def most_trials(search: SearchContext) -> int:
     cfg = search.config.search
     if isinstance(cfg.pack, int):
         return cfg.pack
-    useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
-    useful = min(useful, MOST_TRIALS, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
-    return min(useful, cfg.concurrency or useful)
+    if cfg.scheduler == "halving":
+        cohort = min(cfg.cohort or MOST_IN_COHORT, cfg.trials)
+        first = rungs(search.budget(), search.config)[0]
+        useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
+    else:
+        useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
+        useful = min(useful, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
+    return min(useful, MOST_TRIALS, cfg.concurrency or useful)
 
 
 def pack_worker(config: dict[str, Any]) -> bool:

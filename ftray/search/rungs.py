@@ -1,6 +1,28 @@
 """How many records a trial sees, and after how many it is compared with others."""
 
+import math
+from dataclasses import dataclass
+
 from ftray.config import Config
+
+# of halving, where nothing else is configured; chosen by benchmarks.policy
+FIRST_SHARE = 1 / 8  # of the budget, before the first cut
+KEPT_SHARES = (1 / 4, 1 / 8)  # of a cohort, after each cut
+LEAST_STEPS, LEAST_WARMUPS = 6, 3  # before the first cut: earlier, losses tell little
+RUNGS, FACTOR = 3, 3  # of ASHA and Hyperband
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Where trials are compared.
+
+    Attributes:
+        records: seen by each of them.
+        share: of them, of those that began, that train on.
+    """
+
+    records: int
+    share: float
 
 
 def budget(cfg: Config, records: int) -> int:
@@ -11,11 +33,32 @@ def budget(cfg: Config, records: int) -> int:
     return max(training.batch_size, round(training.epochs * records))
 
 
+def rungs(budget: int, cfg: Config) -> list[Rung]:
+    """The rungs, the last one at `budget` records, where nobody trains on."""
+    search, training = cfg.search, cfg.training
+    if search.scheduler == "none":
+        n = training.evaluations
+        known = {max(1, round(budget * k / n)): 1.0 for k in range(1, n)}
+    elif search.scheduler == "halving":
+        known = _halving(budget, cfg)
+    else:  # geometric, as in ASHA (https://arxiv.org/abs/1810.05934)
+        factor, count = search.reduction_factor or FACTOR, search.rungs or RUNGS
+        first = max(1, budget // factor ** (count - 1))
+        known = {min(budget, first * factor**k): factor ** -(k + 1) for k in range(count - 1)}
+    return [Rung(records, share) for records, share in sorted(known.items()) if records < budget] + [Rung(budget, 0.0)]
+
+
+def _halving(budget: int, cfg: Config) -> dict[int, float]:
+    """By records, the share that trains on: a first rung that tells something, and each next one twice as far."""
+    search, training = cfg.search, cfg.training
+    if search.rungs or search.reduction_factor:
+        factor, count = search.reduction_factor or FACTOR, search.rungs or RUNGS
+        return {max(1, round(budget / factor ** (count - 1 - k))): factor ** -(k + 1) for k in range(count - 1)}
+    steps, warmups = LEAST_STEPS * training.batch_size, LEAST_WARMUPS * training.warmup * budget
+    first = math.ceil(max(FIRST_SHARE * budget, steps, round(warmups, 6)))
+    return {first * 2**k: share for k, share in enumerate(KEPT_SHARES) if first * 2**k <= budget / 2}
+
+
 def rung_records(budget: int, cfg: Config) -> list[int]:
-    """Records seen at each rung, the last one `budget`: geometric, as in ASHA (arXiv 1810.05934)."""
-    if cfg.search.scheduler == "none":
-        n = cfg.training.evaluations
-        return [max(1, round(budget * k / n)) for k in range(1, n + 1)]
-    factor = cfg.search.reduction_factor
-    first = max(1, budget // factor ** (cfg.search.rungs - 1))
-    return sorted({min(budget, first * factor**k) for k in range(cfg.search.rungs - 1)} | {budget})
+    """Records seen at each rung, the last one `budget`."""
+    return [rung.records for rung in rungs(budget, cfg)]

@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
+from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
@@ -46,10 +47,24 @@ class Sampler(Searcher):
     learns from it; otherwise it is in the study without parameters.
     """
 
-    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, capacity: Callable[[], int]):
-        """`capacity` returns the number of trials that may run at once, which may change."""
+    def __init__(
+        self,
+        space: Space,
+        cfg: Config,
+        budget: int,
+        journal: Location,
+        capacity: Callable[[], int],
+        cohorts: Cohorts | None = None,
+    ):
+        """Open the journal, or begin one.
+
+        Args:
+            budget: records of a trial that nothing stops.
+            capacity: returns the number of trials that may run at once, which may change.
+            cohorts: where new trials are added; None: none are compared in cohorts.
+        """
         super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
-        self.capacity, self._live = capacity, set[str]()
+        self.capacity, self.cohorts, self._live = capacity, cohorts, set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
@@ -80,15 +95,19 @@ class Sampler(Searcher):
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
         Trials that the journal holds as running come first, as the driver that ran them is gone. Then those that were
-        added. None while as many trials run as can.
+        added. None while as many trials run as can, or a cohort is to be cut before the next begins.
         """
         if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
+            return None
+        if self.cohorts and not self._unfinished and not self.cohorts.may_begin():
             return None
         self._live.add(trial_id)
         trial = self._next_trial()
         configuration = self._configuration(trial)
         self._trials[trial_id] = trial
         trial.set_user_attr("config", configuration)
+        if self.cohorts:
+            trial.set_user_attr(COHORT, self.cohorts.add(trial.number, trial.user_attrs.get(COHORT)))
         self.keep()
         return {"number": trial.number, **configuration}
 
@@ -127,9 +146,14 @@ class Sampler(Searcher):
         """Tell Optuna: complete, or stopped early (pruned: TPE ranks it by its last report).
 
         A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
+        Tune gives no result of a trial that was paused: what ended it is its last report.
         """
         self._live.discard(trial_id)
-        if error or not result or self.metric not in result or trial_id in self._ended:
+        if error or trial_id in self._ended:
+            return
+        if not result or self.metric not in result:
+            result = next(reversed(self._trials[trial_id].user_attrs.get("reports", [])), None)
+        if not result:
             return
         self.on_trial_result(trial_id, result)
         if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:

@@ -55,6 +55,8 @@ class TrainState:
         tokens, supervised_tokens: seen in them.
         seconds: spent in them and in validations.
         reports: all so far.
+        losses: the training loss of each step, nats per supervised token; steps made before a version of ftray that
+            kept them are missing.
     """
 
     run: RunSpec
@@ -63,6 +65,7 @@ class TrainState:
     supervised_tokens: int = 0
     seconds: float = 0.0
     reports: list[Report] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     _since: tuple[float, int] = (0.0, 0)  # summed loss and supervised tokens since the last report
 
     def add(self, loss: float, supervised: int, tokens: int, seconds: float) -> None:
@@ -71,6 +74,7 @@ class TrainState:
         self.tokens += tokens
         self.supervised_tokens += supervised
         self.seconds += seconds
+        self.losses.append(loss / supervised)
         self._since = self._since[0] + loss, self._since[1] + supervised
 
     @property
@@ -103,7 +107,7 @@ class TrainState:
 
     def state(self) -> dict[str, Any]:
         """The state after any step, for :meth:`restore`."""
-        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "_since")
+        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "losses", "_since")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
