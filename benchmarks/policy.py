@@ -260,9 +260,8 @@ def main() -> int:
                 ]
                 quartiles = np.percentile(spent, [25, 50, 75])
                 words = "with priors" if prior else "without    "
-                print(
-                    f"  {policy:10} {words}  {quartiles[1]:6.2f} full budgets (quartiles {quartiles[0]:.2f}, {quartiles[2]:.2f})"
-                )
+                low, median, high = quartiles
+                print(f"  {policy:10} {words}  {median:6.2f} full budgets (quartiles {low:.2f}, {high:.2f})")
     return 0
 
 

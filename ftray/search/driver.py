@@ -15,8 +15,10 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
+from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, workers_that_fit
 from ftray.runtime.preemption import notice
+from ftray.search.advisor import Advisor
 from ftray.search.broker import TrialEndCallback, TrialProxy
 from ftray.search.cohorts import MOST_IN_COHORT, Cohorts
 from ftray.search.control import Requests
@@ -140,7 +142,9 @@ def _tune(
         # outside of a pack, a trial that waits at a rung leaves its workers to another
         return capacity.trials + (cohorts.waiting() if cohorts and broker is None else 0)
 
-    sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, cohorts)
+    hidden = hidden_size(context.model_path, cfg.model.trust_remote_code)
+    advisor = Advisor(space, cfg, hidden, max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0])
+    sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
     requests = Requests(sampler, broker)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)

@@ -7,6 +7,8 @@ whole space, and never leaves anything out.
 import math
 from typing import Any
 
+from ftray.search.space import Domain
+
 # LoRA's best rate falls with the width of the model, and is some ten times that of full fine-tuning, whatever the rank,
 # where alpha is a constant of 32: "LoRA Without Regret", Thinking Machines Lab, 2025,
 # https://thinkingmachines.ai/blog/lora/
@@ -29,20 +31,21 @@ METHOD_FACTORS = {
 # LoRA on all linear layers is at least as good as on fewer: https://arxiv.org/abs/2305.14314, figure 2
 TARGET_WEIGHTS = {"all-linear": 1.0, "mlp": 0.5, "attention": 0.3}
 OTHER_TARGETS = 0.15
+OTHER_CHOICE = 0.25  # weight of a choice that is not the one that a user's `prior` names
 
 
-def likely_rate(adapter: dict[str, Any], hidden: int, steps: int) -> float | None:
+def likely_rate(adapter: dict[str, Any], hidden: int | None, steps: int) -> float | None:
     """The learning rate at which to look first; None: nothing is known of the method.
 
     Args:
         adapter: fields of AdapterConfig.
-        hidden: size of the model's hidden states.
+        hidden: size of the model's hidden states; None: unknown, as of a model of usual width.
         steps: optimiser steps of a full budget.
     """
     factor = METHOD_FACTORS.get(adapter["method"])
     if factor is None:
         return None
-    rate: float = LORA_RATE * factor * (WIDTH / hidden) ** WIDTH_POWER
+    rate: float = LORA_RATE * factor * (WIDTH / (hidden or WIDTH)) ** WIDTH_POWER
     if steps < SHORT_RUN:
         rate *= SHORT_FACTOR
     if adapter["method"] == "lora" and "alpha" in adapter:
@@ -50,7 +53,7 @@ def likely_rate(adapter: dict[str, Any], hidden: int, steps: int) -> float | Non
     return rate
 
 
-def density(configuration: dict[str, Any], hidden: int, steps: int) -> float:
+def density(configuration: dict[str, Any], hidden: int | None, steps: int) -> float:
     """How likely a configuration is under the prior, not normalised; 1 at its peak.
 
     Args:
@@ -64,3 +67,19 @@ def density(configuration: dict[str, Any], hidden: int, steps: int) -> float:
         peak = math.log(likely) + sum(map(math.log, LADDER)) / len(LADDER)
         weight *= math.exp(-0.5 * ((math.log(rate) - peak) / SPREAD) ** 2)
     return weight
+
+
+def prior_weight(domain: Domain, value: object) -> float:
+    """How likely a drawn value is under the `prior` that a user gave its domain; 1 at its peak, and without one.
+
+    Args:
+        value: as Optuna stores it.
+    """
+    if domain.prior is None:
+        return 1.0
+    if domain.kind == "choice":
+        return 1.0 if value == domain.stored(domain.prior) else OTHER_CHOICE
+    number, prior, (low, high) = float(str(value)), float(domain.prior), domain.values
+    if domain.kind == "log" or domain.log:
+        return math.exp(-0.5 * (math.log(number / prior) / SPREAD) ** 2)
+    return math.exp(-0.5 * ((number - prior) / max((high - low) / 4, 1e-12)) ** 2)

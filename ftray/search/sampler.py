@@ -1,4 +1,4 @@
-"""Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
+"""The search algorithm for Ray Tune: an Optuna study whose trials the advisor suggests, the default one first."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
+from ftray.search.advisor import Advisor
 from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import Space
@@ -37,14 +38,14 @@ def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 class Sampler(Searcher):
-    """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
+    """An Optuna study in a journal that optuna-dashboard opens.
 
     The journal holds the whole state of a search. It is written line by line: a driver may die at any time, and the
     next one resumes from it. Ray Tune's own saved state is not used: it is copied file by file, and a driver killed in
     between leaves files that do not fit together.
 
-    Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, TPE
-    learns from it; otherwise it is in the study without parameters.
+    Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, the
+    advisor learns from it; otherwise it is in the study without parameters. The others are :class:`Advisor`'s.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Sampler(Searcher):
         budget: int,
         journal: Location,
         capacity: Callable[[], int],
+        advisor: Advisor,
         cohorts: Cohorts | None = None,
     ):
         """Open the journal, or begin one.
@@ -61,29 +63,23 @@ class Sampler(Searcher):
         Args:
             budget: records of a trial that nothing stops.
             capacity: returns the number of trials that may run at once, which may change.
+            advisor: suggests configurations.
             cohorts: where new trials are added; None: none are compared in cohorts.
         """
         super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
-        self.capacity, self.cohorts, self._live = capacity, cohorts, set[str]()
+        self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
+        self._live = set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
         known = past_trials(journal)
         self._unfinished = [trial.number for trial in known if trial.state is TrialState.RUNNING]
-        sampler = optuna.samplers.TPESampler(
-            seed=cfg.search.seed + len(known),  # a resumed search must not draw the same trials again
-            multivariate=True,
-            group=True,
-            constant_liar=True,  # trials run side by side: those still running must not be suggested again
-            n_startup_trials=min(10, max(3, cfg.search.trials // 3)),
-            warn_independent_sampling=False,
-        )
         self._backend = journal_at(journal)
         self.storage = JournalStorage(self._backend)
         self.study = optuna.create_study(
             study_name=STUDY,
             storage=self.storage,
-            sampler=sampler,
+            sampler=optuna.samplers.RandomSampler(cfg.search.seed),  # the advisor suggests
             pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
             direction="minimize" if cfg.search.direction == "min" else "maximize",
             load_if_exists=True,
@@ -114,9 +110,12 @@ class Sampler(Searcher):
     def _next_trial(self) -> optuna.Trial:
         if self._unfinished:
             return optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
-        inside = self.space_of_methods.locate(self.baseline)
-        if inside and not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(inside)
+        known = self.study.get_trials(deepcopy=False)
+        if not known:
+            if inside := self.space_of_methods.locate(self.baseline):
+                self.study.enqueue_trial(inside)
+        elif not any(trial.state is TrialState.WAITING for trial in known):  # none that a user has added
+            self.study.enqueue_trial(self.advisor.suggest(len(known), known))
         return self.study.ask()
 
     def _configuration(self, trial: optuna.Trial) -> dict[str, Any]:
