@@ -87,13 +87,14 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     """
     from ftray.runtime.cluster import on_hardware
     from ftray.search.model_card import model_card
-    from ftray.search.results import trial_rows, write_json, write_leaderboard
+    from ftray.search.results import EXPERIMENT, trial_rows, write_curves, write_json, write_leaderboard
 
     started = time.monotonic()
     context = search_for_best(cfg, space, model_path, tokenizer, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
+    write_curves(rows, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
         "direction": cfg.search.direction,

@@ -1,8 +1,10 @@
 """Halving by cohorts: who is compared with whom and who trains on, on scripted curves; then in a real search."""
 
+import json
 import math
 
 import optuna
+import pyarrow.parquet as pq
 import pytest
 from helpers.searches import command, run_here, study
 from hypothesis import given, settings
@@ -180,14 +182,18 @@ def config(**search) -> Config:
 
 
 def test_the_first_rung_is_late_enough_to_tell_something():
-    assert rungs(800, config()) == [Rung(120, 1 / 4), Rung(240, 1 / 8), Rung(800, 0.0)]  # three warm-ups
+    assert rungs(800, config()) == [Rung(120, 1 / 4, 72), Rung(240, 1 / 8, 72), Rung(800, 0.0)]  # three warm-ups
     long = Config.model_validate({"training": {"steps": 1000, "warmup": 0.0}})
     assert [rung.records for rung in rungs(8000, long)] == [1000, 2000, 8000]  # an eighth
     short = Config.model_validate({"training": {"steps": 20, "warmup": 0.0}})
     assert [rung.records for rung in rungs(160, short)] == [48, 160]  # six steps
     tiny = Config.model_validate({"training": {"steps": 8, "warmup": 0.0}})
     assert rungs(64, tiny) == [Rung(64, 0.0)]  # too short to cut anybody
-    assert rungs(900, config(rungs=3, reduction_factor=3)) == [Rung(100, 1 / 3), Rung(300, 1 / 9), Rung(900, 0.0)]
+    assert rungs(900, config(rungs=3, reduction_factor=3)) == [
+        Rung(100, 1 / 3, 60),
+        Rung(300, 1 / 9, 120),
+        Rung(900, 0.0),
+    ]
 
 
 STEPS = 40  # of 8 records: cut after 48 and 96 of 320
@@ -201,6 +207,17 @@ def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_pa
     done = run_here(command(output, words, tiny_llama, *more, steps=STEPS))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = study(output).trials
+    if pack == "auto":
+        curves = pq.read_table(output / "curves.parquet").to_pylist()
+        for trial in trials:
+            own = [row for row in curves if row["trial"] == trial.number]
+            last = trial.user_attrs["reports"][-1]
+            assert [row["step"] for row in own] == list(range(1, last["step"] + 1))
+            assert own[-1]["records"] == last["records"]
+            assert all(0 < row["train_loss"] < 20 for row in own)
+        # at a cut, no more validation than a fifth of the training: of 14 validation records, all
+        summary = json.loads((output / "summary.json").read_text())
+        assert summary["best"]["status"] == "finished"
     reports = {t.number: {r["records"]: r["validation_loss"] for r in t.user_attrs["reports"]} for t in trials}
     for numbers in (range(4), range(4, len(trials))):
         assert {trials[n].user_attrs["cohort"] for n in numbers} <= {numbers[0] // 4}

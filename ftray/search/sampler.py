@@ -18,7 +18,8 @@ from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, with the search's metric
+# of a report, with the search's metric
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
