@@ -87,6 +87,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     """
     from ftray.runtime.cluster import on_hardware
     from ftray.search.model_card import model_card
+    from ftray.search.reliability import described, reliability
     from ftray.search.results import EXPERIMENT, trial_rows, write_curves, write_json, write_leaderboard
 
     started = time.monotonic()
@@ -101,6 +102,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         "best": best,
         "base": None,
         "proof": None,
+        "rungs": reliability(rows, context.budget(), cfg),
         "trials": rows,
         "tokens": sum(r["tokens"] for r in rows),
     }
@@ -120,6 +122,8 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     keep_summary()  # whatever becomes of the merged model
     proof["merged"] = merged_on_hardware(context, output)
     keep_summary()
+    for line in described(summary["rungs"]):
+        print(line)
     show(rows, proof, cfg, output)
     return exit_code(best, proof["merged"])
 
