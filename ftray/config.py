@@ -330,12 +330,15 @@ class SearchConfig(Section):
     rungs: PositiveInt | None = Field(
         None, description="rungs, the last one at the full budget (default: 3; halving: from an eighth of the budget)"
     )
+    warm_start: Annotated[list[str], CommaSeparated] = Field(
+        [], description="outputs of earlier searches, comma-separated, whose trials say where to look first"
+    )
     seed: int = Field(0, description="of the sampler")
     trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
         ["tensorboard"], description="what the trials' curves are shown to, comma-separated; mlflow, wandb: extras"
     )
 
-    _at_home = field_validator("space")(at_home)
+    _at_home = field_validator("space", "warm_start")(at_home)
 
 
 class EvaluationConfig(Section):

@@ -272,10 +272,12 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
+    from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_sharding
 
     packable(cfg, space)
     check_output(cfg, space)
+    earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)

@@ -11,8 +11,11 @@ from optuna.trial import TrialState, create_trial
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.search.advisor import Advisor
+from ftray.search.journal import open_journal
 from ftray.search.priors import likely_rate
 from ftray.search.space import load_space
+from ftray.search.warm_start import earlier_trials
+from ftray.storage.local import LocalLocation
 
 LORA = """
 method: lora
@@ -107,3 +110,52 @@ def test_trials_are_compared_after_the_same_records_whether_they_finished_or_not
 
 
 CATEGORY = optuna.distributions.CategoricalDistribution(("lora",))
+
+
+def earlier(path, space: str, curves: list[tuple[dict, list[float]]]):
+    """What a search leaves of such trials: their parameters and the losses of their reports."""
+    (path / "config.yaml").write_text("search: {metric: loss}")
+    study = optuna.create_study(study_name="ftray", storage=open_journal(LocalLocation(path / "study.log")))
+    for params, losses in curves:
+        study.enqueue_trial(params)
+        trial = study.ask()
+        trial.set_user_attr("config", load_space(space).suggest(trial))
+        reports = [{"records": 48 * 2**n, "step": 6 * 2**n, "loss": loss} for n, loss in enumerate(losses)]
+        trial.set_user_attr("reports", reports)
+        study.tell(trial, losses[-1])
+
+
+def test_the_trials_of_an_earlier_search_shape_the_first_ones(tmp_path):
+    text = "method: lora\nlearning_rate: {log: [1.0e-5, 1.0e-1]}\n"
+    (tmp_path / "space.yaml").write_text(text)
+    # those near 3e-2 went on, with losses of other data; those near 1e-4 were stopped with lower ones
+    good = [({"method": "lora", "learning_rate": 3e-2 * (1 + n / 50)}, [9.0, 8.0]) for n in range(6)]
+    bad = [({"method": "lora", "learning_rate": 1e-4 * (1 + n / 50)}, [7.0]) for n in range(6)]
+    earlier(tmp_path, str(tmp_path / "space.yaml"), good + bad)
+    cfg = Config.model_validate({"search": {"trials": 16, "metric": "loss", "warm_start": [str(tmp_path)]}})
+    space = load_space(str(tmp_path / "space.yaml"))
+    known = earlier_trials(cfg, space)
+    assert sorted(trial.value for trial in known) == pytest.approx([n / 11 for n in range(12)])
+    warm = Advisor(space, cfg, 2000, 1000, 48, known)
+    drawn = [warm.suggest(number, [])["learning_rate"] for number in range(1, 16) if number % 3]
+    assert statistics.median(drawn) > 2e-3
+    wide = [Advisor(space, cfg, 2000, 1000, 48, []).suggest(n, [])["learning_rate"] for n in range(1, 16) if n % 3]
+    assert statistics.median(wide) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("there", "space", "message"),
+    [
+        (False, "method: lora\n", "search.warm_start .*: holds no search; name the --output of one"),
+        (True, "method: ia3\n", r"search.warm_start .*: .*other.yaml holds none of its 1 trials that gave a result"),
+    ],
+)
+def test_what_can_not_be_begun_from_is_one_line(tmp_path, there, space, message):
+    (tmp_path / "space.yaml").write_text("method: lora\nlearning_rate: {log: [1.0e-5, 1.0e-1]}\n")
+    (tmp_path / "other.yaml").write_text(space)
+    if there:
+        one = [({"method": "lora", "learning_rate": 1e-3}, [1.0])]
+        earlier(tmp_path, str(tmp_path / "space.yaml"), one)
+    cfg = Config.model_validate({"search": {"warm_start": [str(tmp_path)]}})
+    with pytest.raises(UserError, match=message):
+        earlier_trials(cfg, load_space(str(tmp_path / "other.yaml")))

@@ -29,9 +29,19 @@ class Advisor:
         hidden: size of the model's hidden states; None: unknown.
         steps: of a full budget.
         common: records after which trials are compared.
+        earlier: trials of earlier searches, see :func:`ftray.search.warm_start.earlier_trials`.
     """
 
-    def __init__(self, space: Space, cfg: Config, hidden: int | None, steps: int, common: int):
+    def __init__(
+        self,
+        space: Space,
+        cfg: Config,
+        hidden: int | None,
+        steps: int,
+        common: int,
+        earlier: Sequence[FrozenTrial] = (),
+    ):
+        self.earlier = list(earlier)
         self.space, self.search, self.hidden, self.steps, self.common = space, cfg.search, hidden, steps, common
         self.startup = min(10, max(3, cfg.search.trials // 3))  # trials before TPE has something to go by
 
@@ -44,6 +54,8 @@ class Advisor:
         place = number - 1  # trial 0 is the default configuration
         if place % UNIFORM_EVERY == UNIFORM_EVERY - 1:
             return self._draw(optuna.create_study(sampler=RandomSampler(seed)))[0]
+        if self.earlier:  # their values are no losses of these data: they count until there are some
+            return self._tpe(seed, [*self.earlier, *(trial for trial in seen if trial.value is None)])
         return self._prior(seed, place - place // UNIFORM_EVERY)
 
     def _at_common(self, trial: FrozenTrial) -> FrozenTrial | None:

@@ -33,6 +33,7 @@ from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
 from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
+from ftray.search.warm_start import earlier_trials
 from ftray.storage.location import Location
 
 
@@ -143,7 +144,8 @@ def _tune(
         return capacity.trials + (cohorts.waiting() if cohorts and broker is None else 0)
 
     hidden = hidden_size(context.model_path, cfg.model.trust_remote_code)
-    advisor = Advisor(space, cfg, hidden, max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0])
+    steps, common = max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0]
+    advisor = Advisor(space, cfg, hidden, steps, common, earlier_trials(cfg, space))
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
     requests = Requests(sampler, broker)
     has_result = any(trial.user_attrs.get("reports") for trial in past)

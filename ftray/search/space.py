@@ -30,7 +30,7 @@ from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, parse_yaml
 from ftray.errors import UserError, near
 
 if TYPE_CHECKING:
-    from optuna import Trial
+    from optuna.trial import BaseTrial
 
 CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
@@ -72,7 +72,7 @@ class Domain:
             named.setdefault(text, label)
         return tuple(named[text] for text in texts)
 
-    def suggest(self, trial: "Trial", name: str) -> object:
+    def suggest(self, trial: "BaseTrial", name: str) -> object:
         """Draw from an Optuna trial."""
         if self.kind == "choice":
             drawn = trial.suggest_categorical(name, self.labels)
@@ -112,7 +112,7 @@ class Space:
     model: dict[str, Any]  # constants of the model section
     content: dict[str, Any]  # as it was written
 
-    def suggest(self, trial: "Trial") -> dict[str, dict[str, Any]]:
+    def suggest(self, trial: "BaseTrial") -> dict[str, dict[str, Any]]:
         """Draw a configuration, `{"adapter": {...}, "training": {...}}`, define-by-run.
 
         Optuna's names are `method`, `learning_rate`, `lora/rank`, ...: one name, one distribution.
