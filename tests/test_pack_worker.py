@@ -137,8 +137,12 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     assert done.stdout.splitlines() == ["[5, 2, 2, 1, 2, 1, 2]", "[7, 3, 1, 0, 2, 1, 2]"], done.stderr
 
 
-@pytest.mark.parametrize(("stage", "shard_base"), [(0, False), (2, False), (2, True)])
-def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage, shard_base):
+@pytest.mark.parametrize(
+    ("stage", "shard_base", "scheduler"), [(0, False, "halving"), (2, False, "asha"), (2, True, "halving")]
+)
+def test_two_workers_search_as_each_trial_would_alone(
+    cluster, tiny_llama, data, tmp_path, stage, shard_base, scheduler
+):
     """Also beside trials that can't join the pack, which fail alone."""
     from ftray.search.driver import search
     from ftray.search.results import trial_rows
@@ -163,7 +167,7 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
             "shard_base": shard_base,
         },
         "scaling": {"workers": 2, "cpus_per_worker": 1},
-        "search": {"trials": 12, "pack": 3},
+        "search": {"trials": 12, "pack": 3, "scheduler": scheduler},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), LocalLocation(tmp_path), [])
