@@ -78,6 +78,7 @@ COMMANDS = {
             "time-budget": "search.time_budget",
             "concurrency": "search.concurrency",
             "max-failures": "search.max_failures",
+            "warm-start": "search.warm_start",
             "output": "output",
             "plan": "plan",
         },

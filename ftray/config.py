@@ -339,15 +339,28 @@ class SearchConfig(Section):
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
     metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
     direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
-    scheduler: Literal["asha", "hyperband", "none"] = Field("asha", description="what stops weak trials early")
-    reduction_factor: int = Field(3, ge=2, description="one in this many trials continues from each rung")
-    rungs: PositiveInt = Field(3, description="rungs, the last one at the full budget")
+    scheduler: Literal["halving", "asha", "hyperband", "none"] = Field(
+        "halving",
+        description="what stops weak trials early; halving compares whole cohorts, asha whoever has come so far",
+    )
+    cohort: PositiveInt | None = Field(
+        None, description="trials that halving compares with each other (default: as many as fit, 16 at most)"
+    )
+    reduction_factor: int | None = Field(
+        None, ge=2, description="one in this many trials continues from each rung (default: 3; halving: 4, then 2)"
+    )
+    rungs: PositiveInt | None = Field(
+        None, description="rungs, the last one at the full budget (default: 3; halving: from an eighth of the budget)"
+    )
+    warm_start: Annotated[list[str], CommaSeparated] = Field(
+        [], description="outputs of earlier searches, comma-separated, whose trials say where to look first"
+    )
     seed: int = Field(0, description="of the sampler")
     trackers: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], CommaSeparated] = Field(
         ["tensorboard"], description="what the trials' curves are shown to, comma-separated; mlflow, wandb: extras"
     )
 
-    _at_home = field_validator("space")(at_home)
+    _at_home = field_validator("space", "warm_start")(at_home)
 
 
 class EvaluationConfig(Section):

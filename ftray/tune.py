@@ -87,19 +87,22 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     """
     from ftray.runtime.cluster import on_hardware
     from ftray.search.model_card import model_card
-    from ftray.search.results import trial_rows, write_json, write_leaderboard
+    from ftray.search.reliability import described, reliability
+    from ftray.search.results import EXPERIMENT, trial_rows, write_curves, write_json, write_leaderboard
 
     started = time.monotonic()
     context = search_for_best(cfg, space, model_path, tokenizer, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
+    write_curves(rows, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
         "direction": cfg.search.direction,
         "best": best,
         "base": None,
         "proof": None,
+        "rungs": reliability(rows, context.budget(), cfg),
         "trials": rows,
         "tokens": sum(r["tokens"] for r in rows),
     }
@@ -119,6 +122,8 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     keep_summary()  # whatever becomes of the merged model
     proof["merged"] = merged_on_hardware(context, output)
     keep_summary()
+    for line in described(summary["rungs"]):
+        print(line)
     show(rows, proof, cfg, output)
     return exit_code(best, proof["merged"])
 
@@ -267,10 +272,12 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.sampler import BASELINE
+    from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_sharding
 
     packable(cfg, space)
     check_output(cfg, space)
+    earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, task)

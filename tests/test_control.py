@@ -12,6 +12,7 @@ from ftray.cli import main
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.reports.status import read
+from ftray.search.advisor import Advisor
 from ftray.search.control import ask_to_add, ask_to_stop
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
@@ -119,7 +120,7 @@ def test_what_is_asked_on_a_shared_disk_is_in_the_journal_at_once(tmp_path):
     (tmp_path / "space.yaml").write_text("method: lora\nlearning_rate: {log: [1.0e-3, 1.0e-2]}\n")
     cfg, space = Config.model_validate({"search": {"trials": 4}}), load_space(str(tmp_path / "space.yaml"))
     journal = LocalLocation(tmp_path / "study.log")
-    assert Sampler(space, cfg, 100, journal, lambda: 3).suggest("a")["number"] == 0
+    assert Sampler(space, cfg, 100, journal, lambda: 3, Advisor(space, cfg, 64, 12, 10)).suggest("a")["number"] == 0
     ask_to_stop(journal, 0)
     added = {"adapter": {"method": "lora"}, "training": {"learning_rate": 0.002}}
     assert ask_to_add(journal, cfg, space, added) == 1

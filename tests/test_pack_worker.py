@@ -42,7 +42,7 @@ def test_a_broker_assigns_places_and_takes_them_back():
         again = asyncio.create_task(broker.next(0, 1))
         await asyncio.sleep(0)
         assert (await broker.orders(0, {}, {})).run == [0, 2]
-        await broker.leave(0, for_good=False)
+        await broker.leave(0)
         with pytest.raises(TrialFailed):
             await again
         assert (await broker.orders(0, {}, {})).leave == {0}
@@ -50,7 +50,7 @@ def test_a_broker_assigns_places_and_takes_them_back():
         assert (await broker.orders(0, {}, {})).join == {2: {"number": 2}}
         await broker.enter(2, {"number": 2})  # Tune starts two processes for a trial, and stops the first
         assert (await broker.orders(0, {}, {})).run == [2]
-        await broker.leave(2, for_good=True)
+        await broker.leave(2)
         await broker.enter(2, {"number": 2})  # one that comes late, for a trial that is over, takes no place
         with pytest.raises(TrialFailed):
             await reading[2]
@@ -137,8 +137,12 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     assert done.stdout.splitlines() == ["[5, 2, 2, 1, 2, 1, 2]", "[7, 3, 1, 0, 2, 1, 2]"], done.stderr
 
 
-@pytest.mark.parametrize(("stage", "shard_base"), [(0, False), (2, False), (2, True)])
-def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_llama, data, tmp_path, stage, shard_base):
+@pytest.mark.parametrize(
+    ("stage", "shard_base", "scheduler"), [(0, False, "halving"), (2, False, "asha"), (2, True, "halving")]
+)
+def test_two_workers_search_as_each_trial_would_alone(
+    cluster, tiny_llama, data, tmp_path, stage, shard_base, scheduler
+):
     """Also beside trials that can't join the pack, which fail alone."""
     from ftray.search.driver import search
     from ftray.search.results import trial_rows
@@ -163,7 +167,7 @@ def test_two_workers_search_with_asha_as_each_trial_would_alone(cluster, tiny_ll
             "shard_base": shard_base,
         },
         "scaling": {"workers": 2, "cpus_per_worker": 1},
-        "search": {"trials": 12, "pack": 3},
+        "search": {"trials": 12, "pack": 3, "scheduler": scheduler},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), LocalLocation(tmp_path), [])

@@ -18,6 +18,7 @@ from ftray.adapters.methods import METHODS, parameters
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.errors import UserError
 from ftray.search import trial_status
+from ftray.search.advisor import Advisor
 from ftray.search.driver import TrialEnd, scheduler
 from ftray.search.failures import PacksGone, SearchBroken, TrialFailed, failure_reason
 from ftray.search.journal import open_journal, past_trials
@@ -97,12 +98,13 @@ def test_locate_tells_inside_from_outside():
     assert load_space("quick").locate(DEFAULTS | {"training": {"learning_rate": 1.0}}) is None
 
 
-def make_sampler(path, space="quick", **training) -> Sampler:
-    return Sampler(load_space(space), make_config(**training), 100, path / "study.log", lambda: 100)
+def make_sampler(path, name="quick", capacity=lambda: 100, **training) -> Sampler:
+    space, cfg = load_space(name), make_config(**training)
+    return Sampler(space, cfg, 100, path / "study.log", capacity, Advisor(space, cfg, 64, 12, 10))
 
 
 def make_config(**training) -> Config:
-    return Config.model_validate({"search": {"trials": 12, "seed": 3}, "training": training})
+    return Config.model_validate({"search": {"trials": 12, "seed": 3, "scheduler": "asha"}, "training": training})
 
 
 def test_the_default_configuration_comes_first_and_is_learnt_from_where_the_space_holds_it(tmp_path):
@@ -116,7 +118,7 @@ def test_the_default_configuration_comes_first_and_is_learnt_from_where_the_spac
 
 def test_no_more_trials_than_can_run(tmp_path):
     capacity = [2]
-    sampler = Sampler(load_space("quick"), make_config(), 100, tmp_path / "study.log", lambda: capacity[0])
+    sampler = make_sampler(tmp_path, capacity=lambda: capacity[0])
     assert [bool(sampler.suggest(name)) for name in "abc"] == [True, True, False]
     capacity[0] = 3  # a pack is ready, and takes more
     assert sampler.suggest("c")["number"] == 2

@@ -22,6 +22,7 @@ from ftray.config import Config, ServingConfig
 from ftray.errors import UserError
 from ftray.reports.status import read
 from ftray.search import control
+from ftray.search.advisor import Advisor
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
 from ftray.search.journal import past_trials
 from ftray.search.run_manifest import running_since, sole_driver
@@ -263,7 +264,7 @@ def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path, m
     (tmp_path / "space.yaml").write_text(SPACE)
     space = load_space(str(tmp_path / "space.yaml"))
     journal = output / "study.log"
-    sampler = Sampler(space, cfg, 100, journal, lambda: 3)
+    sampler = Sampler(space, cfg, 100, journal, lambda: 3, Advisor(space, cfg, 64, 12, 10))
     assert sampler.suggest("a")["number"] == 0
     ask_to_stop(journal, 0)
     added = {"adapter": {"method": "ia3"}, "training": {"learning_rate": 0.002}}

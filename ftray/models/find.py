@@ -157,3 +157,11 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             with atomic_dir(target, cached=True) as directory:
                 build(directory)
     return target
+
+
+def hidden_size(path: str, trust_remote_code: bool = False) -> int | None:
+    """Size of the hidden states of the model in `path`; None: its configuration doesn't say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    return next((int(size) for name in ("hidden_size", "d_model") if (size := getattr(config, name, None))), None)

@@ -129,11 +129,10 @@ class TrialBroker:
             if number in self.trials:
                 self.trials[number].report_early = True
 
-    async def leave(self, number: int, for_good: bool) -> None:
-        """Take a trial out: `for_good` if it is over, else until it enters again."""
+    async def leave(self, number: int) -> None:
+        """Take a trial out that is over."""
         async with self._changed:
-            if for_good:
-                self.over.add(number)
+            self.over.add(number)
             trial = self.trials.pop(number, None)
             if trial and trial.pack is not None:
                 self.left.setdefault(trial.pack, set()).add(number)
@@ -248,11 +247,11 @@ class TrialEndCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Called for a trial that is finished or was stopped early."""
-        self.broker.leave.remote(trial.config["number"], for_good=True)
+        self.broker.leave.remote(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Called for a trial that failed and won't be restarted."""
-        self.broker.leave.remote(trial.config["number"], for_good=True)
+        self.broker.leave.remote(trial.config["number"])
 
 
 class TrialProxy(tune.Trainable):
@@ -294,8 +293,7 @@ class TrialProxy(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Pause the trial, as a scheduler asks; its weights are in the pack's own checkpoint."""
-        self._call(self.broker.leave.remote(self.number, for_good=False))
+        """Pause the trial, as a scheduler asks: it waits in its pack until its next report is asked for."""
         return {"heard": self.heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:

@@ -15,20 +15,25 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.config import Config
 from ftray.data import TokenizedData
+from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
+from ftray.search.advisor import Advisor
 from ftray.search.broker import TrialEndCallback, TrialProxy
+from ftray.search.cohorts import MOST_IN_COHORT, Cohorts
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.journal import past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import rung_records
+from ftray.search.rungs import FACTOR, rung_records, rungs
 from ftray.search.sampler import Sampler
+from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
 from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
+from ftray.search.warm_start import earlier_trials
 from ftray.storage.location import Location
 
 
@@ -135,7 +140,16 @@ def _tune(
     cfg, budget = context.config, context.budget()
     # Tune would start the trials' processes one after the other; `capacity` limits their number
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
-    sampler = Sampler(space, cfg, budget, output / JOURNAL, lambda: capacity.trials)
+    cohorts = _cohorts(cfg, budget, output, capacity, broker is not None)
+
+    def at_once() -> int:
+        # outside of a pack, a trial that waits at a rung leaves its workers to another
+        return capacity.trials + (cohorts.waiting() if cohorts and broker is None else 0)
+
+    hidden = hidden_size(context.model_path, cfg.model.trust_remote_code)
+    steps, common = max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0]
+    advisor = Advisor(space, cfg, hidden, steps, common, earlier_trials(cfg, space))
+    sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
     requests = Requests(sampler, broker)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
@@ -144,7 +158,7 @@ def _tune(
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=scheduler(cfg, budget, past),
+            scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
             num_samples=cfg.search.trials - len(past),
             reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
@@ -161,6 +175,23 @@ def _tune(
     tuner.fit()
 
 
+def _cohorts(cfg: Config, budget: int, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
+    """The cohorts of the search in `output`, with all its trials so far; None: trials are not compared in cohorts."""
+    if cfg.search.scheduler != "halving":
+        return None
+    known = rungs(budget, cfg)
+    beside = 1 + known[0].share  # survivors of a cohort stay in the pack while the next one trains
+
+    def size() -> int:
+        if packed and capacity.since is not None:
+            return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
+        return cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
+
+    cohorts = Cohorts(known, cfg.search.direction, size, cfg.search.trials)
+    cohorts.restore(past_trials(output / JOURNAL), cfg.search.metric)
+    return cohorts
+
+
 def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialScheduler:
     """The scheduler that stops weak trials: they are compared at equal numbers of records seen.
 
@@ -171,7 +202,7 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
     common = {"time_attr": "records", "metric": cfg.search.metric, "mode": cfg.search.direction, "max_t": budget}
     if cfg.search.scheduler == "asha":
         first = rung_records(budget, cfg)[0]
-        asha = ASHAScheduler(**common, grace_period=first, reduction_factor=cfg.search.reduction_factor)
+        asha = ASHAScheduler(**common, grace_period=first, reduction_factor=cfg.search.reduction_factor or FACTOR)
         for known in past:
             trial = Trial("past", stub=True, trial_id=f"past-{known.number}")
             asha.on_trial_add(None, trial)
@@ -179,7 +210,7 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
                 asha.on_trial_result(None, trial, report)
         return asha
     if cfg.search.scheduler == "hyperband":
-        return HyperBandScheduler(**common, reduction_factor=cfg.search.reduction_factor)
+        return HyperBandScheduler(**common, reduction_factor=cfg.search.reduction_factor or FACTOR)
     return FIFOScheduler()
 
 

@@ -36,7 +36,7 @@ from ftray.search.driver import trials_that_fit
 from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import rung_records
+from ftray.search.rungs import rungs
 from ftray.search.sampler import BASELINE
 from ftray.search.space import Space
 from ftray.search.trial_worker import SearchContext, trainer
@@ -133,9 +133,9 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     largest = max(methods.values(), key=lambda shapes: shapes.parameters)
     probe = probe_pack(context, largest.corner) if shared else probe_trial(context, largest.corner)
 
-    records = rung_records(context.budget(), cfg)
-    factor = cfg.search.reduction_factor if cfg.search.scheduler != "none" else 1
-    trials = [max(1.0, cfg.search.trials / factor**k) for k in range(len(records))]
+    compared = rungs(context.budget(), cfg)
+    records = [rung.records for rung in compared]
+    trials = [max(1.0, cfg.search.trials * share) for share in (1.0, *(rung.share for rung in compared[:-1]))]
     grown = [b - a for a, b in zip([0, *records], records, strict=False)]
     seen = sum(n * more for n, more in zip(trials, grown, strict=True))
     workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)

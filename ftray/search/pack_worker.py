@@ -1,5 +1,6 @@
 """One worker of a pack: trains the trials that the broker assigns to the pack, all on one base model."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -17,9 +18,11 @@ from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
+from ftray.search.cohorts import MOST_IN_COHORT
 from ftray.search.failures import last_line
 from ftray.search.metrics import PackMetrics
-from ftray.search.results import PACKED_REPORT, newest_whole, places, trial_name, write_json
+from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
+from ftray.search.rungs import rungs
 from ftray.search.sampler import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
@@ -34,6 +37,7 @@ MOST_TRIALS = 32  # of a pack whose size is not configured
 # each trial is also a light process; and the fewer run at once, the fewer are suggested without each other's results
 TRIALS_PER_CPU = 2
 KEPT_BYTES = 2**30  # most memory of micro-batches that a worker keeps for later trials with the same data order
+VALIDATION_ROWS = 4  # times those of a micro-batch: validation keeps no activations
 TOKEN_BYTES = 24  # of a token in a batch: id, label and position, int64
 
 
@@ -59,9 +63,14 @@ def most_trials(search: SearchContext) -> int:
     cfg = search.config.search
     if isinstance(cfg.pack, int):
         return cfg.pack
-    useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
-    useful = min(useful, MOST_TRIALS, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
-    return min(useful, cfg.concurrency or useful)
+    if cfg.scheduler == "halving":
+        cohort = min(cfg.cohort or MOST_IN_COHORT, cfg.trials)
+        first = rungs(search.budget(), search.config)[0]
+        useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
+    else:
+        useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
+        useful = min(useful, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
+    return min(useful, MOST_TRIALS, cfg.concurrency or useful)
 
 
 def pack_worker(config: dict[str, Any]) -> bool:
@@ -191,14 +200,37 @@ class PackWorker:
         if self.metrics:
             self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
-        if due:
-            failed |= self.trainer.validate(due, self.validation())
+        failed |= self._validate(due)
         for name in due:
             if name not in failed:
                 self._save(name)
                 results.reports[int(name)] = _marked(trials[name])
         self._leave(failed)
         results.failures |= {int(name): reason for name, reason in failed.items()}
+
+    def _validate(self, names: Iterable[str]) -> dict[str, str]:
+        """Validate trials, each on as many records as its rung has; returns the reason for each that failed."""
+        compared = rungs(self.context.search.budget(), self.context.search.config)
+        at: dict[int | None, list[str]] = {}
+        for name in names:
+            trial = self.trainer.trials[name]
+            records = trial.history.step * trial.run.training.batch_size
+            reached = [rung.validated for rung in compared if rung.records <= records]
+            at.setdefault(reached[-1] if reached and not trial.history.over else None, []).append(name)
+        failed: dict[str, str] = {}
+        for part, group in at.items():
+            failed |= self.trainer.validate(group, *self._part(part))
+        return failed
+
+    def _part(self, records: int | None) -> "tuple[Iterable[Batch], int | None]":
+        """This rank's validation batches that have `records` over all ranks, or more, and how many; None: all."""
+        training, ranks = self.context.search.config.training, self.trainer.world_size
+        known = min(self.data.splits["validation"].records, training.validation_records)
+        rows = VALIDATION_ROWS * micro_batch_size(training, ranks)
+        count = -(-(records or known) // (rows * ranks))
+        if records is None or count * rows * ranks >= known:
+            return self.validation(), None
+        return islice(self.validation(), count), count * rows * ranks
 
     def _tokens(self) -> int:
         return sum(trial.history.tokens for trial in self.trainer.trials.values())
@@ -227,7 +259,7 @@ class PackWorker:
         if self.held is not None:
             return self.held
         training = self.context.search.config.training
-        rows = 4 * micro_batch_size(training, self.trainer.world_size)  # four times: validation keeps no activations
+        rows = VALIDATION_ROWS * micro_batch_size(training, self.trainer.world_size)
         shard = train.get_dataset_shard("validation")
         batches: Iterable[Batch] = shard.iter_torch_batches(
             batch_size=rows, collate_fn=self.collate, prefetch_batches=2
@@ -251,7 +283,7 @@ class PackWorker:
         with target.shared_dir(rank, ranks, wait, last=[PACKED_REPORT]) as made:
             self.trainer.save(name, str(made))
             if report and rank == 0:
-                write_json(report, made / PACKED_REPORT)
+                write_json({**report, LOSSES_SO_FAR: history.losses}, made / PACKED_REPORT)
         if self.trainer.rank:
             return
         kept = {str(target), *([str(directory / f"checkpoint_{best['step']:08d}")] if best else [])}

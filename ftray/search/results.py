@@ -1,12 +1,15 @@
 """What a search leaves in its output: checkpoints of trials, leaderboard, the best adapter."""
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from optuna.trial import TrialState
 from ray.train import Result
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
 PACKED_REPORT = "report.json"  # of a trial that trains in a pack, inside its checkpoint
+LOSSES_SO_FAR = "losses"  # in it: the training loss of each step
 
 
 class TrialRow(TypedDict):
@@ -34,6 +38,7 @@ class TrialRow(TypedDict):
     Attributes:
         trial: its number.
         value: the best of its reports; a failed trial keeps it. None: it made none.
+        validated: validation records behind the value; None: all that the settings allow.
         records, tokens, seconds: of its last report.
         config: its configuration, `adapter` and `training`.
         curve: `records` and the search's metric of each report.
@@ -44,6 +49,7 @@ class TrialRow(TypedDict):
     trial: int
     status: TrialStatus
     value: float | None
+    validated: int | None
     records: int
     tokens: int
     seconds: float
@@ -102,7 +108,10 @@ def say_damaged(output: Location) -> None:
 
 
 def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
-    """The trials of the search in `output`, best first; failed ones come after all others."""
+    """The trials of the search in `output`, best first; failed ones come after all others.
+
+    Values are compared among trials that were validated on as many records: those on all of them come first.
+    """
     metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
     rows: list[TrialRow] = []
     for trial in past_trials(output / JOURNAL):
@@ -118,6 +127,7 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
                 "trial": trial.number,
                 "status": journal_status(trial),
                 "value": metric_value(best, metric) if best else None,
+                "validated": best.get("validated") if best else None,
                 "records": last["records"] if last else 0,
                 "tokens": last.get("tokens", 0) if last else 0,
                 "seconds": last.get("seconds", 0.0) if last else 0.0,
@@ -132,6 +142,7 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
         rows,
         key=lambda row: (
             row["status"] is TrialStatus.FAILED,
+            0 if row["value"] is None else -(row["validated"] or worst),
             worst if row["value"] is None else sign * row["value"],
         ),
     )
@@ -150,6 +161,25 @@ def write_leaderboard(rows: list[TrialRow], path: Location, metric: str) -> None
             shown = {k: v for k, v in row.items() if k in columns}
             plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
             writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
+
+
+def write_curves(rows: list[TrialRow], experiment: Location, path: Location) -> None:
+    """Write a Parquet file with the training loss of every step of the trials that trained in packs.
+
+    Its columns are `trial` and `step` (int64, from 1), `records` (int64, seen by then) and `train_loss` (float64, nats
+    per supervised token).
+    """
+    columns: dict[str, list[float]] = {"trial": [], "step": [], "records": [], "train_loss": []}
+    for row in sorted(rows, key=lambda row: row["trial"]):
+        kept = checkpoints(experiment / trial_name(row["trial"]))
+        for step, loss in enumerate(kept[-1][0].get(LOSSES_SO_FAR, []) if kept else [], 1):
+            batch = kept[-1][0]["records"] // kept[-1][0]["step"]
+            for name, value in zip(columns, (row["trial"], step, step * batch, loss), strict=True):
+                columns[name].append(value)
+    kinds = {"trial": pa.int64(), "step": pa.int64(), "records": pa.int64(), "train_loss": pa.float64()}
+    table, file = pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()}), io.BytesIO()
+    pq.write_table(table, file)
+    path.write_bytes(file.getvalue())
 
 
 def write_json(value: object, path: Path | Location) -> None:

@@ -1,6 +1,33 @@
 """How many records a trial sees, and after how many it is compared with others."""
 
+import math
+from dataclasses import dataclass
+
 from ftray.config import Config
+
+# of halving, where nothing else is configured; chosen by benchmarks.policy
+FIRST_SHARE = 1 / 8  # of the budget, before the first cut
+KEPT_SHARES = (1 / 4, 1 / 8)  # of a cohort, after each cut
+LEAST_STEPS, LEAST_WARMUPS = 6, 3  # before the first cut: earlier, losses tell little
+# validation records at a cut, as a share of those trained on since the last one: a record costs a third of what it
+# costs in training, as there is no backward pass, and validating at most a fifth of training
+VALIDATED_SHARE = 3 / 5
+RUNGS, FACTOR = 3, 3  # of ASHA and Hyperband
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Where trials are compared.
+
+    Attributes:
+        records: seen by each of them.
+        share: of them, of those that began, that train on.
+        validated: validation records that are read there; None: all.
+    """
+
+    records: int
+    share: float
+    validated: int | None = None
 
 
 def budget(cfg: Config, records: int) -> int:
@@ -11,11 +38,38 @@ def budget(cfg: Config, records: int) -> int:
     return max(training.batch_size, round(training.epochs * records))
 
 
+def rungs(budget: int, cfg: Config) -> list[Rung]:
+    """The rungs, the last one at `budget` records, where nobody trains on."""
+    search, training = cfg.search, cfg.training
+    if search.scheduler == "none":
+        n = training.evaluations
+        known = {max(1, round(budget * k / n)): 1.0 for k in range(1, n)}
+    elif search.scheduler == "halving":
+        known = _halving(budget, cfg)
+    else:  # geometric, as in ASHA (https://arxiv.org/abs/1810.05934)
+        factor, count = search.reduction_factor or FACTOR, search.rungs or RUNGS
+        first = max(1, budget // factor ** (count - 1))
+        known = {min(budget, first * factor**k): factor ** -(k + 1) for k in range(count - 1)}
+    found, before = [], 0
+    for records, share in sorted(known.items()):
+        if records < budget:
+            validated = math.ceil(VALIDATED_SHARE * (records - before)) if search.scheduler == "halving" else None
+            found.append(Rung(records, share, validated))
+            before = records
+    return [*found, Rung(budget, 0.0)]
+
+
+def _halving(budget: int, cfg: Config) -> dict[int, float]:
+    """By records, the share that trains on: a first rung that tells something, and each next one twice as far."""
+    search, training = cfg.search, cfg.training
+    if search.rungs or search.reduction_factor:
+        factor, count = search.reduction_factor or FACTOR, search.rungs or RUNGS
+        return {max(1, round(budget / factor ** (count - 1 - k))): factor ** -(k + 1) for k in range(count - 1)}
+    steps, warmups = LEAST_STEPS * training.batch_size, LEAST_WARMUPS * training.warmup * budget
+    first = math.ceil(max(FIRST_SHARE * budget, steps, round(warmups, 6)))
+    return {first * 2**k: share for k, share in enumerate(KEPT_SHARES) if first * 2**k <= budget / 2}
+
+
 def rung_records(budget: int, cfg: Config) -> list[int]:
-    """Records seen at each rung, the last one `budget`: geometric, as in ASHA (arXiv 1810.05934)."""
-    if cfg.search.scheduler == "none":
-        n = cfg.training.evaluations
-        return [max(1, round(budget * k / n)) for k in range(1, n + 1)]
-    factor = cfg.search.reduction_factor
-    first = max(1, budget // factor ** (cfg.search.rungs - 1))
-    return sorted({min(budget, first * factor**k) for k in range(cfg.search.rungs - 1)} | {budget})
+    """Records seen at each rung, the last one `budget`."""
+    return [rung.records for rung in rungs(budget, cfg)]

@@ -1,4 +1,4 @@
-"""Optuna as Ray Tune's search algorithm: the default configuration first, then TPE over the space."""
+"""The search algorithm for Ray Tune: an Optuna study whose trials the advisor suggests, the default one first."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,15 @@ from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
+from ftray.search.advisor import Advisor
+from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second")  # of a report, with the search's metric
+# of a report, with the search's metric
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
@@ -36,39 +39,48 @@ def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 class Sampler(Searcher):
-    """Seeded, grouped, multivariate TPE (https://arxiv.org/abs/2304.11127) in a journal that optuna-dashboard opens.
+    """An Optuna study in a journal that optuna-dashboard opens.
 
     The journal holds the whole state of a search. It is written line by line: a driver may die at any time, and the
     next one resumes from it. Ray Tune's own saved state is not used: it is copied file by file, and a driver killed in
     between leaves files that do not fit together.
 
-    Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, TPE
-    learns from it; otherwise it is in the study without parameters.
+    Trial 0 is always the default configuration, so that a search can be seen to beat it. If the space holds it, the
+    advisor learns from it; otherwise it is in the study without parameters. The others are :class:`Advisor`'s.
     """
 
-    def __init__(self, space: Space, cfg: Config, budget: int, journal: Location, capacity: Callable[[], int]):
-        """`capacity` returns the number of trials that may run at once, which may change."""
+    def __init__(
+        self,
+        space: Space,
+        cfg: Config,
+        budget: int,
+        journal: Location,
+        capacity: Callable[[], int],
+        advisor: Advisor,
+        cohorts: Cohorts | None = None,
+    ):
+        """Open the journal, or begin one.
+
+        Args:
+            budget: records of a trial that nothing stops.
+            capacity: returns the number of trials that may run at once, which may change.
+            advisor: suggests configurations.
+            cohorts: where new trials are added; None: none are compared in cohorts.
+        """
         super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
-        self.capacity, self._live = capacity, set[str]()
+        self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
+        self._live = set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
         self.journal, self.broken = journal, ""
         known = past_trials(journal)
         self._unfinished = [trial.number for trial in known if trial.state is TrialState.RUNNING]
-        sampler = optuna.samplers.TPESampler(
-            seed=cfg.search.seed + len(known),  # a resumed search must not draw the same trials again
-            multivariate=True,
-            group=True,
-            constant_liar=True,  # trials run side by side: those still running must not be suggested again
-            n_startup_trials=min(10, max(3, cfg.search.trials // 3)),
-            warn_independent_sampling=False,
-        )
         self._backend = journal_at(journal)
         self.storage = JournalStorage(self._backend)
         self.study = optuna.create_study(
             study_name=STUDY,
             storage=self.storage,
-            sampler=sampler,
+            sampler=optuna.samplers.RandomSampler(cfg.search.seed),  # the advisor suggests
             pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
             direction="minimize" if cfg.search.direction == "min" else "maximize",
             load_if_exists=True,
@@ -80,24 +92,31 @@ class Sampler(Searcher):
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
         Trials that the journal holds as running come first, as the driver that ran them is gone. Then those that were
-        added. None while as many trials run as can.
+        added. None while as many trials run as can, or a cohort is to be cut before the next begins.
         """
         if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
+            return None
+        if self.cohorts and not self._unfinished and not self.cohorts.may_begin():
             return None
         self._live.add(trial_id)
         trial = self._next_trial()
         configuration = self._configuration(trial)
         self._trials[trial_id] = trial
         trial.set_user_attr("config", configuration)
+        if self.cohorts:
+            trial.set_user_attr(COHORT, self.cohorts.add(trial.number, trial.user_attrs.get(COHORT)))
         self.keep()
         return {"number": trial.number, **configuration}
 
     def _next_trial(self) -> optuna.Trial:
         if self._unfinished:
             return optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
-        inside = self.space_of_methods.locate(self.baseline)
-        if inside and not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(inside)
+        known = self.study.get_trials(deepcopy=False)
+        if not known:
+            if inside := self.space_of_methods.locate(self.baseline):
+                self.study.enqueue_trial(inside)
+        elif not any(trial.state is TrialState.WAITING for trial in known):  # none that a user has added
+            self.study.enqueue_trial(self.advisor.suggest(len(known), known))
         return self.study.ask()
 
     def _configuration(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -127,9 +146,14 @@ class Sampler(Searcher):
         """Tell Optuna: complete, or stopped early (pruned: TPE ranks it by its last report).
 
         A trial that failed waits for :meth:`fail`; one that was ended before its first report stays unfinished.
+        Tune gives no result of a trial that was paused: what ended it is its last report.
         """
         self._live.discard(trial_id)
-        if error or not result or self.metric not in result or trial_id in self._ended:
+        if error or trial_id in self._ended:
+            return
+        if not result or self.metric not in result:
+            result = next(reversed(self._trials[trial_id].user_attrs.get("reports", [])), None)
+        if not result:
             return
         self.on_trial_result(trial_id, result)
         if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:

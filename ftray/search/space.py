@@ -6,7 +6,8 @@ the top level. `model` may hold constants for the `model` section. A value is a 
 
     {choice: [a, b, ...]}      {float: [low, high]}      {log: [low, high]}      {int: [low, high]}
 
-`float` and `int` take `log: true`, `int` takes `step`; with `times: <parameter above>` the value is multiplied by it.
+`float` and `int` take `log: true`, `int` takes `step`; with `times: <parameter above>` the value is multiplied by it;
+with `prior: <value>` the first trials lie near that value, which leaves nothing out.
 """
 
 import copy
@@ -29,7 +30,7 @@ from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, parse_yaml
 from ftray.errors import UserError, first_error, near
 
 if TYPE_CHECKING:
-    from optuna import Trial
+    from optuna.trial import BaseTrial
 
 CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
@@ -46,6 +47,7 @@ class Domain:
         kind: choice, float, log or int.
         values: the choices, or (low, high).
         times: parameter that the drawn value multiplies, if any.
+        prior: the value that is likely to be the best, if a user knows one.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Domain:
     log: bool = False
     step: int = 1
     times: str | None = None
+    prior: Any = None
 
     @cached_property
     def labels(self) -> tuple[Any, ...]:
@@ -70,7 +73,7 @@ class Domain:
             named.setdefault(text, label)
         return tuple(named[text] for text in texts)
 
-    def suggest(self, trial: "Trial", name: str) -> object:
+    def suggest(self, trial: "BaseTrial", name: str) -> object:
         """Draw from an Optuna trial."""
         if self.kind == "choice":
             drawn = trial.suggest_categorical(name, self.labels)
@@ -110,7 +113,7 @@ class Space:
     model: dict[str, Any]  # constants of the model section
     content: dict[str, Any]  # as it was written
 
-    def suggest(self, trial: "Trial") -> dict[str, dict[str, Any]]:
+    def suggest(self, trial: "BaseTrial") -> dict[str, dict[str, Any]]:
         """Draw a configuration, `{"adapter": {...}, "training": {...}}`, define-by-run.
 
         Optuna's names are `method`, `learning_rate`, `lora/rank`, ...: one name, one distribution.
@@ -125,7 +128,7 @@ class Space:
             return None
         flat = configuration["adapter"] | configuration["training"]
         found: dict[str, Any] = {"method": method}
-        for name, setting in self._settings(method).items():
+        for name, setting in self.settings(method).items():
             key = name.rsplit("/", 1)[-1]
             value = flat.get(key)
             if not isinstance(setting, Domain):
@@ -143,13 +146,13 @@ class Space:
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """The choices of each categorical parameter as Optuna knows them, by Optuna's name of the parameter."""
-        settings = [setting for method in self.methods for setting in self._settings(method).items()]
+        settings = [setting for method in self.methods for setting in self.settings(method).items()]
         return {name: s.labels for name, s in settings if isinstance(s, Domain) and s.kind == "choice"}
 
     def corners(self) -> Iterable[dict[str, dict[str, Any]]]:
         """Configurations which together hold the ends of every range and every choice of every parameter."""
         for method in self.methods:
-            settings = self._settings(method)
+            settings = self.settings(method)
             widest = max((len(s.values) for s in settings.values() if isinstance(s, Domain)), default=1)
             multiplied = {s.times for s in settings.values() if isinstance(s, Domain) and s.times}
             for i, j in product(range(widest), range(widest if multiplied else 1)):
@@ -159,14 +162,15 @@ class Space:
 
                 yield self._configuration(method, pick)
 
-    def _settings(self, method: str) -> dict[str, Setting]:
+    def settings(self, method: str) -> dict[str, Setting]:
+        """What a method draws or is given, by Optuna's names of the parameters."""
         own = self.own.get(method, {})
         shared = {name: setting for name, setting in self.shared.items() if name not in own}
         return shared | {f"{method}/{name}": setting for name, setting in own.items()}
 
     def _configuration(self, method: str, draw: Callable[[str, Domain], Any]) -> dict[str, dict[str, Any]]:
         values: dict[str, Any] = {}
-        for name, setting in self._settings(method).items():
+        for name, setting in self.settings(method).items():
             key = name.rsplit("/", 1)[-1]
             value = draw(name, setting) if isinstance(setting, Domain) else setting
             if isinstance(setting, Domain) and setting.times:
@@ -248,7 +252,7 @@ class _Reader:
         if not isinstance(value, dict):
             return self.plain(where, value)
         kinds = [key for key in value if key in KINDS]
-        unknown = [key for key in value if key not in (*KINDS, "times", "step") and key != "log"]
+        unknown = [key for key in value if key not in (*KINDS, "times", "step", "prior") and key != "log"]
         if unknown:
             raise self.error(where, f"unknown kind {unknown[0]}{near(str(unknown[0]), KINDS)}")
         if not kinds:
@@ -268,7 +272,9 @@ class _Reader:
             values = self.range(where, kind, values, log)
         if log and step != 1:
             raise self.error(where, "log and step don't go together")
-        domain = Domain(kind, tuple(self.plain(where, v) for v in values), log, step, times)
+        domain = Domain(kind, tuple(self.plain(where, v) for v in values), log, step, times, value.get("prior"))
+        if domain.prior is not None and not domain.holds(domain.prior):
+            raise self.error(where, f"prior {domain.prior!r} is not among the values it may take")
         for name, factor in ((where, domain), (times, above[times])) if times is not None else ():
             for one in factor.values if isinstance(factor, Domain) else (factor,):
                 if not _number(one):

@@ -53,19 +53,24 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
 
 
 def as_begun(cfg: Config) -> Config:
-    """`cfg` with the prompt template and the length of the output that it resumes, unless it gives them.
+    """`cfg` with the prompt template, the length and the scheduler of the output that it resumes, unless it gives them.
 
-    A template of `auto` is newer; a length that isn't given, or is `auto`, was settled when the output was begun.
+    A template of `auto` and halving are newer; a length that isn't given, or is `auto`, was settled when the output was
+    begun.
     """
     stored, given = parse_location(cfg.output) / "config.yaml", cfg.data.model_fields_set
     if not cfg.resume or not stored.exists():
         return cfg
     with refuse_damaged(stored):
-        begun = yaml.safe_load(stored.read_text(encoding="utf-8")).get("data") or {}
+        sections = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        begun, searched = sections.get("data") or {}, sections.get("search") or {}
         update = {} if "template" in given else {"template": begun.get("template", RAW)}
         if "max_length" not in given or cfg.data.max_length == "auto":
             update["max_length"] = begun.get("max_length", cfg.data.max_length)
-    return cfg.model_copy(update={"data": cfg.data.model_copy(update=update)})
+        newer = ("scheduler", "cohort", "reduction_factor", "rungs")
+        kept = {k: searched[k] for k in newer if k in searched and k not in cfg.search.model_fields_set}
+    data, search = cfg.data.model_copy(update=update), cfg.search.model_copy(update=kept)
+    return cfg.model_copy(update={"data": data, "search": search})
 
 
 def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) -> str:

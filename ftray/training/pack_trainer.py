@@ -158,11 +158,12 @@ class PackTrainer:
                 self.trials[name].history.add(result.loss, result.supervised, result.tokens, seconds)
         return {name: result.failure for name, result in stepped.items() if result.failure}
 
-    def validate(self, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, str]:
+    def validate(self, names: Sequence[str], batches: Iterable[Batch], validated: int | None = None) -> dict[str, str]:
         """Validate the named trials and add a report to their histories; returns the reason for each that failed.
 
         Args:
-            batches: this rank's share of the validation split.
+            batches: this rank's share of the validation records.
+            validated: number of these, over all ranks, if they are but a part of what the settings allow.
         """
         started, losses, supervised = time.monotonic(), dict.fromkeys(names, 0.0), 0.0
         exhausted: set[str] = set()
@@ -186,7 +187,7 @@ class PackTrainer:
                 failures[name] = reason
             else:
                 took = seconds + time.monotonic() - started
-                history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took)
+                history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took, validated)
         return failures
 
     def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

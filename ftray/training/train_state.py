@@ -19,6 +19,8 @@ class Report(TypedDict):
         records, tokens, supervised_tokens: seen so far, over all ranks.
         seconds: spent so far in steps and validations.
         train_loss: mean since the last report, nats per supervised token.
+        validated: validation records that were read; missing where it was all that the settings allow, as in reports
+            of older versions.
     """
 
     step: int
@@ -29,6 +31,7 @@ class Report(TypedDict):
     supervised_tokens: NotRequired[int]
     train_loss: NotRequired[float]
     learning_rate: NotRequired[float]
+    validated: NotRequired[int]
 
 
 def metric_value(report: Report, metric: str) -> float:
@@ -37,13 +40,20 @@ def metric_value(report: Report, metric: str) -> float:
 
 
 def best_report(reports: Iterable[Report], metric: str, direction: str) -> Report | None:
-    """The best of the reports, the first of equals; None if there are none.
+    """The best of the reports that read most validation records, the first of equals; None if there are none.
 
     Args:
         direction: `min` or `max`.
     """
-    sign = 1 if direction == "min" else -1
-    return min(reports, key=lambda report: sign * metric_value(report, metric), default=None)
+    sign, known = 1 if direction == "min" else -1, list(reports)
+    most = max(map(validated, known), default=0.0)
+    alike = [report for report in known if validated(report) == most]
+    return min(alike, key=lambda report: sign * metric_value(report, metric), default=None)
+
+
+def validated(report: Report) -> float:
+    """Validation records that a report read; infinite where it was all."""
+    return report.get("validated", math.inf)
 
 
 @dataclass
@@ -55,6 +65,8 @@ class TrainState:
         tokens, supervised_tokens: seen in them.
         seconds: spent in them and in validations.
         reports: all so far.
+        losses: the training loss of each step, nats per supervised token; steps made before a version of ftray that
+            kept them are missing.
     """
 
     run: RunSpec
@@ -63,6 +75,7 @@ class TrainState:
     supervised_tokens: int = 0
     seconds: float = 0.0
     reports: list[Report] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     _since: tuple[float, int] = (0.0, 0)  # summed loss and supervised tokens since the last report
 
     def add(self, loss: float, supervised: int, tokens: int, seconds: float) -> None:
@@ -71,6 +84,7 @@ class TrainState:
         self.tokens += tokens
         self.supervised_tokens += supervised
         self.seconds += seconds
+        self.losses.append(loss / supervised)
         self._since = self._since[0] + loss, self._since[1] + supervised
 
     @property
@@ -83,8 +97,13 @@ class TrainState:
         """Whether the last step is made."""
         return self.step >= self.run.steps
 
-    def report(self, learning_rate: float, validation: dict[str, float], seconds: float) -> Report:
-        """Make the report that is due, with the metrics of a validation that took `seconds`."""
+    def report(
+        self, learning_rate: float, validation: dict[str, float], seconds: float, validated: int | None = None
+    ) -> Report:
+        """Make the report that is due, with the metrics of a validation that took `seconds`.
+
+        `validated` is that of a :class:`Report`; None: all.
+        """
         self.seconds += seconds
         loss, supervised = self._since
         self._since = 0.0, 0
@@ -98,12 +117,14 @@ class TrainState:
             "train_loss": loss / supervised,
             "learning_rate": learning_rate,
         }
+        if validated is not None:
+            report["validated"] = validated
         self.reports.append(cast(Report, {**report, **validation}))
         return self.reports[-1]
 
     def state(self) -> dict[str, Any]:
         """The state after any step, for :meth:`restore`."""
-        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "_since")
+        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "losses", "_since")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:

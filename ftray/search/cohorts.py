@@ -1,0 +1,144 @@
+"""Synchronous successive halving (https://arxiv.org/abs/1502.07943): cohorts of trials that are cut together.
+
+The trials of a cohort train in step. At each rung, when the whole cohort has reported, the best share of it trains on
+where it is and the others end: no trial is promoted because it came first.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from optuna.trial import FrozenTrial
+
+from ftray.search.rungs import Rung
+
+COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
+MOST_IN_COHORT = 16  # by default
+BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be seen to beat it
+
+
+@dataclass
+class Member:
+    """A trial in its cohort.
+
+    Attributes:
+        values: the metric at each rung that it has reached.
+        over: whether it has ended, however.
+        lost: whether it was cut, and must end.
+    """
+
+    values: list[float] = field(default_factory=list)
+    over: bool = False
+    lost: bool = False
+
+
+@dataclass
+class Cut:
+    """What follows from a rung that all have reached: numbers of the trials that train on, and of those that end."""
+
+    survivors: list[int]
+    losers: list[int]
+
+
+class Cohorts:
+    """Which trials are compared with which, and who trains on. Knows nothing of how trials run.
+
+    Attributes:
+        rungs: without the end of the budget.
+        cohorts: the trials of each cohort, by number.
+    """
+
+    def __init__(self, rungs: list[Rung], direction: str, size: Callable[[], int], total: int):
+        """Begin without trials.
+
+        Args:
+            rungs: ascending; at the last one, the end of the budget, nobody is cut.
+            direction: `min` or `max`.
+            size: of a cohort, as it is now: what fits is known only when the first pack has started.
+            total: trials of the search; the last cohort may be smaller.
+        """
+        self.rungs, self.size, self.total = rungs[:-1], size, total
+        self.sign = 1 if direction == "min" else -1
+        self.cohorts: list[dict[int, Member]] = []
+        self._cut: list[int] = []  # by cohort, rungs that were cut
+
+    def restore(self, past: Iterable[FrozenTrial], metric: str) -> None:
+        """Take up the trials of a search that is resumed: its cuts come out as they were."""
+        for trial in sorted(past, key=lambda trial: trial.number):
+            if COHORT in trial.user_attrs:
+                self.add(trial.number, trial.user_attrs[COHORT])
+                for report in trial.user_attrs.get("reports", []):
+                    self.report(trial.number, report["records"], report[metric])
+                if trial.state.is_finished():
+                    self.end(trial.number)
+
+    def may_begin(self) -> bool:
+        """Whether another trial may begin: a new cohort is suggested with what the last one's first rung has told."""
+        full = bool(self.cohorts) and len(self.cohorts[-1]) >= self.size()
+        return not full or not self.rungs or self._cut[-1] > 0
+
+    def waiting(self) -> int:
+        """Number of trials that wait at a rung."""
+        return sum(
+            len(member.values) > cut and not member.over and not member.lost
+            for members, cut in zip(self.cohorts, self._cut, strict=True)
+            for member in members.values()
+        )
+
+    def add(self, number: int, cohort: int | None = None) -> int:
+        """Add a trial to a cohort, to the newest one if not said otherwise; returns the cohort's index."""
+        if cohort is None:
+            cohort = len(self.cohorts) - 1
+            if not self.cohorts or len(self.cohorts[-1]) >= self.size() or self._cut[-1]:
+                cohort += 1
+        while len(self.cohorts) <= cohort:
+            self.cohorts.append({})
+            self._cut.append(0)
+        self.cohorts[cohort].setdefault(number, Member())
+        return cohort
+
+    def cohort_of(self, number: int) -> int | None:
+        """Index of a trial's cohort."""
+        return next((index for index, members in enumerate(self.cohorts) if number in members), None)
+
+    def report(self, number: int, records: int, value: float) -> bool:
+        """Note a trial's value after so many records; returns whether it must wait for the others at a rung."""
+        cohort = self.cohort_of(number)
+        if cohort is None:
+            return False
+        member = self.cohorts[cohort][number]
+        reached = sum(records >= rung.records for rung in self.rungs)
+        while len(member.values) < reached:
+            member.values.append(value)
+        return not member.lost and len(member.values) > self._cut[cohort]
+
+    def lost(self, number: int) -> bool:
+        """Whether a trial was cut."""
+        cohort = self.cohort_of(number)
+        return cohort is not None and self.cohorts[cohort][number].lost
+
+    def end(self, number: int) -> None:
+        """Note that a trial has ended: it holds nobody up any more."""
+        if (cohort := self.cohort_of(number)) is not None:
+            self.cohorts[cohort][number].over = True
+
+    def cut(self, cohort: int) -> Cut | None:
+        """Cut a cohort if all of its trials that are not over wait at its next rung; None: they don't."""
+        members, rung = self.cohorts[cohort], self._cut[cohort]
+        complete = len(members) >= self.size() or cohort < len(self.cohorts) - 1 or self._known() >= self.total
+        if rung == len(self.rungs) or not complete:
+            return None
+        if any(len(member.values) <= rung and not member.over and not member.lost for member in members.values()):
+            return None
+        self._cut[cohort] += 1
+        arrived = {number: member for number, member in members.items() if len(member.values) > rung}
+        ranked = sorted(arrived, key=lambda number: (self.sign * arrived[number].values[rung], number))
+        kept = set(ranked[: math.ceil(self.rungs[rung].share * len(members))]) | {BASELINE_TRIAL}
+        losers = [number for number in ranked if number not in kept]
+        for number in losers:
+            members[number].lost = True
+        over = {number for number, member in members.items() if member.over}
+        return Cut([n for n in ranked if n in kept - over], [n for n in losers if n not in over])
+
+    def _known(self) -> int:
+        return sum(map(len, self.cohorts))

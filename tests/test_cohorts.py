@@ -1,0 +1,235 @@
+"""Halving by cohorts: who is compared with whom and who trains on, on scripted curves; then in a real search."""
+
+import json
+import math
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+from helpers.searches import command, run_here, study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from ftray.config import Config
+from ftray.search.cohorts import COHORT, Cohorts
+from ftray.search.rungs import Rung, rungs
+
+RUNGS = [Rung(10, 1 / 4), Rung(20, 1 / 8), Rung(80, 0.0)]
+
+
+def cohorts(size: int = 8, total: int = 16, direction: str = "min") -> Cohorts:
+    return Cohorts(RUNGS, direction, lambda: size, total)
+
+
+def test_nobody_trains_on_before_the_whole_cohort_has_reported():
+    known = cohorts()
+    assert [known.add(n) for n in range(9)] == [0] * 8 + [1]
+    for n in range(7):
+        assert known.report(n, 10, 8.0 - n)
+        assert known.cut(0) is None
+    assert known.report(7, 10, 1.0)
+    cut = known.cut(0)
+    # two of eight (7: 1.0, 6: 2.0), and the default configuration beside them
+    assert (set(cut.survivors), set(cut.losers)) == ({7, 6, 0}, {1, 2, 3, 4, 5})
+    assert known.cut(0) is None
+    for n, loss in ((7, 0.9), (6, 0.5), (0, 4.0)):
+        assert known.report(n, 20, loss)
+    cut = known.cut(0)
+    assert (set(cut.survivors), set(cut.losers)) == ({6, 0}, {7})  # one of eight, as a share of those that began
+
+
+def test_a_report_between_two_rungs_or_at_the_end_waits_for_nobody():
+    known = cohorts(2, 2)
+    known.add(0)
+    known.add(1)
+    assert not known.report(1, 5, 1.0)
+    assert known.report(1, 12, 1.0)  # a batch larger than a record
+    known.report(0, 10, 2.0)
+    assert set(known.cut(0).survivors) == {0, 1}
+    assert not known.report(1, 12, 1.0)  # a restarted trial reports again
+    assert known.report(1, 20, 1.0)
+    assert known.report(0, 20, 2.0)
+    assert known.cut(0).survivors == [1, 0]
+    assert not known.report(1, 80, 1.0)
+
+
+def test_equal_values_are_cut_by_number_and_direction_counts():
+    for direction, kept in (("min", {0, 1, 2}), ("max", {0, 6, 7})):
+        known = cohorts(direction=direction)
+        for n in range(8):
+            known.add(n)
+            known.report(n, 10, {1: 1.0, 2: 1.0, 6: 3.0, 7: 3.0}.get(n, 2.0))
+        assert set(known.cut(0).survivors) == kept
+
+
+def test_who_has_failed_or_was_stopped_holds_nobody_up_and_takes_no_place():
+    known = cohorts()
+    for n in range(8):
+        known.add(n)
+    for n in range(6):
+        known.report(n, 10, float(n))
+    known.end(6)
+    assert known.cut(0) is None
+    known.end(7)
+    assert set(known.cut(0).survivors) == {0, 1}
+
+
+def test_the_last_cohort_may_be_small_and_one_that_was_cut_takes_nobody():
+    known = cohorts(8, 3)
+    for n in range(3):
+        known.add(n)
+        known.report(n, 10, float(-n))
+    assert set(known.cut(0).survivors) == {2, 0}  # a quarter of three, rounded up
+    assert known.add(3) == 1  # added by hand, later
+
+
+def test_a_cohort_begins_when_the_one_before_was_cut():
+    known = cohorts(2, 8)
+    assert known.may_begin()
+    for n in range(2):
+        assert known.may_begin()
+        known.add(n)
+        known.report(n, 10, float(n))
+    assert not known.may_begin()
+    assert known.waiting() == 2
+    known.cut(0)
+    assert known.may_begin()
+    assert known.waiting() == 0
+
+
+def test_what_fits_is_known_late():
+    fits = [100]
+    known = Cohorts(RUNGS, "min", lambda: fits[0], 32)
+    for n in range(4):
+        known.add(n)
+    fits[0] = 4
+    assert known.add(4) == 1
+    for n in range(4):
+        known.report(n, 10, float(n))
+    assert known.cut(0) is not None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 10), min_size=2, max_size=2), min_size=12, max_size=12),
+    st.lists(st.integers(0, 11), max_size=3),
+    st.randoms(use_true_random=False),
+    st.integers(0, 60),
+)
+def test_a_search_that_is_killed_anywhere_decides_the_same(curves, failing, rng, killed_after):
+    """The cuts of a search that ran through, and of one whose driver was killed after some reports."""
+
+    def play(kill: int | None) -> dict[int, list[set[int]]]:
+        known, ended, cuts, events = cohorts(6, 12), set(), {0: [], 1: []}, 0
+        journal = {n: [] for n in range(12)}
+        for n in range(12):
+            known.add(n)
+        while True:
+            moves = [
+                n
+                for n in range(12)
+                if n not in ended
+                and len(journal[n]) < 3
+                and not (journal[n] and known.report(n, journal[n][-1]["records"], journal[n][-1]["loss"]))
+            ]
+            for cohort in (0, 1):
+                while cut := known.cut(cohort):
+                    cuts[cohort].append(set(cut.survivors) | {n for n in ended if n in cut.survivors})
+                    for n in cut.losers:
+                        known.end(n)
+                        ended.add(n)
+                    moves = None
+            if moves is None:
+                continue
+            if not moves:
+                return cuts
+            n = rng.choice(moves)
+            if n in failing:
+                known.end(n)
+                ended.add(n)
+                continue
+            at = len(journal[n])
+            journal[n].append({"records": RUNGS[at].records, "loss": [*curves[n], 0.0][at]})
+            known.report(n, journal[n][-1]["records"], journal[n][-1]["loss"])
+            events += 1
+            if events == kill:  # the driver: what it has not decided yet, the next one decides
+                past = []
+                for number, reports in journal.items():
+                    attributes = {COHORT: number // 6, "reports": reports}
+                    state = TrialState.FAIL if number in ended else TrialState.RUNNING
+                    trial = optuna.trial.create_trial(state=state, user_attrs=attributes, value=None)
+                    trial.number = number
+                    past.append(trial)
+                known = cohorts(6, 12)
+                known.restore(past, "loss")
+                replayed = {cohort: len(done) for cohort, done in cuts.items()}
+                for cohort, done in replayed.items():
+                    for k in range(done):
+                        cut = known.cut(cohort)
+                        assert set(cut.survivors) == {m for m in cuts[cohort][k] if m not in ended}
+                        assert not set(cut.losers) - ended
+
+    through, resumed = play(None), play(killed_after)
+    for cohort in (0, 1):
+        for before, after in zip(through[cohort], resumed[cohort], strict=False):
+            assert before == after
+
+
+def config(**search) -> Config:
+    training = {"steps": 48, "batch_size": 8, "warmup": 0.05}
+    return Config.model_validate({"search": search, "training": training})
+
+
+def test_the_first_rung_is_late_enough_to_tell_something():
+    assert rungs(800, config()) == [Rung(120, 1 / 4, 72), Rung(240, 1 / 8, 72), Rung(800, 0.0)]  # three warm-ups
+    long = Config.model_validate({"training": {"steps": 1000, "warmup": 0.0}})
+    assert [rung.records for rung in rungs(8000, long)] == [1000, 2000, 8000]  # an eighth
+    short = Config.model_validate({"training": {"steps": 20, "warmup": 0.0}})
+    assert [rung.records for rung in rungs(160, short)] == [48, 160]  # six steps
+    tiny = Config.model_validate({"training": {"steps": 8, "warmup": 0.0}})
+    assert rungs(64, tiny) == [Rung(64, 0.0)]  # too short to cut anybody
+    assert rungs(900, config(rungs=3, reduction_factor=3)) == [
+        Rung(100, 1 / 3, 60),
+        Rung(300, 1 / 9, 120),
+        Rung(900, 0.0),
+    ]
+
+
+STEPS = 40  # of 8 records: cut after 48 and 96 of 320
+
+
+@pytest.mark.parametrize("pack", ["auto", pytest.param("off", marks=pytest.mark.slow)])
+def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_path, words, tiny_llama, pack):
+    output = tmp_path / "out"
+    more = ["--trials", "7" if pack == "auto" else "4", "--search.cohort", "4", "--pack", pack]
+    more += ["--training.warmup", "0", "--evaluation.generate", "false"]
+    done = run_here(command(output, words, tiny_llama, *more, steps=STEPS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = study(output).trials
+    if pack == "auto":
+        curves = pq.read_table(output / "curves.parquet").to_pylist()
+        for trial in trials:
+            own = [row for row in curves if row["trial"] == trial.number]
+            last = trial.user_attrs["reports"][-1]
+            assert [row["step"] for row in own] == list(range(1, last["step"] + 1))
+            assert own[-1]["records"] == last["records"]
+            assert all(0 < row["train_loss"] < 20 for row in own)
+        # at a cut, no more validation than a fifth of the training: of 14 validation records, all
+        summary = json.loads((output / "summary.json").read_text())
+        assert summary["best"]["status"] == "finished"
+    reports = {t.number: {r["records"]: r["validation_loss"] for r in t.user_attrs["reports"]} for t in trials}
+    for numbers in (range(4), range(4, len(trials))):
+        assert {trials[n].user_attrs["cohort"] for n in numbers} <= {numbers[0] // 4}
+        alive = sorted(numbers)
+        for records, share in ((48, 1 / 4), (96, 1 / 8)):
+            assert all(records in reports[n] for n in alive)
+            best = sorted(alive, key=lambda n: reports[n][records])[: math.ceil(share * len(numbers))]
+            ended = [n for n in alive if n not in best and n != 0]
+            for n in ended:
+                assert trials[n].state is TrialState.PRUNED
+                assert max(reports[n]) == records
+            alive = [n for n in alive if n not in ended]
+        for n in alive:
+            assert trials[n].state is TrialState.COMPLETE
+            assert max(reports[n]) == STEPS * 8
