@@ -17,7 +17,6 @@ from ftray.config import Config
 from ftray.data import TokenizedData
 from ftray.runtime.cluster import node_resources, workers_that_fit
 from ftray.runtime.preemption import notice
-from ftray.search.broker import TrialEndCallback, TrialProxy
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.journal import past_trials
@@ -27,6 +26,7 @@ from ftray.search.run_manifest import packable
 from ftray.search.rungs import rung_records
 from ftray.search.sampler import Sampler
 from ftray.search.space import Space
+from ftray.search.trial_proxy import TrialEndCallback, TrialProxy
 from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
 from ftray.storage.location import Location
