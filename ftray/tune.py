@@ -271,7 +271,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.data.limits import check_special_tokens, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
-    from ftray.search.sampler import BASELINE
+    from ftray.search.space import BASELINE
     from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_sharding
 

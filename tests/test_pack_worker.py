@@ -110,10 +110,18 @@ def test_a_time_budget_waits_for_a_first_result():
     assert budget.stop_all()
 
 
-def test_the_process_of_a_trial_imports_no_torch():
-    code = "import sys, ftray.search.broker; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("ftray.search.broker", "ray.tune ray.train ray.data pandas optuna torch"),
+        ("ftray.search.trial_proxy", "optuna torch transformers"),
+        ("ftray.search.pack_worker", "ray.tune optuna transformers peft deepspeed"),  # Train's controller
+    ],
+)
+def test_a_process_imports_only_what_it_needs(module, heavy):
+    code = f"import sys, {module}; print([name for name in {heavy.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_worker_asks_for_what_one_node_has(monkeypatch):

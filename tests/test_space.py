@@ -25,8 +25,8 @@ from ftray.search.journal import open_journal, past_trials
 from ftray.search.results import trial_rows
 from ftray.search.run_manifest import check_output, write_definition
 from ftray.search.rungs import rung_records
-from ftray.search.sampler import BASELINE, Sampler
-from ftray.search.space import DIRECTORY, Domain, load_space
+from ftray.search.sampler import Sampler
+from ftray.search.space import BASELINE, DIRECTORY, Domain, load_space
 from ftray.storage.local import LocalLocation
 
 BUNDLED = sorted(p.stem for p in DIRECTORY.glob("*.yaml"))

@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial
 from ftray.search.rungs import Rung
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
-MOST_IN_COHORT = 16  # by default
 BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be seen to beat it
 
 

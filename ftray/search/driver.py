@@ -19,18 +19,18 @@ from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
 from ftray.search.advisor import Advisor
-from ftray.search.broker import TrialEndCallback, TrialProxy
-from ftray.search.cohorts import MOST_IN_COHORT, Cohorts
+from ftray.search.cohorts import Cohorts
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.journal import past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import FACTOR, rung_records, rungs
+from ftray.search.rungs import FACTOR, MOST_IN_COHORT, rung_records, rungs
 from ftray.search.sampler import Sampler
 from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
+from ftray.search.trial_proxy import TrialEndCallback, TrialProxy
 from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
 from ftray.search.warm_start import earlier_trials

@@ -37,8 +37,7 @@ from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
 from ftray.search.rungs import rungs
-from ftray.search.sampler import BASELINE
-from ftray.search.space import Space
+from ftray.search.space import BASELINE, Space
 from ftray.search.trial_worker import SearchContext, trainer
 from ftray.storage.local import LocalLocation
 from ftray.task_spec import TaskSpec

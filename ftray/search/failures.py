@@ -1,11 +1,13 @@
 """Why trials and searches fail: an exception class for each kind of failure, and the line that a user reads."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
-from ray.tune.experiment import Trial
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
 
 
 class TrialFailed(RuntimeError):
@@ -20,7 +22,7 @@ class SearchBroken(RuntimeError):
     """The search can't continue in this process; it can be resumed from its journal. The message says why."""
 
 
-def trial_error(trial: Trial) -> Exception | None:
+def trial_error(trial: "Trial") -> Exception | None:
     """What the process of a failed trial raised last, without Ray's wrapping; None: it died, or never started."""
     # the local file: `Trial.get_pickled_error` reads the copy in storage, which may not be there yet
     if not trial.pickled_error_file:
@@ -29,7 +31,7 @@ def trial_error(trial: Trial) -> Exception | None:
     return error.cause if isinstance(error, RayTaskError) else None
 
 
-def failure_reason(trial: Trial) -> str:
+def failure_reason(trial: "Trial") -> str:
     """Why a trial failed, on one line: the reason of a TrialFailed, else the last line that Tune wrote down."""
     error = trial_error(trial)
     if isinstance(error, TrialFailed | PacksGone):
@@ -39,6 +41,8 @@ def failure_reason(trial: Trial) -> str:
 
 def training_failure(error: Exception) -> str:
     """Why a `TorchTrainer` gave up: what its workers raised, if it was because of them."""
+    from ray.train import WorkerGroupError  # here: the broker's process needs none of Ray Train
+
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else [error]
     return "; ".join(sorted({last_line(failure) for failure in failures})) or last_line(error)
 

@@ -18,12 +18,11 @@ from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
-from ftray.search.cohorts import MOST_IN_COHORT
 from ftray.search.failures import last_line
-from ftray.search.metrics import PackMetrics
+from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
-from ftray.search.rungs import rungs
-from ftray.search.sampler import BASELINE
+from ftray.search.rungs import MOST_IN_COHORT, rungs
+from ftray.search.space import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
 from ftray.training.run_spec import RunSpec, micro_batch_size

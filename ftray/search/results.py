@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from optuna.trial import TrialState
 from ray.train import Result
 
 from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
-from ftray.search.journal import past_trials
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Location, parse_location
@@ -97,6 +95,10 @@ def damage_of(place: Location) -> str | None:
 
 def say_damaged(output: Location) -> None:
     """Print the checkpoints that a resumed search can't use because they are damaged."""
+    from optuna.trial import TrialState  # here: a pack's processes need no Optuna
+
+    from ftray.search.journal import past_trials
+
     for trial in past_trials(output / JOURNAL):
         if trial.state is TrialState.RUNNING:
             for place in reversed(places(output / EXPERIMENT / trial_name(trial.number))):
@@ -112,6 +114,8 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
 
     Values are compared among trials that were validated on as many records: those on all of them come first.
     """
+    from ftray.search.journal import past_trials  # here: as above
+
     metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
     rows: list[TrialRow] = []
     for trial in past_trials(output / JOURNAL):

@@ -14,19 +14,12 @@ from ftray.config import AdapterConfig, Config
 from ftray.search.advisor import Advisor
 from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
-from ftray.search.space import Space
+from ftray.search.space import BASELINE, Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
 # of a report, with the search's metric
 REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
-BASELINE: dict[str, Any] = {
-    "method": "lora",
-    "rank": 8,
-    "alpha": 16,
-    "dropout": 0.05,
-    "target_modules": "attention-qv",
-}
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:

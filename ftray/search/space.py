@@ -37,6 +37,13 @@ INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_space
 DIRECTORY = CLONE if CLONE.is_dir() else INSTALLED
 KINDS = ("choice", "float", "log", "int")
 FIXED_TRAINING = ("steps", "epochs", "evaluations", "validation_records", "shard_base")  # equal for all trials
+BASELINE: dict[str, Any] = {
+    "method": "lora",
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.05,
+    "target_modules": "attention-qv",
+}
 
 
 @dataclass(frozen=True)
