@@ -50,7 +50,7 @@ def with_trainer(
             trainer.save(save_at[1])
 
     records = run.training.validation_records
-    held_out = partial(batches_in_order, data, "validation", 8, records=records)
+    held_out = partial(batches_in_order, data, "validation", 8, limit=records)
     trainer.fit(batches(data, run.training.seed, first, rows), held_out, report)
     return reports
 
