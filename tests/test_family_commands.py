@@ -68,7 +68,7 @@ def test_a_family_trains_merges_is_tuned_and_serves(kind, cluster, tmp_path, wor
     best = PeftModel.from_pretrained(plain(tmp_path / "base"), str(tmp_path / "tuned" / "best" / "adapter")).eval()
     tokenizer = make_tokenizer()
     with serving_here() as begin:
-        url = begin("--run", f"{tmp_path}/tuned", f"--adapter=trained={tmp_path}/trained")
+        url = begin("--run", f"{tmp_path}/tuned", f"--adapter=trained={tmp_path}/trained/adapter")
         for prompt in ("a b c\n", "f e d h\n"):
             for name, model in (("best", best), ("trained", adapted)):
                 asked = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
