@@ -26,12 +26,14 @@ from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import (
+    FEW,
     SPLITS,
     Source,
     Sources,
+    filled,
     find_sources,
     in_order,
-    key_and_split,
+    key_place_and_split,
     needed,
     refuse_empty,
     refuse_mixture,
@@ -52,11 +54,12 @@ BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 1  # of a Ray task
 LOCAL_BYTES = 2**22  # of a source that is read in this process, with which tasks of Ray would take longer to begin
 LATER = ("sources", "group")  # settings that came later: data that has none keeps its name
-PARTS, TOKENIZER = ".parts", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
+PARTS, TOKENIZER = ".parts2", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
 # a record that was read and checked
 RECORD = pa.schema(
     {
         "key": pa.int64(),  # place in the order; signed, for the sort
+        "place": pa.int64(),  # among the splits; signed as well
         "split": pa.string(),
         "source": pa.string(),  # of a mixture
         "shape": pa.string(),
@@ -181,7 +184,7 @@ def _write(
         if not data.task.labels and record_task(data.task).has_labels:
             data.task = replace(data.task, labels=in_order({label for part in found for label in part.classes}))
         parts = {part: SourceSummary() for part in source.parts}
-        for table in _tokenize(found, source, name, tokenizer, data.task, work):
+        for table in _tokenize(found, sources, name, tokenizer, data.task, work):
             renderings.update(table["rendering"].drop_null().unique().to_pylist())
             for part, summary in parts.items():
                 summary.add(table.filter(pa.compute.equal(table["source"], part)) if part else table)
@@ -243,29 +246,41 @@ def _checked(chunk: Chunk, cfg: DataConfig, source: str, of: RecordTask) -> Iter
         rows: list[tuple[Any, ...]] = []
         for place, record in located:
             example, seen = of.parse_and_see(record, place)
-            key, split = key_and_split(record, own, source, chunk.part)
+            key, place_of_split, split = key_place_and_split(record, own, source, chunk.part)
             said = [*of.labels(example)], pickle.dumps(example, protocol=5)
-            rows.append((key - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
+            rows.append((key - 2**63, place_of_split - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
         columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), RECORD, strict=True)]
         yield pa.Table.from_arrays(columns, schema=RECORD)
 
 
 def _tokenize(
-    found: list[Sorted], source: Source, name: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
+    found: list[Sorted], sources: Sources, name: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
-    bins, left = [], source.cfg.limit or sys.maxsize
+    bins, source = list[dict[str, Any]](), sources[name]
+    left = source.cfg.limit or sys.maxsize
     for number, counts in enumerate(zip(*(part.counts for part in found), strict=True)):
         taken = min(left, sum(counts))
         left -= taken
         if taken:
-            bins.append({"number": number, "taken": taken})
+            bins.append({"number": number, "taken": taken, "splits": None})
     if not bins:
         return
     parts = [name for part in found for name in part.parts]
+    if name == "train" and sum(bin["taken"] for bin in bins) <= FEW:
+        _fill(bins, parts, sources, work)
     fixed = {"cfg": source.cfg, "source": name, "parts": parts, "tokenizer": tokenizer, "task": task, "work": str(work)}
     for row in _in_tasks(_tokenize_bin, bins, fixed, source):
         yield from read_tables(work / row["file"])
+
+
+def _fill(bins: list[dict[str, Any]], parts: list[str], sources: Sources, work: Location) -> None:
+    """Note in each bin the splits of its records, of which none is then empty by chance."""
+    columns = ["split", "place", "source"]
+    tables = [read_bin(work, parts, bin["number"])[: bin["taken"]].select(columns) for bin in bins]
+    splits = iter(filled(*(column.to_pylist() for column in pa.concat_tables(tables).columns), sources))
+    for bin in bins:
+        bin["splits"] = [*islice(splits, bin["taken"])]
 
 
 def _tokenize_bin(
@@ -282,6 +297,9 @@ def _tokenize_bin(
     if not (place / name).exists():
         words = _tokenizer(work, *tokenizer)
         records = read_bin(place, parts, row["number"])[: row["taken"]]
+        if row["splits"] is not None:
+            at = records.schema.get_field_index("split")
+            records = records.set_column(at, "split", pa.array(row["splits"], pa.string()))
         batches = (records[at : at + BATCH] for at in range(0, records.num_rows, BATCH))
         tables = (_tokenize_batch(batch, cfg, words, task) for batch in batches)
         first = next(tables)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk
+from ftray.data.formats import Chunk, open_path
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
 from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
@@ -19,6 +19,9 @@ from ftray.task_spec import TaskSpec
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
+FEW = 1000  # records, up to which no split that was asked for is left empty by chance
+SHOWN = 3  # files of a split that are named
+LEAST_SHARE = 0.1  # of a record, that a split must come to for that
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -69,6 +72,24 @@ def find_sources(cfg: DataConfig) -> Sources:
     return sources
 
 
+def held_out_files(sources: Sources) -> str:
+    """A line that says which files of folders, globs and the hub are validation and test, as their names are so.
+
+    Empty: there are none.
+    """
+    said = []
+    for name in SPLITS[1:]:
+        paths = [*dict.fromkeys(chunk.path for chunk in sources[name].chunks)] if name in sources else []
+        given = sources[name].cfg.source if paths else ""
+        asked_for = [
+            open_path(one)[1] if "://" not in one else one for one in ([given] if isinstance(given, str) else given)
+        ]
+        if paths and paths != asked_for:  # not a file that the user named for it
+            more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+            said.append(f"{name} is {', '.join(paths[:SHOWN])}{more}")
+    return f"by their names, {'; '.join(said)}" if said else ""
+
+
 def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
     """Those of a split, of all parts, each with the name of its part."""
     return [replace(chunk, part=part) for part, own in splits.items() for chunk in own.get(name, [])]
@@ -111,23 +132,61 @@ def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
 
     It takes a hash of its own, so that `limit`, which takes the smallest order keys, leaves the shares as they are.
     """
-    return _split(_content(record.get(GROUP, record)), cfg, source)
+    return _split(_hash(_content(record.get(GROUP, record)), cfg.seed, "split"), cfg, source)
 
 
-def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, str]:
-    """:func:`order_key` and :func:`split_of`."""
+def key_place_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, int, str]:
+    """:func:`order_key`, the 64-bit hash by which the record is in its split, and :func:`split_of`."""
     content = _content(record)
     grouped = _content(record[GROUP]) if GROUP in record else content
-    return _hash(content, cfg.seed, _order(part)), _split(grouped, cfg, source)
+    place = _hash(grouped, cfg.seed, "split")
+    return _hash(content, cfg.seed, _order(part)), place, _split(place, cfg, source)
 
 
-def _split(content: bytes, cfg: DataConfig, source: str) -> str:
+def _split(place: int, cfg: DataConfig, source: str) -> str:
     if source != "train":
         return source
-    place = _hash(content, cfg.seed, "split") / 2**64
-    if place < cfg.test_fraction:
+    share = place / 2**64
+    if share < cfg.test_fraction:
         return "test"
-    return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
+    return "validation" if share < cfg.test_fraction + cfg.validation_fraction else "train"
+
+
+def filled(splits: Sequence[str], places: Sequence[int], parts: Sequence[str], sources: Sources) -> list[str]:
+    """The splits of records, so that of few none that was asked for is empty by chance: it gets its share of others.
+
+    Records of one place, equal ones and those of one group, move together; equal ones are parted only where fewer
+    differ than there are splits. Nothing depends on the order of the records.
+
+    Args:
+        splits, places, parts: of each record that is used of the source of `train`.
+    """
+    cfg = sources["train"].cfg
+    shares = {
+        "train": dict.fromkeys(cfg.parts, 1.0),
+        "validation": {name: own.validation_fraction for name, own in cfg.parts.items()},
+        "test": {name: own.test_fraction for name, own in cfg.parts.items()},
+    }
+    cut = [name for name in SPLITS if name == "train" or name not in sources]
+    asked = [name for name in cut if sum(shares[name][part] for part in parts) >= LEAST_SHARE]
+    result = [*splits]
+    if len(result) > FEW or {*asked} <= {*result}:
+        return result
+    alike = cfg.group is not None or len({*places}) >= len(asked)
+    units: dict[int, list[int]] = {}  # records that move together, in the order of their places
+    for at in sorted(range(len(places)), key=places.__getitem__):
+        units.setdefault(places[at] if alike else at, []).append(at)
+    for name in asked:
+        held = Counter(result[own[0]] for own in units.values())
+        giver, most = held.most_common(1)[0]
+        if held[name] or most < 2:
+            continue
+        may = [own for own in units.values() if result[own[0]] == giver and all(shares[name][parts[i]] for i in own)]
+        share = 1 if name == "train" else round(sum(shares[name][parts[own[0]]] for own in may))
+        spare = most - sum(not held[other] for other in asked)  # each empty split takes one, and the giver keeps one
+        for at in [i for own in may[: max(1, min(share, spare))] for i in own]:
+            result[at] = name
+    return result
 
 
 def _order(part: str) -> str:
@@ -144,10 +203,13 @@ def _hash(content: bytes, seed: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record that was read: its part of a mixture, its place in the order, its split, what the task found in it."""
+    """A record that was read: its part of a mixture, its place in the order and among the splits, its split, what the
+    task found in it.
+    """
 
     part: str
     key: int
+    place: int
     split: str
     example: Any
 
@@ -197,6 +259,8 @@ class DataCheck:
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
+        if held_out := held_out_files(self.sources):
+            print(held_out, flush=True)
         of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
@@ -208,6 +272,8 @@ class DataCheck:
             if name == "train" and of.has_labels and not labels:
                 of = record_task(replace(of.spec, labels=_classes(records, of, source)))
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
+            if name == "train" and is_small(source.chunks):
+                taken = self._filled(taken)
             counts.update(record.split for record in taken)
             different.update(record.key for record in taken)
             if name == "train" and self.cfg.max_length == "auto":
@@ -224,9 +290,24 @@ class DataCheck:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
 
+    def _filled(self, taken: list[_Record]) -> list[_Record]:
+        """Records with their final splits; says if equal ones had to be parted."""
+        columns = ([getattr(record, name) for record in taken] for name in ("split", "place", "part"))
+        splits = filled(*columns, self.sources)
+        result = [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
+        if len({(record.place, record.part, record.split) for record in result}) > len(
+            {(record.place, record.part) for record in result}
+        ):
+            print(
+                f"data {self.cfg.names}: too few of {len(result)} records differ: equal ones are trained on and held "
+                "out, and what is held out proves nothing",
+                flush=True,
+            )
+        return result
+
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [
-            _Record(part, *key_and_split(record, cfg, name, part), of.parse(record, place))
+            _Record(part, *key_place_and_split(record, cfg, name, part), of.parse(record, place))
             for place, record in self._records[name, part]
         ]
         if not records:
