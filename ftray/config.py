@@ -125,6 +125,11 @@ class MixedSource(Section):
 
     _at_home = field_validator("source")(at_home)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, given: object) -> object:
+        return {"source": given} if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _can_be_read(self) -> "MixedSource":
         _refuse_bad_reading(self)
@@ -139,7 +144,8 @@ class DataConfig(Section):
         description="file, folder, glob, hub id[:config][@split], s3:// or gs:// URI, or a bundled name; or several",
     )
     sources: list[MixedSource] = Field(
-        [], description="in place of `source`: several that are mixed, each with a weight and what it is read by"
+        [],
+        description="in place of `source`: several to mix, each a name, or with a weight and what it is read by",
     )
     validation: Sources | None = Field(None, description="source of validation records; wins over validation_fraction")
     test: Sources | None = Field(None, description="source of test records; wins over test_fraction")
@@ -344,7 +350,9 @@ class GenerationConfig(Section):
     """What `infer` asks, and how it draws the answer."""
 
     prompt: str | None = Field(None, description="the one prompt to answer")
-    file: str | None = Field(None, description="prompts: records in .jsonl, or one a line in .txt")
+    file: str | None = Field(
+        None, description="prompts: records in any file that `data.source` takes, or one a line in .txt"
+    )
     chat: bool | None = Field(
         None, description="render by the tokenizer's chat template (default: in a conversation, and records of turns)"
     )

@@ -65,7 +65,7 @@ def run(cfg: Config) -> int:
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
-        records = list(read_records(asked.file))
+        records = list(read_records(asked.file, data))
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
@@ -138,35 +138,32 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, shape.required_keys[1]: "."} if shape else record
 
 
-def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line of each prompt, and its record; a line of a .txt file is a plain prompt.
+def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[object, dict[str, Any]]]:
+    """Where each prompt stands, and its record; a line of a text file is a plain prompt.
+
+    Args:
+        name: what training takes as a source.
+        data: how it is read.
 
     Raises:
-        UserError: the file can't be read, holds no prompt, or has a line that is not a record.
+        UserError: it can't be read, holds no prompt, or something that is not a record.
     """
-    from ftray.data.formats import parse_json
+    from ftray.data.formats import lines_of_text, read_chunk
+    from ftray.data.sources import TEXT, find_splits
 
-    path = Path(name)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"file {name}: must end in .jsonl (a record a line) or .txt (a prompt a line)")
-    try:
-        # not splitlines(): it also ends a line at characters that may stand inside of a text, as U+2028
-        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
-    if not any(line.strip() for line in lines):
+    data = (data or DataConfig()).model_copy(update={"fields": {}, "group": None})  # see `mapped`
+    found = False
+    for chunk in (chunk for split in find_splits(name, data).values() for chunk in split):
+        plain = f".{chunk.kind}" in TEXT
+        records = ((where, {"prompt": line}) for where, line in lines_of_text(chunk)) if plain else read_chunk(chunk)
+        for where, record in records:
+            found = True
+            yield where, record
+    if not found:
         raise UserError(f"file {name}: holds no prompt")
-    for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield where, {"prompt": line}
-            continue
-        yield where, parse_json(line, where)
 
 
-def mapped(records: list[tuple[str, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def mapped(records: list[tuple[object, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[object, dict[str, Any]]]:
     """The records as `data.fields` has them, but for an answer, which prompts lack.
 
     Raises:
@@ -287,12 +284,12 @@ class StopOnInterrupt:
 
 
 def answer_file(
-    cfg: Config, generator: Generator, records: list[tuple[str, dict[str, Any]]], prompts: list[list[int]]
+    cfg: Config, generator: Generator, records: list[tuple[object, dict[str, Any]]], prompts: list[list[int]]
 ) -> None:
     """Write each record with its answer as `generated`: to `output`, all or nothing, else to standard output."""
     texts = generator.batch(prompts)
     lines = [
-        json.dumps({**record, "generated": text}, ensure_ascii=False) + "\n"
+        json.dumps({**record, "generated": text}, ensure_ascii=False, default=str) + "\n"
         for (_, record), text in zip(records, texts, strict=True)
     ]
     output = _output(cfg)

@@ -276,9 +276,9 @@ def _tokenize(
 
 def _fill(bins: list[dict[str, Any]], parts: list[str], sources: Sources, work: Location) -> None:
     """Note in each bin the splits of its records, of which none is then empty by chance."""
-    columns = ["split", "place", "source"]
-    tables = [read_bin(work, parts, bin["number"])[: bin["taken"]].select(columns) for bin in bins]
-    splits = iter(filled(*(column.to_pylist() for column in pa.concat_tables(tables).columns), sources))
+    whole = pa.concat_tables([read_bin(work, parts, bin["number"])[: bin["taken"]] for bin in bins])
+    by_hash, places, sources_of = (whole[name].to_pylist() for name in ("split", "place", "source"))
+    splits = iter(filled(by_hash, places, sources_of, sources))
     for bin in bins:
         bin["splits"] = [*islice(splits, bin["taken"])]
 

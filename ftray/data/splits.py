@@ -292,8 +292,8 @@ class DataCheck:
 
     def _filled(self, taken: list[_Record]) -> list[_Record]:
         """Records with their final splits; says if equal ones had to be parted."""
-        columns = ([getattr(record, name) for record in taken] for name in ("split", "place", "part"))
-        splits = filled(*columns, self.sources)
+        by_hash, places, parts = zip(*((record.split, record.place, record.part) for record in taken), strict=True)
+        splits = filled(by_hash, places, parts, self.sources)
         result = [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
         if len({(record.place, record.part, record.split) for record in result}) > len(
             {(record.place, record.part) for record in result}

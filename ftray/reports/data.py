@@ -1,7 +1,8 @@
 """Shows tokenized data: counts of each split, a record as the model sees it."""
 
+import json
 import math
-from itertools import groupby, islice, repeat
+from itertools import accumulate, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MASKED, LEARNT = "dim", "bold green"
 OPEN, CLOSE = "[[", "]]"  # around what is learnt, where there are no styles
+BETWEEN = " | "  # words that are tagged, and texts
 BARS, WIDTH = 10, 40  # of a histogram; of its longest bar, in characters
 ROWS = 8  # of a batch whose padding is shown
 
@@ -24,15 +26,52 @@ ROWS = 8  # of a batch whose padding is shown
 def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM") -> Text:
     """The tokens of a row as text: those without loss dimmed, those with loss in a colour.
 
-    For a task without a label for each token, the text is all context, and the target follows it.
+    For a task without a label for each token, the text is all context, and the target follows it. Words that are
+    tagged, and the texts of a record that has several, stand apart.
     """
     from ftray.task_spec import IGNORE
 
-    text, one_a_token = Text(), task in ("CAUSAL_LM", "TOKEN_CLS")
-    pairs = zip(row["input_ids"], row["labels"] if one_a_token else repeat(IGNORE), strict=one_a_token)
-    for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
-        text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
-    return text if task == "CAUSAL_LM" else text.append(f" -> {row['target']}", style=LEARNT)
+    text, one_a_token, starts = Text(), task in ("CAUSAL_LM", "TOKEN_CLS"), _starts(row, tokenizer, task)
+    learnt = [one_a_token and label != IGNORE for label in (row["labels"] if one_a_token else row["input_ids"])]
+    parts = np.searchsorted(starts, range(len(row["input_ids"])), "right").tolist()
+    tokens = zip(row["input_ids"], learnt, parts, strict=True)
+    at = 0
+    for (is_learnt, part), own in groupby(tokens, key=lambda token: token[1:]):  # a character may be several tokens
+        text.append(BETWEEN if part != at else "", style=MASKED)
+        text.append(tokenizer.decode([token for token, *_ in own]), style=LEARNT if is_learnt else MASKED)
+        at = part
+    if task == "CAUSAL_LM":
+        return text
+    if task == "FEATURE_EXTRACTION":  # all texts have been shown
+        return text if math.isnan(row["score"]) else text.append(f" -> {row['score']:g}", style=LEARNT)
+    return text.append(f" -> {row['target']}", style=LEARNT)
+
+
+def _starts(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str) -> list[int]:
+    """The tokens at which a further word that is tagged, or a further text, begins."""
+    from ftray.task_spec import IGNORE
+
+    ids = row["input_ids"]
+    if task == "TOKEN_CLS":
+        return [at for at, label in enumerate(row["labels"]) if label != IGNORE][1:]
+    if task == "FEATURE_EXTRACTION":
+        return [*accumulate(row["lengths"])][:-1]
+    if task == "QUESTION_ANS":
+        extra = json.loads(row["extra"])
+        pairs = [(extra["question"], extra["context"])]
+    elif task == "SEQ_CLS":
+        lines = row["prompt"].split("\n")
+        pairs = [("\n".join(lines[:at]), "\n".join(lines[at:])) for at in range(1, len(lines))]
+    else:
+        pairs = []
+    for pair in pairs if tokenizer.is_fast else []:
+        cut = "only_second" if task == "QUESTION_ANS" else "longest_first"
+        encoded = tokenizer(*pair, truncation=cut, max_length=len(ids))
+        second = next((at for at, sequence in enumerate(encoded.sequence_ids(0)) if sequence == 1), len(ids))
+        whole = second if task == "QUESTION_ANS" else len(ids)  # of a context, this may be a later part
+        if second < len(ids) and encoded["input_ids"][:whole] == ids[:whole]:
+            return [second]
+    return []
 
 
 def marked(text: Text) -> str:
