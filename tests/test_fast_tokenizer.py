@@ -7,9 +7,11 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ftray.compat.chat_template import render, render_pieces
 from ftray.config import DataConfig
 from ftray.data import fast_tokenizer
 from ftray.data.fast_tokenizer import FastTokenizer, state_of
@@ -278,3 +280,76 @@ def test_what_tokenizes_imports_no_torch(tmp_path, tokenizer):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     wanted = tokenize([parse(record, "")], tokenizer, DataConfig())[0].input_ids
     assert result.stdout == f"{wanted} False\n", result.stderr
+
+
+# --- renderings cut at turns
+
+LOOP, ASK = "{% for m in messages %}", "{% if add_generation_prompt %}<a>{% endif %}"
+SAID = "<{{ m.role }}>{{ m.content }}"
+CUT = {  # whether a turn depends on the turns before it alone
+    "plain": (f"{{{{ bos_token }}}}{LOOP}{SAID}{{% endfor %}}{ASK}", True),
+    "blanks taken away": (
+        "{%- for m in messages -%}\n <{{ m.role }}>\n {{ m.content | trim -}} \n{%- endfor -%}\n" + ASK,
+        True,
+    ),
+    "a default for the first": (
+        "{% if messages[0].role != 'system' %}<system>be{% endif %}"
+        f"{LOOP}{{% if not loop.first or m.role != 'system' %}}{SAID}{{{{ loop.index }}}}{{% endif %}}"
+        f"{{% endfor %}}{ASK}",
+        True,
+    ),
+    "what was said before": (
+        f"{{% set n = namespace(k=0) %}}{LOOP}{{% set n.k = n.k + m.content | length %}}{SAID}{{{{ n.k }}}}"
+        f"{{% endfor %}}{ASK}",
+        True,
+    ),
+    "marks": (
+        f"{LOOP}{{% if m.role == 'assistant' %}}{{% generation %}}{SAID}{{% endgeneration %}}{{% else %}}{SAID}"
+        f"{{% endif %}}{{% endfor %}}{ASK}",
+        True,
+    ),
+    "a turn left out": (
+        f"{LOOP}{{% if m.role == 'system' %}}{{% continue %}}{{% endif %}}{SAID}{{% endfor %}}{ASK}",
+        True,
+    ),
+    "an end": (f"{LOOP}{SAID}{{% endfor %}}{{% if add_generation_prompt %}}<a>{{% else %}}</s>{{% endif %}}", True),
+    "an early end": (f"{LOOP}{SAID}{{% if m.content == 'a' %}}{{% break %}}{{% endif %}}{{% endfor %}}{ASK}", None),
+    "the last": (f"{LOOP}{SAID}{{% if loop.last %}}</s>{{% endif %}}{{% endfor %}}{ASK}", False),
+    "the last by its key": (f"{LOOP}{SAID}{{% if loop['last'] %}}</s>{{% endif %}}{{% endfor %}}{ASK}", False),
+    "the last of all": (f"{LOOP}{SAID}{{{{ messages[-1].content }}}}{{% endfor %}}{ASK}", False),
+    "how many": (f"{{{{ messages | length }}}}{LOOP}{SAID}{{% endfor %}}{ASK}", False),
+    "by another name": (f"{{% set all = messages %}}{LOOP}{SAID}{{{{ all | length }}}}{{% endfor %}}{ASK}", False),
+    "in a macro": (
+        f"{{% macro f() %}}{{{{ messages | length }}}}{{% endmacro %}}{LOOP}{{{{ f() }}}}{SAID}{{% endfor %}}{ASK}",
+        False,
+    ),
+    "some of them": (f"{{% for m in messages if m.role != 'system' %}}{SAID}{{% endfor %}}{ASK}", False),
+    "asked within": (f"{LOOP}{SAID}{{% if add_generation_prompt %}}!{{% endif %}}{{% endfor %}}{ASK}", False),
+    "an end by what was said": (
+        f"{{% set n = namespace(k=0) %}}{LOOP}{{% set n.k = loop.index %}}{SAID}{{% endfor %}}{{{{ n.k }}}}{ASK}",
+        False,
+    ),
+    "two loops": (f"{LOOP}{SAID}{{% endfor %}}{LOOP}{SAID}{{% endfor %}}{ASK}", False),
+    **{name: (read_chat_template(name), name in ("chatml", "llama3", "zephyr")) for name in names()},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.one_of(st.sampled_from(["a", " b\n", ""]), st.text(max_size=5)), min_size=1, max_size=6),
+    begins=st.booleans(),
+)
+def test_a_rendering_cut_at_turns_is_that_of_each_number_of_turns(name, texts, begins):
+    template, wanted = CUT[name]
+    roles = ["system"] * begins + ["user", "assistant"] * 3
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    try:
+        pieces = render_pieces(template, messages, None, special)
+    except TemplateError:  # it refuses such turns
+        return
+    assert wanted in (None, pieces is not None)
+    for count in range(1, len(messages) + 1) if pieces else ():
+        for ask, end in ((False, pieces.end), (True, pieces.ask)):
+            assert render(template, messages[:count], None, ask, special) == pieces.begun[count] + end

@@ -1,7 +1,11 @@
 """Private names of `transformers.utils.chat_template_utils`, which imports no torch; seen in transformers 5.23.0."""
 
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
+from jinja2 import Template, nodes
 from transformers.utils.chat_template_utils import (
     _alias_reasoning_fields,
     _compile_jinja_template,
@@ -10,6 +14,9 @@ from transformers.utils.chat_template_utils import (
 )
 
 Messages = list[dict[str, Any]]
+_CUT = "\ue000zqxj\ue001"  # between the pieces of a rendering; a text that holds it is rendered as a whole
+_ORDERLY = ("first", "index", "index0", "previtem", "changed", "cycle")  # of a loop, what later turns don't change
+_REACH = (nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)  # for other templates
 
 
 def render(
@@ -31,6 +38,89 @@ def render(
             **special_tokens,
         )
     )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A rendering, cut at turns.
+
+    Attributes:
+        begun: with no turn, with the first, with the first two ...
+        end: what follows the last turn.
+        ask: what follows it where an answer is asked for.
+    """
+
+    begun: list[str]
+    end: str
+    ask: str
+
+
+def render_pieces(
+    template: str, messages: Messages, tools: list[dict[str, Any]] | None, special_tokens: dict[str, str]
+) -> Pieces | None:
+    """All that :func:`render` makes of the first turns, one or more, of a conversation; None: not with this template.
+
+    A turn that a template renders by the turns before it alone is rendered once, not once for each answer after it.
+    """
+    cut = _cut_at_turns(template)
+    if cut is None:
+        return None
+    marked, end = cut
+    said = [message if _is_plain(message) else _plain_template_data(message) for message in _without_nulls(messages)]
+    common = {"messages": _alias_reasoning_fields(said), "tools": _plain_template_data(tools), "documents": None}
+    before, *turns = marked.render(**common, add_generation_prompt=True, **special_tokens).split(_CUT)
+    if len(turns) != len(messages) + 1:
+        return None
+    return Pieces([*accumulate([before, *turns[:-1]])], end, turns[-1])
+
+
+@lru_cache(maxsize=8)
+def _cut_at_turns(template: str) -> tuple[Template, str] | None:
+    """The template with a mark before each turn and after the last, and what follows that where no answer is asked for.
+
+    None: a turn may depend on what comes after it. The template must be one loop over `messages`, of which all else
+    reads the first alone, and end in what depends on `add_generation_prompt` alone, which nothing else reads.
+    """
+    environment = _compile_jinja_template(template).environment
+    tree, other = environment.parse(template), environment.parse(template)
+    loops = [at for at, node in enumerate(tree.body) if isinstance(node, nodes.For) and _is(node.iter, "messages")]
+    loop = tree.body[loops[0]] if len(loops) == 1 else None
+    if not isinstance(loop, nodes.For) or loop.test or loop.recursive or loop.else_ or any(tree.find_all(_REACH)):
+        return None
+    before, after = tree.body[: loops[0]], tree.body[loops[0] + 1 :]
+    if any(name.name != "add_generation_prompt" for node in after for name in node.find_all(nodes.Name)):
+        return None
+    parts = [*before, *loop.body]
+    orderly = {
+        id(node.node) for part in parts for node in part.find_all((nodes.Getattr, nodes.Getitem)) if _is_orderly(node)
+    }
+    read = (name for part in parts for name in part.find_all(nodes.Name) if id(name) not in orderly)
+    if any(name.name in ("messages", "loop", "add_generation_prompt") for name in read):
+        return None
+    end = nodes.Template(other.body[loops[0] + 1 :], lineno=1).set_environment(environment)
+    loop.body.insert(0, _cut())
+    tree.body.insert(loops[0] + 1, _cut())
+    tree.set_environment(environment)
+    marked, ending = (
+        Template.from_code(environment, environment.compile(made), environment.make_globals(None))
+        for made in (tree, end)
+    )
+    return marked, ending.render(add_generation_prompt=False)
+
+
+def _is_orderly(node: nodes.Getattr | nodes.Getitem) -> bool:
+    """Whether it is the first of `messages`, or something of the loop that later turns don't change."""
+    if isinstance(node, nodes.Getattr):
+        return _is(node.node, "loop") and node.attr in _ORDERLY
+    return _is(node.node, "messages") and isinstance(node.arg, nodes.Const) and node.arg.value == 0
+
+
+def _cut() -> nodes.Output:
+    return nodes.Output([nodes.TemplateData(_CUT, lineno=1)], lineno=1)
+
+
+def _is(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
 
 
 def with_generation_spans(

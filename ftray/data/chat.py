@@ -9,11 +9,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ftray.data.fast_tokenizer import FastTokenizer
 from ftray.data.records import Example, Turn
 from ftray.data.tool_calls import CallFormat, find_call_format
 from ftray.errors import UserError
+
+if TYPE_CHECKING:
+    from ftray.compat.chat_template import Pieces
 
 _MARK = "zqxj"  # a word that stands in no template
 _TAIL = 20  # characters at the end of a text by which it is found again: templates may word its beginning anew
@@ -82,8 +86,10 @@ class ChatTemplate:
         messages = self.messages(example)
         tools = [*example.tools] or None
         turns = example.messages or ()
-        for index in example.learnt[-1:] if learn == "last" else example.learnt:
-            yield self._answer(messages, turns[index], index, tools, learn == "generation", example.where)
+        learnt = example.learnt[-1:] if learn == "last" else example.learnt
+        pieces = self._pieces(messages[: learnt[-1] + 1], tools) if learnt and learn != "generation" else None
+        for index in learnt:
+            yield self._answer(messages, turns[index], index, tools, learn == "generation", pieces, example.where)
 
     def asked(self, example: Example) -> str:
         """The rendering in which an answer to all turns of a conversation is asked for.
@@ -94,14 +100,26 @@ class ChatTemplate:
         return self._rendered(self.messages(example), [*example.tools] or None, True, example.where)
 
     def _answer(
-        self, messages: list[dict[str, Any]], turn: Turn, index: int, tools: Any, tagged: bool, where: object
+        self,
+        messages: list[dict[str, Any]],
+        turn: Turn,
+        index: int,
+        tools: Any,
+        tagged: bool,
+        pieces: "Pieces | None",
+        where: object,
     ) -> Answer:
         spans: list[tuple[int, int]] = []
         if tagged:
             answered, spans = self._tagged(messages[: index + 1], tools, where)
+        elif pieces:
+            answered = pieces.begun[index + 1] + pieces.end
         else:
             answered = self._rendered(messages[: index + 1], tools, False, where)
-        asked = self._rendered(messages[:index], tools, True, where) if index else ""
+        if pieces and index:
+            asked = pieces.begun[index] + pieces.ask
+        else:
+            asked = self._rendered(messages[:index], tools, True, where) if index else ""
         said = messages[index]["content"] or ""
         if not asked or not answered.startswith(asked):  # nothing was asked, or the template renders it otherwise later
             answer_at = answered.rfind(said.strip()) if said.strip() else -1
@@ -222,6 +240,15 @@ class ChatTemplate:
             return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
         except Exception:  # a template is a program, and raises whatever it likes
             return ""
+
+    def _pieces(self, messages: list[dict[str, Any]], tools: Any) -> "Pieces | None":
+        """The renderings of the first turns, if they can be had at once."""
+        if not isinstance(self._tokenizer, FastTokenizer):
+            return None
+        try:
+            return self._tokenizer.render_pieces(messages, tools)
+        except Exception:  # a template is a program, and raises whatever it likes: of which turns, one by one will tell
+            return None
 
     def _rendered(self, messages: list[dict[str, Any]], tools: Any, ask: bool, where: object) -> str:
         with _refusals(where):

@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from ftray.compat.chat_template import Pieces
 
 MOST_WORDS, LONGEST_WORD = 2**17, 40  # that are kept
 # A word after a blank is never one token with what is before it, where a pre-tokenizer is one of those below: none of
@@ -76,6 +79,12 @@ class FastTokenizer:
         from ftray.compat.chat_template import render  # takes a second, and texts need none of it
 
         return render(self.get_chat_template(), messages, tools, add_generation_prompt, self.special_tokens_map)
+
+    def render_pieces(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> "Pieces | None":
+        """All that :meth:`apply_chat_template` makes of the first turns, cut at turns; None: not with this template."""
+        from ftray.compat.chat_template import render_pieces
+
+        return render_pieces(self.get_chat_template(), messages, tools, self.special_tokens_map)
 
     def get_chat_template(self, tools: Any = None) -> str:
         """The only one."""
