@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.fs as pafs
 
 from ftray.config import DataConfig
 from ftray.data.fast_tokenizer import FastTokenizer, state_of
@@ -103,6 +104,12 @@ def prepare(
     if (target / MANIFEST).exists():
         log.info("reusing the tokenized shards in %s", target)
         return TokenizedData.load(str(target))
+    tokens = fingerprint_of(_unweighted(cfg), sources, tokenizer, task, labels) if cfg.sources else ""
+    if twin := _same_tokens(_cache(cfg), tokens):
+        log.info("taking the tokenized shards in %s, with other weights, into %s", twin.directory, target)
+        with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
+            _copy(twin, directory, fingerprint, cfg)
+        return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
     template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
     spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
@@ -112,7 +119,7 @@ def prepare(
         (work / TOKENIZER).write_text(state)
     try:
         with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
-            data = TokenizedData(str(directory), fingerprint, {}, spec)
+            data = TokenizedData(str(directory), fingerprint, {}, spec, tokens=tokens)
             with _user_errors():
                 _write(data, cfg, sources, (model, trust_remote_code, chat_template), work)
             data.save()
@@ -140,6 +147,31 @@ def fingerprint_of(cfg: DataConfig, sources: Sources, tokenizer: Any, task: str,
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _unweighted(cfg: DataConfig) -> DataConfig:
+    """A mixture whose sources all have a weight of one: it makes the same tokens."""
+    return cfg.model_copy(update={"sources": [mixed.model_copy(update={"weight": 1.0}) for mixed in cfg.sources]})
+
+
+def _same_tokens(cache: Location, tokens: str) -> TokenizedData | None:
+    """Data of a mixture that differs in weights alone; None: there is none."""
+    for place in cache.published_dirs("[0-9a-f]*") if tokens else ():
+        if (place / MANIFEST).exists() and json.loads((place / MANIFEST).read_text()).get("tokens") == tokens:
+            return TokenizedData.load(str(place))
+    return None
+
+
+def _copy(twin: TokenizedData, directory: Path, fingerprint: str, cfg: DataConfig) -> None:
+    """Put the shards of data, with the weights of `cfg`, into a local directory."""
+    place = parse_location(twin.directory)
+    local = pafs.LocalFileSystem()
+    pafs.copy_files(place.path, str(directory), source_filesystem=place.filesystem, destination_filesystem=local)
+    data = replace(twin, directory=str(directory), fingerprint=fingerprint)
+    for mixed in cfg.sources:
+        if rows := data.splits["train"].sources.get(mixed.source):
+            rows.weight = mixed.weight
+    data.save()
 
 
 def _cache(cfg: DataConfig) -> Location:
