@@ -143,7 +143,7 @@ def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[ob
 
     Args:
         name: what training takes as a source.
-        data: how it is read.
+        data: its delimiter and encoding, if they are given.
 
     Raises:
         UserError: it can't be read, holds no prompt, or something that is not a record.
@@ -151,9 +151,9 @@ def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[ob
     from ftray.data.formats import lines_of_text, read_chunk
     from ftray.data.sources import TEXT, find_splits
 
-    data = (data or DataConfig()).model_copy(update={"fields": {}, "group": None})  # see `mapped`
+    own = DataConfig(delimiter=data.delimiter, encoding=data.encoding) if data else DataConfig()  # fields: see `mapped`
     found = False
-    for chunk in (chunk for split in find_splits(name, data).values() for chunk in split):
+    for chunk in (chunk for split in find_splits(name, own).values() for chunk in split):
         plain = f".{chunk.kind}" in TEXT
         records = ((where, {"prompt": line}) for where, line in lines_of_text(chunk)) if plain else read_chunk(chunk)
         for where, record in records:

@@ -175,7 +175,7 @@ def test_preprocess_tells_what_each_source_holds_and_how_often_it_is_drawn(
             "[{source: A, encoding: latin-one}]",
             "data.sources[0]: encoding latin-one: Python knows no encoding of text of that name",
         ),
-        ("[A]", "data.sources[0]: Input should be a valid dictionary (got 'A')"),
+        ("[3]", "data.sources[0]: Input should be a valid dictionary (got 3)"),
         ("[{source: A}, {source: C/empty.jsonl}]", "data C/empty.jsonl: empty"),
         ("[{source: A}, {source: C/blank.jsonl}]", "data C/blank.jsonl: holds no record"),
         ("[{source: A}, {source: C/none.jsonl}]", "data C/none.jsonl: no such file or folder"),
