@@ -132,7 +132,10 @@ COMMANDS = {
         "ftray infer --adapter runs/one/adapter --prompt 'f o x'\n"
         "ftray infer --adapter runs/one/adapter --file prompts.jsonl --output answers.jsonl\n"
         "ftray infer --model path/to/model --generation.temperature 0.7 --generation.top_p 0.9",
-        ("model", "generation", "task", "data.fields", "data.template", "data.chat_template", "evaluation.batch_size"),
+        (
+            *("model", "generation", "task", "evaluation.batch_size"),
+            *("data.fields", "data.delimiter", "data.encoding", "data.template", "data.chat_template"),
+        ),
     ),
     "merge": Command(
         "turn an adapter, several, or a sharded ZeRO checkpoint into a plain model or one adapter",

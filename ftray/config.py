@@ -22,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -127,6 +126,11 @@ class MixedSource(Section):
 
     _at_home = field_validator("source")(at_home)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, given: object) -> object:
+        return {"source": given} if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _can_be_read(self) -> "MixedSource":
         _refuse_bad_reading(self)
@@ -141,7 +145,8 @@ class DataConfig(Section):
         description="file, folder, glob, hub id[:config][@split], s3:// or gs:// URI, or a bundled name; or several",
     )
     sources: list[MixedSource] = Field(
-        [], description="in place of `source`: several that are mixed, each with a weight and what it is read by"
+        [],
+        description="in place of `source`: several to mix, each a name, or with a weight and what it is read by",
     )
     validation: Sources | None = Field(None, description="source of validation records; wins over validation_fraction")
     test: Sources | None = Field(None, description="source of test records; wins over test_fraction")
@@ -180,9 +185,6 @@ class DataConfig(Section):
         None, description="where tokenized shards are kept: a directory or URI (default: ~/.cache/ftray/data)"
     )
 
-    # which `splits.find_sources` finds from the records each time
-    _redraws: int = PrivateAttr(0)
-
     _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
 
     @field_validator("sources", mode="before")
@@ -215,15 +217,6 @@ class DataConfig(Section):
                 raise ValueError("source and sources both say what is trained on: give one of them")
             self.__dict__["source"] = _one_or_several(names)  # not assigned, which would validate again
         return self
-
-    @property
-    def redraws(self) -> int:
-        """How often the split was drawn anew, because chance left a part of few records empty."""
-        return self._redraws
-
-    def redraw(self, redraws: int) -> None:
-        """Have the split drawn that often anew."""
-        self._redraws = redraws
 
     @property
     def names(self) -> str:
@@ -379,7 +372,9 @@ class GenerationConfig(Section):
     """What `infer` asks, and how it draws the answer."""
 
     prompt: str | None = Field(None, description="the one prompt to answer")
-    file: str | None = Field(None, description="prompts: a file of records, as data takes, or one a line in .txt")
+    file: str | None = Field(
+        None, description="prompts: records in any file that `data.source` takes, or one a line in .txt"
+    )
     chat: bool | None = Field(
         None, description="render by the tokenizer's chat template (default: in a conversation, and records of turns)"
     )

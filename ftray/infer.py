@@ -65,7 +65,7 @@ def run(cfg: Config) -> int:
     renderer = Renderer(tokenizer, data, asked.system, raw)
     records = prompts = None
     if asked.file is not None:
-        records = list(read_records(asked.file))
+        records = list(read_records(asked.file, data))
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
     if records is not None and prompts is not None:
@@ -142,48 +142,32 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, shape.required_keys[1]: "."} if shape else record
 
 
-def read_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each prompt stands, and its record; a line of a .txt file is a plain prompt.
+def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[object, dict[str, Any]]]:
+    """Where each prompt stands, and its record; a line of a text file is a plain prompt.
+
+    Args:
+        name: what training takes as a source.
+        data: its delimiter and encoding, if they are given.
 
     Raises:
-        UserError: the file can't be read, holds no prompt, or has what is no record.
+        UserError: it can't be read, holds no prompt, or something that is not a record.
     """
-    from ftray.data.formats import read_chunk
-    from ftray.data.sources import SUFFIXES, TEXT, find_chunks, suffix_of
+    from ftray.data.formats import lines_of_text, read_chunk
+    from ftray.data.sources import TEXT, find_splits
 
-    path = Path(name)
-    if path.suffix == ".txt":
-        yield from _lines_of(path)
-        return
-    if suffix_of(name) not in SUFFIXES or suffix_of(name) in TEXT:
-        known = ", ".join(suffix for suffix in SUFFIXES if suffix not in TEXT)
-        raise UserError(f"file {name}: must end in {known} (of records) or .txt (a prompt a line)")
-    if not path.is_file():
-        raise UserError(f"can't read {name}: No such file or directory")
-    count = 0
-    for chunk in find_chunks(name) if path.stat().st_size else []:
-        for place, record in read_chunk(chunk):
-            count += 1
-            yield str(place), record
-    if not count:
+    own = DataConfig(delimiter=data.delimiter, encoding=data.encoding) if data else DataConfig()  # fields: see `mapped`
+    found = False
+    for chunk in (chunk for split in find_splits(name, own).values() for chunk in split):
+        plain = f".{chunk.kind}" in TEXT
+        records = ((where, {"prompt": line}) for where, line in lines_of_text(chunk)) if plain else read_chunk(chunk)
+        for where, record in records:
+            found = True
+            yield where, record
+    if not found:
         raise UserError(f"file {name}: holds no prompt")
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The prompts of a file of text, which are its lines."""
-    try:
-        # not splitlines(): it also ends a line at characters that may stand inside of a text, as U+2028
-        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"file {path}: holds no prompt")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{path}:{number}", {"prompt": line}
-
-
-def mapped(records: list[tuple[str, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def mapped(records: list[tuple[object, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[object, dict[str, Any]]]:
     """The records as `data.fields` has them, but for an answer, which prompts lack.
 
     Raises:
@@ -226,7 +210,7 @@ class Generator:
             self.sampling |= {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
         set_seed(given.seed)
 
-    def room(self, prompt: list[int], where: str) -> int:
+    def room(self, prompt: list[int], where: object) -> int:
         """The most tokens that are generated after `prompt`.
 
         Raises:
@@ -328,12 +312,12 @@ class StopOnInterrupt:
 
 
 def answer_file(
-    cfg: Config, generator: Generator, records: list[tuple[str, dict[str, Any]]], prompts: list[list[int]]
+    cfg: Config, generator: Generator, records: list[tuple[object, dict[str, Any]]], prompts: list[list[int]]
 ) -> None:
     """Write each record with its answer as `generated`: to `output`, all or nothing, else to standard output."""
     texts = generator.batch(prompts)
     lines = [
-        json.dumps({**record, "generated": text}, ensure_ascii=False) + "\n"
+        json.dumps({**record, "generated": text}, ensure_ascii=False, default=str) + "\n"
         for (_, record), text in zip(records, texts, strict=True)
     ]
     output = _output(cfg)

@@ -34,18 +34,17 @@ def run(cfg: Config) -> int:
     check = DataCheck(cfg.data)
     cfg = infer_task(cfg, model_path, check.first)
 
-    from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
+    from ftray.data.limits import refuse_beyond, within_positions
+    from ftray.models.load import load_skeleton, load_tokenizer  # takes seconds: a name misspelt has been found by now
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    task, data_cfg = check.run(tokenizer, cfg.task), cfg.data
-    if data_cfg.max_length == "auto":
-        from ftray.data.limits import within_positions
-        from ftray.models.load import load_skeleton
-
-        plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
-        data_cfg = within_positions(data_cfg, load_skeleton(plain, model_path, task).model, lengths=check.lengths)
+    task = check.run(tokenizer, cfg.task)
+    plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
+    skeleton = load_skeleton(plain, model_path, task).model
+    data_cfg = within_positions(cfg.data, skeleton, lengths=check.lengths)
     connect(cfg)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
+    refuse_beyond(data, data_cfg, skeleton, tokenizer)
     print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))
     _show(data, tokenizer, cfg.show)
     print(f"shards {data.directory}")

@@ -350,7 +350,7 @@ def test_infer_ends_where_the_learnt_positions_do(tmp_path, capsys, tiny_gpt2):
         ("p.jsonl", '{"input": "a"}\n[1]\n', "p.jsonl:2: a record must be"),
         ("p.jsonl", '{"frage": "a"}\n', "p.jsonl:1: record with keys frage"),
         ("p.txt", "\n", "holds no prompt"),
-        ("p.docx", "a", "must end in .jsonl"),
+        ("p.docx", "a", "p.docx: unknown format .docx; known: .jsonl"),
     ],
 )
 def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, tiny_llama, name, content, reason):
@@ -366,7 +366,8 @@ def test_only_line_breaks_end_a_line_of_prompts(tmp_path, suffix, odd):
     lines = prompts if suffix == ".txt" else [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]
     file = tmp_path / f"prompts{suffix}"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
-    assert list(read_records(str(file))) == [(f"{file}:{i}", {"prompt": p}) for i, p in enumerate(prompts, 1)]
+    found = [(str(where), record) for where, record in read_records(str(file))]
+    assert found == [(f"{file}:{i}", {"prompt": p}) for i, p in enumerate(prompts, 1)]
 
 
 def test_an_adapter_of_chats_is_not_prompted_raw_where_the_template_is_gone(

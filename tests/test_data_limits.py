@@ -94,6 +94,9 @@ def test_a_length_that_is_not_given_is_what_the_model_has_places_for(capsys):
     )
     given = DataConfig(max_length=600)
     assert within_positions(given, model) is given
+    assert (
+        "data.max_length 600: the model takes 512 tokens: a record that is longer is refused" in capsys.readouterr().out
+    )
     assert within_positions(DataConfig(), llama()).max_length == 512
     assert capsys.readouterr().out == ""
 

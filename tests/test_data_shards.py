@@ -110,16 +110,16 @@ WRONG = {
     "shape in line 61": ([*GOOD, {"foo": 1}], {}, r"r\.jsonl:61: record with keys foo"),
     "no record": ([], {}, "empty"),
     "validation empty": (
-        GOOD[:3],
+        GOOD[:1],
         {"test_fraction": 0},
-        "validation split of 3 record.* is empty: raise data.validation_",
+        "validation split of 1 record.* is empty: raise data.validation_",
     ),
     "validation of almost nothing": (GOOD, {"validation_fraction": 1e-9}, "validation split of 60 .* is empty"),
     "test empty": (GOOD, {"test_fraction": 1e-9}, "test split of 60 .* is empty: raise data.test_fraction"),
     "all alike": (
-        GOOD[:1] * 60,
+        GOOD[:1] * 1001,
         {},
-        r"of 60 record\(s\), only 1 of them different, is empty: equal ones share a split: give more that differ, or",
+        r"of 1001 record\(s\), only 1 of them different, is empty: equal ones share a split: give more that differ, or",
     ),
     "limit too small": (GOOD, {"limit": 1}, "is left for training|split of 1 record.* is empty"),
     "nothing fits": (

@@ -89,6 +89,22 @@ def test_each_source_is_read_split_and_rendered_as_it_would_be_alone(mixed, file
     assert TokenizedData.load(mixed.directory) == mixed
 
 
+def test_other_weights_take_the_tokens_that_are_there(mixed, files, tiny_llama, monkeypatch):
+    given = [one | {"weight": n + 0.5} for n, one in enumerate(mixture(files))]
+    cache = str(Path(mixed.directory).parent)
+    afresh = prepare(DataConfig(sources=given, max_length=64, cache=f"{cache}/afresh"), tiny_llama)
+    monkeypatch.setattr(pipeline, "_write", None)  # nothing is tokenized
+    other = prepare(DataConfig(sources=given, max_length=64, cache=cache), tiny_llama)
+    assert other.fingerprint == afresh.fingerprint != mixed.fingerprint
+    weights = {one["source"]: one["weight"] for one in given}
+    assert {name: rows.weight for name, rows in other.splits["train"].sources.items()} == weights
+    assert [other.rows(split) for split in other.splits] == [afresh.rows(split) for split in afresh.splits]
+    assert mixed == TokenizedData.load(mixed.directory)
+    monkeypatch.undo()
+    cfg = DataConfig(sources=given, max_length=63, cache=cache)
+    assert prepare(cfg, tiny_llama).tokens not in ("", mixed.tokens)
+
+
 def test_ray_streams_the_order_of_a_mixture_and_goes_on_where_it_stood(mixed):
     """Each record as often as its source's weight says; two ranks, three epochs, resumed in the second."""
     train, rows, ranks, seed = mixed.splits["train"], 2, 2, 5
@@ -159,7 +175,7 @@ def test_preprocess_tells_what_each_source_holds_and_how_often_it_is_drawn(
             "[{source: A, encoding: latin-one}]",
             "data.sources[0]: encoding latin-one: Python knows no encoding of text of that name",
         ),
-        ("[A]", "data.sources[0]: must be a mapping of names to values (got 'A')"),
+        ("[3]", "data.sources[0]: must be a mapping of names to values (got 3)"),
         ("[{source: A}, {source: C/empty.jsonl}]", "data C/empty.jsonl: empty"),
         ("[{source: A}, {source: C/blank.jsonl}]", "data C/blank.jsonl: holds no record"),
         ("[{source: A}, {source: C/none.jsonl}]", "data C/none.jsonl: no such file or folder"),

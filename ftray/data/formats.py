@@ -348,7 +348,7 @@ def _read_whole_json(chunk: Chunk) -> Iterator[Located]:
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{chunk.path}: not valid JSON: {error}") from None
     if isinstance(value, dict):
-        value = _columns(value) or _held(value) or [value]
+        value = _held(value) or _of_table(value) or [value]
     if not isinstance(value, list):
         raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
     escapes = "\\u" in content
@@ -379,6 +379,25 @@ def _held(value: dict[str, Any]) -> Any:
     if key is None or any(isinstance(other, list | dict) for name, other in value.items() if name != key):
         return None
     return value[key]
+
+
+def _of_table(value: dict[str, Any]) -> list[Any] | None:
+    """The rows of a table as pandas' `to_json` writes it, by columns, rows or parts; None: it is something else."""
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
+        names, rows = value["columns"], value["data"]
+        whole = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows)
+        return [dict(zip(names, row, strict=True)) for row in rows] if whole else None
+    if {"schema", "data"} == value.keys() and isinstance(value["data"], list):
+        keys = {*(value["schema"].get("primaryKey") or ())} if isinstance(value["schema"], dict) else set[str]()
+        return [
+            {k: v for k, v in row.items() if k not in keys} if isinstance(row, dict) else row for row in value["data"]
+        ]
+    inner = [*value.values()]
+    if not inner or not all(isinstance(part, dict) for part in inner):
+        return None
+    if inner[0] and all(part.keys() == inner[0].keys() for part in inner) and all(map(str.isdecimal, inner[0])):
+        return [{name: column[row] for name, column in value.items()} for row in inner[0]]
+    return inner if all(map(str.isdecimal, value)) else None
 
 
 def _read_csv(chunk: Chunk) -> Iterator[Located]:
@@ -431,6 +450,22 @@ def _read_text(chunk: Chunk) -> Iterator[Located]:
             raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
     if part.strip():
         yield SourceLocation(chunk.path, at, True), {"text": part} | ({PART: "last"} if begun else {})
+
+
+def lines_of_text(chunk: Chunk) -> Iterator[tuple[SourceLocation, str]]:
+    """The lines of a file of text that are not blank, each with its location.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    number = 0
+    with readable(chunk.path), _text_of(chunk, "\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield SourceLocation(chunk.path, number, True), line.removesuffix("\n").removesuffix("\r")
+        except UnicodeError as error:
+            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[Located]:

@@ -34,11 +34,30 @@ def within_positions(
     if cfg.max_length == "auto":
         most = context_length(model)
         return _settled(cfg, None if most is None else most - added, sorted(lengths))
-    if most is None or cfg.max_length <= most - added or "max_length" in cfg.model_fields_set:
+    if "max_length" in cfg.model_fields_set:
+        _say_if_beyond(cfg.max_length, model, added)
+        return cfg
+    if most is None or cfg.max_length <= most - added:
         return cfg
     beside = f", {added} of them for the adapter's own tokens" if added else ""
     print(f"data.max_length {most - added}: the model has {most} positions{beside}", flush=True)
     return cfg.model_copy(update={"max_length": most - added})
+
+
+def _say_if_beyond(given: int, model: "PreTrainedModel", added: int) -> None:
+    """Print a line if a length is more than the model takes."""
+    from ftray.models.limits import context_length, positions
+
+    most = context_length(model)
+    if most is None or given + added <= most:
+        return
+    then = "is refused" if positions(model) else "is more than it was made for"
+    beside = f", {added} of them for the adapter's own" if added else ""
+    print(
+        f"data.max_length {given}: the model takes {most} tokens{beside}: a record that is longer {then}: "
+        f"take {most - added}, which cuts it",
+        flush=True,
+    )
 
 
 def _settled(cfg: DataConfig, most: int | None, lengths: list[int]) -> DataConfig:

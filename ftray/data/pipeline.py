@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.fs as pafs
 
 from ftray.config import DataConfig
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer, state_of
@@ -26,12 +27,14 @@ from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import (
+    FEW,
     SPLITS,
     Source,
     Sources,
+    filled,
     find_sources,
     in_order,
-    key_and_split,
+    key_place_and_split,
     needed,
     refuse_empty,
     refuse_mixture,
@@ -56,11 +59,12 @@ BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 1  # of a Ray task
 LOCAL_BYTES = 2**22  # of a source that is read in this process, with which tasks of Ray would take longer to begin
 LATER = ("sources", "group")  # settings that came later: data that has none keeps its name
-PARTS, TOKENIZER = ".parts", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
+PARTS, TOKENIZER = ".parts2", "tokenizer.json"  # what a directory of unfinished work is called by; a file in it
 # a record that was read and checked
 RECORD = pa.schema(
     {
         "key": pa.int64(),  # place in the order; signed, for the sort
+        "place": pa.int64(),  # among the splits; signed as well
         "split": pa.string(),
         "source": pa.string(),  # of a mixture
         "shape": pa.string(),
@@ -104,6 +108,12 @@ def prepare(
     if (target / MANIFEST).exists():
         log.info("reusing the tokenized shards in %s", target)
         return TokenizedData.load(str(target))
+    tokens = fingerprint_of(_unweighted(cfg), sources, tokenizer, task, labels) if cfg.sources else ""
+    if twin := _same_tokens(_cache(cfg), tokens):
+        log.info("taking the tokenized shards in %s, with other weights, into %s", twin.directory, target)
+        with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
+            _copy(twin, directory, fingerprint, cfg)
+        return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
     template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
     spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
@@ -113,7 +123,7 @@ def prepare(
         (work / TOKENIZER).write_text(state)
     try:
         with atomic_dir(target, cached=True, marker=MANIFEST) as directory:
-            data = TokenizedData(str(directory), fingerprint, {}, spec)
+            data = TokenizedData(str(directory), fingerprint, {}, spec, tokens=tokens)
             with _user_errors():
                 _write(data, cfg, sources, (model, trust_remote_code, chat_template), work)
             data.save()
@@ -143,6 +153,31 @@ def fingerprint_of(
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _unweighted(cfg: DataConfig) -> DataConfig:
+    """A mixture whose sources all have a weight of one: it makes the same tokens."""
+    return cfg.model_copy(update={"sources": [mixed.model_copy(update={"weight": 1.0}) for mixed in cfg.sources]})
+
+
+def _same_tokens(cache: Location, tokens: str) -> TokenizedData | None:
+    """Data of a mixture that differs in weights alone; None: there is none."""
+    for place in cache.published_dirs("[0-9a-f]*") if tokens else ():
+        if (place / MANIFEST).exists() and json.loads((place / MANIFEST).read_text()).get("tokens") == tokens:
+            return TokenizedData.load(str(place))
+    return None
+
+
+def _copy(twin: TokenizedData, directory: Path, fingerprint: str, cfg: DataConfig) -> None:
+    """Put the shards of data, with the weights of `cfg`, into a local directory."""
+    place = parse_location(twin.directory)
+    local = pafs.LocalFileSystem()
+    pafs.copy_files(place.path, str(directory), source_filesystem=place.filesystem, destination_filesystem=local)
+    data = replace(twin, directory=str(directory), fingerprint=fingerprint)
+    for mixed in cfg.sources:
+        if rows := data.splits["train"].sources.get(mixed.source):
+            rows.weight = mixed.weight
+    data.save()
 
 
 def _cache(cfg: DataConfig) -> Location:
@@ -189,7 +224,7 @@ def _write(
         if not data.task.labels and record_task(data.task).has_labels:
             data.task = replace(data.task, labels=in_order({label for part in found for label in part.classes}))
         parts = {part: SourceSummary() for part in source.parts}
-        for table in _tokenize(found, source, name, tokenizer, data.task, work):
+        for table in _tokenize(found, sources, name, tokenizer, data.task, work):
             renderings.update(table["rendering"].drop_null().unique().to_pylist())
             for part, summary in parts.items():
                 summary.add(table.filter(pa.compute.equal(table["source"], part)) if part else table)
@@ -252,29 +287,41 @@ def _checked(chunk: Chunk, cfg: DataConfig, source: str, of: RecordTask) -> Iter
         rows: list[tuple[Any, ...]] = []
         for place, record in located:
             example, seen = of.parse_and_see(record, place)
-            key, split = key_and_split(record, own, source, chunk.part)
+            key, place_of_split, split = key_place_and_split(record, own, source, chunk.part)
             said = [*of.labels(example)], pickle.dumps(example, protocol=5)
-            rows.append((key - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
+            rows.append((key - 2**63, place_of_split - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
         columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), RECORD, strict=True)]
         yield pa.Table.from_arrays(columns, schema=RECORD)
 
 
 def _tokenize(
-    found: list[Sorted], source: Source, name: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
+    found: list[Sorted], sources: Sources, name: str, tokenizer: TokenizerArguments, task: TaskSpec, work: Location
 ) -> Iterator[pa.Table]:
     """Tables in the order of keys: the columns of the shards, and what the writer counts."""
-    bins, left = [], source.cfg.limit or sys.maxsize
+    bins, source = list[dict[str, Any]](), sources[name]
+    left = source.cfg.limit or sys.maxsize
     for number, counts in enumerate(zip(*(part.counts for part in found), strict=True)):
         taken = min(left, sum(counts))
         left -= taken
         if taken:
-            bins.append({"number": number, "taken": taken})
+            bins.append({"number": number, "taken": taken, "splits": None})
     if not bins:
         return
     parts = [name for part in found for name in part.parts]
+    if name == "train" and sum(bin["taken"] for bin in bins) <= FEW:
+        _fill(bins, parts, sources, work)
     fixed = {"cfg": source.cfg, "source": name, "parts": parts, "tokenizer": tokenizer, "task": task, "work": str(work)}
     for row in _in_tasks(_tokenize_bin, bins, fixed, source):
         yield from read_tables(work / row["file"])
+
+
+def _fill(bins: list[dict[str, Any]], parts: list[str], sources: Sources, work: Location) -> None:
+    """Note in each bin the splits of its records, of which none is then empty by chance."""
+    whole = pa.concat_tables([read_bin(work, parts, bin["number"])[: bin["taken"]] for bin in bins])
+    by_hash, places, sources_of = (whole[name].to_pylist() for name in ("split", "place", "source"))
+    splits = iter(filled(by_hash, places, sources_of, sources))
+    for bin in bins:
+        bin["splits"] = [*islice(splits, bin["taken"])]
 
 
 def _tokenize_bin(
@@ -291,6 +338,9 @@ def _tokenize_bin(
     if not (place / name).exists():
         words = _tokenizer(work, *tokenizer)
         records = read_bin(place, parts, row["number"])[: row["taken"]]
+        if row["splits"] is not None:
+            at = records.schema.get_field_index("split")
+            records = records.set_column(at, "split", pa.array(row["splits"], pa.string()))
         batches = (records[at : at + BATCH] for at in range(0, records.num_rows, BATCH))
         tables = (_tokenize_batch(batch, cfg, words, task) for batch in batches)
         first = next(tables)

@@ -163,6 +163,7 @@ class TokenizedData:
         sources: a summary of each source, by the split that it was given for; in a mixture by split and name, as
             `train FILE`.
         row_groups_per_file: of each split; the last file may hold fewer.
+        tokens: of a mixture, equal for all that differ in weights alone; else, and in older shards, empty.
     """
 
     directory: str
@@ -171,6 +172,7 @@ class TokenizedData:
     task: TaskSpec = CAUSAL
     sources: dict[str, SourceSummary] = field(default_factory=dict)
     row_groups_per_file: int = field(default_factory=lambda: ROW_GROUPS_PER_FILE)
+    tokens: str = ""
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedData":
@@ -179,7 +181,8 @@ class TokenizedData:
         splits = {name: Split.from_json(split) for name, split in manifest["splits"].items()}
         sources = {name: SourceSummary(**summary) for name, summary in manifest["read"].items()}
         per_file = manifest.get("row_groups_per_file", 64)  # what it was before manifests said so
-        return cls(str(directory), manifest["fingerprint"], splits, TaskSpec.of(manifest["task"]), sources, per_file)
+        task, tokens = TaskSpec.of(manifest["task"]), manifest.get("tokens", "")
+        return cls(str(directory), manifest["fingerprint"], splits, task, sources, per_file, tokens)
 
     def save(self) -> None:
         """Write the manifest into the directory, which is a local one."""
@@ -189,7 +192,7 @@ class TokenizedData:
             "splits": {name: split.to_json() for name, split in self.splits.items()},
             "read": {name: asdict(summary) for name, summary in self.sources.items()},
             "row_groups_per_file": self.row_groups_per_file,
-        }
+        } | ({"tokens": self.tokens} if self.tokens else {})
         (Path(self.directory) / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     def row_group(self, split: str, index: int, columns: list[str]) -> pa.Table:

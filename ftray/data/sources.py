@@ -20,6 +20,9 @@ from ftray.models.find import is_hub_id
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst", ".bz2")
 TEXT = (".txt", ".md")  # in a folder that holds records too, these describe them
+# files that tell of data, and hold none
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
+ABOUT_TEXT = ("readme", "license", "licence", "changelog", "citation", "contributing")
 # how files and splits are named, as `datasets` knows them
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -133,7 +136,23 @@ def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
     found = [f for f in filesystem.get_file_info(selector) if f.is_file and re.fullmatch(regex, f.path[start:])]
     if not found:
         raise UserError(f"data {source}: no file fits")
-    return sorted(found, key=lambda f: f.path)
+    return sorted(_of_records(found), key=lambda f: f.path)
+
+
+def _of_records(files: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
+    """Without those that tell of the others, if there are any; a README among files like it is one of them."""
+
+    def name(file: pafs.FileInfo) -> str:
+        return str(file.path.rpartition("/")[2].lower())
+
+    others = [file for file in files if name(file) not in ABOUT]
+    kinds = {suffix_of(file.path) for file in others}
+    held = [f for f in others if not (_is_text(f) and len(kinds) > 1 and name(f).partition(".")[0] in ABOUT_TEXT)]
+    return held or files
+
+
+def _is_text(file: pafs.FileInfo) -> bool:
+    return suffix_of(file.path) in TEXT
 
 
 def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
@@ -143,8 +162,8 @@ def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
         (e for e in entries if "/." not in e.path[len(root) :] and e.is_file and suffix_of(e.path) in SUFFIXES),
         key=lambda e: e.path,
     )
-    records = [file for file in files if suffix_of(file.path) not in TEXT]
-    records = [file for file in records if Path(file.path).name not in DESCRIPTIONS] or records
+    files = _of_records(files)
+    records = [file for file in files if not _is_text(file)]
     if not files:
         raise UserError(f"data {source}: the folder holds no {', '.join(SUFFIXES)} file")
     return records or files
@@ -177,9 +196,12 @@ def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> 
         splits = {"train": root}
     else:
         return {}
+    states = {name: load(f"{at}/state.json") for name, at in splits.items()}
+    if any("_data_files" not in state for state in states.values()):  # of something else
+        return {}
     files = {
-        name: [filesystem.get_file_info(f"{at}/{file['filename']}") for file in load(f"{at}/state.json")["_data_files"]]
-        for name, at in splits.items()
+        name: [filesystem.get_file_info(f"{splits[name]}/{file['filename']}") for file in state["_data_files"]]
+        for name, state in states.items()
     }
     return files if wanted else _known_splits(files, source)
 

@@ -3,16 +3,16 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ftray.config import DataConfig
-from ftray.data.formats import Chunk, Located
+from ftray.data.formats import Chunk, open_path
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
-from ftray.data.sources import content_stamp, find_chunks, find_splits, is_small, read_for_check
+from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
-REDRAWN_BYTES = 2**20  # sources up to this size have their split drawn anew where chance leaves one empty
-REDRAWS = 100  # at most, of which each succeeds in about half of the cases
-NAMED = 3  # files at most, in a line that says which are held out
+FEW = 1000  # records, up to which no split that was asked for is left empty by chance
+SHOWN = 3  # files of a split that are named
+LEAST_SHARE = 0.1  # of a record, that a split must come to for that
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -35,12 +35,10 @@ class Source:
     Attributes:
         chunks: of it, that can be read in parallel; in a mixture, each names its part.
         cfg: how its records are split and tokenized; `source` names it.
-        records: of each part, where they have been read.
     """
 
     chunks: list[Chunk]
     cfg: DataConfig
-    records: dict[str, list[Located]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parts(self) -> dict[str, "Source"]:
@@ -74,45 +72,25 @@ def find_sources(cfg: DataConfig) -> Sources:
             sources[name] = Source(chunks, cfg.model_copy(update={"source": source, "sources": [], "limit": None}))
         elif chunks := _chunks(own, name):
             sources[name] = Source(chunks, cfg.model_copy(update={"limit": None}))
-    train = sources["train"]
-    known = json.dumps([content_stamp(train.chunks), train.cfg.model_dump_json(exclude={"cache"})], default=str)
-    if known not in _REDRAWS:
-        _REDRAWS[known] = _redraws(train)
-    train.cfg.redraw(_REDRAWS[known])
     return sources
 
 
-_REDRAWS: dict[str, int] = {}  # of sources that this process has read, so that none is read again
+def held_out_files(sources: Sources) -> str:
+    """A line that says which files of folders, globs and the hub are validation and test, as their names are so.
 
-
-def _redraws(source: Source) -> int:
-    """How often the split of a source of few records is drawn anew, until each split has some whose share is a record.
-
-    It follows from the records alone, and is 0 where the first draw leaves no such split empty. Fills `records`.
+    Empty: there are none.
     """
-    size = sum(REDRAWN_BYTES + 1 if chunk.bytes is None else chunk.bytes for chunk in source.chunks)
-    if size > REDRAWN_BYTES or not is_small(source.chunks):
-        return 0
-    try:
-        read = {name: [*read_for_check(own.chunks)] for name, own in source.parts.items()}
-    except UserError:  # the check of the data comes to it
-        return 0
-    source.records.update(read)
-    found = [
-        (order_key(record, own.cfg.seed, name), _content(record.get(GROUP, record)), own.cfg)
-        for name, own in source.parts.items()
-        for _, record in read[name]
-    ]
-    different = {content: cfg for _, content, cfg in sorted(found, key=lambda one: one[0])[: source.cfg.limit]}
-    shares = {
-        "validation": sum(cfg.validation_fraction for cfg in different.values()),
-        "test": sum(cfg.test_fraction for cfg in different.values()),
-    }
-    wanted = {"train", *(name for name, share in shares.items() if share > 1 - 1e-9)}
-    for redraws in range(REDRAWS):
-        if wanted <= {_split(content, cfg, "train", redraws) for content, cfg in different.items()}:
-            return redraws
-    return 0
+    said = []
+    for name in SPLITS[1:]:
+        paths = [*dict.fromkeys(chunk.path for chunk in sources[name].chunks)] if name in sources else []
+        given = sources[name].cfg.source if paths else ""
+        asked_for = [
+            open_path(one)[1] if "://" not in one else one for one in ([given] if isinstance(given, str) else given)
+        ]
+        if paths and paths != asked_for:  # not a file that the user named for it
+            more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+            said.append(f"{name} is {', '.join(paths[:SHOWN])}{more}")
+    return f"by their names, {'; '.join(said)}" if said else ""
 
 
 def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
@@ -157,24 +135,61 @@ def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
 
     It takes a hash of its own, so that `limit`, which takes the smallest order keys, leaves the shares as they are.
     """
-    return _split(_content(record.get(GROUP, record)), cfg, source)
+    return _split(_hash(_content(record.get(GROUP, record)), cfg.seed, "split"), cfg, source)
 
 
-def key_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, str]:
-    """:func:`order_key` and :func:`split_of`."""
+def key_place_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, int, str]:
+    """:func:`order_key`, the 64-bit hash by which the record is in its split, and :func:`split_of`."""
     content = _content(record)
     grouped = _content(record[GROUP]) if GROUP in record else content
-    return _hash(content, cfg.seed, _order(part)), _split(grouped, cfg, source)
+    place = _hash(grouped, cfg.seed, "split")
+    return _hash(content, cfg.seed, _order(part)), place, _split(place, cfg, source)
 
 
-def _split(content: bytes, cfg: DataConfig, source: str, redraws: int | None = None) -> str:
+def _split(place: int, cfg: DataConfig, source: str) -> str:
     if source != "train":
         return source
-    redraws = cfg.redraws if redraws is None else redraws
-    place = _hash(content, cfg.seed, f"split{redraws or ''}") / 2**64
-    if place < cfg.test_fraction:
+    share = place / 2**64
+    if share < cfg.test_fraction:
         return "test"
-    return "validation" if place < cfg.test_fraction + cfg.validation_fraction else "train"
+    return "validation" if share < cfg.test_fraction + cfg.validation_fraction else "train"
+
+
+def filled(splits: Sequence[str], places: Sequence[int], parts: Sequence[str], sources: Sources) -> list[str]:
+    """The splits of records, so that of few none that was asked for is empty by chance: it gets its share of others.
+
+    Records of one place, equal ones and those of one group, move together; equal ones are parted only where fewer
+    differ than there are splits. Nothing depends on the order of the records.
+
+    Args:
+        splits, places, parts: of each record that is used of the source of `train`.
+    """
+    cfg = sources["train"].cfg
+    shares = {
+        "train": dict.fromkeys(cfg.parts, 1.0),
+        "validation": {name: own.validation_fraction for name, own in cfg.parts.items()},
+        "test": {name: own.test_fraction for name, own in cfg.parts.items()},
+    }
+    cut = [name for name in SPLITS if name == "train" or name not in sources]
+    asked = [name for name in cut if sum(shares[name][part] for part in parts) >= LEAST_SHARE]
+    result = [*splits]
+    if len(result) > FEW or {*asked} <= {*result}:
+        return result
+    alike = cfg.group is not None or len({*places}) >= len(asked)
+    units: dict[int, list[int]] = {}  # records that move together, in the order of their places
+    for at in sorted(range(len(places)), key=places.__getitem__):
+        units.setdefault(places[at] if alike else at, []).append(at)
+    for name in asked:
+        held = Counter(result[own[0]] for own in units.values())
+        giver, most = held.most_common(1)[0]
+        if held[name] or most < 2:
+            continue
+        may = [own for own in units.values() if result[own[0]] == giver and all(shares[name][parts[i]] for i in own)]
+        share = 1 if name == "train" else round(sum(shares[name][parts[own[0]]] for own in may))
+        spare = most - sum(not held[other] for other in asked)  # each empty split takes one, and the giver keeps one
+        for at in [i for own in may[: max(1, min(share, spare))] for i in own]:
+            result[at] = name
+    return result
 
 
 def _order(part: str) -> str:
@@ -191,10 +206,13 @@ def _hash(content: bytes, seed: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record that was read: its part of a mixture, its place in the order, its split, what the task found in it."""
+    """A record that was read: its part of a mixture, its place in the order and among the splits, its split, what the
+    task found in it.
+    """
 
     part: str
     key: int
+    place: int
     split: str
     example: Any
 
@@ -216,7 +234,7 @@ class DataCheck:
         self.cfg, self.sources = cfg, find_sources(cfg)
         self.lengths: list[int] = []
         self._records = {
-            (name, part): iter(source.records[part]) if part in source.records else read_for_check(own.chunks)
+            (name, part): read_for_check(own.chunks)
             for name, source in self.sources.items()
             for part, own in source.parts.items()
         }
@@ -246,7 +264,8 @@ class DataCheck:
         from ftray.data.pipeline import check_cache  # which imports this module
 
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
-        self._say_held_out()
+        if held_out := held_out_files(self.sources):
+            print(held_out, flush=True)
         of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
@@ -258,6 +277,8 @@ class DataCheck:
             if name == "train" and of.has_labels and not labels:
                 of = record_task(replace(of.spec, labels=_classes(records, of, source)))
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
+            if name == "train" and is_small(source.chunks):
+                taken = self._filled(taken)
             counts.update(record.split for record in taken)
             different.update(record.key for record in taken)
             if name == "train" and self.cfg.max_length == "auto":
@@ -274,20 +295,24 @@ class DataCheck:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
         return of.spec
 
-    def _say_held_out(self) -> None:
-        """Say which files are held out by their names alone: perhaps they aren't meant so."""
-        for name, given in (("validation", self.cfg.validation), ("test", self.cfg.test)):
-            files = [] if given or name not in self.sources else self.sources[name].chunks
-            paths = dict.fromkeys(chunk.path for chunk in files if chunk.kind != "hub")
-            if paths:
-                more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-                print(
-                    f"{name}, by name: {', '.join([*paths][:NAMED])}{more}: rename what is to be trained on", flush=True
-                )
+    def _filled(self, taken: list[_Record]) -> list[_Record]:
+        """Records with their final splits; says if equal ones had to be parted."""
+        by_hash, places, parts = zip(*((record.split, record.place, record.part) for record in taken), strict=True)
+        splits = filled(by_hash, places, parts, self.sources)
+        result = [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
+        if len({(record.place, record.part, record.split) for record in result}) > len(
+            {(record.place, record.part) for record in result}
+        ):
+            print(
+                f"data {self.cfg.names}: too few of {len(result)} records differ: equal ones are trained on and held "
+                "out, and what is held out proves nothing",
+                flush=True,
+            )
+        return result
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [
-            _Record(part, *key_and_split(record, cfg, name, part), of.parse(record, place))
+            _Record(part, *key_place_and_split(record, cfg, name, part), of.parse(record, place))
             for place, record in self._records[name, part]
         ]
         if not records:

@@ -1,7 +1,8 @@
 """Shows tokenized data: counts of each split, a record as the model sees it."""
 
+import json
 import math
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 MASKED, LEARNT = "dim", "bold green"
 OPEN, CLOSE = "[[", "]]"  # around what is learnt, where there are no styles
-SEAM = " | "  # between words that have tags, and between texts
+BETWEEN = " | "  # words that are tagged, and texts
 BARS, WIDTH = 10, 40  # of a histogram; of its longest bar, in characters
 ROWS = 8  # of a batch whose padding is shown
 
@@ -25,37 +26,52 @@ ROWS = 8  # of a batch whose padding is shown
 def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM") -> Text:
     """The tokens of a row as text: those without loss dimmed, those with loss in a colour.
 
-    For a task without a label for each token, the text is all context, and the target follows it. Words that have a
-    tag, and texts that belong together, have a bar between them where the tokenizer puts nothing there.
+    For a task without a label for each token, the text is all context, and the target follows it. Words that are
+    tagged, and the texts of a record that has several, stand apart.
     """
     from ftray.task_spec import IGNORE
 
-    text, ids = Text(), list(row["input_ids"])
-    if task == "TOKEN_CLS":
-        starts = [at for at, label in enumerate(row["labels"]) if label != IGNORE]
-        text.append(tokenizer.decode(ids[: starts[0]]) if starts else "", style=MASKED)
-        for start, end in pairwise([*starts, len(ids)]):  # of a word, the first token has its tag
-            text.append(SEAM if text.plain.strip() else "", style=MASKED)
-            text.append(tokenizer.decode(ids[start : start + 1]).strip(), style=LEARNT)
-            text.append(tokenizer.decode(ids[start + 1 : end]).rstrip(), style=MASKED)
-    elif task == "CAUSAL_LM":
-        pairs = zip(ids, row["labels"], strict=True)
-        for masked, part in groupby(pairs, key=lambda pair: pair[1] == IGNORE):  # a character may be several tokens
-            text.append(tokenizer.decode([token for token, _ in part]), style=MASKED if masked else LEARNT)
+    text, one_a_token, starts = Text(), task in ("CAUSAL_LM", "TOKEN_CLS"), _starts(row, tokenizer, task)
+    learnt = [one_a_token and label != IGNORE for label in (row["labels"] if one_a_token else row["input_ids"])]
+    parts = np.searchsorted(starts, range(len(row["input_ids"])), "right").tolist()
+    tokens = zip(row["input_ids"], learnt, parts, strict=True)
+    at = 0
+    for (is_learnt, part), own in groupby(tokens, key=lambda token: token[1:]):  # a character may be several tokens
+        text.append(BETWEEN if part != at else "", style=MASKED)
+        text.append(tokenizer.decode([token for token, *_ in own]), style=LEARNT if is_learnt else MASKED)
+        at = part
+    if task == "CAUSAL_LM":
         return text
-    else:
-        ends = accumulate(row.get("lengths") or [len(ids)])
-        texts = [tokenizer.decode(ids[start:end]) for start, end in pairwise([0, *ends])]
-        text.append(_seamed(SEAM.join(texts), str(row.get("prompt") or "")), style=MASKED)
+    if task == "FEATURE_EXTRACTION":  # all texts have been shown
+        return text if math.isnan(row["score"]) else text.append(f" -> {row['score']:g}", style=LEARNT)
     return text.append(f" -> {row['target']}", style=LEARNT)
 
 
-def _seamed(text: str, prompt: str) -> str:
-    """`text` with a bar where it lacks the end of line that `prompt` has between two texts."""
-    for at in (at for at, letter in enumerate(prompt) if letter == "\n"):
-        if (glued := prompt[:at] + prompt[at + 1 :]) in text:
-            return text.replace(glued, f"{prompt[:at]}{SEAM}{prompt[at + 1 :]}")
-    return text
+def _starts(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str) -> list[int]:
+    """The tokens at which a further word that is tagged, or a further text, begins."""
+    from ftray.task_spec import IGNORE
+
+    ids = row["input_ids"]
+    if task == "TOKEN_CLS":
+        return [at for at, label in enumerate(row["labels"]) if label != IGNORE][1:]
+    if task == "FEATURE_EXTRACTION":
+        return [*accumulate(row["lengths"])][:-1]
+    if task == "QUESTION_ANS":
+        extra = json.loads(row["extra"])
+        pairs = [(extra["question"], extra["context"])]
+    elif task == "SEQ_CLS":
+        lines = row["prompt"].split("\n")
+        pairs = [("\n".join(lines[:at]), "\n".join(lines[at:])) for at in range(1, len(lines))]
+    else:
+        pairs = []
+    for pair in pairs if tokenizer.is_fast else []:
+        cut = "only_second" if task == "QUESTION_ANS" else "longest_first"
+        encoded = tokenizer(*pair, truncation=cut, max_length=len(ids))
+        second = next((at for at, sequence in enumerate(encoded.sequence_ids(0)) if sequence == 1), len(ids))
+        whole = second if task == "QUESTION_ANS" else len(ids)  # of a context, this may be a later part
+        if second < len(ids) and encoded["input_ids"][:whole] == ids[:whole]:
+            return [second]
+    return []
 
 
 def marked(text: Text) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ftray.config import DataConfig, EvaluationConfig
-from ftray.data.shapes import ANY, Record, Shape, as_text
+from ftray.data.shapes import ANY, Record, Shape, as_text, number
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError, near
 from ftray.evaluation.metrics import Scores, macro_f1, ratio
@@ -38,6 +38,8 @@ def _labelled(first: str, label: str, second: str = "", may_be_single: bool = Fa
 
     def parse(record: Record, where: object) -> Example:
         pair = text_of(record, second, where, NEEDS) if second and record.get(second) is not None else None
+        if pair is not None:
+            _refuse_score(record.get(label), (first, second, label), where)
         return Example(text_of(record, first, where, NEEDS), pair, _one_label(record.get(label), label, where), where)
 
     pair, single = (first, second, label), (first, label)
@@ -46,6 +48,17 @@ def _labelled(first: str, label: str, second: str = "", may_be_single: bool = Fa
     name = "labelled pair" if second and not may_be_single else "labelled text"
     refused = ANY | {other: "ftray learns one label a text: give it as label" for other in LABELS if other != label}
     return Shape(name, keys, parse, optional, refused, SECOND, fits)
+
+
+def _refuse_score(value: object, keys: tuple[str, str, str], where: object) -> None:
+    """Raise the UserError about a label that says how like two texts are, as those of STS-B from 0 to 5."""
+    if isinstance(score := number(value), float) and not score.is_integer():
+        first, second, label = keys
+        raise UserError(
+            f"{where}: {label} is {score:g}, a score and no class: to learn how like the texts are, give "
+            f"--data.fields 'sentence1: {first}, sentence2: {second}, score: \"{{{{ {label} | float / 5 }}}}\"', "
+            "with the highest score in place of 5"
+        )
 
 
 def _is_label(value: object) -> bool:
