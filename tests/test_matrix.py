@@ -18,9 +18,9 @@ from ftray.adapters.methods import METHODS, attach
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig, config_from
 from ftray.errors import UserError
 from ftray.models.load import load_base, load_skeleton
+from ftray.models.next_token import token_losses
 from ftray.multi_adapter.shared_model import trainable
 from ftray.search.space import load_space
-from ftray.tasks.causal import token_losses
 from ftray.training.pack_trainer import PackTrainer
 from ftray.training.single_run_trainer import SingleRunTrainer
 

@@ -1,19 +1,17 @@
-"""CAUSAL_LM: text that continues a prompt; records lie packed in one row, the loss is that of the next token."""
+"""CAUSAL_LM: text that continues a prompt; records lie packed in one row."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
 from ftray.data.record_task import TextTask
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
+from ftray.models.next_token import supervised_loss, supervised_tokens, token_losses
 from ftray.models.probe import padding_obstacle
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
@@ -27,7 +25,7 @@ SCORED_TOKENS = 2048  # of a batch that is scored: its logits lie in memory at o
 
 
 class Task(TextTask, task.Task):
-    """See :mod:`ftray.data.tokens` for its tokens, and :func:`supervised_loss`."""
+    """See :mod:`ftray.data.tokens` and :mod:`ftray.models.next_token`."""
 
     auto_class = "AutoModelForCausalLM"
     pipeline_tag = "text-generation"
@@ -76,70 +74,6 @@ def collate(batch: Mapping[str, Sequence[Sequence[int]]]) -> Batch:
     positions = [np.arange(len(record)) for record in ids]
     columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
     return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in columns.items()}
-
-
-def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Number of positions that bear loss in `batch` (see :func:`supervised_loss`)."""
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-
-def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
-    """Cross-entropy *summed* over the supervised tokens of one packed row; a float32 scalar.
-
-    `batch` holds `input_ids`, `position_ids` and `labels`, each int64 of shape [1, tokens]: records one after
-    another, positions restarting at 0 with each, labels -100 where no loss is due and at the first token of each
-    record. `pad` is that of :func:`token_losses`.
-    """
-    return token_losses(model, batch, pad).sum()
-
-
-def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
-    """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
-
-    Args:
-        pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
-            itself has to keep the records of one row apart by their positions: see
-            :func:`ftray.models.probe.row_obstacle`.
-    """
-    labels, before = batch["labels"], _puts_tokens_before(model)
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    if pad or before:
-        mask = padding_mask(batch["position_ids"])
-        labels = padded(labels, mask, IGNORE)
-        inputs = {"input_ids": padded(batch["input_ids"], mask, 0), "attention_mask": mask}
-    if not before:
-        inputs["use_cache"] = False
-    supervised = labels[:, 1:] != IGNORE
-    columns = supervised.any(0).nonzero().squeeze(1)  # the head runs only where some record's next token bears loss
-    if _keeps_logits(model) and not before:
-        logits = model(**inputs, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
-    chosen = supervised[:, columns]
-    return F.cross_entropy(logits[chosen].float(), labels[:, 1:][:, columns][chosen], reduction="none")
-
-
-def padding_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """int64 [records, longest], 1 at each token of a record, of a packed row with `position_ids` [1, tokens]."""
-    starts = (position_ids[0] == 0).nonzero().squeeze(1)
-    lengths = torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
-    return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
-
-
-def padded(row: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
-    """A packed row [1, tokens] as [records, longest], as its :func:`padding_mask` says."""
-    return torch.full_like(mask, fill).masked_scatter_(mask.bool(), row)
-
-
-def _puts_tokens_before(model: nn.Module) -> bool:
-    adapted: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
-    return hasattr(adapted, "active_peft_config") and adapted.active_peft_config.is_prompt_learning
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    base: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def score(

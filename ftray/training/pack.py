@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ftray.compat.torch import add
 from ftray.models import probe
+from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.models.sharding import is_sharded, whole
 from ftray.multi_adapter import attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -26,7 +27,6 @@ from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
-from ftray.tasks.causal import padded, padding_mask, supervised_tokens
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 

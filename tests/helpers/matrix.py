@@ -27,8 +27,9 @@ from ftray.data.splits import order_key
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.models.load import load_base, load_skeleton, load_tokenizer
+from ftray.models.next_token import token_losses
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.tasks.causal import collate, token_losses
+from ftray.tasks.causal import collate
 from ftray.tasks.embeddings import SCALE
 from ftray.training.pack_trainer import PackTrainer
 from ftray.training.run_spec import RunSpec

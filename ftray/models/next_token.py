@@ -1,0 +1,75 @@
+"""Next-token loss of packed rows, at supervised positions only. Plain PyTorch."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ftray.task_spec import IGNORE
+
+
+def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Number of positions that bear loss in `batch` (see :func:`supervised_loss`)."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
+    """Cross-entropy *summed* over the supervised tokens of one packed row; a float32 scalar.
+
+    `batch` holds `input_ids`, `position_ids` and `labels`, each int64 of shape [1, tokens]: records one after
+    another, positions restarting at 0 with each, labels -100 where no loss is due and at the first token of each
+    record. `pad` is that of :func:`token_losses`.
+    """
+    return token_losses(model, batch, pad).sum()
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
+    """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
+
+    Args:
+        pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
+            itself has to keep the records of one row apart by their positions: see
+            :func:`ftray.models.probe.row_obstacle`.
+    """
+    labels, before = batch["labels"], _puts_tokens_before(model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if pad or before:
+        mask = padding_mask(batch["position_ids"])
+        labels = padded(labels, mask, IGNORE)
+        inputs = {"input_ids": padded(batch["input_ids"], mask, 0), "attention_mask": mask}
+    if not before:
+        inputs["use_cache"] = False
+    supervised = labels[:, 1:] != IGNORE
+    columns = supervised.any(0).nonzero().squeeze(1)  # the head runs only where some record's next token bears loss
+    if _keeps_logits(model) and not before:
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
+    chosen = supervised[:, columns]
+    return F.cross_entropy(logits[chosen].float(), labels[:, 1:][:, columns][chosen], reduction="none")
+
+
+def padding_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """int64 [records, longest], 1 at each token of a record, of a packed row with `position_ids` [1, tokens]."""
+    starts = (position_ids[0] == 0).nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]]))
+    return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+
+
+def padded(row: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
+    """A packed row [1, tokens] as [records, longest], as its :func:`padding_mask` says."""
+    return torch.full_like(mask, fill).masked_scatter_(mask.bool(), row)
+
+
+def _puts_tokens_before(model: nn.Module) -> bool:
+    adapted: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+    return hasattr(adapted, "active_peft_config") and adapted.active_peft_config.is_prompt_learning
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    base: Any = getattr(model, "module", model)  # DeepSpeed engine -> PEFT model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
