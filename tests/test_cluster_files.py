@@ -297,7 +297,8 @@ def test_the_search_in_the_comments_is_one_that_the_command_takes(name, monkeypa
 
 
 def test_the_grafana_dashboard_asks_for_metrics_that_there_are():
-    made = set(re.findall(r'"(ftray_\w+)"', (REPOSITORY / "ftray" / "search" / "metrics.py").read_text()))
+    sources = [(REPOSITORY / "ftray" / "search" / name).read_text() for name in ("metrics.py", "pack_metrics.py")]
+    made = set(re.findall(r'"(ftray_\w+)"', "".join(sources)))
     dashboard = json.loads((CLUSTER / "observability" / "grafana.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert {name for expression in asked for name in re.findall(r"ray_(ftray_\w+)", expression)} == made

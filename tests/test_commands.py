@@ -5,9 +5,11 @@ import logging
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from conftest import llama, make_tokenizer
 from helpers.live_memory import most_bytes
@@ -132,6 +134,10 @@ def test_a_command_says_what_it_waits_for(cluster, tmp_path, capsys, monkeypatch
     monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 60)  # the task of a moment ago has to end
     say_if_waiting(2, {"CPU": 2, "GPU": 0})
     assert capsys.readouterr().err == ""
+    deadline = time.monotonic() + 60  # what found room was given back: Ray tells of it a moment later
+    while ray.available_resources().get("CPU", 0) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     monkeypatch.setattr("ftray.runtime.cluster.ROOM_PATIENCE", 0.5)
     say_if_waiting(3, {"CPU": 2, "GPU": 1})
     assert capsys.readouterr().err == "ftray waits for 3 times 2 CPU and 1 GPU; free: 4 of 4 CPU and 0 of 0 GPU\n"
@@ -141,8 +147,7 @@ def test_a_command_says_what_it_waits_for(cluster, tmp_path, capsys, monkeypatch
 def test_an_adapter_of_prompts_is_asked_and_not_merged(method, tmp_path, capsys, tiny_llama, tokenizer):
     adapter = tmp_path / "adapter"
     model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method=method), 1, 0)
-    save(model, adapter)
-    TaskSpec(template="say {prompt}\n").save(adapter)
+    save(model, TaskSpec(template="say {prompt}\n"), adapter)
     asked = ["--adapter", str(adapter), "--model.dtype", "fp32"]
     assert main(["infer", *asked, "--prompt", "a b", "--generation.max_new_tokens", "8"]) == 0
     prompt = tokenizer("say a b\n", return_tensors="pt")
@@ -628,7 +633,8 @@ def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words,
     from ftray.config import AdapterConfig, ModelConfig
     from ftray.models.load import load_base
 
-    plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2")
+    asha = ["--search.scheduler", "asha"]
+    plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2", *asha)
     assert plan["rungs"] == [{"records": 8, "trials": 9}, {"records": 24, "trials": 3}, {"records": 72, "trials": 1}]
     largest = AdapterConfig(method="lora", rank=4, target_modules="all-linear")
     model = attach(load_base(ModelConfig(), tiny_llama), largest, 9, 0)

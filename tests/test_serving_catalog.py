@@ -17,6 +17,7 @@ from ftray.serving.api.requests import AddAdapterRequest
 from ftray.serving.app import build, key_digest
 from ftray.serving.catalog import find_catalog
 from ftray.serving.errors import APIError
+from ftray.task_spec import CAUSAL
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 
@@ -90,7 +91,7 @@ def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reaso
 def test_an_adapter_is_found_in_what_a_run_left(tiny_llama, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)
     model = attach(load_base(ModelConfig(dtype="fp32"), tiny_llama), AdapterConfig(method="lora"), 1, 0)
-    save(model, tmp_path / "runs" / "one" / inside)
+    save(model, CAUSAL, tmp_path / "runs" / "one" / inside)
     place = str((tmp_path / "runs" / "one" / inside).resolve())
     cfg = Config(model=ModelConfig(name=tiny_llama), adapters=["a=runs/one", f"b=file://{tmp_path}/runs/one"])
     found = find_catalog(cfg).adapters

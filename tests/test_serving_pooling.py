@@ -140,7 +140,7 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
         torch.testing.assert_close(torch.tensor([of_pair["probs"]]), wanted, rtol=1e-4, atol=1e-5)
         for path, body, field, reason in (
             ("classify", {"model": Path(tiny_bert).name, "input": "a"}, "model", "of its own: name an adapter"),
-            ("classify", {"model": "best", "input": []}, "input", "not empty"),
+            ("classify", {"model": "best", "input": []}, "input", "none of them empty"),
             ("classify", {"model": "best", "input": ["a"], "pair": ["a", "b"]}, "pair", "as many as"),
             ("classify", {"model": "best", "input": "a " * 9000}, "input", "are allowed"),
             ("classify", {"model": "best", "input": "a", "top": 3}, "top", "unsupported"),

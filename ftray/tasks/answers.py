@@ -193,12 +193,12 @@ class Task(task.PaddedTask):
             for i, e in enumerate(extras)
             for w in windows(e["question"], e["context"], tokenizer, e["max_length"])
         ]
-        windows = [
+        rows = [
             {"input_ids": w.input_ids, "token_type_ids": w.token_type_ids, "labels": self.nothing} for _, w in owned
         ]
         best = [(-np.inf, "")] * len(extras)
         nothing = [np.inf] * len(extras)  # the least that any window gives to no answer
-        for part, batch in self.batches(model, windows, cfg.batch_size):
+        for part, batch in self.batches(model, rows, cfg.batch_size):
             for place, logits in zip(part, self.logits(model, batch).cpu().numpy(), strict=True):
                 i, window = owned[place]
                 nothing[i] = min(nothing[i], float(logits[:, 0].sum()))
