@@ -304,7 +304,8 @@ def test_what_is_documented_of_a_command_it_takes(name, tmp_path, monkeypatch):
         parse(name, shlex.split(line.partition(" > ")[0])[2:])
     for field in fields():
         if reads(name, field) and field.partition(".")[0] not in COMMANDS[name].flags and field not in SWITCHES:
-            parse(name, [f"--{field}={json.dumps(another(field))}", *needed(field)])
+            value = another(field)
+            parse(name, [f"--{field}={value if isinstance(value, str) else json.dumps(value)}", *needed(field)])
 
 
 def needed(field: str) -> list[str]:

@@ -671,7 +671,7 @@ def test_words_and_texts_that_are_shown_have_something_between_them(tmp_path, ti
     kinds = {
         "words": ({"tokens": ["EU", "calls"], "tags": ["B", "O"]}, "EU | calls -> B O"),
         "pair": ({"premise": "a b", "hypothesis": "c", "label": "x"}, "a b | c -> x"),
-        "texts": ({"anchor": "a b", "positive": "c"}, "a b | c -> c"),
+        "texts": ({"anchor": "a b", "positive": "c"}, "a b | c"),
     }
     for name, (record, wanted) in kinds.items():
         others = [record | ({"label": "y"} if "label" in record and n % 2 else {}) for n in range(4)]

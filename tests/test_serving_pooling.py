@@ -141,7 +141,7 @@ def test_classes_of_a_run_its_trials_and_another_adapter(tiny_bert, tmp_path):
         for path, body, field, reason in (
             ("classify", {"model": Path(tiny_bert).name, "input": "a"}, "model", "of its own: name an adapter"),
             ("classify", {"model": "best", "input": []}, "input", "none of them empty"),
-            ("classify", {"model": "best", "input": ["a"], "pair": ["a", "b"]}, "pair", "as many as"),
+            ("classify", {"model": "best", "input": ["a"], "pair": ["a", "b"]}, "pair", "as many texts as"),
             ("classify", {"model": "best", "input": "a " * 9000}, "input", "are allowed"),
             ("classify", {"model": "best", "input": "a", "top": 3}, "top", "unsupported"),
             ("embeddings", {"model": "best", "input": "a"}, None, "use /v1/classify"),

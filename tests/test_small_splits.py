@@ -46,7 +46,7 @@ def test_equal_records_are_parted_where_too_few_differ_and_that_is_said(tmp_path
     DataCheck(cfg).run(tokenizer)
     said = capsys.readouterr().out
     assert said == (
-        f"data {source}: too few of 40 records differ: equal ones are trained on and held out, and what is held out "
+        f"data {source}: too few records differ: equal ones are trained on and held out, and what is held out "
         "proves nothing\n"
     )
     counts = {name: split.records for name, split in prepare(cfg, tiny_llama).splits.items()}

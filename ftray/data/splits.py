@@ -270,6 +270,7 @@ class DataCheck:
         counts: Counter[str] = Counter()
         different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree
+        are_parted = False
         for name, source in self.sources.items():
             records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
             first = first or [records[0].example]
@@ -279,6 +280,8 @@ class DataCheck:
             taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
             if name == "train" and is_small(source.chunks):
                 taken = self._filled(taken)
+                in_split = {(record.place, record.part, record.split) for record in taken}
+                are_parted = len(in_split) > len({(record.place, record.part) for record in taken})
             counts.update(record.split for record in taken)
             different.update(record.key for record in taken)
             if name == "train" and self.cfg.max_length == "auto":
@@ -293,22 +296,19 @@ class DataCheck:
             for split in needed(self.cfg):
                 if not counts[split]:
                     refuse_empty(split, counts.total(), self.cfg, len(different))
+        if are_parted:
+            print(
+                f"data {self.cfg.names}: too few records differ: equal ones are trained on and held out, and what is "
+                "held out proves nothing",
+                flush=True,
+            )
         return of.spec
 
     def _filled(self, taken: list[_Record]) -> list[_Record]:
-        """Records with their final splits; says if equal ones had to be parted."""
+        """Records with their final splits."""
         by_hash, places, parts = zip(*((record.split, record.place, record.part) for record in taken), strict=True)
         splits = filled(by_hash, places, parts, self.sources)
-        result = [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
-        if len({(record.place, record.part, record.split) for record in result}) > len(
-            {(record.place, record.part) for record in result}
-        ):
-            print(
-                f"data {self.cfg.names}: too few of {len(result)} records differ: equal ones are trained on and held "
-                "out, and what is held out proves nothing",
-                flush=True,
-            )
-        return result
+        return [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
         records = [
