@@ -191,7 +191,7 @@ LOST = [
         {"messages": [USER, ANSWER | {"weight": 0.5}]},
         r"messages\[1\]\.weight is 0.5: a turn or record is learnt or not",
     ),
-    ({"messages": [USER, ANSWER | {"weight": "0"}]}, r"messages\[1\]\.weight is '0': a turn"),
+    ({"messages": [USER, ANSWER | {"weight": "half"}]}, r"messages\[1\]\.weight is 'half': a turn"),
     ({"messages": [USER, ANSWER | {"mask": [0, 1]}]}, r"messages\[1\]\.mask is \[0, 1\]: a turn"),
     ({"messages": [USER, ANSWER | {"weight": float("nan")}]}, r"messages\[1\]\.weight is nan: a turn"),
     ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages has no assistant turn to be learnt: nothing to learn"),
@@ -335,8 +335,11 @@ def test_what_only_looks_like_it_is_ignored_and_named(key):
 def test_marks_of_turns(key, off):
     marked = parse({"messages": [USER, ANSWER | {key: off}, USER, ANSWER | {key: not off}]}, "f:1")
     assert marked == chat(SAID * 2, context=frozenset([1]))
-    with pytest.raises(UserError, match=rf"messages\[1\]\.{key} is 'false': a turn or record is learnt or not"):
-        parse({"messages": [USER, ANSWER | {key: "false"}]}, "f:1")
+    as_text = [str(mark).lower() for mark in (off, not off)]  # as in a table
+    marked = parse({"messages": [USER, ANSWER | {key: as_text[0]}, USER, ANSWER | {key: as_text[1]}]}, "f:1")
+    assert marked == chat(SAID * 2, context=frozenset([1]))
+    with pytest.raises(UserError, match=rf"messages\[1\]\.{key} is 'perhaps': a turn or record is learnt or not"):
+        parse({"messages": [USER, ANSWER | {key: "perhaps"}]}, "f:1")
 
 
 # of what is published as text to be learnt alone, and what stands beside it

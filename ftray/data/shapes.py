@@ -219,7 +219,7 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
         marked = meanings.marks_learnt(key)
         if marked is None or is_empty(value):
             continue
-        value = value if path else number(value)
+        value = number(value)
         if isinstance(value, str) or value not in (0, 1):
             raise UserError(
                 f"{where}: {path}{key} is {value!r:.40}: a turn or record is learnt or not, there are no shares yet: "
