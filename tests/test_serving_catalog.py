@@ -87,6 +87,15 @@ def test_what_is_not_there_is_told_before_ray_starts(tiny_llama, settings, reaso
         find_catalog(cfg)
 
 
+def test_an_endpoint_starts_again_beside_the_registry_that_it_left(tiny_llama, tmp_path):
+    cfg = serving(registry=str(tmp_path / "serving.json"))
+    cfg.model.name = tiny_llama
+    for _ in range(2):
+        catalog = find_catalog(cfg)
+        (tmp_path / "serving.json").write_text('{"added": {}, "removed": {}}')
+    assert catalog.adapters == {}
+
+
 @pytest.mark.parametrize("inside", [".", "adapter", "best/adapter"])
 def test_an_adapter_is_found_in_what_a_run_left(tiny_llama, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)

@@ -75,7 +75,7 @@ def find_catalog(cfg: Config) -> Catalog:
             check_adapter(Path(source), path, task)
     Registry(cfg.serving, adapters)  # refuses a file that can't be read
     if cfg.serving.registry:
-        parse_location(cfg.serving.registry).check_writable("serving.registry")
+        parse_location(cfg.serving.registry).parent.check_writable("serving.registry")
     return Catalog(base, path, adapters, task)
 
 
