@@ -17,7 +17,7 @@ BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be se
 
 
 @dataclass
-class Member:
+class CohortTrial:
     """A trial in its cohort.
 
     Attributes:
@@ -58,7 +58,7 @@ class Cohorts:
         """
         self.rungs, self.size, self.total = rungs[:-1], size, total
         self.sign = 1 if direction == "min" else -1
-        self.cohorts: list[dict[int, Member]] = []
+        self.cohorts: list[dict[int, CohortTrial]] = []
         self._cut: list[int] = []  # by cohort, rungs that were cut
 
     def restore(self, past: Iterable[FrozenTrial], metric: str) -> None:
@@ -93,7 +93,7 @@ class Cohorts:
         while len(self.cohorts) <= cohort:
             self.cohorts.append({})
             self._cut.append(0)
-        self.cohorts[cohort].setdefault(number, Member())
+        self.cohorts[cohort].setdefault(number, CohortTrial())
         return cohort
 
     def cohort_of(self, number: int) -> int | None:
