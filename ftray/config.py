@@ -187,14 +187,6 @@ class DataConfig(Section):
 
     _at_home = field_validator("source", "validation", "test", "cache", "chat_template")(at_home)
 
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _named_alone(cls, sources: object) -> object:
-        """Sources of which some may be named and nothing more."""
-        if not isinstance(sources, list):
-            return sources
-        return [{"source": source} if isinstance(source, str) else source for source in sources]
-
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> "DataConfig":
         for part in self.parts.values():

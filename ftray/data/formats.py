@@ -357,22 +357,6 @@ def _read_whole_json(chunk: Chunk) -> Iterator[Located]:
         yield place, _checked(record, place, escapes)
 
 
-def _columns(value: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of a table that pandas wrote: `{column: {row: value}}`, or its columns and rows; None: it is none."""
-    names, rows = value.get("columns"), value.get("data")
-    if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
-        return (
-            [dict(zip(names, row, strict=False)) for row in rows] if all(len(r) == len(names) for r in rows) else None
-        )
-    columns = [*value.values()]
-    if len(columns) < 2 or not all(isinstance(column, dict) for column in columns):
-        return None
-    places = [*columns[0]]
-    if not places or not all(place.isdecimal() for place in places) or any([*of] != places for of in columns):
-        return None
-    return [{name: column[place] for name, column in value.items()} for place in places]
-
-
 def _held(value: dict[str, Any]) -> Any:
     """The list of records in a JSON object that has nothing else, but for such as a version; None: it is a record."""
     key = next((key for key in HOLDERS if isinstance(value.get(key), list)), None)

@@ -109,6 +109,7 @@ class PackWorker:
         self.data = TokenizedData.load(context.search.data)
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
+        self.compared = rungs(context.search.budget(), context.search.config)
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
@@ -199,7 +200,8 @@ class PackWorker:
         if self.metrics:
             self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
-        failed |= self._validate(due)
+        if due:
+            failed |= self._validate(due)
         for name in due:
             if name not in failed:
                 self._save(name)
@@ -209,12 +211,11 @@ class PackWorker:
 
     def _validate(self, names: Iterable[str]) -> dict[str, str]:
         """Validate trials, each on as many records as its rung has; returns the reason for each that failed."""
-        compared = rungs(self.context.search.budget(), self.context.search.config)
         at: dict[int | None, list[str]] = {}
         for name in names:
             trial = self.trainer.trials[name]
             records = trial.history.step * trial.run.training.batch_size
-            reached = [rung.validated for rung in compared if rung.records <= records]
+            reached = [rung.validated for rung in self.compared if rung.records <= records]
             at.setdefault(reached[-1] if reached and not trial.history.over else None, []).append(name)
         failed: dict[str, str] = {}
         for part, group in at.items():

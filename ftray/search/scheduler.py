@@ -59,13 +59,11 @@ class CohortScheduler(FIFOScheduler):
 
     def _ended(self, tune_controller: "TuneController", trial: Trial) -> None:
         number = trial.config["number"]
-        if self.cohorts.lost(number):
-            self.cohorts.end(number)
-            return
         self.cohorts.end(number)
-        survivors, losers = self._cut(number)  # the others may have waited for this one alone
-        self._end(tune_controller, losers)
-        self._train_on |= survivors
+        if not self.cohorts.lost(number):  # the others may have waited for this one alone
+            survivors, losers = self._cut(number)
+            self._end(tune_controller, losers)
+            self._train_on |= survivors
 
     def on_trial_complete(self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]) -> None:
         """Called for a running trial that has ended, by itself or by hand."""
