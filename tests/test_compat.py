@@ -316,3 +316,43 @@ def test_what_ruff_takes_for_public():
     trees = {file: ast.walk(ast.parse(file.read_text())) for file in files}
     used = [(file.name, n.attr) for file, tree in trees.items() for n in tree if isinstance(n, ast.Attribute)]
     assert [(file, name) for file, name in used if re.fullmatch("_[^_].*_", name)] == []
+
+
+def test_ray_tune_trials_without_actors(cluster, tmp_path):
+    """Two trials of three reports, one of them paused, by a trainable that must never be made."""
+    from ray import tune
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    from ftray.compat.ray_tune import no_checkpoint, trials_without_actors
+
+    class Never(tune.Trainable):
+        def setup(self, config):
+            raise AssertionError
+
+    asked, taken = [], {0: 0, 1: 0}
+
+    class Pausing(FIFOScheduler):
+        def on_trial_result(self, controller, trial, result):
+            number = trial.config["number"]
+            taken[number] += 1
+            return TrialScheduler.PAUSE if (number, taken[number]) == (1, 1) else TrialScheduler.CONTINUE
+
+    def answer(config, method, *args, **kwargs):
+        asked.append((config["number"], method))
+        if method == "train":
+            done = taken[config["number"]] == 2
+            return ray.put({"loss": 0.5, "training_iteration": taken[config["number"]] + 1, "done": done})
+        return ray.put(no_checkpoint() if method == "save" else {})
+
+    with trials_without_actors(answer):
+        results = tune.Tuner(
+            tune.with_resources(Never, {"memory": 1}),
+            param_space={"number": tune.grid_search([0, 1])},
+            tune_config=tune.TuneConfig(scheduler=Pausing(), metric="loss", mode="min"),
+            run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+        ).fit()
+    assert not results.errors
+    assert taken == {0: 2, 1: 2}  # the last report ends the trial unasked
+    assert [asked.count((number, "train")) for number in (0, 1)] == [3, 3]
+    assert asked.count((1, "__ray_ready__")) == 2  # it was paused after its first report
+    assert asked.count((0, "__ray_ready__")) == 1

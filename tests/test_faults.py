@@ -62,7 +62,7 @@ TERM = signal.SIGTERM
 DATA = "ray::MapBatches|ray::Map|ray::_MapWorker|ray::StatsActor|ray::_StatsActor"
 FAULTS = {
     "pack's worker killed": Fault("ray::RayTrainWorker"),
-    "trial's process killed": Fault("ray::ResourceTrainable"),
+    "trial's process killed, pack off": Fault("ray::ImplicitFunc|ray::ResourceTrainable|ray::run_trial", "off"),
     "pack's controller killed": Fault("ray::TrainController"),
     "broker between trials and packs killed": Fault("ray::TrialBroker", seconds=120),
     "training worker killed, pack off": Fault("ray::RayTrainWorker", "off"),

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class TrialState:
         requested: number of reports that Tune has asked for; the trial may train until it has made them.
         report_early: whether it must report after its next step, even between two rungs.
         failure: why it failed; None: it did not.
+        seconds: how long Tune has waited for its reports.
     """
 
     config: dict[str, Any]
@@ -32,6 +34,7 @@ class TrialState:
     requested: int = 0
     report_early: bool = False
     failure: str | None = None
+    seconds: float = 0.0
 
     @property
     def may_train(self) -> bool:
@@ -59,10 +62,9 @@ class Orders:
 
 
 class TrialBroker:
-    """Decides which pack trains which trial; an asyncio actor that every trial and rank 0 of every pack call.
+    """Decides which pack trains which trial; an asyncio actor that the driver and rank 0 of every pack call.
 
-    Only the driver reports that a trial is over. The trial's process can't: Tune may start two processes for a trial
-    and stop one of them, or reuse the process of a finished trial for a later one.
+    Only the driver reports that a trial is over.
 
     Args:
         total: number of trials that the search has yet to finish.
@@ -99,10 +101,15 @@ class TrialBroker:
             number: of the trial.
             heard: number of its reports that the caller already has.
 
+        Returns:
+            the report, with what Tune adds to those of a process: `config`, `done`, `training_iteration` (from 1 on),
+            and in seconds `time_this_iter_s` and `time_total_s`.
+
         Raises:
             TrialFailed: it failed, or is over.
             PacksGone: the broker closed before the trial ended.
         """
+        started = time.monotonic()
         async with self._changed:
             trial = self.trials.get(number)
             if trial is None:
@@ -113,7 +120,11 @@ class TrialBroker:
                 lambda: len(trial.reports) > heard or trial.failure or self.closed or number not in self.trials
             )
             if len(trial.reports) > heard:
-                return trial.reports[heard]
+                took = time.monotonic() - started
+                trial.seconds += took
+                times = {"time_this_iter_s": took, "time_total_s": trial.seconds}
+                filled = {"config": trial.config, "done": False, "training_iteration": heard + 1}
+                return {**filled, **times, **trial.reports[heard]}
             if self.closed and not trial.failure:
                 raise PacksGone(self.closed)
             raise TrialFailed(trial.failure or "it is over")

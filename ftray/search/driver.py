@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
+from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
 from ftray.data import TokenizedData
 from ftray.models.find import hidden_size
@@ -30,7 +31,7 @@ from ftray.search.rungs import FACTOR, MOST_IN_COHORT, rung_records, rungs
 from ftray.search.sampler import Sampler
 from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
-from ftray.search.trial_proxy import TrialEndCallback, TrialProxy
+from ftray.search.trial_proxy import PackTrial, TrialProxies
 from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
 from ftray.search.warm_start import earlier_trials
@@ -60,8 +61,8 @@ class TimeBudget(tune.Stopper):
 class TrialEnd(tune.Callback):
     """Frees the workers of a trial soon after it was stopped, and records why a failed one failed."""
 
-    def __init__(self, sampler: Sampler):
-        self.sampler = sampler
+    def __init__(self, sampler: Sampler, packed: bool):
+        self.sampler, self.packed = sampler, packed
         self._released = 0.0
         self._gone = ""
 
@@ -79,9 +80,11 @@ class TrialEnd(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record why the trial failed; if it was because the packs are gone, it stays unfinished in the journal."""
-        reason = failure_reason(trial)
-        if isinstance(trial_error(trial), PacksGone):
+        reason, error = failure_reason(trial), trial_error(trial)
+        if isinstance(error, PacksGone):
             self._gone = reason
+        elif self.packed and error is None:
+            self._gone = "the process between the trials and the packs has died"
         else:
             self.sampler.fail(trial.trial_id, reason)
 
@@ -110,8 +113,9 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
             _tune(trainable, capacity, context, space, output, callbacks, past, None)
         return
     with packs(context, experiment, cfg.search.trials - len(past)) as (broker, capacity):
-        trainable = tune.with_parameters(TrialProxy, broker=broker)
-        _tune(trainable, capacity, context, space, output, [*callbacks, TrialEndCallback(broker)], past, broker)
+        proxies = TrialProxies(broker)
+        with trials_without_actors(proxies.answer):
+            _tune(PackTrial, capacity, context, space, output, [*callbacks, proxies], past, broker)
 
 
 def _in_packs(context: SearchContext, space: Space) -> bool:
@@ -138,7 +142,7 @@ def _tune(
     broker: ActorHandle | None,
 ) -> None:
     cfg, budget = context.config, context.budget()
-    # Tune would start the trials' processes one after the other; `capacity` limits their number
+    # Tune would begin the trials one after the other; `capacity` limits their number
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
     cohorts = _cohorts(cfg, budget, output, capacity, broker is not None)
 
@@ -155,19 +159,19 @@ def _tune(
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
-        tune.with_resources(trainable, {"memory": 200 * 2**20}),
+        tune.with_resources(trainable, {"memory": 200 * 2**20 if broker is None else 1}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
             scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
             num_samples=cfg.search.trials - len(past),
-            reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),
         run_config=tune.RunConfig(
             name=EXPERIMENT,
             **output.ray_storage(),
-            failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
-            callbacks=[*callbacks, TrialEnd(sampler), requests],
+            # a trial of a pack fails for reasons of its own: it would fail again
+            failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures if broker is None else 0),
+            callbacks=[*callbacks, TrialEnd(sampler, broker is not None), requests],
             stop=CombinedStopper(time_budget, requests),  # in this order: the time budget hears of every result
             verbose=0,
         ),

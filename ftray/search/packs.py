@@ -22,7 +22,7 @@ from ftray.search.pack_worker import PackContext, most_trials, pack_worker
 from ftray.search.trial_worker import SearchContext, group_trainer
 from ftray.storage.location import Location
 
-FIRST_TRIALS = 8  # trials whose processes start while the packs load their models
+FIRST_TRIALS = 8  # trials that begin while the packs load their models
 
 
 @dataclass

@@ -1,74 +1,55 @@
-"""A trial of a pack as Tune knows it. Imports no torch: a trial's process is light."""
+"""Trials of a pack as Tune knows them: no process of their own, but the broker's answers."""
 
-from typing import TYPE_CHECKING, Any, cast
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
-from ftray.search.failures import PacksGone
+from ftray.compat.ray_tune import no_checkpoint
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.tune.experiment import Trial
 
 
-class TrialEndCallback(tune.Callback):
-    """Tells the broker which trials are over: only Tune's driver knows for sure."""
+class PackTrial(tune.Trainable):
+    """What Tune is told to run. It never does: see :class:`TrialProxies`."""
 
-    def __init__(self, broker: "ActorHandle"):
+
+class TrialProxies(tune.Callback):
+    """Answers Tune in the place of the trials' actors, and tells the broker which trials are over.
+
+    Args:
+        broker: the :class:`ftray.search.broker.TrialBroker`.
+    """
+
+    def __init__(self, broker: "ActorHandle") -> None:
         self.broker = broker
+        self._heard: Counter[int] = Counter()  # by trial, how many of its reports Tune has
+
+    def answer(self, config: dict[str, Any], method: str, *args: object, **kwargs: object) -> ray.ObjectRef:
+        """The result of a method that Tune calls on the actor of the trial of this configuration.
+
+        A trial that a scheduler pauses waits in its pack: it trains on when its next report is asked for.
+        """
+        number = config["number"]
+        if method == "__ray_ready__":
+            return self.broker.enter.remote(number, config)
+        if method == "train":
+            return self.broker.next.remote(number, self._heard[number])
+        return ray.put(no_checkpoint() if method == "save" else {})
+
+    def on_trial_result(
+        self, iteration: int, trials: "list[Trial]", trial: "Trial", result: dict[str, Any], **info: object
+    ) -> None:
+        """Called for each report that Tune has taken."""
+        self._heard[trial.config["number"]] += 1
 
     def on_trial_complete(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
-        """Called for a trial that is finished or was stopped early."""
+        """Called for a trial that is finished or was stopped early: only Tune knows for sure."""
         self.broker.leave.remote(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: "list[Trial]", trial: "Trial", **info: object) -> None:
-        """Called for a trial that failed and won't be restarted."""
+        """Called for a trial that failed."""
         self.broker.leave.remote(trial.config["number"])
-
-
-class TrialProxy(tune.Trainable):
-    """The `Trainable` of a trial in a pack: hands its configuration to the broker and relays its reports to Tune."""
-
-    def setup(self, config: dict[str, Any], broker: "ActorHandle") -> None:
-        """Enter the trial; Tune calls this when it starts one in this process."""
-        self.broker = broker
-        self._enter(config)
-
-    def _enter(self, config: dict[str, Any]) -> None:
-        self.number, self.heard = config["number"], 0
-        self._call(self.broker.enter.remote(self.number, config))
-
-    def step(self) -> dict[str, Any]:
-        """Wait for the trial's next report.
-
-        Raises:
-            TrialFailed: the trial failed; the message is the reason.
-            PacksGone: no pack trains any more.
-        """
-        report = cast("dict[str, Any]", self._call(self.broker.next.remote(self.number, self.heard)))
-        self.heard += 1
-        return report
-
-    @staticmethod
-    def _call(result: ray.ObjectRef) -> object:
-        """The result of a call of the broker; raises what the broker raised."""
-        try:
-            return ray.get(result)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError:
-            raise PacksGone("the process between the trials and the packs has died") from None
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Enter the next trial, which reuses this process."""
-        self._enter(new_config)
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Pause the trial, as a scheduler asks: it waits in its pack until its next report is asked for."""
-        return {"heard": self.heard}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Continue after the reports that Tune already has."""
-        self.heard = (checkpoint or {"heard": 0})["heard"]
