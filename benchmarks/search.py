@@ -161,6 +161,7 @@ def run_ours(args: argparse.Namespace) -> None:
     from ftray.search.driver import search
     from ftray.search.space import load_space
     from ftray.search.trial_worker import SearchContext
+    from ftray.storage.location import parse_location
 
     as_users_do, output = args.goal is not None, Path(args.output)
     output.mkdir()
@@ -180,7 +181,7 @@ def run_ours(args: argparse.Namespace) -> None:
     path = find(cfg.model.name)
     connect(cfg)
     context = SearchContext(cfg, path, shards(args.cache), gpus_per_worker(cfg))
-    search(context, load_space(str(output / "space.yaml")), output, [listener(heard, args.goal)])
+    search(context, load_space(str(output / "space.yaml")), parse_location(args.output), [listener(heard, args.goal)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 
