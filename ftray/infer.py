@@ -174,7 +174,7 @@ def mapped(records: list[tuple[object, dict[str, Any]]], data: DataConfig) -> It
         UserError: a key is missing, or a template fails.
     """
     from ftray.data.fields import Fields
-    from ftray.data.records import ANSWERED
+    from ftray.data.meanings import ANSWERED
 
     fields = Fields({field: made_of for field, made_of in data.fields.items() if field not in ANSWERED})
     for where, record in records:

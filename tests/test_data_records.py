@@ -136,6 +136,18 @@ SEEN = [
     ({"messages": [USER, ANSWER], "prompt": " a"}, "messages (messages)", "prompt"),
     ({"instruction": "a", "output": "b", "text": "### a\n### b"}, "instruction (instruction, output)", "text"),
     ({"text": "Q: a\nA: b", "question": "a", "answer": "b"}, "text (text)", "answer, question"),
+    ({"text": "Question: a Answer: b", "question": "a", "answer": "b"}, "text (text)", "answer, question"),
+    ({"text": "### Human: a\n### Assistant: b</s>", "response": "b"}, "text (text)", "response"),
+    (
+        {"problem": "q", "solution": r"So it is \boxed{4}.", "answer": 4},
+        "problem/solution (problem, solution)",
+        "answer",
+    ),
+    (
+        {"question": "Which?\nA) x\nB) y", "choices": ["x", "y"], "answer": "A"},
+        "question/answer (question, answer)",
+        "choices",
+    ),
     ({"text": "t", "label": 0}, "text (text)", "label"),
 ]
 
@@ -231,6 +243,19 @@ LOST = [
     ),
     ({"text": "long", "highlights": "short"}, "highlights would be lost: a record with text is read by text alone"),
     ({"instruction": "a", "output": None, "text": "a"}, "output must be text, not NoneType"),
+    # short texts that stand in others by chance
+    ({"text": "There is no doubt about it.", "answer": "no"}, "answer would be lost"),
+    ({"text": "Say yes or no", "answer": "no"}, "answer would be lost"),
+    ({"text": "Pick one:\nA\nB", "question": "Pick one:", "answer": "B"}, "question would be lost"),
+    ({"prompt": "Pick one:\nA\nB", "completion": "A", "answer": "B"}, "answer would be lost"),
+    ({"problem": "q", "solution": "So it is 24.", "answer": "4"}, "answer would be lost"),
+    ({"instruction": "a", "output": "no", "text": "a bit of doubt, and no end"}, "text would be lost"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "There is no doubt"}], "answer": "no"},
+        "answer would be lost",
+    ),
+    ({"messages": [USER, ANSWER | {"lossMask": 1}]}, r"messages\[1\]\.lossMask: ftray learns whole turns and records"),
+    (PLAIN | {"trainMask": 1}, "trainMask: ftray learns whole turns and records"),
 ]
 
 
@@ -330,6 +355,15 @@ def test_what_only_looks_like_it_is_ignored_and_named(key):
         ("should-train", 0),
         ("learn", False),
         ("loss_weight", 0.0),
+        ("requires_grad", False),
+        ("no_grad", True),
+        ("stopGradient", True),
+        ("is_target", False),
+        ("use_for_training", False),
+        ("to_be_learned", False),
+        ("do_not_train", True),
+        ("exclude-from-training", True),
+        ("contributes_to_loss", 0),
     ],
 )
 def test_marks_of_turns(key, off):
@@ -353,6 +387,8 @@ CORPORA = [
     {"content": "c", "max_stars_repo_path": "p", "max_stars_repo_name": "r", "hexsha": "x", "lang": "py", "ext": "py"},
     {"content": "c", "blob_id": "b", "detected_licenses": ["MIT"], "license_type": "permissive", "repo_name": "r"},
     {"text": "t", "red_pajama_subset": "wiki", "subset": "s"},
+    {"text": "t", "url": "u", "score": 57, "over_18": 0},
+    {"text": "t", "id": "i", "likes": 1, "num_replies": 0, "deleted": False, "quality_score": 1},
 ]
 
 
@@ -370,6 +406,10 @@ def test_what_is_about_a_text_is_ignored_and_named(record):
         ({"label_text": "pos"}, {"text": "text", "label": "label_text"}),
         ({"category": "sport"}, {"text": "text", "label": "category"}),
         ({"stars": 5}, {"text": "text", "label": "stars"}),
+        ({"score": 3}, {"text": "text", "label": "score"}),
+        ({"toxicity_score": 0.7}, {"text": "text", "label": "{{ toxicity_score | float | round | int }}"}),
+        ({"sarcastic": 1}, {"text": "text", "label": "sarcastic"}),
+        ({"anger": 0, "joy": 1, "fear": 0, "subreddit": "s"}, {"text": "text", "label": "anger"}),
         ({"role": "user"}, {"prompt": "text", "completion": "role"}),
         ({"entities": [{"start": 0, "label": "PER"}]}, None),
     ],

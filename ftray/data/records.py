@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftray.data.meanings import marks_learnt
+from ftray.data.meanings import ANSWERED, ASKED, THOUGHTS, marks_learnt
 from ftray.data.shapes import (
     ANY,
     LABELS,
@@ -50,7 +50,6 @@ ROLES: dict[str, Role] = {
 }
 CALLS = ("function_call", "tool_call")  # roles of an assistant's turn whose text is a call
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message", "parts")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 IN_TURN = (*ROLE_KEYS, *TEXT_KEYS, *THOUGHTS, "tool_calls", "function_call", "tool_call_id")
 TEXT_PARTS = ("text", "input_text", "output_text")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "contents")
@@ -59,29 +58,16 @@ TOOLS = ("tools", "functions")
 CONVERSATION = (*SYSTEM, "history", *TOOLS)  # with one of these a record is a conversation, whatever its other keys
 
 _NO_KTO = "marks answers as good or bad, and ftray has no KTO yet: keep the good ones, without this key"
-_LEARNT = dict.fromkeys(
-    ("train_detail", "training_detail", "loss_mask", "weights", "loss_weights", "sample_weight", "sample_weights"),
-    "ftray learns whole turns and records: mark them by weight, 1 or 0",
-)
 _RENDERING = dict.fromkeys(
     ("documents", "chat_template_kwargs"), "ftray gives a chat template turns and tools alone: leave it out"
 )
 _CALLED = dict.fromkeys(("tool_calls", "function_call"), "a call is part of a turn: put it into one of messages")
-REFUSED = ANY | _LEARNT | _RENDERING | _CALLED
+REFUSED = ANY | _RENDERING | _CALLED
 KTO = dict.fromkeys(("label", "kto_tag"), _NO_KTO)
 REFUSED_IN_TURN = (
     ANY
-    | _LEARNT
     | _RENDERING
     | dict.fromkeys(("refusal", "channel", "recipient"), "ftray reads role, text and calls of a turn: leave it out")
-)
-ASKED = (
-    *("text", "prompt", "instruction", "input", "question", "query", "context", "document", "passage", "article"),
-    *("suffix", "prefix", "choices", "options", "endings", "problem", "dialogue", "story", *THOUGHTS),
-)
-ANSWERED = (
-    *("output", "completion", "response", "answer", "answers", "target", "summary", "highlights", "translation"),
-    "solution",
 )
 
 
@@ -259,12 +245,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _one_text(key: str, fits: Callable[[Record], bool] | None = None, holds_all: bool = False) -> Shape:
+def _one_text(key: str, fits: Callable[[Record], bool] | None = None) -> Shape:
     """A shape of a text without a prompt."""
     beside = (*ASKED, *ANSWERED, *CONVERSATION)
-    return Shape(
-        key, (key,), _only_text(key), (), REFUSED, beside, fits, holds_all=holds_all, teaches=True, is_alone=True
-    )
+    return Shape(key, (key,), _only_text(key), (), REFUSED, beside, fits, teaches=True, is_alone=True)
 
 
 def _only_text(key: str) -> Callable[[Record, object], Example]:
@@ -335,7 +319,6 @@ def _turns_in(key: str) -> Shape:
         None if key in ("messages", "conversations") else lambda record: _are_turns(record[key]),
         (key,),
         IN_TURN,
-        holds_all=True,
         teaches=True,
     )
 
@@ -585,7 +568,7 @@ SHAPES: Sequence[Shape] = (
         teaches=True,
     ),
     _one_text("content", _is_bare),
-    _one_text("text", holds_all=True),
+    _one_text("text"),
 )
 KNOWN = "input/output, instruction/input/output, prompt/completion, question/answer, messages, conversations, text"
 

@@ -6,6 +6,7 @@ Imports nothing that is slow.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ Record = dict[str, Any]
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_UNCLEAR_MARK = "ftray learns whole turns and records: mark them by weight, 1 or 0"
 # whatever the task: key -> why a record that has it is refused
 ANY: dict[str, str] = {
     **dict.fromkeys(_MEDIA, "ftray reads text alone: leave out what needs more"),
@@ -50,7 +52,6 @@ class Shape:
             it gives them.
         turns: keys that hold lists of turns.
         in_turn: keys that are read in each turn.
-        holds_all: its texts may hold what stands beside them.
         teaches: what a model is to write, so that a key is refused which means another answer, what was asked before,
             or how the answer was found; see :mod:`ftray.data.meanings`.
         is_alone: it reads one text, beside which other texts are refused that aren't about the record.
@@ -65,7 +66,6 @@ class Shape:
     fits: Callable[[Record], Any] | None = None
     turns: tuple[str, ...] = ()
     in_turn: tuple[str, ...] = ()
-    holds_all: bool = False
     teaches: bool = False
     is_alone: bool = False
 
@@ -147,6 +147,8 @@ def refuse_meanings(record: Record, shape: Shape, where: object) -> None:
             continue
         if why := meanings.of_media(key, value) or (meanings.of_answer(key, value) if shape.teaches else ""):
             raise UserError(f"{where}: {key}: {why}, or say by --data.fields what is to be read")
+        if shape.teaches and meanings.is_unclear_mark(key):
+            raise UserError(f"{where}: {key}: {_UNCLEAR_MARK}")
         if not shape.teaches or not is_known or key in shape.beside or _is_repeated(record, key, shape):
             continue
         if name := meanings.read_as(key, value):
@@ -160,7 +162,8 @@ def refuse_in_turn(turn: Mapping[str, Any], read_keys: Sequence[str], path: str,
     for key, value in turn.items():
         if key in read_keys or is_empty(value) or meanings.marks_learnt(key) is not None:
             continue
-        if why := meanings.of_media(key, value) or meanings.of_answer(key, value):
+        why = meanings.of_media(key, value) or meanings.of_answer(key, value)
+        if why := why or (_UNCLEAR_MARK if meanings.is_unclear_mark(key) else ""):
             raise UserError(f"{where}: {path}{key}: {why}")
         if meanings.is_reasoning(key, value) or meanings.read_as(key, value) == "tools":
             raise UserError(
@@ -182,12 +185,19 @@ def _renamed(record: Record, key: str, name: str, shape: Shape) -> str:
 def _refuse_beside_text(record: Record, shape: Shape, where: object) -> None:
     """Raise the UserError about what stands beside a lone text, and is probably what is to be learnt."""
     (own,) = shape.required_keys
+    is_collected = meanings.is_collected(record)
     for key, value in record.items():
         known = key in _OWN or key in shape.beside or key in LABELS or meanings.marks_learnt(key) is not None
-        if key == own or known or is_empty(value) or meanings.is_about(key, value):
+        if key == own or known or is_empty(value) or meanings.is_about(key, value, is_collected):
             continue
-        asked = f"text: {own}, label: {key}" if meanings.is_label(key) else f"prompt: {own}, completion: {key}"
-        learn = f"--data.fields '{asked}' to learn it" if not isinstance(value, list | dict) else "--data.fields"
+        if isinstance(value, list | dict):
+            learn = "--data.fields"
+        elif meanings.is_label(key) or not isinstance(number(value), str):
+            fraction = isinstance(number(value), float)
+            label = f'"{{{{ {key} | float | round | int }}}}"' if fraction and str(key).isidentifier() else key
+            learn = f"--data.fields 'text: {own}, label: {label}' to learn it"
+        else:
+            learn = f"--data.fields 'prompt: {own}, completion: {key}' to learn it"
         raise UserError(
             f"{where}: {key} would be lost: a record with {own} is read by {own} alone: say what is to be read, as by "
             f"{learn}, or --data.fields 'text: {own}' to learn the text alone"
@@ -244,14 +254,51 @@ def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> No
 
 
 def _is_repeated(record: Record, key: str, shape: Shape) -> bool:
-    """Whether what stands under a key only repeats what is read."""
+    """Whether what stands under a key only repeats what is read, and that not by chance."""
     own = [text for name in (*shape.required_keys, *shape.honours) for text in _texts(record.get(name))]
     given = _texts(record[key])
     if all(text in own for text in given):
         return True
-    if shape.holds_all and all(any(text in whole for whole in own) for text in given):
+    if key in RENDERED and len(given) == 1 and (_is_filled(given[0], own) or _is_ended(given[0], own)):
         return True
-    return key in RENDERED and all(text in "\n".join(given) for text in own)
+    if shape.is_alone:
+        names = [name for name in record if name in shape.beside and name not in (*shape.required_keys, *RENDERED)]
+        return _is_ended(own[0], [text for name in {key, *names} for text in _texts(record[name])])
+    if key in meanings.ANSWERED and shape.required_keys:  # by what is learnt, not by what is asked
+        last = listed(record[shape.required_keys[-1]])
+        own = _texts(last[-1:] if isinstance(last, list) else last)
+    return all(any(_is_part(text, whole) for whole in own) for text in given)
+
+
+# what stands before and after a part of a filled template: a line's end, or a mark such as `A:`, `</s>` or `[INST]`
+_BEFORE = re.compile(r"(^|[\n:>\]|}{$#)])[ \t]*$")
+_AFTER = re.compile(r"\s*\.?[ \t]*($|[\n<\[|}{$#])")
+_MARKED = re.compile(r"[:>\]|}#]\s*$")
+_ENDED = re.compile(r"\s*(<[^<>]*>\s*|\[[^][]*\]\s*)*$")
+
+
+def _is_part(text: str, whole: str) -> bool:
+    """Whether a text fills a place in a template that `whole` was made from, rather than stands in it by chance."""
+    places = [(place.start(), place.end()) for place in re.finditer(re.escape(text), whole)]
+    return any(_BEFORE.search(whole[max(0, start - 40) : start]) and _AFTER.match(whole, end) for start, end in places)
+
+
+def _is_filled(whole: str, parts: list[str]) -> bool:
+    return all(_is_part(part, whole) for part in parts)
+
+
+def _is_ended(whole: str, parts: list[str]) -> bool:
+    """Whether a text holds all parts as words, and one of them is its end, after a mark or after another part."""
+    if not all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part in parts):
+        return False
+    for part in parts:
+        at = whole.rfind(part)
+        before = whole[:at].rstrip()
+        if _ENDED.match(whole, at + len(part)) and (
+            _MARKED.search(before) or before.endswith(tuple({*parts} - {part}))
+        ):
+            return True
+    return False
 
 
 def _refuse_lost(record: Record, key: str, shape: Shape, where: object) -> None:
