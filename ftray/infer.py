@@ -121,9 +121,10 @@ class Renderer:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
-    from ftray.data.meanings import is_verdict, marks_learnt
-    from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
+    from ftray.data.meanings import ROLE_KEYS, ROLES, is_verdict, marks_learnt
+    from ftray.data.records import SHAPES
     from ftray.data.shapes import fitting
+    from ftray.data.turns import TURNS
 
     # what is said of its answer
     record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}

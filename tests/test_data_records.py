@@ -5,7 +5,8 @@ import pytest
 
 from ftray import cli
 from ftray.data.fields import Fields
-from ftray.data.records import Example, Turn, parse, parse_and_see
+from ftray.data.records import Example, parse, parse_and_see
+from ftray.data.turns import Turn
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -232,7 +233,8 @@ LOST = [
     (
         PLAIN | {"context": "c"},
         "context would be lost: a record with prompt/completion is read by prompt, completion, system, system_prompt, "
-        "history, tools, functions alone: put it into one of them, leave it out, or say by --data.fields",
+        "history, tools, functions alone: say what is to be read, as by --data.fields 'instruction: prompt, "
+        "input: context, output: completion' to read it too, or --data.fields",
     ),
     ({"instruction": "sum up", "text": "long", "output": "b"}, "text would be lost: a record with instruction/output"),
     (PLAIN | {"suffix": "c"}, "suffix would be lost"),
@@ -410,7 +412,7 @@ def test_what_is_about_a_text_is_ignored_and_named(record):
         ({"toxicity_score": 0.7}, {"text": "text", "label": "{{ toxicity_score | float | round | int }}"}),
         ({"sarcastic": 1}, {"text": "text", "label": "sarcastic"}),
         ({"anger": 0, "joy": 1, "fear": 0, "subreddit": "s"}, {"text": "text", "label": "anger"}),
-        ({"role": "user"}, {"prompt": "text", "completion": "role"}),
+        ({"role": "user"}, None),
         ({"entities": [{"start": 0, "label": "PER"}]}, None),
     ],
 )
@@ -454,8 +456,10 @@ def test_shapes_of_others(record, example):
         ({"question": "a", "answer": ["b", "c"]}, "answer holds 2 answers: say which one is to be learnt"),
         ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, "preferred_"),
         ({"prompt": "q", "response_a": "x", "response_b": "y", "winner": "a"}, "winner: one of a preference pair"),
-        ({"prompt": "q", "response_1": "x", "response_2": "y"}, ".*'prompt: prompt, completion: response_1'$"),
-        ({"prefix": "a", "suffix": "b", "middle": "c"}, ".*'text: \"<|fim_prefix|>{{ prefix }}<|fim_suffix|>"),
+        (
+            {"prompt": "q", "response_1": "x", "response_2": "y"},
+            ".*'prompt: prompt, completion: response_1', which leaves out response_2$",
+        ),
         (
             {"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]},
             r"contents\[0\]\.parts\[0\] is no text but 'inlineData'",

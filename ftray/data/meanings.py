@@ -6,12 +6,24 @@ Each kind is a set of words, to which a newcomer adds one. `image_path`, `imageP
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Literal
 
 
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLE_KEYS = ("role", "from", "speaker")  # of a turn
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatbot", "ai", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 # keys of texts that are asked, and of those that answer them, each as it is spelt
 ASKED = (
@@ -63,9 +75,9 @@ NO = _set(
 # a grade is no verdict, unless it is a word that says no
 GRADES = _set("rating score quality grade outcome result status evaluation")
 
-_PREFERENCE = "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion"
+PREFERENCE = "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion"
 _WRONG_ANSWERS = "a bad answer, and ftray has no preference training yet: keep the good answer alone"
-_MEDIA = "ftray reads text alone: leave out what needs more"
+MEDIA = "ftray reads text alone: leave out what needs more"
 # words of which a key has one -> why a record is refused whose key holds a text, a list or an object
 _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
     (
@@ -73,7 +85,7 @@ _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
             "chosen rejected reject preferred dispreferred unpreferred nonpreferred preference winner winning loser "
             "losing better worse worst"
         ),
-        _PREFERENCE,
+        PREFERENCE,
     ),
     (_set("negative negatives incorrect wrong bad undesirable distractor distractors"), _WRONG_ANSWERS),
 )
@@ -101,7 +113,7 @@ _ABOUT = _set(
     "ext extension suffix encoding quality score scores perplexity ppl prob probability confidence signals stats "
     "statistics status flag flags warnings duplicate duplicates dup cluster line page pages chapter volume isbn doi "
     "issn geo country region offset start end position keyword keywords backend headers header model generator parser "
-    "rank weight loss batch fold seed provenance"
+    "rank weight loss batch fold seed provenance state repos partition locale"
 )
 # of a number which nobody can tell to be what is to be learnt of a text, or what somebody thinks of the text
 _SCORES = _set("score scores grade grades")
@@ -202,7 +214,7 @@ def of_media(key: object, value: object) -> str:
     """Why a record is refused whose key holds an image, or names one; empty: it doesn't."""
     own = words(key)
     about = own and own[-1] in ("id", "ids", "count", "num", "number", "width", "height", "size", "caption", "captions")
-    return _MEDIA if _MEDIA_WORDS & {*own} and not about and not _is_number(value) else ""
+    return MEDIA if _MEDIA_WORDS & {*own} and not about and not _is_number(value) else ""
 
 
 def of_answer(key: object, value: object) -> str:
@@ -234,7 +246,11 @@ def is_reasoning(key: object, value: object) -> bool:
     """Whether a key holds how an answer was found."""
     own = words(key)
     about = bool(own) and own[-1] in ("length", "tokens", "count", "effort", "id", "type", "model", "score")
-    return (bool(_REASONS & {*own}) or "chain_of_thought" in "_".join(own)) and not about and not _is_number(value)
+    about = about or bool((_SCORES | GRADES | _SCORES_OF_TEXT) & {*own}) or not _holds_text(value)
+    is_named = (
+        _REASONS & {*own} or "chain_of_thought" in "_".join(own) or "cot" in re.split(r"[\W_]+", str(key).lower())
+    )
+    return bool(is_named) and not about
 
 
 def is_about(key: object, value: object, is_collected: bool) -> bool:
