@@ -124,18 +124,23 @@ def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     from ftray.data.meanings import ROLE_KEYS, ROLES, is_verdict, marks_learnt
     from ftray.data.records import SHAPES
     from ftray.data.shapes import fitting
-    from ftray.data.turns import TURNS
+    from ftray.data.turns import EXCHANGES, TURNS, turn_list
 
     # what is said of its answer
     record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}
     last = {"role": "assistant", "content": "."}
     for key in TURNS:
-        if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):
-            *before, end = record[key]
+        turns = turn_list(record.get(key))
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            *before, end = turns
+            asked = next((ask for ask, _ in EXCHANGES if isinstance(end.get(ask), str)), None)
+            if asked and not any(end.get(role) for role in ROLE_KEYS):
+                end = {"role": "user", "content": end[asked]}
             answers = any(ROLES.get(str(end.get(role)).lower()) == "assistant" for role in ROLE_KEYS)
             return {**record, key: [*before, *([] if answers else [end]), last]}
-    if isinstance(record.get("prompt"), list):
-        return {**record, "completion": [last]}
+    for asked, answer in (("prompt", "completion"), ("input", "output")):
+        if isinstance(record.get(asked), list):
+            return {**record, answer: [last]}
     pairs = [shape for shape in SHAPES if len(shape.required_keys) == 2]
     shape = fitting(record, pairs)
     if shape is None and "text" not in record:

@@ -13,11 +13,13 @@ import pytest
 from helpers.record_files import ASK, END, TEMPLATE, USER, assistant, config, lines, rows_of, said, user
 
 from ftray import cli
+from ftray.config import DataConfig
 from ftray.data.fields import Fields
 from ftray.data.proposal import proposal
 from ftray.data.records import Example, parse, parse_and_see
 from ftray.data.turns import Turn
 from ftray.errors import UserError
+from ftray.infer import Renderer
 from ftray.task_spec import TaskSpec
 
 # --- one file a shape that is in wide use, through all that a command does with it
@@ -647,6 +649,23 @@ def test_parts_that_would_be_put_elsewhere_are_refused(part, message):
         parse({"messages": [user("q"), assistant(part)]}, "f:1")
     with pytest.raises(UserError, match=r"messages\[0\]\.content: a call or a thought in a turn of user"):
         parse({"messages": [user([USES]), assistant("r")]}, "f:1")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversation": [{"input": "p", "output": "o"}, {"input": "q", "output": "r"}]},
+        {"conversation": [{"input": "p", "output": "o"}, {"input": "q"}]},
+        {"chat": "USER: p\n\nASSISTANT: o\n\nUSER: q\n\nASSISTANT: r"},
+        {"chat": "USER: p\n\nASSISTANT: o\n\nUSER: q"},
+        {"messages": json.dumps([user("p"), assistant("o"), user("q"), assistant("r")])},
+        {"input": [user("p"), assistant("o"), user("q")], "output": [assistant("r")]},
+    ],
+)
+def test_infer_asks_the_last_question_of_a_record(tiny_llama, tokenizer, record):
+    prompts = Renderer(tokenizer, DataConfig(), None)
+    asked = tokenizer.decode(prompts.record("f:1", record, False))
+    assert asked == f"{USER}p{ASK}o{END}{USER}q{ASK}"
 
 
 def test_what_a_part_says_beside_is_named():

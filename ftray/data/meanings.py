@@ -279,7 +279,8 @@ def is_collected(record: Mapping[str, object]) -> bool:
 
 def _may_be_class(key: object, value: object) -> bool:
     """Whether a number says that a text is of the class by which its key is named."""
-    return not isinstance(value, bool) and str(value) in ("0", "1") and not _COUNTS & {*words(key)}
+    is_mark = isinstance(value, int | str) and not isinstance(value, bool) and value in (0, 1, "0", "1")
+    return is_mark and not _COUNTS & {*words(key)}
 
 
 def is_label(key: object) -> bool:

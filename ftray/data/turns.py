@@ -56,10 +56,14 @@ class Turn:
 
 def are_turns(value: Any) -> bool:
     """Whether a value is a list of turns: objects, texts of two who speak in turn, or a transcript."""
-    turns = listed(value)
-    if isinstance(turns, str):
-        return bool(_transcribed(turns))
+    turns = turn_list(value)
     return isinstance(turns, list) and bool(turns) and (all(isinstance(turn, dict) for turn in turns) or _texts(turns))
+
+
+def turn_list(value: Any) -> Any:
+    """The list of turns in a value, which may be written as JSON or as a transcript; anything else as it is."""
+    turns = listed(value)
+    return (_transcribed(turns) or turns) if isinstance(turns, str) else turns
 
 
 def _texts(turns: list[Any]) -> bool:
@@ -76,8 +80,7 @@ def read_turns(record: Record, key: str, where: object) -> tuple[list[Turn], set
     Raises:
         UserError: it is no such list, or a turn holds what isn't read; says which one.
     """
-    given = listed(record[key])
-    given = _transcribed(given) if isinstance(given, str) else given
+    given = turn_list(record[key])
     if not isinstance(given, list) or not given:
         raise UserError(f"{where}: {key} must be a list of turns, at least one")
     if _texts(given):
