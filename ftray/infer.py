@@ -121,20 +121,26 @@ class Renderer:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a placeholder for an answer, so that it parses as a training record."""
-    from ftray.data.meanings import is_verdict, marks_learnt
-    from ftray.data.records import ROLE_KEYS, ROLES, SHAPES, TURNS
+    from ftray.data.meanings import ROLE_KEYS, ROLES, is_verdict, marks_learnt
+    from ftray.data.records import SHAPES
     from ftray.data.shapes import fitting
+    from ftray.data.turns import EXCHANGES, TURNS, turn_list
 
     # what is said of its answer
     record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}
     last = {"role": "assistant", "content": "."}
     for key in TURNS:
-        if isinstance(record.get(key), list) and record[key] and isinstance(record[key][-1], dict):
-            *before, end = record[key]
+        turns = turn_list(record.get(key))
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            *before, end = turns
+            asked = next((ask for ask, _ in EXCHANGES if isinstance(end.get(ask), str)), None)
+            if asked and not any(end.get(role) for role in ROLE_KEYS):
+                end = {"role": "user", "content": end[asked]}
             answers = any(ROLES.get(str(end.get(role)).lower()) == "assistant" for role in ROLE_KEYS)
             return {**record, key: [*before, *([] if answers else [end]), last]}
-    if isinstance(record.get("prompt"), list):
-        return {**record, "completion": [last]}
+    for asked, answer in (("prompt", "completion"), ("input", "output")):
+        if isinstance(record.get(asked), list):
+            return {**record, answer: [last]}
     pairs = [shape for shape in SHAPES if len(shape.required_keys) == 2]
     shape = fitting(record, pairs)
     if shape is None and "text" not in record:
@@ -174,7 +180,7 @@ def mapped(records: list[tuple[object, dict[str, Any]]], data: DataConfig) -> It
         UserError: a key is missing, or a template fails.
     """
     from ftray.data.fields import Fields
-    from ftray.data.records import ANSWERED
+    from ftray.data.meanings import ANSWERED
 
     fields = Fields({field: made_of for field, made_of in data.fields.items() if field not in ANSWERED})
     for where, record in records:

@@ -5,7 +5,8 @@ import pytest
 
 from ftray import cli
 from ftray.data.fields import Fields
-from ftray.data.records import Example, Turn, parse, parse_and_see
+from ftray.data.records import Example, parse, parse_and_see
+from ftray.data.turns import Turn
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -136,6 +137,18 @@ SEEN = [
     ({"messages": [USER, ANSWER], "prompt": " a"}, "messages (messages)", "prompt"),
     ({"instruction": "a", "output": "b", "text": "### a\n### b"}, "instruction (instruction, output)", "text"),
     ({"text": "Q: a\nA: b", "question": "a", "answer": "b"}, "text (text)", "answer, question"),
+    ({"text": "Question: a Answer: b", "question": "a", "answer": "b"}, "text (text)", "answer, question"),
+    ({"text": "### Human: a\n### Assistant: b</s>", "response": "b"}, "text (text)", "response"),
+    (
+        {"problem": "q", "solution": r"So it is \boxed{4}.", "answer": 4},
+        "problem/solution (problem, solution)",
+        "answer",
+    ),
+    (
+        {"question": "Which?\nA) x\nB) y", "choices": ["x", "y"], "answer": "A"},
+        "question/answer (question, answer)",
+        "choices",
+    ),
     ({"text": "t", "label": 0}, "text (text)", "label"),
 ]
 
@@ -220,7 +233,8 @@ LOST = [
     (
         PLAIN | {"context": "c"},
         "context would be lost: a record with prompt/completion is read by prompt, completion, system, system_prompt, "
-        "history, tools, functions alone: put it into one of them, leave it out, or say by --data.fields",
+        "history, tools, functions alone: say what is to be read, as by --data.fields 'instruction: prompt, "
+        "input: context, output: completion' to read it too, or --data.fields",
     ),
     ({"instruction": "sum up", "text": "long", "output": "b"}, "text would be lost: a record with instruction/output"),
     (PLAIN | {"suffix": "c"}, "suffix would be lost"),
@@ -231,6 +245,19 @@ LOST = [
     ),
     ({"text": "long", "highlights": "short"}, "highlights would be lost: a record with text is read by text alone"),
     ({"instruction": "a", "output": None, "text": "a"}, "output must be text, not NoneType"),
+    # short texts that stand in others by chance
+    ({"text": "There is no doubt about it.", "answer": "no"}, "answer would be lost"),
+    ({"text": "Say yes or no", "answer": "no"}, "answer would be lost"),
+    ({"text": "Pick one:\nA\nB", "question": "Pick one:", "answer": "B"}, "question would be lost"),
+    ({"prompt": "Pick one:\nA\nB", "completion": "A", "answer": "B"}, "answer would be lost"),
+    ({"problem": "q", "solution": "So it is 24.", "answer": "4"}, "answer would be lost"),
+    ({"instruction": "a", "output": "no", "text": "a bit of doubt, and no end"}, "text would be lost"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "There is no doubt"}], "answer": "no"},
+        "answer would be lost",
+    ),
+    ({"messages": [USER, ANSWER | {"lossMask": 1}]}, r"messages\[1\]\.lossMask: ftray learns whole turns and records"),
+    (PLAIN | {"trainMask": 1}, "trainMask: ftray learns whole turns and records"),
 ]
 
 
@@ -330,6 +357,15 @@ def test_what_only_looks_like_it_is_ignored_and_named(key):
         ("should-train", 0),
         ("learn", False),
         ("loss_weight", 0.0),
+        ("requires_grad", False),
+        ("no_grad", True),
+        ("stopGradient", True),
+        ("is_target", False),
+        ("use_for_training", False),
+        ("to_be_learned", False),
+        ("do_not_train", True),
+        ("exclude-from-training", True),
+        ("contributes_to_loss", 0),
     ],
 )
 def test_marks_of_turns(key, off):
@@ -353,6 +389,8 @@ CORPORA = [
     {"content": "c", "max_stars_repo_path": "p", "max_stars_repo_name": "r", "hexsha": "x", "lang": "py", "ext": "py"},
     {"content": "c", "blob_id": "b", "detected_licenses": ["MIT"], "license_type": "permissive", "repo_name": "r"},
     {"text": "t", "red_pajama_subset": "wiki", "subset": "s"},
+    {"text": "t", "url": "u", "score": 57, "over_18": 0},
+    {"text": "t", "id": "i", "likes": 1, "num_replies": 0, "deleted": False, "quality_score": 1},
 ]
 
 
@@ -370,7 +408,11 @@ def test_what_is_about_a_text_is_ignored_and_named(record):
         ({"label_text": "pos"}, {"text": "text", "label": "label_text"}),
         ({"category": "sport"}, {"text": "text", "label": "category"}),
         ({"stars": 5}, {"text": "text", "label": "stars"}),
-        ({"role": "user"}, {"prompt": "text", "completion": "role"}),
+        ({"score": 3}, {"text": "text", "label": "score"}),
+        ({"toxicity_score": 0.7}, {"text": "text", "label": "{{ toxicity_score | float | round | int }}"}),
+        ({"sarcastic": 1}, {"text": "text", "label": "sarcastic"}),
+        ({"anger": 0, "joy": 1, "fear": 0, "subreddit": "s"}, {"text": "text", "label": "anger"}),
+        ({"role": "user"}, None),
         ({"entities": [{"start": 0, "label": "PER"}]}, None),
     ],
 )
@@ -414,8 +456,10 @@ def test_shapes_of_others(record, example):
         ({"question": "a", "answer": ["b", "c"]}, "answer holds 2 answers: say which one is to be learnt"),
         ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, "preferred_"),
         ({"prompt": "q", "response_a": "x", "response_b": "y", "winner": "a"}, "winner: one of a preference pair"),
-        ({"prompt": "q", "response_1": "x", "response_2": "y"}, ".*'prompt: prompt, completion: response_1'$"),
-        ({"prefix": "a", "suffix": "b", "middle": "c"}, ".*'text: \"<|fim_prefix|>{{ prefix }}<|fim_suffix|>"),
+        (
+            {"prompt": "q", "response_1": "x", "response_2": "y"},
+            ".*'prompt: prompt, completion: response_1', which leaves out response_2$",
+        ),
         (
             {"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]},
             r"contents\[0\]\.parts\[0\] is no text but 'inlineData'",

@@ -4,8 +4,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from ftray.config import DataConfig
-from ftray.data.records import Example, Turn, parse
+from ftray.data.records import Example, parse
 from ftray.data.tokens import spread, tokenize
+from ftray.data.turns import Turn
 from ftray.errors import UserError
 from ftray.task_spec import IGNORE, RAW
 

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer, Tools
-from ftray.data.records import Example, Turn
+from ftray.data.records import Example
 from ftray.data.tool_calls import CallFormat, find_call_format
+from ftray.data.turns import Turn
 from ftray.errors import UserError
 
 if TYPE_CHECKING:

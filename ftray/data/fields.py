@@ -1,6 +1,8 @@
 """Mapping: which keys of a record make the fields that a shape is recognised by."""
 
 import json
+import re
+import shlex
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +49,16 @@ class Fields:
         used = used.union(*(keys for _, keys in self.templates.values()))
         left = sorted(str(key) for key in record if key not in used)
         return made | ({LEFT_OUT: left} if left else {})
+
+
+def as_typed(fields: dict[str, str]) -> str:
+    """A mapping as a flag of a command, quoted for a shell."""
+    return f"--data.fields {shlex.quote(', '.join(f'{field}: {_quoted(source)}' for field, source in fields.items()))}"
+
+
+def _quoted(source: str) -> str:
+    """A key or template as YAML takes it: in quotes, unless it is a plain word."""
+    return source if re.fullmatch(r"[^\W\d][\w. -]*", source) else json.dumps(source, ensure_ascii=False)
 
 
 @lru_cache(maxsize=16)

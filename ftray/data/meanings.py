@@ -6,26 +6,54 @@ Each kind is a set of words, to which a newcomer adds one. `image_path`, `imageP
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Literal
 
 
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# in front of a mark or verdict, and without a meaning of its own
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLE_KEYS = ("role", "from", "speaker")  # of a turn
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatbot", "ai", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+# keys of texts that are asked, and of those that answer them, each as it is spelt
+ASKED = (
+    *("text", "prompt", "instruction", "input", "question", "query", "context", "document", "passage", "article"),
+    *("suffix", "prefix", "choices", "options", "endings", "problem", "dialogue", "story", *THOUGHTS),
+)
+ANSWERED = (
+    *("output", "completion", "response", "answer", "answers", "target", "summary", "highlights", "translation"),
+    "solution",
+)
+
+# in front of a verdict, and without a meaning of its own
 _FILLERS = _set("is was has do does should to be use with the turn message")
 
-# whether a turn, or a record, is learnt: marks that say so by 1 or true, and those that say so by 0 or false
-LEARNT = _set(
-    "weight loss_weight train training trainable trained train_on loss compute_loss computes_loss calculate_loss "
-    "calculates_loss calc_loss apply_loss include_loss in_loss loss_on include_in_loss learn learnt learned learnable "
-    "supervise supervised"
+# A mark says by 1 or 0 whether a turn, or a record, is learnt. Its name holds words of learning, words that turn its
+# meaning round, or both (`no_loss`), and beside these only words without a meaning of their own.
+_LEARN = _set(
+    "train training trainable trained loss learn learnt learned learnable supervise supervised backprop backpropagate "
+    "finetune finetuned grad gradient gradients"
 )
-UNLEARNT = _set(
-    "mask masked mask_out masked_out mask_loss loss_masked no_loss skip_loss ignore_loss ignore_in_loss "
-    "exclude_from_loss ignore ignored skip skipped exclude excluded no_train not_trained untrained untrainable "
-    "unsupervised context_only"
+_MASK = _set("mask masked skip skipped ignore ignored exclude excluded untrained untrainable unsupervised")  # alone too
+_NOT = _set("no not non dont never without freeze frozen detach detached stop stopped disable disabled omit omitted")
+_MARK_FILLERS = _FILLERS | _set(
+    "used using for in on from of out by require requires required need needs needed include includes included "
+    "contribute contributes compute computes calculate calculates calc apply applies enable enabled bear bears"
 )
+_LEARNT = _set(
+    "weight loss_weight train_weight training_weight target"
+)  # as a whole name; a target: with `is` before it
+_UNLEARNT = _set("context_only")
 
 # what says that an answer is a good one, and what that it is a bad one
 GOOD = _set(
@@ -47,9 +75,9 @@ NO = _set(
 # a grade is no verdict, unless it is a word that says no
 GRADES = _set("rating score quality grade outcome result status evaluation")
 
-_PREFERENCE = "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion"
+PREFERENCE = "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion"
 _WRONG_ANSWERS = "a bad answer, and ftray has no preference training yet: keep the good answer alone"
-_MEDIA = "ftray reads text alone: leave out what needs more"
+MEDIA = "ftray reads text alone: leave out what needs more"
 # words of which a key has one -> why a record is refused whose key holds a text, a list or an object
 _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
     (
@@ -57,7 +85,7 @@ _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
             "chosen rejected reject preferred dispreferred unpreferred nonpreferred preference winner winning loser "
             "losing better worse worst"
         ),
-        _PREFERENCE,
+        PREFERENCE,
     ),
     (_set("negative negatives incorrect wrong bad undesirable distractor distractors"), _WRONG_ANSWERS),
 )
@@ -85,8 +113,22 @@ _ABOUT = _set(
     "ext extension suffix encoding quality score scores perplexity ppl prob probability confidence signals stats "
     "statistics status flag flags warnings duplicate duplicates dup cluster line page pages chapter volume isbn doi "
     "issn geo country region offset start end position keyword keywords backend headers header model generator parser "
-    "rank weight loss batch fold seed provenance"
+    "rank weight loss batch fold seed provenance state repos partition locale"
 )
+# of a number which nobody can tell to be what is to be learnt of a text, or what somebody thinks of the text
+_SCORES = _set("score scores grade grades")
+_SCORES_OF_TEXT = _set("language lang quality ocr perplexity edu educational confidence similarity duplicate")
+# of a number, which a count is, be it 0 or 1
+_COUNTS = _set(
+    "n num nb number count total sum max min avg mean likes retweets upvotes downvotes ups downs votes replies views "
+    "shares comments favorites followers friends awards clicks level depth"
+)
+# in the keys of a record, that its text was collected somewhere, so that all numbers beside it are about the text
+_COLLECTED = _set(
+    "url urls uri dump snapshot warc crawl domain host hostname website subreddit repo repository path filepath "
+    "hexsha digest minhash arxiv doi isbn"
+)
+MANY_CLASSES = 3  # columns of 0 or 1, which then are classes rather than flags
 _LABELS = _set("label labels class classes target category categories stars rating sentiment intent emotion")
 
 
@@ -108,9 +150,31 @@ def _name(key: object) -> str:
 
 @lru_cache(maxsize=4096)
 def marks_learnt(key: object) -> bool | None:
-    """Whether 1 under this key says that a turn or record is learnt; None: the key says nothing of it."""
-    name = _name(key)
-    return True if name in LEARNT else False if name in UNLEARNT else None
+    """Whether 1 under this key says that a turn or record is learnt; None: the key does not clearly say."""
+    own, name = words(key), _name(key)
+    if name in _LEARNT and (name != "target" or own[0] == "is"):
+        return True
+    if name in _UNLEARNT:
+        return False
+    said = {word for word in own if word not in _MARK_FILLERS}
+    speaks = bool(said & (_LEARN | _MASK)) and own not in (("grad",), ("gradient",), ("gradients",))
+    if not speaks or not said <= _LEARN | _MASK | _NOT or is_unclear_mark(key):
+        return None
+    return not said & (_MASK | _NOT)
+
+
+@lru_cache(maxsize=4096)
+def is_unclear_mark(key: object) -> bool:
+    """Whether a key says what is learnt in a way that isn't read: by parts of a turn, by shares, or by a mask.
+
+    A mask of the loss is 1 where tokens are learnt in some files, and where they are not in others.
+    """
+    *before, last = words(key) or ("",)
+    if last in ("mask", "masks"):
+        return bool({*before} & (_LEARN | _set("label labels token tokens assistant")))
+    if last in ("detail", "details"):
+        return bool({*before} & {"train", "training"})
+    return (last == "weights" and {*before} <= _LEARN | {"sample", "token", "turn"}) or _name(key) == "sample_weight"
 
 
 def is_verdict(key: object) -> bool:
@@ -150,7 +214,7 @@ def of_media(key: object, value: object) -> str:
     """Why a record is refused whose key holds an image, or names one; empty: it doesn't."""
     own = words(key)
     about = own and own[-1] in ("id", "ids", "count", "num", "number", "width", "height", "size", "caption", "captions")
-    return _MEDIA if _MEDIA_WORDS & {*own} and not about and not _is_number(value) else ""
+    return MEDIA if _MEDIA_WORDS & {*own} and not about and not _is_number(value) else ""
 
 
 def of_answer(key: object, value: object) -> str:
@@ -182,20 +246,46 @@ def is_reasoning(key: object, value: object) -> bool:
     """Whether a key holds how an answer was found."""
     own = words(key)
     about = bool(own) and own[-1] in ("length", "tokens", "count", "effort", "id", "type", "model", "score")
-    return (bool(_REASONS & {*own}) or "chain_of_thought" in "_".join(own)) and not about and not _is_number(value)
+    about = about or bool((_SCORES | GRADES | _SCORES_OF_TEXT) & {*own}) or not _holds_text(value)
+    is_named = (
+        _REASONS & {*own} or "chain_of_thought" in "_".join(own) or "cot" in re.split(r"[\W_]+", str(key).lower())
+    )
+    return bool(is_named) and not about
 
 
-def is_about(key: object, value: object) -> bool:
-    """Whether what stands under a key beside a lone text is about the record, rather than something to be learnt."""
+def is_about(key: object, value: object, is_collected: bool) -> bool:
+    """Whether what stands under a key beside a lone text is about the record, rather than something to be learnt.
+
+    Args:
+        is_collected: see :func:`is_collected`.
+    """
     own = words(key)
-    if own and (own[-1] in _ABOUT or own[0] in ("meta", "metadata")):
+    if not own or own[0] in ("meta", "metadata"):
         return True
-    return not _holds_text(value) and not (own and own[-1] in _LABELS and not isinstance(value, list))
+    if own[-1] in _SCORES and _is_number(value):
+        return is_collected or bool(_SCORES_OF_TEXT & {*own})
+    if own[-1] in _ABOUT:
+        return True
+    if _holds_text(value) or (own[-1] in _LABELS and not isinstance(value, list)):
+        return False
+    return not _may_be_class(key, value) or is_collected
+
+
+def is_collected(record: Mapping[str, object]) -> bool:
+    """Whether a record says where its text was collected, and has no columns that may be one for each class."""
+    columns = [key for key, value in record.items() if _may_be_class(key, value)]
+    return len(columns) < MANY_CLASSES and any(_COLLECTED & {*words(key)} for key in record)
+
+
+def _may_be_class(key: object, value: object) -> bool:
+    """Whether a number says that a text is of the class by which its key is named."""
+    is_mark = isinstance(value, int | str) and not isinstance(value, bool) and value in (0, 1, "0", "1")
+    return is_mark and not _COUNTS & {*words(key)}
 
 
 def is_label(key: object) -> bool:
-    """Whether a key names a class, by its words."""
-    return bool(_LABELS & {*words(key)})
+    """Whether a key names a class or a score, by its words."""
+    return bool((_LABELS | _SCORES) & {*words(key)})
 
 
 def _holds_text(value: object) -> bool:

@@ -1,11 +1,15 @@
-"""The mapping that a record of unknown shape probably needs."""
+"""The mapping that a record of unknown shape probably needs, guessed from its keys."""
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
-from ftray.data.records import ROLE_KEYS, ROLES
-from ftray.data.shapes import Record, is_empty, listed
+from ftray.data import meanings
+from ftray.data.fields import as_typed
+from ftray.data.meanings import ROLE_KEYS, ROLES
+from ftray.data.refusals import joined
+from ftray.data.shapes import Record, is_empty, listed, number
 
 # what a field is probably for, by words in its name
 _ASKS = re.compile(
@@ -14,42 +18,160 @@ _ASKS = re.compile(
 _ANSWERS = re.compile(
     "answer|response|output|completion|reply|target|tgt|solution|summary|result|label|assistant|bot|gold"
 )
-_LABELS = re.compile("label|class|sentiment|category|intent|stars|rating|emotion|topic")
+_LABELS = re.compile("label|class|sentiment|category|intent|stars|rating|emotion|topic|duplicate|^is_")
 # the same of what a turn names its speaker by, and of how that one is called
 _SPEAKERS = re.compile("role|from|speaker|author|sender|who|user|name|agent|party|type")
 _USERS = re.compile("user|human|customer|client|patient|question|asker|student|caller|visitor|prompter")
 _SYSTEMS = re.compile("system|developer|instruction")
 MOST_SPEAKERS = 4
-_GAP = ("prefix", "suffix", "middle")  # of fill-in-the-middle, which each model has tokens of its own for
+WORDS_OF_LABEL = 4  # at most: a longer one is an answer
 _ONE_OF_SEVERAL = re.compile(r"[\W_]*([ab]|[0-9]+)$")  # how one of several answers is numbered
+# the tokens of models between which a gap is filled in: before what stands before it, what stands after it, and the gap
+_GAPS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001
+)
 
 
-def proposal(record: Record) -> str:
-    """The mapping that a record of unknown shape probably needs, as one would type it; empty: no guess."""
+def proposal(record: Record, tokens: Collection[str] = ()) -> str:
+    """The mapping that a record of unknown shape probably needs, as one would type it; empty: no guess.
+
+    Args:
+        tokens: special ones of the model, by which it may fill in a gap.
+    """
+    fields = _of_turns(record) or _of_gap(record, tokens) or _of_texts(record)
+    used = " ".join(fields.values())
+    left = [key for key in _told(record) if not re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", used)]
+    return as_typed(fields) + (f", which leaves out {', '.join(left)}" if left else "") if fields else ""
+
+
+def proposal_of_turns(record: Record, key: str) -> str:
+    """The mapping for turns under a known key whose speakers or texts have unknown names; empty: no guess."""
+    messages = _messages(key, record[key])
+    return as_typed({"messages": messages} | _beside(record)) if messages and messages != key else ""
+
+
+def _beside(record: Record) -> dict[str, str]:
+    """What is read beside turns or an answer: a system text and tools, by whatever name."""
+    found: dict[str, str] = {}
+    for key, value in record.items():
+        name = "" if is_empty(value) else meanings.read_as(key, value)
+        if name in ("system", "tools"):
+            found.setdefault(name, key)
+    return found
+
+
+def _of_turns(record: Record) -> dict[str, str]:
+    """The mapping for a record that holds a list of turns, and no answer beside them."""
     inner = [
-        (f"{key}.{name}", part) for key, held in record.items() if isinstance(held, dict) for name, part in held.items()
+        (f"{key}.{name}", part, {**record, **held})
+        for key, held in record.items()
+        if isinstance(held, dict)
+        for name, part in held.items()
     ]
-    for path, value in (*record.items(), *inner):
+    for path, value, beside in (*((key, value, record) for key, value in record.items()), *inner):
         if messages := _messages(str(path), value):
-            return f"--data.fields 'messages: {messages}'"
-    if all(isinstance(record.get(key), str) for key in _GAP):
-        filled = "<|fim_prefix|>{{ prefix }}<|fim_suffix|>{{ suffix }}<|fim_middle|>{{ middle }}"
-        return f"--data.fields 'text: \"{filled}\"', with the tokens that the model has for these three"
-    texts = [str(key) for key, value in record.items() if isinstance(value, str) and not is_empty(value)]
-    plain = [str(key) for key, value in record.items() if isinstance(value, str | int | float) and not is_empty(value)]
-    answer = next((key for key in plain if _ANSWERS.search(key.lower()) and not _LABELS.search(key.lower())), None)
-    label = next((key for key in plain if _LABELS.search(key.lower())), None)
-    others = [key for key in plain if answer and _ONE_OF_SEVERAL.sub("", key) == _ONE_OF_SEVERAL.sub("", answer)]
-    rest = [key for key in texts if key not in (*others, answer, label)]
-    asked = next((key for key in rest if _ASKS.search(key.lower())), None)
-    if answer is None and label is not None and rest:
-        return f"--data.fields 'text: {asked or rest[0]}, label: {label}'"
+            own = path.split(".")
+            others = {key: said for key, said in beside.items() if key not in own}
+            return {} if _says_more(others) else {"messages": messages} | _beside(record)
+    texts = [key for key, value in record.items() if _is_told(key, value)]
+    said = record[texts[0]] if len(texts) == 1 else None
+    if isinstance(said, list) and len(said) > 1 and all(isinstance(turn, str) for turn in said):
+        return {"messages": texts[0]} | _beside(record)
+    return {}
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """Whether what stands under a key may be what a record is about: texts, and no more about the record."""
+    return not is_empty(value) and not meanings.is_about(key, value, True) and not meanings.read_as(key, value)
+
+
+def _says_more(others: Record) -> bool:
+    """Whether something beside turns may be an answer to them, or what they begin with."""
+    return any(
+        _is_told(key, value) and (_ANSWERS.search(key.lower()) or key == "text" or isinstance(value, dict))
+        for key, value in others.items()
+    )
+
+
+def _of_gap(record: Record, tokens: Collection[str]) -> dict[str, str]:
+    """The mapping for a gap between two texts: in the model's own tokens for it, or in dots."""
+    if not all(isinstance(record.get(key), str) for key in ("prefix", "suffix", "middle")):
+        return {}
+    for before, after, gap in _GAPS:
+        if {before, after, gap} <= {*tokens}:
+            return {"text": f"{before}{{{{ prefix }}}}{after}{{{{ suffix }}}}{gap}{{{{ middle }}}}"}
+    return {"prompt": "{{ prefix }}[...]{{ suffix }}", "completion": "middle"}
+
+
+def _of_texts(record: Record) -> dict[str, str]:
+    """The mapping for a record of texts: what is asked and answered, a text and its label, or a text alone."""
+    held = {path: value for path, value in _held(record).items() if isinstance(value, str | int | float)}
+    texts = [path for path, value in held.items() if isinstance(number(value), str)]
+    labels = [path for path in held if _LABELS.search(path.lower()) and _is_short(held[path])]
+    labels.sort(key=lambda path: path not in ("label", "labels"))
+    positive = next((path for path in texts if {"positive", "pos"} & {*meanings.words(path)}), None)
+    anchor = next((path for path in texts if positive and "neg" not in path and path != positive), None)
+    if positive and anchor:
+        negative = next((path for path in texts if {"negative", "neg"} & {*meanings.words(path)}), None)
+        return {"anchor": anchor, "positive": positive} | ({"negative": negative} if negative else {})
+    answer = next((path for path in held if _ANSWERS.search(path.lower()) and path not in labels), None)
+    others = [path for path in held if answer and _ONE_OF_SEVERAL.sub("", path) == _ONE_OF_SEVERAL.sub("", answer)]
+    thought = next((path for path in texts if path != answer and meanings.is_reasoning(path, held[path])), None)
+    rest = [path for path in texts if path not in (*others, answer, thought, *labels)]
+    asking = [path for path in rest if _ASKS.search(path.lower())]
+    if answer is None and labels and rest:
+        pair = rest if len(rest) == 2 else [*asking, *rest][:1]
+        return dict(zip(("text", "text_pair"), pair, strict=False)) | {"label": labels[0]}
     if answer is None and len(rest) > 1:
-        answer = next(key for key in reversed(rest) if key != asked)
-    asked = asked or next((key for key in rest if key != answer), None)
-    if answer and asked:
-        return f"--data.fields 'prompt: {asked}, completion: {answer}'"
-    return f"--data.fields 'text: {texts[0]}'" if texts else ""
+        answer = next(path for path in reversed(rest) if path not in asking[:1])
+    asked = next((path for path in [*asking, *rest] if path != answer), None)
+    if not answer or not asked:
+        return {"text": texts[0]} if len(texts) == 1 and texts == _told(record) else {}
+    further = [path for path in asking if path not in (asked, answer)]
+    more = _beside(record)
+    choices = next((key for key in ("choices", "options", "endings") if isinstance(record.get(key), list | dict)), "")
+    if choices and (template := joined({asked: "", choices: record[choices]})):
+        return {"prompt": template, "completion": answer} | more
+    if thought and thought.isidentifier() and answer.isidentifier():
+        return {"prompt": asked, "completion": f"<think>\n{{{{ {thought} }}}}\n</think>\n{{{{ {answer} }}}}"} | more
+    blank = [key for key, value in record.items() if value in ("", None) and _ASKS.search(str(key).lower())]
+    if len(further + blank) == 1:
+        return {"instruction": asked, "input": (further + blank)[0], "output": answer} | more
+    return {"prompt": asked, "completion": answer} | more
+
+
+def _held(record: Record) -> dict[str, Any]:
+    """What a record holds that is no more about it than its texts, by its path: also in objects, and lists of one."""
+    found = {str(key): value for key, value in record.items() if not isinstance(value, dict | list)}
+    for key, value in record.items():
+        path, inner = (f"{key}.0", value[0]) if isinstance(value, list) and len(value) == 1 else (str(key), value)
+        if isinstance(inner, dict):
+            said = {name: part for name, part in inner.items() if isinstance(part, str) and name not in ROLE_KEYS}
+            found |= {f"{path}.{name}": part for name, part in said.items()}
+    return {
+        path: value
+        for path, value in found.items()
+        if not is_empty(value) and not _is_about(path, value) and not meanings.read_as(path, value)
+    }
+
+
+def _is_about(path: str, value: Any) -> bool:
+    """Whether what stands at a path says something about its record, and is no class by its name."""
+    if {*meanings.words(path)} == {"answer", "key"}:  # of a choice
+        return False
+    is_text = isinstance(value, str) and isinstance(number(value), str)
+    return meanings.is_about(path, value, True) and not (_LABELS.search(path.lower()) and not is_text)
+
+
+def _told(record: Record) -> list[str]:
+    return [key for key, value in record.items() if _is_told(key, value)]
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, str) or len(value.split()) <= WORDS_OF_LABEL
 
 
 def _messages(path: str, value: Any) -> str:
@@ -71,9 +193,7 @@ def _messages(path: str, value: Any) -> str:
     role = f"{json.dumps(_roles([turn[who] for turn in turns]), ensure_ascii=False)}[{_item(who)}]"
     turn = f"dict(role={role}, content={_item(max(letters, key=lambda key: letters[key]))})"
     turns_as = f"{{{{ {turn} | tojson }}}}{{% if not loop.last %}},{{% endif %}}"
-    template = "[{% for t in " + path + " %}" + turns_as + "{% endfor %}]"
-    # as YAML has it in double quotes, and a shell in single ones
-    return "" if "'" in template else json.dumps(template, ensure_ascii=False)
+    return "[{% for t in " + path + " %}" + turns_as + "{% endfor %}]"
 
 
 def _roles(names: list[str]) -> dict[str, str]:

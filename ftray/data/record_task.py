@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from ftray.config import DataConfig
 from ftray.data import records
 from ftray.data.fast_tokenizer import AnyTokenizer
-from ftray.data.shapes import Seen, Shape, read
+from ftray.data.reading import Seen, read
+from ftray.data.shapes import Shape
 from ftray.data.tokens import Tokens, tokenize
 from ftray.task_spec import CAUSAL, TaskSpec
 

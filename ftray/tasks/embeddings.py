@@ -41,7 +41,10 @@ def _scored(record: Record, where: object) -> Example:
     texts = [text_of(record, key, where, NEEDS) for key in ("sentence1", "sentence2")]
     score = number(record.get("score"))
     if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
-        raise UserError(f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}")
+        raise UserError(
+            f"{where}: score must be a number from -1 to 1, like a cosine, not {score!r}: if 5 is the highest, give "
+            "--data.fields 'sentence1: sentence1, sentence2: sentence2, score: \"{{ score | float / 5 }}\"'"
+        )
     return Example(texts, float(score), where)
 
 

@@ -5,9 +5,11 @@ from typing import Any
 import yaml
 
 from ftray.config import Config
+from ftray.data.fields import as_typed
 from ftray.data.formats import Located
 from ftray.data.records import SHAPES, unknown
-from ftray.data.shapes import fitting, recognise, refuse, refuse_meanings
+from ftray.data.refusals import kept, refuse_keys
+from ftray.data.shapes import Shape, fitting, recognise
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
 from ftray.storage.location import parse_location
@@ -73,6 +75,28 @@ def as_begun(cfg: Config) -> Config:
     return cfg.model_copy(update={"data": data, "search": search})
 
 
+def _refuse_two_tasks(record: dict[str, Any], labelled: Shape, place: object) -> None:
+    """Raise the UserError about a record that holds a text and its label, and a question and its answer too."""
+    asked = fitting(record, [shape for shape in SHAPES if not shape.is_alone])
+    if asked is None or {*asked.required_keys} <= {*labelled.required_keys}:
+        return
+    label, answer = as_typed(kept(record, labelled)), as_typed(kept(record, asked))
+    raise UserError(
+        f"{place}: holds {' and '.join(labelled.required_keys)}, and {' and '.join(asked.required_keys)}: say which "
+        f"are meant: {label} to learn the label, or {answer} to learn to answer"
+    )
+
+
+def _special_tokens(model_path: str) -> set[str]:
+    """The special tokens of a model; none where its tokenizer can't be read, which is told later."""
+    from transformers import AutoTokenizer
+
+    try:
+        return {*AutoTokenizer.from_pretrained(model_path).get_added_vocab()}
+    except (OSError, ValueError):
+        return set()
+
+
 def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) -> str:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -81,14 +105,14 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
         if all(key in record for key in keys):
             return name
     for name in LABELLED:
-        if fitting(record, TaskSpec(name).load().shapes):
+        if labelled := fitting(record, TaskSpec(name).load().shapes):
+            _refuse_two_tasks(record, labelled, place)
             return name
     shape = recognise(record, SHAPES)
     if not all(key in record for key in shape.required_keys):
-        refuse(record, shape.refuses, place)
-        refuse_meanings(record, shape, place)
+        refuse_keys(record, shape, place)
         others = ", ".join("/".join(keys) for keys in (("tokens", "tags"), ("text", "label"), *(k for k, _ in KEYS)))
-        raise UserError(unknown(record, place, f", {others}"))
+        raise UserError(unknown(record, place, f", {others}", _special_tokens(model_path)))
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
     if model.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"

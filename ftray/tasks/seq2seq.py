@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ftray.config import DataConfig, EvaluationConfig
 from ftray.data import records
-from ftray.data.shapes import Seen, is_empty
+from ftray.data.reading import Seen
+from ftray.data.shapes import is_empty
 from ftray.data.tokens import Tokens
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores

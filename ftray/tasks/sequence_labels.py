@@ -40,7 +40,9 @@ def _labelled(first: str, label: str, second: str = "", may_be_single: bool = Fa
         pair = text_of(record, second, where, NEEDS) if second and record.get(second) is not None else None
         if pair is not None:
             _refuse_score(record.get(label), (first, second, label), where)
-        return Example(text_of(record, first, where, NEEDS), pair, _one_label(record.get(label), label, where), where)
+        return Example(
+            text_of(record, first, where, NEEDS), pair, _one_label(record.get(label), label, first, where), where
+        )
 
     pair, single = (first, second, label), (first, label)
     keys, optional = (single, (second,)) if may_be_single or not second else (pair, ())
@@ -65,9 +67,12 @@ def _is_label(value: object) -> bool:
     return isinstance(value, str | int) or (isinstance(value, list) and bool(value) and isinstance(value[0], str | int))
 
 
-def _one_label(value: object, key: str, where: object) -> str:
+def _one_label(value: object, key: str, text: str, where: object) -> str:
     if isinstance(value, list) and len(value) > 1:
-        raise UserError(f"{where}: {key} holds {len(value)} labels: ftray learns one label a text")
+        raise UserError(
+            f"{where}: {key} holds {len(value)} labels: ftray learns one label a text: say which one, as the first by "
+            f"--data.fields '{text}: {text}, label: {key}.0'"
+        )
     return label_of(value[0] if isinstance(value, list) and value else value, key, where)
 
 
