@@ -22,7 +22,7 @@ from ftray.compat.torch import add, out_of_memory
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.models.sharding import is_sharded, one_pass, whole
-from ftray.multi_adapter import attention
+from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
+KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
@@ -124,8 +125,9 @@ class Pack:
             }
             self.verdict = self.isolation_reason + (f"{together[kind]}: {reason}" if reason else "")
 
-    def _shared_model(self) -> PreTrainedModel:
-        shared = shared_model(self.base, None if self.padded else attention.packed_attention(self._layout))
+    def _shared_model(self, kernel: Callable[..., object] | None = None) -> PreTrainedModel:
+        name = attention.packed_attention(self._layout, kernel) if kernel else None
+        shared = shared_model(self.base, name)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
@@ -139,15 +141,18 @@ class Pack:
         self._records = probe.probe_records(self.base, longest)
         reasons: list[str] = []
         head = self._agreed(self._head_obstacle)
-        for self.padded in (False, True):
-            self.shared = self._shared_model()
+        kernels = fused_attention.choose_kernels(self.base, longest)
+        for kernel in (*kernels, None):
+            self.padded = kernel is None
+            self.shared = self._shared_model(kernel)
             reason = head or self._agreed(self._obstacle)
             if not reason:
-                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records are packed in one row"
+                how = KERNELS.get(kernel, "") if kernel else ""
+                self.verdict = f"records are {'padded: ' + reasons[-1] if self.padded else 'packed in one row' + how}"
                 return None
             reasons.append(reason)
-        self.verdict = f"each adapter trains by itself: {reasons[1]}"
-        return f"{type(self.base).__name__}: {reasons[1]}"
+        self.verdict = f"each adapter trains by itself: {reasons[-1]}"
+        return f"{type(self.base).__name__}: {reasons[-1]}"
 
     def _head_obstacle(self) -> str | None:
         self.head, reason = output_head(self.base.eval(), self._records[0])
