@@ -20,7 +20,7 @@ from ftray.errors import UserError
 from ftray.models.sharding import one_pass, shard, units
 from ftray.search.estimate import resident_bytes
 from ftray.training.engine import join_process_group
-from ftray.training.run_spec import check_sharding
+from ftray.training.run_spec import check_workers
 
 HELPERS = Path(__file__).parent / "helpers"
 
@@ -168,10 +168,10 @@ def test_what_needs_whole_weights_is_refused(adapter, model, training, reason):
 
 def test_nobody_to_share_with_is_refused():
     with pytest.raises(UserError, match=r"scaling\.workers 2 or more"):
-        check_sharding(TrainingConfig(shard_base=True), 1)
-    check_sharding(TrainingConfig(shard_base=True), 2)
-    check_sharding(TrainingConfig(), 1)
+        check_workers(TrainingConfig(shard_base=True), 1)
+    check_workers(TrainingConfig(shard_base=True), 2)
+    check_workers(TrainingConfig(), 1)
     layers_away = TrainingConfig(shard_base=True, offload="all")
-    check_sharding(layers_away, 1, 1.0)
+    check_workers(layers_away, 1, 1.0)
     with pytest.raises(UserError, match="needs GPUs"):
-        check_sharding(layers_away, 1, 0.0)
+        check_workers(layers_away, 1, 0.0)

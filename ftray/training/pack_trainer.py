@@ -16,6 +16,7 @@ from ftray.adapters.methods import attach, layers_left_out, rate_ratio
 from ftray.adapters.targets import described
 from ftray.compat.torch import out_of_memory, storage_key
 from ftray.config import ModelConfig, TrainingConfig
+from ftray.models.liger import use_liger
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import share
@@ -72,7 +73,7 @@ class PackTrainer:
             longest: most tokens of a record; None: any number.
 
         Raises:
-            UserError: the base can't be shared out.
+            UserError: the base can't be shared out, or not run by Liger's kernels.
         """
         training = training or TrainingConfig()
         join_process_group()
@@ -87,6 +88,8 @@ class PackTrainer:
             self.base = load_base(model, model_path, task)
             if model.quantization == "none":
                 self.base.model.to(self.device)
+        if training.liger:
+            use_liger(self.base.model)
         if training.gradient_checkpointing:
             self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(
