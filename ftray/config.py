@@ -279,6 +279,9 @@ class TrainingConfig(Section):
         1000, description="validation records that a validation reads at most, the same ones each time"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    liger: bool = Field(
+        False, description="fused kernels of the package liger-kernel for the base's norms and feed-forward: GPU only"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed ZeRO partitions over workers")
     shard_base: bool = Field(
         False, description="share the frozen base out over the workers of a trial or pack, by PyTorch's FSDP2"

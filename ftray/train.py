@@ -67,7 +67,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data.limits import check_special_tokens, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
-    from ftray.training.run_spec import accumulation_steps, check_sharding
+    from ftray.training.run_spec import accumulation_steps, check_workers
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
@@ -78,7 +78,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     cfg = cfg.model_copy(update={"data": settled})
     dry_run(cfg.adapter, skeleton, cfg.model, cfg.training)
     accumulation_steps(cfg.training, cfg.scaling.workers)
-    check_sharding(cfg.training, cfg.scaling.workers)
+    check_workers(cfg.training, cfg.scaling.workers)
     # no rungs here: validations are spaced evenly
     return cfg.model_copy(update={"search": cfg.search.model_copy(update={"scheduler": "none"})}), model_path, tokenizer
 
@@ -98,12 +98,12 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.search.results import save_best_adapter
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import SearchContext
-    from ftray.training.run_spec import check_sharding
+    from ftray.training.run_spec import check_workers
 
     connect(cfg)
     end_with_ray("train")
     gpus = gpus_per_worker(cfg)
-    check_sharding(cfg.training, cfg.scaling.workers, gpus)
+    check_workers(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     skeleton = load_skeleton(cfg.model, model_path, data.task).model
     refuse_beyond(data, cfg.data, skeleton, tokenizer, added_tokens(cfg.adapter))

@@ -144,10 +144,10 @@ def search_for_best(
     from ftray.search.run_manifest import write_data
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
-    from ftray.training.run_spec import check_sharding
+    from ftray.training.run_spec import check_workers
 
     gpus = gpus_per_worker(cfg)
-    check_sharding(cfg.training, cfg.scaling.workers, gpus)
+    check_workers(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task).model, tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
@@ -228,11 +228,11 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
     from ftray.search.trial_worker import SearchContext
-    from ftray.training.run_spec import check_sharding
+    from ftray.training.run_spec import check_workers
 
     connect(cfg)
     gpus = gpus_per_worker(cfg)
-    check_sharding(cfg.training, cfg.scaling.workers, gpus)
+    check_workers(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
@@ -273,7 +273,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import BASELINE
     from ftray.search.warm_start import earlier_trials
-    from ftray.training.run_spec import accumulation_steps, check_sharding
+    from ftray.training.run_spec import accumulation_steps, check_workers
 
     packable(cfg, space)
     check_output(cfg, space)
@@ -292,7 +292,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
             dry_run(adapter, skeleton, cfg.model, settings)
             tried.append(adapter)
         accumulation_steps(settings, cfg.scaling.workers)
-        check_sharding(settings, cfg.scaling.workers)
+        check_workers(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
 
 

@@ -651,16 +651,24 @@ def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words,
 
 
 LORA = {"method": "lora", "rank": 4, "target_modules": "all-linear", "dropout": 0.0}
+OFT = {"method": "oft", "block_size": 16}
+SHAPES = [
+    *((adapter, length, torch.float32) for adapter in (LORA, OFT) for length in (48, 160, 400)),
+    (LORA | {"use_dora": True}, 48, torch.float32),  # its norms take no gradient: what they are made of is not kept
+    (LORA, 48, torch.bfloat16),
+    (LORA, 160, torch.bfloat16),
+    (OFT, 48, torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("length", [48, 160, 400])
-@pytest.mark.parametrize("adapter", [LORA, {"method": "oft", "block_size": 16}])
-def test_memory_counted_from_shapes_is_what_a_real_step_of_a_pack_takes(length, checkpointing, adapter):
+@pytest.mark.parametrize(("adapter", "length", "dtype"), SHAPES, ids=str)
+def test_memory_counted_from_shapes_is_what_a_real_step_of_a_pack_takes(adapter, length, dtype, checkpointing):
     """A Llama whose proportions are those of SmolLM2, its words and all; of records of one length."""
-    base = llama(vocab_size=12000, num_hidden_layers=6, hidden_size=144, intermediate_size=384).requires_grad_(False)
+    sizes = {"vocab_size": 12000, "num_hidden_layers": 6, "hidden_size": 144, "intermediate_size": 384}
+    base = llama(**sizes).to(dtype).requires_grad_(False)
     with torch.device("meta"):
-        planned = llama(vocab_size=12000, num_hidden_layers=6, hidden_size=144, intermediate_size=384)
+        planned = llama(**sizes).to(dtype)
     shapes = measure(LoadedModel(planned, CAUSAL, ()), {"adapter": adapter, "training": {}}, length, checkpointing)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})

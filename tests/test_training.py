@@ -200,7 +200,7 @@ def test_zero_3_shares_the_base_out(tmp_path, tokenizer):
             *torchrun,
             str(Path(__file__).parent / "helpers" / "peak_memory.py"),
             str(tmp_path / "model"),
-            str(stage),
+            json.dumps({"batch_size": 2, "zero_stage": stage}),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -6,6 +6,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,16 @@ REFUSALS = [
         "lora.init orthogonal with an odd rank",
         "the factors are made of pairs of rows: take an even one",
         lambda w: w.init == "orthogonal" and any(r % 2 for r in (w.own.rank, *w.own.rank_pattern.values())),
+    ),
+    Refusal(
+        "training.liger without the package liger-kernel",
+        "pip install liger-kernel",
+        lambda w: w.training.liger and find_spec("liger_kernel") is None,
+    ),
+    Refusal(
+        "training.liger with training.zero_stage 3",
+        "what a base says with Liger's kernels is compared on a whole one: take stage 2",
+        lambda w: w.training.liger and w.training.zero_stage == 3,
     ),
     Refusal(
         "deft, supertuning or tinylora with training.zero_stage 3",

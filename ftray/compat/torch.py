@@ -26,3 +26,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 def after_backward(function: Callable[[], None]) -> None:
     """Call `function` at the end of the backward pass that is under way; public hooks are those of single tensors."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU, or this machine, ran out of memory: for the latter PyTorch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,8 +4,8 @@ Registered with transformers' attention interface (https://huggingface.co/docs/t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -27,11 +27,20 @@ class Layout:
         blocks: number of records and padded length of each group of records of similar length.
         pad_index: int64 [P], the token at each padded position; at padding the record's last token.
         unpad_index: int64 [T], the padded position of each token.
+        lengths: int64 [N], tokens of each record, on the CPU.
+        masks: by sliding window, what :func:`ftray.multi_adapter.fused_attention.block_mask` has made.
     """
 
     blocks: list[tuple[int, int]]
     pad_index: torch.Tensor
     unpad_index: torch.Tensor
+    lengths: torch.Tensor
+    masks: dict[int | None, Any] = field(default_factory=dict)
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        """int32 [N + 1], where each record begins, and the row ends."""
+        return F.pad(self.lengths.cumsum(0), (1, 0)).int().to(self.pad_index.device)
 
 
 def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
@@ -52,7 +61,7 @@ def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
         blocks.append((len(records), longest))
         pad_index.append(tokens.flatten())
         offset += tokens.numel()
-    return Layout(blocks, torch.cat(pad_index).to(device), unpad_index.to(device))
+    return Layout(blocks, torch.cat(pad_index).to(device), unpad_index.to(device), lengths)
 
 
 class _Context(FunctionCtx):
@@ -98,13 +107,14 @@ def register(name: str, function: Callable[..., Any]) -> str:
     return name
 
 
-def packed_attention(layouts: list[Layout]) -> str:
-    """Register :func:`attention` for one model; returns the name of it.
+def packed_attention(layouts: list[Layout], kernel: Callable[..., Any] | None = None) -> str:
+    """Register an attention over packed rows for one model; returns the name of it.
 
     Args:
         layouts: holds the layout of the current row alone, set before each pass.
+        kernel: one of :func:`ftray.multi_adapter.fused_attention.choose_kernels`; None: :func:`attention`.
     """
-    return register("ftray_packed", partial(attention, layouts))
+    return register("ftray_packed", partial(kernel or attention, layouts))
 
 
 def attention(
@@ -127,9 +137,7 @@ def attention(
     Raises:
         NotImplementedError: the model asks for soft capping, sinks or attention in both directions.
     """
-    refuse_unknown(kwargs)
-    if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
-        raise NotImplementedError("attention in both directions")
+    refuse_unsupported(module, kwargs)
     (row,) = layouts
     q, k, v = (_Pad.apply(t[0].transpose(0, 1), row.pad_index, row.unpad_index) for t in (query, key, value))
     attended, offset = [], 0
@@ -147,6 +155,13 @@ def attention(
         attended.append(out.transpose(1, 2).reshape(records * length, out.shape[1], out.shape[3]))
     rows: torch.Tensor = _Unpad.apply(torch.cat(attended) if len(attended) > 1 else attended[0], row.unpad_index)
     return rows[None], None
+
+
+def refuse_unsupported(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """As :func:`refuse_unknown`, and if it asks for attention in both directions."""
+    refuse_unknown(arguments)
+    if not (getattr(module, "is_causal", True) if arguments.get("is_causal") is None else arguments["is_causal"]):
+        raise NotImplementedError("attention in both directions")
 
 
 def refuse_unknown(arguments: Mapping[str, Any]) -> None:

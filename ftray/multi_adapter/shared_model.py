@@ -19,11 +19,6 @@ from ftray.multi_adapter.shared_linear import PackingUnsupported
 Shared = TypeVar("Shared", bound=nn.Module)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU, or this machine, ran out of memory: for the latter PyTorch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def share(model: Shared) -> Shared:
     """A copy of the module structure whose parameters and buffers are those of `model` itself.
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -268,18 +269,26 @@ def _alone(model: PeftModel, task: TaskSpec, recompute: bool) -> Callable[[int],
 
 
 def saved_bytes(run: Callable[[int], object], length: int, own: set[int]) -> int:
-    """Bytes that autograd saves for the backward pass of `length` tokens, without parameters, whose keys are `own`."""
-    held: dict[int, torch.UntypedStorage] = {}
+    """Bytes that autograd keeps for the backward pass of `length` tokens, without parameters, whose keys are `own`."""
+    alive: WeakSet[_Saved] = WeakSet()
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        if (key := storage_key(tensor)) not in own:
-            held[key] = tensor.untyped_storage()
-        return tensor
+    def keep(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), _FusedAttention():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor), _FusedAttention():
         result = run(length)
+    kept = {storage_key(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in alive}
     del result
-    return sum(storage.nbytes() for storage in held.values())
+    return sum(size for key, size in kept.items() if key not in own)
+
+
+class _Saved:
+    """A tensor that autograd keeps: it goes with the graph, or with a part of it that is cut off (DoRA's norms)."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
 
 
 class _FusedAttention(TorchFunctionMode):

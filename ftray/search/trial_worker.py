@@ -153,7 +153,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again.
     """
     from ftray.adapters.lora_init import SAMPLES
-    from ftray.multi_adapter.shared_model import out_of_memory
+    from ftray.compat.torch import out_of_memory
     from ftray.training.single_run_trainer import (
         SingleRunTrainer,  # here: the trial that starts the trainer needs none of it
     )

@@ -6,6 +6,7 @@ so one backward pass gives each its own gradient. See PLoRA (arXiv 2508.02932) a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeVar
@@ -17,15 +18,15 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
-from ftray.compat.torch import add
+from ftray.compat.torch import add, out_of_memory
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
-from ftray.models.sharding import is_sharded, whole
-from ftray.multi_adapter import attention
+from ftray.models.sharding import is_sharded, one_pass, whole
+from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
-from ftray.multi_adapter.shared_model import out_of_memory, shared_model, train_mode, trainable, tuner_layers
+from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
+KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
@@ -123,8 +125,9 @@ class Pack:
             }
             self.verdict = self.isolation_reason + (f"{together[kind]}: {reason}" if reason else "")
 
-    def _shared_model(self) -> PreTrainedModel:
-        shared = shared_model(self.base, None if self.padded else attention.packed_attention(self._layout))
+    def _shared_model(self, kernel: Callable[..., object] | None = None) -> PreTrainedModel:
+        name = attention.packed_attention(self._layout, kernel) if kernel else None
+        shared = shared_model(self.base, name)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
@@ -138,15 +141,18 @@ class Pack:
         self._records = probe.probe_records(self.base, longest)
         reasons: list[str] = []
         head = self._agreed(self._head_obstacle)
-        for self.padded in (False, True):
-            self.shared = self._shared_model()
+        kernels = fused_attention.choose_kernels(self.base, longest)
+        for kernel in (*kernels, None):
+            self.padded = kernel is None
+            self.shared = self._shared_model(kernel)
             reason = head or self._agreed(self._obstacle)
             if not reason:
-                self.verdict = f"records are padded: {reasons[0]}" if self.padded else "records are packed in one row"
+                how = KERNELS.get(kernel, "") if kernel else ""
+                self.verdict = f"records are {'padded: ' + reasons[-1] if self.padded else 'packed in one row' + how}"
                 return None
             reasons.append(reason)
-        self.verdict = f"each adapter trains by itself: {reasons[1]}"
-        return f"{type(self.base).__name__}: {reasons[1]}"
+        self.verdict = f"each adapter trains by itself: {reasons[-1]}"
+        return f"{type(self.base).__name__}: {reasons[-1]}"
 
     def _head_obstacle(self) -> str | None:
         self.head, reason = output_head(self.base.eval(), self._records[0])
@@ -273,9 +279,9 @@ class Pack:
     def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
         """Make one optimiser step of every adapter in `batches`.
 
-        When memory runs out, passes are halved. An adapter of which a single micro-batch is too large fails, and the
-        others step as if it had not been there. In a single process, so does one whose update is too large. Over a
-        sharded base nothing of this is possible: the other ranks are in the midst of the same pass.
+        When memory runs out, over a sharded base on any rank, passes are halved. An adapter of which a single
+        micro-batch is too large fails, and the others step as if it had not been there. In a single process, so does
+        one whose update is too large.
 
         Args:
             batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
@@ -334,7 +340,7 @@ class Pack:
             try:
                 return attempt()
             except RuntimeError as error:
-                if self.sharded or not out_of_memory(error):
+                if not out_of_memory(error):
                     raise
             self.tokens //= 2
             if torch.cuda.is_available():
@@ -365,10 +371,11 @@ class Pack:
             parameters = {name: self.adapters[name].parameters for name, *_ in units}
             every = [p for own in parameters.values() for p in own]
             try:
-                total, parts = self._loss(units, [weights[name] for name, *_ in units])
-                flat = iter(torch.autograd.grad(total, every, allow_unused=True))
+                with self.one_pass():
+                    total, parts = self._loss(units, [weights[name] for name, *_ in units])
+                    flat = iter(torch.autograd.grad(total, every, allow_unused=True))
             except RuntimeError as error:
-                if self.sharded or len(units) > 1 or not out_of_memory(error):
+                if len(units) > 1 or not out_of_memory(error):
                     raise
                 exhausted.add(units[0][0])
                 continue
@@ -394,9 +401,10 @@ class Pack:
             for units in self._passes([(name, 0, batch) for name in names]):
                 own = [name for name, *_ in units]
                 try:
-                    found |= zip(own, self._loss(units, [1.0] * len(units))[1], strict=True)
+                    with self.one_pass():
+                        found |= zip(own, self._loss(units, [1.0] * len(units))[1], strict=True)
                 except RuntimeError as error:
-                    if self.sharded or len(units) > 1 or not out_of_memory(error):
+                    if len(units) > 1 or not out_of_memory(error):
                         raise
                     found[own[0]] = None
             return [found[name] for name in names]
@@ -406,6 +414,10 @@ class Pack:
         if None in found:
             self.tokens = before
         return found
+
+    def one_pass(self) -> AbstractContextManager[None]:
+        """Around all that gathers weights of a sharded base, see :func:`ftray.models.sharding.one_pass`."""
+        return one_pass(self.base) if self.sharded else nullcontext()
 
     def _passes(self, units: list[Unit]) -> Iterator[list[Unit]]:
         """Divide `units` into passes by tokens; one unit per adapter a pass, an isolated one by itself.

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, layers_left_out, rate_ratio
 from ftray.adapters.targets import described
-from ftray.compat.torch import storage_key
+from ftray.compat.torch import out_of_memory, storage_key
 from ftray.config import ModelConfig, TrainingConfig
+from ftray.models.liger import use_liger
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
-from ftray.multi_adapter.shared_model import out_of_memory, share
+from ftray.multi_adapter.shared_model import share
 from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint
 from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
@@ -72,7 +73,7 @@ class PackTrainer:
             longest: most tokens of a record; None: any number.
 
         Raises:
-            UserError: the base can't be shared out.
+            UserError: the base can't be shared out, or not run by Liger's kernels.
         """
         training = training or TrainingConfig()
         join_process_group()
@@ -87,6 +88,8 @@ class PackTrainer:
             self.base = load_base(model, model_path, task)
             if model.quantization == "none":
                 self.base.model.to(self.device)
+        if training.liger:
+            use_liger(self.base.model)
         if training.gradient_checkpointing:
             self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack = Pack(
@@ -134,7 +137,7 @@ class PackTrainer:
         adapts = described(model, layers_left_out(run.adapter, own))
         if self.rank == 0 and adapts not in self._printed:
             self._printed.add(adapts)
-            print(f"adapted: {adapts}", flush=True)
+            print(f"adapted: {adapts or 'no layers of the model'}", flush=True)
         isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
         accumulation = accumulation_steps(run.training, self.world_size)
         self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))
@@ -211,7 +214,8 @@ class PackTrainer:
             return None
         reason = None
         try:
-            metrics |= self.measure(self.pack.adapters[name].model)
+            with self.pack.one_pass():
+                metrics |= self.measure(self.pack.adapters[name].model)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -40,8 +40,8 @@ def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
     return cfg.batch_size // (workers * micro_batch)
 
 
-def check_sharding(cfg: TrainingConfig, workers: int, gpus: float | None = None) -> None:
-    """Check that there is somebody to share the base out with, and a GPU to keep it from.
+def check_workers(cfg: TrainingConfig, workers: int, gpus: float | None = None) -> None:
+    """Check that there is somebody to share the base out with, a GPU to keep it from, and one that Liger runs on.
 
     Args:
         workers: of a trial or pack.
@@ -54,6 +54,8 @@ def check_sharding(cfg: TrainingConfig, workers: int, gpus: float | None = None)
         raise UserError("training.shard_base needs scaling.workers 2 or more: one worker has nobody to share with")
     if cfg.shard_base and cfg.offload == "all" and gpus == 0:
         raise UserError("training.offload all with shard_base needs GPUs: without, layers lie in CPU memory anyway")
+    if cfg.liger and gpus == 0:
+        raise UserError("training.liger needs GPUs: its kernels run nowhere else")
 
 
 def micro_batch_size(cfg: TrainingConfig, workers: int) -> int:

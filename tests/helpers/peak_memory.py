@@ -1,4 +1,4 @@
-"""One process of two under torchrun: train a step on MODEL at a ZeRO STAGE, print the peak of its own memory.
+"""One process under torchrun: train a step on MODEL with the JSON settings TRAINING, print the peak of its own memory.
 
 Pages of the mapped weight files do not count: the system takes them back whenever it needs them.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.training.run_spec import RunSpec
+from ftray.training.single_run_trainer import SingleRunTrainer
 from ftray.training.zero3_trainer import Zero3Trainer
 
 peak = 0
@@ -29,11 +30,11 @@ def watch() -> None:
 
 
 threading.Thread(target=watch, daemon=True).start()
-model, stage = sys.argv[1], int(sys.argv[2])
+model, settings = sys.argv[1], TrainingConfig.model_validate_json(sys.argv[2])
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 dist.init_process_group("gloo")
-settings = TrainingConfig.model_validate({"batch_size": 2, "zero_stage": stage})
-trainer = Zero3Trainer(RunSpec(ModelConfig(dtype="fp32"), model, AdapterConfig(method="lora"), settings, 1))
+make = SingleRunTrainer if settings.shard_base else Zero3Trainer
+trainer = make(RunSpec(ModelConfig(dtype="fp32"), model, AdapterConfig(method="lora"), settings, 1))
 ids = torch.arange(2, 18)[None]
 batch = {"input_ids": ids, "position_ids": torch.arange(16)[None], "labels": ids}
 trainer.fit(repeat(batch), lambda: [batch], lambda metrics: None)

@@ -1,7 +1,8 @@
 """One process of two under torchrun: trials of mixed methods in a pack over MODEL, whole and shared out, into OUTPUT.
 
-Ranks have batches of unlike sizes, and unlike numbers of them in validation. Rank 0 writes, by kind of run and trial,
-the trained weights, the validation loss and the bytes of all tensors before the first trial.
+Ranks have batches of unlike sizes, and unlike numbers of them in validation. In one of the runs memory runs out on rank
+1 alone, in the midst of a pass. Rank 0 writes, by kind of run and trial, the trained weights, the validation loss and
+the bytes of all tensors before the first trial.
 """
 
 import gc
@@ -35,8 +36,29 @@ def tensor_bytes() -> int:
     return sum({storage_key(t): t.untyped_storage().nbytes() for t in alive}.values())
 
 
+class Shortage:
+    """Rank 1 has no memory for more than 120 tokens in a layer, and once none for more than 80 in its backward pass."""
+
+    def __init__(self, trainer: PackTrainer):
+        self.hit: list[str] = []
+        trainer.pack.shared.model.layers[1].register_forward_pre_hook(self)
+
+    def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        tokens = inputs[0].shape[1]
+        if dist.get_rank() == 0:
+            return
+        if tokens > 120:
+            self.refuse("forward")
+        if tokens > 80 and "backward" not in self.hit and inputs[0].requires_grad and torch.is_grad_enabled():
+            inputs[0].register_hook(lambda gradient: self.refuse("backward"))
+
+    def refuse(self, where: str) -> None:
+        self.hit.append(where)
+        raise RuntimeError("can't allocate memory: there is none")
+
+
 def train(
-    model: str, directory: Path, resume: bool = False, quantization: str = "none", **settings
+    model: str, directory: Path, resume: bool = False, quantization: str = "none", short: bool = False, **settings
 ) -> dict[str, list[torch.Tensor]]:
     """All trials to the last step, from the middle where they `resume`; leaves checkpoints of the middle."""
     before, rank = tensor_bytes(), dist.get_rank()
@@ -52,6 +74,7 @@ def train(
         draw = torch.Generator().manual_seed(10 * i + rank)
         rows = [packed_row(draw, 1 + rank) for _ in range(2 * STEPS)]
         trainer.trials[name].batches = iter(rows[2 * trainer.trials[name].history.step :])
+    shortage = Shortage(trainer) if short else None
     while not trainer.trials["lora"].history.over:
         assert trainer.step(list(trials)) == {}
         if trainer.trials["lora"].history.step == HALF:
@@ -63,6 +86,16 @@ def train(
     for name, trial in trainer.trials.items():
         loss = trial.history.reports[-1]["validation_loss"]
         found[name] = [*(p.detach().clone() for p in trial.update.parameters), torch.tensor(loss)]
+    if shortage:
+        assert trainer.pack.tokens == 50
+        assert dist.get_rank() == 0 or {*shortage.hit} == {"forward", "backward"}
+        alike = [
+            packed_row(torch.Generator().manual_seed(0), 12 if name == "upper" else 1) for name in ("lora", "upper")
+        ]
+        for name, row in zip(("lora", "upper"), alike, strict=True):
+            trainer.trials[name].batches = iter([row, row])
+        (failed,) = trainer.step(["lora", "upper"]).items()
+        assert failed == ("upper", f"out of memory: one micro-batch at step {STEPS + 1}")
     for name in trials:
         trainer.leave(name)
     return found
@@ -76,6 +109,7 @@ if __name__ == "__main__":
     results["sharded"] = train(model, output / "sharded", shard_base=True)
     results["resumed"] = train(model, output / "sharded", resume=True, shard_base=True)
     results["recomputed"] = train(model, output / "recomputed", shard_base=True, gradient_checkpointing=True)
+    results["short of memory"] = train(model, output / "short", short=True, shard_base=True)
     for kind, shard_base in (("4bit", False), ("4bit, sharded", True)):
         results[kind] = train(model, output / kind, quantization="4bit", shard_base=shard_base)
     if dist.get_rank() == 0:
