@@ -143,6 +143,11 @@ PIECES += [
     "\n e",
     "\t f",
     "é g",
+    ".\nH",
+    "x\n\n",
+    "\n(",
+    "1 2",
+    "z  ",
     "\u0301 h",
     "  i",
     "j ",
@@ -196,8 +201,8 @@ def test_words_are_forgotten_before_they_fill_the_memory_and_long_ones_at_once(m
             fast(texts, add_special_tokens=False)["input_ids"]
             == tokenizer(texts, add_special_tokens=False)["input_ids"]
         )
-        assert len(fast.further.known) <= 50 + 80
-        assert max(map(len, fast.further.known)) <= fast_tokenizer.LONGEST_WORD
+        assert len(fast._words.places) <= 50 + 80
+        assert max(map(len, fast._words.places)) <= fast_tokenizer.LONGEST_WORD
 
 
 def test_a_tokenizer_that_does_something_of_its_own_is_left_to_transformers(tokenizer):
