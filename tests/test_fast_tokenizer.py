@@ -15,9 +15,14 @@ from ftray.compat.chat_template import render, render_pieces
 from ftray.config import DataConfig
 from ftray.data import fast_tokenizer
 from ftray.data.fast_tokenizer import FastTokenizer, state_of
+from ftray.data.load_apart import load_apart
+from ftray.data.pipeline import fingerprint_of
 from ftray.data.records import parse
+from ftray.data.splits import find_sources
 from ftray.data.tokens import tokenize
+from ftray.errors import UserError
 from ftray.models.chat_template import names, read_chat_template
+from ftray.models.tokenizer import load_tokenizer
 
 CORPUS = [
     "cat sat cat sat. The mat's a 12 b 123",
@@ -201,8 +206,8 @@ def test_words_are_forgotten_before_they_fill_the_memory_and_long_ones_at_once(m
             fast(texts, add_special_tokens=False)["input_ids"]
             == tokenizer(texts, add_special_tokens=False)["input_ids"]
         )
-        assert len(fast._words.places) <= 50 + 80
-        assert max(map(len, fast._words.places)) <= fast_tokenizer.LONGEST_WORD
+        assert len(fast.words.places) <= 50 + 80
+        assert max(map(len, fast.words.places)) <= fast_tokenizer.LONGEST_WORD
 
 
 def test_a_tokenizer_that_does_something_of_its_own_is_left_to_transformers(tokenizer):
@@ -285,6 +290,22 @@ def test_what_tokenizes_imports_no_torch(tmp_path, tokenizer):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     wanted = tokenize([parse(record, "")], tokenizer, DataConfig())[0].input_ids
     assert result.stdout == f"{wanted} False\n", result.stderr
+
+
+def test_a_tokenizer_is_loaded_by_a_process_of_its_own_as_by_this_one(tmp_path, tokenizer, monkeypatch):
+    records, model = tmp_path / "r.jsonl", tmp_path / "model"
+    records.write_text('{"input": "a", "output": "b"}\n' * 9)
+    tokenizer.save_pretrained(model)
+    cfg = DataConfig(source=str(records), chat_template="chatml")
+    here = load_tokenizer(str(model), chat_template="chatml")
+    monkeypatch.delitem(sys.modules, "torch")
+    apart = load_apart(str(model), "chatml")
+    assert isinstance(apart, FastTokenizer)
+    assert apart.state == state_of(apart) == state_of(here)
+    named = [fingerprint_of(cfg, find_sources(cfg), made, "CAUSAL_LM") for made in (here, apart)]
+    assert named[0] == named[1]
+    with pytest.raises(UserError, match="no such template"):
+        load_apart(str(model), "chatmi")
 
 
 # --- renderings cut at turns

@@ -63,10 +63,14 @@ class FastTokenizer:
 
     Args:
         state: from :func:`state_of`.
+
+    Attributes:
+        stored: JSON of the tokenizer, as it was.
     """
 
     def __init__(self, state: str):
         known = json.loads(state)
+        self.state, self.stored = state, known["backend"]
         self._backend = Tokenizer.from_str(known["backend"])
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -74,9 +78,10 @@ class FastTokenizer:
         self.special_tokens_map: dict[str, str] = known["special_tokens"]
         self.bos_token_id: int | None = known["bos"]
         self.eos_token_id: int | None = known["eos"]
+        self.pad_token_id: int | None = known["pad"]
         backend = json.loads(known["backend"])
         self.borders, self.cuts_words = _borders(backend), _cuts_words(backend)
-        self._words = _Words()
+        self.words = _Words()
         self._first_bytes = np.zeros(256, bool)  # of special tokens
         self._first_bytes[[token["content"].encode()[0] for token in backend["added_tokens"]]] = True
 
@@ -113,7 +118,7 @@ class FastTokenizer:
             starts_piece[2:-1] |= sign[2:] & (data[1:-1] == ord("\n")) & sign[:-2]
         cuts = np.flatnonzero(starts_piece)
         pieces = pa.LargeStringArray.from_buffers(len(cuts) - 1, pa.py_buffer(cuts), content).dictionary_encode()
-        ids, first, last = self._words.of(pieces.dictionary.to_pylist(), self._backend)
+        ids, first, last = self.words.of(pieces.dictionary.to_pylist(), self._backend)
         piece = pieces.indices.to_numpy()
         first, counts = first[piece], (last - first)[piece]
         stops = np.cumsum(counts)
@@ -199,8 +204,10 @@ def _is_known(step: dict[str, Any]) -> bool | None:
     return None
 
 
-def state_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def state_of(tokenizer: AnyTokenizer) -> str | None:
     """What a :class:`FastTokenizer` needs to stand in for a tokenizer of transformers; None: it couldn't."""
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.state
     from transformers import PreTrainedTokenizerFast
 
     kind, template = type(tokenizer), tokenizer.chat_template
@@ -215,5 +222,6 @@ def state_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         "special_tokens": tokenizer.special_tokens_map,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
     }
     return json.dumps(state)
