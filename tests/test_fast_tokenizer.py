@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -338,6 +338,26 @@ CUT = {  # whether a turn depends on the turns before it alone
         f"{LOOP}{{% if m.role == 'system' %}}{{% continue %}}{{% endif %}}{SAID}{{% endfor %}}{ASK}",
         True,
     ),
+    "joined": (
+        LOOP + "{{ '<' + m['role'] + '>' ~ m['content'] + '</s>' }}{% if loop.first %}!{% endif %}{% endfor %}" + ASK,
+        True,
+    ),
+    "the text twice": (f"{LOOP}{SAID}{SAID}{{% endfor %}}{ASK}", True),
+    "by what is said": (f"{LOOP}{SAID}{{% if m.content == 'a' %}}!{{% endif %}}{{% endfor %}}{ASK}", True),
+    "whether something is said": (
+        f"{LOOP}{{{{ (m.content or '-') ~ m.role }}}}{{% if m.content and not m.name %}}{SAID}{{% endif %}}"
+        f"{{% for c in m.calls or [] %}}{{{{ c | tojson }}}}{{{{ loop.first }}}}{{% endfor %}}{{% endfor %}}{ASK}",
+        True,
+    ),
+    "letter by letter": (f"{LOOP}{SAID}{{% for c in m.content %}}{{{{ c }}}}.{{% endfor %}}{{% endfor %}}{ASK}", True),
+    "by what was said first": (f"{LOOP}{SAID}{{{{ messages[0].content }}}}{{% endfor %}}{ASK}", True),
+    "by the number": (f"{LOOP}{SAID}{{{{ loop.index }}}}{{% endfor %}}{ASK}", True),
+    "by the turn before": (f"{LOOP}{SAID}{{{{ loop.previtem }}}}{{% endfor %}}{ASK}", True),
+    "a turn as a whole": (f"{LOOP}{SAID}{{{{ m | length }}}}{{% endfor %}}{ASK}", True),
+    "a text through a filter": (f"{LOOP}{SAID}{{{{ (m.content + ' x') | trim }}}}{{% endfor %}}{ASK}", True),
+    "a text called": (f"{LOOP}{SAID}{{{{ m.content.upper() }}}}{{% endfor %}}{ASK}", True),
+    "a text in another name": (f"{LOOP}{{% set c = m.content %}}<{{{{ c }}}}>{{% endfor %}}{ASK}", True),
+    "a text by a key that is found": (f"{LOOP}{SAID}{{{{ m[m.role and 'content'][:1] }}}}{{% endfor %}}{ASK}", True),
     "an end": (f"{LOOP}{SAID}{{% endfor %}}{{% if add_generation_prompt %}}<a>{{% else %}}</s>{{% endif %}}", True),
     "an early end": (f"{LOOP}{SAID}{{% if m.content == 'a' %}}{{% break %}}{{% endif %}}{{% endfor %}}{ASK}", None),
     "the last": (f"{LOOP}{SAID}{{% if loop.last %}}</s>{{% endif %}}{{% endfor %}}{ASK}", False),
@@ -379,3 +399,23 @@ def test_a_rendering_cut_at_turns_is_that_of_each_number_of_turns(name, texts, b
     for count in range(1, len(messages) + 1) if pieces else ():
         for ask, end in ((False, pieces.end), (True, pieces.ask)):
             assert render(template, messages[:count], None, ask, special) == pieces.begun[count] + end
+
+
+FRAMED = {"plain", "marks", "an end", "joined", "the text twice", "whether something is said", "chatml", "zephyr"}
+
+
+@pytest.mark.parametrize("name", [name for name in CUT if CUT[name][1]])
+def test_what_stands_around_a_text_is_rendered_once_for_its_role(name, monkeypatch):
+    template = CUT[name][0]
+    turns = [[(role, f"{text} {i}") for i, role in enumerate(("user", "assistant", "user"))] for text in "ab"]
+    first, second = ([{"role": role, "content": text} for role, text in said] for said in turns)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    wanted = render(template, second, None, False, special)
+    render_pieces(template, first, None, special)
+    monkeypatch.setattr(Template, "render", None)
+    if name in FRAMED:
+        pieces = render_pieces(template, second, None, special)
+        assert pieces.begun[-1] + pieces.end == wanted
+    else:
+        with pytest.raises(TypeError):
+            render_pieces(template, second, None, special)
