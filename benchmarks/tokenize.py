@@ -111,7 +111,7 @@ def ours(root: Path) -> None:
     from ftray.runtime.cluster import connect, quiet
 
     quiet()
-    connect(Config())
+    connect(Config(), dashboard=False)
     cfg = DataConfig(
         source=str(root / "records.jsonl"),
         chat_template=str(root / "template.jinja"),

@@ -82,7 +82,7 @@ def run(cfg: Config) -> int:
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
     from ftray.search.results import write_json
 
-    connect(cfg)
+    connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
     refuse_beyond(data, data_cfg, skeleton, tokenizer, added)
     if split != "all" and not data.splits[split].records:

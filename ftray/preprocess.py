@@ -42,7 +42,7 @@ def run(cfg: Config) -> int:
     plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
     skeleton = load_skeleton(plain, model_path, task).model
     data_cfg = within_positions(cfg.data, skeleton, lengths=check.lengths)
-    connect(cfg)
+    connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
     refuse_beyond(data, data_cfg, skeleton, tokenizer)
     print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))

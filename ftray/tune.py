@@ -230,7 +230,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
-    connect(cfg)
+    connect(cfg, dashboard=False)
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)

@@ -250,6 +250,17 @@ def test_transformers_drop_weight_conversions(tiny_llama):
     assert model._weight_conversions == [renamed]
 
 
+def test_transformers_loads_a_tokenizer_without_torch(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "import sys; from ftray.compat.without_torch import leave_out_torch; leave_out_torch()\n"
+        "from ftray.models.tokenizer import load_tokenizer\n"
+        f"print(load_tokenizer({str(tmp_path)!r})('a b')['input_ids'], 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == f"{tokenizer('a b')['input_ids']} False\n", result.stderr
+
+
 def test_deepspeed_shared_memory_extension(monkeypatch):
     import deepspeed
 

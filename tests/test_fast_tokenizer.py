@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,9 +15,14 @@ from ftray.compat.chat_template import render, render_pieces
 from ftray.config import DataConfig
 from ftray.data import fast_tokenizer
 from ftray.data.fast_tokenizer import FastTokenizer, state_of
+from ftray.data.load_apart import load_apart
+from ftray.data.pipeline import fingerprint_of
 from ftray.data.records import parse
+from ftray.data.splits import find_sources
 from ftray.data.tokens import tokenize
+from ftray.errors import UserError
 from ftray.models.chat_template import names, read_chat_template
+from ftray.models.tokenizer import load_tokenizer
 
 CORPUS = [
     "cat sat cat sat. The mat's a 12 b 123",
@@ -143,6 +148,11 @@ PIECES += [
     "\n e",
     "\t f",
     "é g",
+    ".\nH",
+    "x\n\n",
+    "\n(",
+    "1 2",
+    "z  ",
     "\u0301 h",
     "  i",
     "j ",
@@ -196,8 +206,8 @@ def test_words_are_forgotten_before_they_fill_the_memory_and_long_ones_at_once(m
             fast(texts, add_special_tokens=False)["input_ids"]
             == tokenizer(texts, add_special_tokens=False)["input_ids"]
         )
-        assert len(fast.further.known) <= 50 + 80
-        assert max(map(len, fast.further.known)) <= fast_tokenizer.LONGEST_WORD
+        assert len(fast.words.places) <= 50 + 80
+        assert max(map(len, fast.words.places)) <= fast_tokenizer.LONGEST_WORD
 
 
 def test_a_tokenizer_that_does_something_of_its_own_is_left_to_transformers(tokenizer):
@@ -282,6 +292,22 @@ def test_what_tokenizes_imports_no_torch(tmp_path, tokenizer):
     assert result.stdout == f"{wanted} False\n", result.stderr
 
 
+def test_a_tokenizer_is_loaded_by_a_process_of_its_own_as_by_this_one(tmp_path, tokenizer, monkeypatch):
+    records, model = tmp_path / "r.jsonl", tmp_path / "model"
+    records.write_text('{"input": "a", "output": "b"}\n' * 9)
+    tokenizer.save_pretrained(model)
+    cfg = DataConfig(source=str(records), chat_template="chatml")
+    here = load_tokenizer(str(model), chat_template="chatml")
+    monkeypatch.delitem(sys.modules, "torch")
+    apart = load_apart(str(model), "chatml")
+    assert isinstance(apart, FastTokenizer)
+    assert apart.state == state_of(apart) == state_of(here)
+    named = [fingerprint_of(cfg, find_sources(cfg), made, "CAUSAL_LM") for made in (here, apart)]
+    assert named[0] == named[1]
+    with pytest.raises(UserError, match="no such template"):
+        load_apart(str(model), "chatmi")
+
+
 # --- renderings cut at turns
 
 LOOP, ASK = "{% for m in messages %}", "{% if add_generation_prompt %}<a>{% endif %}"
@@ -312,6 +338,26 @@ CUT = {  # whether a turn depends on the turns before it alone
         f"{LOOP}{{% if m.role == 'system' %}}{{% continue %}}{{% endif %}}{SAID}{{% endfor %}}{ASK}",
         True,
     ),
+    "joined": (
+        LOOP + "{{ '<' + m['role'] + '>' ~ m['content'] + '</s>' }}{% if loop.first %}!{% endif %}{% endfor %}" + ASK,
+        True,
+    ),
+    "the text twice": (f"{LOOP}{SAID}{SAID}{{% endfor %}}{ASK}", True),
+    "by what is said": (f"{LOOP}{SAID}{{% if m.content == 'a' %}}!{{% endif %}}{{% endfor %}}{ASK}", True),
+    "whether something is said": (
+        f"{LOOP}{{{{ (m.content or '-') ~ m.role }}}}{{% if m.content and not m.name %}}{SAID}{{% endif %}}"
+        f"{{% for c in m.calls or [] %}}{{{{ c | tojson }}}}{{{{ loop.first }}}}{{% endfor %}}{{% endfor %}}{ASK}",
+        True,
+    ),
+    "letter by letter": (f"{LOOP}{SAID}{{% for c in m.content %}}{{{{ c }}}}.{{% endfor %}}{{% endfor %}}{ASK}", True),
+    "by what was said first": (f"{LOOP}{SAID}{{{{ messages[0].content }}}}{{% endfor %}}{ASK}", True),
+    "by the number": (f"{LOOP}{SAID}{{{{ loop.index }}}}{{% endfor %}}{ASK}", True),
+    "by the turn before": (f"{LOOP}{SAID}{{{{ loop.previtem }}}}{{% endfor %}}{ASK}", True),
+    "a turn as a whole": (f"{LOOP}{SAID}{{{{ m | length }}}}{{% endfor %}}{ASK}", True),
+    "a text through a filter": (f"{LOOP}{SAID}{{{{ (m.content + ' x') | trim }}}}{{% endfor %}}{ASK}", True),
+    "a text called": (f"{LOOP}{SAID}{{{{ m.content.upper() }}}}{{% endfor %}}{ASK}", True),
+    "a text in another name": (f"{LOOP}{{% set c = m.content %}}<{{{{ c }}}}>{{% endfor %}}{ASK}", True),
+    "a text by a key that is found": (f"{LOOP}{SAID}{{{{ m[m.role and 'content'][:1] }}}}{{% endfor %}}{ASK}", True),
     "an end": (f"{LOOP}{SAID}{{% endfor %}}{{% if add_generation_prompt %}}<a>{{% else %}}</s>{{% endif %}}", True),
     "an early end": (f"{LOOP}{SAID}{{% if m.content == 'a' %}}{{% break %}}{{% endif %}}{{% endfor %}}{ASK}", None),
     "the last": (f"{LOOP}{SAID}{{% if loop.last %}}</s>{{% endif %}}{{% endfor %}}{ASK}", False),
@@ -353,3 +399,23 @@ def test_a_rendering_cut_at_turns_is_that_of_each_number_of_turns(name, texts, b
     for count in range(1, len(messages) + 1) if pieces else ():
         for ask, end in ((False, pieces.end), (True, pieces.ask)):
             assert render(template, messages[:count], None, ask, special) == pieces.begun[count] + end
+
+
+FRAMED = {"plain", "marks", "an end", "joined", "the text twice", "whether something is said", "chatml", "zephyr"}
+
+
+@pytest.mark.parametrize("name", [name for name in CUT if CUT[name][1]])
+def test_what_stands_around_a_text_is_rendered_once_for_its_role(name, monkeypatch):
+    template = CUT[name][0]
+    turns = [[(role, f"{text} {i}") for i, role in enumerate(("user", "assistant", "user"))] for text in "ab"]
+    first, second = ([{"role": role, "content": text} for role, text in said] for said in turns)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    wanted = render(template, second, None, False, special)
+    render_pieces(template, first, None, special)
+    monkeypatch.setattr(Template, "render", None)
+    if name in FRAMED:
+        pieces = render_pieces(template, second, None, special)
+        assert pieces.begun[-1] + pieces.end == wanted
+    else:
+        with pytest.raises(TypeError):
+            render_pieces(template, second, None, special)

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable
-from itertools import chain, islice
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | FastTokenizer"
 Tools: TypeAlias = list[dict[str, Any]] | None  # that a conversation may call, as JSON schemas
 
-MOST_WORDS, LONGEST_WORD = 2**17, 40  # that are kept
-# A word after a blank is never one token with what is before it, where a pre-tokenizer is one of those below: none of
-# their patterns takes a blank after anything but a blank, or looks beyond a letter, digit or sign.
-_WORD_BORDER = re.compile(r" (?<=[!-~] )(?=[A-Za-z])")
+MOST_WORDS, LONGEST_WORD = 2**17, 40  # that are kept; characters of one
+# A token ends before a blank, and after a line's end, that follow a letter, digit or sign of ASCII, where a
+# pre-tokenizer is one of those below: none of their patterns takes a blank after anything but a blank, or such a sign
+# after a line's end, or looks beyond a letter, digit or sign.
+_WORD_BORDER = re.compile(r"(?<=[!-~])(?= )|(?<=[!-~]\n)(?=[!-~])")
+_SIGNS = np.array([ord("!") <= byte <= ord("~") for byte in range(256)])
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,19 +33,29 @@ _AS_USUAL = ("__call__", "_encode_plus", "apply_chat_template", "get_chat_templa
 
 
 class _Words:
-    """The token ids of words that were seen, each after the same blank."""
+    """The token ids of words that were seen, one after another in one row."""
 
-    def __init__(self, blank: str):
-        self._blank, self.known = blank, dict[str, list[int]]()
+    def __init__(self) -> None:
+        self.places = dict[str, int]()
+        self._ids, self._ends = np.empty(0, np.int32), np.zeros(1, np.int64)
 
-    def of(self, words: set[str], encoded: Callable[[list[str]], list[list[int]]]) -> dict[str, list[int]]:
-        """A mapping in which all `words` are."""
-        if len(self.known) > MOST_WORDS:
-            self.known = {}
-        new = list(words.difference(self.known))
-        found = dict(zip(new, encoded([self._blank + word for word in new]), strict=True))
-        self.known |= {word: ids for word, ids in found.items() if len(word) <= LONGEST_WORD}
-        return self.known | found if found else self.known
+    def of(self, words: list[str], backend: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A row of token ids, and where in it those of each word begin and end."""
+        if len(self.places) > MOST_WORDS:
+            self.places, self._ids, self._ends = {}, self._ids[:0], self._ends[:1]
+        known = len(self.places)
+        new = sorted((word for word in words if word not in self.places), key=len)
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(new, add_special_tokens=False)]
+        counts = np.fromiter(map(len, encoded), np.int64, len(new))
+        ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(encoded), np.int32, counts.sum())])
+        ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(counts)])
+        self.places |= zip(new, range(known, known + len(new)), strict=True)
+        at = np.fromiter(map(self.places.__getitem__, words), np.int64, len(words))
+        long = [word for word in new if len(word) > LONGEST_WORD]  # the last of them
+        for word in long:
+            del self.places[word]
+        self._ids, self._ends = ids[: ends[len(self.places)]], ends[: len(self.places) + 1]
+        return ids, ends[at], ends[at + 1]
 
 
 class FastTokenizer:
@@ -50,10 +63,14 @@ class FastTokenizer:
 
     Args:
         state: from :func:`state_of`.
+
+    Attributes:
+        stored: JSON of the tokenizer, as it was.
     """
 
     def __init__(self, state: str):
         known = json.loads(state)
+        self.state, self.stored = state, known["backend"]
         self._backend = Tokenizer.from_str(known["backend"])
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -61,9 +78,12 @@ class FastTokenizer:
         self.special_tokens_map: dict[str, str] = known["special_tokens"]
         self.bos_token_id: int | None = known["bos"]
         self.eos_token_id: int | None = known["eos"]
+        self.pad_token_id: int | None = known["pad"]
         backend = json.loads(known["backend"])
         self.borders, self.cuts_words = _borders(backend), _cuts_words(backend)
-        self.first, self.further = _Words(""), _Words(" ")
+        self.words = _Words()
+        self._first_bytes = np.zeros(256, bool)  # of special tokens
+        self._first_bytes[[token["content"].encode()[0] for token in backend["added_tokens"]]] = True
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, Any]:
         """Token ids of one text, or of each of several."""
@@ -71,7 +91,53 @@ class FastTokenizer:
             return {"input_ids": self._backend.encode(text, add_special_tokens=add_special_tokens).ids}
         if add_special_tokens:
             return {"input_ids": [encoding.ids for encoding in self._backend.encode_batch_fast(text)]}
-        return {"input_ids": self._in_sections(text)}
+        ids, ends = self.flat(text)
+        whole, cuts = ids.tolist(), ends.tolist()
+        return {"input_ids": [whole[start:end] for start, end in pairwise([0, *cuts])]}
+
+    def flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of several texts without special tokens around them, one after another, and where each text ends.
+
+        Each text is cut at special tokens, which are borders of tokens anyway, and at words where tokens end with them;
+        equal pieces are tokenized once.
+
+        Returns:
+            int32 of shape [tokens]; int64 of shape [texts].
+        """
+        held = pa.array(texts, pa.large_string())
+        _, ends, content = held.buffers()
+        ends = np.frombuffer(ends, np.int64, len(texts) + 1)
+        data = np.frombuffer(content, np.uint8, ends[-1]) if content else np.empty(0, np.uint8)
+        starts_piece = np.zeros(len(data) + 1, bool)
+        starts_piece[ends] = True
+        for at in self._special_tokens(data, ends):
+            starts_piece[at] = True
+        if self.cuts_words:
+            sign = _SIGNS[data]
+            starts_piece[1:-1] |= (data[1:] == ord(" ")) & sign[:-1]
+            starts_piece[2:-1] |= sign[2:] & (data[1:-1] == ord("\n")) & sign[:-2]
+        cuts = np.flatnonzero(starts_piece)
+        pieces = pa.LargeStringArray.from_buffers(len(cuts) - 1, pa.py_buffer(cuts), content).dictionary_encode()
+        ids, first, last = self.words.of(pieces.dictionary.to_pylist(), self._backend)
+        piece = pieces.indices.to_numpy()
+        first, counts = first[piece], (last - first)[piece]
+        stops = np.cumsum(counts)
+        taken = np.repeat(first - (stops - counts), counts) + np.arange(stops[-1] if len(stops) else 0)
+        stops = np.concatenate([[0], stops])
+        return ids[taken], stops[np.searchsorted(cuts, ends[1:])]
+
+    def _special_tokens(self, data: np.ndarray, ends: np.ndarray) -> list[int]:
+        """Where special tokens begin and end in texts that lie one after another."""
+        if not self.borders:
+            return []
+        begin = np.flatnonzero(self._first_bytes[data])
+        found, done, whole = list[int](), 0, data.tobytes()
+        text_ends = ends[np.searchsorted(ends, begin, "right")]
+        for at, end in zip(begin.tolist(), text_ends.tolist(), strict=True):
+            if at >= done and (match := self.borders.match(whole, at, end)):
+                done = match.end()
+                found += (at, done)
+        return found
 
     def apply_chat_template(
         self,
@@ -99,27 +165,8 @@ class FastTokenizer:
         """The text of tokens."""
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
-    def _in_sections(self, texts: list[str]) -> list[list[int]]:
-        """Each text cut at special tokens, which are borders of tokens anyway; equal sections are tokenized once."""
-        cut = [self.borders.split(text) if self.borders else [text] for text in texts]
-        sections = list(dict.fromkeys(section for parts in cut for section in parts))
-        ids = dict(zip(sections, self._by_words(sections) if self.cuts_words else self._encoded(sections), strict=True))
-        return [list(chain.from_iterable(map(ids.__getitem__, parts))) for parts in cut]
 
-    def _by_words(self, texts: list[str]) -> list[list[int]]:
-        """Each text cut where one word ends and another begins; most words have been seen before."""
-        cut = [_WORD_BORDER.split(text) for text in texts]
-        first = self.first.of({parts[0] for parts in cut}, self._encoded)
-        further = self.further.of(set(chain.from_iterable(parts[1:] for parts in cut)), self._encoded)
-        return [
-            [*first[parts[0]], *chain.from_iterable(map(further.__getitem__, islice(parts, 1, None)))] for parts in cut
-        ]
-
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _borders(backend: dict[str, Any]) -> re.Pattern[str] | None:
+def _borders(backend: dict[str, Any]) -> re.Pattern[bytes] | None:
     """A pattern of the added tokens, which the tokenizer finds in a text before all else; what stands between two of
     them is then tokenized by itself. None: not in this tokenizer, be it that a token takes the blanks around it.
     """
@@ -128,8 +175,8 @@ def _borders(backend: dict[str, Any]) -> re.Pattern[str] | None:
         return None
     if '"prepend_scheme": "first"' in json.dumps(backend["pre_tokenizer"]):  # where a text begins matters
         return None
-    longest_first = sorted((token["content"] for token in tokens), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    longest_first = sorted((token["content"].encode() for token in tokens), key=len, reverse=True)
+    return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _cuts_words(backend: dict[str, Any]) -> bool:
@@ -157,8 +204,10 @@ def _is_known(step: dict[str, Any]) -> bool | None:
     return None
 
 
-def state_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def state_of(tokenizer: AnyTokenizer) -> str | None:
     """What a :class:`FastTokenizer` needs to stand in for a tokenizer of transformers; None: it couldn't."""
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.state
     from transformers import PreTrainedTokenizerFast
 
     kind, template = type(tokenizer), tokenizer.chat_template
@@ -173,5 +222,6 @@ def state_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         "special_tokens": tokenizer.special_tokens_map,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
     }
     return json.dumps(state)

@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from ftray.config import DataConfig
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer, state_of
 from ftray.data.formats import Chunk, read_chunk
+from ftray.data.load_apart import load_apart
 from ftray.data.parts import Sorted, bins_of, read_bin, read_tables, write_sorted, write_tables
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
@@ -42,6 +43,7 @@ from ftray.data.splits import (
 )
 from ftray.data.tokens import Tokens, prompt_template, rendering, spread
 from ftray.errors import UserError
+from ftray.models.tokenizer import load_tokenizer
 from ftray.runtime.cluster import say_if_waiting
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
@@ -98,10 +100,11 @@ def prepare(
     Raises:
         UserError: as :meth:`ftray.data.splits.DataCheck.run`, also about records beyond the part that it reads.
     """
-    from ftray.models.load import load_tokenizer
-
     sources = find_sources(cfg)
-    tokenizer = load_tokenizer(model, trust_remote_code, cfg.chat_template)
+    if task == CAUSAL.name and not trust_remote_code:
+        tokenizer = load_apart(model, cfg.chat_template)
+    else:
+        tokenizer = load_tokenizer(model, trust_remote_code, cfg.chat_template)
     chat_template = tokenizer.chat_template if cfg.chat_template else None
     fingerprint = fingerprint_of(cfg, sources, tokenizer, task, labels)
     target = _cache(cfg) / fingerprint
@@ -140,16 +143,20 @@ def prepare(
 
 
 def fingerprint_of(
-    cfg: DataConfig, sources: Sources, tokenizer: "PreTrainedTokenizerBase", task: str, labels: tuple[str, ...] = ()
+    cfg: DataConfig, sources: Sources, tokenizer: AnyTokenizer, task: str, labels: tuple[str, ...] = ()
 ) -> str:
     """The same for all that makes the same tokens: the name of their directory in the cache."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(tokenizer, FastTokenizer):
+        vocabulary: Any = tokenizer.stored
+    else:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     parts = {
         "version": VERSION,
         "task": [task, *labels],
         "content": {name: content_stamp(source.chunks) for name, source in sources.items()},
         "settings": cfg.model_dump(exclude={"cache", *(name for name in LATER if not getattr(cfg, name))}),
-        "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
+        "tokenizer": vocabulary,
         "special": [str(tokenizer.special_tokens_map), tokenizer.chat_template],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -352,8 +359,6 @@ def _tokenize_bin(
 def _tokenizer(work: str, model: str, trust_remote_code: bool, chat_template: str | None) -> AnyTokenizer:
     if (state := parse_location(work) / TOKENIZER).exists():
         return FastTokenizer(state.read_text())
-    from ftray.models.load import load_tokenizer
-
     return load_tokenizer(model, trust_remote_code, chat_template)
 
 

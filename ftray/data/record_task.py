@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from ftray.config import DataConfig
 from ftray.data import records
 from ftray.data.fast_tokenizer import AnyTokenizer
+from ftray.data.plain_turns import read_plain_turns
 from ftray.data.reading import Seen, read
 from ftray.data.shapes import Shape
 from ftray.data.tokens import Tokens, tokenize
@@ -69,6 +70,10 @@ class TextTask(RecordTask):
 
     shapes = records.SHAPES
     record_keys = records.KNOWN
+
+    def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
+        """As any task does."""
+        return read_plain_turns(record, where) or super().parse_and_see(record, where)
 
     def shape(self, example: Any) -> str:
         """A text whose label isn't learnt stands beside no record without one: it would be another task's."""

@@ -12,21 +12,19 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from ftray.compat.transformers import drop_weight_conversions, kept_in_float32
 from ftray.config import ModelConfig
 from ftray.errors import UserError
-from ftray.models.chat_template import give_chat_template
 from ftray.models.limits import word_table
 from ftray.models.probe import idle_layers
 from ftray.models.sharding import shard
 from ftray.models.stored import as_stored
+from ftray.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model too
 from ftray.task_spec import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,21 +65,6 @@ def choose_dtype(cfg: ModelConfig) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
-
-
-def load_tokenizer(
-    path: str, trust_remote_code: bool = False, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (its end-of-sequence token if it has none of its own).
-
-    `chat_template` takes the place of its own one: see :func:`ftray.models.chat_template.give_chat_template`.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if chat_template:
-        give_chat_template(tokenizer, chat_template)
-    return tokenizer
 
 
 def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -35,8 +35,11 @@ def quiet() -> None:
     logging.disable(logging.ERROR)  # in this process only; libraries reset levels, and Tune logs tracebacks
 
 
-def connect(cfg: Config) -> None:
+def connect(cfg: Config, dashboard: bool = True) -> None:
     """Join the cluster at `scaling.address` or the one that this job runs in, else start one on this machine.
+
+    Args:
+        dashboard: whether one that starts here has Ray's dashboard: nine processes, for what runs a few seconds.
 
     Raises:
         UserError: as :func:`check_address`.
@@ -48,13 +51,15 @@ def connect(cfg: Config) -> None:
     if ray.is_initialized():
         return
     check_address(cfg)
-    if not bootstrap_address(cfg.scaling.address):  # a process a worker group less: nobody drains this machine
+    joins = bool(bootstrap_address(cfg.scaling.address))
+    if not joins:  # a process a worker group less: nobody drains this machine
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2: that long, nobody hears that a run is over
     with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
-        ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose)
+        has_dashboard = None if dashboard or joins else False  # None: Ray's default
+        ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose, include_dashboard=has_dashboard)
     if not cfg.verbose:
         from ray.data import DataContext
 
