@@ -102,7 +102,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         "best": best,
         "base": None,
         "proof": None,
-        "rungs": reliability(rows, context.budget(), cfg),
+        "rungs": reliability(rows, context.rungs(), cfg),
         "trials": rows,
         "tokens": sum(r["tokens"] for r in rows),
     }
@@ -142,6 +142,7 @@ def search_for_best(
     from ftray.search.progress import Progress
     from ftray.search.results import say_damaged, trial_rows
     from ftray.search.run_manifest import write_data
+    from ftray.search.signals import paired_training
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_sharding
@@ -154,7 +155,7 @@ def search_for_best(
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -227,6 +228,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
+    from ftray.search.signals import paired_training
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_sharding
 
@@ -236,7 +238,8 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    result = estimate(SearchContext(cfg, model_path, data.directory, gpus), space)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
+    result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
     return 0

@@ -7,9 +7,10 @@ from scipy.stats import kendalltau
 
 from ftray.config import Config
 from ftray.search.reliability import described, reliability
+from ftray.search.rungs import rungs
 
 CFG = Config.model_validate({"training": {"steps": 100, "warmup": 0.0}, "search": {"metric": "loss"}})
-BUDGET = 800  # cut after 100 and 200
+RUNGS = rungs(800, CFG)  # cut after 100 and 200
 
 
 def row(status: str, *values: float) -> dict:
@@ -20,7 +21,7 @@ def row(status: str, *values: float) -> dict:
 def test_the_order_at_a_rung_is_held_against_that_at_the_end():
     rows = [row("finished", 3.0, 2.0, 1.0), row("finished", 3.5, 2.5, 1.4), row("finished", 3.2, 2.9, 1.8)]
     rows += [row("stopped early", 4.0), row("stopped early", 3.6), row("stopped early", 3.3, 3.1)]
-    first, second = reliability(rows, BUDGET, CFG)
+    first, second = reliability(rows, RUNGS, CFG)
     assert (first["records"], first["finished"], first["stopped"]) == (100, 3, 2)
     assert (second["records"], second["stopped"]) == (200, 1)
     assert first["rank_correlation"] == pytest.approx(0.5)  # two of three swap: 1 - 6 * 2 / (3 * 8)
@@ -38,8 +39,8 @@ def test_the_order_at_a_rung_is_held_against_that_at_the_end():
 
 def test_of_few_trials_nothing_is_said():
     rows = [row("finished", 3.0, 2.0, 1.0), row("finished", 3.5, 2.5, 1.4), row("stopped early", 4.0)]
-    assert [rung["missed"] for rung in reliability(rows, BUDGET, CFG)] == [None, None]
-    assert described(reliability(rows, BUDGET, CFG)) == []
+    assert [rung["missed"] for rung in reliability(rows, RUNGS, CFG)] == [None, None]
+    assert described(reliability(rows, RUNGS, CFG)) == []
 
 
 def test_what_is_better_when_higher_is_turned_round():
@@ -49,4 +50,4 @@ def test_what_is_better_when_higher_is_turned_round():
     values = [(3.0, 2.0, 1.0), (3.5, 2.5, 1.4), (3.2, 2.9, 1.8)]
     rows = [row("finished", *v) for v in values] + [row("stopped early", 4.0)]
     turned = [row("finished", *(-x for x in v)) for v in values] + [row("stopped early", -4.0)]
-    assert reliability(turned, BUDGET, up) == reliability(rows, BUDGET, CFG)
+    assert reliability(turned, RUNGS, up) == reliability(rows, RUNGS, CFG)

@@ -36,7 +36,6 @@ from ftray.search.driver import trials_that_fit
 from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import rungs
 from ftray.search.space import BASELINE, Space
 from ftray.search.trial_worker import SearchContext, trainer
 from ftray.storage.local import LocalLocation
@@ -132,7 +131,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     largest = max(methods.values(), key=lambda shapes: shapes.parameters)
     probe = probe_pack(context, largest.corner) if shared else probe_trial(context, largest.corner)
 
-    compared = rungs(context.budget(), cfg)
+    compared = context.rungs()
     records = [rung.records for rung in compared]
     trials = [max(1.0, cfg.search.trials * share) for share in (1.0, *(rung.share for rung in compared[:-1]))]
     grown = [b - a for a, b in zip([0, *records], records, strict=False)]
@@ -140,7 +139,8 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)
     groups = packs_that_fit(context) if shared else trials_that_fit(context)
     steps = seen * length / probe.tokens * probe.step
-    validations = sum(trials) / probe.trials * probe.validation
+    validated = sum(n for n, rung in zip(trials, compared, strict=True) if not rung.paired)
+    validations = validated / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
         "base": resident_bytes(cfg, skeleton.model),

@@ -62,8 +62,10 @@ class Progress(tune.Callback):
     ) -> None:
         """Print a rung's result."""
         self._trials = trials
+        known = next((name for name in (self.metric, "paired_loss", "train_loss") if name in result), None)
+        shown = f"{'training loss' if known != self.metric else known} {result[known]:.4f}, " if known else ""
         self._line(
-            f"{label(trial)} {result['records']}/{self.budget} records: {self.metric} {result[self.metric]:.4f}, "
+            f"{label(trial)} {result['records']}/{self.budget} records: {shown}"
             f"{result['tokens_per_second']:.0f} tokens/s; {self._summary()}"
         )
 

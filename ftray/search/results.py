@@ -35,11 +35,11 @@ class TrialRow(TypedDict):
 
     Attributes:
         trial: its number.
-        value: the best of its reports; a failed trial keeps it. None: it made none.
+        value: the best of its reports; a failed trial keeps it. None: it was never validated.
         validated: validation records behind the value; None: all that the settings allow.
         records, tokens, seconds: of its last report.
         config: its configuration, `adapter` and `training`.
-        curve: `records` and the search's metric of each report.
+        curve: of each report `records`, and what it has of the search's metric and `paired_loss`.
         checkpoint: path of the one written with the best report; None: there is none.
         reason: why it failed; None: it did not.
     """
@@ -136,7 +136,7 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
                 "tokens": last.get("tokens", 0) if last else 0,
                 "seconds": last.get("seconds", 0.0) if last else 0.0,
                 "config": trial.user_attrs["config"],
-                "curve": [{"records": r["records"], metric: metric_value(r, metric)} for r in reports],
+                "curve": [{k: v for k, v in r.items() if k in ("records", metric, "paired_loss")} for r in reports],
                 "checkpoint": next((path for report, path in kept if best and report["step"] == best["step"]), None),
                 "reason": trial.user_attrs.get("reason"),
             }

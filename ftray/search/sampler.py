@@ -19,7 +19,7 @@ from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
 # of a report, with the search's metric
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated", "paired_loss")
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -129,10 +129,11 @@ class Sampler(Searcher):
         """Store a report; of a step that a restarted trial reports again, the first report counts."""
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
-        if self.metric in result and result["step"] not in [report["step"] for report in reports]:
+        if "step" in result and result["step"] not in [report["step"] for report in reports]:
             report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
             trial.set_user_attr("reports", [*reports, report])
-            trial.report(result[self.metric], result["records"])
+            if self.metric in result:
+                trial.report(result[self.metric], result["records"])
             self.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -144,7 +145,7 @@ class Sampler(Searcher):
         self._live.discard(trial_id)
         if error or trial_id in self._ended:
             return
-        if not result or self.metric not in result:
+        if not result or "step" not in result:
             result = next(reversed(self._trials[trial_id].user_attrs.get("reports", [])), None)
         if not result:
             return
