@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import optuna
 import pyarrow.parquet as pq
 import pytest
-from helpers.searches import command, run_here, study
+from helpers.searches import SPACE, command, run_here, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -320,14 +320,26 @@ def test_the_first_rung_is_late_enough_to_tell_something():
 STEPS = 40  # of 8 records: cut after 48 and 96 of 320
 
 
-@pytest.mark.parametrize("pack", ["auto", pytest.param("off", marks=pytest.mark.slow)])
-def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_path, words, tiny_llama, pack):
+@pytest.mark.parametrize(
+    ("pack", "paired"),
+    [("auto", True), ("auto", False), pytest.param("off", False, marks=pytest.mark.slow)],
+)
+def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_path, words, tiny_llama, pack, paired):
     output = tmp_path / "out"
+    space = SPACE.replace("lora:\n", "lora:\n  dropout: 0.0\n") if paired else SPACE  # IA3 and OFT have none
     more = ["--trials", "7" if pack == "auto" else "4", "--search.cohort", "4", "--pack", pack]
     more += ["--training.warmup", "0", "--evaluation.generate", "false"]
-    done = run_here(command(output, words, tiny_llama, *more, steps=STEPS))
+    done = run_here(command(output, words, tiny_llama, *more, space=space, steps=STEPS))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = study(output).trials
+    summary = json.loads((output / "summary.json").read_text())
+    signal = "training loss" if paired else "validation"
+    assert [(rung["records"], rung["signal"]) for rung in summary["rungs"]] == [(48, signal), (96, "validation")]
+    by = "the training loss of the same batches" if paired else "validation_loss of the same records"
+    said = [line for line in done.stdout.splitlines() if line.startswith("cohort ")]
+    # the share of four that trains on, and the default configuration, whose dropout no other has
+    assert any(line.startswith("cohort 0 after 48 records: ") and line.endswith(f"by {by}") for line in said)
+    assert len(said) == 2 * math.ceil(len(trials) / 4)
     if pack == "auto":
         curves = pq.read_table(output / "curves.parquet").to_pylist()
         for trial in trials:
@@ -336,16 +348,30 @@ def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_pa
             assert [row["step"] for row in own] == list(range(1, last["step"] + 1))
             assert own[-1]["records"] == last["records"]
             assert all(0 < row["train_loss"] < 20 for row in own)
+            for report in trial.user_attrs["reports"] if paired else []:
+                if report["records"] > 48:
+                    assert "validation_loss" in report
+                    continue
+                assert "validation_loss" not in report  # nothing was validated
+                # of the last third of six steps; the default configuration has a dropout of its own
+                wanted = (own[4]["train_loss"] + own[5]["train_loss"]) / 2
+                assert report.get("paired_loss") == (pytest.approx(wanted) if trial.number else None)
         # at a cut, no more validation than a fifth of the training: of 14 validation records, all
-        summary = json.loads((output / "summary.json").read_text())
         assert summary["best"]["status"] == "finished"
-    reports = {t.number: {r["records"]: r["validation_loss"] for r in t.user_attrs["reports"]} for t in trials}
+    compared = "paired_loss" if paired else "validation_loss"
+    reports = {
+        t.number: {r["records"]: r.get(compared if r["records"] == 48 else "validation_loss", -1.0) for r in reported}
+        for t in trials
+        for reported in [t.user_attrs["reports"]]
+    }
     for numbers in (range(4), range(4, len(trials))):
         assert {trials[n].user_attrs["cohort"] for n in numbers} <= {numbers[0] // 4}
         alive = sorted(numbers)
         for records, share in ((48, 1 / 4), (96, 1 / 8)):
             assert all(records in reports[n] for n in alive)
-            best = sorted(alive, key=lambda n: reports[n][records])[: math.ceil(share * len(numbers))]
+            best = sorted(alive, key=lambda n: reports[n][records])
+            places = math.ceil(share * len(numbers)) + (paired and records == 48 and 0 in numbers)  # 0 is not compared
+            best = best[:places]
             ended = [n for n in alive if n not in best and n != 0]
             for n in ended:
                 assert trials[n].state is TrialState.PRUNED
