@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from optuna.trial import FrozenTrial
 
-from ftray.search.rungs import Rung
+from ftray.search.rungs import LEAST_FINALISTS, Rung
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
 BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be seen to beat it
@@ -82,7 +82,7 @@ class Cohorts:
     def may_begin(self) -> bool:
         """Whether another trial may begin: a new cohort is suggested with what the last one's first rung has told."""
         full = bool(self.cohorts) and len(self.cohorts[-1]) >= self.size()
-        return not full or not self.rungs or self._cut[-1] > 0
+        return not full or not self.rungs or self._cut[-1] > 0 or all(m.over for m in self.cohorts[-1].values())
 
     def waiting(self) -> int:
         """Number of trials that wait at a rung."""
@@ -158,6 +158,26 @@ class Cohorts:
         over = {number for number, member in members.items() if member.over}
         survivors = [number for number in (*ranked, *sorted(unranked)) if number in kept - over]
         return Cut(cohort, self.rungs[rung], survivors, [number for number in losers if number not in over])
+
+    def finalists(self) -> list[int] | None:
+        """The best of the trials that train on after their last cut: two, or as many as a cohort keeps; best first.
+
+        None: a trial that is known has yet to come to its last cut. Where nobody is cut, there are no finalists.
+        """
+        if not self.rungs:
+            return []
+        last, places = len(self.rungs) - 1, LEAST_FINALISTS
+        kept: dict[int, float] = {}
+        for members in self.cohorts:
+            if any(len(member.values) <= last and not member.over and not member.lost for member in members.values()):
+                return None
+            arrived = {n: member.values[last] for n, member in members.items() if len(member.values) > last}
+            values = {number: self.sign * value for number, value in arrived.items() if value is not None}
+            share = math.ceil(self.rungs[last].share * len(members))
+            best = sorted(values, key=lambda number: (values[number], number))[:share]
+            kept |= {number: values[number] for number in values if number in (*best, BASELINE_TRIAL)}
+            places = max(places, share)
+        return sorted(kept, key=lambda number: (kept[number], number))[:places]
 
     def _known(self) -> int:
         return sum(map(len, self.cohorts))

@@ -22,7 +22,8 @@ from ftray.search.advisor import Advisor
 from ftray.search.cohorts import Cohorts
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
-from ftray.search.journal import past_trials
+from ftray.search.finalists import runs_left
+from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
@@ -97,8 +98,8 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
     """
     output = output.resolve()
     cfg, experiment = context.config, output / EXPERIMENT
-    past = [trial for trial in past_trials(output / JOURNAL) if trial.state.is_finished()]
-    if len(past) >= cfg.search.trials:
+    past = [t for t in past_trials(output / JOURNAL) if t.state.is_finished() and SEED_OF not in t.user_attrs]
+    if len(past) >= cfg.search.trials and not runs_left(output / JOURNAL, cfg):
         return
     packed = _in_packs(context, space)
     cpus = cpus_of_pack_worker(context) if packed else cfg.scaling.cpus_per_worker or 1
@@ -161,7 +162,7 @@ def _tune(
         tune_config=tune.TuneConfig(
             search_alg=sampler,
             scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
-            num_samples=cfg.search.trials - len(past),
+            num_samples=-1 if cohorts else cfg.search.trials - len(past),  # -1: the sampler says what is the last one
             reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),

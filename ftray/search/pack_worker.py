@@ -21,7 +21,7 @@ from ftray.search.broker import Orders
 from ftray.search.failures import last_line
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
-from ftray.search.rungs import MOST_IN_COHORT, Rung
+from ftray.search.rungs import LEAST_FINALISTS, MOST_IN_COHORT, Rung
 from ftray.search.space import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
@@ -66,6 +66,8 @@ def most_trials(search: SearchContext) -> int:
         cohort = min(cfg.cohort or MOST_IN_COHORT, cfg.trials)
         first = search.rungs()[0]
         useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
+        if len(search.rungs()) > 1:
+            useful = max(useful, LEAST_FINALISTS * cfg.finalist_seeds)  # which train beside each other
     else:
         useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
         useful = min(useful, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))

@@ -13,6 +13,7 @@ LEAST_STEPS, LEAST_WARMUPS = 6, 3  # before the first cut: earlier, losses tell 
 # costs in training, as there is no backward pass, and validating at most a fifth of training
 VALIDATED_SHARE = 3 / 5
 RUNGS, FACTOR = 3, 3  # of ASHA and Hyperband
+LEAST_FINALISTS = 2  # that are trained with further seeds
 MOST_IN_COHORT = 16  # trials that are compared with each other, by default
 
 

@@ -8,7 +8,7 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
-from ftray.search.journal import past_trials
+from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.results import JOURNAL
 from ftray.search.run_manifest import CONFIG
 from ftray.search.sampler import whole
@@ -52,7 +52,8 @@ def _ranked(output: Location) -> list[tuple[dict[str, Any], float]]:
     with refuse_damaged(output / CONFIG):
         search = config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))).search
     sign = 1 if search.direction == "min" else -1
-    known = [trial.user_attrs for trial in past_trials(output / JOURNAL) if trial.user_attrs.get("reports")]
+    attributes = [trial.user_attrs for trial in past_trials(output / JOURNAL)]
+    known = [trial for trial in attributes if trial.get("reports") and SEED_OF not in trial]
 
     def rank(trial: dict[str, Any]) -> tuple[int, float]:
         last = trial["reports"][-1]  # those that were cut together were compared by the same
