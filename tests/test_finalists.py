@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from helpers.searches import command, run_here, study
 from optuna.trial import TrialState
 
+from ftray.cli import main
 from ftray.config import Config
 from ftray.evaluation.finalists import Candidate, choose, paired_difference
 from ftray.evaluation.metrics import Scores, compare
@@ -288,6 +290,20 @@ def test_a_search_trains_its_finalists_with_three_seeds_and_proves_the_better(se
         assert proof["over_default"]["loss"]["best"] == pytest.approx(proof["metrics"]["loss"]["best"])
         assert "best - default" in done.stdout
     assert summary["tokens"] == sum(row["tokens"] for row in [*summary["trials"], *summary["further_runs"]])
+
+
+def test_status_tells_the_further_runs_and_what_the_cuts_were_worth(searched, tmp_path, capsys):
+    output = tmp_path / "copy"
+    shutil.copytree(searched[0], output)
+    summary = json.loads((output / "summary.json").read_text())
+    assert [set(rung) >= {"signal", "rank_correlation", "missed"} for rung in summary["rungs"]] == [True]
+    summary["rungs"][0] |= {"rank_correlation": 0.5, "missed": 0.25, "stopped": 2}  # of two finished, nothing is said
+    (output / "summary.json").write_text(json.dumps(summary))
+    assert main(["status", "--run", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "4/4 trials over, 4/4 further runs of finalists, best" in said
+    assert "by validation: order as at the end 0.50 (Spearman" in said
+    assert "chance that one of 2 stopped there would have won 25%" in said
 
 
 def test_a_search_with_finalists_that_is_over_is_not_run_again(searched):

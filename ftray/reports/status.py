@@ -50,6 +50,7 @@ class Search:
         budget: records of a trial that nothing stops.
         running_since: seconds since 1970; None: no driver runs it.
         trials: by number.
+        reliability: of a search that is over, a line for each cut: what it was worth.
     """
 
     metric: str
@@ -59,6 +60,7 @@ class Search:
     budget: int
     running_since: float | None
     trials: list[TrialProgress]
+    reliability: list[str]
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
@@ -92,6 +94,7 @@ def read(output: Location) -> Search:
     """
     from ftray.search.journal import ADDED, SEED_OF, STOP, past_trials
     from ftray.search.progress import describe
+    from ftray.search.reliability import described
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import DATA, running_since
     from ftray.search.rungs import budget, rung_records
@@ -127,8 +130,11 @@ def read(output: Location) -> Search:
                 "seed_of": attributes.get(SEED_OF),
             }
         )
-    rungs = len(rung_records(whole, cfg))
-    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
+    rungs, summary, cuts = len(rung_records(whole, cfg)), output / "summary.json", list[str]()
+    if since is None and summary.exists():
+        with refuse_damaged(summary):
+            cuts = described(json.loads(summary.read_text()).get("rungs", []))
+    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows, cuts)
 
 
 def searched(output: Location) -> Config:

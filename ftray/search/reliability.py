@@ -83,7 +83,8 @@ def value_at(row: TrialRow, records: int, metric: str) -> float | None:
 def described(found: list[RungReliability]) -> list[str]:
     """A line for each rung of which something can be said."""
     return [
-        f"after {rung['records']} records, by {rung['signal']}: order as at the end {rung['rank_correlation']:.2f} "
+        f"after {rung['records']} records, by {rung.get('signal', 'validation')}: "
+        f"order as at the end {rung['rank_correlation']:.2f} "
         f"(Spearman, {rung['finished']} trials); chance that one of {rung['stopped']} stopped there would have won "
         f"{rung['missed']:.0%}"
         for rung in found
