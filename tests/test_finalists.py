@@ -3,10 +3,14 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from helpers.searches import command, run_here, study
+from helpers.searches import command, environment, run_here, study
 from optuna.trial import TrialState
 
 from ftray.cli import main
@@ -316,3 +320,29 @@ def test_a_search_with_finalists_that_is_over_is_not_run_again(searched):
     assert after["best"] == before["best"]
     assert after["finalists"] == before["finalists"]
     assert math.isfinite(after["proof"]["metrics"]["loss"]["best"])
+
+
+@pytest.mark.slow  # the journal's part of it is tested above
+def test_a_search_that_is_killed_among_its_further_runs_resumes_them(cluster, tmp_path, words, tiny_llama):
+    output = tmp_path / "out"
+    more = ["--trials", "4", "--search.finalist_seeds", "2", "--evaluation.generate", "false", "--resume"]
+    arguments = command(output, words, tiny_llama, *more, steps=80)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    deadline, known = time.monotonic() + 240, []
+    while not any("seed_of" in trial.user_attrs and trial.user_attrs.get("reports") for trial in known):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        with suppress(KeyError, FileNotFoundError):  # no study yet
+            known = study(output).trials
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    decided = study(output).user_attrs["finalists"]
+    assert not (output / "summary.json").exists()
+    done = run_here(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = study(output)
+    assert after.user_attrs["finalists"] == decided
+    further = [(trial.user_attrs["seed_of"], trial.state) for trial in after.trials if "seed_of" in trial.user_attrs]
+    assert sorted(further) == [(finalist, TrialState.COMPLETE) for finalist in sorted(decided["trials"])]
+    summary = json.loads((output / "summary.json").read_text())
+    assert [len(c["values"]) for c in summary["finalists"]["candidates"] if c["trial"] in decided["trials"]] == [2, 2]
