@@ -51,3 +51,27 @@ def test_what_is_better_when_higher_is_turned_round():
     rows = [row("finished", *v) for v in values] + [row("stopped early", 4.0)]
     turned = [row("finished", *(-x for x in v)) for v in values] + [row("stopped early", -4.0)]
     assert reliability(turned, RUNGS, up) == reliability(rows, RUNGS, CFG)
+
+
+def test_a_rung_that_compared_training_losses_is_held_against_the_end_by_these():
+    def compared(status: str, paired: float | None, *values: float) -> dict:
+        first = {"records": 100} | ({} if paired is None else {"paired_loss": paired})
+        known = row(status, 0.0, *values)
+        return known | {"curve": [first, *known["curve"][1:]]}
+
+    rows = [
+        compared("finished", 3.1, 2.0, 1.0),
+        compared("finished", 3.6, 2.5, 1.4),
+        compared("finished", 3.3, 2.9, 1.8),
+    ]
+    rows += [compared("finished", None, 0.5, 0.1)]  # with a dropout of its own: it was not compared
+    rows += [compared("stopped early", 4.0)]
+    first, second = reliability(rows, rungs(800, CFG, fresh=800), CFG)
+    assert (first["signal"], second["signal"]) == ("training loss", "validation")
+    assert (first["finished"], second["finished"], first["stopped"]) == (3, 4, 1)
+    assert first["rank_correlation"] == pytest.approx(0.5)
+    # from the rung to the end they fell by 2.1, 2.2, 1.5; the best of all ended at 0.1
+    falls = [2.1, 2.2, 1.5]
+    ending = statistics.NormalDist(4.0 - statistics.mean(falls), statistics.stdev(falls))
+    assert first["missed"] == pytest.approx(ending.cdf(0.1))
+    assert "after 100 records, by training loss: order as at the end 0.50" in described([first])[0]
