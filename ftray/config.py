@@ -340,6 +340,11 @@ class SearchConfig(Section):
     rungs: PositiveInt | None = Field(
         None, description="rungs, the last one at the full budget (default: 3; halving: from an eighth of the budget)"
     )
+    finalist_seeds: PositiveInt = Field(
+        3,
+        description="seeds with which each finalist of halving is trained, beside its own that of initialisation, "
+        "data order and dropout in one; 1: no further runs",
+    )
     warm_start: Annotated[list[str], CommaSeparated] = Field(
         [], description="outputs of earlier searches, comma-separated, whose trials say where to look first"
     )

@@ -30,7 +30,7 @@ def run(cfg: Config) -> int:
         rung, records = f"{row['rung']}/{search.rungs}", f"{row['records']}/{search.budget}"
         table.add_row(str(row["trial"]), row["configuration"], state, rung, records, value, speed)
     console().print(table)
-    print(search.summary())
+    print("\n".join([search.summary(), *search.reliability]))
     return 0
 
 

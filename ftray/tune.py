@@ -86,25 +86,35 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
     from ftray.runtime.cluster import on_hardware
+    from ftray.search.cohorts import BASELINE_TRIAL
+    from ftray.search.finalists import choose_finalist, final_runs, verdict
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
-    from ftray.search.results import EXPERIMENT, trial_rows, write_curves, write_json, write_leaderboard
+    from ftray.search.results import EXPERIMENT, all_rows, write_curves, write_json, write_leaderboard
 
     started = time.monotonic()
     context = search_for_best(cfg, space, model_path, tokenizer, output)
-    rows = trial_rows(cfg, output)
+    known = all_rows(cfg, output)
+    rows, further = ([row for row in known if (row["seed_of"] is None) is own] for own in (True, False))
+    choice = None
+    if candidates := final_runs(rows, further, cfg):
+        choice = _awaited(on_hardware(cfg, choose_finalist, context, candidates))
+        rows.sort(key=lambda row: row["trial"] != choice["winner"])
+        print("\n".join(verdict(choice, cfg.search.metric)), flush=True)
     best = save_best(cfg, rows, tokenizer, output)
     write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
-    write_curves(rows, output / EXPERIMENT, output / "curves.parquet")
+    write_curves(known, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
         "metric": cfg.search.metric,
         "direction": cfg.search.direction,
         "best": best,
         "base": None,
         "proof": None,
-        "rungs": reliability(rows, context.budget(), cfg),
+        "rungs": reliability(rows, context.rungs(), cfg),
+        "finalists": choice,
         "trials": rows,
-        "tokens": sum(r["tokens"] for r in rows),
+        "further_runs": further,
+        "tokens": sum(r["tokens"] for r in known),
     }
 
     def keep_summary() -> None:
@@ -116,15 +126,16 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         print_leaderboard(rows, cfg)
         print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
-    proof = _awaited(on_hardware(cfg, prove, context, output.absolute()))
+    default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
+    proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
     proof["merged"] = merged_on_hardware(context, output)
     keep_summary()
+    show(rows, proof, cfg, output)
     for line in described(summary["rungs"]):
         print(line)
-    show(rows, proof, cfg, output)
     return exit_code(best, proof["merged"])
 
 
@@ -142,6 +153,7 @@ def search_for_best(
     from ftray.search.progress import Progress
     from ftray.search.results import say_damaged, trial_rows
     from ftray.search.run_manifest import write_data
+    from ftray.search.signals import paired_training
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
@@ -154,7 +166,7 @@ def search_for_best(
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -227,6 +239,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
+    from ftray.search.signals import paired_training
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
@@ -236,7 +249,8 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    result = estimate(SearchContext(cfg, model_path, data.directory, gpus), space)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
+    result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
     return 0
@@ -303,30 +317,41 @@ def most_added(space: "Space") -> int:
     return max(added_tokens(AdapterConfig(**corner["adapter"])) for corner in space.corners())
 
 
-def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
-    """Score base and best adapter on the test split; runs where the hardware is.
+def prove(
+    context: "SearchContext", output: Location, default: str | None = None, candidates: int = 1
+) -> dict[str, Any]:
+    """Score base, default and best adapter on the test split; runs where the hardware is.
+
+    Args:
+        default: the checkpoint of the default configuration; None: there is none, or it is the best itself.
+        candidates: of which the best was chosen in the end: the intervals allow for it.
 
     Returns:
-        `metrics` (see :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `new_modules` that
-        the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that it
-        comes later.
+        `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
+        in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, `new_modules`
+        that the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that
+        it comes later.
     """
     from peft import PeftModel
 
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
+    from ftray.search.finalists import adapted
 
     cfg = context.config
     data = TokenizedData.load(context.data)
     task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
+    tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
+    rows, usual = data.rows("test", cfg.evaluation.records or PROOF_RECORDS), None
+    if default:
+        usual = task.score(adapted(base.model, parse_location(default) / "adapter")[0], tokenizer, rows, cfg.evaluation)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base.model, str(adapter))
-    tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
         before = task.score(model, tokenizer, rows, cfg.evaluation)
     after = task.score(model, tokenizer, rows, cfg.evaluation)
+    resamples = cfg.evaluation.bootstrap
     samples = [
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
@@ -335,8 +360,10 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
         "records": len(rows),
         "new_modules": list(base.new_modules),
         "merged": {"reason": "not made yet"},
-        "metrics": compare(before, after, cfg.evaluation.bootstrap),
-        "sources": compare_sources([row.get("source") for row in rows], before, after, cfg.evaluation.bootstrap),
+        "candidates": candidates,
+        "metrics": compare(before, after, resamples, candidates=candidates),
+        "over_default": usual and compare(usual, after, resamples, candidates=candidates),
+        "sources": compare_sources([row.get("source") for row in rows], before, after, resamples, candidates),
         "samples": samples[: cfg.evaluation.samples],
     }
 

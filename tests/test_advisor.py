@@ -109,6 +109,25 @@ def test_trials_are_compared_after_the_same_records_whether_they_finished_or_not
     assert advisor(tmp_path, text).suggest(1, failed) == advisor(tmp_path, text).suggest(1, [])
 
 
+def test_trials_that_were_compared_by_training_losses_are_learnt_from_by_these_alone(tmp_path):
+    text = "method: lora\nlearning_rate: {log: [1.0e-5, 1.0e-1]}\n"
+    domain = {"learning_rate": FloatDistribution(1e-5, 1e-1, log=True), "method": CATEGORY}
+
+    def trial(rate: float, **reported: float):
+        attributes = {"reports": [{"records": 48, **reported}]}
+        params = {"learning_rate": rate, "method": "lora"}
+        return create_trial(state=TrialState.PRUNED, params=params, distributions=domain, user_attrs=attributes)
+
+    known = [trial((1e-2 if n % 2 else 1e-4) * (1 + n / 100), paired_loss=3.0 - n % 2) for n in range(12)]
+    advisors = [advisor(tmp_path, text, seed=n) for n in range(20)]
+    for one in advisors:
+        one.signal = "paired_loss"
+    drawn = [one.suggest(12, known) for one in advisors]
+    assert statistics.median(params["learning_rate"] for params in drawn) > 1e-3
+    unlike = [trial(1e-5 * (1 + n / 100), loss=0.1) for n in range(12)]  # validated, or of a dropout of their own
+    assert [one.suggest(12, [*known, *unlike]) for one in advisors] == drawn
+
+
 CATEGORY = optuna.distributions.CategoricalDistribution(("lora",))
 
 

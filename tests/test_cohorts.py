@@ -2,18 +2,25 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import optuna
 import pyarrow.parquet as pq
 import pytest
-from helpers.searches import command, run_here, study
+from helpers.searches import SPACE, command, run_here, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from ftray.config import Config
-from ftray.search.cohorts import COHORT, Cohorts
+from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
+from ftray.data import TokenizedData
+from ftray.data.shards import MixedRows, Split
+from ftray.search.cohorts import COHORT, Cohorts, Cut
 from ftray.search.rungs import Rung, rungs
+from ftray.search.signals import PairedTraining, fresh_records, paired_training
+from ftray.search.space import load_space
+from ftray.training.run_spec import RunSpec
+from ftray.training.train_state import TrainState
 
 RUNGS = [Rung(10, 1 / 4), Rung(20, 1 / 8), Rung(80, 0.0)]
 
@@ -110,6 +117,120 @@ def test_what_fits_is_known_late():
     assert known.cut(0) is not None
 
 
+PAIRED = [Rung(48, 1 / 4, paired=True), Rung(96, 1 / 8), Rung(320, 0.0)]
+WHOLE = st.integers(-(2**20), 2**20)  # whole numbers: their sums are exact
+
+
+def cut_after_six_steps(losses: list[list[float]], unlike: frozenset[int] = frozenset()) -> Cut:
+    """The first cut of trials that had these losses in their first six steps of 8 records."""
+    known = Cohorts(PAIRED, "min", lambda: len(losses), len(losses))
+    run = SimpleNamespace(evaluate_at=(6, 12, 40), training=SimpleNamespace(batch_size=8))
+    for number, own in enumerate(losses):
+        known.add(number)
+        history = TrainState(run)
+        for loss in own:
+            history.add(loss * 10, 10, 10, 0.1)
+        assert known.report(number, 48, None, None if number in unlike else history.last_third())
+    return known.cut(0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(WHOLE, min_size=6, max_size=6), min_size=2, max_size=12),
+    st.lists(WHOLE, min_size=6, max_size=6),
+    st.frozensets(st.integers(0, 11), max_size=4),
+)
+def test_what_shifts_the_losses_of_a_batch_for_all_changes_no_cut(losses, shifts, unlike):
+    shifted = [[loss + shift for loss, shift in zip(own, shifts, strict=True)] for own in losses]
+    assert cut_after_six_steps(losses, unlike) == cut_after_six_steps(shifted, unlike)
+
+
+def test_trials_are_cut_by_the_last_third_of_their_training_losses():
+    curves = [[1, 1, 1, 1, 9, 9], [9, 9, 9, 9, 3, 1], [1, 1, 1, 1, 5, 1], [2, 2, 2, 2, 1, 2], [0, 0, 0, 0, 4, 4]]
+    cut = cut_after_six_steps(curves)  # means of the last two: 9, 2, 3, 1.5, 4; a quarter of five is two
+    assert (cut.survivors, set(cut.losers)) == ([3, 1, 0], {2, 4})  # and the default configuration
+    assert (cut.cohort, cut.rung) == (0, PAIRED[0])
+
+
+def test_one_whose_training_losses_do_not_compare_trains_on_and_takes_nobodys_place():
+    curves = [[1.0] * 6, [2.0] * 6, [3.0] * 6, [4.0] * 6, [9.0] * 6]
+    cut = cut_after_six_steps(curves, frozenset({0, 4}))
+    assert (cut.survivors, set(cut.losers)) == ([1, 2, 0, 4], {3})
+
+
+def test_a_resumed_search_cuts_by_the_training_losses_in_its_journal():
+    known, past = Cohorts(PAIRED, "min", lambda: 4, 4), []
+    for number, loss in enumerate((4.0, 3.0, None, 2.0)):
+        report = {"records": 48, "validated": 0} | ({} if loss is None else {"paired_loss": loss})
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={COHORT: 0, "reports": [report]})
+        trial.number = number
+        past.append(trial)
+    known.restore(past, "loss")
+    cut = known.cut(0)
+    assert (cut.survivors, cut.losers) == ([3, 0, 2], [1])
+
+
+def test_halving_goes_by_training_losses_while_records_are_fresh_and_validates_at_the_last_cut():
+    assert [(rung.records, rung.paired, rung.validated) for rung in rungs(800, config(), fresh=800)] == [
+        (120, True, None),
+        (240, False, 72),
+        (800, False, None),
+    ]
+    assert not any(rung.paired for rung in rungs(800, config(), fresh=119))
+    assert not any(rung.paired for rung in rungs(800, config(scheduler="asha"), fresh=800))
+    once = rungs(160, Config.model_validate({"training": {"steps": 20, "warmup": 0.0}}), fresh=160)
+    assert [(rung.records, rung.paired) for rung in once] == [(48, False), (160, False)]  # its one cut is the last
+
+
+FRESH = Split(records=100)
+DROPOUTS = "method: lora\nlora:\n  rank: {choice: [2, 4]}\n  dropout: "
+
+
+@pytest.mark.parametrize(
+    ("space", "sections", "fresh"),
+    [
+        (f"{DROPOUTS}0.1\n", {}, 100),
+        (f"{DROPOUTS}{{choice: [0.1]}}\n", {}, 100),
+        (f"{DROPOUTS}{{float: [0.0, 0.1]}}\n", {}, None),
+        ("method: {choice: [lora, ia3]}\nlora:\n  dropout: 0.1\n", {}, None),  # IA3 has none
+        ("method: {choice: [lora, ia3]}\nlora:\n  dropout: 0.0\n", {}, 100),
+        ("method: lora\nbatch_size: {choice: [4, 8]}\n", {}, None),
+        ("method: lora\nlora:\n  seed: {int: [0, 9]}\n", {}, None),
+        ("method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-2]}\nweight_decay: {float: [0.0, 0.1]}\n", {}, 100),
+        ("method: lora\n", {"search": {"pack": "off"}}, None),
+        ("method: lora\n", {"training": {"zero_stage": 3}}, None),
+        ("method: lora\n", {"search": {"metric": "validation_exact_match", "direction": "max"}}, None),
+        ("method: lora\n", {"search": {"scheduler": "asha"}}, None),
+    ],
+)
+def test_training_losses_compare_where_batches_and_dropout_are_alike(tmp_path, space, sections, fresh):
+    (tmp_path / "space.yaml").write_text(space)
+    cfg, read = Config.model_validate(sections), load_space(str(tmp_path / "space.yaml"))
+    found = paired_training(cfg, read, TokenizedData(str(tmp_path), "", {"train": FRESH}))
+    assert (found and found.fresh) == fresh
+
+
+def test_records_of_a_mixture_are_fresh_if_none_is_drawn_twice():
+    def mixture(*weights: float) -> Split:
+        return Split(records=200, sources={str(n): MixedRows(w, [100]) for n, w in enumerate(weights)})
+
+    assert fresh_records(mixture(1.0, 0.5)) == 150
+    assert fresh_records(mixture(0.5, 2.0)) == 0
+
+
+def test_a_trial_with_other_batches_or_another_dropout_is_not_compared():
+    paired = PairedTraining(100, seed=0, batch_size=8, dropout=(("dropout", 0.1),))
+
+    def run(dropout: float, **training: int) -> RunSpec:
+        adapter = AdapterConfig(method="lora", dropout=dropout)
+        return RunSpec(ModelConfig(), "", adapter, TrainingConfig.model_validate(training), 10)
+
+    assert paired.holds_for(run(0.1))
+    assert not paired.holds_for(run(0.05))
+    assert not paired.holds_for(run(0.1, batch_size=4))
+    assert not paired.holds_for(run(0.1, seed=1))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.lists(st.floats(0, 10), min_size=2, max_size=2), min_size=12, max_size=12),
@@ -199,14 +320,26 @@ def test_the_first_rung_is_late_enough_to_tell_something():
 STEPS = 40  # of 8 records: cut after 48 and 96 of 320
 
 
-@pytest.mark.parametrize("pack", ["auto", pytest.param("off", marks=pytest.mark.slow)])
-def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_path, words, tiny_llama, pack):
+@pytest.mark.parametrize(
+    ("pack", "paired"),
+    [("auto", True), ("auto", False), pytest.param("off", False, marks=pytest.mark.slow)],
+)
+def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_path, words, tiny_llama, pack, paired):
     output = tmp_path / "out"
+    space = SPACE.replace("lora:\n", "lora:\n  dropout: 0.0\n") if paired else SPACE  # IA3 and OFT have none
     more = ["--trials", "7" if pack == "auto" else "4", "--search.cohort", "4", "--pack", pack]
     more += ["--training.warmup", "0", "--evaluation.generate", "false"]
-    done = run_here(command(output, words, tiny_llama, *more, steps=STEPS))
+    done = run_here(command(output, words, tiny_llama, *more, space=space, steps=STEPS))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = study(output).trials
+    summary = json.loads((output / "summary.json").read_text())
+    signal = "training loss" if paired else "validation"
+    assert [(rung["records"], rung["signal"]) for rung in summary["rungs"]] == [(48, signal), (96, "validation")]
+    by = "the training loss of the same batches" if paired else "validation_loss of the same records"
+    said = [line for line in done.stdout.splitlines() if line.startswith("cohort ")]
+    # the share of four that trains on, and the default configuration, whose dropout no other has
+    assert any(line.startswith("cohort 0 after 48 records: ") and line.endswith(f"by {by}") for line in said)
+    assert len(said) == 2 * math.ceil(len(trials) / 4)
     if pack == "auto":
         curves = pq.read_table(output / "curves.parquet").to_pylist()
         for trial in trials:
@@ -215,16 +348,30 @@ def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_pa
             assert [row["step"] for row in own] == list(range(1, last["step"] + 1))
             assert own[-1]["records"] == last["records"]
             assert all(0 < row["train_loss"] < 20 for row in own)
+            for report in trial.user_attrs["reports"] if paired else []:
+                if report["records"] > 48:
+                    assert "validation_loss" in report
+                    continue
+                assert "validation_loss" not in report  # nothing was validated
+                # of the last third of six steps; the default configuration has a dropout of its own
+                wanted = (own[4]["train_loss"] + own[5]["train_loss"]) / 2
+                assert report.get("paired_loss") == (pytest.approx(wanted) if trial.number else None)
         # at a cut, no more validation than a fifth of the training: of 14 validation records, all
-        summary = json.loads((output / "summary.json").read_text())
         assert summary["best"]["status"] == "finished"
-    reports = {t.number: {r["records"]: r["validation_loss"] for r in t.user_attrs["reports"]} for t in trials}
+    compared = "paired_loss" if paired else "validation_loss"
+    reports = {
+        t.number: {r["records"]: r.get(compared if r["records"] == 48 else "validation_loss", -1.0) for r in reported}
+        for t in trials
+        for reported in [t.user_attrs["reports"]]
+    }
     for numbers in (range(4), range(4, len(trials))):
         assert {trials[n].user_attrs["cohort"] for n in numbers} <= {numbers[0] // 4}
         alive = sorted(numbers)
         for records, share in ((48, 1 / 4), (96, 1 / 8)):
             assert all(records in reports[n] for n in alive)
-            best = sorted(alive, key=lambda n: reports[n][records])[: math.ceil(share * len(numbers))]
+            best = sorted(alive, key=lambda n: reports[n][records])
+            places = math.ceil(share * len(numbers)) + (paired and records == 48 and 0 in numbers)  # 0 is not compared
+            best = best[:places]
             ended = [n for n in alive if n not in best and n != 0]
             for n in ended:
                 assert trials[n].state is TrialState.PRUNED

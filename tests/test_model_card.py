@@ -37,6 +37,13 @@ def test_the_header_says_where_it_comes_from_and_what_it_scored():
     assert results == [("loss", 1.5, "test", "some-org/records"), ("exact_match", 0.75, "test", "some-org/records")]
 
 
+def test_it_says_what_was_gained_over_the_default_configuration():
+    proof = PROOF | {"over_default": {"loss": METRIC | {"base": 1.75, "difference": -0.25, "interval": [-0.5, -0.125]}}}
+    wanted = "| loss, over the default configuration | 1.7500 | 1.5000 | difference -0.5000 to -0.1250 |"
+    assert wanted in str(written(proof)).splitlines()
+    assert "over the default configuration" not in str(written(PROOF | {"over_default": None}))
+
+
 def test_without_a_proof_it_says_what_was_validated_and_names_no_data_set_that_the_hub_lacks(tmp_path):
     data = written(None, data={"source": str(tmp_path / "words.jsonl")}).data
     assert data.datasets is None

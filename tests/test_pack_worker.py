@@ -181,7 +181,7 @@ def test_two_workers_search_as_each_trial_would_alone(
             "shard_base": shard_base,
         },
         "scaling": {"workers": 2, "cpus_per_worker": 1},
-        "search": {"trials": 12, "pack": 3, "scheduler": scheduler},
+        "search": {"trials": 12, "pack": 3, "scheduler": scheduler, "finalist_seeds": 1},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
     search(job, load_space(str(space)), LocalLocation(tmp_path), [])

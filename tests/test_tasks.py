@@ -134,6 +134,8 @@ def test_a_search_from_records_to_a_plain_model(name, cluster, request, tmp_path
         "fp32",
         "--data.max_length",
         "64",
+        "--search.finalist_seeds",
+        "1",
     ]
     if name == "SEQ_2_SEQ_LM":
         settings += ["--evaluation.max_new_tokens", "8"]

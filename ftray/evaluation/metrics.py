@@ -119,25 +119,36 @@ def spearman(wanted: np.ndarray, predicted: np.ndarray) -> Metric:
     return lambda draws: np.array([one(draw) for draw in draws])
 
 
-def compare(base: Scores, best: Scores, resamples: int, seed: int = 0) -> dict[str, dict[str, float | list[float]]]:
+def resampled(records: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """How often each record is drawn, [resamples, records]."""
+    return np.random.default_rng(seed).multinomial(records, np.full(records, 1 / records), size=resamples)
+
+
+def compare(
+    base: Scores, best: Scores, resamples: int, seed: int = 0, candidates: int = 1
+) -> dict[str, dict[str, float | list[float]]]:
     """Each metric for both models, with a 95 % percentile-bootstrap interval of the difference best - base.
 
     Records are resampled in pairs, since both models saw the same ones (Efron and Tibshirani 1993, chapter 13).
     `token_error_rate` is the word or phoneme error rate. Perplexity is exp(loss), and so are its interval's ends
     the differences of resampled perplexities.
+
+    Args:
+        candidates: of which `best` was chosen. The interval is widened so that those of all of them would hold together
+            with a chance of 95 %, whichever was chosen (Bonferroni; O. J. Dunn, Multiple comparisons among means,
+            1961).
     """
-    records = len(base.loss)
-    # how often each record is drawn, one row a resample
-    draws = np.random.default_rng(seed).multinomial(records, np.full(records, 1 / records), size=resamples)
+    draws = resampled(len(base.loss), resamples, seed)
     metrics, others = base.all_metrics(), best.all_metrics()
     values, other_values = base.values(), best.values()
     return {
-        name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws)) for name in metrics
+        name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws), candidates)
+        for name in metrics
     }
 
 
 def compare_sources(
-    sources: Sequence[str | None], base: Scores, best: Scores, resamples: int
+    sources: Sequence[str | None], base: Scores, best: Scores, resamples: int, candidates: int = 1
 ) -> dict[str, dict[str, float | list[float]]]:
     """The loss of both models on the records of each source of a mixture, as :func:`compare` has it, and their number.
 
@@ -148,12 +159,13 @@ def compare_sources(
     for name in sorted({name for name in sources if name}):
         own = [i for i, source in enumerate(sources) if source == name]
         before, after = (Scores(scores.loss[own], scores.tokens[own]) for scores in (base, best))
-        found[name] = {"records": len(own), **compare(before, after, resamples)["loss"]}
+        found[name] = {"records": len(own), **compare(before, after, resamples, candidates=candidates)["loss"]}
     return found
 
 
-def _entry(base: float, best: float, differences: np.ndarray) -> dict[str, float | list[float]]:
-    low, high = np.percentile(differences, [2.5, 97.5])
+def _entry(base: float, best: float, differences: np.ndarray, candidates: int) -> dict[str, float | list[float]]:
+    tail = 2.5 / candidates
+    low, high = np.percentile(differences, [tail, 100 - tail])
     return {
         "base": float(base),
         "best": float(best),

@@ -29,16 +29,7 @@ def print_leaderboard(rows: list["TrialRow"], cfg: Config) -> None:
 def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Location) -> None:
     """Print leaderboard, proof, samples, the paths of everything and how to serve it."""
     print_leaderboard(rows, cfg)
-    table = Table("metric", "base", "best", "difference", "95 % interval", title=f"{proof['records']} test records")
-    for name, m in proof["metrics"].items():
-        low, high = m["interval"]
-        numbers = [f"{v:.4g}" for v in (m["base"], m["best"], m["difference"])]
-        table.add_row(name, *numbers, f"{low:.4g} to {high:.4g}")
-    for source, own in proof["sources"].items():
-        low, high = own["interval"]
-        numbers = [f"{own[key]:.4g}" for key in ("base", "best", "difference")]
-        table.add_row(f"loss, {own['records']} of {source}", *numbers, f"{low:.4g} to {high:.4g}")
-    console().print(table)
+    console().print(proof_table(proof))
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
         print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
@@ -52,6 +43,25 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
         use = TaskSpec(cfg.task).load().usage_example.format(run=output, path=output / "best" / "merged")
         print(f"{'serve' if generates else 'use  '}    {use}")
     print(f"summary  {output / 'summary.json'}", flush=True)
+
+
+def proof_table(proof: dict[str, Any]) -> Table:
+    """Base, default configuration and best on the test records, with the intervals of the differences."""
+    chosen = f", of {proof['candidates']} finalists" if proof["candidates"] > 1 else ""
+    title = f"{proof['records']} test records; 95 % intervals of what is best{chosen}"
+    table = Table("metric", "base", "default", "best", "best - base", "best - default", title=title)
+
+    def added(name: str, base: dict[str, Any], default: dict[str, Any] | None) -> None:
+        both = [base, *([default] if default else [])]
+        usual = f"{default['base']:.4g}" if default else ""
+        gains = [f"{m['difference']:.4g} ({m['interval'][0]:.4g} to {m['interval'][1]:.4g})" for m in both]
+        table.add_row(name, f"{base['base']:.4g}", usual, f"{base['best']:.4g}", *gains)
+
+    for name, metric in proof["metrics"].items():
+        added(name, metric, (proof["over_default"] or {}).get(name))
+    for source, own in proof["sources"].items():
+        added(f"loss, {own['records']} of {source}", own, None)
+    return table
 
 
 def console() -> Console:

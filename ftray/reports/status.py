@@ -26,6 +26,7 @@ class TrialProgress(TypedDict):
         tokens_per_second: its speed; None: it does not run.
         reason: why it failed; None: it did not.
         ended: seconds since 1970; None: it has not.
+        seed_of: of a further run of a finalist, with another seed, the finalist's number; else None.
     """
 
     trial: int
@@ -37,6 +38,7 @@ class TrialProgress(TypedDict):
     tokens_per_second: float | None
     reason: str | None
     ended: float | None
+    seed_of: int | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Search:
         budget: records of a trial that nothing stops.
         running_since: seconds since 1970; None: no driver runs it.
         trials: by number.
+        reliability: of a search that is over, a line for each cut: what it was worth.
     """
 
     metric: str
@@ -57,15 +60,18 @@ class Search:
     budget: int
     running_since: float | None
     trials: list[TrialProgress]
+    reliability: list[str]
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
-        over = [t for t in self.trials if t["ended"]]
+        over = [t for t in self.trials if t["ended"] and t["seed_of"] is None]
         parts = [f"{len(over)}/{self.total} trials over"]
+        if further := [t for t in self.trials if t["seed_of"] is not None]:
+            parts.append(f"{sum(t['ended'] is not None for t in further)}/{len(further)} further runs of finalists")
         values = [
             (t["value"], t["trial"])
             for t in self.trials
-            if t["value"] is not None and t["state"] is not TrialStatus.FAILED
+            if t["value"] is not None and t["state"] is not TrialStatus.FAILED and t["seed_of"] is None
         ]
         if values:
             value, number = min(values) if self.direction == "min" else max(values)
@@ -86,8 +92,9 @@ def read(output: Location) -> Search:
     Raises:
         UserError: there is no search, or it has not come to its first trial.
     """
-    from ftray.search.journal import ADDED, STOP, past_trials
+    from ftray.search.journal import ADDED, SEED_OF, STOP, past_trials
     from ftray.search.progress import describe
+    from ftray.search.reliability import described
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import DATA, running_since
     from ftray.search.rungs import budget, rung_records
@@ -120,10 +127,14 @@ def read(output: Location) -> Search:
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
                 "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+                "seed_of": attributes.get(SEED_OF),
             }
         )
-    rungs = len(rung_records(whole, cfg))
-    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
+    rungs, summary, cuts = len(rung_records(whole, cfg)), output / "summary.json", list[str]()
+    if since is None and summary.exists():
+        with refuse_damaged(summary):
+            cuts = described(json.loads(summary.read_text()).get("rungs", []))
+    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows, cuts)
 
 
 def searched(output: Location) -> Config:

@@ -30,6 +30,7 @@ class Advisor:
         steps: of a full budget.
         common: records after which trials are compared.
         earlier: trials of earlier searches, see :func:`ftray.search.warm_start.earlier_trials`.
+        signal: of a report, what they are compared by; None: the search's metric.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Advisor:
         steps: int,
         common: int,
         earlier: Sequence[FrozenTrial] = (),
+        signal: str | None = None,
     ):
-        self.earlier = list(earlier)
+        self.earlier, self.signal = list(earlier), signal or cfg.search.metric
         self.space, self.search, self.hidden, self.steps, self.common = space, cfg.search, hidden, steps, common
         self.startup = min(10, max(3, cfg.search.trials // 3))  # trials before TPE has something to go by
 
@@ -59,11 +61,17 @@ class Advisor:
         return self._prior(seed, place - place // UNIFORM_EVERY)
 
     def _at_common(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """A trial as it was after the common number of records; one that has not come so far is still running."""
+        """A trial as it was after the common number of records; one that has not come so far is still running.
+
+        None: it has failed, lies outside the space, or there is nothing by which it compares.
+        """
         if not trial.params or trial.state in (TrialState.WAITING, TrialState.FAIL):
             return None
         reports = trial.user_attrs.get("reports", [])
-        value = next((report[self.search.metric] for report in reports if report["records"] >= self.common), None)
+        reached = next((report for report in reports if report["records"] >= self.common), None)
+        if reached and self.signal not in reached:
+            return None
+        value = reached and reached[self.signal]
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         return create_trial(state=state, value=value, params=trial.params, distributions=trial.distributions)
 

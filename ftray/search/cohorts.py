@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from optuna.trial import FrozenTrial
 
-from ftray.search.rungs import Rung
+from ftray.search.rungs import LEAST_FINALISTS, Rung
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
 BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be seen to beat it
@@ -21,20 +21,27 @@ class CohortTrial:
     """A trial in its cohort.
 
     Attributes:
-        values: the metric at each rung that it has reached.
+        values: what it is compared by at each rung that it has reached; None: it has nothing that compares.
         over: whether it has ended, however.
         lost: whether it was cut, and must end.
     """
 
-    values: list[float] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
     over: bool = False
     lost: bool = False
 
 
 @dataclass
 class Cut:
-    """What follows from a rung that all have reached: numbers of the trials that train on, and of those that end."""
+    """What follows from a rung that all have reached: numbers of the trials that train on, and of those that end.
 
+    Attributes:
+        cohort: index of the cohort.
+        rung: where it was cut.
+    """
+
+    cohort: int
+    rung: Rung
     survivors: list[int]
     losers: list[int]
 
@@ -67,14 +74,15 @@ class Cohorts:
             if COHORT in trial.user_attrs:
                 self.add(trial.number, trial.user_attrs[COHORT])
                 for report in trial.user_attrs.get("reports", []):
-                    self.report(trial.number, report["records"], report[metric])
+                    paired = report.get("paired_loss")
+                    self.report(trial.number, report["records"], report.get(metric), paired)
                 if trial.state.is_finished():
                     self.end(trial.number)
 
     def may_begin(self) -> bool:
         """Whether another trial may begin: a new cohort is suggested with what the last one's first rung has told."""
         full = bool(self.cohorts) and len(self.cohorts[-1]) >= self.size()
-        return not full or not self.rungs or self._cut[-1] > 0
+        return not full or not self.rungs or self._cut[-1] > 0 or all(m.over for m in self.cohorts[-1].values())
 
     def waiting(self) -> int:
         """Number of trials that wait at a rung."""
@@ -100,15 +108,21 @@ class Cohorts:
         """Index of a trial's cohort."""
         return next((index for index, members in enumerate(self.cohorts) if number in members), None)
 
-    def report(self, number: int, records: int, value: float) -> bool:
-        """Note a trial's value after so many records; returns whether it must wait for the others at a rung."""
+    def report(self, number: int, records: int, value: float | None, paired: float | None = None) -> bool:
+        """Note what a trial has reached; returns whether it must wait for the others at a rung.
+
+        Args:
+            records: seen by it.
+            value: the metric of a validation; None: there was none.
+            paired: the loss of training batches that are the same ones for other trials; None: it doesn't compare.
+        """
         cohort = self.cohort_of(number)
         if cohort is None:
             return False
         member = self.cohorts[cohort][number]
         reached = sum(records >= rung.records for rung in self.rungs)
         while len(member.values) < reached:
-            member.values.append(value)
+            member.values.append(paired if self.rungs[len(member.values)].paired else value)
         return not member.lost and len(member.values) > self._cut[cohort]
 
     def lost(self, number: int) -> bool:
@@ -122,7 +136,10 @@ class Cohorts:
             self.cohorts[cohort][number].over = True
 
     def cut(self, cohort: int) -> Cut | None:
-        """Cut a cohort if all of its trials that are not over wait at its next rung; None: they don't."""
+        """Cut a cohort if all of its trials that are not over wait at its next rung; None: they don't.
+
+        A trial whose training loss doesn't compare with the others' is not cut by it: it trains on to the next rung.
+        """
         members, rung = self.cohorts[cohort], self._cut[cohort]
         complete = len(members) >= self.size() or cohort < len(self.cohorts) - 1 or self._known() >= self.total
         if rung == len(self.rungs) or not complete:
@@ -130,14 +147,37 @@ class Cohorts:
         if any(len(member.values) <= rung and not member.over and not member.lost for member in members.values()):
             return None
         self._cut[cohort] += 1
-        arrived = {number: member for number, member in members.items() if len(member.values) > rung}
-        ranked = sorted(arrived, key=lambda number: (self.sign * arrived[number].values[rung], number))
-        kept = set(ranked[: math.ceil(self.rungs[rung].share * len(members))]) | {BASELINE_TRIAL}
+        arrived = {number: member.values[rung] for number, member in members.items() if len(member.values) > rung}
+        values = {number: self.sign * value for number, value in arrived.items() if value is not None}
+        ranked = sorted(values, key=lambda number: (values[number], number))
+        unranked = arrived.keys() - values.keys()
+        kept = {*ranked[: math.ceil(self.rungs[rung].share * len(members))], *unranked, BASELINE_TRIAL}
         losers = [number for number in ranked if number not in kept]
         for number in losers:
             members[number].lost = True
         over = {number for number, member in members.items() if member.over}
-        return Cut([n for n in ranked if n in kept - over], [n for n in losers if n not in over])
+        survivors = [number for number in (*ranked, *sorted(unranked)) if number in kept - over]
+        return Cut(cohort, self.rungs[rung], survivors, [number for number in losers if number not in over])
+
+    def finalists(self) -> list[int] | None:
+        """The best of the trials that train on after their last cut: two, or as many as a cohort keeps; best first.
+
+        None: a trial that is known has yet to come to its last cut. Where nobody is cut, there are no finalists.
+        """
+        if not self.rungs:
+            return []
+        last, places = len(self.rungs) - 1, LEAST_FINALISTS
+        kept: dict[int, float] = {}
+        for members in self.cohorts:
+            if any(len(member.values) <= last and not member.over and not member.lost for member in members.values()):
+                return None
+            arrived = {n: member.values[last] for n, member in members.items() if len(member.values) > last}
+            values = {number: self.sign * value for number, value in arrived.items() if value is not None}
+            share = math.ceil(self.rungs[last].share * len(members))
+            best = sorted(values, key=lambda number: (values[number], number))[:share]
+            kept |= {number: values[number] for number in values if number in (*best, BASELINE_TRIAL)}
+            places = max(places, share)
+        return sorted(kept, key=lambda number: (kept[number], number))[:places]
 
     def _known(self) -> int:
         return sum(map(len, self.cohorts))

@@ -23,11 +23,12 @@ from ftray.search.advisor import Advisor
 from ftray.search.cohorts import Cohorts
 from ftray.search.control import Requests
 from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
-from ftray.search.journal import past_trials
+from ftray.search.finalists import runs_left
+from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import FACTOR, MOST_IN_COHORT, rung_records, rungs
+from ftray.search.rungs import FACTOR, MOST_IN_COHORT, rung_records
 from ftray.search.sampler import Sampler
 from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
@@ -49,7 +50,7 @@ class TimeBudget(tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial ends by itself."""
-        self.has_result = True
+        self.has_result = self.has_result or result.get("validated") != 0
         return False
 
     def stop_all(self) -> bool:
@@ -100,8 +101,8 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
     """
     output = output.resolve()
     cfg, experiment = context.config, output / EXPERIMENT
-    past = [trial for trial in past_trials(output / JOURNAL) if trial.state.is_finished()]
-    if len(past) >= cfg.search.trials:
+    past = [t for t in past_trials(output / JOURNAL) if t.state.is_finished() and SEED_OF not in t.user_attrs]
+    if len(past) >= cfg.search.trials and not runs_left(output / JOURNAL, cfg):
         return
     packed = _in_packs(context, space)
     cpus = cpus_of_pack_worker(context) if packed else cfg.scaling.cpus_per_worker or 1
@@ -144,18 +145,20 @@ def _tune(
     cfg, budget = context.config, context.budget()
     # Tune would begin the trials one after the other; `capacity` limits their number
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
-    cohorts = _cohorts(cfg, budget, output, capacity, broker is not None)
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every rung validates
+    cohorts = _cohorts(context, output, capacity, broker is not None)
 
     def at_once() -> int:
         # outside of a pack, a trial that waits at a rung leaves its workers to another
         return capacity.trials + (cohorts.waiting() if cohorts and broker is None else 0)
 
     hidden = hidden_size(context.model_path, cfg.model.trust_remote_code)
-    steps, common = max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0]
-    advisor = Advisor(space, cfg, hidden, steps, common, earlier_trials(cfg, space))
+    steps, first = max(1, round(budget / cfg.training.batch_size)), context.rungs()[0]
+    signal = "paired_loss" if first.paired else cfg.search.metric
+    advisor = Advisor(space, cfg, hidden, steps, first.records, earlier_trials(cfg, space), signal)
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
     requests = Requests(sampler, broker)
-    has_result = any(trial.user_attrs.get("reports") for trial in past)
+    has_result = any(report.get("validated") != 0 for trial in past for report in trial.user_attrs.get("reports", []))
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
@@ -163,7 +166,7 @@ def _tune(
         tune_config=tune.TuneConfig(
             search_alg=sampler,
             scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
-            num_samples=cfg.search.trials - len(past),
+            num_samples=-1 if cohorts else cfg.search.trials - len(past),  # -1: the sampler says what is the last one
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),
         run_config=tune.RunConfig(
@@ -179,11 +182,12 @@ def _tune(
     tuner.fit()
 
 
-def _cohorts(cfg: Config, budget: int, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
+def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
     """The cohorts of the search in `output`, with all its trials so far; None: trials are not compared in cohorts."""
+    cfg = context.config
     if cfg.search.scheduler != "halving":
         return None
-    known = rungs(budget, cfg)
+    known = context.rungs()
     beside = 1 + known[0].share  # survivors of a cohort stay in the pack while the next one trains
 
     def size() -> int:

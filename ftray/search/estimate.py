@@ -1,5 +1,6 @@
 """Estimates a search from a probe step: what it would run, its memory and its time; nothing is kept."""
 
+import math
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ from ftray.search.driver import trials_that_fit
 from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import rungs
+from ftray.search.rungs import LEAST_FINALISTS, MOST_IN_COHORT, Rung
 from ftray.search.space import BASELINE, Space
 from ftray.search.trial_worker import SearchContext, trainer
 from ftray.storage.local import LocalLocation
@@ -133,15 +134,17 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     largest = max(methods.values(), key=lambda shapes: shapes.parameters)
     probe = probe_pack(context, largest.corner) if shared else probe_trial(context, largest.corner)
 
-    compared = rungs(context.budget(), cfg)
+    compared = context.rungs()
     records = [rung.records for rung in compared]
     trials = [max(1.0, cfg.search.trials * share) for share in (1.0, *(rung.share for rung in compared[:-1]))]
     grown = [b - a for a, b in zip([0, *records], records, strict=False)]
-    seen = sum(n * more for n, more in zip(trials, grown, strict=True))
+    further = further_runs_of(cfg, compared)
+    seen = sum(n * more for n, more in zip(trials, grown, strict=True)) + further * records[-1]
     workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)
     groups = packs_that_fit(context) if shared else trials_that_fit(context)
     steps = seen * length / probe.tokens * probe.step
-    validations = sum(trials) / probe.trials * probe.validation
+    validated = sum(n for n, rung in zip(trials, compared, strict=True) if not rung.paired) + further
+    validations = validated / probe.trials * probe.validation
     rows = min(MOST_TOKENS, probe.tokens) if shared else micro_batch_size(cfg.training, workers) * length
     memory = {
         "base": resident_bytes(cfg, skeleton.model),
@@ -161,11 +164,24 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
         "trials": cfg.search.trials,
         "at_once": at_once if shared else groups,
         "rungs": [{"records": r, "trials": round(n, 1)} for r, n in zip(records, trials, strict=True)],
-        "tokens": {"expected": round(seen * length), "at_most": cfg.search.trials * records[-1] * length},
+        "further_runs": further,
+        "tokens": {
+            "expected": round(seen * length),
+            "at_most": (cfg.search.trials + further) * records[-1] * length,
+        },
         "memory": {name: round(value) for name, value in (memory | {"total": sum(memory.values())}).items()},
         "probe": asdict(probe),
         "seconds": round((steps + validations) / groups, 1),
     }
+
+
+def further_runs_of(cfg: Config, compared: list[Rung]) -> int:
+    """Full budgets that are spent on the finalists' other seeds."""
+    if cfg.search.scheduler != "halving" or len(compared) == 1 or cfg.search.trials < LEAST_FINALISTS:
+        return 0
+    cohort = cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
+    finalists = max(LEAST_FINALISTS, math.ceil(compared[-2].share * cohort))
+    return finalists * (cfg.search.finalist_seeds - 1)
 
 
 def measure(base: LoadedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:
@@ -434,6 +450,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     probe, tokens = result["probe"], result["tokens"]
     minutes = result["seconds"] / 60
     print(f"trials   {result['trials']}, {result['at_once']} at once; expected: {rungs}")
+    if further := result["further_runs"]:
+        records = result["rungs"][-1]["records"]
+        print(f"finals   {further} further runs of the finalists, with other seeds, to {records} records")
     print(f"tokens   {tokens['expected']:,} expected, {tokens['at_most']:,} if no trial is stopped")
     print(
         f"memory   {memory['total']} GiB a worker: base {memory['base']}, "

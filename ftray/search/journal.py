@@ -17,6 +17,7 @@ from ftray.storage.location import Location
 
 STUDY = "ftray"
 STOP, ADDED = "stop", "added"  # requests, and the user attributes of a trial that they become
+SEED_OF = "seed_of"  # user attribute of a further run of a finalist, with another seed: the finalist's number
 REQUESTS = "requests"  # directory of those that wait for the driver
 
 

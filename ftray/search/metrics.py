@@ -71,5 +71,7 @@ class Metrics(tune.Callback):
         if more > 0:
             self._gauges["rungs"].inc(more, {"rung": str(result["training_iteration"])})
         metric, best = self.cfg.search.metric, min if self.cfg.search.direction == "min" else max
+        if metric not in result:
+            return
         self._best = result[metric] if self._best is None else best(self._best, result[metric])
         self._gauges["best"].set(self._best, {"metric": metric})

@@ -79,6 +79,10 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
             low, high = m["interval"]
             of = f"loss, {m['records']} records of {source}"
             lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+        for name, m in (proof.get("over_default") or {}).items():
+            low, high = m["interval"]
+            of = f"{name}, over the default configuration"
+            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
         if proof["new_modules"]:
             lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
     task = TaskSpec(cfg.task).load()

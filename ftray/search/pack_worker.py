@@ -21,7 +21,7 @@ from ftray.search.broker import Orders
 from ftray.search.failures import last_line
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
-from ftray.search.rungs import MOST_IN_COHORT, rungs
+from ftray.search.rungs import LEAST_FINALISTS, MOST_IN_COHORT, Rung
 from ftray.search.space import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
@@ -64,8 +64,10 @@ def most_trials(search: SearchContext) -> int:
         return cfg.pack
     if cfg.scheduler == "halving":
         cohort = min(cfg.cohort or MOST_IN_COHORT, cfg.trials)
-        first = rungs(search.budget(), search.config)[0]
+        first = search.rungs()[0]
         useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
+        if len(search.rungs()) > 1:
+            useful = max(useful, LEAST_FINALISTS * cfg.finalist_seeds)  # which train beside each other
     else:
         useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
         useful = min(useful, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
@@ -109,7 +111,7 @@ class PackWorker:
         self.data = TokenizedData.load(context.search.data)
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
-        self.compared = rungs(context.search.budget(), context.search.config)
+        self.compared = context.search.rungs()
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
@@ -193,15 +195,21 @@ class PackWorker:
         return None
 
     def _step(self, active: list[str], early: set[str], results: Results) -> None:
-        """Make one step of the `active` trials; those that are due to report, or named in `early`, are validated."""
+        """Make one step of the `active` trials; those that are due to report, or named in `early`, do.
+
+        They are validated first, unless the rung compares them by their training losses.
+        """
         trials = self.trainer.trials
         tokens, started = self._tokens(), time.monotonic()
         failed = self.trainer.step(active)
         if self.metrics:
             self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
-        if due:
-            failed |= self._validate(due)
+        unvalidated = [n for n in due if n not in early and (rung := self._rung(n)) and rung.paired]
+        if unvalidated and (paired := self.context.search.paired):
+            self.trainer.report_training(unvalidated, {n for n in unvalidated if paired.holds_for(trials[n].run)})
+        if validated := [n for n in due if n not in unvalidated]:
+            failed |= self._validate(validated)
         for name in due:
             if name not in failed:
                 self._save(name)
@@ -213,14 +221,19 @@ class PackWorker:
         """Validate trials, each on as many records as its rung has; returns the reason for each that failed."""
         at: dict[int | None, list[str]] = {}
         for name in names:
-            trial = self.trainer.trials[name]
-            records = trial.history.step * trial.run.training.batch_size
-            reached = [rung.validated for rung in self.compared if rung.records <= records]
-            at.setdefault(reached[-1] if reached and not trial.history.over else None, []).append(name)
+            rung = self._rung(name)
+            at.setdefault(rung.validated if rung else None, []).append(name)
         failed: dict[str, str] = {}
         for part, group in at.items():
             failed |= self.trainer.validate(group, *self._part(part))
         return failed
+
+    def _rung(self, name: str) -> Rung | None:
+        """The last rung that a trial has reached; None: none yet, or its end."""
+        trial = self.trainer.trials[name]
+        records = trial.history.step * trial.run.training.batch_size
+        reached = [rung for rung in self.compared if rung.records <= records]
+        return reached[-1] if reached and not trial.history.over else None
 
     def _part(self, records: int | None) -> "tuple[Iterable[Batch], int | None]":
         """This rank's validation batches that have `records` over all ranks, or more, and how many; None: all."""
@@ -277,7 +290,7 @@ class PackWorker:
         directory, search = self.context.experiment / trial_name(int(name)), self.context.search.config.search
         history = self.trainer.trials[name].history
         best = best_report(history.reports, search.metric, search.direction)
-        report = history.reports[-1] if best and history.reports[-1]["step"] == history.step else None
+        report = history.reports[-1] if history.reports and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
         rank, ranks, wait = self.trainer.rank, self.trainer.world_size, self.trainer.wait_for_all
         with target.shared_dir(rank, ranks, wait, last=[PACKED_REPORT]) as made:

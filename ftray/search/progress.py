@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftray.search.failures import failure_reason
+from ftray.search.journal import SEED_OF
 from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ class Progress(tune.Callback):
     ) -> None:
         """Print a rung's result."""
         self._trials = trials
+        known = next((name for name in (self.metric, "paired_loss", "train_loss") if name in result), None)
+        shown = f"{'training loss' if known != self.metric else known} {result[known]:.4f}, " if known else ""
         self._line(
-            f"{label(trial)} {result['records']}/{self.budget} records: {self.metric} {result[self.metric]:.4f}, "
+            f"{label(trial)} {result['records']}/{self.budget} records: {shown}"
             f"{result['tokens_per_second']:.0f} tokens/s; {self._summary()}"
         )
 
@@ -87,9 +90,11 @@ class Progress(tune.Callback):
 
     def _summary(self) -> str:
         values = self._values_before + [
-            (t.last_result[self.metric], label(t)) for t in self._trials if self.metric in (t.last_result or {})
+            (t.last_result[self.metric], label(t))
+            for t in self._trials
+            if self.metric in (t.last_result or {}) and SEED_OF not in t.config
         ]
-        here = sum(t.is_finished() for t in self._trials)
+        here = sum(t.is_finished() for t in self._trials if SEED_OF not in t.config)
         over = self._over_before + here
         elapsed = time.monotonic() - self._started
         parts = [f"{over}/{self.total} trials over"]
@@ -117,8 +122,9 @@ class Progress(tune.Callback):
 
 
 def label(trial: Trial) -> str:
-    """`trial 3` for the fourth trial of the search."""
-    return f"trial {trial.config['number']}"
+    """`trial 3` for the fourth trial of the search; of a further run of a finalist also whose it is."""
+    of = f" (again trial {trial.config[SEED_OF]})" if SEED_OF in trial.config else ""
+    return f"trial {trial.config['number']}{of}"
 
 
 def describe(config: dict[str, Any]) -> str:

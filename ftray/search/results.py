@@ -35,13 +35,14 @@ class TrialRow(TypedDict):
 
     Attributes:
         trial: its number.
-        value: the best of its reports; a failed trial keeps it. None: it made none.
+        value: the best of its reports; a failed trial keeps it. None: it was never validated.
         validated: validation records behind the value; None: all that the settings allow.
         records, tokens, seconds: of its last report.
         config: its configuration, `adapter` and `training`.
-        curve: `records` and the search's metric of each report.
+        curve: of each report `records`, and what it has of the search's metric and `paired_loss`.
         checkpoint: path of the one written with the best report; None: there is none.
         reason: why it failed; None: it did not.
+        seed_of: of a further run of a finalist, with another seed, the finalist's number; else None.
     """
 
     trial: int
@@ -55,6 +56,7 @@ class TrialRow(TypedDict):
     curve: list[dict[str, Any]]
     checkpoint: str | None
     reason: str | None
+    seed_of: int | None
 
 
 def trial_name(number: int) -> str:
@@ -114,7 +116,12 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
 
     Values are compared among trials that were validated on as many records: those on all of them come first.
     """
-    from ftray.search.journal import past_trials  # here: as above
+    return [row for row in all_rows(cfg, output) if row["seed_of"] is None]
+
+
+def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
+    """As :func:`trial_rows`, the further runs of finalists among them."""
+    from ftray.search.journal import SEED_OF, past_trials  # here: as above
 
     metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
     rows: list[TrialRow] = []
@@ -136,9 +143,10 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
                 "tokens": last.get("tokens", 0) if last else 0,
                 "seconds": last.get("seconds", 0.0) if last else 0.0,
                 "config": trial.user_attrs["config"],
-                "curve": [{"records": r["records"], metric: metric_value(r, metric)} for r in reports],
+                "curve": [{k: v for k, v in r.items() if k in ("records", metric, "paired_loss")} for r in reports],
                 "checkpoint": next((path for report, path in kept if best and report["step"] == best["step"]), None),
                 "reason": trial.user_attrs.get("reason"),
+                "seed_of": trial.user_attrs.get(SEED_OF),
             }
         )
     worst = float("inf")

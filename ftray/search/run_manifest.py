@@ -68,6 +68,7 @@ SEARCH = Kind(
         "search.time_budget",
         "search.concurrency",
         "search.trackers",
+        "search.finalist_seeds",
         "search.warm_start",  # the trials that it has shaped are in the journal
     },
 )

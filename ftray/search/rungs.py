@@ -13,6 +13,7 @@ LEAST_STEPS, LEAST_WARMUPS = 6, 3  # before the first cut: earlier, losses tell 
 # costs in training, as there is no backward pass, and validating at most a fifth of training
 VALIDATED_SHARE = 3 / 5
 RUNGS, FACTOR = 3, 3  # of ASHA and Hyperband
+LEAST_FINALISTS = 2  # that are trained with further seeds
 MOST_IN_COHORT = 16  # trials that are compared with each other, by default
 
 
@@ -24,11 +25,13 @@ class Rung:
         records: seen by each of them.
         share: of them, of those that began, that train on.
         validated: validation records that are read there; None: all.
+        paired: whether trials are compared by their training losses there, and nothing is validated.
     """
 
     records: int
     share: float
     validated: int | None = None
+    paired: bool = False
 
 
 def budget(cfg: Config, records: int) -> int:
@@ -39,8 +42,13 @@ def budget(cfg: Config, records: int) -> int:
     return max(training.batch_size, round(training.epochs * records))
 
 
-def rungs(budget: int, cfg: Config) -> list[Rung]:
-    """The rungs, the last one at `budget` records, where nobody trains on."""
+def rungs(budget: int, cfg: Config, fresh: int = 0) -> list[Rung]:
+    """The rungs, the last one at `budget` records, where nobody trains on.
+
+    Args:
+        fresh: records up to which trials can be compared by their training losses. At the last cut, which makes the
+            finalists, they are always validated.
+    """
     search, training = cfg.search, cfg.training
     if search.scheduler == "none":
         n = training.evaluations
@@ -51,12 +59,13 @@ def rungs(budget: int, cfg: Config) -> list[Rung]:
         factor, count = search.reduction_factor or FACTOR, search.rungs or RUNGS
         first = max(1, budget // factor ** (count - 1))
         known = {min(budget, first * factor**k): factor ** -(k + 1) for k in range(count - 1)}
-    found, before = [], 0
+    known = {records: share for records, share in known.items() if records < budget}
+    found, before, halving = [], 0, search.scheduler == "halving"
     for records, share in sorted(known.items()):
-        if records < budget:
-            validated = math.ceil(VALIDATED_SHARE * (records - before)) if search.scheduler == "halving" else None
-            found.append(Rung(records, share, validated))
-            before = records
+        paired = halving and records <= fresh and records < max(known)
+        validated = math.ceil(VALIDATED_SHARE * (records - before)) if halving and not paired else None
+        found.append(Rung(records, share, validated, paired))
+        before = records
     return [*found, Rung(budget, 0.0)]
 
 

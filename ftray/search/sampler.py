@@ -2,24 +2,25 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.advisor import Advisor
 from ftray.search.cohorts import COHORT, Cohorts
-from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
+from ftray.search.finalists import FINALISTS, further_runs
+from ftray.search.journal import SEED_OF, STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import BASELINE, Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
 # of a report, with the search's metric
-REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
+REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated", "paired_loss")
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,8 @@ class Sampler(Searcher):
             budget: records of a trial that nothing stops.
             capacity: returns the number of trials that may run at once, which may change.
             advisor: suggests configurations.
-            cohorts: where new trials are added; None: none are compared in cohorts.
+            cohorts: where new trials are added, `search.trials` in all; None: none are compared in cohorts, and whoever
+                asks says when it was the last one.
         """
         super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
         self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
@@ -78,6 +80,9 @@ class Sampler(Searcher):
             direction="minimize" if cfg.search.direction == "min" else "maximize",
             load_if_exists=True,
         )
+        # trials that have begun, and the further runs of finalists that have not; None: not decided yet
+        self._begun = sum(t.state is not TrialState.WAITING and SEED_OF not in t.user_attrs for t in known)
+        self._further: list[tuple[int, dict[str, Any]]] | None = None
         self._trials: dict[str, optuna.Trial] = {}  # by Tune's ids
         self._ended = set[str]()  # of those, the trials whose end was reported to Optuna
 
@@ -85,25 +90,63 @@ class Sampler(Searcher):
         """The next configuration, `{"number": ..., "adapter": ..., "training": ...}`; numbers count from 0.
 
         Trials that the journal holds as running come first, as the driver that ran them is gone. Then those that were
-        added. None while as many trials run as can, or a cohort is to be cut before the next begins.
+        added. When `search.trials` have begun, the further runs of finalists, with their number as `seed_of`. None
+        while as many trials run as can, or a cohort is to be cut before the next begins; `FINISHED` after the last one.
         """
+        all_begun = self.cohorts is not None and not self._unfinished and self._begun >= self.cfg.search.trials
+        if all_begun and self._further is None:
+            self._further = self._decide_finalists()
+        if all_begun and self._further == []:
+            return cast("dict[str, Any]", self.FINISHED)  # the text that Tune knows it by
         if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
             return None
-        if self.cohorts and not self._unfinished and not self.cohorts.may_begin():
+        if self._unfinished:
+            trial = optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
+        elif all_begun:
+            if not self._further:
+                return None
+            trial = self._further_run(*self._further.pop(0))
+        elif self.cohorts and not self.cohorts.may_begin():
             return None
+        else:
+            trial = self._next_trial()
+            self._begun += 1
         self._live.add(trial_id)
-        trial = self._next_trial()
-        configuration = self._configuration(trial)
         self._trials[trial_id] = trial
+        if (finalist := trial.user_attrs.get(SEED_OF)) is not None:
+            self.keep()
+            return {"number": trial.number, **trial.user_attrs["config"], SEED_OF: finalist}
+        configuration = self._configuration(trial)
         trial.set_user_attr("config", configuration)
         if self.cohorts:
             trial.set_user_attr(COHORT, self.cohorts.add(trial.number, trial.user_attrs.get(COHORT)))
         self.keep()
         return {"number": trial.number, **configuration}
 
+    def _decide_finalists(self) -> list[tuple[int, dict[str, Any]]] | None:
+        """The further runs of the finalists that have not begun; None: the last cut is still to come.
+
+        The finalists are kept in the journal: a resumed search takes them from there, even if one has failed since.
+        """
+        finalists = self.cohorts.finalists() if self.cohorts and self.cfg.search.finalist_seeds > 1 else []
+        if finalists is None:
+            return None
+        if len(finalists) > 1:
+            kept = self.study.user_attrs.get(FINALISTS, {})
+            if kept.get("of") != self._begun:  # of fewer trials, the search has gone on since
+                kept = {"of": self._begun, "trials": finalists}
+                self.study.set_user_attr(FINALISTS, kept)
+            finalists = kept["trials"]
+            return further_runs(finalists, self.study.get_trials(deepcopy=False), self.cfg)
+        return []
+
+    def _further_run(self, finalist: int, configuration: dict[str, Any]) -> optuna.Trial:
+        """Begin a further run: a trial without parameters, so that nobody learns from it."""
+        begun = create_trial(state=TrialState.RUNNING, user_attrs={SEED_OF: finalist, "config": configuration})
+        study = self.storage.get_study_id_from_name(STUDY)
+        return optuna.Trial(self.study, self.storage.create_new_trial(study, begun))
+
     def _next_trial(self) -> optuna.Trial:
-        if self._unfinished:
-            return optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
         known = self.study.get_trials(deepcopy=False)
         if not known:
             if inside := self.space_of_methods.locate(self.baseline):
@@ -129,10 +172,11 @@ class Sampler(Searcher):
         """Store a report; of a step that a restarted trial reports again, the first report counts."""
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
-        if self.metric in result and result["step"] not in [report["step"] for report in reports]:
+        if "step" in result and result["step"] not in [report["step"] for report in reports]:
             report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
             trial.set_user_attr("reports", [*reports, report])
-            trial.report(result[self.metric], result["records"])
+            if self.metric in result:
+                trial.report(result[self.metric], result["records"])
             self.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -144,7 +188,7 @@ class Sampler(Searcher):
         self._live.discard(trial_id)
         if error or trial_id in self._ended:
             return
-        if not result or self.metric not in result:
+        if not result or "step" not in result:
             result = next(reversed(self._trials[trial_id].user_attrs.get("reports", [])), None)
         if not result:
             return

@@ -36,7 +36,7 @@ class CohortScheduler(FIFOScheduler):
         """Called for each report of a running trial."""
         number = trial.config["number"]
         self._train_on.discard(number)
-        if not self.cohorts.report(number, result["records"], result[self._metric]):
+        if not self.cohorts.report(number, result["records"], result.get(self._metric), result.get("paired_loss")):
             return STOP if self.cohorts.lost(number) else CONTINUE
         survivors, losers = self._cut(number)
         self._end(tune_controller, losers - {number})
@@ -49,7 +49,16 @@ class CohortScheduler(FIFOScheduler):
         """Numbers of the trials that train on, and of those that end, now that a trial has arrived or ended."""
         cohort = self.cohorts.cohort_of(number)
         cut = None if cohort is None else self.cohorts.cut(cohort)
-        return (set(cut.survivors), set(cut.losers)) if cut else (set(), set())
+        if cut is None:
+            return set(), set()
+        signal = "the training loss of the same batches" if cut.rung.paired else f"{self._metric} of the same records"
+        alive = len(cut.survivors) + len(cut.losers)
+        print(
+            f"cohort {cut.cohort} after {cut.rung.records} records: {len(cut.survivors)} of {alive} train on, "
+            f"by {signal}",
+            flush=True,
+        )
+        return set(cut.survivors), set(cut.losers)
 
     def _end(self, tune_controller: "TuneController", numbers: set[int]) -> None:
         for number in sorted(numbers & self._trials.keys()):

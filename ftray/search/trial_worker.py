@@ -19,7 +19,7 @@ from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
-from ftray.search.rungs import budget, rung_records
+from ftray.search.rungs import Rung, budget, rungs
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
 from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
@@ -27,6 +27,7 @@ from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from ftray.search.signals import PairedTraining
     from ftray.training.single_run_trainer import SingleRunTrainer
     from ftray.training.zero3_trainer import Zero3Trainer
 
@@ -43,12 +44,18 @@ LOSSES = ("validation_loss", "validation_perplexity")  # metrics of a validation
 
 @dataclass(frozen=True)
 class SearchContext:
-    """What all trials of a search share: everything but adapter and optimiser settings."""
+    """What all trials of a search share: everything but adapter and optimiser settings.
+
+    Attributes:
+        data: directory of the tokenized shards.
+        paired: how trials compare by their training losses; None: they don't.
+    """
 
     config: Config
     model_path: str
-    data: str  # directory of the tokenized shards
+    data: str
     gpus_per_worker: float
+    paired: "PairedTraining | None" = None
 
     def run(self, adapter: dict[str, Any], training: dict[str, Any]) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
@@ -59,8 +66,7 @@ class SearchContext:
         """
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
         steps = max(1, round(self.budget() / settings.batch_size))
-        rungs = rung_records(self.budget(), self.config)
-        at = sorted({min(steps, max(1, math.ceil(records / settings.batch_size))) for records in rungs})
+        at = sorted({min(steps, max(1, math.ceil(rung.records / settings.batch_size))) for rung in self.rungs()})
         task = TokenizedData.load(self.data).task
         longest = self.config.data.longest
         return RunSpec(
@@ -89,6 +95,10 @@ class SearchContext:
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
         return budget(self.config, TokenizedData.load(self.data).splits["train"].drawn)
+
+    def rungs(self) -> list[Rung]:
+        """Where trials are compared; the last one ends the budget."""
+        return rungs(self.budget(), self.config, self.paired.fresh if self.paired else 0)
 
 
 def trainer(

@@ -1,5 +1,6 @@
 """The trials of earlier searches, as far as the space of a new one holds them."""
 
+import math
 from typing import Any
 
 import yaml
@@ -7,7 +8,7 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
-from ftray.search.journal import past_trials
+from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.results import JOURNAL
 from ftray.search.run_manifest import CONFIG
 from ftray.search.sampler import whole
@@ -51,8 +52,14 @@ def _ranked(output: Location) -> list[tuple[dict[str, Any], float]]:
     with refuse_damaged(output / CONFIG):
         search = config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))).search
     sign = 1 if search.direction == "min" else -1
-    known = [trial.user_attrs for trial in past_trials(output / JOURNAL) if trial.user_attrs.get("reports")]
-    known.sort(key=lambda trial: (-trial["reports"][-1]["records"], sign * trial["reports"][-1][search.metric]))
+    attributes = [trial.user_attrs for trial in past_trials(output / JOURNAL)]
+    known = [trial for trial in attributes if trial.get("reports") and SEED_OF not in trial]
+
+    def rank(trial: dict[str, Any]) -> tuple[int, float]:
+        last = trial["reports"][-1]  # those that were cut together were compared by the same
+        return -last["records"], sign * last.get(search.metric, last.get("paired_loss", sign * math.inf))
+
+    known.sort(key=rank)
     return [(trial["config"], place / max(1, len(known) - 1)) for place, trial in enumerate(known)]
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -192,6 +192,18 @@ class PackTrainer:
                 took = seconds + time.monotonic() - started
                 history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took, validated)
         return failures
+
+    def report_training(self, names: Iterable[str], paired: Container[str]) -> None:
+        """Add a report without a validation to the histories of the named trials.
+
+        Args:
+            paired: those of them that are compared by their training loss, which they then report.
+        """
+        for name in names:
+            history, engine = self.trials[name].history, self.trials[name].update.engine
+            loss = history.last_third() if name in paired else None
+            known = {} if loss is None else {"paired_loss": loss}
+            history.report(engine.lr_scheduler.get_last_lr()[0], known, 0.0, validated=0)
 
     def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         """This rank's batches, and whether they count. Over a sharded base, where each pass needs all ranks, those that

@@ -20,7 +20,9 @@ class Report(TypedDict):
         seconds: spent so far in steps and validations.
         train_loss: mean since the last report, nats per supervised token.
         validated: validation records that were read; missing where it was all that the settings allow, as in reports
-            of older versions.
+            of older versions. 0: there was no validation, and the report has no metric of one.
+        paired_loss: mean loss, nats per supervised token, of the last steps before the report, the same ones as other
+            trials report; see :meth:`TrainState.last_third`. Missing where trials are not compared by it.
     """
 
     step: int
@@ -32,6 +34,7 @@ class Report(TypedDict):
     train_loss: NotRequired[float]
     learning_rate: NotRequired[float]
     validated: NotRequired[int]
+    paired_loss: NotRequired[float]
 
 
 def metric_value(report: Report, metric: str) -> float:
@@ -40,12 +43,12 @@ def metric_value(report: Report, metric: str) -> float:
 
 
 def best_report(reports: Iterable[Report], metric: str, direction: str) -> Report | None:
-    """The best of the reports that read most validation records, the first of equals; None if there are none.
+    """The best of the reports that read most validation records, the first of equals; None if none has the metric.
 
     Args:
         direction: `min` or `max`.
     """
-    sign, known = 1 if direction == "min" else -1, list(reports)
+    sign, known = 1 if direction == "min" else -1, [report for report in reports if metric in report]
     most = max(map(validated, known), default=0.0)
     alike = [report for report in known if validated(report) == most]
     return min(alike, key=lambda report: sign * metric_value(report, metric), default=None)
@@ -96,6 +99,15 @@ class TrainState:
     def over(self) -> bool:
         """Whether the last step is made."""
         return self.step >= self.run.steps
+
+    def last_third(self) -> float | None:
+        """Mean training loss over the last third of the steps since the last evaluation that was due, at least one.
+
+        None: the losses of some steps are missing.
+        """
+        before = max((step for step in self.run.evaluate_at if step < self.step), default=0)
+        last = self.losses[-max(1, (self.step - before) // 3) :]
+        return sum(last) / len(last) if len(self.losses) == self.step else None
 
     def report(
         self, learning_rate: float, validation: dict[str, float], seconds: float, validated: int | None = None

@@ -43,6 +43,7 @@ def command(output: Path, words: str, model: str, *more: str, space: str = SPACE
         "--evaluation.max_new_tokens": "12",
         "--training.steps": str(steps),
         "--model.dtype": "fp32",
+        "--search.finalist_seeds": "1",  # test_finalists.py has the others
     }
     return [sys.executable, "-m", "ftray.tune", *(part for pair in flags.items() for part in pair), *more]
 
