@@ -510,8 +510,10 @@ ASKED_ABOUT = {
         "record with keys",
         conversation(("system", "S"), *SAID),
     ),
-    "trivia": ({"question": "q", "answer": {"aliases": ["r"], "value": "r"}}, "answer must be text", None),
-    "several answers": ({"question": "q", "answers": [{"text": "r"}]}, "answers must be text", None),
+    "trivia": ({"question": "q", "answer": {"aliases": ["x"], "value": "r"}}, "answer must be text", Example("q", "r")),
+    "several answers": ({"question": "q", "answers": [{"text": "r"}]}, "answers must be text", Example("q", "r")),
+    "natural questions": ({"question": "q", "answer": ["r", "s"]}, "answer holds 2 answers", Example("q", "r")),
+    "three languages": ({"translation": {"de": "q", "en": "r", "fr": "s"}}, "translation holds", Example("q", "r")),
     "mmlu": (
         {"question": "q", "choices": ["x", "y"], "answer": "y"},
         "choices would be lost",
@@ -528,9 +530,9 @@ ASKED_ABOUT = {
         Example("q\na", "r"),
     ),
     "a suffix": (
-        {"prompt": "q", "completion": "r", "suffix": "s", "context": "c"},
+        {"prompt": "q", "completion": "r", "suffix": "s"},
         "suffix would be lost",
-        None,
+        Example("q\ns", "r"),
     ),
     "numina without a box": (
         {"problem": "q", "solution": "so it is 24", "answer": "4"},
@@ -570,10 +572,7 @@ def test_what_nobody_can_know_is_refused_with_a_line_that_works(name):
     with pytest.raises(UserError, match=f"^f:1: {message}") as told:
         parse(record, "f:1")
     assert "\n" not in str(told.value)
-    if example:
-        assert as_mapped(record, str(told.value)) == example
-    else:
-        assert "--data.fields '" in str(told.value)
+    assert as_mapped(record, str(told.value)) == example
 
 
 # of other tasks: record -> (the refusal, what the first line gives)

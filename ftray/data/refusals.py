@@ -44,9 +44,10 @@ def refuse_keys(record: Record, shape: Shape, where: object) -> None:
             raise UserError(f"{where}: {key}: {why}{_without(record, key, why, shape)}")
         if shape.teaches and meanings.is_unclear_mark(key):
             raise UserError(f"{where}: {key}: {_UNCLEAR_MARK}")
-        if not shape.teaches or not is_known or key in shape.beside or _is_repeated(record, key, shape):
+        if not shape.teaches or not is_known or key in shape.beside:
             continue
-        if name := meanings.read_as(key, value):
+        name = meanings.read_as(key, value)
+        if name and not _is_repeated(record, key, shape):
             raise UserError(f"{where}: {key} would be lost: {_renamed(record, key, name, shape)}")
         if meanings.is_reasoning(key, value):
             _refuse_lost(record, key, shape, where)
