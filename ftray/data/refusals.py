@@ -304,8 +304,12 @@ _ENDED = re.compile(r"\s*(<[^<>]*>\s*|\[[^][]*\]\s*)*$")
 
 def _is_part(text: str, whole: str) -> bool:
     """Whether a text fills a place in a template that `whole` was made from, rather than stands in it by chance."""
-    places = [(place.start(), place.end()) for place in re.finditer(re.escape(text), whole)]
-    return any(_BEFORE.search(whole[max(0, start - 40) : start]) and _AFTER.match(whole, end) for start, end in places)
+    start = whole.find(text)
+    while start >= 0:
+        if _BEFORE.search(whole[max(0, start - 40) : start]) and _AFTER.match(whole, start + len(text)):
+            return True
+        start = whole.find(text, start + 1)
+    return False
 
 
 def _is_filled(whole: str, parts: list[str]) -> bool:
