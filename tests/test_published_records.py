@@ -9,6 +9,7 @@ import re
 import shlex
 
 import datasets
+import pyarrow as pa
 import pytest
 from helpers.record_files import ASK, END, TEMPLATE, USER, assistant, config, lines, rows_of, said, user
 
@@ -639,6 +640,7 @@ def model_with(path, tokens) -> str:
         ([USES, {"type": "text", "text": "r"}], r"content\[1\] is text after a call"),
         ([{"type": "text", "text": "r"}, {"type": "thinking", "thinking": "hm"}], r"content\[1\] is a thought after"),
         ([USES | {"input": "x"}], "the arguments of f are no JSON object but 'x'"),
+        ([{"type": "tool_result", "content": [USES]}], r"content\[0\]\.content\[0\] is no text but 'tool_use'"),
         ([{"type": "tool_result", "content": "x"}], "the result of a tool in a turn of the assistant"),
         ([{"type": "image", "source": {}}], r"content\[0\] is no text but 'image'"),
     ],
@@ -665,6 +667,16 @@ def test_infer_asks_the_last_question_of_a_record(tiny_llama, tokenizer, record)
     prompts = Renderer(tokenizer, DataConfig(), None)
     asked = tokenizer.decode(prompts.record("f:1", record, False))
     assert asked == f"{USER}p{ASK}o{END}{USER}q{ASK}"
+
+
+def test_parts_are_read_alike_from_a_table_which_has_each_key_in_each_part():
+    called = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "see"}, USES]
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "21"}
+    turns = [user([{"type": "text", "text": "q"}]), assistant(called), user([result]), assistant(called[1:2])]
+    record = {"messages": turns, "tools": [{"name": "f", "description": "d", "input_schema": SCHEMA}]}
+    (row,) = pa.Table.from_pylist([record]).to_pylist()
+    assert row["messages"][0]["content"][0].keys() > {"thinking", "input", "tool_use_id"}
+    assert parse(row, "f") == parse(record, "f")
 
 
 def test_what_a_part_says_beside_is_named():

@@ -1,4 +1,4 @@
-"""From a record for a generating task, of any known shape, to prompt and target or turns of a conversation."""
+"""Records of generating tasks: the table of their shapes, each read as prompt and target, or as a conversation."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -193,6 +193,7 @@ def _with_joined(record: Record, key: str, where: object) -> Record:
 
 
 def _history(record: Record, where: object) -> list[Turn]:
+    """The earlier turns that a record holds as pairs of what the user said and the answer."""
     if is_empty(history := listed(record.get("history"))):
         return []
     turns: list[Turn] = []
@@ -213,6 +214,8 @@ def _one_text(key: str, fits: Callable[[Record], bool] | None = None) -> Shape:
 
 
 def _only_text(key: str) -> Callable[[Record, object], Example]:
+    """The function that reads a record of one text."""
+
     def parse(record: Record, where: object) -> Example:
         if key not in record:
             raise UserError(unknown(record, where))
@@ -261,6 +264,7 @@ def _languages(record: Record) -> list[str]:
 
 
 def _is_bare(record: Record) -> bool:
+    """Whether a record has no `text`, to which many shapes give way."""
     return is_empty(record.get("text"))
 
 

@@ -112,7 +112,7 @@ def refuse_beside_text(record: Record, shape: Shape, where: object) -> None:
 
 
 def _whole(key: str, value: Any) -> str:
-    """What a class is made of, under a key that holds a number: of a fraction, the whole number next to it."""
+    """The source of a label under a key that holds a number: of a fraction, a template that rounds it."""
     return f"{{{{ {key} | float | round | int }}}}" if isinstance(number(value), float) and key.isidentifier() else key
 
 
@@ -155,6 +155,7 @@ def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> No
 
 
 def _refuse_lost(record: Record, key: str, shape: Shape, where: object, shapes: Sequence[Shape] = ()) -> None:
+    """Raise the UserError about a key whose content would be lost, unless it only repeats what is read."""
     if _is_repeated(record, key, shape):
         return
     own = (*shape.required_keys, *shape.honours)
@@ -166,7 +167,7 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object, shapes: 
 
 
 def _ways(record: Record, key: str, shape: Shape, shapes: Sequence[Shape]) -> list[tuple[dict[str, str], str]]:
-    """Mappings with which the record is read in spite of a key that would be lost, each with what for."""
+    """Mappings to choose from for a record with a key that would be lost, each with what it is for."""
     alone = [(kept(record, shape), f"leave {key} out")]
     if shape.is_alone:
         (own,) = shape.required_keys
@@ -225,7 +226,7 @@ def kept(record: Record, shape: Shape) -> dict[str, str]:
 
 
 def _without(record: Record, key: str, why: str, shape: Shape) -> str:
-    """What to type to leave a key out, if that can be told; of a preference pair, to keep the good answer."""
+    """The end of a message: the mapping that leaves a key out, or keeps the good answer of a pair; empty: no guess."""
     if why == meanings.PREFERENCE and (good := _good_answer(record)):
         return f"; {as_typed(good)} keeps the good one"
     if all(name in record for name in shape.required_keys):
@@ -313,6 +314,7 @@ def _is_part(text: str, whole: str) -> bool:
 
 
 def _is_filled(whole: str, parts: list[str]) -> bool:
+    """Whether a text is a filled template that holds all these parts."""
     return all(_is_part(part, whole) for part in parts)
 
 
