@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftray.config import DataConfig
-from ftray.data import formats, sources
+from ftray.data import json_records, sources
 from ftray.data.formats import Chunk, read_chunk
 from ftray.data.sources import content_stamp, find_chunks, is_small, read_for_check
 from ftray.errors import UserError
@@ -231,9 +231,9 @@ def test_a_json_list_read_in_pieces_is_what_the_whole_says(
         text = text[:place] + sign + text[place + 1 :]
     path = tmp_path / "r.json"
     path.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(formats, "JSON_CHARACTERS", at_once)
+    monkeypatch.setattr(json_records, "CHARACTERS", at_once)
     pieces = outcome(path)
-    monkeypatch.setattr(formats, "JSON_CHARACTERS", 10**6)
+    monkeypatch.setattr(json_records, "CHARACTERS", 10**6)
     assert pieces == outcome(path)
     try:
         known = json.loads(text)
@@ -255,7 +255,7 @@ def outcome(path):
 
 
 def test_json_is_read_without_its_whole_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "JSON_CHARACTERS", 2**14)
+    monkeypatch.setattr(json_records, "CHARACTERS", 2**14)
     records = [{"text": f"{n} " + "x" * 990} for n in range(6000)]
     (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, records)))

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,12 +15,18 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ftray.data.fields import compiled, with_group
+from ftray.data.json_records import (
+    NoListError,
+    checked,
+    more_follows,
+    objects_of_list,
+    parse_json,
+    records_of_json,
+    undecodable,
+)
 from ftray.data.shapes import PART
 from ftray.errors import UserError
 
-HOLDERS = ("data", "records", "examples", "rows")  # keys of a JSON file under which its records may stand
-JSON_CHARACTERS = 2**20  # of a JSON file that are read at once
-_BLANKS = re.compile(r"[ \t\r\n]*")
 csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long document
 
 
@@ -194,63 +199,7 @@ def _read_jsonl_text(chunk: Chunk) -> Iterator[Located]:
                     place = SourceLocation(chunk.path, number, True)
                     yield place, parse_json(line, place)
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
-
-
-def _undecodable(where: object, error: UnicodeError, encoding: str = "") -> UserError:
-    """The error about text that is not in its encoding; some codecs raise a UnicodeError that does not name theirs."""
-    encoding = (encoding or getattr(error, "encoding", "utf-8")).removesuffix("-sig")
-    return UserError(f"{where}: not {encoding}: name the file's encoding by data.encoding, as cp1252 or utf-16")
-
-
-def parse_json(line: str | bytes, place: object) -> dict[str, Any]:
-    """The record in a line of JSON; `str(place)` is its location, for messages.
-
-    Raises:
-        UserError: not valid JSON, no object, a key that stands twice, or text that is no Unicode.
-    """
-    try:
-        text = (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
-        record = json.loads(text, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise _undecodable(f"{place}: not valid JSON", error) from None
-    except _KeyTwiceError as error:
-        raise UserError(f"{place}: key {error} stands twice: leave one of them out") from None
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        raise UserError(f"{place}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    return _checked(record, place, "\\u" in text)
-
-
-class _KeyTwiceError(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python would keep the last value of a key."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _KeyTwiceError(ascii(next(key for key in keys if keys.count(key) > 1)))
-    return result
-
-
-_OBJECT = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _checked(record: Any, place: object, escapes: bool) -> dict[str, Any]:
-    """A record of JSON; only where that has `escapes` can its text hold what is no character."""
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
-    for key, value in record.items() if escapes else ():
-        try:
-            json.dumps([key, value], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise UserError(
-                f"{place}: {ascii(key)[1:-1]} holds {half}, half of a surrogate pair, which is no character: "
-                "mend what cut the text there"
-            ) from None
-    return record
+            raise undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
 
 
 def _read_json(chunk: Chunk) -> Iterator[Located]:
@@ -261,127 +210,25 @@ def _read_json(chunk: Chunk) -> Iterator[Located]:
     count = 0
     try:
         with _text_of(chunk, "") as file:
-            for record, escapes in _objects_of_list(file):
+            for record, escapes in objects_of_list(file):
                 place = SourceLocation(chunk.path, count)
-                yield place, _checked(record, place, escapes)
+                yield place, checked(record, place, escapes)
                 count += 1
             return
-    except _NoListError:
+    except NoListError:
         pass
     except UnicodeError as error:
-        raise _undecodable(chunk.path, error, chunk.encoding) from None
-    yield from _read_jsonl_text(chunk) if _is_lines(chunk) else itertools.islice(_read_whole_json(chunk), count, None)
-
-
-class _NoListError(Exception):
-    pass
-
-
-def _objects_of_list(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
-    """The objects of a list that is all there is in a file, and whether each has escapes in its text.
-
-    Raises:
-        _NoListError: something else stands there.
-    """
-    text, at = "", 0
-    wanted: tuple[str, ...] = ("[",)
-    while True:
-        at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
-        if at == len(text):
-            text, at = file.read(JSON_CHARACTERS), 0
-            if text:
-                continue
-            if wanted:
-                raise _NoListError
-            return
-        sign = text[at]
-        if sign not in wanted:
-            raise _NoListError
-        if sign != "{":
-            wanted = {"[": ("{", "]"), ",": ("{",), "]": ()}[sign]
-            at += 1
-            continue
-        try:
-            record, end = _OBJECT.raw_decode(text, at)
-        except (ValueError, RecursionError, _KeyTwiceError):  # ValueError: not whole, or a number of many digits
-            more = file.read(max(JSON_CHARACTERS, len(text)))  # it may go on there
-            if not more:
-                raise _NoListError from None
-            text, at = text[at:] + more, 0
-            continue
-        yield record, text.find("\\u", at, end) >= 0
-        at, wanted = end, (",", "]")
-
-
-def _is_lines(chunk: Chunk) -> bool:
-    """Whether more follows the object that a file begins with."""
+        raise undecodable(chunk.path, error, chunk.encoding) from None
     with _text_of(chunk, "") as file:
-        text = file.read(JSON_CHARACTERS)
-        while text and not text.strip():
-            text = file.read(JSON_CHARACTERS)
-        while text.lstrip().startswith("{"):
-            try:
-                _, end = _OBJECT.raw_decode(text, len(text) - len(text.lstrip()))
-            except json.JSONDecodeError:
-                if not (more := file.read(len(text))):
-                    return False
-                text += more
-                continue
-            except (ValueError, RecursionError, _KeyTwiceError):
-                return False
-            rest = text[end:]
-            while not rest.strip() and (more := file.read(JSON_CHARACTERS)):
-                rest = more
-            return bool(rest.strip())
-    return False
-
-
-def _read_whole_json(chunk: Chunk) -> Iterator[Located]:
+        lines = more_follows(file)
+    if lines:
+        yield from _read_jsonl_text(chunk)
+        return
     with _text_of(chunk, "") as file:
         content = file.read()
-    try:
-        value = json.loads(content, object_pairs_hook=_unique)
-    except _KeyTwiceError as error:
-        raise UserError(f"{chunk.path}: key {error} stands twice in one object: leave one of them out") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{chunk.path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        raise UserError(f"{chunk.path}: not valid JSON: {error}") from None
-    if isinstance(value, dict):
-        value = _held(value) or _of_table(value) or [value]
-    if not isinstance(value, list):
-        raise UserError(f"{chunk.path}: must hold a list of records, not {type(value).__name__}")
-    escapes = "\\u" in content
-    for index, record in enumerate(value):
+    for index, record in enumerate(records_of_json(content, chunk.path)[count:], count):
         place = SourceLocation(chunk.path, index)
-        yield place, _checked(record, place, escapes)
-
-
-def _held(value: dict[str, Any]) -> Any:
-    """The list of records in a JSON object that has nothing else, but for such as a version; None: it is a record."""
-    key = next((key for key in HOLDERS if isinstance(value.get(key), list)), None)
-    if key is None or any(isinstance(other, list | dict) for name, other in value.items() if name != key):
-        return None
-    return value[key]
-
-
-def _of_table(value: dict[str, Any]) -> list[Any] | None:
-    """The rows of a table as pandas' `to_json` writes it, by columns, rows or parts; None: it is something else."""
-    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
-        names, rows = value["columns"], value["data"]
-        whole = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows)
-        return [dict(zip(names, row, strict=True)) for row in rows] if whole else None
-    if {"schema", "data"} == value.keys() and isinstance(value["data"], list):
-        keys = {*(value["schema"].get("primaryKey") or ())} if isinstance(value["schema"], dict) else set[str]()
-        return [
-            {k: v for k, v in row.items() if k not in keys} if isinstance(row, dict) else row for row in value["data"]
-        ]
-    inner = [*value.values()]
-    if not inner or not all(isinstance(part, dict) for part in inner):
-        return None
-    if inner[0] and all(part.keys() == inner[0].keys() for part in inner) and all(map(str.isdecimal, inner[0])):
-        return [{name: column[row] for name, column in value.items()} for row in inner[0]]
-    return inner if all(map(str.isdecimal, value)) else None
+        yield place, checked(record, place, "\\u" in content)
 
 
 def _read_csv(chunk: Chunk) -> Iterator[Located]:
@@ -403,7 +250,7 @@ def _read_csv(chunk: Chunk) -> Iterator[Located]:
                     raise UserError(f"{place}: not as many fields as the header has: {len(names)}, {_named(names)}")
                 yield place, dict(row)
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
+            raise undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
         except csv.Error as error:
             raise UserError(f"{chunk.path}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -431,7 +278,7 @@ def _read_text(chunk: Chunk) -> Iterator[Located]:
                         break
                 part += line
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
+            raise undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
     if part.strip():
         yield SourceLocation(chunk.path, at, True), {"text": part} | ({PART: "last"} if begun else {})
 
@@ -449,7 +296,7 @@ def lines_of_text(chunk: Chunk) -> Iterator[tuple[SourceLocation, str]]:
                 if line.strip():
                     yield SourceLocation(chunk.path, number, True), line.removesuffix("\n").removesuffix("\r")
         except UnicodeError as error:
-            raise _undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
+            raise undecodable(f"{chunk.path}:{number + 1}", error, chunk.encoding) from None
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[Located]:

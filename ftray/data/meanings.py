@@ -1,6 +1,7 @@
-"""What a key means, by the words of its name: so that no spelling of a key that changes what is learnt is overlooked.
+"""What a key means, by the words in its name, so that no spelling of a key that changes what is learnt is missed.
 
-Each kind is a set of words, to which a newcomer adds one. `image_path`, `imagePath` and `Image-Path` are the same.
+Each kind of key is a set of words; to teach ftray another one, add its word. `image_path`, `imagePath` and `Image-Path`
+are the same.
 """
 
 import re
@@ -35,7 +36,7 @@ ANSWERED = (
     "solution",
 )
 
-# in front of a verdict, and without a meaning of its own
+# words in front of a verdict that add nothing to it, as in `is_correct`
 _FILLERS = _set("is was has do does should to be use with the turn message")
 
 # A mark says by 1 or 0 whether a turn, or a record, is learnt. Its name holds words of learning, words that turn its
@@ -50,9 +51,8 @@ _MARK_FILLERS = _FILLERS | _set(
     "used using for in on from of out by require requires required need needs needed include includes included "
     "contribute contributes compute computes calculate calculates calc apply applies enable enabled bear bears"
 )
-_LEARNT = _set(
-    "weight loss_weight train_weight training_weight target"
-)  # as a whole name; a target: with `is` before it
+# marks by their whole name; `target` only as `is_target`, since it is also a key of answers
+_LEARNT = _set("weight loss_weight train_weight training_weight target")
 _UNLEARNT = _set("context_only")
 
 # what says that an answer is a good one, and what that it is a bad one
@@ -92,7 +92,7 @@ _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
 _MEDIA_WORDS = _set(
     "image images img imgs picture pictures photo photos pixel pixels video videos audio audios wav waveform"
 )
-# of what is read by another name
+# words of keys that hold a system text, earlier turns, tools, or how an answer was found, under other names
 _SYSTEM_WORDS = _set("system sys")
 _SYSTEM_TEXTS = _set("system sys message msg prompt text content instruction instructions turn default")
 _HISTORY = _set("history histories previous prior past earlier preceding")
@@ -115,15 +115,16 @@ _ABOUT = _set(
     "issn geo country region offset start end position keyword keywords backend headers header model generator parser "
     "rank weight loss batch fold seed provenance state repos partition locale"
 )
-# of a number which nobody can tell to be what is to be learnt of a text, or what somebody thinks of the text
+# words of a number beside a text that may be what is to be learnt, or only an opinion of the text
 _SCORES = _set("score scores grade grades")
+# words of a score that is plainly about the text
 _SCORES_OF_TEXT = _set("language lang quality ocr perplexity edu educational confidence similarity duplicate")
-# of a number, which a count is, be it 0 or 1
+# words of a count, which names no class even where it is 0 or 1
 _COUNTS = _set(
     "n num nb number count total sum max min avg mean likes retweets upvotes downvotes ups downs votes replies views "
     "shares comments favorites followers friends awards clicks level depth"
 )
-# in the keys of a record, that its text was collected somewhere, so that all numbers beside it are about the text
+# words of keys that say where a text was collected; scores beside such a text are about it
 _COLLECTED = _set(
     "url urls uri dump snapshot warc crawl domain host hostname website subreddit repo repository path filepath "
     "hexsha digest minhash arxiv doi isbn"
@@ -134,7 +135,7 @@ _LABELS = _set("label labels class classes target category categories stars rati
 
 @lru_cache(maxsize=4096)
 def words(key: object) -> tuple[str, ...]:
-    """The words of a key, in small letters: of snake, kebab and camel case; digits at the end of one are left out."""
+    """The words of a key in snake, kebab or camel case, in lower case and without digits at their ends."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^\w]|_", " ", str(key))
     return tuple(word for part in spaced.lower().split() if (word := part.rstrip("0123456789") or part))
 

@@ -1,10 +1,11 @@
-"""From a record for a generating task, of any known shape, to prompt and target or turns of a conversation."""
+"""Records of generating tasks: the table of their shapes, each read as prompt and target, or as a conversation."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWERED, ASKED, is_about
 from ftray.data.reading import Seen, read
 from ftray.data.refusals import refuse_bad_answer
@@ -85,12 +86,16 @@ def as_chat(example: Example) -> Example:
 
 
 def _text(record: Record, key: str, where: object, may_be_empty: bool = False) -> str:
+    """The text under a key.
+
+    Raises:
+        UserError: it is something else, or blank though it may not be.
+    """
     value = record[key]
     if isinstance(value, list | dict) and (inner := _first_text(value)):
-        held = f"{key}.{inner}"
         raise UserError(
-            f"{where}: {key} must be text, not {type(value).__name__}: say which part is meant, as {held}: "
-            f"--data.fields '..., {_field_of(key)}: {held}'"
+            f"{where}: {key} must be text, not {type(value).__name__}: say which part is meant, as by "
+            f"{_with_path(record, key, inner)}"
         )
     if isinstance(value, list | dict):
         raise UserError(
@@ -113,9 +118,10 @@ def _first_text(value: Any) -> str:
     return ""
 
 
-def _field_of(key: str) -> str:
-    """The field that a key of an answer, or of what is asked, is mapped to."""
-    return "completion" if key in ANSWERED else "prompt"
+def _with_path(record: Record, key: str, path: str) -> str:
+    """The mapping to type that takes what stands at a path under a key, and the other texts as they are."""
+    known = [name for name in record if name in (*ASKED, *ANSWERED, *CONVERSATION)]
+    return as_typed({name: name for name in known} | {key: f"{key}.{path}"})
 
 
 def _with_one_answer(record: Record, key: str, where: object) -> Record:
@@ -126,7 +132,7 @@ def _with_one_answer(record: Record, key: str, where: object) -> Record:
     if len({*answers}) > 1:
         raise UserError(
             f"{where}: {key} holds {len(answers)} answers: say which one is to be learnt, as the first by "
-            f"--data.fields '..., completion: {key}.0'"
+            f"{_with_path(record, key, '0')}"
         )
     return record | {key: answers[0]}
 
@@ -187,6 +193,7 @@ def _with_joined(record: Record, key: str, where: object) -> Record:
 
 
 def _history(record: Record, where: object) -> list[Turn]:
+    """The earlier turns that a record holds as pairs of what the user said and the answer."""
     if is_empty(history := listed(record.get("history"))):
         return []
     turns: list[Turn] = []
@@ -207,6 +214,8 @@ def _one_text(key: str, fits: Callable[[Record], bool] | None = None) -> Shape:
 
 
 def _only_text(key: str) -> Callable[[Record, object], Example]:
+    """The function that reads a record of one text."""
+
     def parse(record: Record, where: object) -> Example:
         if key not in record:
             raise UserError(unknown(record, where))
@@ -238,9 +247,10 @@ def unknown(record: Record, where: object, others: str = "", tokens: Collection[
 def _translation(record: Record, where: object) -> Example:
     pair = {key: text for key, text in record["translation"].items() if not is_empty(text)}
     if len(pair) != 2:
+        source, target, *_ = *pair, "en", "fr"
+        line = as_typed({"prompt": f"translation.{source}", "completion": f"translation.{target}"})
         raise UserError(
-            f"{where}: translation holds {', '.join(pair) or 'nothing'}, not two languages: say which, as in "
-            "--data.fields 'prompt: translation.en, completion: translation.fr'"
+            f"{where}: translation holds {', '.join(pair) or 'nothing'}, not two languages: say which, as in {line}"
         )
     source, target = (as_text(text, f"translation.{key}", where) for key, text in pair.items())
     return _answered(source, target, record, where)
@@ -254,6 +264,7 @@ def _languages(record: Record) -> list[str]:
 
 
 def _is_bare(record: Record) -> bool:
+    """Whether a record has no `text`, to which many shapes give way."""
     return is_empty(record.get("text"))
 
 

@@ -44,9 +44,10 @@ def refuse_keys(record: Record, shape: Shape, where: object) -> None:
             raise UserError(f"{where}: {key}: {why}{_without(record, key, why, shape)}")
         if shape.teaches and meanings.is_unclear_mark(key):
             raise UserError(f"{where}: {key}: {_UNCLEAR_MARK}")
-        if not shape.teaches or not is_known or key in shape.beside or _is_repeated(record, key, shape):
+        if not shape.teaches or not is_known or key in shape.beside:
             continue
-        if name := meanings.read_as(key, value):
+        name = meanings.read_as(key, value)
+        if name and not _is_repeated(record, key, shape):
             raise UserError(f"{where}: {key} would be lost: {_renamed(record, key, name, shape)}")
         if meanings.is_reasoning(key, value):
             _refuse_lost(record, key, shape, where)
@@ -111,7 +112,7 @@ def refuse_beside_text(record: Record, shape: Shape, where: object) -> None:
 
 
 def _whole(key: str, value: Any) -> str:
-    """What a class is made of, under a key that holds a number: of a fraction, the whole number next to it."""
+    """The source of a label under a key that holds a number: of a fraction, a template that rounds it."""
     return f"{{{{ {key} | float | round | int }}}}" if isinstance(number(value), float) and key.isidentifier() else key
 
 
@@ -154,6 +155,7 @@ def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> No
 
 
 def _refuse_lost(record: Record, key: str, shape: Shape, where: object, shapes: Sequence[Shape] = ()) -> None:
+    """Raise the UserError about a key whose content would be lost, unless it only repeats what is read."""
     if _is_repeated(record, key, shape):
         return
     own = (*shape.required_keys, *shape.honours)
@@ -165,7 +167,7 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object, shapes: 
 
 
 def _ways(record: Record, key: str, shape: Shape, shapes: Sequence[Shape]) -> list[tuple[dict[str, str], str]]:
-    """Mappings with which the record is read in spite of a key that would be lost, each with what for."""
+    """Mappings to choose from for a record with a key that would be lost, each with what it is for."""
     alone = [(kept(record, shape), f"leave {key} out")]
     if shape.is_alone:
         (own,) = shape.required_keys
@@ -224,7 +226,7 @@ def kept(record: Record, shape: Shape) -> dict[str, str]:
 
 
 def _without(record: Record, key: str, why: str, shape: Shape) -> str:
-    """What to type to leave a key out, if that can be told; of a preference pair, to keep the good answer."""
+    """The end of a message: the mapping that leaves a key out, or keeps the good answer of a pair; empty: no guess."""
     if why == meanings.PREFERENCE and (good := _good_answer(record)):
         return f"; {as_typed(good)} keeps the good one"
     if all(name in record for name in shape.required_keys):
@@ -303,11 +305,16 @@ _ENDED = re.compile(r"\s*(<[^<>]*>\s*|\[[^][]*\]\s*)*$")
 
 def _is_part(text: str, whole: str) -> bool:
     """Whether a text fills a place in a template that `whole` was made from, rather than stands in it by chance."""
-    places = [(place.start(), place.end()) for place in re.finditer(re.escape(text), whole)]
-    return any(_BEFORE.search(whole[max(0, start - 40) : start]) and _AFTER.match(whole, end) for start, end in places)
+    start = whole.find(text)
+    while start >= 0:
+        if _BEFORE.search(whole[max(0, start - 40) : start]) and _AFTER.match(whole, start + len(text)):
+            return True
+        start = whole.find(text, start + 1)
+    return False
 
 
 def _is_filled(whole: str, parts: list[str]) -> bool:
+    """Whether a text is a filled template that holds all these parts."""
     return all(_is_part(part, whole) for part in parts)
 
 

@@ -220,13 +220,13 @@ def _content(value: Any, at: str, where: object) -> _Content:
             refuse_no_arguments(call, here, where)
             calls.append(call)
         elif result := _result_part(part, here, where):
-            _refuse_late(texts, here, "a result after", where)
+            _refuse_late(texts, here, "the result of a tool after text", where)
             results.append(result)
         elif (thought := _thought_part(part)) is not None:
-            _refuse_late([*texts, *calls], here, "a thought after", where)
+            _refuse_late([*texts, *calls], here, "a thought after what it led to", where)
             thoughts.append(thought)
         else:
-            _refuse_late(calls, here, "text after a call, not", where)
+            _refuse_late(calls, here, "text after a call", where)
             texts.append(_text_part(part, here, where))
     return _Content("".join(texts) if texts else None, "".join(thoughts), tuple(calls), tuple(results))
 
@@ -234,10 +234,11 @@ def _content(value: Any, at: str, where: object) -> _Content:
 def _refuse_late(before: list[Any], here: str, what: str, where: object) -> None:
     """Raise the UserError about a part that a chat template would put before those that it comes after."""
     if before:
-        raise UserError(f"{where}: {here} is {what} before it: put it into a turn of its own")
+        raise UserError(f"{where}: {here} is {what}: put it into a turn of its own")
 
 
 def _text_part(part: Any, here: str, where: object) -> str:
+    """The text of a part that is nothing else."""
     kind = part.get("type", "text") if isinstance(part, dict) else "text"
     text = part.get("text") if isinstance(part, dict) else part
     if isinstance(part, dict) and "type" not in part and "text" not in part:
@@ -251,9 +252,8 @@ def _thought_part(part: Any) -> str | None:
     """A thought, as Anthropic (`type: thinking`) or Google (`thought: true`) has it; None: it is none."""
     if not isinstance(part, dict):
         return None
-    thought = (
-        part.get("thinking") if part.get("type") == "thinking" else part.get("text") if part.get("thought") else None
-    )
+    key = "thinking" if part.get("type") == "thinking" else "text" if part.get("thought") else ""
+    thought = part.get(key)
     return thought if isinstance(thought, str) else None
 
 
@@ -270,10 +270,9 @@ def _result_part(part: Any, here: str, where: object) -> Turn | None:
     if not isinstance(part, dict):
         return None
     if part.get("type") == "tool_result":
-        content = _content(part.get("content") or "", f"{here}.content", where)
-        return Turn(
-            "tool", content.text or "", more={"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
-        )
+        text = text_of_content(part.get("content") or "", f"{here}.content", where)
+        more = {"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
+        return Turn("tool", text or "", more=more)
     given = part.get("functionResponse", part.get("function_response"))
     if not isinstance(given, dict):
         return None
@@ -287,8 +286,9 @@ def text_of_content(value: Any, at: str, where: object) -> str | None:
     Raises:
         UserError: a part is no text.
     """
-    parts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-    return "".join(_text_part(part, f"{at}[{index}]", where) for index, part in enumerate(parts)) if parts else None
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    return "".join(_text_part(part, f"{at}[{index}]", where) for index, part in enumerate(value)) if value else None
 
 
 def _calls(turn: dict[str, Any], at: str, where: object) -> tuple[dict[str, Any], ...]:
