@@ -656,7 +656,6 @@ SHAPES = [
     *((adapter, length, torch.float32) for adapter in (LORA, OFT) for length in (48, 160, 400)),
     (LORA | {"use_dora": True}, 48, torch.float32),  # its norms take no gradient: what they are made of is not kept
     (LORA, 48, torch.bfloat16),
-    (LORA, 160, torch.bfloat16),
     (OFT, 48, torch.bfloat16),
 ]
 

@@ -16,7 +16,7 @@ from ftray.config import AdapterConfig, DataConfig, config_from
 from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
 from ftray.data.shards import SCHEMA, SplitWriter, TokenizedData
 from ftray.errors import UserError
-from ftray.models.limits import positions
+from ftray.models.limits import positions, rope_length
 
 SMALL = {
     "vocab_size": 384,
@@ -99,6 +99,45 @@ def test_a_length_that_is_not_given_is_what_the_model_has_places_for(capsys):
     )
     assert within_positions(DataConfig(), llama()).max_length == 512
     assert capsys.readouterr().out == ""
+
+
+def phi3() -> t.Phi3ForCausalLM:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 24}
+    sizes = {"max_position_embeddings": 96, "original_max_position_embeddings": 24, "pad_token_id": 0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    return t.Phi3ForCausalLM(t.Phi3Config(**SMALL, **sizes, rope_parameters=rope))
+
+
+def dynamic() -> t.LlamaForCausalLM:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    return t.LlamaForCausalLM(t.LlamaConfig(**SMALL, max_position_embeddings=24, rope_parameters=rope))
+
+
+@pytest.mark.parametrize("make", [phi3, dynamic, llama, gpt2])
+@torch.no_grad()
+def test_up_to_a_length_rotary_positions_are_those_of_a_record_alone(make, tmp_path, tokenizer, capsys):
+    """Of two records that share a pass, the shorter one is as alone, up to that length of the longer one."""
+    torch.manual_seed(0)
+    model = make().eval()
+    alone = model(input_ids=torch.arange(10, 20)[None]).logits[0]
+
+    def same_beside(length: int) -> bool:
+        both = torch.stack([torch.arange(10, 10 + length), torch.arange(40, 40 + length)])
+        return torch.allclose(model(input_ids=both).logits[0, :10], alone, atol=1e-5)
+
+    limit = 24 if make in (phi3, dynamic) else None
+    assert rope_length(model) == limit
+    assert same_beside(24)
+    assert same_beside(25) == (limit is None)
+    data = shards(tmp_path, list(range(10, 35)))
+    if limit:
+        with pytest.raises(UserError, match=r"beyond 24 tokens the model's rotary positions .*: take 24"):
+            refuse_beyond(data, DataConfig(max_length=512), model, tokenizer)
+        assert within_positions(DataConfig(), model).max_length == 24
+        assert capsys.readouterr().out.startswith("data.max_length 24: beyond 24 tokens the model's rotary positions")
+        assert within_positions(DataConfig(max_length="auto"), model, 0, [50]).max_length == 24
+    else:
+        refuse_beyond(data, DataConfig(max_length=512), model, tokenizer)
 
 
 def shards(directory, *records: list[int], lengths: tuple[int, ...] = ()) -> TokenizedData:

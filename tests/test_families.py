@@ -221,6 +221,34 @@ def test_groups_leave_out_what_nothing_depends_on():
         assert found.endswith("left out: 6 layers that the model never uses for this task")
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "said"),
+    [
+        ("mixtral", "all-linear", ["left out: the weights of experts, which are the group 'experts'"]),
+        ("mixtral", ["all-linear", "experts"], []),
+        ("mixtral", "attention", []),
+        ("llama", "all-linear", []),
+        (
+            "deepseek_v3",  # one dense block, and one of experts beside one that all tokens pass
+            ["all-linear", "experts"],
+            [
+                "left out: model.layers.*.mlp.down_proj, model.layers.*.mlp.gate_proj, "
+                "model.layers.*.mlp.shared_experts.down_proj, model.layers.*.mlp.shared_experts.gate_proj, "
+                "model.layers.*.mlp.shared_experts.up_proj, model.layers.*.mlp.up_proj, "
+                "whose names PEFT takes for something else"
+            ],
+        ),
+    ],
+)
+def test_what_groups_leave_out_of_experts_is_told(kind, targets, said):
+    base, settings = (
+        LoadedModel(tiny(kind), CAUSAL, ()),
+        AdapterConfig(method="lora", dropout=0.0, target_modules=targets),
+    )
+    parts = described(attach(replace(base, model=share(base.model)), settings, 10, 0), layers_left_out(settings, base))
+    assert [part for part in parts.split("; ") if part.startswith("left out")] == said
+
+
 def test_unused_layers_are_looked_for_once():
     base, calls = LoadedModel(tiny("llama"), CAUSAL, ()), []
     base.model.register_forward_hook(lambda *_: calls.append(1))

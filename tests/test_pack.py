@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_config
+from ftray.config import ModelConfig
+from ftray.models.load import load_base
 from ftray.multi_adapter.dropout import Dropout
 from ftray.task_spec import CAUSAL
 from ftray.training.pack import Pack
@@ -122,6 +124,24 @@ def test_bf16_base_in_company_equals_alone():
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         (by_itself,) = together(base, [trial])
         assert_same_weights(got, by_itself, 2e-2)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_low_rank_products_over_a_quantised_base_are_made_for_all_at_once(bits, tiny_llama):
+    base, called = load_base(ModelConfig(dtype="fp32", quantization=bits), tiny_llama).model, []
+    chosen, pack = [Trial("lora", rank=4), Trial("lora", rank=8, seed=1)], Pack(base, CAUSAL)
+    models = [trial.model(base) for trial in chosen]
+    for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
+        assert pack.add(str(i), model, trial.update(model)) is None
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda *_: called.append(1))
+    for step in range(STEPS):
+        pack.step({str(i): trial.batches(step) for i, trial in enumerate(chosen)})
+    assert called == []
+    if bits == "4bit":  # of 8, activations are rounded too, some columns by what all rows of a batch hold
+        for got, trial in zip(models, chosen, strict=True):
+            assert_same_weights(got, alone(base, trial), 1e-5)
 
 
 def test_out_of_memory_makes_passes_smaller():

@@ -289,14 +289,17 @@ def rate_ratio(adapter: AdapterConfig) -> float:
     return getattr(parameters(adapter), "rate_ratio", 1.0)
 
 
-def layers_left_out(adapter: AdapterConfig, base: "LoadedModel") -> int:
-    """Number of layers in the groups of the adapter's target modules that are left out, as nothing depends on them."""
+def layers_left_out(adapter: AdapterConfig, base: "LoadedModel") -> list[str]:
+    """What the groups of the adapter's target modules leave out, see :func:`ftray.adapters.targets.left_out`."""
     from ftray.adapters.targets import left_out
+    from ftray.compat.peft import taken_names
 
     settings = parameters(adapter)
     if not isinstance(settings, LayerParameters):
-        return 0
-    return len(left_out(base.model, settings.target_modules, settings.layers_to_transform, base.idle_layers()))
+        return []
+    taken = taken_names(base.model, adapter.method.upper())
+    given, blocks = settings.target_modules, settings.layers_to_transform
+    return left_out(base.model, given, blocks, taken, base.idle_layers())
 
 
 def attach(

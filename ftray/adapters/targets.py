@@ -98,12 +98,26 @@ def resolve_targets(
 
 
 def left_out(
-    model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None, idle: Collection[str]
-) -> set[str]:
-    """The `idle` layers that groups in `spec` leave out."""
-    groups = _groups(model)
-    asked = {name for part in ([spec] if isinstance(spec, str) else spec) for name in groups.get(part, ())}
-    return {n for n in asked & set(idle) if blocks is None or any(f".{block}." in n for block in blocks)}
+    model: nn.Module,
+    spec: str | Iterable[str],
+    blocks: Iterable[int] | None,
+    unreachable: Collection[str],
+    idle: Collection[str],
+) -> list[str]:
+    """What groups in `spec` leave out, in words; the arguments are those of :func:`resolve_targets`."""
+    groups, parts = _groups(model), [spec] if isinstance(spec, str) else list(spec)
+    asked = {name for part in parts for name in groups.get(part, ())}
+    if blocks is not None:
+        asked = {name for name in asked if any(f".{block}." in name for block in blocks)}
+    found, taken = [], [name for name in asked if _leaf(name) in unreachable]
+    if useless := asked & set(idle):
+        found.append(f"{len(useless)} layers that the model never uses for this task")
+    if taken:
+        names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in taken}))
+        found.append(f"{names}, whose names PEFT takes for something else")
+    if {"all-linear", "mlp"} & set(parts) and EXPERTS not in parts and expert_parameters(model, EXPERTS, blocks):
+        found.append(f"the weights of experts, which are the group {EXPERTS!r}")
+    return found
 
 
 def expert_parameters(model: nn.Module, spec: str | Iterable[str], blocks: Iterable[int] | None = None) -> list[str]:
@@ -210,17 +224,16 @@ def adapted_names(model: "PeftModel") -> dict[str, int]:
     return found
 
 
-def described(model: "PeftModel", without: int = 0) -> str:
+def described(model: "PeftModel", without: Iterable[str] = ()) -> str:
     """What a PEFT model adapts, in one line: by name pattern, how many layers and trained parameters.
 
-    `without` is the number of layers that groups leave out, as nothing depends on them.
+    `without` is what groups leave out, see :func:`left_out`.
     """
     found: dict[str, list[int]] = {}
     for name, count in adapted_names(model).items():
         found.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(count)
     parts = [f"{pattern}: {len(own)} of {sum(own):,} parameters" for pattern, own in sorted(found.items())]
-    if without:
-        parts.append(f"left out: {without} layers that the model never uses for this task")
+    parts += [f"left out: {what}" for what in without]
     return "; ".join(parts)
 
 

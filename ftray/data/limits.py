@@ -28,11 +28,11 @@ def within_positions(
         added: tokens that an adapter puts before a record.
         lengths: tokens of records, for `auto`.
     """
-    from ftray.models.limits import context_length, positions
+    from ftray.models.limits import context_length, positions, record_length
 
-    most = positions(model)
+    most = record_length(model)
     if cfg.max_length == "auto":
-        most = context_length(model)
+        most = min((limit for limit in (context_length(model), most) if limit is not None), default=None)
         return _settled(cfg, None if most is None else most - added, sorted(lengths))
     if "max_length" in cfg.model_fields_set:
         _say_if_beyond(cfg.max_length, model, added)
@@ -40,18 +40,23 @@ def within_positions(
     if most is None or cfg.max_length <= most - added:
         return cfg
     beside = f", {added} of them for the adapter's own tokens" if added else ""
-    print(f"data.max_length {most - added}: the model has {most} positions{beside}", flush=True)
+    has = f"the model has {most} positions" if most == positions(model) else _depends_beyond(most)
+    print(f"data.max_length {most - added}: {has}{beside}", flush=True)
     return cfg.model_copy(update={"max_length": most - added})
+
+
+def _depends_beyond(most: int) -> str:
+    return f"beyond {most} tokens the model's rotary positions depend on the longest record of a pass"
 
 
 def _say_if_beyond(given: int, model: "PreTrainedModel", added: int) -> None:
     """Print a line if a length is more than the model takes."""
-    from ftray.models.limits import context_length, positions
+    from ftray.models.limits import context_length, record_length
 
-    most = context_length(model)
+    most = min((n for n in (context_length(model), record_length(model)) if n is not None), default=None)
     if most is None or given + added <= most:
         return
-    then = "is refused" if positions(model) else "is more than it was made for"
+    then = "is refused" if record_length(model) else "is more than it was made for"
     beside = f", {added} of them for the adapter's own" if added else ""
     print(
         f"data.max_length {given}: the model takes {most} tokens{beside}: a record that is longer {then}: "
@@ -90,9 +95,9 @@ def refuse_beyond(
     Raises:
         UserError: there are some.
     """
-    from ftray.models.limits import embedded_tokens, positions
+    from ftray.models.limits import embedded_tokens, positions, record_length
 
-    rows, most = embedded_tokens(model), positions(model)
+    rows, most = embedded_tokens(model), record_length(model)
     highest = max(split.highest for split in data.splits.values())
     if highest >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)
@@ -104,10 +109,14 @@ def refuse_beyond(
         return
     longest = longest_text(data)
     if longest + added > most:
+        but = (
+            f"the model has {most} positions: take {most - added}, or a model without a learnt table of them"
+            if positions(model) == most
+            else f"{_depends_beyond(most)}: take {most - added}"
+        )
         raise UserError(
             f"data.max_length {cfg.max_length}: the longest record has {longest} tokens"
-            f"{f' and the adapter puts {added} before it' if added else ''}, but the model has {most} positions: "
-            f"take {most - added}, or a model without a learnt table of them"
+            f"{f' and the adapter puts {added} before it' if added else ''}, but {but}"
         )
 
 

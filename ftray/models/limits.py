@@ -49,6 +49,29 @@ def text_positions(model: "PreTrainedModel | PeftModel") -> int | None:
     return None if most is None else most - (getattr(config, "num_virtual_tokens", None) or 0)
 
 
+def rope_length(model: "PreTrainedModel | PeftModel") -> int | None:
+    """The most tokens of a pass whose rotary positions don't depend on its longest record; None: any number.
+
+    Beyond, longrope takes other factors (arXiv 2402.13753), and dynamic NTK scaling a base of that length, for all of
+    the pass.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    found: list[Any] = []
+    for part in (rope, *(own for own in rope.values() if isinstance(own, dict))):  # layers may differ
+        kind = part.get("rope_type") or ""
+        if kind == "longrope":
+            found.append(part.get("original_max_position_embeddings"))
+        if "dynamic" in kind:
+            found.append(getattr(config, "max_position_embeddings", None))
+    return min((length for length in found if length), default=None)
+
+
+def record_length(model: "PreTrainedModel | PeftModel") -> int | None:
+    """The most tokens of a record that is trained beside others: of :func:`positions` and :func:`rope_length`."""
+    return min((most for most in (positions(model), rope_length(model)) if most is not None), default=None)
+
+
 def positions(model: "PreTrainedModel | PeftModel") -> int | None:
     """The most tokens that the model's tables of positions have a row for; None: it has no such table.
 

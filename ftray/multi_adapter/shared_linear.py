@@ -60,6 +60,7 @@ class SharedLinear(nn.Module):
         base: an `nn.Linear`, a `Conv1D` or a quantised layer.
         adapters: by name, its PEFT layer and its dropout.
         multiplies: adapters that change the layer's input, so that their rows are multiplied separately.
+        copies: whether what `base` returns must not be added to in place: PEFT does not either, over bitsandbytes.
     """
 
     def __init__(self, base: nn.Module, segments: AdapterSegments):
@@ -67,6 +68,7 @@ class SharedLinear(nn.Module):
         self.base, self.segments = base, segments
         self.adapters: dict[str, tuple[BaseTunerLayer, DropoutRNG]] = {}
         self.multiplies: set[str] = set()
+        self.copies = type(base).__module__.startswith("bitsandbytes.")
 
     @classmethod
     def at(cls, model: nn.Module, path: str, segments: AdapterSegments) -> Self:
@@ -152,6 +154,8 @@ class SharedLinear(nn.Module):
     ) -> torch.Tensor:
         """Multiply `x` by the shared weight, and add the low-rank `updates` to the rows in `ranges`."""
         result = self.base(x)
+        if updates and self.copies:
+            result = result.clone()
         return self._add(result, x, ranges, [updates[i] for i in ranges]) if updates else result
 
     def _add(
@@ -186,11 +190,14 @@ class _Answer:
 
 
 def update_of(layer: BaseTunerLayer, rng: DropoutRNG, rows: int) -> LoraDelta | None:
-    """The update of a plain LoRA or AdaLoRA layer, with dropout drawn for `rows` rows; None for other layers."""
+    """The update of a plain LoRA layer, over a quantised weight too, or AdaLoRA layer; None for other layers.
+
+    Dropout is drawn for `rows` rows.
+    """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
-    if type(layer) is LoraLinear and name not in layer.lora_variant and not layer.lora_bias[name]:
+    if _is_lora(layer) and name not in layer.lora_variant and not layer.lora_bias[name]:
         a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     elif type(layer) is SVDLinear:
         a, b = layer.lora_A[name] * layer.lora_E[name], layer.lora_B[name]
@@ -202,3 +209,7 @@ def update_of(layer: BaseTunerLayer, rng: DropoutRNG, rows: int) -> LoraDelta | 
         rng.begin(layer)
         dropped, scaling = dropout.draw(torch.Size([rows, a.shape[1]]), a.device), scaling * dropout.scale
     return LoraDelta(a, b, scaling, dropped)
+
+
+def _is_lora(layer: BaseTunerLayer) -> bool:
+    return type(layer) is LoraLinear or type(layer).__module__ == "peft.tuners.lora.bnb"  # which needs bitsandbytes
