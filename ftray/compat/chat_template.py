@@ -172,7 +172,9 @@ def _is_framed(parts: list[nodes.Node], turn: str) -> bool:
 
 def _put(node: nodes.Node) -> list[nodes.Node]:
     """Expressions of which a statement writes the text, or asks whether there is one."""
-    return node.nodes if isinstance(node, nodes.Output) else [node.test] if isinstance(node, nodes.If) else []
+    if isinstance(node, nodes.Output):
+        return [*node.nodes]
+    return [node.test] if isinstance(node, nodes.If) else []
 
 
 def _shown(put: nodes.Node) -> list[nodes.Node]:
