@@ -345,7 +345,7 @@ def prove(
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows, usual = data.rows("test", cfg.evaluation.records or PROOF_RECORDS), None
     if default:
-        usual = task.score(adapted(base.model, parse_location(default) / "adapter")[0], tokenizer, rows, cfg.evaluation)
+        usual = task.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows, cfg.evaluation)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base.model, str(adapter))
     with model.disable_adapter():

@@ -10,22 +10,31 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
+from conftest import llama
+from helpers.matrix import VARIANTS
 from helpers.searches import command, environment, run_here, study
 from optuna.trial import TrialState
+from peft import PeftModel
 
+from ftray.adapters import lora_init
+from ftray.adapters.methods import attach
 from ftray.cli import main
-from ftray.config import Config
+from ftray.config import AdapterConfig, Config
 from ftray.evaluation.finalists import Candidate, choose, paired_difference
 from ftray.evaluation.metrics import Scores, compare
+from ftray.models.load import LoadedModel
+from ftray.multi_adapter.shared_model import share
 from ftray.search.advisor import Advisor
 from ftray.search.cohorts import Cohorts
 from ftray.search.estimate import further_runs_of
-from ftray.search.finalists import final_runs, runs_left, verdict
+from ftray.search.finalists import adapted, final_runs, runs_left, trained_parameters, verdict
 from ftray.search.rungs import Rung, rungs
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.search.trial_status import TrialStatus
 from ftray.storage.local import LocalLocation
+from ftray.task_spec import CAUSAL
 
 RUNGS = [Rung(10, 1 / 4), Rung(20, 1 / 8), Rung(80, 0.0)]
 
@@ -229,13 +238,27 @@ def test_the_final_choice_is_among_finalists_and_the_best_of_all_with_the_runs_t
     further = [row(4, seed_of=1, seed=6), row(5, TrialStatus.FAILED, seed_of=2, seed=6), row(6, seed_of=2, seed=7)]
     rows = [row(1), row(2), row(3)]
     assert final_runs(rows, further, config()) == [
-        {"trial": 1, "runs": {0: "at 1", 1: "at 4"}},
-        {"trial": 2, "runs": {0: "at 2", 2: "at 6"}},
+        {"trial": 1, "adapter": {"method": "lora"}, "runs": {0: "at 1", 1: "at 4"}},
+        {"trial": 2, "adapter": {"method": "lora"}, "runs": {0: "at 2", 2: "at 6"}},
     ]
     best = final_runs([row(3), row(1), row(2)], further, config())  # one that was no finalist, and ended best
     assert [candidate["trial"] for candidate in best] == [3, 1, 2]
     assert final_runs(rows, [], config()) == []
     assert final_runs(rows[:1], further, config()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith(("EVA", "LoftQ"))])  # from weights
+def test_what_was_trained_of_any_method_is_scored_and_counted(name, tmp_path):
+    base, adapter = llama(), AdapterConfig(**VARIANTS[name][0])
+    model = attach(LoadedModel(share(base), CAUSAL, ()), adapter, 12, 0)
+    lora_init.save(model, CAUSAL, tmp_path)
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        ours = adapted(base, LocalLocation(tmp_path))(ids).logits
+        plain = PeftModel.from_pretrained(llama(), tmp_path).eval()(ids).logits
+    torch.testing.assert_close(ours, plain)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained_parameters(LoadedModel(base, CAUSAL, ()), adapter) == trained
 
 
 def test_a_plan_tells_what_further_seeds_cost():

@@ -1,13 +1,13 @@
 """Finalists: those that train on after the last cut are trained with further seeds too, and the better one wins."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from ftray.config import Config
+from ftray.config import AdapterConfig, Config
 from ftray.data import TokenizedData
 from ftray.search.journal import SEED_OF, STUDY, open_journal, past_trials
 from ftray.search.results import TrialRow
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from ftray.models.load import LoadedModel
     from ftray.search.trial_worker import SearchContext
 
 FINALISTS = "finalists"  # user attribute of the study: `of` so many trials, the numbers of `trials`
@@ -29,10 +30,12 @@ class FinalRuns(TypedDict):
 
     Attributes:
         trial: its number.
+        adapter: the section of its configuration.
         runs: the checkpoint of each by its seed, counted from the trial's own, which is 0.
     """
 
     trial: int
+    adapter: dict[str, Any]
     runs: dict[int, str]
 
 
@@ -96,7 +99,7 @@ def final_runs(rows: list[TrialRow], further: list[TrialRow], cfg: Config) -> li
     for row in candidates:
         own, first = [row, *(run for run in further if run["seed_of"] == row["trial"])], seed_of(row["config"], cfg)
         runs = {seed_of(run["config"], cfg) - first: str(run["checkpoint"]) for run in own if ended(run)}
-        found.append({"trial": row["trial"], "runs": runs})
+        found.append({"trial": row["trial"], "adapter": row["config"]["adapter"], "runs": runs})
     return found if finals and len(found) > 1 else []
 
 
@@ -121,10 +124,11 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     rows = data.rows("validation", cfg.training.validation_records)
     scored = []
     for candidate in candidates:
-        scores, parameters = {}, 0
-        for seed, checkpoint in candidate["runs"].items():
-            model, parameters = adapted(base.model, parse_location(checkpoint) / "adapter")
-            scores[seed] = task.score(model, tokenizer, rows, evaluation)
+        scores = {
+            seed: task.score(adapted(base.model, parse_location(checkpoint) / "adapter"), tokenizer, rows, evaluation)
+            for seed, checkpoint in candidate["runs"].items()
+        }
+        parameters = trained_parameters(base, AdapterConfig(**candidate["adapter"]))
         scored.append(Candidate(candidate["trial"], parameters, scores))
     choice = choose(scored, metric, cfg.search.direction, cfg.evaluation.bootstrap)
     values = {c.trial: {seed: own.values()[metric] for seed, own in c.scores.items()} for c in scored}
@@ -137,15 +141,27 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     }
 
 
-def adapted(base: "PreTrainedModel", adapter: Location) -> "tuple[PeftModel, int]":
-    """A model with an adapter, which shares the weights of `base`, and how many parameters the adapter trains."""
+def adapted(base: "PreTrainedModel", adapter: Location) -> "PeftModel":
+    """A model with an adapter, which shares the weights of `base`."""
     from peft import PeftModel
 
-    from ftray.multi_adapter.shared_model import share, trainable
+    from ftray.multi_adapter.shared_model import share
 
     with adapter.as_local_dir() as directory:
-        model = PeftModel.from_pretrained(share(base), str(directory), is_trainable=True)
-    return model.eval(), sum(parameter.numel() for parameter in trainable(model))
+        return PeftModel.from_pretrained(share(base), str(directory)).eval()
+
+
+def trained_parameters(base: "LoadedModel", adapter: AdapterConfig) -> int:
+    """How many parameters a configuration trains.
+
+    Not how many are stored: some initialisations change the base, and are stored with the change.
+    """
+    from ftray.adapters.compatibility import without_weights
+    from ftray.adapters.methods import attach
+    from ftray.multi_adapter.shared_model import share, trainable
+
+    model = attach(replace(base, model=share(base.model)), without_weights(adapter), 100, 0)
+    return sum(parameter.numel() for parameter in trainable(model))
 
 
 def verdict(choice: dict[str, Any], metric: str) -> list[str]:
