@@ -12,11 +12,13 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,6 +48,12 @@ def at_home(value: object) -> object:
     return name + os.path.expanduser(path)
 
 
+def _directions(value: str) -> str:
+    if odd := [part for part in value.split(",") if part not in ("min", "max")]:
+        raise ValueError(f"must be min or max, one a metric, comma-separated, not {odd[0]!r}")
+    return value
+
+
 def _off(value: object) -> object:
     return "off" if value is False else value  # as YAML 1.1 reads it
 
@@ -67,6 +75,7 @@ def _mapping(value: object) -> object:
 
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
+USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
@@ -309,6 +318,24 @@ class ScalingConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a search is to make small or great.
+
+    Attributes:
+        metric: its key in a report.
+        direction: `min` or `max`.
+    """
+
+    metric: str
+    direction: str
+
+    @property
+    def sign(self) -> int:
+        """1 where less is better, else -1."""
+        return 1 if self.direction == "min" else -1
+
+
 class SearchConfig(Section):
     """How the space is searched."""
 
@@ -322,8 +349,14 @@ class SearchConfig(Section):
     )
     concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
-    metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
-    direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
+    metric: str = Field(
+        "validation_loss",
+        description="any metric of the task, or FILE.py:FUNCTION, which takes records and answers and gives a number a "
+        "record (not given: what the task is judged by)",
+    )
+    direction: Annotated[str, AfterValidator(_directions)] = Field(
+        "min", description="min or max, one a metric, comma-separated (not given: what is better in the metric)"
+    )
     scheduler: Literal["halving", "asha", "hyperband", "none"] = Field(
         "halving",
         description="what stops weak trials early; halving compares whole cohorts, asha whoever has come so far",
@@ -346,6 +379,18 @@ class SearchConfig(Section):
     )
 
     _at_home = field_validator("space", "warm_start")(at_home)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """What `metric` and `direction` name, once the task is known: see :func:`ftray.tasks.infer_task.infer_task`."""
+        names, directions = self.metric.split(","), self.direction.split(",")
+        keys = [f"validation_{own[2]}" if (own := re.fullmatch(USER_METRIC, name)) else name for name in names]
+        return tuple(Goal(key, direction) for key, direction in zip(keys, directions, strict=True))
+
+    @property
+    def goal(self) -> Goal:
+        """The first of the goals, which counts where only one can."""
+        return self.goals[0]
 
 
 class EvaluationConfig(Section):

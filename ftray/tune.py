@@ -59,15 +59,16 @@ def run(cfg: Config) -> int:
     except UserError:
         raise
     except Exception as error:
-        why = _why_it_stopped(error, output)
+        why = why_it_stopped(error, output)
         if why is None:
             raise
         print(f"ftray tune: {why} the same command with --resume continues", file=sys.stderr)
         return 1
 
 
-def _why_it_stopped(error: Exception, output: Location) -> str | None:
+def why_it_stopped(error: Exception, output: Location) -> str | None:
     """What the search can resume from once it is mended; None: an error of ftray itself."""
+    from ftray.evaluation.user_metric import UserMetricError
     from ftray.search.failures import SearchBroken
     from ftray.search.run_manifest import is_full
 
@@ -75,6 +76,8 @@ def _why_it_stopped(error: Exception, output: Location) -> str | None:
         return f"output {output}: its disk is full: make room, then"
     if isinstance(error, SearchBroken):
         return f"{error};"
+    if isinstance(error, UserMetricError):  # of the proof
+        return f"{getattr(error, 'cause', error)};"
     said = output.why_unreachable(error)
     return said and f"{output}: {said};"
 
@@ -94,11 +97,11 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     context = search_for_best(cfg, space, model_path, tokenizer, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
-    write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
+    write_leaderboard(rows, output / "leaderboard.csv", cfg.search.goal.metric)
     write_curves(rows, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
-        "metric": cfg.search.metric,
-        "direction": cfg.search.direction,
+        "metric": cfg.search.goal.metric,
+        "direction": cfg.search.goal.direction,
         "best": best,
         "base": None,
         "proof": None,
@@ -134,6 +137,7 @@ def search_for_best(
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
@@ -154,9 +158,9 @@ def search_for_best(
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus)
+    context = SearchContext(cfg, model_path, data.directory, gpus, user_metrics(cfg.search))
     past = trial_rows(cfg, output)
-    progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
+    progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
     return context
 
@@ -269,6 +273,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import BASELINE
@@ -280,6 +285,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
+    for function in user_metrics(cfg.search):
+        function.try_on(data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
@@ -319,14 +326,14 @@ def prove(context: "SearchContext", output: Location) -> dict[str, Any]:
 
     cfg = context.config
     data = TokenizedData.load(context.data)
-    task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
+    base = load_on_device(cfg.model, context.model_path, data.task)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base.model, str(adapter))
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     with model.disable_adapter():
-        before = task.score(model, tokenizer, rows, cfg.evaluation)
-    after = task.score(model, tokenizer, rows, cfg.evaluation)
+        before = context.score(model, tokenizer, rows)
+    after = context.score(model, tokenizer, rows)
     samples = [
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)

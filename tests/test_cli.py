@@ -30,6 +30,7 @@ def test_the_references_in_docs_are_what_the_code_says(capsys):
 
 SPECIAL = {
     "search.trackers": ["mlflow"],
+    "search.direction": "min,max",
     "data.source": ["one", "two"],
     "data.sources": [MixedSource(source="one", weight=2).model_dump()],
     "data.validation": "something",

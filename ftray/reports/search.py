@@ -18,7 +18,7 @@ def print_leaderboard(rows: list["TrialRow"], cfg: Config) -> None:
     """Print the trials, best first."""
     from ftray.search.progress import describe
 
-    table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
+    table = Table("", "trial", cfg.search.goal.metric, "configuration", "records", "state", title="leaderboard")
     for place, row in enumerate(rows, 1):
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         state = row["status"] + (f": {row['reason']}" if row["reason"] else "")

@@ -97,7 +97,7 @@ def read(output: Location) -> Search:
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     with refuse_damaged(output / DATA):
         whole = budget(cfg, Split.from_json(json.loads((output / DATA).read_text())["train"]).drawn)
-    metric = cfg.search.metric
+    metric = cfg.search.goal.metric
     since = running_since(output)
     rows: list[TrialProgress] = []
     for trial in past_trials(output / JOURNAL):
@@ -106,7 +106,7 @@ def read(output: Location) -> Search:
         if not configuration:  # its driver died before it could begin
             continue
         reports: list[Report] = attributes.get("reports", [])
-        best = best_report(reports, metric, cfg.search.direction)
+        best = best_report(reports, metric, cfg.search.goal.direction)
         state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
         runs = state in (TrialStatus.RUNNING, TrialStatus.STOPPING)
         rows.append(
@@ -123,7 +123,7 @@ def read(output: Location) -> Search:
             }
         )
     rungs = len(rung_records(whole, cfg))
-    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows)
+    return Search(metric, cfg.search.goal.direction, cfg.search.trials, rungs, whole, since, rows)
 
 
 def searched(output: Location) -> Config:

@@ -63,7 +63,7 @@ class Advisor:
         if not trial.params or trial.state in (TrialState.WAITING, TrialState.FAIL):
             return None
         reports = trial.user_attrs.get("reports", [])
-        value = next((report[self.search.metric] for report in reports if report["records"] >= self.common), None)
+        value = next((report[self.search.goal.metric] for report in reports if report["records"] >= self.common), None)
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         return create_trial(state=state, value=value, params=trial.params, distributions=trial.distributions)
 
@@ -77,7 +77,7 @@ class Advisor:
             warn_independent_sampling=False,
         )
         study = optuna.create_study(
-            sampler=sampler, direction="minimize" if self.search.direction == "min" else "maximize"
+            sampler=sampler, direction="minimize" if self.search.goal.direction == "min" else "maximize"
         )
         study.add_trials(seen)
         return self._draw(study)[0]

@@ -69,13 +69,21 @@ class TrialEnd(tune.Callback):
         """Called many times a second.
 
         Raises:
-            SearchBroken: no pack trains any more, or the journal can't be written.
+            SearchBroken: as :meth:`refuse_broken`.
         """
-        if gone := self._gone or self.sampler.broken:
-            raise SearchBroken(gone)
+        self.refuse_broken()
         if time.monotonic() - self._released > 1:
             release()
             self._released = time.monotonic()
+
+    def refuse_broken(self) -> None:
+        """Call this also when all is over: the last trial may have ended because of it.
+
+        Raises:
+            SearchBroken: no pack trains any more, the journal can't be written, or the user's metric failed.
+        """
+        if gone := self._gone or self.sampler.broken:
+            raise SearchBroken(gone)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record why the trial failed; if it was because the packs are gone, it stays unfinished in the journal."""
@@ -150,7 +158,7 @@ def _tune(
     steps, common = max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0]
     advisor = Advisor(space, cfg, hidden, steps, common, earlier_trials(cfg, space))
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
-    requests = Requests(sampler, broker)
+    requests, trial_end = Requests(sampler, broker), TrialEnd(sampler)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
@@ -158,7 +166,7 @@ def _tune(
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
+            scheduler=CohortScheduler(cohorts, cfg.search.goal.metric) if cohorts else scheduler(cfg, budget, past),
             num_samples=cfg.search.trials - len(past),
             reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
@@ -167,12 +175,13 @@ def _tune(
             name=EXPERIMENT,
             **output.ray_storage(),
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures),
-            callbacks=[*callbacks, TrialEnd(sampler), requests],
+            callbacks=[*callbacks, trial_end, requests],
             stop=CombinedStopper(time_budget, requests),  # in this order: the time budget hears of every result
             verbose=0,
         ),
     )
     tuner.fit()
+    trial_end.refuse_broken()
 
 
 def _cohorts(cfg: Config, budget: int, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
@@ -187,8 +196,8 @@ def _cohorts(cfg: Config, budget: int, output: Location, capacity: Capacity, pac
             return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
         return cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
 
-    cohorts = Cohorts(known, cfg.search.direction, size, cfg.search.trials)
-    cohorts.restore(past_trials(output / JOURNAL), cfg.search.metric)
+    cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)
+    cohorts.restore(past_trials(output / JOURNAL), cfg.search.goal.metric)
     return cohorts
 
 
@@ -199,7 +208,8 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
         budget: records of a trial that nothing stops.
         past: finished trials of a resumed search. ASHA compares with them too; Hyperband begins new brackets.
     """
-    common = {"time_attr": "records", "metric": cfg.search.metric, "mode": cfg.search.direction, "max_t": budget}
+    goal = cfg.search.goal
+    common = {"time_attr": "records", "metric": goal.metric, "mode": goal.direction, "max_t": budget}
     if cfg.search.scheduler == "asha":
         first = rung_records(budget, cfg)[0]
         asha = ASHAScheduler(**common, grace_period=first, reduction_factor=cfg.search.reduction_factor or FACTOR)

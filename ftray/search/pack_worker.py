@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
+from ftray.evaluation.user_metric import UserMetricError
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
 from ftray.search.failures import last_line
@@ -110,6 +111,7 @@ class PackWorker:
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
         self.compared = rungs(context.search.budget(), context.search.config)
+        self.unsaved: set[str] = set()  # trials that are due to report, until they have their checkpoint
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
@@ -143,9 +145,16 @@ class PackWorker:
             for number, config in orders.join.items():
                 self._join(str(number), config, results)
             names = [str(number) for number in orders.run if number not in results.reports]
-            active = [n for n in names if n in self.trainer.trials and not self.trainer.trials[n].history.over]
-            if active:
-                self._step(active, {str(number) for number in orders.report}, results)
+            known = {n: self.trainer.trials[n].history for n in names if n in self.trainer.trials}
+            active = [n for n, history in known.items() if not history.over or history.owes_report]
+            try:
+                if active:
+                    self._step(active, {str(number) for number in orders.report}, results)
+            except UserMetricError as error:  # nothing is wrong with the trials: mended, the search resumes
+                if self.trainer.rank == 0:
+                    ray.get(self.context.broker.close.remote(str(error)))
+                self._save_unfinished()
+                return True
 
     def _exchange(self, results: Results) -> Orders:
         """Report the results of the last orders to the broker; returns its next ones, the same on all ranks."""
@@ -162,7 +171,7 @@ class PackWorker:
 
     def _save_unfinished(self) -> None:
         for name, trial in self.trainer.trials.items():
-            if trial.history.step and not trial.history.over:
+            if trial.history.step and (not trial.history.over or name in self.unsaved):
                 self._save(name)
 
     def _join(self, name: str, config: dict[str, Any], results: Results) -> None:
@@ -196,16 +205,20 @@ class PackWorker:
         """Make one step of the `active` trials; those that are due to report, or named in `early`, are validated."""
         trials = self.trainer.trials
         tokens, started = self._tokens(), time.monotonic()
-        failed = self.trainer.step(active)
-        if self.metrics:
+        owing = {name for name in active if trials[name].history.owes_report}  # they are validated where they are
+        stepping = [name for name in active if name not in owing]
+        failed = self.trainer.step(stepping) if stepping else {}
+        if self.metrics and stepping:
             self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
+        self.unsaved = set(due)
         if due:
             failed |= self._validate(due)
         for name in due:
             if name not in failed:
                 self._save(name)
                 results.reports[int(name)] = _marked(trials[name])
+        self.unsaved = set()
         self._leave(failed)
         results.failures |= {int(name): reason for name, reason in failed.items()}
 
@@ -276,7 +289,7 @@ class PackWorker:
         """
         directory, search = self.context.experiment / trial_name(int(name)), self.context.search.config.search
         history = self.trainer.trials[name].history
-        best = best_report(history.reports, search.metric, search.direction)
+        best = best_report(history.reports, search.goal.metric, search.goal.direction)
         report = history.reports[-1] if best and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
         rank, ranks, wait = self.trainer.rank, self.trainer.world_size, self.trainer.wait_for_all

@@ -116,7 +116,7 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
     """
     from ftray.search.journal import past_trials  # here: as above
 
-    metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
+    metric, sign = cfg.search.goal.metric, 1 if cfg.search.goal.direction == "min" else -1
     rows: list[TrialRow] = []
     for trial in past_trials(output / JOURNAL):
         if "config" not in trial.user_attrs:  # the driver died before it could begin
@@ -125,7 +125,7 @@ def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
         # a checkpoint may be newer than the last report in the journal, if the trial was stopped in between
         found = [report for report, _ in kept] + trial.user_attrs.get("reports", [])
         reports: list[Report] = [report for _, report in sorted({report["step"]: report for report in found}.items())]
-        best, last = best_report(reports, metric, cfg.search.direction), reports[-1] if reports else None
+        best, last = best_report(reports, metric, cfg.search.goal.direction), reports[-1] if reports else None
         rows.append(
             {
                 "trial": trial.number,

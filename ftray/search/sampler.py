@@ -60,7 +60,7 @@ class Sampler(Searcher):
             advisor: suggests configurations.
             cohorts: where new trials are added; None: none are compared in cohorts.
         """
-        super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
+        super().__init__(metric=cfg.search.goal.metric, mode=cfg.search.goal.direction)
         self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
         self._live = set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
@@ -75,7 +75,7 @@ class Sampler(Searcher):
             storage=self.storage,
             sampler=optuna.samplers.RandomSampler(cfg.search.seed),  # the advisor suggests
             pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
-            direction="minimize" if cfg.search.direction == "min" else "maximize",
+            direction="minimize" if cfg.search.goal.direction == "min" else "maximize",
             load_if_exists=True,
         )
         self._trials: dict[str, optuna.Trial] = {}  # by Tune's ids

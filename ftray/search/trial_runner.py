@@ -11,7 +11,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ftray.search.failures import PacksGone, TrialFailed, training_failure
 from ftray.search.results import checkpoints, trial_name, write_json
 from ftray.search.run_manifest import is_full
-from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer
+from ftray.search.trial_worker import CUT_OFF, MENDABLE, SearchContext, trainer
 from ftray.storage.location import Location
 
 
@@ -23,7 +23,7 @@ def run_trial(config: dict[str, Any], context: SearchContext, experiment: Locati
 
     Raises:
         TrialFailed: the trial gives no result; the message is the reason.
-        PacksGone: the disk is full; the trial is unfinished.
+        PacksGone: the disk is full, or the user's metric failed; the trial is unfinished.
     """
     directory = experiment / trial_name(config["number"])
     outcome_file = directory / "outcome.json"
@@ -50,7 +50,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     error: TrainingFailedError | None = None
     while outcome[CUT_OFF]:
         outcome, error = _fit(trainer(context, run, name, experiment, [ReportToTune()]))
-    if outcome["failure"] and is_full(experiment, error):
+    if outcome["failure"] and (outcome.get(MENDABLE) or is_full(experiment, error)):
         raise PacksGone(outcome["failure"])
     return outcome
 

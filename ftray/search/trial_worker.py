@@ -18,6 +18,7 @@ from ftray.compat.ray_train import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
+from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
 from ftray.search.rungs import budget, rung_records
 from ftray.storage.location import Location
@@ -26,11 +27,14 @@ from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ftray.evaluation.metrics import Scores
     from ftray.training.single_run_trainer import SingleRunTrainer
     from ftray.training.zero3_trainer import Zero3Trainer
 
 CUT_OFF = "cut_off"  # marks a report without metrics, which only brings a checkpoint from between two rungs
+MENDABLE = "mendable"
 # settings of glibc for workers: memory in huge pages; what a step frees is kept for the next step, not returned to the
 # system; one arena, because the arenas of all threads but the first return what is large at once, and Ray Train runs
 # the worker's function in another thread
@@ -49,6 +53,7 @@ class SearchContext:
     model_path: str
     data: str  # directory of the tokenized shards
     gpus_per_worker: float
+    functions: tuple[UserMetric, ...] = ()  # among the search's goals
 
     def run(self, adapter: dict[str, Any], training: dict[str, Any]) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
@@ -70,21 +75,34 @@ class SearchContext:
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
         """A function that measures the metrics of the task (`validation_<name>`) on the validation records.
 
-        None if the search's metric is a loss, which every validation gives.
+        None if the search's goals are losses, which every validation gives.
         """
         from ftray.models.load import load_tokenizer
 
         cfg, data = self.config, TokenizedData.load(self.data)
-        if cfg.search.metric in LOSSES:
+        if all(goal.metric in LOSSES for goal in cfg.search.goals):
             return None
-        task, rows = data.task.load(), data.rows("validation", cfg.training.validation_records)
+        rows = data.rows("validation", cfg.training.validation_records)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
 
         def measure(model: "PeftModel") -> dict[str, float]:
-            values = task.score(model, tokenizer, rows, cfg.evaluation).values()
+            values = self.score(model, tokenizer, rows).values()
             return {f"validation_{k}": v for k, v in values.items() if f"validation_{k}" not in LOSSES}
 
         return measure
+
+    def score(
+        self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]
+    ) -> "Scores":
+        """Losses, predictions and metrics of `rows`, those of the user's functions among them.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
+        scores = TokenizedData.load(self.data).task.load().score(model, tokenizer, rows, self.config.evaluation)
+        for function in self.functions:
+            function.add_to(scores, rows)
+        return scores
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
@@ -135,8 +153,8 @@ def group_trainer(
             failure_config=train.FailureConfig(max_failures=context.config.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute=context.config.search.metric,
-                checkpoint_score_order=context.config.search.direction,
+                checkpoint_score_attribute=context.config.search.goal.metric,
+                checkpoint_score_order=context.config.search.goal.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
             # over a sharded base freed memory goes back to the system: see ftray.training.engine.return_freed_memory
@@ -150,7 +168,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `reports`: all so far; `failure`: the reason why the run gives no result, however often it is restarted, else
-        None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again.
+        None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again;
+        `mendable`: whether it can resume once the user has mended what the failure names.
     """
     from ftray.adapters.lora_init import SAMPLES
     from ftray.multi_adapter.shared_model import out_of_memory
@@ -188,7 +207,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             seal(Path(directory), trainer.rank, trainer.world_size)
             train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(directory))
 
-    failure = None
+    failure, mendable = None, False
     try:
         with listening():
             trainer.fit(batches(trainer.history.step), validation, report)
@@ -196,12 +215,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 report({CUT_OFF: trainer.history.step})
     except RunFailed as error:
         failure = str(error)
+    except UserMetricError as error:
+        failure, mendable = str(error), True
     except RuntimeError as error:
         if not out_of_memory(error) or trainer.world_size > 1:
             raise  # the other ranks wait in a collective: only the end of the whole group frees them
         failure = f"out of memory: {str(error).splitlines()[0]}"
     cut_off = not failure and not trainer.history.over
-    return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off}
+    return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off, MENDABLE: mendable}
 
 
 def _restore(trainer: "SingleRunTrainer | Zero3Trainer") -> bool:

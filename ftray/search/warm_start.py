@@ -50,9 +50,9 @@ def _ranked(output: Location) -> list[tuple[dict[str, Any], float]]:
     """The configurations of a search, each with its place."""
     with refuse_damaged(output / CONFIG):
         search = config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))).search
-    sign = 1 if search.direction == "min" else -1
+    sign = 1 if search.goal.direction == "min" else -1
     known = [trial.user_attrs for trial in past_trials(output / JOURNAL) if trial.user_attrs.get("reports")]
-    known.sort(key=lambda trial: (-trial["reports"][-1]["records"], sign * trial["reports"][-1][search.metric]))
+    known.sort(key=lambda trial: (-trial["reports"][-1]["records"], sign * trial["reports"][-1][search.goal.metric]))
     return [(trial["config"], place / max(1, len(known) - 1)) for place, trial in enumerate(known)]
 
 

@@ -16,6 +16,7 @@ from ftray.adapters.methods import attach, layers_left_out, rate_ratio
 from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import ModelConfig, TrainingConfig
+from ftray.evaluation.user_metric import UserMetricError
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import out_of_memory, share
@@ -206,16 +207,24 @@ class PackTrainer:
             yield cast("Batch", shown), own is not None
 
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
-        """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank."""
+        """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
         if self.measure is None:
             return None
-        reason = None
+        reason = broken = None
         try:
             metrics |= self.measure(self.pack.adapters[name].model)
+        except UserMetricError as error:
+            broken = str(error)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             reason = f"out of memory: predictions after step {self.trials[name].history.step}"
+        if broken := self.first_of_ranks(broken):
+            raise UserMetricError(broken)
         return self.first_of_ranks(reason)
 
     def save(self, name: str, directory: str) -> None:
