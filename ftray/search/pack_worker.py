@@ -84,6 +84,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
     if trainer.rank == 0:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()
+    trainer.measure_together = context.search.measure_together(trainer.base.model)
     worker = PackWorker(context, trainer)
     worker.report_capacity()
     return worker.train()

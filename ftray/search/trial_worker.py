@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray import ActorID, PlacementGroupID, train
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -20,6 +21,7 @@ from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
 from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
+from ftray.search.adapter_costs import LATENCY, SIZES, TIMED_RECORDS, sizes
 from ftray.search.rungs import budget, rung_records
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
@@ -42,6 +44,7 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
     f":glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
 }
+MeasureTogether = Callable[["Mapping[str, PeftModel]", int | None], dict[str, dict[str, float]]]
 LOSSES = ("validation_loss", "validation_perplexity")  # metrics of a validation without predictions
 
 
@@ -79,17 +82,69 @@ class SearchContext:
         """
         from ftray.models.load import load_tokenizer
 
-        cfg, data = self.config, TokenizedData.load(self.data)
-        if all(goal.metric in LOSSES for goal in cfg.search.goals):
+        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        if not wanted:
             return None
         rows = data.rows("validation", cfg.training.validation_records)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
 
         def measure(model: "PeftModel") -> dict[str, float]:
-            values = self.score(model, tokenizer, rows).values()
-            return {f"validation_{k}": v for k, v in values.items() if f"validation_{k}" not in LOSSES}
+            found = {}
+            if wanted - {*SIZES, LATENCY}:
+                found = _validation(self.score(model, tokenizer, rows))
+            if LATENCY in wanted:
+                from ftray.evaluation.generation import seconds_an_answer
+
+                found[LATENCY] = seconds_an_answer(model, tokenizer, rows[:TIMED_RECORDS], cfg.evaluation)
+            return found | (sizes(model, data.task) if wanted & {*SIZES} else {})
 
         return measure
+
+    def measure_together(self, base: "PreTrainedModel") -> "MeasureTogether | None":
+        """A function that measures models over shares of `base` at once, so that their answers are decoded together.
+
+        It takes them by name, and the number of validation records that count, from the first on; None: all. None where
+        no answers are asked for, or the base or its task has them decoded by one model after another.
+        """
+        from ftray.models.load import load_tokenizer
+        from ftray.models.sharding import is_sharded
+        from ftray.multi_adapter.decoding import PackDecoder
+
+        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        task = data.task.load()
+        if not wanted - {*SIZES} or not task.packed or is_sharded(base):
+            return None
+        rows = data.rows("validation", cfg.training.validation_records)
+        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
+        decoder = PackDecoder(base, tokenizer, cfg.evaluation)
+
+        def measure(models: "Mapping[str, PeftModel]", records: int | None) -> dict[str, dict[str, float]]:
+            found: dict[str, dict[str, float]] = {name: {} for name in models}
+            if wanted - {*SIZES, LATENCY}:
+                for name, answers in decoder.answers(models, rows[:records]).items():
+                    found[name] = _validation(self._judged(answers, rows[:records]))
+            for name, model in models.items():
+                if LATENCY in wanted:
+                    found[name][LATENCY] = decoder.seconds(model, rows[:TIMED_RECORDS])
+                if wanted & {*SIZES}:
+                    found[name] |= sizes(model, data.task)
+            return found
+
+        return measure
+
+    def _wanted(self) -> set[str]:
+        """What the search goes by, beside the losses that every validation gives."""
+        return {goal.metric for goal in self.config.search.goals} - {*LOSSES}
+
+    def _judged(self, answers: list[str], rows: list[dict[str, Any]]) -> "Scores":
+        """Metrics of answers alone, whose losses are known from elsewhere."""
+        from ftray.evaluation.metrics import Scores
+
+        scores = Scores(np.zeros(len(rows)), np.zeros(len(rows)))
+        scores.add_generated(answers, [row["target"] for row in rows])
+        for function in self.functions:
+            function.add_to(scores, rows)
+        return scores
 
     def score(
         self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]
@@ -107,6 +162,11 @@ class SearchContext:
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
         return budget(self.config, TokenizedData.load(self.data).splits["train"].drawn)
+
+
+def _validation(scores: "Scores") -> dict[str, float]:
+    """Metrics by their keys in a report, but for losses."""
+    return {f"validation_{k}": v for k, v in scores.values().items() if f"validation_{k}" not in LOSSES}
 
 
 def trainer(

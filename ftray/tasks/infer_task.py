@@ -26,6 +26,7 @@ KEYS = [
     (("anchor", "positive"), "FEATURE_EXTRACTION"),
     (("sentence1", "sentence2", "score"), "FEATURE_EXTRACTION"),
 ]
+COSTS = ("adapter_bytes", "trainable_parameters", "latency")  # of an adapter of any task: the less the better
 LABELLED = ("TOKEN_CLS", "SEQ_CLS")  # tasks whose shapes tell them from all others
 
 
@@ -85,8 +86,12 @@ def _goal(given: str, cfg: Config, task: "Task", metrics: Mapping[str, str]) -> 
             raise UserError(f"search.metric {metric}: is of generated text, and evaluation.generate is false")
     if function:
         return given.strip(), None
+    if metric in COSTS:
+        if metric == "latency" and not task.generated:
+            raise UserError(f"search.metric {metric}: is the time of an answer, and {name} generates none")
+        return metric, "min"
     if metric not in metrics:
-        raise UserError(f"search.metric {given}: {name} has no such metric{near(metric, metrics)}")
+        raise UserError(f"search.metric {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
     return f"validation_{metric}", metrics[metric]
 
 

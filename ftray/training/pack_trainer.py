@@ -54,9 +54,12 @@ class PackTrainer:
     Attributes:
         trials: by name.
         measure: see :class:`ftray.training.zero3_trainer.Zero3Trainer`.
+        measure_together: takes its place where there is one: returns the further metrics of models by name, given the
+            number of validation records that count; None: all.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
+    measure_together: Callable[[dict[str, Any], int | None], dict[str, dict[str, float]]] | None = None
 
     def __init__(
         self,
@@ -176,6 +179,8 @@ class PackTrainer:
                 losses[name] += (loss or 0.0) * counts
             supervised += self.pack.task.num_targets(batch) * counts
         *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
+        ends = zip(names, sums, sums[len(names) :], strict=False)
+        measured = self._measured_together([n for n, loss, out in ends if math.isfinite(loss) and not out], validated)
         seconds, failures = time.monotonic() - started, {}
         for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
             history, engine = self.trials[name].history, self.trials[name].update.engine
@@ -184,6 +189,8 @@ class PackTrainer:
                 failures[name] = f"out of memory: validation after step {history.step}"
             elif not math.isfinite(loss):
                 failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
+            elif name in measured:
+                metrics |= measured[name]
             elif reason := self._measure(name, metrics):
                 failures[name] = reason
             else:
@@ -205,6 +212,27 @@ class PackTrainer:
                 return
             shown = own if given == self.world_size else self.first_of_ranks(own)
             yield cast("Batch", shown), own is not None
+
+    def _measured_together(self, names: Sequence[str], validated: int | None) -> dict[str, dict[str, float]]:
+        """What `measure_together` returns; nothing where there is none, or it fails for want of memory.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
+        if self.measure_together is None or not names:
+            return {}
+        found, broken, failed = {}, None, 0.0
+        try:
+            found = self.measure_together({name: self.pack.adapters[name].model for name in names}, validated)
+        except UserMetricError as error:
+            broken = str(error)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            failed = 1.0
+        if broken := self.first_of_ranks(broken):
+            raise UserMetricError(broken)
+        return {} if self.any_rank(failed > 0) else found
 
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
         """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank.
