@@ -7,10 +7,12 @@ A value comes from the first of: the command line (``--section.key value``), the
 import importlib
 import io
 import json
+import math
+import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +51,8 @@ def at_home(value: object) -> object:
 
 
 def _directions(value: str) -> str:
-    if odd := [part for part in value.split(",") if part not in ("min", "max")]:
-        raise ValueError(f"must be min or max, one a metric, comma-separated, not {odd[0]!r}")
+    if {*value.split(",")} - {"min", "max"}:
+        raise ValueError("must be min or max, one a metric, comma-separated")
     return value
 
 
@@ -331,9 +333,63 @@ class Goal:
     direction: str
 
     @property
+    def optuna_direction(self) -> Literal["minimize", "maximize"]:
+        """As Optuna names it."""
+        return "minimize" if self.direction == "min" else "maximize"
+
+    @property
     def sign(self) -> int:
         """1 where less is better, else -1."""
         return 1 if self.direction == "min" else -1
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a trial must hold to be the best.
+
+    Attributes:
+        metric: its key in a report.
+        sign: `<`, `<=`, `>` or `>=`.
+    """
+
+    metric: str
+    sign: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.limit:g}"
+
+    def holds(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial with these metrics holds it; one that lacks the metric does not."""
+        return bool(SIGNS[self.sign](metrics.get(self.metric, math.nan), self.limit))
+
+
+SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+KNEE = "knee"
+
+
+def constraints_of(rule: str) -> tuple[Constraint, ...]:
+    """The constraints of `search.best`; none of a rule that has no sign in it.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    if not re.search("[<>]", rule):
+        return ()
+    found = []
+    for part in rule.split(","):
+        try:
+            metric, sign, limit = re.fullmatch(r"\s*(\S+?)\s*(<=|>=|<|>)\s*(\S+)\s*", part).groups()  # type: ignore[union-attr]
+            found.append(Constraint(metric, sign, float(limit)))
+        except (AttributeError, ValueError):
+            raise ValueError("must be like 'adapter_bytes < 5e6', several comma-separated") from None
+    return tuple(found)
+
+
+def _best(value: str | None) -> str | None:
+    if value is not None and value != KNEE and not constraints_of(value):
+        raise ValueError(f"must be {KNEE} or constraints, as 'adapter_bytes < 5e6'")
+    return value
 
 
 class SearchConfig(Section):
@@ -351,11 +407,17 @@ class SearchConfig(Section):
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
     metric: str = Field(
         "validation_loss",
-        description="any metric of the task, or FILE.py:FUNCTION, which takes records and answers and gives a number a "
-        "record (not given: what the task is judged by)",
+        description="any metric of the task, adapter_bytes, trainable_parameters, latency, or FILE.py:FUNCTION, which "
+        "takes records and answers and gives a number a record; several, comma-separated, make a Pareto front "
+        "(not given: what the task is judged by)",
     )
     direction: Annotated[str, AfterValidator(_directions)] = Field(
         "min", description="min or max, one a metric, comma-separated (not given: what is better in the metric)"
+    )
+    best: Annotated[str | None, AfterValidator(_best)] = Field(
+        None,
+        description="which trial is the best: knee, of several metrics' front, or constraints on any metric, as "
+        "'adapter_bytes < 5e6', under which it is the best of the first (default: knee, where there are several)",
     )
     scheduler: Literal["halving", "asha", "hyperband", "none"] = Field(
         "halving",
@@ -379,6 +441,17 @@ class SearchConfig(Section):
     )
 
     _at_home = field_validator("space", "warm_start")(at_home)
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What `best` demands, once the task is known; none if it is no constraint."""
+        return constraints_of(self.best or "")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that goals and constraints are about, by their keys in a report; the first goal's comes first."""
+        goals, constraints = [goal.metric for goal in self.goals], [one.metric for one in self.constraints]
+        return tuple(dict.fromkeys([*goals, *constraints]))
 
     @property
     def goals(self) -> tuple[Goal, ...]:

@@ -2,10 +2,11 @@
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config
+from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import UserError
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
@@ -89,6 +90,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
     from ftray.runtime.cluster import on_hardware
+    from ftray.search.goals import front
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
     from ftray.search.results import EXPERIMENT, trial_rows, write_curves, write_json, write_leaderboard
@@ -97,11 +99,14 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     context = search_for_best(cfg, space, model_path, tokenizer, output)
     rows = trial_rows(cfg, output)
     best = save_best(cfg, rows, tokenizer, output)
-    write_leaderboard(rows, output / "leaderboard.csv", cfg.search.goal.metric)
+    write_leaderboard(rows, output / "leaderboard.csv", cfg)
     write_curves(rows, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
         "metric": cfg.search.goal.metric,
         "direction": cfg.search.goal.direction,
+        "goals": [asdict(goal) for goal in cfg.search.goals],
+        "front": [row["trial"] for row in front(rows, cfg)],
+        "rule": cfg.search.best or (KNEE if len(cfg.search.goals) > 1 else None),
         "best": best,
         "base": None,
         "proof": None,
@@ -117,7 +122,10 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     keep_summary()
     if best is None:
         print_leaderboard(rows, cfg)
-        print("no trial gave a result: see the reasons above", file=sys.stderr)
+        if cfg.search.constraints and any(row["checkpoint"] for row in rows):
+            print(f"search.best {cfg.search.best}: no trial holds that; another with --resume", file=sys.stderr)
+        else:
+            print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     proof = _awaited(on_hardware(cfg, prove, context, output.absolute()))
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
@@ -168,11 +176,15 @@ def search_for_best(
 def save_best(
     cfg: Config, rows: "list[TrialRow]", tokenizer: "PreTrainedTokenizerBase", output: Location
 ) -> "TrialRow | None":
-    """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row."""
+    """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row.
+
+    The best by `search.best`: see :func:`ftray.search.goals.preferred`.
+    """
+    from ftray.search.goals import preferred
     from ftray.search.model_card import model_card
     from ftray.search.results import save_best_adapter
 
-    for row in rows:
+    for row in preferred(rows, cfg):
         if row["checkpoint"]:
             try:
                 card, directory = model_card(cfg, row, None), output / "best" / "adapter"

@@ -38,7 +38,7 @@ def test_each_adapter_answers_what_it_answers_alone_in_the_passes_of_one(base, t
     base.requires_grad_(False)
     passes, rows, tokenizer = counted(base), rows_of(), make_tokenizer()
     cfg = EvaluationConfig(max_new_tokens=12, batch_size=len(rows))
-    methods = CONFIGS if base.config.model_type == "llama" else ("lora", "rslora", "dora", "loha")  # layers of its kind
+    methods = CONFIGS if base.config.model_type == "llama" else ("lora", "rslora", "dora")  # not on its Conv1D
     models = {f"{m}-{i}": Trial(m, rank=2 + i, targets=targets, seed=i).model(base) for i, m in enumerate(methods)}
     alone = {name: generate(model.eval(), tokenizer, rows, cfg) for name, model in models.items()}
     assert len(passes) >= len(models) * cfg.max_new_tokens

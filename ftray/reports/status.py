@@ -3,18 +3,18 @@
 import json
 import time
 from dataclasses import dataclass
-from typing import TypedDict
 
 from ftray.config import Config, config_from
 from ftray.data.shards import Split
 from ftray.errors import UserError
+from ftray.search.goals import Judged, front
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.training.train_state import Report, best_report, metric_value
 
 
-class TrialProgress(TypedDict):
+class TrialProgress(Judged):
     """One trial of a search.
 
     Attributes:
@@ -23,6 +23,7 @@ class TrialProgress(TypedDict):
         rung: number of rungs that it has reached.
         records: seen at its last report.
         value: the best of its reports; None: it made none.
+        metrics, validated: as those of a :class:`~ftray.search.results.TrialRow`.
         tokens_per_second: its speed; None: it does not run.
         reason: why it failed; None: it did not.
         ended: seconds since 1970; None: it has not.
@@ -35,7 +36,6 @@ class TrialProgress(TypedDict):
     records: int
     value: float | None
     tokens_per_second: float | None
-    reason: str | None
     ended: float | None
 
 
@@ -48,6 +48,8 @@ class Search:
         budget: records of a trial that nothing stops.
         running_since: seconds since 1970; None: no driver runs it.
         trials: by number.
+        further: what the search measures beside `metric`.
+        front: of several goals, numbers of the trials that no other beats in all; else none.
     """
 
     metric: str
@@ -57,6 +59,8 @@ class Search:
     budget: int
     running_since: float | None
     trials: list[TrialProgress]
+    further: tuple[str, ...] = ()
+    front: tuple[int, ...] = ()
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
@@ -70,6 +74,8 @@ class Search:
         if values:
             value, number = min(values) if self.direction == "min" else max(values)
             parts.append(f"best {self.metric} {value:.4f} (trial {number})")
+        if self.front:
+            parts.append(f"on the front: {', '.join(map(str, self.front))}")
         if self.running_since is None:
             return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
         parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
@@ -117,13 +123,17 @@ def read(output: Location) -> Search:
                 "rung": len(reports),
                 "records": reports[-1]["records"] if reports else 0,
                 "value": metric_value(best, metric) if best else None,
+                "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
+                "validated": best.get("validated") if best else None,
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
                 "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
             }
         )
     rungs = len(rung_records(whole, cfg))
-    return Search(metric, cfg.search.goal.direction, cfg.search.trials, rungs, whole, since, rows)
+    on_front = tuple(row["trial"] for row in front(rows, cfg)) if len(cfg.search.goals) > 1 else ()
+    further = cfg.search.measured[1:]
+    return Search(metric, cfg.search.goal.direction, cfg.search.trials, rungs, whole, since, rows, further, on_front)
 
 
 def searched(output: Location) -> Config:

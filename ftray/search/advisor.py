@@ -55,7 +55,7 @@ class Advisor:
         if place % UNIFORM_EVERY == UNIFORM_EVERY - 1:
             return self._draw(optuna.create_study(sampler=RandomSampler(seed)))[0]
         if self.earlier:  # their values are no losses of these data: they count until there are some
-            return self._tpe(seed, [*self.earlier, *(trial for trial in seen if trial.value is None)])
+            return self._tpe(seed, [*self.earlier, *(trial for trial in seen if trial.values is None)])
         return self._prior(seed, place - place // UNIFORM_EVERY)
 
     def _at_common(self, trial: FrozenTrial) -> FrozenTrial | None:
@@ -63,9 +63,10 @@ class Advisor:
         if not trial.params or trial.state in (TrialState.WAITING, TrialState.FAIL):
             return None
         reports = trial.user_attrs.get("reports", [])
-        value = next((report[self.search.goal.metric] for report in reports if report["records"] >= self.common), None)
-        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-        return create_trial(state=state, value=value, params=trial.params, distributions=trial.distributions)
+        report = next((report for report in reports if report["records"] >= self.common), None)
+        values = [report[goal.metric] for goal in self.search.goals] if report else None
+        state = TrialState.RUNNING if values is None else TrialState.COMPLETE
+        return create_trial(state=state, values=values, params=trial.params, distributions=trial.distributions)
 
     def _tpe(self, seed: int, seen: list[FrozenTrial]) -> dict[str, Any]:
         sampler = TPESampler(
@@ -76,9 +77,8 @@ class Advisor:
             n_startup_trials=0,
             warn_independent_sampling=False,
         )
-        study = optuna.create_study(
-            sampler=sampler, direction="minimize" if self.search.goal.direction == "min" else "maximize"
-        )
+        directions = [goal.optuna_direction for goal in self.search.goals]
+        study = optuna.create_study(sampler=sampler, directions=directions)
         study.add_trials(seen)
         return self._draw(study)[0]
 

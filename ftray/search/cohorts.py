@@ -5,11 +5,13 @@ where it is and the others end: no trial is promoted because it came first.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from optuna.trial import FrozenTrial
 
+from ftray.config import Goal
+from ftray.search.goals import nondominated_ranks
 from ftray.search.rungs import Rung
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
@@ -21,12 +23,14 @@ class CohortTrial:
     """A trial in its cohort.
 
     Attributes:
-        values: the metric at each rung that it has reached.
+        values: the first goal at each rung that it has reached.
+        further: the other goals there, less is better.
         over: whether it has ended, however.
         lost: whether it was cut, and must end.
     """
 
     values: list[float] = field(default_factory=list)
+    further: list[tuple[float, ...]] = field(default_factory=list)
     over: bool = False
     lost: bool = False
 
@@ -37,6 +41,11 @@ class Cut:
 
     survivors: list[int]
     losers: list[int]
+
+
+def further(report: Mapping[str, float], others: Sequence[Goal]) -> tuple[float, ...]:
+    """What a report holds of the goals but the first, less is better."""
+    return tuple(goal.sign * report[goal.metric] for goal in others)
 
 
 class Cohorts:
@@ -61,13 +70,16 @@ class Cohorts:
         self.cohorts: list[dict[int, CohortTrial]] = []
         self._cut: list[int] = []  # by cohort, rungs that were cut
 
-    def restore(self, past: Iterable[FrozenTrial], metric: str) -> None:
-        """Take up the trials of a search that is resumed: its cuts come out as they were."""
+    def restore(self, past: Iterable[FrozenTrial], metric: str, others: Sequence[Goal] = ()) -> None:
+        """Take up the trials of a search that is resumed: its cuts come out as they were.
+
+        `metric` is that of the first goal.
+        """
         for trial in sorted(past, key=lambda trial: trial.number):
             if COHORT in trial.user_attrs:
                 self.add(trial.number, trial.user_attrs[COHORT])
                 for report in trial.user_attrs.get("reports", []):
-                    self.report(trial.number, report["records"], report[metric])
+                    self.report(trial.number, report["records"], report[metric], further(report, others))
                 if trial.state.is_finished():
                     self.end(trial.number)
 
@@ -100,8 +112,11 @@ class Cohorts:
         """Index of a trial's cohort."""
         return next((index for index, members in enumerate(self.cohorts) if number in members), None)
 
-    def report(self, number: int, records: int, value: float) -> bool:
-        """Note a trial's value after so many records; returns whether it must wait for the others at a rung."""
+    def report(self, number: int, records: int, value: float, further: tuple[float, ...] = ()) -> bool:
+        """Note a trial's value after so many records; returns whether it must wait for the others at a rung.
+
+        `further` are values of other goals, less is better.
+        """
         cohort = self.cohort_of(number)
         if cohort is None:
             return False
@@ -109,6 +124,7 @@ class Cohorts:
         reached = sum(records >= rung.records for rung in self.rungs)
         while len(member.values) < reached:
             member.values.append(value)
+            member.further.append(further)
         return not member.lost and len(member.values) > self._cut[cohort]
 
     def lost(self, number: int) -> bool:
@@ -131,7 +147,9 @@ class Cohorts:
             return None
         self._cut[cohort] += 1
         arrived = {number: member for number, member in members.items() if len(member.values) > rung}
-        ranked = sorted(arrived, key=lambda number: (self.sign * arrived[number].values[rung], number))
+        points = [(self.sign * member.values[rung], *member.further[rung]) for member in arrived.values()]
+        ranks = nondominated_ranks(points)  # of one goal, the order of values
+        ranked = [number for *_, number in sorted(zip(ranks, points, arrived, strict=True))]
         kept = set(ranked[: math.ceil(self.rungs[rung].share * len(members))]) | {BASELINE_TRIAL}
         losers = [number for number in ranked if number not in kept]
         for number in losers:

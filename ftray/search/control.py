@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.search.clones import CLONE
 from ftray.search.journal import ADDED, REQUESTS, STOP, fulfil, journal_at, past_trials
 from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
@@ -44,11 +45,12 @@ def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict
     known = past_trials(journal)
     if not known:
         raise UserError("the search has not begun its first trial yet: try again in a moment")
-    for trial in known:
+    is_clone = CLONE in configuration  # which may be like another but for its beginning
+    for trial in known if not is_clone else ():
         tried = trial.user_attrs.get("config") or trial.user_attrs.get(ADDED)
         if tried and whole(cfg, tried) == whole(cfg, configuration):
             raise UserError(f"trial {trial.number} has this configuration already")
-    inside = space.locate(whole(cfg, configuration)) or {}
+    inside = {} if is_clone else space.locate(whole(cfg, configuration)) or {}
     journal_at(journal).submit({ADDED: configuration, "inside": inside})
     added = (trial.number for trial in past_trials(journal) if trial.user_attrs.get(ADDED) == configuration)
     return next(added, len(known))

@@ -158,6 +158,7 @@ def _tune(
     steps, common = max(1, round(budget / cfg.training.batch_size)), rung_records(budget, cfg)[0]
     advisor = Advisor(space, cfg, hidden, steps, common, earlier_trials(cfg, space))
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
+    goal, *others = cfg.search.goals
     requests, trial_end = Requests(sampler, broker), TrialEnd(sampler)
     has_result = any(trial.user_attrs.get("reports") for trial in past)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
@@ -166,7 +167,7 @@ def _tune(
         tune.with_resources(trainable, {"memory": 200 * 2**20}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=CohortScheduler(cohorts, cfg.search.goal.metric) if cohorts else scheduler(cfg, budget, past),
+            scheduler=CohortScheduler(cohorts, goal.metric, others) if cohorts else scheduler(cfg, budget, past),
             num_samples=cfg.search.trials - len(past),
             reuse_actors=cfg.search.pack != "off",
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
@@ -197,7 +198,7 @@ def _cohorts(cfg: Config, budget: int, output: Location, capacity: Capacity, pac
         return cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
 
     cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)
-    cohorts.restore(past_trials(output / JOURNAL), cfg.search.goal.metric)
+    cohorts.restore(past_trials(output / JOURNAL), cfg.search.goal.metric, cfg.search.goals[1:])
     return cohorts
 
 

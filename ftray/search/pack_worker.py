@@ -19,6 +19,7 @@ from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.evaluation.user_metric import UserMetricError
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
+from ftray.search.clones import start_of
 from ftray.search.failures import last_line
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
@@ -191,7 +192,8 @@ class PackWorker:
         from ftray.adapters.lora_init import SAMPLES
 
         try:
-            run = self.context.search.run(config["adapter"], config["training"])
+            start = start_of(config, self.context.experiment)
+            run = self.context.search.run(config["adapter"], config["training"], start)
             first = partial(self.batches, run, 0)
             isolation_reason = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))
             if isolation_reason and self.trainer.rank == 0:

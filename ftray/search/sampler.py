@@ -12,13 +12,14 @@ from ray.tune.search import Searcher
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.advisor import Advisor
+from ftray.search.clones import CLONE
 from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.journal import STUDY, journal_at, past_trials, stored_id
 from ftray.search.space import BASELINE, Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-# of a report, with the search's metric
+# of a report, with what the search measures
 REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated")
 
 
@@ -75,7 +76,7 @@ class Sampler(Searcher):
             storage=self.storage,
             sampler=optuna.samplers.RandomSampler(cfg.search.seed),  # the advisor suggests
             pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
-            direction="minimize" if cfg.search.goal.direction == "min" else "maximize",
+            directions=[goal.optuna_direction for goal in cfg.search.goals],
             load_if_exists=True,
         )
         self._trials: dict[str, optuna.Trial] = {}  # by Tune's ids
@@ -116,7 +117,7 @@ class Sampler(Searcher):
         """The configuration of a trial; a resumed one keeps what was drawn for it."""
         configuration: dict[str, Any] | None = trial.user_attrs.get("added")
         if configuration:
-            if self.space_of_methods.locate(whole(self.cfg, configuration)):
+            if CLONE not in configuration and self.space_of_methods.locate(whole(self.cfg, configuration)):
                 self.space_of_methods.suggest(trial)  # TPE learns from it
             return configuration
         if trial.number == 0:
@@ -130,9 +131,10 @@ class Sampler(Searcher):
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
         if self.metric in result and result["step"] not in [report["step"] for report in reports]:
-            report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
+            report = {key: result[key] for key in (*REPORTED, *self.cfg.search.measured) if key in result}
             trial.set_user_attr("reports", [*reports, report])
-            trial.report(result[self.metric], result["records"])
+            if len(self.cfg.search.goals) == 1:  # of several, Optuna stores no curves
+                trial.report(result[self.metric], result["records"])
             self.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -150,7 +152,7 @@ class Sampler(Searcher):
             return
         self.on_trial_result(trial_id, result)
         if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:
-            self._tell(trial_id, TrialState.COMPLETE, result[self.metric])
+            self._tell(trial_id, TrialState.COMPLETE, [result[goal.metric] for goal in self.cfg.search.goals])
         else:
             self._tell(trial_id, TrialState.PRUNED, None)
 
@@ -159,8 +161,8 @@ class Sampler(Searcher):
         self._trials[trial_id].set_user_attr("reason", reason)
         self._tell(trial_id, TrialState.FAIL, None)
 
-    def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
-        self.study.tell(self._trials[trial_id], value, state=state)
+    def _tell(self, trial_id: str, state: TrialState, values: list[float] | None) -> None:
+        self.study.tell(self._trials[trial_id], values, state=state)
         self._ended.add(trial_id)
         self.keep()
 

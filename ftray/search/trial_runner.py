@@ -8,6 +8,7 @@ from ray.train import Checkpoint, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from ftray.search.clones import start_of
 from ftray.search.failures import PacksGone, TrialFailed, training_failure
 from ftray.search.results import checkpoints, trial_name, write_json
 from ftray.search.run_manifest import is_full
@@ -42,7 +43,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     """Train until the trial is over; returns what :func:`ftray.search.trial_worker.train_worker` does."""
     name = trial_name(config["number"])
     directory = experiment / name
-    run = context.run(config["adapter"], config["training"])
+    run = context.run(config["adapter"], config["training"], start_of(config, experiment))
     if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would fail on that
         directory.remove()
     directory.mkdir(parents=True, exist_ok=True)

@@ -58,12 +58,13 @@ class SearchContext:
     gpus_per_worker: float
     functions: tuple[UserMetric, ...] = ()  # among the search's goals
 
-    def run(self, adapter: dict[str, Any], training: dict[str, Any]) -> RunSpec:
+    def run(self, adapter: dict[str, Any], training: dict[str, Any], start: str | None = None) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
 
         Args:
             adapter: fields of AdapterConfig.
             training: fields of TrainingConfig that differ from the search's own.
+            start: as that of :class:`~ftray.training.run_spec.RunSpec`.
         """
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
         steps = max(1, round(self.budget() / settings.batch_size))
@@ -72,7 +73,15 @@ class SearchContext:
         task = TokenizedData.load(self.data).task
         longest = self.config.data.longest
         return RunSpec(
-            self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task, longest
+            self.config.model,
+            self.model_path,
+            AdapterConfig(**adapter),
+            settings,
+            steps,
+            tuple(at),
+            task,
+            longest,
+            start,
         )
 
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
@@ -134,7 +143,7 @@ class SearchContext:
 
     def _wanted(self) -> set[str]:
         """What the search goes by, beside the losses that every validation gives."""
-        return {goal.metric for goal in self.config.search.goals} - {*LOSSES}
+        return {*self.config.search.measured} - {*LOSSES}
 
     def _judged(self, answers: list[str], rows: list[dict[str, Any]]) -> "Scores":
         """Metrics of answers alone, whose losses are known from elsewhere."""

@@ -7,6 +7,7 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.search.clones import CLONE
 from ftray.search.journal import past_trials
 from ftray.search.results import JOURNAL
 from ftray.search.run_manifest import CONFIG
@@ -52,6 +53,7 @@ def _ranked(output: Location) -> list[tuple[dict[str, Any], float]]:
         search = config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))).search
     sign = 1 if search.goal.direction == "min" else -1
     known = [trial.user_attrs for trial in past_trials(output / JOURNAL) if trial.user_attrs.get("reports")]
+    known = [trial for trial in known if CLONE not in trial["config"]]  # what it has reached isn't its settings' alone
     known.sort(key=lambda trial: (-trial["reports"][-1]["records"], sign * trial["reports"][-1][search.goal.metric]))
     return [(trial["config"], place / max(1, len(known) - 1)) for place, trial in enumerate(known)]
 
@@ -62,4 +64,4 @@ def _in_space(configuration: dict[str, Any], value: float, cfg: Config, space: S
         return None
     drawn = FixedTrial(params)
     space.suggest(drawn)
-    return create_trial(value=value, params=drawn.params, distributions=drawn.distributions)
+    return create_trial(values=[value] * len(cfg.search.goals), params=drawn.params, distributions=drawn.distributions)

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ftray.config import USER_METRIC, Config, SearchConfig
+from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig
 from ftray.data.formats import Located
 from ftray.data.records import SHAPES, unknown
 from ftray.data.shapes import fitting, recognise, refuse, refuse_meanings
@@ -72,26 +73,37 @@ def _with_goals(cfg: Config, task: "Task", metrics: Mapping[str, str], usual: st
     for goal, (metric, _) in zip(found.goals, goals, strict=True):
         if keys.count(goal.metric) > 1 or (goal.metric != metric and goal.metric in known):
             raise UserError(f"search.metric {metric}: {name} has another metric {goal.metric}: rename one")
-    return found
+    if found.best == KNEE and len(goals) == 1:
+        raise UserError("search.best knee: is that of several metrics: name them, comma-separated, in search.metric")
+    held = [replace(one, metric=_constrained(one, keys, cfg, task, metrics)) for one in cfg.search.constraints]
+    return found.model_copy(update={"best": ",".join(map(str, held))}) if held else found
 
 
-def _goal(given: str, cfg: Config, task: "Task", metrics: Mapping[str, str]) -> tuple[str, str | None]:
-    """The metric that a user names, and which way is better; None: who knows."""
+def _constrained(one: Constraint, keys: list[str], cfg: Config, task: "Task", metrics: Mapping[str, str]) -> str:
+    """The key in a report of what a constraint is about; a function is known by its name, as one of the goals."""
+    own = f"validation_{one.metric.removeprefix('validation_')}"
+    return own if own in keys else _goal(one.metric, cfg, task, metrics, "search.best")[0]
+
+
+def _goal(
+    given: str, cfg: Config, task: "Task", metrics: Mapping[str, str], field: str = "search.metric"
+) -> tuple[str, str | None]:
+    """The metric that a user names in `field`, and which way is better; None: who knows."""
     name, metric = task.spec.name, given.strip().removeprefix("validation_")
     function = re.fullmatch(USER_METRIC, given.strip())
     if function or metric in task.generated:
         if not task.generated:
-            raise UserError(f"search.metric {given}: judges generated text, and {name} generates none")
+            raise UserError(f"{field} {given}: judges generated text, and {name} generates none")
         if not cfg.evaluation.generate:
-            raise UserError(f"search.metric {metric}: is of generated text, and evaluation.generate is false")
-    if function:
+            raise UserError(f"{field} {metric}: is of generated text, and evaluation.generate is false")
+    if function and field == "search.metric":
         return given.strip(), None
     if metric in COSTS:
         if metric == "latency" and not task.generated:
-            raise UserError(f"search.metric {metric}: is the time of an answer, and {name} generates none")
+            raise UserError(f"{field} {metric}: is the time of an answer, and {name} generates none")
         return metric, "min"
     if metric not in metrics:
-        raise UserError(f"search.metric {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
+        raise UserError(f"{field} {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
     return f"validation_{metric}", metrics[metric]
 
 

@@ -20,8 +20,9 @@ from ftray.evaluation.user_metric import UserMetricError
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import out_of_memory, share
+from ftray.storage.location import parse_location
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.training.checkpoint import load_checkpoint, save_checkpoint
+from ftray.training.checkpoint import load_checkpoint, save_checkpoint, start_from
 from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
@@ -131,6 +132,9 @@ class PackTrainer:
         refuse(run.adapter, run.model, run.training)
         own = replace(self.base, model=share(self.base.model))
         model = attach(own, run.adapter, run.steps, run.training.seed, samples)
+        if run.start:
+            with parse_location(run.start).as_local_dir() as start:
+                start_from(model, start)
         update = DeepSpeedOptimizer(model, run.training, run.steps, rate_ratio(run.adapter))
         history = TrainState(run)
         if checkpoint:
