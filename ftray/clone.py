@@ -52,7 +52,7 @@ def run(cfg: Config) -> int:
     refuse_other_weights(number, own["adapter"], changed["adapter"], skeleton)
     kept = keep_weights(output, number)
     added = ask_to_add(output / JOURNAL, of, load_space(str(output / SPACE)), {**changed, CLONE: kept})
-    print(f"trial {added} begins with the weights of trial {number} after step {kept['step']}")
+    print(f"trial {added} has the weights of trial {number}, {kept['checkpoint']}")
     say_when(added, of, output)
     return 0
 

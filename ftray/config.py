@@ -51,9 +51,10 @@ def at_home(value: object) -> object:
 
 
 def _directions(value: str) -> str:
-    if {*value.split(",")} - {"min", "max"}:
+    parts = [part.strip() for part in value.split(",")]
+    if {*parts} - {"min", "max"}:
         raise ValueError("must be min or max, one a metric, comma-separated")
-    return value
+    return ",".join(parts)
 
 
 def _off(value: object) -> object:

@@ -163,7 +163,7 @@ def test_a_clone_goes_on_from_the_weights_of_a_trial_with_settings_of_its_own(
 
     assert main(["clone", "1", *on, "--training.learning_rate", "1e-9", "--adapter.dropout", "0.1"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("trial 2 begins with the weights of trial 1 after step 12\n")
+    assert said.startswith("trial 2 has the weights of trial 1, checkpoint_00000012\n")
     assert main(["clone", "1", *on, "--training.learning_rate", "1e-9"]) == 0  # another one is not the same
     done = run_here([*arguments, "--resume", "--trials", "4"])
     assert done.returncode == 0, done.stdout + done.stderr

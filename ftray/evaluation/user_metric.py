@@ -96,8 +96,9 @@ class UserMetric:
                 raise UserMetricError(
                     f"{self.path}:{line}: {self.name} must take (records, answers), two lists: {error}"
                 ) from None
-            for answers in ([str(row["target"]) for row in rows], [""] * len(rows)):
-                self.values(rows, answers)
+            if rows:  # of a large source, no validation record may have been read
+                for answers in ([str(row["target"]) for row in rows], [""] * len(rows)):
+                    self.values(rows, answers)
         except UserMetricError as error:
             raise UserError(str(error)) from None
 

@@ -20,7 +20,7 @@ def keep_weights(output: Location, number: int) -> dict[str, Any]:
     """Copy the newest checkpoint of a trial of the search in `output`.
 
     Returns:
-        `trial`, the `step` after which it was written, and `start`, its directory in `output`.
+        `trial`, the name of its `checkpoint`, and `start`, the copy's directory in `output`.
 
     Raises:
         UserError: it has none yet.
@@ -40,7 +40,7 @@ def keep_weights(output: Location, number: int) -> dict[str, Any]:
             if attempt == ATTEMPTS - 1:
                 raise
             continue
-        return {"trial": number, "step": name.rpartition("_")[2].lstrip("0"), "start": start}
+        return {"trial": number, "checkpoint": name, "start": start}
     raise UserError(f"trial {number}: it has no checkpoint yet: the first comes with its first report")
 
 

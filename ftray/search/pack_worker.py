@@ -153,9 +153,9 @@ class PackWorker:
                 if active:
                     self._step(active, {str(number) for number in orders.report}, results)
             except UserMetricError as error:  # nothing is wrong with the trials: mended, the search resumes
+                self._save_unfinished()
                 if self.trainer.rank == 0:
                     ray.get(self.context.broker.close.remote(str(error)))
-                self._save_unfinished()
                 return True
 
     def _exchange(self, results: Results) -> Orders:
@@ -199,7 +199,8 @@ class PackWorker:
             if isolation_reason and self.trainer.rank == 0:
                 print(f"trial {name} trains by itself: {isolation_reason}", flush=True)
             trial = self.trainer.trials[name]
-            trial.batches = self.batches(run, trial.history.step)
+            if not trial.history.over:
+                trial.batches = self.batches(run, trial.history.step)
         except Exception as error:  # it concerns one trial: the others continue
             return last_line(error)
         return None

@@ -236,7 +236,7 @@ class PackTrainer:
             failed = 1.0
         if broken := self.first_of_ranks(broken):
             raise UserMetricError(broken)
-        return {} if self.any_rank(failed > 0) else found
+        return {} if self.any_rank(failed > 0) else self.from_first_rank(found)  # times differ between ranks
 
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
         """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank.
@@ -246,9 +246,9 @@ class PackTrainer:
         """
         if self.measure is None:
             return None
-        reason = broken = None
+        found, reason, broken = {}, None, None
         try:
-            metrics |= self.measure(self.pack.adapters[name].model)
+            found = self.measure(self.pack.adapters[name].model)
         except UserMetricError as error:
             broken = str(error)
         except RuntimeError as error:
@@ -257,7 +257,9 @@ class PackTrainer:
             reason = f"out of memory: predictions after step {self.trials[name].history.step}"
         if broken := self.first_of_ranks(broken):
             raise UserMetricError(broken)
-        return self.first_of_ranks(reason)
+        reason = self.first_of_ranks(reason)
+        metrics |= self.from_first_rank(found)
+        return reason
 
     def save(self, name: str, directory: str) -> None:
         """Write a trial's checkpoint; every rank passes its own view of the same directory."""
