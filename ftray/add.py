@@ -6,7 +6,6 @@ from typing import Any
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, config_from, parse_yaml
 from ftray.errors import UserError
-from ftray.storage.location import Location
 
 
 def run(cfg: Config) -> int:
@@ -22,7 +21,7 @@ def run(cfg: Config) -> int:
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.reports.status import searched
-    from ftray.search.control import ask_to_add
+    from ftray.search.control import ask_to_add, when_it_begins
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE
@@ -37,21 +36,8 @@ def run(cfg: Config) -> int:
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
-    say_when(ask_to_add(output / JOURNAL, of, space, configuration), of, output)
+    print(when_it_begins(ask_to_add(output / JOURNAL, of, space, configuration), of, output))
     return 0
-
-
-def say_when(number: int, of: Config, output: Location) -> None:
-    """Print when a trial that was added begins."""
-    from ftray.search.run_manifest import running_since
-
-    if number >= of.search.trials:
-        more = f"--resume --trials {number + 1}"
-        print(f"trial {number} waits: all {of.search.trials} of the search have begun; {more} continues with it")
-    elif running_since(output) is None:
-        print(f"trial {number} is the next to begin when the search continues: --resume")
-    else:
-        print(f"trial {number} is the next to begin")
 
 
 def parsed(text: str | None) -> dict[str, Any]:

@@ -22,12 +22,11 @@ def run(cfg: Config) -> int:
 
     quiet()
     from ftray.adapters.compatibility import dry_run
-    from ftray.add import say_when
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.reports.status import searched
     from ftray.search.clones import CLONE, keep_weights
-    from ftray.search.control import ask_to_add
+    from ftray.search.control import ask_to_add, when_it_begins
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE
@@ -53,7 +52,7 @@ def run(cfg: Config) -> int:
     kept = keep_weights(output, number)
     added = ask_to_add(output / JOURNAL, of, load_space(str(output / SPACE)), {**changed, CLONE: kept})
     print(f"trial {added} has the weights of trial {number}, {kept['checkpoint']}")
-    say_when(added, of, output)
+    print(when_it_begins(added, of, output))
     return 0
 
 

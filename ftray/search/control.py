@@ -13,6 +13,7 @@ from ftray.config import Config
 from ftray.errors import UserError
 from ftray.search.clones import CLONE
 from ftray.search.journal import ADDED, REQUESTS, STOP, fulfil, journal_at, past_trials
+from ftray.search.run_manifest import running_since
 from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, reason
@@ -54,6 +55,16 @@ def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict
     journal_at(journal).submit({ADDED: configuration, "inside": inside})
     added = (trial.number for trial in past_trials(journal) if trial.user_attrs.get(ADDED) == configuration)
     return next(added, len(known))
+
+
+def when_it_begins(number: int, cfg: Config, output: Location) -> str:
+    """What to tell a user who has added a trial of that number to the search in `output`."""
+    if number >= cfg.search.trials:
+        more = f"--resume --trials {number + 1}"
+        return f"trial {number} waits: all {cfg.search.trials} of the search have begun; {more} continues with it"
+    if running_since(output) is None:
+        return f"trial {number} is the next to begin when the search continues: --resume"
+    return f"trial {number} is the next to begin"
 
 
 class Requests(tune.Callback, tune.Stopper):
