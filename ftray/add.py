@@ -21,10 +21,10 @@ def run(cfg: Config) -> int:
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.reports.status import searched
-    from ftray.search.control import ask_to_add
+    from ftray.search.control import ask_to_add, when_it_begins
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
-    from ftray.search.run_manifest import SPACE, running_since
+    from ftray.search.run_manifest import SPACE
     from ftray.search.space import load_space
     from ftray.task_spec import TaskSpec
 
@@ -36,14 +36,7 @@ def run(cfg: Config) -> int:
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
-    number = ask_to_add(output / JOURNAL, of, space, configuration)
-    if number >= of.search.trials:
-        more = f"--resume --trials {number + 1}"
-        print(f"trial {number} waits: all {of.search.trials} of the search have begun; {more} continues with it")
-    elif running_since(output) is None:
-        print(f"trial {number} is the next to begin when the search continues: --resume")
-    else:
-        print(f"trial {number} is the next to begin")
+    print(when_it_begins(ask_to_add(output / JOURNAL, of, space, configuration), of, output))
     return 0
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -111,6 +112,14 @@ COMMANDS = {
         'ftray add \'{"adapter": {"method": "ia3"}}\' --run runs/search',
         ("scaling.address",),
         argument="request.configuration",
+    ),
+    "clone": Command(
+        "let a running search train a new trial from the weights of one, with other settings",
+        {"run": "output"},
+        "ftray clone 3 --run runs/search --training.learning_rate 1e-4\n"
+        "ftray clone 12 --run runs/search --training.schedule constant --adapter.dropout 0.1",
+        ("training", "adapter", "scaling.address"),
+        argument="request.trial",
     ),
     "evaluate": Command(
         "score a base model and any number of adapters on the same records",
@@ -341,8 +350,10 @@ def parser_of(name: str, parser: argparse.ArgumentParser | None = None) -> argpa
     )
     if given := command.argument:
         parser.add_argument(given, nargs="?", metavar=given.rpartition(".")[2].upper(), help=describe(given))
-        for field in command.reads:  # else their values could be taken for the argument
-            parser.add_argument(f"--{field}", help=describe(field))
+        for field in fields():  # else their values could be taken for the argument
+            if reads(name, field) and field not in (*command.flags.values(), *SWITCHES.values(), given):
+                said = describe(field).replace("%", "%%")
+                parser.add_argument(f"--{field}", type=partial(_value, field), help=said)
     parser.add_argument("--config", metavar="FILE", help="YAML file; sections of other commands are left alone")
     switches = {flag: field for flag, field in SWITCHES.items() if reads(name, field)}
     for flag, field in {**command.flags, **switches}.items():

@@ -7,16 +7,20 @@ A value comes from the first of: the command line (``--section.key value``), the
 import importlib
 import io
 import json
+import math
+import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,6 +50,13 @@ def at_home(value: object) -> object:
     return name + os.path.expanduser(path)
 
 
+def _directions(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    if {*parts} - {"min", "max"}:
+        raise ValueError("must be min or max, one a metric, comma-separated")
+    return ",".join(parts)
+
+
 def _off(value: object) -> object:
     return "off" if value is False else value  # as YAML 1.1 reads it
 
@@ -67,6 +78,7 @@ def _mapping(value: object) -> object:
 
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
+USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
@@ -312,6 +324,78 @@ class ScalingConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a search is to make small or great.
+
+    Attributes:
+        metric: its key in a report.
+        direction: `min` or `max`.
+    """
+
+    metric: str
+    direction: str
+
+    @property
+    def optuna_direction(self) -> Literal["minimize", "maximize"]:
+        """As Optuna names it."""
+        return "minimize" if self.direction == "min" else "maximize"
+
+    @property
+    def sign(self) -> int:
+        """1 where less is better, else -1."""
+        return 1 if self.direction == "min" else -1
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a trial must hold to be the best.
+
+    Attributes:
+        metric: its key in a report.
+        sign: `<`, `<=`, `>` or `>=`.
+    """
+
+    metric: str
+    sign: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.limit:g}"
+
+    def holds(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial with these metrics holds it; one that lacks the metric does not."""
+        return bool(SIGNS[self.sign](metrics.get(self.metric, math.nan), self.limit))
+
+
+SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+KNEE = "knee"
+
+
+def constraints_of(rule: str) -> tuple[Constraint, ...]:
+    """The constraints of `search.best`; none of a rule that has no sign in it.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    if not re.search("[<>]", rule):
+        return ()
+    found = []
+    for part in rule.split(","):
+        try:
+            metric, sign, limit = re.fullmatch(r"\s*(\S+?)\s*(<=|>=|<|>)\s*(\S+)\s*", part).groups()  # type: ignore[union-attr]
+            found.append(Constraint(metric, sign, float(limit)))
+        except (AttributeError, ValueError):
+            raise ValueError("must be like 'adapter_bytes < 5e6', several comma-separated") from None
+    return tuple(found)
+
+
+def _best(value: str | None) -> str | None:
+    if value is not None and value != KNEE and not constraints_of(value):
+        raise ValueError(f"must be {KNEE} or constraints, as 'adapter_bytes < 5e6'")
+    return value
+
+
 class SearchConfig(Section):
     """How the space is searched."""
 
@@ -325,8 +409,20 @@ class SearchConfig(Section):
     )
     concurrency: PositiveInt | None = Field(None, description="trials at once (default: as many as fit)")
     max_failures: int = Field(1, ge=0, description="restarts of a trial whose worker died")
-    metric: str = Field("validation_loss", description="any metric of the task; not given: what the task is judged by")
-    direction: Literal["min", "max"] = Field("min", description="not given: what is better in the metric")
+    metric: str = Field(
+        "validation_loss",
+        description="any metric of the task, adapter_bytes, trainable_parameters, latency, or FILE.py:FUNCTION, which "
+        "takes records and answers and gives a number a record; several, comma-separated, make a Pareto front "
+        "(not given: what the task is judged by)",
+    )
+    direction: Annotated[str, AfterValidator(_directions)] = Field(
+        "min", description="min or max, one a metric, comma-separated (not given: what is better in the metric)"
+    )
+    best: Annotated[str | None, AfterValidator(_best)] = Field(
+        None,
+        description="which trial is the best: knee, of several metrics' front, or constraints on any metric, as "
+        "'adapter_bytes < 5e6', under which it is the best of the first (default: knee, where there are several)",
+    )
     scheduler: Literal["halving", "asha", "hyperband", "none"] = Field(
         "halving",
         description="what stops weak trials early; halving compares whole cohorts, asha whoever has come so far",
@@ -354,6 +450,35 @@ class SearchConfig(Section):
     )
 
     _at_home = field_validator("space", "warm_start")(at_home)
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What `best` demands, once the task is known; none if it is no constraint."""
+        return constraints_of(self.best or "")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that goals and constraints are about, by their keys in a report; the first goal's comes first."""
+        goals, constraints = [goal.metric for goal in self.goals], [one.metric for one in self.constraints]
+        return tuple(dict.fromkeys([*goals, *constraints]))
+
+    @property
+    def further_seeds(self) -> int:
+        """Further runs of each finalist; none where a rule of `best` chooses, or what counts is no matter of seeds."""
+        chosen_by_runs = len(self.goals) == 1 and not self.best and self.goal.metric.startswith("validation_")
+        return self.finalist_seeds - 1 if chosen_by_runs else 0
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """What `metric` and `direction` name, once the task is known: see :func:`ftray.tasks.infer_task.infer_task`."""
+        names, directions = self.metric.split(","), self.direction.split(",")
+        keys = [f"validation_{own[2]}" if (own := re.fullmatch(USER_METRIC, name)) else name for name in names]
+        return tuple(Goal(key, direction) for key, direction in zip(keys, directions, strict=True))
+
+    @property
+    def goal(self) -> Goal:
+        """The first of the goals, which counts where only one can."""
+        return self.goals[0]
 
 
 class EvaluationConfig(Section):

@@ -22,13 +22,14 @@ def run(cfg: Config) -> int:
     from ftray.search.jobs import output_of
 
     search = read(output_of(cfg))
-    table = Table("trial", "configuration", "state", "rung", "records", search.metric, "tokens/s")
+    table = Table("trial", "configuration", "state", "rung", "records", search.metric, *search.further, "tokens/s")
     for row in search.trials:
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         speed = f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else ""
         state = row["state"] + (f": {row['reason']}" if row["reason"] else "")
         rung, records = f"{row['rung']}/{search.rungs}", f"{row['records']}/{search.budget}"
-        table.add_row(str(row["trial"]), row["configuration"], state, rung, records, value, speed)
+        others = [f"{row['metrics'][name]:.6g}" if name in row["metrics"] else "" for name in search.further]
+        table.add_row(str(row["trial"]), row["configuration"], state, rung, records, value, *others, speed)
     console().print(table)
     print("\n".join([search.summary(), *search.reliability]))
     return 0

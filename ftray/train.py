@@ -65,6 +65,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.adapters.compatibility import dry_run
     from ftray.adapters.methods import added_tokens
     from ftray.data.limits import check_special_tokens, within_positions
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps, check_workers
@@ -72,6 +73,8 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
+    for function in user_metrics(cfg.search):
+        function.try_on(data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     settled = within_positions(cfg.data, skeleton.model, added_tokens(cfg.adapter), data.lengths)
@@ -92,6 +95,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.adapters.methods import added_tokens
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
@@ -110,8 +114,8 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
-    result = fit(SearchContext(cfg, model_path, data.directory, gpus), output)
-    print_reports(result.return_value["reports"], cfg.search.metric)
+    result = fit(SearchContext(cfg, model_path, data.directory, gpus, functions=user_metrics(cfg.search)), output)
+    print_reports(result.return_value["reports"], cfg.search.goal.metric)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")
@@ -152,9 +156,9 @@ def print_reports(reports: list[dict[str, Any]], metric: str) -> None:
 
 def best_checkpoint(result: "Result", search: SearchConfig) -> str:
     """The directory name of the checkpoint with the best metric."""
-    sign = 1 if search.direction == "min" else -1
-    reported = [pair for pair in result.best_checkpoints if search.metric in pair[1]]
-    best, _ = min(reported, key=lambda pair: sign * pair[1][search.metric])
+    sign = 1 if search.goal.direction == "min" else -1
+    reported = [pair for pair in result.best_checkpoints if search.goal.metric in pair[1]]
+    best, _ = min(reported, key=lambda pair: sign * pair[1][search.goal.metric])
     return Path(best.path).name
 
 

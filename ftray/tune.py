@@ -2,10 +2,11 @@
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
-from ftray.config import AdapterConfig, Config
+from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import UserError
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
@@ -59,15 +60,16 @@ def run(cfg: Config) -> int:
     except UserError:
         raise
     except Exception as error:
-        why = _why_it_stopped(error, output)
+        why = why_it_stopped(error, output)
         if why is None:
             raise
         print(f"ftray tune: {why} the same command with --resume continues", file=sys.stderr)
         return 1
 
 
-def _why_it_stopped(error: Exception, output: Location) -> str | None:
+def why_it_stopped(error: Exception, output: Location) -> str | None:
     """What the search can resume from once it is mended; None: an error of ftray itself."""
+    from ftray.evaluation.user_metric import UserMetricError
     from ftray.search.failures import SearchBroken
     from ftray.search.run_manifest import is_full
 
@@ -75,6 +77,8 @@ def _why_it_stopped(error: Exception, output: Location) -> str | None:
         return f"output {output}: its disk is full: make room, then"
     if isinstance(error, SearchBroken):
         return f"{error};"
+    if isinstance(error, UserMetricError):  # of the proof
+        return f"{getattr(error, 'cause', error)};"
     said = output.why_unreachable(error)
     return said and f"{output}: {said};"
 
@@ -88,6 +92,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     from ftray.runtime.cluster import on_hardware
     from ftray.search.cohorts import BASELINE_TRIAL
     from ftray.search.finalists import choose_finalist, final_runs, verdict
+    from ftray.search.goals import front
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
     from ftray.search.results import EXPERIMENT, all_rows, write_curves, write_json, write_leaderboard
@@ -100,13 +105,16 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     if candidates := final_runs(rows, further, cfg):
         choice = _awaited(on_hardware(cfg, choose_finalist, context, candidates))
         rows.sort(key=lambda row: row["trial"] != choice["winner"])
-        print("\n".join(verdict(choice, cfg.search.metric)), flush=True)
+        print("\n".join(verdict(choice, cfg.search.goal.metric)), flush=True)
     best = save_best(cfg, rows, tokenizer, output)
-    write_leaderboard(rows, output / "leaderboard.csv", cfg.search.metric)
+    write_leaderboard(rows, output / "leaderboard.csv", cfg)
     write_curves(known, output / EXPERIMENT, output / "curves.parquet")
     summary: dict[str, Any] = {
-        "metric": cfg.search.metric,
-        "direction": cfg.search.direction,
+        "metric": cfg.search.goal.metric,
+        "direction": cfg.search.goal.direction,
+        "goals": [asdict(goal) for goal in cfg.search.goals],
+        "front": [row["trial"] for row in front(rows, cfg)],
+        "rule": cfg.search.best or (KNEE if len(cfg.search.goals) > 1 else None),
         "best": best,
         "base": None,
         "proof": None,
@@ -124,7 +132,10 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     keep_summary()
     if best is None:
         print_leaderboard(rows, cfg)
-        print("no trial gave a result: see the reasons above", file=sys.stderr)
+        if cfg.search.constraints and any(row["checkpoint"] for row in rows):
+            print(f"search.best {cfg.search.best}: no trial holds that; another with --resume", file=sys.stderr)
+        else:
+            print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
     proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
@@ -145,6 +156,7 @@ def search_for_best(
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
@@ -166,9 +178,10 @@ def search_for_best(
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
+    paired = paired_training(cfg, space, data)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, user_metrics(cfg.search))
     past = trial_rows(cfg, output)
-    progress = Progress(cfg.search.trials, context.budget(), cfg.search.metric, cfg.search.direction, past)
+    progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
     return context
 
@@ -176,11 +189,15 @@ def search_for_best(
 def save_best(
     cfg: Config, rows: "list[TrialRow]", tokenizer: "PreTrainedTokenizerBase", output: Location
 ) -> "TrialRow | None":
-    """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row."""
+    """Copy the adapter of the best trial whose checkpoint is whole to `best/adapter`; returns that trial's row.
+
+    The best by `search.best`: see :func:`ftray.search.goals.preferred`.
+    """
+    from ftray.search.goals import preferred
     from ftray.search.model_card import model_card
     from ftray.search.results import save_best_adapter
 
-    for row in rows:
+    for row in preferred(rows, cfg):
         if row["checkpoint"]:
             try:
                 card, directory = model_card(cfg, row, None), output / "best" / "adapter"
@@ -283,6 +300,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
+    from ftray.evaluation.user_metric import user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import BASELINE
@@ -294,6 +312,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = data.run(tokenizer, cfg.task)
+    for function in user_metrics(cfg.search):
+        function.try_on(data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
@@ -341,16 +361,16 @@ def prove(
 
     cfg = context.config
     data = TokenizedData.load(context.data)
-    task, base = data.task.load(), load_on_device(cfg.model, context.model_path, data.task)
+    base, usual = load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    rows, usual = data.rows("test", cfg.evaluation.records or PROOF_RECORDS), None
+    rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     if default:
-        usual = task.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows, cfg.evaluation)
+        usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base.model, str(adapter))
     with model.disable_adapter():
-        before = task.score(model, tokenizer, rows, cfg.evaluation)
-    after = task.score(model, tokenizer, rows, cfg.evaluation)
+        before = context.score(model, tokenizer, rows)
+    after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [
         {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}

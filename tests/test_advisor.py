@@ -121,7 +121,7 @@ def test_trials_that_were_compared_by_training_losses_are_learnt_from_by_these_a
     known = [trial((1e-2 if n % 2 else 1e-4) * (1 + n / 100), paired_loss=3.0 - n % 2) for n in range(12)]
     advisors = [advisor(tmp_path, text, seed=n) for n in range(20)]
     for one in advisors:
-        one.signal = "paired_loss"
+        one.signals = ("paired_loss",)
     drawn = [one.suggest(12, known) for one in advisors]
     assert statistics.median(params["learning_rate"] for params in drawn) > 1e-3
     unlike = [trial(1e-5 * (1 + n / 100), loss=0.1) for n in range(12)]  # validated, or of a dropout of their own

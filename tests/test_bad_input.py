@@ -426,6 +426,7 @@ DAMAGED = {
     "status": ("config.yaml", ["--run", "run"]),
     "stop": ("config.yaml", ["1", "--run", "run"]),
     "add": ("config.yaml", ["{adapter: {method: lora}}", "--run", "run"]),
+    "clone": ("config.yaml", ["1", "--run", "run"]),
     "serve": ("config.yaml", ["--run", "run"]),
     "infer": ("best/adapter/task.json", ["--adapter", "run", "--prompt", "a"]),
     "merge": ("best/adapter/task.json", ["--adapter", "run", "--output", "merged"]),

@@ -30,6 +30,8 @@ def test_the_references_in_docs_are_what_the_code_says(capsys):
 
 SPECIAL = {
     "search.trackers": ["mlflow"],
+    "search.direction": "min,max",
+    "search.best": "adapter_bytes < 5e6",
     "data.source": ["one", "two"],
     "data.sources": [MixedSource(source="one", weight=2).model_dump()],
     "data.validation": "something",
@@ -260,8 +262,8 @@ def test_a_command_starts_as_a_module_and_as_a_script():
         ("stop 3 --srving.port 3", "unknown option --srving.port; did you mean serving"),
         ("stop 3 --port 3", "unknown option --port; serve has it"),
         ("stop 3 --resume", "--resume: ftray stop does not read it; train, tune do"),
-        ("status --request.trial 3", "--request.trial: ftray status does not read it; stop does"),
-        ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train does"),
+        ("status --request.trial 3", "--request.trial: ftray status does not read it; stop, clone do"),
+        ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train, clone do"),
         ("train --plan", "--plan: ftray train does not read it; tune does"),
         ("train --search.trials 4", "--search.trials: ftray train does not read it; tune does"),
         ("infer --evaluation.split all", "--evaluation.split: ftray infer does not read it; evaluate does"),

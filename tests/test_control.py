@@ -99,6 +99,8 @@ def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, 
         (["add", "rank: 3"], "not a configuration: 'rank: 3'"),
         (["add", "adapter: {method: lorra}"], "lorra"),
         (["add", "adapter: {method: lora}"], "holds no search"),
+        (["clone"], "which trial?"),
+        (["clone", "1"], "holds no search"),
     ],
 )
 def test_what_can_not_be_asked(arguments, reason, tmp_path, capsys):
@@ -130,3 +132,46 @@ def test_what_is_asked_on_a_shared_disk_is_in_the_journal_at_once(tmp_path):
     assert (running.state.name, running.user_attrs["stop"]) == ("RUNNING", True)
     assert (waiting.state.name, waiting.user_attrs["added"]) == ("WAITING", added)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["space.yaml", "study.log"]  # nothing is left beside it
+
+
+def test_a_clone_goes_on_from_the_weights_of_a_trial_with_settings_of_its_own(
+    cluster, tmp_path, words, tiny_llama, capsys
+):
+    """With hardly any rate it stays where the trial was; a trial that begins anew would be where the base is."""
+    space = "method: lora\nlora:\n  rank: 4\n  learning_rate: {log: [1.0e-2, 2.0e-2]}\n"
+    flags = ["--search.scheduler", "none", "--training.evaluations", "1"]
+    output = tmp_path / "out"
+    arguments = command(output, words, tiny_llama, "--trials", "2", *flags, space=space, steps=12)
+    done = run_here(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    on = ["--run", str(output)]
+    for asked, reason in {
+        "--adapter.rank 8": "adapter.rank 8: the weights of trial 1 are of 4, and fit no other; ftray add begins",
+        "--adapter.method ia3": "adapter.method ia3: the weights of trial 1 are of lora, and fit no other",
+        "--adapter.target_modules mlp": "adapter.target_modules mlp: the weights of trial 1 are of ",
+        "--adapter.use_dora true": "adapter.use_dora",
+        "--training.zero_stage 3": "training.zero_stage 3: a trial can't begin with the weights of another",
+        "--training.learning_rate -1": "training.learning_rate: must be greater than 0",
+    }.items():
+        capsys.readouterr()
+        assert main(["clone", "1", *on, *asked.split()]) == 2
+        told = capsys.readouterr().err
+        assert reason in told
+        assert told.count("\n") == 1
+    assert main(["clone", "7", *on]) == 2
+    assert "trial 7: the search has none of that number" in capsys.readouterr().err
+
+    assert main(["clone", "1", *on, "--training.learning_rate", "1e-9", "--adapter.dropout", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("trial 2 has the weights of trial 1, checkpoint_00000012\n")
+    assert main(["clone", "1", *on, "--training.learning_rate", "1e-9"]) == 0  # another one is not the same
+    done = run_here([*arguments, "--resume", "--trials", "4"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
+    for number in (2, 3):
+        assert trials[number]["status"] == "finished"
+        assert trials[number]["value"] == pytest.approx(trials[1]["value"], abs=1e-4)
+        assert trials[number]["config"]["clone"]["trial"] == 1
+    assert trials[2]["config"]["adapter"] == trials[1]["config"]["adapter"] | {"dropout": 0.1}
+    assert trials[0]["value"] != pytest.approx(trials[1]["value"], abs=1e-3)
+    assert not study(output).get_trials()[2].params  # nobody learns from it

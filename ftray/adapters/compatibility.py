@@ -242,6 +242,16 @@ def dry_run(adapter: AdapterConfig, skeleton: "LoadedModel", model: ModelConfig,
         attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 
+def trained_shapes(adapter: AdapterConfig, skeleton: "LoadedModel") -> dict[str, tuple[int, ...]]:
+    """The weights that training an adapter of the `skeleton` changes, by name."""
+    import torch
+
+    skeleton.idle_layers()  # which the copy takes along
+    with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
+        model = attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
 def without_weights(adapter: AdapterConfig) -> AdapterConfig:
     """The same adapter with an initialisation that doesn't need the base's weights."""
     return adapter.model_copy(update={"init": "default"}) if adapter.method == "lora" else adapter

@@ -25,6 +25,7 @@ MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length
 FEW = 1000  # records, up to which no split that was asked for is left empty by chance
 SHOWN = 3  # files of a split that are named
 LEAST_SHARE = 0.1  # of a record, that a split must come to for that
+SHOWN = 4  # validation records, on which a user's metric is tried
 TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
@@ -225,6 +226,7 @@ class DataCheck:
     Attributes:
         first: the first training record, by which the task is inferred.
         lengths: tokens of training records, whole; of none unless `max_length` is `auto`.
+        shown: a few validation records, with their `prompt` and `target` as the shards will have them.
 
     Raises:
         UserError: as :func:`find_sources`; or the first training record can't be read.
@@ -233,6 +235,7 @@ class DataCheck:
     def __init__(self, cfg: DataConfig):
         self.cfg, self.sources = cfg, find_sources(cfg)
         self.lengths: list[int] = []
+        self.shown: list[dict[str, Any]] = []
         self._records = {
             (name, part): read_for_check(own.chunks)
             for name, source in self.sources.items()
@@ -284,6 +287,7 @@ class DataCheck:
                 are_parted = len(in_split) > len({(record.place, record.part) for record in taken})
             counts.update(record.split for record in taken)
             different.update(record.key for record in taken)
+            self._show([record for record in taken if record.split == "validation"], tokenizer, of, source)
             if name == "train" and self.cfg.max_length == "auto":
                 self.lengths = _lengths(taken[:MEASURED], tokenizer, of, source)
             if is_small(source.chunks):
@@ -303,6 +307,15 @@ class DataCheck:
                 flush=True,
             )
         return of.spec
+
+    def _show(
+        self, held_out: list[_Record], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, source: Source
+    ) -> None:
+        for record in held_out[: SHOWN - len(self.shown)]:
+            own = source.parts[record.part].cfg
+            rows = spread(of.tokenize([record.example], tokenizer, own))
+            part = {"source": record.part} if record.part else {}
+            self.shown += [{"prompt": row.prompt, "target": row.target, **part} for _, row in rows if row]
 
     def _filled(self, taken: list[_Record]) -> list[_Record]:
         """Records with their final splits."""

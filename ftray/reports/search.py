@@ -16,13 +16,21 @@ if TYPE_CHECKING:
 
 def print_leaderboard(rows: list["TrialRow"], cfg: Config) -> None:
     """Print the trials, best first."""
+    from ftray.search.goals import front
     from ftray.search.progress import describe
 
-    table = Table("", "trial", cfg.search.metric, "configuration", "records", "state", title="leaderboard")
+    metric, *further = cfg.search.measured
+    several = len(cfg.search.goals) > 1
+    title = "leaderboard (* on the front: no other is as good in all and better in one)" if several else "leaderboard"
+    table = Table("", "trial", metric, *further, "configuration", "records", "state", title=title)
+    on_front = [row["trial"] for row in front(rows, cfg)] if several else []
     for place, row in enumerate(rows, 1):
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         state = row["status"] + (f": {row['reason']}" if row["reason"] else "")
-        table.add_row(str(place), str(row["trial"]), value, describe(row["config"]), str(row["records"]), state)
+        others = [f"{row['metrics'][name]:.6g}" if name in row["metrics"] else "" for name in further]
+        mark = "*" if row["trial"] in on_front else ""
+        settings = describe(row["config"])
+        table.add_row(f"{place}{mark}", str(row["trial"]), value, *others, settings, str(row["records"]), state)
     console().print(table)
 
 

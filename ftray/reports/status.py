@@ -3,18 +3,18 @@
 import json
 import time
 from dataclasses import dataclass
-from typing import TypedDict
 
 from ftray.config import Config, config_from
 from ftray.data.shards import Split
 from ftray.errors import UserError
+from ftray.search.goals import Judged, front
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.training.train_state import Report, best_report, metric_value
 
 
-class TrialProgress(TypedDict):
+class TrialProgress(Judged):
     """One trial of a search.
 
     Attributes:
@@ -23,6 +23,7 @@ class TrialProgress(TypedDict):
         rung: number of rungs that it has reached.
         records: seen at its last report.
         value: the best of its reports; None: it made none.
+        metrics, validated: as those of a :class:`~ftray.search.results.TrialRow`.
         tokens_per_second: its speed; None: it does not run.
         reason: why it failed; None: it did not.
         ended: seconds since 1970; None: it has not.
@@ -36,7 +37,6 @@ class TrialProgress(TypedDict):
     records: int
     value: float | None
     tokens_per_second: float | None
-    reason: str | None
     ended: float | None
     seed_of: int | None
 
@@ -51,6 +51,8 @@ class Search:
         running_since: seconds since 1970; None: no driver runs it.
         trials: by number.
         reliability: of a search that is over, a line for each cut: what it was worth.
+        further: what the search measures beside `metric`.
+        front: of several goals, numbers of the trials that no other beats in all; else none.
     """
 
     metric: str
@@ -61,6 +63,8 @@ class Search:
     running_since: float | None
     trials: list[TrialProgress]
     reliability: list[str]
+    further: tuple[str, ...] = ()
+    front: tuple[int, ...] = ()
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
@@ -76,6 +80,8 @@ class Search:
         if values:
             value, number = min(values) if self.direction == "min" else max(values)
             parts.append(f"best {self.metric} {value:.4f} (trial {number})")
+        if self.front:
+            parts.append(f"on the front: {', '.join(map(str, self.front))}")
         if self.running_since is None:
             return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
         parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
@@ -104,7 +110,7 @@ def read(output: Location) -> Search:
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     with refuse_damaged(output / DATA):
         whole = budget(cfg, Split.from_json(json.loads((output / DATA).read_text())["train"]).drawn)
-    metric = cfg.search.metric
+    metric = cfg.search.goal.metric
     since = running_since(output)
     rows: list[TrialProgress] = []
     for trial in past_trials(output / JOURNAL):
@@ -113,7 +119,7 @@ def read(output: Location) -> Search:
         if not configuration:  # its driver died before it could begin
             continue
         reports: list[Report] = attributes.get("reports", [])
-        best = best_report(reports, metric, cfg.search.direction)
+        best = best_report(reports, metric, cfg.search.goal.direction)
         state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
         runs = state in (TrialStatus.RUNNING, TrialStatus.STOPPING)
         rows.append(
@@ -124,6 +130,8 @@ def read(output: Location) -> Search:
                 "rung": len(reports),
                 "records": reports[-1]["records"] if reports else 0,
                 "value": metric_value(best, metric) if best else None,
+                "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
+                "validated": best.get("validated") if best else None,
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
                 "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
@@ -134,7 +142,10 @@ def read(output: Location) -> Search:
     if since is None and summary.exists():
         with refuse_damaged(summary):
             cuts = described(json.loads(summary.read_text()).get("rungs", []))
-    return Search(metric, cfg.search.direction, cfg.search.trials, rungs, whole, since, rows, cuts)
+    on_front = tuple(row["trial"] for row in front(rows, cfg)) if len(cfg.search.goals) > 1 else ()
+    goal, *_ = cfg.search.goals
+    further = cfg.search.measured[1:]
+    return Search(metric, goal.direction, cfg.search.trials, rungs, whole, since, rows, cuts, further, on_front)
 
 
 def searched(output: Location) -> Config:

@@ -30,7 +30,7 @@ class Advisor:
         steps: of a full budget.
         common: records after which trials are compared.
         earlier: trials of earlier searches, see :func:`ftray.search.warm_start.earlier_trials`.
-        signal: of a report, what they are compared by; None: the search's metric.
+        signals: of a report, what they are compared by: values of a report; None: those of the search's goals.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class Advisor:
         steps: int,
         common: int,
         earlier: Sequence[FrozenTrial] = (),
-        signal: str | None = None,
+        signals: tuple[str, ...] | None = None,
     ):
-        self.earlier, self.signal = list(earlier), signal or cfg.search.metric
+        self.earlier = list(earlier)
+        self.signals = signals or tuple(goal.metric for goal in cfg.search.goals)
         self.space, self.search, self.hidden, self.steps, self.common = space, cfg.search, hidden, steps, common
         self.startup = min(10, max(3, cfg.search.trials // 3))  # trials before TPE has something to go by
 
@@ -57,7 +58,7 @@ class Advisor:
         if place % UNIFORM_EVERY == UNIFORM_EVERY - 1:
             return self._draw(optuna.create_study(sampler=RandomSampler(seed)))[0]
         if self.earlier:  # their values are no losses of these data: they count until there are some
-            return self._tpe(seed, [*self.earlier, *(trial for trial in seen if trial.value is None)])
+            return self._tpe(seed, [*self.earlier, *(trial for trial in seen if trial.values is None)])
         return self._prior(seed, place - place // UNIFORM_EVERY)
 
     def _at_common(self, trial: FrozenTrial) -> FrozenTrial | None:
@@ -69,11 +70,11 @@ class Advisor:
             return None
         reports = trial.user_attrs.get("reports", [])
         reached = next((report for report in reports if report["records"] >= self.common), None)
-        if reached and self.signal not in reached:
+        if reached and not all(signal in reached for signal in self.signals):
             return None
-        value = reached and reached[self.signal]
-        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-        return create_trial(state=state, value=value, params=trial.params, distributions=trial.distributions)
+        values = [reached[signal] for signal in self.signals] if reached else None
+        state = TrialState.RUNNING if values is None else TrialState.COMPLETE
+        return create_trial(state=state, values=values, params=trial.params, distributions=trial.distributions)
 
     def _tpe(self, seed: int, seen: list[FrozenTrial]) -> dict[str, Any]:
         sampler = TPESampler(
@@ -84,9 +85,8 @@ class Advisor:
             n_startup_trials=0,
             warn_independent_sampling=False,
         )
-        study = optuna.create_study(
-            sampler=sampler, direction="minimize" if self.search.direction == "min" else "maximize"
-        )
+        directions = [goal.optuna_direction for goal in self.search.goals]
+        study = optuna.create_study(sampler=sampler, directions=directions)
         study.add_trials(seen)
         return self._draw(study)[0]
 

@@ -5,11 +5,13 @@ where it is and the others end: no trial is promoted because it came first.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from optuna.trial import FrozenTrial
 
+from ftray.config import Goal
+from ftray.search.goals import nondominated_ranks
 from ftray.search.rungs import LEAST_FINALISTS, Rung
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
@@ -21,12 +23,15 @@ class CohortTrial:
     """A trial in its cohort.
 
     Attributes:
-        values: what it is compared by at each rung that it has reached; None: it has nothing that compares.
+        values: what it is compared by at each rung that it has reached: the first goal, or the loss of its training;
+            None: it has nothing that compares.
+        further: the other goals there, less is better.
         over: whether it has ended, however.
         lost: whether it was cut, and must end.
     """
 
     values: list[float | None] = field(default_factory=list)
+    further: list[tuple[float, ...]] = field(default_factory=list)
     over: bool = False
     lost: bool = False
 
@@ -44,6 +49,11 @@ class Cut:
     rung: Rung
     survivors: list[int]
     losers: list[int]
+
+
+def further(report: Mapping[str, float], others: Sequence[Goal]) -> tuple[float, ...]:
+    """What a report holds of the goals but the first, less is better."""
+    return tuple(goal.sign * report[goal.metric] for goal in others)
 
 
 class Cohorts:
@@ -68,14 +78,17 @@ class Cohorts:
         self.cohorts: list[dict[int, CohortTrial]] = []
         self._cut: list[int] = []  # by cohort, rungs that were cut
 
-    def restore(self, past: Iterable[FrozenTrial], metric: str) -> None:
-        """Take up the trials of a search that is resumed: its cuts come out as they were."""
+    def restore(self, past: Iterable[FrozenTrial], metric: str, others: Sequence[Goal] = ()) -> None:
+        """Take up the trials of a search that is resumed: its cuts come out as they were.
+
+        `metric` is that of the first goal.
+        """
         for trial in sorted(past, key=lambda trial: trial.number):
             if COHORT in trial.user_attrs:
                 self.add(trial.number, trial.user_attrs[COHORT])
                 for report in trial.user_attrs.get("reports", []):
-                    paired = report.get("paired_loss")
-                    self.report(trial.number, report["records"], report.get(metric), paired)
+                    value, paired = report.get(metric), report.get("paired_loss")
+                    self.report(trial.number, report["records"], value, paired, further(report, others))
                 if trial.state.is_finished():
                     self.end(trial.number)
 
@@ -108,13 +121,21 @@ class Cohorts:
         """Index of a trial's cohort."""
         return next((index for index, members in enumerate(self.cohorts) if number in members), None)
 
-    def report(self, number: int, records: int, value: float | None, paired: float | None = None) -> bool:
+    def report(
+        self,
+        number: int,
+        records: int,
+        value: float | None,
+        paired: float | None = None,
+        further: tuple[float, ...] = (),
+    ) -> bool:
         """Note what a trial has reached; returns whether it must wait for the others at a rung.
 
         Args:
             records: seen by it.
-            value: the metric of a validation; None: there was none.
+            value: the first goal, by a validation; None: there was none.
             paired: the loss of training batches that are the same ones for other trials; None: it doesn't compare.
+            further: values of the other goals, less is better.
         """
         cohort = self.cohort_of(number)
         if cohort is None:
@@ -123,6 +144,7 @@ class Cohorts:
         reached = sum(records >= rung.records for rung in self.rungs)
         while len(member.values) < reached:
             member.values.append(paired if self.rungs[len(member.values)].paired else value)
+            member.further.append(further)
         return not member.lost and len(member.values) > self._cut[cohort]
 
     def lost(self, number: int) -> bool:
@@ -147,10 +169,16 @@ class Cohorts:
         if any(len(member.values) <= rung and not member.over and not member.lost for member in members.values()):
             return None
         self._cut[cohort] += 1
-        arrived = {number: member.values[rung] for number, member in members.items() if len(member.values) > rung}
-        values = {number: self.sign * value for number, value in arrived.items() if value is not None}
-        ranked = sorted(values, key=lambda number: (values[number], number))
-        unranked = arrived.keys() - values.keys()
+        arrived = {number: member for number, member in members.items() if len(member.values) > rung}
+        points = {
+            number: (self.sign * value, *member.further[rung])
+            for number, member in arrived.items()
+            if (value := member.values[rung]) is not None
+        }
+        ranks = dict(zip(points, nondominated_ranks([*points.values()]), strict=True))
+        # of one goal, the order of values
+        ranked = sorted(points, key=lambda number: (ranks[number], points[number], number))
+        unranked = arrived.keys() - points.keys()
         kept = {*ranked[: math.ceil(self.rungs[rung].share * len(members))], *unranked, BASELINE_TRIAL}
         losers = [number for number in ranked if number not in kept]
         for number in losers:

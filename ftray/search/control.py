@@ -11,7 +11,9 @@ from ray.tune.experiment import Trial
 
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.search.clones import CLONE
 from ftray.search.journal import ADDED, REQUESTS, STOP, fulfil, journal_at, past_trials
+from ftray.search.run_manifest import running_since
 from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, reason
@@ -44,14 +46,25 @@ def ask_to_add(journal: Location, cfg: Config, space: Space, configuration: dict
     known = past_trials(journal)
     if not known:
         raise UserError("the search has not begun its first trial yet: try again in a moment")
-    for trial in known:
+    is_clone = CLONE in configuration  # which may be like another but for its beginning
+    for trial in known if not is_clone else ():
         tried = trial.user_attrs.get("config") or trial.user_attrs.get(ADDED)
         if tried and whole(cfg, tried) == whole(cfg, configuration):
             raise UserError(f"trial {trial.number} has this configuration already")
-    inside = space.locate(whole(cfg, configuration)) or {}
+    inside = {} if is_clone else space.locate(whole(cfg, configuration)) or {}
     journal_at(journal).submit({ADDED: configuration, "inside": inside})
     added = (trial.number for trial in past_trials(journal) if trial.user_attrs.get(ADDED) == configuration)
     return next(added, len(known))
+
+
+def when_it_begins(number: int, cfg: Config, output: Location) -> str:
+    """What to tell a user who has added a trial of that number to the search in `output`."""
+    if number >= cfg.search.trials:
+        more = f"--resume --trials {number + 1}"
+        return f"trial {number} waits: all {cfg.search.trials} of the search have begun; {more} continues with it"
+    if running_since(output) is None:
+        return f"trial {number} is the next to begin when the search continues: --resume"
+    return f"trial {number} is the next to begin"
 
 
 class Requests(tune.Callback, tune.Stopper):

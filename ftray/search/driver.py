@@ -71,13 +71,21 @@ class TrialEnd(tune.Callback):
         """Called many times a second.
 
         Raises:
-            SearchBroken: no pack trains any more, or the journal can't be written.
+            SearchBroken: as :meth:`refuse_broken`.
         """
-        if gone := self._gone or self.sampler.broken:
-            raise SearchBroken(gone)
+        self.refuse_broken()
         if time.monotonic() - self._released > 1:
             release()
             self._released = time.monotonic()
+
+    def refuse_broken(self) -> None:
+        """Call this also when all is over: the last trial may have ended because of it.
+
+        Raises:
+            SearchBroken: no pack trains any more, the journal can't be written, or the user's metric failed.
+        """
+        if gone := self._gone or self.sampler.broken:
+            raise SearchBroken(gone)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record why the trial failed; if it was because the packs are gone, it stays unfinished in the journal."""
@@ -154,10 +162,11 @@ def _tune(
 
     hidden = hidden_size(context.model_path, cfg.model.trust_remote_code)
     steps, first = max(1, round(budget / cfg.training.batch_size)), context.rungs()[0]
-    signal = "paired_loss" if first.paired else cfg.search.metric
-    advisor = Advisor(space, cfg, hidden, steps, first.records, earlier_trials(cfg, space), signal)
+    signals = ("paired_loss",) if first.paired else tuple(goal.metric for goal in cfg.search.goals)
+    advisor = Advisor(space, cfg, hidden, steps, first.records, earlier_trials(cfg, space), signals)
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
-    requests = Requests(sampler, broker)
+    goal, *others = cfg.search.goals
+    requests, trial_end = Requests(sampler, broker), TrialEnd(sampler, broker is not None)
     has_result = any(report.get("validated") != 0 for trial in past for report in trial.user_attrs.get("reports", []))
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
@@ -165,7 +174,7 @@ def _tune(
         tune.with_resources(trainable, {"memory": 200 * 2**20 if broker is None else 1}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=CohortScheduler(cohorts, cfg.search.metric) if cohorts else scheduler(cfg, budget, past),
+            scheduler=CohortScheduler(cohorts, goal.metric, others) if cohorts else scheduler(cfg, budget, past),
             num_samples=-1 if cohorts else cfg.search.trials - len(past),  # -1: the sampler says what is the last one
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),
@@ -174,12 +183,13 @@ def _tune(
             **output.ray_storage(),
             # a trial of a pack fails for reasons of its own: it would fail again
             failure_config=tune.FailureConfig(max_failures=cfg.search.max_failures if broker is None else 0),
-            callbacks=[*callbacks, TrialEnd(sampler, broker is not None), requests],
+            callbacks=[*callbacks, trial_end, requests],
             stop=CombinedStopper(time_budget, requests),  # in this order: the time budget hears of every result
             verbose=0,
         ),
     )
     tuner.fit()
+    trial_end.refuse_broken()
 
 
 def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
@@ -195,8 +205,8 @@ def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packe
             return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
         return cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
 
-    cohorts = Cohorts(known, cfg.search.direction, size, cfg.search.trials)
-    cohorts.restore(past_trials(output / JOURNAL), cfg.search.metric)
+    cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)
+    cohorts.restore(past_trials(output / JOURNAL), cfg.search.goal.metric, cfg.search.goals[1:])
     return cohorts
 
 
@@ -207,7 +217,8 @@ def scheduler(cfg: Config, budget: int, past: list[FrozenTrial]) -> TrialSchedul
         budget: records of a trial that nothing stops.
         past: finished trials of a resumed search. ASHA compares with them too; Hyperband begins new brackets.
     """
-    common = {"time_attr": "records", "metric": cfg.search.metric, "mode": cfg.search.direction, "max_t": budget}
+    goal = cfg.search.goal
+    common = {"time_attr": "records", "metric": goal.metric, "mode": goal.direction, "max_t": budget}
     if cfg.search.scheduler == "asha":
         first = rung_records(budget, cfg)[0]
         asha = ASHAScheduler(**common, grace_period=first, reduction_factor=cfg.search.reduction_factor or FACTOR)

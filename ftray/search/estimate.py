@@ -181,7 +181,7 @@ def further_runs_of(cfg: Config, compared: list[Rung]) -> int:
         return 0
     cohort = cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
     finalists = max(LEAST_FINALISTS, math.ceil(compared[-2].share * cohort))
-    return finalists * (cfg.search.finalist_seeds - 1)
+    return finalists * cfg.search.further_seeds
 
 
 def measure(base: LoadedModel, corner: Corner, length: int, checkpointing: bool) -> Shapes:

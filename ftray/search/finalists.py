@@ -55,13 +55,13 @@ def further_runs(
         if SEED_OF in trial.user_attrs
     }
     found = []
-    for further in range(1, cfg.search.finalist_seeds):
+    for further in range(1, cfg.search.further_seeds + 1):
         for number in finalists:
             configuration = known[number].user_attrs["config"]
             seed = seed_of(configuration, cfg) + further
             if (number, seed) not in begun:
                 training = configuration["training"] | {"seed": seed}
-                found.append((number, {"adapter": configuration["adapter"], "training": training}))
+                found.append((number, configuration | {"training": training}))
     return found
 
 
@@ -113,24 +113,23 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     from ftray.evaluation.finalists import Candidate, choose
     from ftray.models.load import load_on_device, load_tokenizer
 
+    if context.config.search.goal.metric in LOSSES:
+        context = without_answers(context)
     cfg = context.config
-    metric = cfg.search.metric.removeprefix("validation_")
-    evaluation = (
-        cfg.evaluation.model_copy(update={"generate": False}) if cfg.search.metric in LOSSES else cfg.evaluation
-    )
+    metric = cfg.search.goal.metric.removeprefix("validation_")
     data = TokenizedData.load(context.data)
-    base, task = load_on_device(cfg.model, context.model_path, data.task), data.task.load()
+    base = load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)
     scored = []
     for candidate in candidates:
         scores = {
-            seed: task.score(adapted(base.model, parse_location(checkpoint) / "adapter"), tokenizer, rows, evaluation)
+            seed: context.score(adapted(base.model, parse_location(checkpoint) / "adapter"), tokenizer, rows)
             for seed, checkpoint in candidate["runs"].items()
         }
         parameters = trained_parameters(base, AdapterConfig(**candidate["adapter"]))
         scored.append(Candidate(candidate["trial"], parameters, scores))
-    choice = choose(scored, metric, cfg.search.direction, cfg.evaluation.bootstrap)
+    choice = choose(scored, metric, cfg.search.goal.direction, cfg.evaluation.bootstrap)
     values = {c.trial: {seed: own.values()[metric] for seed, own in c.scores.items()} for c in scored}
     return {
         "records": len(rows),
@@ -139,6 +138,12 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
         "differences": [asdict(difference) | {"shown": difference.shown} for difference in choice.differences],
         "candidates": [{"trial": c.trial, "parameters": c.parameters, "values": values[c.trial]} for c in scored],
     }
+
+
+def without_answers(context: "SearchContext") -> "SearchContext":
+    """The same search, which generates nothing to be scored."""
+    evaluation = context.config.evaluation.model_copy(update={"generate": False})
+    return replace(context, config=context.config.model_copy(update={"evaluation": evaluation}))
 
 
 def adapted(base: "PreTrainedModel", adapter: Location) -> "PeftModel":

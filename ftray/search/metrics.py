@@ -70,7 +70,7 @@ class Metrics(tune.Callback):
         self._records[trial.trial_id] = result["records"]
         if more > 0:
             self._gauges["rungs"].inc(more, {"rung": str(result["training_iteration"])})
-        metric, best = self.cfg.search.metric, min if self.cfg.search.direction == "min" else max
+        metric, best = self.cfg.search.goal.metric, min if self.cfg.search.goal.direction == "min" else max
         if metric not in result:
             return
         self._best = result[metric] if self._best is None else best(self._best, result[metric])

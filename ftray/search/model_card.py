@@ -29,7 +29,7 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     dataset = hub_dataset(cfg.data.names)
     sources = [cfg.data.source] if isinstance(cfg.data.source, str) else cfg.data.source
     datasets = [hub_id for source in sources if (hub_id := hub_dataset(source))]
-    found = {cfg.search.metric.removeprefix("validation_"): best["value"]}
+    found = {cfg.search.goal.metric.removeprefix("validation_"): best["value"]}
     if proof:
         found = {name: metric["best"] for name, metric in proof["metrics"].items()}
     results = [
@@ -67,7 +67,7 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         "",
         f"Configuration: `{describe(best['config'])}`",
         "",
-        f"{cfg.search.metric}: {best['value']:.4f} after {best['records']} records ({best['tokens']} tokens).",
+        f"{cfg.search.goal.metric}: {best['value']:.4f} after {best['records']} records ({best['tokens']} tokens).",
     ]
     if proof:
         lines += ["", "On a test split that the search never saw:", "", "| metric | base | adapter | 95 % interval |"]

@@ -16,8 +16,10 @@ from ray.actor import ActorHandle
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
+from ftray.evaluation.user_metric import UserMetricError
 from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
+from ftray.search.clones import start_of
 from ftray.search.failures import last_line
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
@@ -67,7 +69,7 @@ def most_trials(search: SearchContext) -> int:
         first = search.rungs()[0]
         useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
         if len(search.rungs()) > 1:
-            useful = max(useful, LEAST_FINALISTS * cfg.finalist_seeds)  # which train beside each other
+            useful = max(useful, LEAST_FINALISTS * (1 + cfg.further_seeds))  # which train beside each other
     else:
         useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
         useful = min(useful, max(1, TRIALS_PER_CPU * int(ray.cluster_resources().get("CPU", 0))))
@@ -85,6 +87,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
     if trainer.rank == 0:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()
+    trainer.measure_together = context.search.measure_together(trainer.base.model)
     worker = PackWorker(context, trainer)
     worker.report_capacity()
     return worker.train()
@@ -112,6 +115,7 @@ class PackWorker:
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
         self.compared = context.search.rungs()
+        self.unsaved: set[str] = set()  # trials that are due to report, until they have their checkpoint
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
@@ -145,9 +149,16 @@ class PackWorker:
             for number, config in orders.join.items():
                 self._join(str(number), config, results)
             names = [str(number) for number in orders.run if number not in results.reports]
-            active = [n for n in names if n in self.trainer.trials and not self.trainer.trials[n].history.over]
-            if active:
-                self._step(active, {str(number) for number in orders.report}, results)
+            known = {n: self.trainer.trials[n].history for n in names if n in self.trainer.trials}
+            active = [n for n, history in known.items() if not history.over or history.owes_report]
+            try:
+                if active:
+                    self._step(active, {str(number) for number in orders.report}, results)
+            except UserMetricError as error:  # nothing is wrong with the trials: mended, the search resumes
+                self._save_unfinished()
+                if self.trainer.rank == 0:
+                    ray.get(self.context.broker.close.remote(str(error)))
+                return True
 
     def _exchange(self, results: Results) -> Orders:
         """Report the results of the last orders to the broker; returns its next ones, the same on all ranks."""
@@ -164,7 +175,7 @@ class PackWorker:
 
     def _save_unfinished(self) -> None:
         for name, trial in self.trainer.trials.items():
-            if trial.history.step and not trial.history.over:
+            if trial.history.step and (not trial.history.over or name in self.unsaved):
                 self._save(name)
 
     def _join(self, name: str, config: dict[str, Any], results: Results) -> None:
@@ -183,13 +194,15 @@ class PackWorker:
         from ftray.adapters.lora_init import SAMPLES
 
         try:
-            run = self.context.search.run(config["adapter"], config["training"])
+            start = start_of(config, self.context.experiment)
+            run = self.context.search.run(config["adapter"], config["training"], start)
             first = partial(self.batches, run, 0)
             isolation_reason = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))
             if isolation_reason and self.trainer.rank == 0:
                 print(f"trial {name} trains by itself: {isolation_reason}", flush=True)
             trial = self.trainer.trials[name]
-            trial.batches = self.batches(run, trial.history.step)
+            if not trial.history.over:
+                trial.batches = self.batches(run, trial.history.step)
         except Exception as error:  # it concerns one trial: the others continue
             return last_line(error)
         return None
@@ -201,10 +214,13 @@ class PackWorker:
         """
         trials = self.trainer.trials
         tokens, started = self._tokens(), time.monotonic()
-        failed = self.trainer.step(active)
-        if self.metrics:
+        owing = {name for name in active if trials[name].history.owes_report}  # they are validated where they are
+        stepping = [name for name in active if name not in owing]
+        failed = self.trainer.step(stepping) if stepping else {}
+        if self.metrics and stepping:
             self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
+        self.unsaved = set(due)
         unvalidated = [n for n in due if n not in early and (rung := self._rung(n)) and rung.paired]
         if unvalidated and (paired := self.context.search.paired):
             self.trainer.report_training(unvalidated, {n for n in unvalidated if paired.holds_for(trials[n].run)})
@@ -214,6 +230,7 @@ class PackWorker:
             if name not in failed:
                 self._save(name)
                 results.reports[int(name)] = _marked(trials[name])
+        self.unsaved = set()
         self._leave(failed)
         results.failures |= {int(name): reason for name, reason in failed.items()}
 
@@ -289,7 +306,7 @@ class PackWorker:
         """
         directory, search = self.context.experiment / trial_name(int(name)), self.context.search.config.search
         history = self.trainer.trials[name].history
-        best = best_report(history.reports, search.metric, search.direction)
+        best = best_report(history.reports, search.goal.metric, search.goal.direction)
         report = history.reports[-1] if history.reports and history.reports[-1]["step"] == history.step else None
         target = directory / f"checkpoint_{history.step:08d}"
         rank, ranks, wait = self.trainer.rank, self.trainer.world_size, self.trainer.wait_for_all

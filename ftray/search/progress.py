@@ -131,7 +131,8 @@ def describe(config: dict[str, Any]) -> str:
     """A configuration on one line: the method, then what distinguishes it."""
     adapter, training = config["adapter"], config["training"]
     settings = {k: v for k, v in (adapter | training).items() if k != "method"}
-    return " ".join([adapter["method"], *(f"{k}={_short(v)}" for k, v in settings.items())])
+    begun = [f"from trial {config['clone']['trial']}"] if "clone" in config else []
+    return " ".join([adapter["method"], *(f"{k}={_short(v)}" for k, v in settings.items()), *begun])
 
 
 def _short(value: object) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from ray.train import Result
 
 from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
+from ftray.search.goals import Judged, front
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Location, parse_location
@@ -30,13 +31,14 @@ PACKED_REPORT = "report.json"  # of a trial that trains in a pack, inside its ch
 LOSSES_SO_FAR = "losses"  # in it: the training loss of each step
 
 
-class TrialRow(TypedDict):
+class TrialRow(Judged):
     """A trial of a search, as `summary.json` holds it.
 
     Attributes:
         trial: its number.
         value: the best of its reports; a failed trial keeps it. None: it was never validated.
         validated: validation records behind the value; None: all that the settings allow.
+        metrics: all that the search goes by, of the report that has the value; empty: it made none.
         records, tokens, seconds: of its last report.
         config: its configuration, `adapter` and `training`.
         curve: of each report `records`, and what it has of the search's metric and `paired_loss`.
@@ -48,14 +50,12 @@ class TrialRow(TypedDict):
     trial: int
     status: TrialStatus
     value: float | None
-    validated: int | None
     records: int
     tokens: int
     seconds: float
     config: dict[str, Any]
     curve: list[dict[str, Any]]
     checkpoint: str | None
-    reason: str | None
     seed_of: int | None
 
 
@@ -123,7 +123,7 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
     """As :func:`trial_rows`, the further runs of finalists among them."""
     from ftray.search.journal import SEED_OF, past_trials  # here: as above
 
-    metric, sign = cfg.search.metric, 1 if cfg.search.direction == "min" else -1
+    metric, sign = cfg.search.goal.metric, 1 if cfg.search.goal.direction == "min" else -1
     rows: list[TrialRow] = []
     for trial in past_trials(output / JOURNAL):
         if "config" not in trial.user_attrs:  # the driver died before it could begin
@@ -132,13 +132,14 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
         # a checkpoint may be newer than the last report in the journal, if the trial was stopped in between
         found = [report for report, _ in kept] + trial.user_attrs.get("reports", [])
         reports: list[Report] = [report for _, report in sorted({report["step"]: report for report in found}.items())]
-        best, last = best_report(reports, metric, cfg.search.direction), reports[-1] if reports else None
+        best, last = best_report(reports, metric, cfg.search.goal.direction), reports[-1] if reports else None
         rows.append(
             {
                 "trial": trial.number,
                 "status": journal_status(trial),
                 "value": metric_value(best, metric) if best else None,
                 "validated": best.get("validated") if best else None,
+                "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "records": last["records"] if last else 0,
                 "tokens": last.get("tokens", 0) if last else 0,
                 "seconds": last.get("seconds", 0.0) if last else 0.0,
@@ -160,19 +161,28 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
     )
 
 
-def write_leaderboard(rows: list[TrialRow], path: Location, metric: str) -> None:
-    """Write a CSV file with one line per trial, best first, and a column for every setting that any trial has."""
+def write_leaderboard(rows: list[TrialRow], path: Location, cfg: Config) -> None:
+    """Write a CSV file with one line per trial, best first, and a column for every setting that any trial has.
+
+    Where the search goes by several metrics, each has a column, and `front` is 1 for the trials that none beats in all.
+    """
+    metric, *further = cfg.search.measured
+    if len(cfg.search.goals) > 1:
+        further.append("front")
     flat = [{**r["config"]["adapter"], **r["config"]["training"]} for r in rows]
     settings = list(dict.fromkeys(key for f in flat for key in f))
-    columns = ["rank_in_search", "trial", "status", metric, "records", "tokens", "seconds", *settings, "reason"]
+    known = ["rank_in_search", "trial", "status", metric, *further, "records", "tokens", "seconds"]
+    columns = [*known, *settings, "reason"]
 
+    shown_front = front(rows, cfg)
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for place, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
             shown = {k: v for k, v in row.items() if k in columns}
             plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
-            writer.writerow({"rank_in_search": place, metric: row["value"], **shown, **plain})
+            own = row["metrics"] | ({"front": int(row in shown_front)} if "front" in further else {})
+            writer.writerow({"rank_in_search": place, **own, **shown, **plain})
 
 
 def write_curves(rows: list[TrialRow], experiment: Location, path: Location) -> None:

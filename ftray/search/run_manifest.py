@@ -65,6 +65,7 @@ SEARCH = Kind(
         "adapter",  # the space defines the adapters
         "search.space",  # by content, not by name
         "search.trials",
+        "search.best",  # what it is about must have been measured
         "search.time_budget",
         "search.concurrency",
         "search.trackers",

@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 from ftray.adapters.methods import parameters
 from ftray.config import AdapterConfig, Config
 from ftray.search.advisor import Advisor
+from ftray.search.clones import CLONE
 from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.finalists import FINALISTS, further_runs
 from ftray.search.journal import SEED_OF, STUDY, journal_at, past_trials, stored_id
@@ -19,7 +20,7 @@ from ftray.search.space import BASELINE, Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
-# of a report, with the search's metric
+# of a report, with what the search measures
 REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated", "paired_loss")
 
 
@@ -62,7 +63,7 @@ class Sampler(Searcher):
             cohorts: where new trials are added, `search.trials` in all; None: none are compared in cohorts, and whoever
                 asks says when it was the last one.
         """
-        super().__init__(metric=cfg.search.metric, mode=cfg.search.direction)
+        super().__init__(metric=cfg.search.goal.metric, mode=cfg.search.goal.direction)
         self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
         self._live = set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
@@ -77,7 +78,7 @@ class Sampler(Searcher):
             storage=self.storage,
             sampler=optuna.samplers.RandomSampler(cfg.search.seed),  # the advisor suggests
             pruner=optuna.pruners.NopPruner(),  # Tune's schedulers stop weak trials
-            direction="minimize" if cfg.search.direction == "min" else "maximize",
+            directions=[goal.optuna_direction for goal in cfg.search.goals],
             load_if_exists=True,
         )
         # trials that have begun, and the further runs of finalists that have not; None: not decided yet
@@ -128,7 +129,7 @@ class Sampler(Searcher):
 
         The finalists are kept in the journal: a resumed search takes them from there, even if one has failed since.
         """
-        finalists = self.cohorts.finalists() if self.cohorts and self.cfg.search.finalist_seeds > 1 else []
+        finalists = self.cohorts.finalists() if self.cohorts and self.cfg.search.further_seeds else []
         if finalists is None:
             return None
         if len(finalists) > 1:
@@ -159,7 +160,7 @@ class Sampler(Searcher):
         """The configuration of a trial; a resumed one keeps what was drawn for it."""
         configuration: dict[str, Any] | None = trial.user_attrs.get("added")
         if configuration:
-            if self.space_of_methods.locate(whole(self.cfg, configuration)):
+            if CLONE not in configuration and self.space_of_methods.locate(whole(self.cfg, configuration)):
                 self.space_of_methods.suggest(trial)  # TPE learns from it
             return configuration
         if trial.number == 0:
@@ -173,9 +174,9 @@ class Sampler(Searcher):
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
         if "step" in result and result["step"] not in [report["step"] for report in reports]:
-            report = {key: result[key] for key in (*REPORTED, self.metric) if key in result}
+            report = {key: result[key] for key in (*REPORTED, *self.cfg.search.measured) if key in result}
             trial.set_user_attr("reports", [*reports, report])
-            if self.metric in result:
+            if len(self.cfg.search.goals) == 1 and self.metric in result:  # of several, Optuna stores no curves
                 trial.report(result[self.metric], result["records"])
             self.keep()
 
@@ -194,7 +195,7 @@ class Sampler(Searcher):
             return
         self.on_trial_result(trial_id, result)
         if ended_status(result["records"], self.budget) is TrialStatus.FINISHED:
-            self._tell(trial_id, TrialState.COMPLETE, result[self.metric])
+            self._tell(trial_id, TrialState.COMPLETE, [result[goal.metric] for goal in self.cfg.search.goals])
         else:
             self._tell(trial_id, TrialState.PRUNED, None)
 
@@ -203,8 +204,8 @@ class Sampler(Searcher):
         self._trials[trial_id].set_user_attr("reason", reason)
         self._tell(trial_id, TrialState.FAIL, None)
 
-    def _tell(self, trial_id: str, state: TrialState, value: float | None) -> None:
-        self.study.tell(self._trials[trial_id], value, state=state)
+    def _tell(self, trial_id: str, state: TrialState, values: list[float] | None) -> None:
+        self.study.tell(self._trials[trial_id], values, state=state)
         self._ended.add(trial_id)
         self.keep()
 

@@ -1,11 +1,13 @@
 """Halving by cohorts as a scheduler of Ray Tune: a trial waits at a rung, paused, until its whole cohort is there."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from ftray.search.cohorts import Cohorts
+from ftray.config import Goal
+from ftray.search.cohorts import Cohorts, further
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -19,12 +21,13 @@ class CohortScheduler(FIFOScheduler):
 
     Args:
         cohorts: who is compared with whom; a trial's number is in its configuration.
-        metric: of a report.
+        metric: of the first goal.
+        others: further goals, by which they are cut as well.
     """
 
-    def __init__(self, cohorts: Cohorts, metric: str):
+    def __init__(self, cohorts: Cohorts, metric: str, others: Sequence[Goal] = ()):
         super().__init__()
-        self.cohorts, self._metric = cohorts, metric
+        self.cohorts, self._metric, self._others = cohorts, metric, others
         self._trials: dict[int, Trial] = {}
         self._train_on: set[int] = set()  # of those that are paused
 
@@ -36,7 +39,8 @@ class CohortScheduler(FIFOScheduler):
         """Called for each report of a running trial."""
         number = trial.config["number"]
         self._train_on.discard(number)
-        if not self.cohorts.report(number, result["records"], result.get(self._metric), result.get("paired_loss")):
+        value, paired, others = result.get(self._metric), result.get("paired_loss"), further(result, self._others)
+        if not self.cohorts.report(number, result["records"], value, paired, others):
             return STOP if self.cohorts.lost(number) else CONTINUE
         survivors, losers = self._cut(number)
         self._end(tune_controller, losers - {number})

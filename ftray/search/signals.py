@@ -34,7 +34,8 @@ class PairedTraining:
     def holds_for(self, run: RunSpec) -> bool:
         """Whether a trial is one of those that are compared."""
         order = (run.training.seed, run.training.batch_size)
-        return order == (self.seed, self.batch_size) and dropout_of(run.adapter) == self.dropout
+        alike = order == (self.seed, self.batch_size) and dropout_of(run.adapter) == self.dropout
+        return alike and run.start is None  # else it begins with weights that have seen these records
 
 
 def paired_training(cfg: Config, space: Space, data: TokenizedData) -> PairedTraining | None:
@@ -46,7 +47,8 @@ def paired_training(cfg: Config, space: Space, data: TokenizedData) -> PairedTra
     from ftray.search.run_manifest import packable  # here: a pack's processes need no Optuna
 
     search, training = cfg.search, cfg.training
-    if search.scheduler != "halving" or search.metric not in LOSSES or search.direction != "min":
+    goal, *others = search.goals
+    if search.scheduler != "halving" or others or goal.metric not in LOSSES or goal.direction != "min":
         return None
     if search.pack == "off" or not packable(cfg, space) or not data.task.load().packed:
         return None

@@ -8,10 +8,11 @@ from ray.train import Checkpoint, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from ftray.search.clones import start_of
 from ftray.search.failures import PacksGone, TrialFailed, training_failure
 from ftray.search.results import checkpoints, trial_name, write_json
 from ftray.search.run_manifest import is_full
-from ftray.search.trial_worker import CUT_OFF, SearchContext, trainer
+from ftray.search.trial_worker import CUT_OFF, MENDABLE, SearchContext, trainer
 from ftray.storage.location import Location
 
 
@@ -23,7 +24,7 @@ def run_trial(config: dict[str, Any], context: SearchContext, experiment: Locati
 
     Raises:
         TrialFailed: the trial gives no result; the message is the reason.
-        PacksGone: the disk is full; the trial is unfinished.
+        PacksGone: the disk is full, or the user's metric failed; the trial is unfinished.
     """
     directory = experiment / trial_name(config["number"])
     outcome_file = directory / "outcome.json"
@@ -42,7 +43,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     """Train until the trial is over; returns what :func:`ftray.search.trial_worker.train_worker` does."""
     name = trial_name(config["number"])
     directory = experiment / name
-    run = context.run(config["adapter"], config["training"])
+    run = context.run(config["adapter"], config["training"], start_of(config, experiment))
     if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would fail on that
         directory.remove()
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     error: TrainingFailedError | None = None
     while outcome[CUT_OFF]:
         outcome, error = _fit(trainer(context, run, name, experiment, [ReportToTune()]))
-    if outcome["failure"] and is_full(experiment, error):
+    if outcome["failure"] and (outcome.get(MENDABLE) or is_full(experiment, error)):
         raise PacksGone(outcome["failure"])
     return outcome
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray import ActorID, PlacementGroupID, train
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -18,7 +19,9 @@ from ftray.compat.ray_train import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
+from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
+from ftray.search.adapter_costs import LATENCY, SIZES, TIMED_RECORDS, sizes
 from ftray.search.rungs import Rung, budget, rungs
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
@@ -26,12 +29,15 @@ from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ftray.evaluation.metrics import Scores
     from ftray.search.signals import PairedTraining
     from ftray.training.single_run_trainer import SingleRunTrainer
     from ftray.training.zero3_trainer import Zero3Trainer
 
 CUT_OFF = "cut_off"  # marks a report without metrics, which only brings a checkpoint from between two rungs
+MENDABLE = "mendable"
 # settings of glibc for workers: memory in huge pages; what a step frees is kept for the next step, not returned to the
 # system; one arena, because the arenas of all threads but the first return what is large at once, and Ray Train runs
 # the worker's function in another thread
@@ -39,6 +45,7 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
     f":glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
 }
+MeasureTogether = Callable[["Mapping[str, PeftModel]", int | None], dict[str, dict[str, float]]]
 LOSSES = ("validation_loss", "validation_perplexity")  # metrics of a validation without predictions
 
 
@@ -49,6 +56,7 @@ class SearchContext:
     Attributes:
         data: directory of the tokenized shards.
         paired: how trials compare by their training losses; None: they don't.
+        functions: metrics of the user's own, among the search's goals.
     """
 
     config: Config
@@ -56,13 +64,15 @@ class SearchContext:
     data: str
     gpus_per_worker: float
     paired: "PairedTraining | None" = None
+    functions: tuple[UserMetric, ...] = ()
 
-    def run(self, adapter: dict[str, Any], training: dict[str, Any]) -> RunSpec:
+    def run(self, adapter: dict[str, Any], training: dict[str, Any], start: str | None = None) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
 
         Args:
             adapter: fields of AdapterConfig.
             training: fields of TrainingConfig that differ from the search's own.
+            start: as that of :class:`~ftray.training.run_spec.RunSpec`.
         """
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
         steps = max(1, round(self.budget() / settings.batch_size))
@@ -70,27 +80,100 @@ class SearchContext:
         task = TokenizedData.load(self.data).task
         longest = self.config.data.longest
         return RunSpec(
-            self.config.model, self.model_path, AdapterConfig(**adapter), settings, steps, tuple(at), task, longest
+            self.config.model,
+            self.model_path,
+            AdapterConfig(**adapter),
+            settings,
+            steps,
+            tuple(at),
+            task,
+            longest,
+            start,
         )
 
     def measure(self) -> Callable[[Any], dict[str, float]] | None:
         """A function that measures the metrics of the task (`validation_<name>`) on the validation records.
 
-        None if the search's metric is a loss, which every validation gives.
+        None if the search's goals are losses, which every validation gives.
         """
         from ftray.models.load import load_tokenizer
 
-        cfg, data = self.config, TokenizedData.load(self.data)
-        if cfg.search.metric in LOSSES:
+        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        if not wanted:
             return None
-        task, rows = data.task.load(), data.rows("validation", cfg.training.validation_records)
+        rows = data.rows("validation", cfg.training.validation_records)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
 
         def measure(model: "PeftModel") -> dict[str, float]:
-            values = task.score(model, tokenizer, rows, cfg.evaluation).values()
-            return {f"validation_{k}": v for k, v in values.items() if f"validation_{k}" not in LOSSES}
+            found = {}
+            if wanted - {*SIZES, LATENCY}:
+                found = _validation(self.score(model, tokenizer, rows))
+            if LATENCY in wanted:
+                from ftray.evaluation.generation import seconds_an_answer
+
+                found[LATENCY] = seconds_an_answer(model, tokenizer, rows[:TIMED_RECORDS], cfg.evaluation)
+            return found | (sizes(model, data.task) if wanted & {*SIZES} else {})
 
         return measure
+
+    def measure_together(self, base: "PreTrainedModel") -> "MeasureTogether | None":
+        """A function that measures models over shares of `base` at once, so that their answers are decoded together.
+
+        It takes them by name, and the number of validation records that count, from the first on; None: all. None where
+        no answers are asked for, or the base or its task has them decoded by one model after another.
+        """
+        from ftray.models.load import load_tokenizer
+        from ftray.models.sharding import is_sharded
+        from ftray.multi_adapter.decoding import PackDecoder
+
+        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        task = data.task.load()
+        if not wanted - {*SIZES} or not task.packed or is_sharded(base):
+            return None
+        rows = data.rows("validation", cfg.training.validation_records)
+        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
+        decoder = PackDecoder(base, tokenizer, cfg.evaluation)
+
+        def measure(models: "Mapping[str, PeftModel]", records: int | None) -> dict[str, dict[str, float]]:
+            found: dict[str, dict[str, float]] = {name: {} for name in models}
+            if wanted - {*SIZES, LATENCY}:
+                for name, answers in decoder.answers(models, rows[:records]).items():
+                    found[name] = _validation(self._judged(answers, rows[:records]))
+            for name, model in models.items():
+                if LATENCY in wanted:
+                    found[name][LATENCY] = decoder.seconds(model, rows[:TIMED_RECORDS])
+                if wanted & {*SIZES}:
+                    found[name] |= sizes(model, data.task)
+            return found
+
+        return measure
+
+    def _wanted(self) -> set[str]:
+        """What the search goes by, beside the losses that every validation gives."""
+        return {*self.config.search.measured} - {*LOSSES}
+
+    def _judged(self, answers: list[str], rows: list[dict[str, Any]]) -> "Scores":
+        """Metrics of answers alone, whose losses are known from elsewhere."""
+        from ftray.evaluation.metrics import Scores
+
+        scores = Scores(np.zeros(len(rows)), np.zeros(len(rows)))
+        scores.add_generated(answers, [row["target"] for row in rows])
+        for function in self.functions:
+            function.add_to(scores, rows)
+        return scores
+
+    def score(
+        self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]
+    ) -> "Scores":
+        """Losses, predictions and metrics of `rows`, those of the user's functions among them.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
+        scores = TokenizedData.load(self.data).task.load().score(model, tokenizer, rows, self.config.evaluation)
+        for function in self.functions:
+            function.add_to(scores, rows)
+        return scores
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
@@ -99,6 +182,11 @@ class SearchContext:
     def rungs(self) -> list[Rung]:
         """Where trials are compared; the last one ends the budget."""
         return rungs(self.budget(), self.config, self.paired.fresh if self.paired else 0)
+
+
+def _validation(scores: "Scores") -> dict[str, float]:
+    """Metrics by their keys in a report, but for losses."""
+    return {f"validation_{k}": v for k, v in scores.values().items() if f"validation_{k}" not in LOSSES}
 
 
 def trainer(
@@ -145,8 +233,8 @@ def group_trainer(
             failure_config=train.FailureConfig(max_failures=context.config.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute=context.config.search.metric,
-                checkpoint_score_order=context.config.search.direction,
+                checkpoint_score_attribute=context.config.search.goal.metric,
+                checkpoint_score_order=context.config.search.goal.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
             # over a sharded base freed memory goes back to the system: see ftray.training.engine.return_freed_memory
@@ -160,7 +248,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `reports`: all so far; `failure`: the reason why the run gives no result, however often it is restarted, else
-        None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again.
+        None; `cut_off`: whether it had to end before its last step, so that its trainer must be started again;
+        `mendable`: whether it can resume once the user has mended what the failure names.
     """
     from ftray.adapters.lora_init import SAMPLES
     from ftray.compat.torch import out_of_memory
@@ -198,7 +287,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             seal(Path(directory), trainer.rank, trainer.world_size)
             train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(directory))
 
-    failure = None
+    failure, mendable = None, False
     try:
         with listening():
             trainer.fit(batches(trainer.history.step), validation, report)
@@ -206,12 +295,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 report({CUT_OFF: trainer.history.step})
     except RunFailed as error:
         failure = str(error)
+    except UserMetricError as error:
+        failure, mendable = str(error), True
     except RuntimeError as error:
         if not out_of_memory(error) or trainer.world_size > 1:
             raise  # the other ranks wait in a collective: only the end of the whole group frees them
         failure = f"out of memory: {str(error).splitlines()[0]}"
     cut_off = not failure and not trainer.history.over
-    return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off}
+    return {"failure": failure, "reports": trainer.history.reports, CUT_OFF: cut_off, MENDABLE: mendable}
 
 
 def _restore(trainer: "SingleRunTrainer | Zero3Trainer") -> bool:

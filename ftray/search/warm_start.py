@@ -8,6 +8,7 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.search.clones import CLONE
 from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.results import JOURNAL
 from ftray.search.run_manifest import CONFIG
@@ -51,13 +52,14 @@ def _ranked(output: Location) -> list[tuple[dict[str, Any], float]]:
     """The configurations of a search, each with its place."""
     with refuse_damaged(output / CONFIG):
         search = config_from(yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))).search
-    sign = 1 if search.direction == "min" else -1
+    goal = search.goal
     attributes = [trial.user_attrs for trial in past_trials(output / JOURNAL)]
     known = [trial for trial in attributes if trial.get("reports") and SEED_OF not in trial]
+    known = [trial for trial in known if CLONE not in trial["config"]]  # what it has reached isn't its settings' alone
 
     def rank(trial: dict[str, Any]) -> tuple[int, float]:
         last = trial["reports"][-1]  # those that were cut together were compared by the same
-        return -last["records"], sign * last.get(search.metric, last.get("paired_loss", sign * math.inf))
+        return -last["records"], goal.sign * last.get(goal.metric, last.get("paired_loss", goal.sign * math.inf))
 
     known.sort(key=rank)
     return [(trial["config"], place / max(1, len(known) - 1)) for place, trial in enumerate(known)]
@@ -69,4 +71,4 @@ def _in_space(configuration: dict[str, Any], value: float, cfg: Config, space: S
         return None
     drawn = FixedTrial(params)
     space.suggest(drawn)
-    return create_trial(value=value, params=drawn.params, distributions=drawn.distributions)
+    return create_trial(values=[value] * len(cfg.search.goals), params=drawn.params, distributions=drawn.distributions)

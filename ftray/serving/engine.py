@@ -1,8 +1,8 @@
 """Continuous batching over one base model and many adapters; imports no Ray.
 
 Each step reads the next token of every sequence that has a slot, and pieces of prompts, in one pass of
-:class:`~ftray.serving.model_runner.ModelRunner`. transformers' own continuous batching supports no adapters. See Orca
-(OSDI 2022).
+:class:`~ftray.multi_adapter.model_runner.ModelRunner`. transformers' own continuous batching supports no adapters. See
+Orca (OSDI 2022).
 """
 
 from collections import deque
@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftray.models.stops import answer_text, stop_tokens
+from ftray.multi_adapter.model_runner import Chunk, ModelRunner
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import tuner_layers
 from ftray.serving.generation_request import OutputDelta, Sampling, TokenLogprob
-from ftray.serving.model_runner import Chunk, ModelRunner
 from ftray.serving.sampling import Text, choose, token_bytes, token_logprobs
 
 

@@ -1,10 +1,13 @@
 """Infers the task, and the metric to search for, where the user names none."""
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ftray.config import Config
+from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig
 from ftray.data.fields import as_typed
 from ftray.data.formats import Located
 from ftray.data.records import SHAPES, unknown
@@ -16,6 +19,9 @@ from ftray.storage.location import parse_location
 from ftray.storage.manifest import refuse_damaged
 from ftray.task_spec import RAW, TASKS, TaskSpec
 
+if TYPE_CHECKING:
+    from ftray.tasks.task import Task
+
 # keys of a record -> task; the first that fits
 KEYS = [
     (("question", "context", "answers"), "QUESTION_ANS"),
@@ -23,6 +29,7 @@ KEYS = [
     (("anchor", "positive"), "FEATURE_EXTRACTION"),
     (("sentence1", "sentence2", "score"), "FEATURE_EXTRACTION"),
 ]
+COSTS = ("adapter_bytes", "trainable_parameters", "latency")  # of an adapter of any task: the less the better
 LABELLED = ("TOKEN_CLS", "SEQ_CLS")  # tasks whose shapes tell them from all others
 
 
@@ -39,19 +46,67 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec(name).load()
-    metrics, usual = task.choices(record)
-    given = cfg.search.model_fields_set
-    metric = cfg.search.metric.removeprefix("validation_") if "metric" in given else usual
-    if metric not in metrics:
-        raise UserError(f"search.metric {cfg.search.metric}: {name} has no such metric{near(metric, metrics)}")
-    if "metric" in given and metric in task.generated and not cfg.evaluation.generate:
-        raise UserError(f"search.metric {metric}: is of generated text, and evaluation.generate is false")
-    direction = cfg.search.direction if "direction" in given else metrics[metric]
-    search = cfg.search.model_copy(update={"metric": f"validation_{metric}", "direction": direction})
+    search = _with_goals(cfg, task, *task.choices(record))
     data = cfg.data
     if data.chat_template and data.chat_template not in names():  # a file is here, and perhaps not where it is used
         data = data.model_copy(update={"chat_template": read_chat_template(data.chat_template)})
     return cfg.model_copy(update={"task": name, "search": search, "data": data})
+
+
+def _with_goals(cfg: Config, task: "Task", metrics: Mapping[str, str], usual: str) -> SearchConfig:
+    """The search with its metrics by their keys in a report, and a direction each."""
+    given, name = cfg.search.model_fields_set, task.spec.name
+    goals: list[tuple[str, str | None]] = [(f"validation_{usual}", metrics[usual])]
+    if "metric" in given:
+        goals = [_goal(part, cfg, task, metrics) for part in cfg.search.metric.split(",")]
+    directions = [direction for _, direction in goals]
+    if "direction" in given:
+        directions = list(cfg.search.direction.split(","))
+        if len(directions) != len(goals):
+            raise UserError(f"search.direction {cfg.search.direction}: give {len(goals)}, one a metric")
+    for (metric, _), direction in zip(goals, directions, strict=True):
+        if direction is None:
+            raise UserError(f"search.metric {metric}: which is better? Give search.direction, max or min, one a metric")
+    found = cfg.search.model_copy(
+        update={"metric": ",".join(metric for metric, _ in goals), "direction": ",".join(map(str, directions))}
+    )
+    keys = [goal.metric for goal in found.goals]
+    known = [f"validation_{metric}" for metric in metrics]
+    for goal, (metric, _) in zip(found.goals, goals, strict=True):
+        if keys.count(goal.metric) > 1 or (goal.metric != metric and goal.metric in known):
+            raise UserError(f"search.metric {metric}: {name} has another metric {goal.metric}: rename one")
+    if found.best == KNEE and len(goals) == 1:
+        raise UserError("search.best knee: is that of several metrics: name them, comma-separated, in search.metric")
+    held = [replace(one, metric=_constrained(one, keys, cfg, task, metrics)) for one in cfg.search.constraints]
+    return found.model_copy(update={"best": ",".join(map(str, held))}) if held else found
+
+
+def _constrained(one: Constraint, keys: list[str], cfg: Config, task: "Task", metrics: Mapping[str, str]) -> str:
+    """The key in a report of what a constraint is about; a function is known by its name, as one of the goals."""
+    own = f"validation_{one.metric.removeprefix('validation_')}"
+    return own if own in keys else _goal(one.metric, cfg, task, metrics, "search.best")[0]
+
+
+def _goal(
+    given: str, cfg: Config, task: "Task", metrics: Mapping[str, str], field: str = "search.metric"
+) -> tuple[str, str | None]:
+    """The metric that a user names in `field`, and which way is better; None: who knows."""
+    name, metric = task.spec.name, given.strip().removeprefix("validation_")
+    function = re.fullmatch(USER_METRIC, given.strip())
+    if function or metric in task.generated:
+        if not task.generated:
+            raise UserError(f"{field} {given}: judges generated text, and {name} generates none")
+        if not cfg.evaluation.generate:
+            raise UserError(f"{field} {metric}: is of generated text, and evaluation.generate is false")
+    if function and field == "search.metric":
+        return given.strip(), None
+    if metric in COSTS:
+        if metric == "latency" and not task.generated:
+            raise UserError(f"{field} {metric}: is the time of an answer, and {name} generates none")
+        return metric, "min"
+    if metric not in metrics:
+        raise UserError(f"{field} {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
+    return f"validation_{metric}", metrics[metric]
 
 
 def as_begun(cfg: Config) -> Config:

@@ -85,6 +85,21 @@ def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return {name.replace("/", "."): weight.float() for name, weight in weights.items()}
 
 
+@torch.no_grad()
+def start_from(model: "PeftModel", directory: str | Path) -> None:
+    """Give a new adapter the trained weights of a checkpoint, without its optimiser's state.
+
+    Raises:
+        UserError: as :func:`trained_weights`, or they are those of another adapter.
+    """
+    weights = trained_weights(directory)
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if odd := sorted(n for n in own.keys() | weights.keys() if n not in own or own[n].shape != weights[n].shape):
+        raise UserError(f"checkpoint {directory}: not of such an adapter: {odd[0]} differs")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
 def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path, task: TaskSpec, output: Path) -> Path:
     """Write a checkpoint's weights as a PEFT directory with the configuration of the adapter directory `like`.
 

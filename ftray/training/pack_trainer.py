@@ -16,12 +16,14 @@ from ftray.adapters.methods import attach, layers_left_out, rate_ratio
 from ftray.adapters.targets import described
 from ftray.compat.torch import out_of_memory, storage_key
 from ftray.config import ModelConfig, TrainingConfig
+from ftray.evaluation.user_metric import UserMetricError
 from ftray.models.liger import use_liger
 from ftray.models.load import load_base, load_sharded
 from ftray.models.sharding import gathered_storages
 from ftray.multi_adapter.shared_model import share
+from ftray.storage.location import parse_location
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.training.checkpoint import load_checkpoint, save_checkpoint
+from ftray.training.checkpoint import load_checkpoint, save_checkpoint, start_from
 from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
@@ -54,9 +56,12 @@ class PackTrainer:
     Attributes:
         trials: by name.
         measure: see :class:`ftray.training.zero3_trainer.Zero3Trainer`.
+        measure_together: takes its place where there is one: returns the further metrics of models by name, given the
+            number of validation records that count; None: all.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
+    measure_together: Callable[[dict[str, Any], int | None], dict[str, dict[str, float]]] | None = None
 
     def __init__(
         self,
@@ -130,6 +135,9 @@ class PackTrainer:
         refuse(run.adapter, run.model, run.training)
         own = replace(self.base, model=share(self.base.model))
         model = attach(own, run.adapter, run.steps, run.training.seed, samples)
+        if run.start:
+            with parse_location(run.start).as_local_dir() as start:
+                start_from(model, start)
         update = DeepSpeedOptimizer(model, run.training, run.steps, rate_ratio(run.adapter))
         history = TrainState(run)
         if checkpoint:
@@ -178,6 +186,8 @@ class PackTrainer:
                 losses[name] += (loss or 0.0) * counts
             supervised += self.pack.task.num_targets(batch) * counts
         *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
+        ends = zip(names, sums, sums[len(names) :], strict=False)
+        measured = self._measured_together([n for n, loss, out in ends if math.isfinite(loss) and not out], validated)
         seconds, failures = time.monotonic() - started, {}
         for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
             history, engine = self.trials[name].history, self.trials[name].update.engine
@@ -186,6 +196,8 @@ class PackTrainer:
                 failures[name] = f"out of memory: validation after step {history.step}"
             elif not math.isfinite(loss):
                 failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
+            elif name in measured:
+                metrics |= measured[name]
             elif reason := self._measure(name, metrics):
                 failures[name] = reason
             else:
@@ -220,19 +232,50 @@ class PackTrainer:
             shown = own if given == self.world_size else self.first_of_ranks(own)
             yield cast("Batch", shown), own is not None
 
+    def _measured_together(self, names: Sequence[str], validated: int | None) -> dict[str, dict[str, float]]:
+        """What `measure_together` returns; nothing where there is none, or it fails for want of memory.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
+        if self.measure_together is None or not names:
+            return {}
+        found, broken, failed = {}, None, 0.0
+        try:
+            found = self.measure_together({name: self.pack.adapters[name].model for name in names}, validated)
+        except UserMetricError as error:
+            broken = str(error)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            failed = 1.0
+        if broken := self.first_of_ranks(broken):
+            raise UserMetricError(broken)
+        return {} if self.any_rank(failed > 0) else self.from_first_rank(found)  # times differ between ranks
+
     def _measure(self, name: str, metrics: dict[str, float]) -> str | None:
-        """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank."""
+        """Add the results of `measure` to `metrics`; returns the reason if that fails on any rank.
+
+        Raises:
+            UserMetricError: a function of the user's failed.
+        """
         if self.measure is None:
             return None
-        reason = None
+        found, reason, broken = {}, None, None
         try:
             with self.pack.one_pass():
-                metrics |= self.measure(self.pack.adapters[name].model)
+                found = self.measure(self.pack.adapters[name].model)
+        except UserMetricError as error:
+            broken = str(error)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             reason = f"out of memory: predictions after step {self.trials[name].history.step}"
-        return self.first_of_ranks(reason)
+        if broken := self.first_of_ranks(broken):
+            raise UserMetricError(broken)
+        reason = self.first_of_ranks(reason)
+        metrics |= self.from_first_rank(found)
+        return reason
 
     def save(self, name: str, directory: str) -> None:
         """Write a trial's checkpoint; every rank passes its own view of the same directory."""

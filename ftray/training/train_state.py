@@ -96,6 +96,11 @@ class TrainState:
         return self.over or self.step in self.run.evaluate_at
 
     @property
+    def owes_report(self) -> bool:
+        """Whether the report that was due after the last step is missing: the validation was cut off."""
+        return self.step > 0 and self.due and (not self.reports or self.reports[-1]["step"] < self.step)
+
+    @property
     def over(self) -> bool:
         """Whether the last step is made."""
         return self.step >= self.run.steps

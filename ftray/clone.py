@@ -1,0 +1,99 @@
+"""Let a search train a new trial from the weights that one of its trials has reached, with other settings."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ftray.cli import run_command
+from ftray.config import AdapterConfig, Config, config_from
+from ftray.errors import UserError
+from ftray.storage.location import Location
+
+if TYPE_CHECKING:
+    from ftray.models.load import LoadedModel
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: no trial is named, it has no checkpoint yet, or its weights don't fit the settings.
+    """
+    from ftray.runtime.cluster import quiet
+
+    quiet()
+    from ftray.adapters.compatibility import dry_run
+    from ftray.models.find import find
+    from ftray.models.load import load_skeleton
+    from ftray.reports.status import searched
+    from ftray.search.clones import CLONE, keep_weights
+    from ftray.search.control import ask_to_add, when_it_begins
+    from ftray.search.jobs import output_of
+    from ftray.search.results import JOURNAL
+    from ftray.search.run_manifest import SPACE
+    from ftray.search.space import load_space
+    from ftray.task_spec import TaskSpec
+
+    number = cfg.request.trial
+    if number is None:
+        raise UserError("which trial? ftray status shows their numbers")
+    output = output_of(cfg)
+    of = searched(output)
+    own = configuration_of(output, number)
+    changed = {
+        "adapter": own["adapter"] | cfg.adapter.model_dump(exclude_unset=True),
+        "training": own["training"] | cfg.training.model_dump(exclude_unset=True),
+    }
+    settings = config_from({"training": of.training.model_dump() | changed["training"]}).training
+    if settings.zero_stage == 3:
+        raise UserError("training.zero_stage 3: a trial can't begin with the weights of another: take 0, 1 or 2")
+    skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
+    dry_run(AdapterConfig(**changed["adapter"]), skeleton, of.model, settings)
+    refuse_other_weights(number, own["adapter"], changed["adapter"], skeleton)
+    kept = keep_weights(output, number)
+    added = ask_to_add(output / JOURNAL, of, load_space(str(output / SPACE)), {**changed, CLONE: kept})
+    print(f"trial {added} has the weights of trial {number}, {kept['checkpoint']}")
+    print(when_it_begins(added, of, output))
+    return 0
+
+
+def configuration_of(output: Location, number: int) -> dict[str, Any]:
+    """The configuration of a trial of the search in `output`.
+
+    Raises:
+        UserError: there is no such trial, or it has not begun.
+    """
+    from ftray.search.journal import past_trials
+    from ftray.search.results import JOURNAL
+
+    if not (output / JOURNAL).exists():
+        raise UserError(f"output {output}: the search has not come to its first trial yet")
+    found = [trial for trial in past_trials(output / JOURNAL) if trial.number == number]
+    if not found:
+        raise UserError(f"trial {number}: the search has none of that number")
+    configuration: dict[str, Any] | None = found[0].user_attrs.get("config")
+    if configuration is None:
+        raise UserError(f"trial {number}: it has not begun")
+    return configuration
+
+
+def refuse_other_weights(number: int, own: dict[str, Any], changed: dict[str, Any], skeleton: "LoadedModel") -> None:
+    """Refuse settings with which an adapter has other weights than the trial's, or makes something else of them.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    from ftray.adapters.compatibility import trained_shapes
+
+    before = trained_shapes(AdapterConfig(**own), skeleton)
+    for name in (name for name in changed if changed[name] != own.get(name)):
+        alone = changed if name == "method" else own | {name: changed[name]}
+        if name in ("method", "init") or trained_shapes(AdapterConfig(**alone), skeleton) != before:
+            had = own.get(name, "its default")
+            raise UserError(
+                f"adapter.{name} {changed[name]}: the weights of trial {number} are of {had}, and fit no other; "
+                "ftray add begins a trial anew"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("clone"))

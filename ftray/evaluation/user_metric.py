@@ -1,0 +1,180 @@
+"""A metric of the user's own: a Python function in a file, from records and answers to a number a record.
+
+The file travels by content: workers elsewhere need not see it, and nothing that it imports from beside it is there.
+"""
+
+import inspect
+import math
+import re
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ftray.config import USER_METRIC, SearchConfig, at_home
+from ftray.errors import UserError, near
+
+if TYPE_CHECKING:
+    from ftray.evaluation.metrics import Scores
+
+SHOWN = 60  # characters of a prompt or an answer in a message
+
+
+class UserMetricError(Exception):
+    """The function can't be loaded, raised, or gave something else than a number a record; the message says where."""
+
+
+@dataclass(frozen=True)
+class UserMetric:
+    """A function of a file.
+
+    Attributes:
+        path: of the file, as the user wrote it.
+        name: of the function.
+        source: text of the file.
+    """
+
+    path: str
+    name: str
+    source: str
+
+    def values(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
+        """What the function gives of each record, float64 [records].
+
+        Args:
+            rows: of the shards; the function is given their `prompt` and `target`, of a mixture also the `source`.
+            answers: generated for them.
+
+        Raises:
+            UserMetricError: see there; it names the line of the file and the record.
+        """
+        function = self._function()
+        try:
+            given = function([_record(row) for row in rows], list(answers))
+        except (Exception, SystemExit) as error:
+            raise UserMetricError(self._raised(error, self._first_that_raises(rows, answers))) from None
+        place = f"{self.path}:{function.__code__.co_firstlineno}: {self.name} gave"
+        try:
+            numbers = [float(number) for number in given]
+        except (TypeError, ValueError):
+            raise UserMetricError(f"{place} {_short(given)}, not a list of numbers, one a record") from None
+        if len(numbers) != len(rows):
+            raise UserMetricError(f"{place} {len(numbers)} numbers for {len(rows)} records")
+        for i, number in enumerate(numbers):
+            if not math.isfinite(number):
+                raise UserMetricError(f"{place} {number} for {_described(i, rows[i], answers[i])}")
+        return np.array(numbers, float)
+
+    def add_to(self, scores: "Scores", rows: Sequence[dict[str, Any]]) -> None:
+        """Put the mean over records among the metrics of `scores`, which hold the answers to `rows`.
+
+        Raises:
+            UserMetricError: as :meth:`values`.
+        """
+        from ftray.evaluation.metrics import ratio  # here: the driver of a search needs none of it
+
+        values = self.values(rows, scores.generated)
+        scores.metrics[self.name] = ratio(values, np.ones_like(values))
+
+    def try_on(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Load the function, and try it with stand-in answers: the targets, then nothing, as a base may answer.
+
+        Raises:
+            UserError: it can't be used.
+        """
+        try:
+            function = self._function()
+            try:
+                inspect.signature(function).bind([], [])
+            except TypeError as error:
+                line = function.__code__.co_firstlineno
+                raise UserMetricError(
+                    f"{self.path}:{line}: {self.name} must take (records, answers), two lists: {error}"
+                ) from None
+            if rows:  # of a large source, no validation record may have been read
+                for answers in ([str(row["target"]) for row in rows], [""] * len(rows)):
+                    self.values(rows, answers)
+        except UserMetricError as error:
+            raise UserError(str(error)) from None
+
+    def _function(self) -> types.FunctionType:
+        return _loaded(self.path, self.name, self.source)
+
+    def _raised(self, error: BaseException, record: str) -> str:
+        return f"{_place(error, self.path)}: {_named(error)} ({self.name} of {record})"
+
+    def _first_that_raises(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            try:
+                self._function()([_record(row)], [answer])
+            except (Exception, SystemExit):
+                return _described(i, row, answer)
+        return f"{len(rows)} records together"
+
+
+def user_metrics(search: SearchConfig) -> tuple[UserMetric, ...]:
+    """The functions among the goals of a search, with their files as they are now.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    return tuple(_read(name) for name in search.metric.split(",") if re.fullmatch(USER_METRIC, name))
+
+
+def _read(given: str) -> UserMetric:
+    path, name = re.fullmatch(USER_METRIC, given).groups()  # type: ignore[union-attr]
+    try:
+        return UserMetric(path, name, Path(str(at_home(path))).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"search.metric {given}: can't be read: {getattr(error, 'strerror', error)}") from None
+
+
+@lru_cache
+def _loaded(path: str, name: str, source: str) -> types.FunctionType:
+    """The function; what else the file does is done once a process."""
+    module = types.ModuleType(f"ftray_metric_{abs(hash(source))}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where a dataclass looks for its own
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except SyntaxError as error:
+        raise UserMetricError(f"{path}:{error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise UserMetricError(f"{_place(error, path)}: {_named(error)}") from None
+    function = getattr(module, name, None)
+    if not isinstance(function, types.FunctionType):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UserMetricError(f"{path}: has no function {name}{near(name, there)}")
+    return function
+
+
+def _place(error: BaseException, path: str) -> str:
+    """The last line of the file that an error came through."""
+    line, trace = 0, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{path}:{line}" if line else path
+
+
+def _named(error: BaseException) -> str:
+    return ": ".join(filter(None, (type(error).__name__, _short(error))))
+
+
+def _record(row: dict[str, Any]) -> dict[str, str]:
+    return {key: row[key] for key in ("prompt", "target", "source") if row.get(key) is not None}
+
+
+def _described(index: int, row: dict[str, Any], answer: str) -> str:
+    return f"record {index}, prompt {_short(row['prompt'])!r}, answer {_short(answer)!r}"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
