@@ -686,6 +686,8 @@ def test_what_a_part_says_beside_is_named():
     ]
     seen = parse_and_see({"messages": [user(said[:1]), assistant("r"), user(said[1:]), assistant("s")]}, "f:1")[1]
     assert seen.ignored == ("messages[].content[].is_error",)
+    called = assistant(None, tool_calls=[{"id": "t1", "index": 0, **function("f", a=1)}])
+    assert parse_and_see({"messages": [user("q"), called]}, "f:1")[1].ignored == ()
 
 
 def test_parts_are_other_spellings_of_calls_and_turns_of_tools():

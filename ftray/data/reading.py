@@ -69,7 +69,7 @@ def _ignored(record: Record, shape: Shape) -> tuple[str, ...]:
         unread = [key for key in turn if key not in shape.in_turn and meanings.marks_learnt(key) is None]
         found.update(f"{at}.{key}" for key in unread if not is_empty(turn[key]))
         for key, parts in turn.items():
-            for part in parts if key in shape.in_turn and isinstance(parts, list) else []:
+            for part in parts if key in shape.in_turn and key != "tool_calls" and isinstance(parts, list) else []:
                 left = [name for name in part if name not in shape.in_part] if isinstance(part, dict) else []
                 found.update(f"{at}.{key}[].{name}" for name in left if not is_empty(part[name]))
     return tuple(sorted(found.difference(record.get(GROUP, ())[:1])))
