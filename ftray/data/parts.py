@@ -16,7 +16,7 @@ import pyarrow.compute
 from ftray.data.formats import Chunk
 from ftray.storage.location import Location
 
-PART_BYTES = 2**26  # of records in memory, above which they are sorted and written
+PART_BYTES = 2**24  # of records in memory, above which they are sorted and written
 BIN_BYTES = 2**25  # of a source that one bin holds, about
 UNKNOWN_BYTES = 2**29  # taken for the size of a chunk that doesn't say its own
 MOST_BINS = 2**11

@@ -284,6 +284,7 @@ def _read_chunk(rows: pa.Table, cfg: DataConfig, source: str, task: TaskSpec, wo
     (row,) = rows.to_pylist()
     tables = _checked(Chunk(**json.loads(row["chunk"])), cfg, source, record_task(task))
     found = write_sorted(tables, parse_location(work), f"{source}-{row['number']:06d}", bins, cfg.limit)
+    pa.default_memory_pool().release_unused()  # Arrow would keep it as long as this process lives
     return pa.table({"sorted": [json.dumps(asdict(found))]})
 
 
@@ -352,6 +353,7 @@ def _tokenize_bin(
         tables = (_tokenize_batch(batch, cfg, words, task) for batch in batches)
         first = next(tables)
         write_tables(place / name, chain([first], tables), first.schema)
+        pa.default_memory_pool().release_unused()
     return pa.table({"file": [name]})
 
 
