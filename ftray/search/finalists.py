@@ -182,5 +182,6 @@ def verdict(choice: dict[str, Any], metric: str) -> list[str]:
             + ("" if d["shown"] else ": no difference shown")
         )
     winner = choice["winner"]
-    why = "the better one" if winner == choice["best"] else "the smaller one of those that show no difference"
+    shown = all(d["shown"] for d in choice["differences"])
+    why = "the better one" if shown else "the smaller one of those that show no difference"
     return [*lines, f"trial {winner} wins: {why}, {parameters[winner]:,} trained parameters"]
