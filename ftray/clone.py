@@ -94,8 +94,8 @@ def refuse_other_weights(number: int, own: dict[str, Any], changed: dict[str, An
 
 def _no_fit(number: int, name: str, own: dict[str, Any], changed: dict[str, Any]) -> UserError:
     return UserError(
-        f"adapter.{name} {changed[name]}: the weights of trial {number} are of {own.get(name, 'its default')}, and fit no "
-        "other; ftray add begins a trial anew"
+        f"adapter.{name} {changed[name]}: the weights of trial {number} are of {own.get(name, 'its default')}, "
+        "and fit no other; ftray add begins a trial anew"
     )
 
 
