@@ -43,6 +43,8 @@ def run(cfg: Config) -> int:
         "adapter": own["adapter"] | cfg.adapter.model_dump(exclude_unset=True),
         "training": own["training"] | cfg.training.model_dump(exclude_unset=True),
     }
+    if changed["adapter"]["method"] != own["adapter"]["method"]:  # whose parameters the others are not
+        raise _no_fit(number, "method", own["adapter"], changed["adapter"])
     settings = config_from({"training": of.training.model_dump() | changed["training"]}).training
     if settings.zero_stage == 3:
         raise UserError("training.zero_stage 3: a trial can't begin with the weights of another: take 0, 1 or 2")
@@ -86,13 +88,15 @@ def refuse_other_weights(number: int, own: dict[str, Any], changed: dict[str, An
 
     before = trained_shapes(AdapterConfig(**own), skeleton)
     for name in (name for name in changed if changed[name] != own.get(name)):
-        alone = changed if name == "method" else own | {name: changed[name]}
-        if name in ("method", "init") or trained_shapes(AdapterConfig(**alone), skeleton) != before:
-            had = own.get(name, "its default")
-            raise UserError(
-                f"adapter.{name} {changed[name]}: the weights of trial {number} are of {had}, and fit no other; "
-                "ftray add begins a trial anew"
-            )
+        if name == "init" or trained_shapes(AdapterConfig(**own | {name: changed[name]}), skeleton) != before:
+            raise _no_fit(number, name, own, changed)
+
+
+def _no_fit(number: int, name: str, own: dict[str, Any], changed: dict[str, Any]) -> UserError:
+    return UserError(
+        f"adapter.{name} {changed[name]}: the weights of trial {number} are of {own.get(name, 'its default')}, "
+        "and fit no other; ftray add begins a trial anew"
+    )
 
 
 if __name__ == "__main__":

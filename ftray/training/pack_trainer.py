@@ -196,11 +196,10 @@ class PackTrainer:
                 failures[name] = f"out of memory: validation after step {history.step}"
             elif not math.isfinite(loss):
                 failures[name] = f"diverged: validation loss is {loss} after step {history.step}"
-            elif name in measured:
-                metrics |= measured[name]
-            elif reason := self._measure(name, metrics):
+            elif reason := None if name in measured else self._measure(name, metrics):
                 failures[name] = reason
             else:
+                metrics |= measured.get(name, {})
                 took = seconds + time.monotonic() - started
                 history.report(engine.lr_scheduler.get_last_lr()[0], metrics, took, validated)
         return failures
