@@ -156,9 +156,11 @@ def run_ours(args: argparse.Namespace) -> None:
     quiet()
 
     from ftray.config import Config
+    from ftray.data import TokenizedData
     from ftray.models.find import find
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.driver import search
+    from ftray.search.signals import paired_training
     from ftray.search.space import load_space
     from ftray.search.trial_worker import SearchContext
     from ftray.storage.location import parse_location
@@ -180,8 +182,9 @@ def run_ours(args: argparse.Namespace) -> None:
     heard: list[tuple[float, float]] = []
     path = find(cfg.model.name)
     connect(cfg)
-    context = SearchContext(cfg, path, shards(args.cache), gpus_per_worker(cfg))
-    search(context, load_space(str(output / "space.yaml")), parse_location(args.output), [listener(heard, args.goal)])
+    space, data = load_space(str(output / "space.yaml")), TokenizedData.load(shards(args.cache))
+    context = SearchContext(cfg, path, data.directory, gpus_per_worker(cfg), paired_training(cfg, space, data))
+    search(context, space, parse_location(args.output), [listener(heard, args.goal)])
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 
