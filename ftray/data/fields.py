@@ -1,4 +1,4 @@
-"""Mapping: which keys of a record make the fields that a shape is recognised by."""
+"""The mapping `data.fields`: which keys of a record become the fields by which its shape is recognised."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Formats: the records in a chunk of a source, each with its location."""
+"""Reads the records of a chunk of a source, whatever its format, each with its location."""
 
 import csv
 import io
@@ -205,7 +205,7 @@ def _read_jsonl_text(chunk: Chunk) -> Iterator[Located]:
 def _read_json(chunk: Chunk) -> Iterator[Located]:
     """A list of records, `{"data": [...]}`, one record, or JSON lines, which are often called .json too.
 
-    A list and lines are read piece by piece, and whatever else, and what is wrong, as a whole.
+    A list and lines are read piece by piece; anything else, and what is damaged, as a whole.
     """
     count = 0
     try:
@@ -260,7 +260,7 @@ def _named(names: list[str]) -> str:
 
 
 def _read_text(chunk: Chunk) -> Iterator[Located]:
-    """A text in parts of about `block` characters, which end with a line where they can; `PART` says which is which."""
+    """A text in parts of about `block` characters, cut after a line if possible; `PART` says: first, middle or last."""
     part, at, number, begun = "", 1, 0, False
     with _text_of(chunk, None) as file:
         try:
@@ -322,7 +322,7 @@ def _read_arrow(chunk: Chunk) -> Iterator[Located]:
 
 
 def _rows(batches: Iterable[pa.RecordBatch], schema: pa.Schema, chunk: Chunk) -> Iterator[Located]:
-    """The rows of tables; numbers that `datasets` has names for, as these."""
+    """The rows of tables. Numbers of classes become the names that `datasets` has stored for them."""
     stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = class_names(stored.get("info", {}).get("features") or {})
     number = chunk.first

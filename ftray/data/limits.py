@@ -1,4 +1,4 @@
-"""Data against what the model has places for: found before training, which would end in an index error."""
+"""Compares data with the positions and embeddings of a model, before training would end in an index error."""
 
 import math
 from collections.abc import Sequence

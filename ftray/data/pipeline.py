@@ -20,6 +20,7 @@ import pyarrow.compute
 import pyarrow.fs as pafs
 
 from ftray.config import DataConfig
+from ftray.data.check import in_order, refuse_empty, refuse_mixture, refuse_unsupervised
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer, state_of
 from ftray.data.formats import Chunk, read_chunk
 from ftray.data.load_apart import load_apart
@@ -27,20 +28,7 @@ from ftray.data.parts import Sorted, bins_of, read_bin, read_tables, write_sorte
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
-from ftray.data.splits import (
-    FEW,
-    SPLITS,
-    Source,
-    Sources,
-    filled,
-    find_sources,
-    in_order,
-    key_place_and_split,
-    needed,
-    refuse_empty,
-    refuse_mixture,
-    refuse_unsupervised,
-)
+from ftray.data.splits import FEW, SPLITS, Source, Sources, filled, find_sources, key_place_and_split, needed
 from ftray.data.tokens import Tokens, prompt_template, rendering, spread
 from ftray.errors import UserError
 from ftray.models.tokenizer import load_tokenizer
@@ -98,7 +86,7 @@ def prepare(
         labels: its classes; empty: those of the training records.
 
     Raises:
-        UserError: as :meth:`ftray.data.splits.DataCheck.run`, also about records beyond the part that it reads.
+        UserError: as :meth:`ftray.data.check.DataCheck.run`, also about records beyond the part that it reads.
     """
     sources = find_sources(cfg)
     if task == CAUSAL.name and not trust_remote_code:

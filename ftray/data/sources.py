@@ -20,7 +20,7 @@ from ftray.models.find import is_hub_id
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst", ".bz2")
 TEXT = (".txt", ".md")  # in a folder that holds records too, these describe them
-# files that tell of data, and hold none
+# files that describe data and hold none
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 ABOUT_TEXT = ("readme", "license", "licence", "changelog", "citation", "contributing")
 # how files and splits are named, as `datasets` knows them
@@ -32,10 +32,10 @@ SPLIT_NAMES = {
 CHUNK_BYTES = 32 * 2**20  # of a JSONL file that one task reads
 CHECKED_BYTES = 64 * 2**20  # sources up to this size are read in full before anything starts
 CHECKED_RECORDS = 1000  # of larger ones, this many
-CHARACTERS = 4  # of a token, about: a text file is cut into records that fill `max_length`
+CHARACTERS = 4  # of a token, on average: a text file is cut into records that fill `max_length`
 AUTO_TOKENS = 2048  # of such a record under `max_length: auto`, which then follows the records
-TEXT_RECORDS = 50  # that few text files are cut into, so that some are left for validation
-LEAST_TEXT = 100  # characters of such a record
+TEXT_RECORDS = 50  # that text files are cut into at least, so that some are left for validation
+LEAST_TEXT = 100  # characters that such a record has at least
 
 
 Splits = dict[str, list[Chunk]]
@@ -138,7 +138,10 @@ def _matching(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
 
 
 def _of_records(files: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
-    """Without those that tell of the others, if there are any; a README among files like it is one of them."""
+    """The files without those that describe the others, if there are others.
+
+    A README is one that describes, unless all files are of its format.
+    """
 
     def name(file: pafs.FileInfo) -> str:
         return str(file.path.rpartition("/")[2].lower())
@@ -154,7 +157,7 @@ def _is_text(file: pafs.FileInfo) -> bool:
 
 
 def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.FileInfo]:
-    """The files of records below a folder; those of text only where there are no others."""
+    """The files of records below a folder. Text files count only where there is nothing else."""
     entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     files = sorted(
         (e for e in entries if "/." not in e.path[len(root) :] and e.is_file and suffix_of(e.path) in SUFFIXES),
@@ -168,7 +171,7 @@ def _files_in(filesystem: pafs.FileSystem, root: str, source: str) -> list[pafs.
 
 
 def _by_name(files: list[pafs.FileInfo], root: str) -> dict[str, list[pafs.FileInfo]]:
-    """Files by the split that they, or folders between them and `root`, are named by; others are to be trained on."""
+    """Files by the split in their name, or in that of a folder between them and `root`; without one, `train`."""
     found: dict[str, list[pafs.FileInfo]] = {name: [] for name in SPLIT_NAMES}
     for file in files:
         names = reversed(file.path[len(root.rstrip("/")) + 1 :].lower().split("/"))
@@ -179,7 +182,7 @@ def _by_name(files: list[pafs.FileInfo], root: str) -> dict[str, list[pafs.FileI
 
 
 def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> dict[str, list[pafs.FileInfo]]:
-    """The Arrow files of each split that `datasets` saved in a folder; none: it is no such folder."""
+    """The Arrow files of each split in a folder that `datasets` has saved; empty: it is another folder."""
 
     def load(path: str) -> dict[str, Any]:
         with filesystem.open_input_stream(path) as file:
@@ -205,10 +208,10 @@ def _saved(filesystem: pafs.FileSystem, root: str, source: str, wanted: str) -> 
 
 
 def _known_splits(splits: dict[str, Any], source: str) -> dict[str, Any]:
-    """Splits by the names that they have here; other ones are left out.
+    """Splits under the names of `SPLIT_NAMES`; others are left out.
 
     Raises:
-        UserError: none of them is to be trained on.
+        UserError: none of them is `train`.
     """
     found = {}
     for name, known in SPLIT_NAMES.items():
@@ -237,7 +240,7 @@ def _chunks_of_all(
 
 
 def suffix_of(path: str) -> str:
-    """What names the format of a file, in small letters; of a compressed one, that of what is in it."""
+    """The suffix that names a file's format, in lower case; of a compressed file, the one before `.gz` and the like."""
     name = Path(path)
     inner = name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name
     return inner.suffix.lower()

@@ -1,32 +1,22 @@
-"""Which record belongs to which split, by its content; and the check of the data before work starts."""
+"""Which record belongs to which split: by a hash of its content, so that the order of records changes nothing."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftray.config import DataConfig
 from ftray.data.formats import Chunk, open_path
-from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shapes import GROUP
-from ftray.data.sources import find_chunks, find_splits, is_small, read_for_check
-from ftray.data.tokens import spread
+from ftray.data.sources import find_chunks, find_splits
 from ftray.errors import UserError
-from ftray.task_spec import TaskSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
-MEASURED = 10_000  # records at most, a random sample, whose lengths `max_length: auto` goes by
 FEW = 1000  # records, up to which no split that was asked for is left empty by chance
+LEAST_SHARE = 0.1  # records that a split must be expected to have, for that
 SHOWN = 3  # files of a split that are named
-LEAST_SHARE = 0.1  # of a record, that a split must come to for that
-SHOWN = 4  # validation records, on which a user's metric is tried
-TOKENIZED_AT_ONCE = 64  # records of the check, of which as a rule the first ones have something to learn
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class Source:
     """Where records come from.
 
     Attributes:
-        chunks: of it, that can be read in parallel; in a mixture, each names its part.
+        chunks: pieces of it that can be read in parallel; in a mixture, each names the part that it belongs to.
         cfg: how its records are split and tokenized; `source` names it.
     """
 
@@ -60,7 +50,7 @@ def find_sources(cfg: DataConfig) -> Sources:
     """
     given = {"validation": cfg.validation, "test": cfg.test}
     own = {part: find_splits(of.source, of) for part, of in cfg.parts.items()}
-    # what a source has a split of its own for is not cut from what it is to be trained on
+    # a split that a source brings with it is not cut from its training records
     uncut = {
         part: {f"{name}_fraction": 0.0 for name, source in given.items() if source or name in splits}
         for part, splits in own.items()
@@ -77,10 +67,7 @@ def find_sources(cfg: DataConfig) -> Sources:
 
 
 def held_out_files(sources: Sources) -> str:
-    """A line that says which files of folders, globs and the hub are validation and test, as their names are so.
-
-    Empty: there are none.
-    """
+    """A line that says which files of folders, globs and the hub are held out because of their names; empty: none."""
     said = []
     for name in SPLITS[1:]:
         paths = [*dict.fromkeys(chunk.path for chunk in sources[name].chunks)] if name in sources else []
@@ -95,7 +82,7 @@ def held_out_files(sources: Sources) -> str:
 
 
 def _chunks(splits: dict[str, dict[str, list[Chunk]]], name: str) -> list[Chunk]:
-    """Those of a split, of all parts, each with the name of its part."""
+    """The chunks of a split, over all parts; each with the name of its part."""
     return [replace(chunk, part=part) for part, own in splits.items() for chunk in own.get(name, [])]
 
 
@@ -157,13 +144,17 @@ def _split(place: int, cfg: DataConfig, source: str) -> str:
 
 
 def filled(splits: Sequence[str], places: Sequence[int], parts: Sequence[str], sources: Sources) -> list[str]:
-    """The splits of records, so that of few none that was asked for is empty by chance: it gets its share of others.
+    """The splits of records, changed so that no split that was asked for is empty by chance, where records are few.
 
-    Records of one place, equal ones and those of one group, move together; equal ones are parted only where fewer
-    differ than there are splits. Nothing depends on the order of the records.
+    An empty split takes records from the largest one, as many as its fraction asks for, and one at least. Records of
+    one place (equal ones, and those of one group) move together; equal ones go to different splits only where fewer
+    records differ than there are splits. The order of the records changes nothing.
 
     Args:
-        splits, places, parts: of each record that is used of the source of `train`.
+        splits, places, parts: of each training record, as :func:`key_place_and_split` gives them, and its part.
+
+    Returns:
+        A split for each record.
     """
     cfg = sources["train"].cfg
     shares = {
@@ -203,214 +194,3 @@ def _content(value: object) -> bytes:
 
 def _hash(content: bytes, seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=f"{purpose}{seed}".encode()).digest())
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A record that was read: its part of a mixture, its place in the order and among the splits, its split, what the
-    task found in it.
-    """
-
-    part: str
-    key: int
-    place: int
-    split: str
-    example: Any
-
-
-class DataCheck:
-    """One pass over the data before anything expensive starts: gives the first record, checks and splits them all.
-
-    Sources up to 64 MiB are read in full, of larger ones the first 1000 records.
-
-    Attributes:
-        first: the first training record, by which the task is inferred.
-        lengths: tokens of training records, whole; of none unless `max_length` is `auto`.
-        shown: a few validation records, with their `prompt` and `target` as the shards will have them.
-
-    Raises:
-        UserError: as :func:`find_sources`; or the first training record can't be read.
-    """
-
-    def __init__(self, cfg: DataConfig):
-        self.cfg, self.sources = cfg, find_sources(cfg)
-        self.lengths: list[int] = []
-        self.shown: list[dict[str, Any]] = []
-        self._records = {
-            (name, part): read_for_check(own.chunks)
-            for name, source in self.sources.items()
-            for part, own in source.parts.items()
-        }
-        at = next(iter(self._records))  # train comes first
-        first = next(self._records[at], None)
-        if first is None:
-            raise _no_record(self.sources["train"].parts[at[1]].cfg)
-        self.first = first
-        self._records[at] = chain([first], self._records[at])
-
-    def run(
-        self, tokenizer: "PreTrainedTokenizerBase", task: str = "CAUSAL_LM", labels: tuple[str, ...] = ()
-    ) -> TaskSpec:
-        """Find what is wrong with the data. Reads on from :attr:`first`, so it can be called once.
-
-        Args:
-            labels: the classes of the task; empty: those of the training records.
-
-        Returns:
-            The task with the labels of the records that were read, or the given ones.
-
-        Raises:
-            UserError: see :mod:`ftray.data.sources` and :mod:`ftray.data.record_task`; also an empty split, or no
-                supervised token within `max_length`, where the whole source was read; a cache that can't be
-                written.
-        """
-        from ftray.data.pipeline import check_cache  # which imports this module
-
-        check_cache(self.cfg, self.sources, tokenizer, task, labels)
-        if held_out := held_out_files(self.sources):
-            print(held_out, flush=True)
-        of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
-        counts: Counter[str] = Counter()
-        different: set[int] = set()
-        first: list[Any] = []  # of all, with which those of other sources must agree
-        are_parted = False
-        for name, source in self.sources.items():
-            records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
-            first = first or [records[0].example]
-            refuse_mixture([*first, *(record.example for record in records)], of)
-            if name == "train" and of.has_labels and not labels:
-                of = record_task(replace(of.spec, labels=_classes(records, of, source)))
-            taken = sorted(records, key=lambda record: record.key)[: source.cfg.limit]
-            if name == "train" and is_small(source.chunks):
-                taken = self._filled(taken)
-                in_split = {(record.place, record.part, record.split) for record in taken}
-                are_parted = len(in_split) > len({(record.place, record.part) for record in taken})
-            counts.update(record.split for record in taken)
-            different.update(record.key for record in taken)
-            self._show([record for record in taken if record.split == "validation"], tokenizer, of, source)
-            if name == "train" and self.cfg.max_length == "auto":
-                self.lengths = _lengths(taken[:MEASURED], tokenizer, of, source)
-            if is_small(source.chunks):
-                for part, own in source.parts.items():
-                    of_part = [record for record in records if record.part == part]
-                    to_learn = [record.example for record in taken if (record.part, record.split) == (part, name)]
-                    examples = to_learn or [record.example for record in of_part]
-                    _refuse_nothing_to_learn(examples, tokenizer, of, own.cfg)
-        if all(is_small(source.chunks) for source in self.sources.values()):
-            for split in needed(self.cfg):
-                if not counts[split]:
-                    refuse_empty(split, counts.total(), self.cfg, len(different))
-        if are_parted:
-            print(
-                f"data {self.cfg.names}: too few records differ: equal ones are trained on and held out, and what is "
-                "held out proves nothing",
-                flush=True,
-            )
-        return of.spec
-
-    def _show(
-        self, held_out: list[_Record], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, source: Source
-    ) -> None:
-        for record in held_out[: SHOWN - len(self.shown)]:
-            own = source.parts[record.part].cfg
-            rows = spread(of.tokenize([record.example], tokenizer, own))
-            part = {"source": record.part} if record.part else {}
-            self.shown += [{"prompt": row.prompt, "target": row.target, **part} for _, row in rows if row]
-
-    def _filled(self, taken: list[_Record]) -> list[_Record]:
-        """Records with their final splits."""
-        by_hash, places, parts = zip(*((record.split, record.place, record.part) for record in taken), strict=True)
-        splits = filled(by_hash, places, parts, self.sources)
-        return [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
-
-    def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
-        records = [
-            _Record(part, *key_place_and_split(record, cfg, name, part), of.parse(record, place))
-            for place, record in self._records[name, part]
-        ]
-        if not records:
-            raise _no_record(cfg)
-        return records
-
-
-def _no_record(cfg: DataConfig) -> UserError:
-    return UserError(f"data {cfg.names}: holds no record")
-
-
-def _classes(records: list[_Record], of: RecordTask, source: Source) -> tuple[str, ...]:
-    """The class names of the training records, none of which is too rare."""
-    seen = Counter(label for record in records for label in of.labels(record.example))
-    if is_small(source.chunks):
-        refuse_labels(seen, [record.example for record in records], of, source.cfg)
-    return in_order(seen)
-
-
-def _lengths(records: list[_Record], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, source: Source) -> list[int]:
-    """The most tokens that a model reads, or writes, of each record at once."""
-    found = []
-    for part, own in source.parts.items():
-        examples = [record.example for record in records if record.part == part]
-        for at in range(0, len(examples), TOKENIZED_AT_ONCE):
-            rows = spread(of.tokenize(examples[at : at + TOKENIZED_AT_ONCE], tokenizer, own.cfg))
-            found += [max([*(row.lengths or [len(row.input_ids)]), len(row.labels)]) for _, row in rows if row]
-    if not found:
-        refuse_unsupervised(source.cfg)
-    return found
-
-
-def _refuse_nothing_to_learn(
-    examples: list[Any], tokenizer: "PreTrainedTokenizerBase", of: RecordTask, cfg: DataConfig
-) -> None:
-    """Raise the UserError about records of which tokenization leaves nothing, if that is so."""
-    batches = (examples[at : at + TOKENIZED_AT_ONCE] for at in range(0, len(examples), TOKENIZED_AT_ONCE))
-    if not any(any(of.tokenize(batch, tokenizer, cfg)) for batch in batches):
-        refuse_unsupervised(cfg)
-
-
-def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Class names sorted; whole numbers by their size."""
-    return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
-
-
-def refuse_mixture(examples: list[Any], task: RecordTask) -> None:
-    """Raise the UserError about records that can't be trained on together, if there are any."""
-    first = examples[0]
-    for example in examples:
-        if task.shape(example) != task.shape(first):
-            raise UserError(
-                f"{example.where}: has {task.shape(example)}, but {first.where} has {task.shape(first)}: "
-                "all records must be alike"
-            )
-
-
-def refuse_labels(seen: Counter[str], examples: list[Any], task: RecordTask, cfg: DataConfig) -> None:
-    """Raise the UserError about labels that can't be learnt, if there are any."""
-    if len(seen) < 2:
-        raise UserError(f"data {cfg.names}: {next(iter(seen))!r} is the only label: there is nothing to tell apart")
-    rare = next((label for label, count in seen.items() if count < task.min_label_count), None)
-    if rare is not None:
-        where = next(example.where for example in examples if rare in task.labels(example))
-        raise UserError(
-            f"{where}: label {rare!r} occurs only once: it can't be learnt and validated; give more such records"
-        )
-
-
-def refuse_empty(split: str, records: int, cfg: DataConfig, different: int | None = None) -> None:
-    """Raise the UserError about a split without records.
-
-    Args:
-        different: how many of the records differ from each other; None: not known.
-    """
-    said, do = f"{records} record(s)", f"raise data.{split}_fraction"
-    if different is not None and 2 * different < records:
-        said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
-    if split == "train":
-        raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records")
-    together = f"; records of one {cfg.group} stay together" if cfg.group else ""
-    raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}{together}")
-
-
-def refuse_unsupervised(cfg: DataConfig) -> None:
-    """Raise the UserError about a source of which tokenization left nothing."""
-    hint = "raise data.max_length" + (" or set data.overlong to truncate" if cfg.overlong == "drop" else "")
-    raise UserError(f"data {cfg.names}: no supervised token is left within max_length {cfg.max_length}: {hint}")

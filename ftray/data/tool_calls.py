@@ -1,8 +1,8 @@
-"""Calls of tools in what a model has written: read back as its chat template writes them.
+"""Finds tool calls in generated text, in the form in which the model's chat template writes them.
 
-Every family of models has a way of its own to write a call, and no file of a model says which. So the template is given
-calls that stand in no conversation, and where they stand in its rendering is how they are written: as a JSON object, as
-a name and an object, or key by key. What can't be read back so is no known form, and stays text.
+Each family of models writes calls in its own way, and no file of a model says which. So the template renders invented
+calls, and the rendering shows the form: a JSON object, a name and an object, or key by key. A form that doesn't give the
+invented calls back is unknown, and such answers stay text.
 """
 
 import json
@@ -163,7 +163,7 @@ class CallFormat:
         return re.search(r"\w", self.opening) is not None
 
     def certain(self, text: str) -> int:
-        """How many characters at the beginning of `text` are surely no part of a call, whatever follows."""
+        """How many characters at the beginning of `text` can be no part of a call, whatever follows."""
         if not self.marked:
             first = (self.opening.strip() or "{")[0]
             return 0 if not text.strip() or text.lstrip()[0] == first else len(text)
@@ -175,7 +175,7 @@ class CallFormat:
         return len(text[:at].rstrip())
 
     def parse(self, text: str, parameters: Mapping[str, Any]) -> tuple[str, list[ToolCall]]:
-        """What a text says before its calls, and these; the text as it is, if it does not end with calls.
+        """The text before the calls, and the calls; the whole text and none, if it does not end with calls.
 
         Args:
             parameters: of each tool that may be called, by its name: a JSON schema.

@@ -21,8 +21,9 @@ from ftray.adapters.lora_init import save
 from ftray.adapters.methods import attach
 from ftray.cli import COMMANDS, fields, parse, run_command
 from ftray.config import AdapterConfig, DataConfig, ModelConfig, config_from
+from ftray.data.check import DataCheck
 from ftray.data.formats import read_chunk
-from ftray.data.splits import DataCheck, find_sources
+from ftray.data.splits import find_sources
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.infer import Renderer, read_records
