@@ -137,7 +137,7 @@ def test_ray_train_preemption_known(monkeypatch):
 def test_ray_train_solo_trainer_starts_no_cleaner():
     from ray.train.torch import TorchTrainer
 
-    from ftray.compat.ray_train import SoloTrainer
+    from ftray.compat.ray_train_torch import SoloTrainer
 
     usual, ours = (
         [type(c).__name__ for c in make(print)._create_default_callbacks()] for make in (TorchTrainer, SoloTrainer)

@@ -122,6 +122,8 @@ def test_a_time_budget_waits_for_a_first_result():
     [
         ("ftray.search.broker", "ray.tune ray.train ray.data pandas optuna torch"),
         ("ftray.search.pack_worker", "ray.tune optuna transformers peft deepspeed"),  # Train's controller
+        ("ftray.runtime.preemption", "ray.tune optuna torch"),
+        ("ftray.search.results", "ray.tune optuna torch"),
     ],
 )
 def test_a_process_imports_only_what_it_needs(module, heavy):

@@ -1,8 +1,4 @@
-"""Private names of Ray Train; seen in Ray 2.60.0."""
-
-from typing import Any
-
-from ray.train.torch import TorchTrainer
+"""Private names of Ray Train, but for its trainers; seen in Ray 2.60.0. Imports no torch."""
 
 # what `Result.from_path` raises for a list of checkpoints that was cut off: it has no public class
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError as BrokenCheckpointList
@@ -13,7 +9,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-__all__ = ["BrokenCheckpointList", "SoloTrainer", "WorkerGroup", "WorkerGroupCallback", "preemption_known"]
+__all__ = ["BrokenCheckpointList", "WorkerGroup", "WorkerGroupCallback", "preemption_known"]
 
 
 def preemption_known() -> bool:
@@ -22,14 +18,3 @@ def preemption_known() -> bool:
     `ray.train.get_preemption_info` is a barrier for all workers, at every call.
     """
     return get_train_context().preemption_context.preemption_info is not None
-
-
-class SoloTrainer(TorchTrainer):
-    """A `TorchTrainer` without Ray's own helper that gives its placement group back if it is stopped from outside.
-
-    That is one more process a trainer, needs the dashboard to notice that a trainer is gone, and has no switch.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]

@@ -1,8 +1,8 @@
 """Finds tool calls in generated text, in the form in which the model's chat template writes them.
 
 Each family of models writes calls in its own way, and no file of a model says which. So the template renders invented
-calls, and the rendering shows the form: a JSON object, a name and an object, or key by key. A form that doesn't give the
-invented calls back is unknown, and such answers stay text.
+calls, and the rendering shows the form: a JSON object, a name and an object, or key by key. A form that does not give
+the invented calls back is unknown, and such answers stay text.
 """
 
 import json
