@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 import pyarrow.parquet as pq
 
-from benchmarks.curves import BATCH, REPLAY, SPACE, STEPS, TRAINED_RECORDS, VALIDATION_RECORDS
+from benchmarks.curves import BATCH, CONFIGURATIONS, REPLAY, SPACE, STEPS, TRAINED_RECORDS, VALIDATION_RECORDS
 
 VALIDATION_COST = VALIDATION_RECORDS / 3 / (STEPS * BATCH)  # of a full budget
 Event = tuple[float, float]  # budgets spent so far, final loss of a trial that has ended its budget
@@ -250,6 +250,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=200)
     args = parser.parse_args()
     for name in args.names or TRAINED_RECORDS:
+        file = REPLAY / f"{name}.parquet"
+        made = pq.read_metadata(file).num_rows if file.exists() else 0
+        if made < CONFIGURATIONS:
+            print(f"{name}: {made} of {CONFIGURATIONS} curves are there: python -m benchmarks.curves {name}")
+            continue
         curves = Curves.read(name)
         target = goal(curves)
         print(f"{name}: {len(curves.final)} configurations, median best of 16 at random: {target:.4f}")
