@@ -129,7 +129,7 @@ def test_a_cut_keeps_who_is_beaten_in_no_goal_before_who_is():
     # 0 is the default; 1 to 3 are alike in size, 4 and 5 are small
     for number, (loss, size) in enumerate([(5.0, 9.0), (1.0, 8.0), (2.0, 8.0), (3.0, 8.0), (4.0, 1.0), (4.5, 2.0)]):
         known.add(number)
-        known.report(number, 10, loss, (size,))
+        known.report(number, 10, loss, further=(size,))
     assert set(known.cut(0).survivors) == {1, 4, 2, 0}  # the front, then the best of the next one by its first goal
 
 

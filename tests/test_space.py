@@ -434,7 +434,7 @@ def test_packs_that_are_gone_leave_their_trials_unfinished(tmp_path, gone):
         (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\nThe actor died")
         assert failure_reason(trial) == (str(error) if raised else "The actor died")
     trial.pickled_error_file = str(tmp_path / "error.pkl")
-    end = TrialEnd(sampler)
+    end = TrialEnd(sampler, packed=True)
     end.on_trial_error(1, [trial], trial)
     assert states(tmp_path) == {number: "RUNNING" if gone else "FAIL"}
     if gone:

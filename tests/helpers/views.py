@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from ftray.cli import reads
 from ftray.config import Config
 
-INFERRED = ("search.metric", "search.direction")  # which `infer_task` completes for whatever command
+INFERRED = ("search.metric", "search.direction", "search.best")  # which `infer_task` completes for whatever command
 
 
 def guarded(command: str, cfg: Config) -> Config:
