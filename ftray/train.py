@@ -156,9 +156,8 @@ def print_reports(reports: list[dict[str, Any]], metric: str) -> None:
 
 def best_checkpoint(result: "Result", search: SearchConfig) -> str:
     """The directory name of the checkpoint with the best metric."""
-    sign = 1 if search.goal.direction == "min" else -1
     reported = [pair for pair in result.best_checkpoints if search.goal.metric in pair[1]]
-    best, _ = min(reported, key=lambda pair: sign * pair[1][search.goal.metric])
+    best, _ = min(reported, key=lambda pair: search.goal.sign * pair[1][search.goal.metric])
     return Path(best.path).name
 
 

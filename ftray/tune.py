@@ -354,13 +354,12 @@ def prove(
     """
     from peft import PeftModel
 
-    from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted
 
     cfg = context.config
-    data = TokenizedData.load(context.data)
+    data = context.tokenized
     base, usual = load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)

@@ -442,6 +442,22 @@ def test_packs_that_are_gone_leave_their_trials_unfinished(tmp_path, gone):
             end.on_step_begin(2, [trial])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_trial_without_a_process_ends_with_the_broker(tmp_path, packed):
+    sampler = make_sampler(tmp_path)
+    number = sampler.suggest("t0")["number"]
+    (tmp_path / "error.txt").write_text("Failure # 1\nThe actor died")
+    (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(ray.exceptions.ActorDiedError()))
+    error, pickled = str(tmp_path / "error.txt"), str(tmp_path / "error.pkl")
+    trial = SimpleNamespace(trial_id="t0", error_file=error, pickled_error_file=pickled)
+    end = TrialEnd(sampler, packed)
+    end.on_trial_error(1, [trial], trial)
+    assert states(tmp_path) == {number: "RUNNING" if packed else "FAIL"}
+    if packed:
+        with pytest.raises(SearchBroken, match="between the trials and the packs has died"):
+            end.refuse_broken()
+
+
 def test_every_state_has_its_word():
     """Those of Optuna and of Tune, as they are in the installed versions."""
     assert {state.name for state in TrialState} == set(trial_status.IN_JOURNAL)

@@ -15,6 +15,7 @@ from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from ftray.models.load import LoadedModel
@@ -234,22 +235,22 @@ def dry_run(adapter: AdapterConfig, skeleton: "LoadedModel", model: ModelConfig,
     Raises:
         UserError: the settings are not supported, or PEFT refuses (:func:`ftray.adapters.methods.attach`).
     """
-    import torch
-
     refuse(adapter, model, training, skeleton.model)
-    skeleton.idle_layers()  # which the copy takes along
-    with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
-        attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
+    _attached_copy(adapter, skeleton)
 
 
 def trained_shapes(adapter: AdapterConfig, skeleton: "LoadedModel") -> dict[str, tuple[int, ...]]:
     """The weights that training an adapter of the `skeleton` changes, by name."""
+    trained = (named for named in _attached_copy(adapter, skeleton).named_parameters() if named[1].requires_grad)
+    return {name: tuple(parameter.shape) for name, parameter in trained}
+
+
+def _attached_copy(adapter: AdapterConfig, skeleton: "LoadedModel") -> "PeftModel":
     import torch
 
     skeleton.idle_layers()  # which the copy takes along
     with torch.device("meta" if named(adapter)[1].on_meta else "cpu"):
-        model = attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
-    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        return attach(copy.deepcopy(skeleton), without_weights(adapter), 100, 0)
 
 
 def without_weights(adapter: AdapterConfig) -> AdapterConfig:

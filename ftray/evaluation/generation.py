@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -61,14 +61,12 @@ def generate(
     return texts
 
 
-def seconds_an_answer(
-    model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
-) -> float:
-    """The median time of an answer to a prompt of `rows`, each generated alone."""
+def seconds_an_answer(answer: Callable[[Row], object], rows: Sequence[Row]) -> float:
+    """The median time that `answer` takes for a prompt of `rows`."""
     took = []
     for row in (rows[0], *rows):  # what the first of all takes is warming up
         started = time.perf_counter()
-        generate(model, tokenizer, [row], cfg)
+        answer(row)
         took.append(time.perf_counter() - started)
     return statistics.median(took[1:])
 

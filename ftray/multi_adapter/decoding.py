@@ -5,8 +5,6 @@ sequence that ends gives its place to the next.
 """
 
 import copy
-import statistics
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,15 +101,11 @@ class PackDecoder:
         """The median time of an answer to a prompt of `rows`, each decoded alone, by an adapter that isn't merged."""
         together = self._prepared({"own": model})
         if not together:
-            return seconds_an_answer(model, self.tokenizer, list(rows), self.cfg)
+            return seconds_an_answer(lambda row: generate(model, self.tokenizer, [row], self.cfg), rows)
         self._load(together, 1)
-        took = []
-        for row in (rows[0], *rows):  # what the first of all takes is warming up
-            started = time.perf_counter()
-            self._decoded(["own"], [row])
-            took.append(time.perf_counter() - started)
+        took = seconds_an_answer(lambda row: self._decoded(["own"], [row]), rows)
         self.runner.reset()
-        return statistics.median(took[1:])
+        return took
 
     def _prepared(self, models: Mapping[str, PeftModel]) -> dict[str, tuple[PeftModel, dict[str, Any]]]:
         """Copies of the adapters that can be decoded together, with their layers: decoding rounds their weights."""

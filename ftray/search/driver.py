@@ -9,13 +9,13 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from ray import tune
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
 from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
-from ftray.data import TokenizedData
 from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
@@ -28,7 +28,7 @@ from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import FACTOR, MOST_IN_COHORT, rung_records
+from ftray.search.rungs import FACTOR, cohort_size, rung_records
 from ftray.search.sampler import Sampler
 from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
@@ -92,7 +92,7 @@ class TrialEnd(tune.Callback):
         reason, error = failure_reason(trial), trial_error(trial)
         if isinstance(error, PacksGone):
             self._gone = reason
-        elif self.packed and error is None:
+        elif self.packed and isinstance(error, RayActorError):
             self._gone = "the process between the trials and the packs has died"
         else:
             self.sampler.fail(trial.trial_id, reason)
@@ -135,7 +135,7 @@ def _in_packs(context: SearchContext, space: Space) -> bool:
     if not packable(cfg, space):
         print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
         return False
-    if not TokenizedData.load(context.data).task.load().packed:
+    if not context.tokenized.task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
     return True
 
@@ -203,7 +203,7 @@ def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packe
     def size() -> int:
         if packed and capacity.since is not None:
             return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
-        return cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
+        return cohort_size(cfg.search)
 
     cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)
     cohorts.restore(past_trials(output / JOURNAL), cfg.search.goal.metric, cfg.search.goals[1:])

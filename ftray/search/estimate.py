@@ -25,7 +25,6 @@ from ftray.adapters.methods import attach, layers_left_out
 from ftray.adapters.targets import described
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
-from ftray.data import TokenizedData
 from ftray.models.load import LoadedModel, choose_dtype, load_skeleton
 from ftray.models.probe import body
 from ftray.models.sharding import units
@@ -38,7 +37,7 @@ from ftray.search.driver import trials_that_fit
 from ftray.search.pack_worker import PackContext, PackWorker
 from ftray.search.packs import pack_trainer, packs_that_fit
 from ftray.search.run_manifest import packable
-from ftray.search.rungs import LEAST_FINALISTS, MOST_IN_COHORT, Rung
+from ftray.search.rungs import LEAST_FINALISTS, Rung, cohort_size
 from ftray.search.space import BASELINE, Space
 from ftray.search.trial_worker import SearchContext, trainer
 from ftray.storage.local import LocalLocation
@@ -119,7 +118,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
         `methods`, `rungs` (records and expected trials), `tokens`, `memory` (bytes a worker) and `seconds`.
     """
     cfg, shared = context.config, packable(context.config, space) and context.config.search.pack != "off"
-    tokenized = TokenizedData.load(context.data)
+    tokenized = context.tokenized
     data = tokenized.splits
     skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task)
     skeleton.model.to(choose_dtype(cfg.model))
@@ -179,8 +178,7 @@ def further_runs_of(cfg: Config, compared: list[Rung]) -> int:
     """Full budgets that are spent on the finalists' other seeds."""
     if cfg.search.scheduler != "halving" or len(compared) == 1 or cfg.search.trials < LEAST_FINALISTS:
         return 0
-    cohort = cfg.search.cohort or min(MOST_IN_COHORT, cfg.search.trials)
-    finalists = max(LEAST_FINALISTS, math.ceil(compared[-2].share * cohort))
+    finalists = max(LEAST_FINALISTS, math.ceil(compared[-2].share * cohort_size(cfg.search)))
     return finalists * cfg.search.further_seeds
 
 
@@ -387,7 +385,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     context: SearchContext = config["context"]
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
-    task = TokenizedData.load(context.data).task
+    task = context.tokenized.task
     trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
     trainer.measure = context.measure()
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)

@@ -23,12 +23,15 @@ class SearchBroken(RuntimeError):
 
 
 def trial_error(trial: "Trial") -> Exception | None:
-    """What the process of a failed trial raised last, without Ray's wrapping; None: it died, or never started."""
+    """What a failed trial raised last, without Ray's wrapping; None: nothing is known.
+
+    A RayActorError says that its process died; of a trial of a pack, which has none, that the broker's did.
+    """
     # the local file: `Trial.get_pickled_error` reads the copy in storage, which may not be there yet
     if not trial.pickled_error_file:
         return None
-    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return error.cause if isinstance(error, RayTaskError) else None
+    error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def failure_reason(trial: "Trial") -> str:

@@ -8,7 +8,6 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from ftray.config import AdapterConfig, Config
-from ftray.data import TokenizedData
 from ftray.search.journal import SEED_OF, STUDY, open_journal, past_trials
 from ftray.search.results import TrialRow
 from ftray.search.trial_status import TrialStatus
@@ -117,7 +116,7 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
         context = without_answers(context)
     cfg = context.config
     metric = cfg.search.goal.metric.removeprefix("validation_")
-    data = TokenizedData.load(context.data)
+    data = context.tokenized
     base = load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)

@@ -13,7 +13,6 @@ import ray
 from ray import train
 from ray.actor import ActorHandle
 
-from ftray.data import TokenizedData
 from ftray.data.ray_loader import SharedBatches, training_batches
 from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.evaluation.user_metric import UserMetricError
@@ -23,7 +22,7 @@ from ftray.search.clones import start_of
 from ftray.search.failures import last_line
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
-from ftray.search.rungs import LEAST_FINALISTS, MOST_IN_COHORT, Rung
+from ftray.search.rungs import LEAST_FINALISTS, Rung, cohort_size
 from ftray.search.space import BASELINE
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import Location, parse_location
@@ -65,10 +64,10 @@ def most_trials(search: SearchContext) -> int:
     if isinstance(cfg.pack, int):
         return cfg.pack
     if cfg.scheduler == "halving":
-        cohort = min(cfg.cohort or MOST_IN_COHORT, cfg.trials)
-        first = search.rungs()[0]
-        useful = min(math.ceil(cohort * (1 + first.share)), cfg.trials)  # the survivors of a cohort beside the next one
-        if len(search.rungs()) > 1:
+        first, *later = search.rungs()
+        # the survivors of a cohort train beside the next one
+        useful = min(math.ceil(cohort_size(cfg) * (1 + first.share)), cfg.trials)
+        if later:
             useful = max(useful, LEAST_FINALISTS * (1 + cfg.further_seeds))  # which train beside each other
     else:
         useful = -(-cfg.trials // 2)  # the other half is suggested with the results of these
@@ -82,7 +81,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
 
     context: PackContext = config["context"]
     settings = context.search.config
-    task = TokenizedData.load(context.search.data).task
+    task = context.search.tokenized.task
     trainer = PackTrainer(settings.model, context.search.model_path, settings.training, task, settings.data.longest)
     if trainer.rank == 0:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
@@ -111,7 +110,7 @@ class PackWorker:
 
     def __init__(self, context: PackContext, trainer: "PackTrainer"):
         self.context, self.trainer = context, trainer
-        self.data = TokenizedData.load(context.search.data)
+        self.data = context.search.tokenized
         self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
         self.compared = context.search.rungs()

@@ -12,7 +12,6 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray.data import TokenizedData
 from ftray.data.ray_loader import validation_row_groups
 from ftray.errors import UserError
 from ftray.runtime.cluster import cpus_each, node_resources, workers_that_fit
@@ -102,7 +101,7 @@ def pack_trainer(
     """A `TorchTrainer` whose workers run `worker(config)`, each with its share of the CPUs."""
     cpus = cpus_of_pack_worker(search)
     seed = search.config.training.seed
-    held_out = validation_row_groups(TokenizedData.load(search.data), search.config.training.validation_records)
+    held_out = validation_row_groups(search.tokenized, search.config.training.validation_records)
     return group_trainer(search, worker, config, cpus, {"validation": held_out}, seed, name, storage)
 
 

@@ -39,7 +39,7 @@ def reliability(rows: list[TrialRow], rungs: list[Rung], cfg: Config) -> list[Ru
     The values of stopped trials at the end are taken to be their last ones, changed as those of the finished trials
     have changed from the rung to the end: by a normal distribution of the same mean and deviation.
     """
-    metric, sign = cfg.search.goal.metric, 1 if cfg.search.goal.direction == "min" else -1
+    metric, sign = cfg.search.goal.metric, cfg.search.goal.sign
     finished = [row for row in rows if row["status"] == TrialStatus.FINISHED]
     found: list[RungReliability] = []
     compared = rungs[:-1]

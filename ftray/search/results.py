@@ -123,7 +123,7 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
     """As :func:`trial_rows`, the further runs of finalists among them."""
     from ftray.search.journal import SEED_OF, past_trials  # here: as above
 
-    metric, sign = cfg.search.goal.metric, 1 if cfg.search.goal.direction == "min" else -1
+    goal = cfg.search.goal
     rows: list[TrialRow] = []
     for trial in past_trials(output / JOURNAL):
         if "config" not in trial.user_attrs:  # the driver died before it could begin
@@ -132,19 +132,21 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
         # a checkpoint may be newer than the last report in the journal, if the trial was stopped in between
         found = [report for report, _ in kept] + trial.user_attrs.get("reports", [])
         reports: list[Report] = [report for _, report in sorted({report["step"]: report for report in found}.items())]
-        best, last = best_report(reports, metric, cfg.search.goal.direction), reports[-1] if reports else None
+        best, last = best_report(reports, goal.metric, goal.direction), reports[-1] if reports else None
         rows.append(
             {
                 "trial": trial.number,
                 "status": journal_status(trial),
-                "value": metric_value(best, metric) if best else None,
+                "value": metric_value(best, goal.metric) if best else None,
                 "validated": best.get("validated") if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "records": last["records"] if last else 0,
                 "tokens": last.get("tokens", 0) if last else 0,
                 "seconds": last.get("seconds", 0.0) if last else 0.0,
                 "config": trial.user_attrs["config"],
-                "curve": [{k: v for k, v in r.items() if k in ("records", metric, "paired_loss")} for r in reports],
+                "curve": [
+                    {k: v for k, v in r.items() if k in ("records", goal.metric, "paired_loss")} for r in reports
+                ],
                 "checkpoint": next((path for report, path in kept if best and report["step"] == best["step"]), None),
                 "reason": trial.user_attrs.get("reason"),
                 "seed_of": trial.user_attrs.get(SEED_OF),
@@ -156,7 +158,7 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
         key=lambda row: (
             row["status"] is TrialStatus.FAILED,
             0 if row["value"] is None else -(row["validated"] or worst),
-            worst if row["value"] is None else sign * row["value"],
+            worst if row["value"] is None else goal.sign * row["value"],
         ),
     )
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ftray.config import Config
+from ftray.config import Config, SearchConfig
 
 # of halving, where nothing else is configured; chosen by benchmarks.policy
 FIRST_SHARE = 1 / 8  # of the budget, before the first cut
@@ -32,6 +32,11 @@ class Rung:
     share: float
     validated: int | None = None
     paired: bool = False
+
+
+def cohort_size(search: SearchConfig) -> int:
+    """Trials that halving compares with each other, if they fit in memory."""
+    return min(search.cohort or MOST_IN_COHORT, search.trials)
 
 
 def budget(cfg: Config, records: int) -> int:

@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,11 @@ class SearchContext:
     paired: "PairedTraining | None" = None
     functions: tuple[UserMetric, ...] = ()
 
+    @cached_property
+    def tokenized(self) -> TokenizedData:
+        """The data, its manifest read once a process."""
+        return TokenizedData.load(self.data)
+
     def run(self, adapter: dict[str, Any], training: dict[str, Any], start: str | None = None) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
 
@@ -77,7 +83,7 @@ class SearchContext:
         settings = TrainingConfig.model_validate(self.config.training.model_dump() | training)
         steps = max(1, round(self.budget() / settings.batch_size))
         at = sorted({min(steps, max(1, math.ceil(rung.records / settings.batch_size))) for rung in self.rungs()})
-        task = TokenizedData.load(self.data).task
+        task = self.tokenized.task
         longest = self.config.data.longest
         return RunSpec(
             self.config.model,
@@ -98,7 +104,7 @@ class SearchContext:
         """
         from ftray.models.load import load_tokenizer
 
-        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        cfg, data, wanted = self.config, self.tokenized, self._wanted()
         if not wanted:
             return None
         rows = data.rows("validation", cfg.training.validation_records)
@@ -109,9 +115,12 @@ class SearchContext:
             if wanted - {*SIZES, LATENCY}:
                 found = _validation(self.score(model, tokenizer, rows))
             if LATENCY in wanted:
-                from ftray.evaluation.generation import seconds_an_answer
+                from ftray.evaluation.generation import generate, seconds_an_answer
 
-                found[LATENCY] = seconds_an_answer(model, tokenizer, rows[:TIMED_RECORDS], cfg.evaluation)
+                def answer(row: dict[str, Any]) -> object:
+                    return generate(model, tokenizer, [row], cfg.evaluation)
+
+                found[LATENCY] = seconds_an_answer(answer, rows[:TIMED_RECORDS])
             return found | (sizes(model, data.task) if wanted & {*SIZES} else {})
 
         return measure
@@ -126,7 +135,7 @@ class SearchContext:
         from ftray.models.sharding import is_sharded
         from ftray.multi_adapter.decoding import PackDecoder
 
-        cfg, data, wanted = self.config, TokenizedData.load(self.data), self._wanted()
+        cfg, data, wanted = self.config, self.tokenized, self._wanted()
         task = data.task.load()
         if not wanted - {*SIZES} or not task.packed or is_sharded(base):
             return None
@@ -170,14 +179,14 @@ class SearchContext:
         Raises:
             UserMetricError: a function of the user's failed.
         """
-        scores = TokenizedData.load(self.data).task.load().score(model, tokenizer, rows, self.config.evaluation)
+        scores = self.tokenized.task.load().score(model, tokenizer, rows, self.config.evaluation)
         for function in self.functions:
             function.add_to(scores, rows)
         return scores
 
     def budget(self) -> int:
         """Records a trial sees when nothing stops it."""
-        return budget(self.config, TokenizedData.load(self.data).splits["train"].drawn)
+        return budget(self.config, self.tokenized.splits["train"].drawn)
 
     def rungs(self) -> list[Rung]:
         """Where trials are compared; the last one ends the budget."""
@@ -193,7 +202,7 @@ def trainer(
     context: SearchContext, run: RunSpec, name: str, storage: Location, callbacks: list[Any] | None = None
 ) -> TorchTrainer:
     """A `TorchTrainer` for `run`; one of the same name and storage resumes from its last checkpoint."""
-    data, seed = TokenizedData.load(context.data), run.training.seed
+    data, seed = context.tokenized, run.training.seed
     datasets = {"validation": validation_row_groups(data, run.training.validation_records)}
     cpus = context.config.scaling.cpus_per_worker or 1
     config = {"run": run, "context": context}
@@ -220,7 +229,7 @@ def group_trainer(
         worker,
         train_loop_config=config,
         datasets=datasets,
-        dataset_config=RankedShards(TokenizedData.load(context.data), seed),
+        dataset_config=RankedShards(context.tokenized, seed),
         torch_config=TorchConfig(backend="nccl" if context.gpus_per_worker else "gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=context.config.scaling.workers,
@@ -259,7 +268,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ftray.training.zero3_trainer import Batch, Zero3Trainer
 
     run: RunSpec = config["run"]
-    data, seed, batch_size = TokenizedData.load(config["context"].data), run.training.seed, run.training.batch_size
+    data, seed, batch_size = config["context"].tokenized, run.training.seed, run.training.batch_size
     rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
     micro_batch = micro_batch_size(run.training, world_size)
 
