@@ -33,7 +33,7 @@ def run(cfg: Config) -> int:
     if not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     settings = config_from({"training": of.training.model_dump() | configuration["training"]}).training
-    skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec(of.task))
+    skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec.named(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
     print(when_it_begins(ask_to_add(output / JOURNAL, of, space, configuration), of, output))

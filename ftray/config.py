@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from ftray.errors import UserError, first_error, near
+from ftray.task_spec import OBJECTIVES, TASKS
 
 
 def _comma_separated(value: object) -> object:
@@ -55,6 +56,12 @@ def _directions(value: str) -> str:
     if {*parts} - {"min", "max"}:
         raise ValueError("must be min or max, one a metric, comma-separated")
     return ",".join(parts)
+
+
+def _task(value: str) -> str:
+    if value.upper() not in ("AUTO", *TASKS, *OBJECTIVES):
+        raise ValueError(f"must be auto or one of {', '.join((*TASKS, *OBJECTIVES))}")
+    return "auto" if value.upper() == "AUTO" else value.upper()
 
 
 def _off(value: object) -> object:
@@ -599,8 +606,10 @@ class Config(Section):
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
-    task: Literal["auto", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"] = (
-        Field("auto", description="what is learnt; auto: inferred from the first record and the model")
+    task: Annotated[str, AfterValidator(_task)] = Field(
+        "auto",
+        description=f"what is learnt, one of {', '.join((*TASKS, *OBJECTIVES))}; auto: inferred from the first record "
+        "and the model",
     )
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"

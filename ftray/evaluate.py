@@ -58,7 +58,7 @@ def run(cfg: Config) -> int:
         data_cfg = data_cfg.model_copy(update={"sources": mixed, **whole})
     cfg = cfg.model_copy(update={"data": data_cfg})
     check = DataCheck(data_cfg)
-    cfg = infer_task(cfg.model_copy(update={"task": task.name}) if adapters else cfg, model_path, check.first)
+    cfg = infer_task(cfg.model_copy(update={"task": task.full_name}) if adapters else cfg, model_path, check.first)
     data_cfg = cfg.data
 
     # these take seconds to import: a name misspelt has been found by now
@@ -66,7 +66,7 @@ def run(cfg: Config) -> int:
     from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer, own_labels
 
-    labels = task.labels or own_labels(model_path, TaskSpec(cfg.task), cfg.model.trust_remote_code)
+    labels = task.labels or own_labels(model_path, TaskSpec.named(cfg.task), cfg.model.trust_remote_code)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
     for adapter in adapters or [Path(model_path)]:
         check_chat_template(adapter, data_cfg, tokenizer)
@@ -158,7 +158,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
         "model": cfg.model.name if "name" in cfg.model.model_fields_set else model_path,
         "data": cfg.data.names,
         "split": split,
-        "task": shards.task.name,
+        "task": shards.task.full_name,
         "records": len(rows),
         "base": {name: m["base"] for name, m in compare(before, before, 1).items()},
         "adapters": {name: compare(before, scores, resamples) for name, scores in after.items()},

@@ -16,7 +16,7 @@ IGNORE = -100  # label of what bears no loss
 RAW, CHAT = "{prompt}\n", "chat"  # how a prompt is rendered: in this template, or by the chat template
 AS_IT_IS = "{prompt}"  # texts that are continued
 FILE = "task.json"  # beside an adapter: PEFT itself doesn't keep the labels
-# PEFT's name of the task -> module
+# PEFT's name of the task, which says what kind of model it takes -> module
 TASKS = {
     "CAUSAL_LM": "causal",
     "SEQ_2_SEQ_LM": "seq2seq",
@@ -24,6 +24,17 @@ TASKS = {
     "TOKEN_CLS": "token_labels",
     "QUESTION_ANS": "answers",
     "FEATURE_EXTRACTION": "embeddings",
+}
+# what else such a model may be trained for -> its task, and the module
+OBJECTIVES = {
+    "DPO": ("CAUSAL_LM", "dpo"),
+    "SIMPO": ("CAUSAL_LM", "simpo"),
+    "ORPO": ("CAUSAL_LM", "orpo"),
+    "CPO": ("CAUSAL_LM", "cpo"),
+    "KTO": ("CAUSAL_LM", "kto"),
+    "DISTILLATION": ("CAUSAL_LM", "distillation"),
+    "GRPO": ("CAUSAL_LM", "grpo"),
+    "REWARD": ("SEQ_CLS", "reward"),
 }
 
 
@@ -38,6 +49,7 @@ class TaskSpec:
         template: how prompts were rendered: a text with {prompt}, or "chat", by the chat template; None: an older
             adapter, of which only its run knows.
         chat_template: the jinja text that took the place of the model's own; None: none did.
+        objective: one of `OBJECTIVES`; empty: the task's own, which is to learn the answers (or labels) of records.
     """
 
     name: str = "CAUSAL_LM"
@@ -45,6 +57,18 @@ class TaskSpec:
     pad: int = 0
     template: str | None = None
     chat_template: str | None = None
+    objective: str = ""
+
+    @classmethod
+    def named(cls, name: str, labels: tuple[str, ...] = (), pad: int = 0) -> "TaskSpec":
+        """By what `--task` says: a name of `TASKS` or `OBJECTIVES`."""
+        task, objective = (OBJECTIVES[name][0], name) if name in OBJECTIVES else (name, "")
+        return cls(task, labels, pad, objective=objective)
+
+    @property
+    def full_name(self) -> str:
+        """What `--task` calls it."""
+        return self.objective or self.name
 
     @property
     def kind(self) -> tuple[str, tuple[str, ...]]:
@@ -60,7 +84,8 @@ class TaskSpec:
         """
         spec = cls(**{**fields, "labels": tuple(fields["labels"])})
         texts = (*spec.labels, spec.template or "", spec.chat_template or "")
-        if spec.name not in TASKS or not isinstance(spec.pad, int) or not all(isinstance(text, str) for text in texts):
+        known = spec.name in TASKS and (not spec.objective or OBJECTIVES[spec.objective][0] == spec.name)
+        if not known or not isinstance(spec.pad, int) or not all(isinstance(text, str) for text in texts):
             raise ValueError("it describes no task")
         return spec
 
@@ -85,7 +110,8 @@ class TaskSpec:
 
     def load(self) -> "Task":
         """The task itself."""
-        task: Task = importlib.import_module(f"ftray.tasks.{TASKS[self.name]}").Task(self)
+        module = OBJECTIVES[self.objective][1] if self.objective else TASKS[self.name]
+        task: Task = importlib.import_module(f"ftray.tasks.{module}").Task(self)
         return task
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,18 +147,21 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
 
 
 def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:
-    """The task of all `adapters`; without adapters, `cfg.task`.
+    """The task of all `adapters`, with the objective of `cfg.task` where it names one; without adapters, `cfg.task`.
 
     Raises:
         UserError: they are for different tasks, for another one than `cfg.task`, or one lacks its labels.
     """
     specs = [_task(adapter) for adapter in adapters]
     for adapter, spec in zip(adapters, specs, strict=True):
-        if cfg.task not in ("auto", spec.name):
-            raise UserError(f"task {cfg.task}: the adapter {adapter} is for {spec.name}")
+        if cfg.task != "auto" and TaskSpec.named(cfg.task).name != spec.name:
+            raise UserError(f"task {cfg.task}: the adapter {adapter} is for {spec.full_name}")
         if spec.kind != specs[0].kind:
             raise UserError(f"adapter {adapter}: is for another task or other labels than {adapters[0]}")
-    return specs[0] if specs else TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+    if cfg.task == "auto":
+        return specs[0] if specs else CAUSAL
+    named = TaskSpec.named(cfg.task)
+    return replace(specs[0], objective=named.objective) if specs else named
 
 
 def _task(adapter: Path) -> TaskSpec:

@@ -90,7 +90,7 @@ class DataCheck:
         check_cache(self.cfg, self.sources, tokenizer, task, labels)
         if held_out := held_out_files(self.sources):
             print(held_out, flush=True)
-        of = record_task(TaskSpec(task, labels, pad=tokenizer.pad_token_id or 0))
+        of = record_task(TaskSpec.named(task, labels, tokenizer.pad_token_id or 0))
         counts: Counter[str] = Counter()
         different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree

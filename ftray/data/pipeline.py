@@ -82,14 +82,15 @@ def prepare(
         cfg: source, lengths, fractions, seed.
         model: directory of the base model, for its tokenizer.
         trust_remote_code: run Python code that comes with the tokenizer.
-        task: one of `ftray.task_spec.TASKS`.
+        task: one of `ftray.task_spec.TASKS` or `OBJECTIVES`.
         labels: its classes; empty: those of the training records.
 
     Raises:
         UserError: as :meth:`ftray.data.check.DataCheck.run`, also about records beyond the part that it reads.
     """
     sources = find_sources(cfg)
-    if task == CAUSAL.name and not trust_remote_code:
+    spec = TaskSpec.named(task, labels)
+    if spec.name == CAUSAL.name and not trust_remote_code:
         tokenizer = load_apart(model, cfg.chat_template)
     else:
         tokenizer = load_tokenizer(model, trust_remote_code, cfg.chat_template)
@@ -106,11 +107,11 @@ def prepare(
             _copy(twin, directory, fingerprint, cfg)
         return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
-    template = prompt_template(tokenizer, cfg) if task == CAUSAL.name else None
-    spec = TaskSpec(task, labels, tokenizer.pad_token_id or 0, template, chat_template)
+    template = prompt_template(tokenizer, cfg) if spec.name == CAUSAL.name else None
+    spec = replace(spec, pad=tokenizer.pad_token_id or 0, template=template, chat_template=chat_template)
     work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, which the next one resumes
     work.mkdir(parents=True, exist_ok=True)
-    if task == CAUSAL.name and (state := state_of(tokenizer)):
+    if spec.name == CAUSAL.name and (state := state_of(tokenizer)):
         (work / TOKENIZER).write_text(state)
     try:
         with atomic_dir(target, cached=True, marker=MANIFEST) as directory:

@@ -86,4 +86,4 @@ class TextTask(RecordTask):
 
 def record_task(spec: TaskSpec) -> RecordTask:
     """The task of that name; all but the first come whole, with torch."""
-    return TextTask(spec) if spec.name == CAUSAL.name else spec.load()
+    return TextTask(spec) if spec.full_name == CAUSAL.name else spec.load()

@@ -46,9 +46,10 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
     loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
     print(f"merged   {output / 'best' / 'merged'}{loss}" if "path" in merged else f"merged   none: {merged['reason']}")
     print(f"trials   {output / 'leaderboard.csv'}\nstudy    optuna-dashboard {output / 'study.log'}")
-    generates = cfg.task == "CAUSAL_LM"  # served as it is, merged or not
+    task = TaskSpec.named(cfg.task)
+    generates = task.name == "CAUSAL_LM"  # served as it is, merged or not
     if generates or "path" in merged:
-        use = TaskSpec(cfg.task).load().usage_example.format(run=output, path=output / "best" / "merged")
+        use = task.load().usage_example.format(run=output, path=output / "best" / "merged")
         print(f"{'serve' if generates else 'use  '}    {use}")
     print(f"summary  {output / 'summary.json'}", flush=True)
 

@@ -25,7 +25,7 @@ def _card_data(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> "Mo
     """`best` as validated; with a `proof`, what the test split gave."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, method = TaskSpec(cfg.task).load(), best["config"]["adapter"]["method"]
+    task, method = TaskSpec.named(cfg.task).load(), best["config"]["adapter"]["method"]
     dataset = hub_dataset(cfg.data.names)
     sources = [cfg.data.source] if isinstance(cfg.data.source, str) else cfg.data.source
     datasets = [hub_id for source in sources if (hub_id := hub_dataset(source))]
@@ -85,7 +85,7 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
             lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
         if proof["new_modules"]:
             lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
-    task = TaskSpec(cfg.task).load()
+    task = TaskSpec.named(cfg.task).load()
     labels = ", id2label=dict(enumerate(labels))" if task.has_labels else ""
     lines += [
         "",

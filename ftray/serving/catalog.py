@@ -90,7 +90,7 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
     spec = next((found for place in places if (found := kept_task(place))), None)
     if spec is None:
-        named = TaskSpec("CAUSAL_LM" if cfg.task == "auto" else cfg.task)
+        named = TaskSpec.named(CAUSAL.name if cfg.task == "auto" else cfg.task)
         spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
     if spec.name not in ("CAUSAL_LM", *pooling.ROUTES):
         raise UserError(f"serve: no route answers {spec.name}; the merged model is a plain transformers directory")

@@ -45,7 +45,7 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
     """
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
-    task = TaskSpec(name).load()
+    task = TaskSpec.named(name).load()
     search = _with_goals(cfg, task, *task.choices(record))
     data = cfg.data
     if data.chat_template and data.chat_template not in names():  # a file is here, and perhaps not where it is used
@@ -55,7 +55,7 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
 
 def _with_goals(cfg: Config, task: "Task", metrics: Mapping[str, str], usual: str) -> SearchConfig:
     """The search with its metrics by their keys in a report, and a direction each."""
-    given, name = cfg.search.model_fields_set, task.spec.name
+    given, name = cfg.search.model_fields_set, task.spec.full_name
     goals: list[tuple[str, str | None]] = [(f"validation_{usual}", metrics[usual])]
     if "metric" in given:
         goals = [_goal(part, cfg, task, metrics) for part in cfg.search.metric.split(",")]
@@ -91,7 +91,7 @@ def _goal(
     given: str, cfg: Config, task: "Task", metrics: Mapping[str, str], field: str = "search.metric"
 ) -> tuple[str, str | None]:
     """The metric that a user names in `field`, and which way is better; None: who knows."""
-    name, metric = task.spec.name, given.strip().removeprefix("validation_")
+    name, metric = task.spec.full_name, given.strip().removeprefix("validation_")
     function = re.fullmatch(USER_METRIC, given.strip())
     if function or metric in task.generated:
         if not task.generated:
