@@ -141,6 +141,7 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
+    rows = task.compared_with(base, rows, cfg.evaluation)
     before = task.score(base, tokenizer, rows, cfg.evaluation)
     after: dict[str, Scores] = {}
     for name, directory in adapters.items():

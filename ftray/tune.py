@@ -367,6 +367,7 @@ def prove(
     base, usual = load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
+    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
     if default:
         usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
     with (output / "best" / "adapter").as_local_dir() as adapter:

@@ -120,6 +120,7 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     base = load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)
+    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
     scored = []
     for candidate in candidates:
         scores = {

@@ -66,7 +66,7 @@ def _compute(cfg: Config, model_path: str, data: TokenizedData, missing: list[di
     written = groups.map_batches(
         ReferencePass,
         batch_size=1,
-        fn_constructor_args=(cfg.model, model_path, data, cfg.data.longest),
+        fn_constructor_args=(cfg.model, model_path, data.directory, data.reference, cfg.data.longest),
         num_cpus=needed["CPU"],
         num_gpus=needed["GPU"],
         concurrency=max(1, workers),
@@ -80,13 +80,15 @@ class ReferencePass:
 
     model: ModelConfig
     path: str
-    data: TokenizedData
+    directory: str
+    reference: str
     longest: int
 
     def __post_init__(self) -> None:
         from ftray.models.load import load_on_device
         from ftray.training.pack import Pack
 
+        self.data = TokenizedData.load(self.directory, self.reference)
         base = load_on_device(self.model, self.path, self.data.task).model.requires_grad_(False)
         self.pack = Pack(base, self.data.task, longest=self.longest)
 
@@ -95,7 +97,7 @@ class ReferencePass:
         for split, index in zip(batch["split"], batch["index"], strict=True):
             rows = self.data.row_group(split, int(index), ["input_ids", "labels", "lengths"]).to_pylist()
             found = pa.table({REFERENCE: pa.array(reference(self.pack, rows), SCHEMA.field(REFERENCE).type)})
-            write_tables(reference_file(self.data.reference, split, int(index)), [found], SCHEMA)
+            write_tables(reference_file(self.reference, split, int(index)), [found], SCHEMA)
         return batch
 
 
