@@ -151,8 +151,8 @@ def _parsed(value: Any) -> Any:
 
 def _unknown(record: Record, where: object) -> Distilled:
     raise UserError(
-        f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes of answers with a teacher's "
-        f"log-probabilities: {NEEDS}; answers alone are learnt by --task CAUSAL_LM"
+        f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes of answers with a "
+        f"teacher's log-probabilities: {NEEDS}; answers alone are learnt by --task CAUSAL_LM"
     )
 
 
