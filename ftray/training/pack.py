@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ftray.compat.torch import add, out_of_memory
 from ftray.config import TrainingConfig
 from ftray.models import probe
-from ftray.models.next_token import padded, padding_mask, supervised_tokens, token_losses
+from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens, token_losses
 from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -541,11 +541,14 @@ class Pack:
         segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
+        own, shares = targets[positions], None
+        if TARGETS in units[0][2]:
+            own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
+            shares = shares.to(self.base.device)
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
-            losses = HeadLoss.apply(
-                hidden[positions.to(hidden.device)], self.head, targets[positions].to(hidden.device)
-            )
+            states = hidden[positions.to(hidden.device)]
+            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares)
         return list(losses.double().split([supervised_tokens(batch) for *_, batch in units]))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -568,6 +571,12 @@ class Pack:
         states = probe.body(self.shared)(**inputs, use_cache=False).last_hidden_state
         rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
         return rows
+
+
+def _one_below_another(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors [S, K] of several K as one, filled up with 0."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _step_failure(step: int, loss: float, squared_norm: float, ran_out: bool) -> str | None:
