@@ -13,6 +13,7 @@ from ftray.errors import UserError
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
+    from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
 
 FILE = "evaluation.json"
@@ -91,7 +92,7 @@ def run(cfg: Config) -> int:
     named = dict(zip(cfg.adapters, where, strict=True))
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
+        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named))
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
     show(result)
@@ -115,11 +116,11 @@ def output_file(cfg: Config) -> Location | None:
     return output if named else output / FILE
 
 
-def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) -> dict[str, Any]:
+def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: dict[str, str]) -> dict[str, Any]:
     """Score the base, then each adapter over it; runs where the hardware is.
 
     Args:
-        data: directory of the tokenized shards.
+        shards: the tokenized records.
         adapters: name -> directory or URI.
 
     Returns:
@@ -129,16 +130,16 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
-    from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
 
-    shards, split = TokenizedData.load(data), cfg.evaluation.split
+    split = cfg.evaluation.split
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task).model
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
+    rows = task.compared_with(base, rows, cfg.evaluation)
     before = task.score(base, tokenizer, rows, cfg.evaluation)
     after: dict[str, Scores] = {}
     for name, directory in adapters.items():

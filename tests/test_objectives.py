@@ -1,18 +1,15 @@
 """Objectives of preferences against TRL's trainers: losses, log-probabilities and gradients, alone and in packs."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import llama
-from helpers.trl_trainers import Reference, adapted, log_probability, reference
+from helpers.trl_trainers import Reference, adapted, reference
 
 from ftray.config import TrainingConfig
-from ftray.errors import UserError
 from ftray.multi_adapter.shared_model import share
-from ftray.task_spec import OBJECTIVES, TaskSpec
-from ftray.tasks.preference import texts_of
+from ftray.task_spec import TaskSpec
 from ftray.training.pack import Pack
 
 # objective, our settings, the same in TRL's words

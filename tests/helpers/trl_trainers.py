@@ -19,8 +19,13 @@ UNPAIRED = [
     for pair, key in zip(PAIRS, ["chosen", "rejected", "chosen", "chosen"], strict=True)
 ]
 COMMON = {
-    **{"per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, "bf16": False, "max_length": None},
-    **{"gradient_checkpointing": False, "save_strategy": "no"},
+    "per_device_train_batch_size": 4,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "max_length": None,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
 }
 
 
