@@ -138,7 +138,10 @@ def test_parts_of_characters_are_told_by_their_bytes(tokenizer):
     shown = {"content": [mark | {"top_logprobs": [entry(tokenizer, 5, -1.0)]}] * 2}
     row = row_of({"prompt": "q", "completion": "é", "logprobs": shown}, tokenizer)
     assert row.input_ids == before + answer + end
-    assert taught(row)[:2] == [[(5, -1.0), (5, ABSENT)]] * 2
+    assert taught(row)[:2] == [[(5, -1.0), (id, -0.5)] for id in answer]
+    unsure = mark | {"top_logprobs": [{"token": "\ufffd", "logprob": -0.7}]}
+    row = row_of({"prompt": "q", "completion": "é", "logprobs": {"content": [unsure] * 2}}, tokenizer)
+    assert taught(row)[:2] == [[(id, -0.7)] for id in answer]
 
 
 def test_a_long_answer_loses_its_end_and_what_the_teacher_said_of_it(tokenizer):
@@ -202,6 +205,10 @@ ONE = {"token": "a", "logprob": -0.1, "top_logprobs": [{"token": "a", "logprob":
         (
             R | {"teacher_tokens": [[1]], "teacher_logprobs": [[-1]], "completion_ids": [1, 2]},
             "must be a list of 1 ids",
+        ),
+        (
+            R | {"teacher_tokens": [[1]], "teacher_logprobs": [[-9999]]},
+            "finds none of these tokens likely, the best -9999",
         ),
         (R | {"logprobs": {"content": [ONE]}, "rejected": "b"}, "rejected: one of a preference pair"),
     ],

@@ -24,6 +24,7 @@ NEEDS = (
 )
 KEYS = ("logprobs", "teacher_tokens", "teacher_logprobs", "completion_ids")
 ABSENT = -1e4  # log-probability that fills up a position with fewer tokens than others of its row: none at all
+LEAST = -100.0  # of the likeliest token: that of none is shown, where all others are less likely still
 _TOKEN_ID = "token_id:"  # how vLLM writes tokens with `return_tokens_as_token_ids`
 _UNKNOWN = "\ufffd".encode()  # what is shown of a token that holds a part of a character
 _SAME = "teacher and base need the same tokenizer"
@@ -92,7 +93,15 @@ def _positions(record: Record, where: object) -> Iterator[Position]:
             raise UserError(f"{where}: {at} has no top_logprobs: ask the teacher for them, as by top_logprobs 20")
         likely = dict(_named(other, f"{at}.top_logprobs[{n}]", where) for n, other in enumerate(top))
         likely.setdefault(token, own)
-        yield Position(token, (*likely,), (*likely.values(),))
+        yield _position(token, likely, at, where)
+
+
+def _position(token: Name | None, likely: dict[Name, float], at: str, where: object) -> Position:
+    if max(likely.values()) < LEAST:
+        raise UserError(
+            f"{where}: {at}: the teacher finds none of these tokens likely, the best {max(likely.values()):g}"
+        )
+    return Position(token, (*likely,), (*likely.values(),))
 
 
 def _named(entry: Any, at: str, where: object) -> tuple[Name, float]:
@@ -125,7 +134,7 @@ def _positions_of_ids(record: Record, where: object) -> Iterator[Position]:
             if not isinstance(id, int) or isinstance(id, bool):
                 raise UserError(f"{where}: teacher_tokens[{index}] holds {id!r:.40}, which is no token id")
         likely = dict(zip(own, (_logprob(value, at, where) for value in said), strict=True))
-        yield Position(token, (*likely,), (*likely.values(),))
+        yield _position(token, likely, at, where)
 
 
 def _logprob(value: Any, at: str, where: object) -> float:
@@ -197,7 +206,10 @@ def _taught(row: Tokens, distilled: Distilled, tokenizer: AnyTokenizer, vocabula
     where, positions = distilled.where, distilled.positions
     ids = _followed(row, distilled, tokenizer, vocabulary)
     k = max(len(place.names) for place in positions)
-    likely = [_filled([vocabulary.id_of(name, where) for name in p.names], list(p.logprobs), k) for p in positions]
+    likely = []
+    for token, place in zip(ids, positions, strict=False):  # what follows, the answer itself tells too
+        named = [token if name == place.token else vocabulary.id_of(name, where) for name in place.names]
+        likely.append(_filled(named, list(place.logprobs), k))
     likely += [_filled([token], [0.0], k) for token in ids[len(positions) :]]
     prompt = row.input_ids[: row.prompt_tokens]
     labels = [IGNORE] * len(prompt) + ids
@@ -242,7 +254,7 @@ def _filled(ids: Sequence[int | None], logprobs: list[float], k: int) -> tuple[l
     """Tokens and their log-probabilities without those that have no name, and filled up to k."""
     known = [(id, value) for id, value in zip(ids, logprobs, strict=True) if id is not None]
     fill = k - len(known)
-    first = known[0][0] if known else 0
+    first = known[0][0]
     return [id for id, _ in known] + [first] * fill, [value for _, value in known] + [ABSENT] * fill
 
 
