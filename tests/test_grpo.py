@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import gpt2, llama, make_tokenizer
+from helpers.packs import CONFIGS, TARGETS, Trial
 
+from ftray.config import EvaluationConfig
+from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
 from ftray.tasks.grpo import PolicyLoss, advantages
 
 PROMPTS, GROUP, LONGEST = 3, 4, 12
@@ -160,3 +164,101 @@ def test_the_loss_is_that_of_the_papers(variant):
 def test_answers_of_equal_reward_teach_nothing():
     for kind in ("grpo", "dr_grpo"):
         assert advantages(torch.full((2, 4), 0.3), kind).abs().max() < 1e-3
+
+
+def prompts_of(count: int, seed: int = 1) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [1, 40, 7, 7, 90, 21][:count]
+    return [torch.randint(2, 300, (length,), generator=draw).tolist() for length in lengths]
+
+
+def drawing(seed: int, prompts: int = 5, group: int = 3, temperature: float = 1.0) -> Drawing:
+    return Drawing(prompts_of(prompts, seed), [(seed, 7, i) for i in range(prompts)], group, temperature)
+
+
+def same_draws(got: list[list[DrawnAnswer]], wanted: list[list[DrawnAnswer]]) -> None:
+    assert [[a.ids for a in group] for group in got] == [[a.ids for a in group] for group in wanted]
+    flat = [torch.tensor([p for group in found for a in group for p in a.logprobs]) for found in (got, wanted)]
+    torch.testing.assert_close(*flat, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"), [(llama(), TARGETS[2]), (gpt2(), ["c_attn", "c_proj", "c_fc"])], ids=["llama", "gpt2"]
+)
+def test_answers_are_drawn_in_a_pack_as_alone_and_by_the_model_itself(base, targets):
+    base.requires_grad_(False)
+    methods = [*CONFIGS, "prompt tuning"] if base.config.model_type == "llama" else ["lora", "rslora", "dora"]
+    models = {m: Trial(m, rank=2 + i, targets=targets, seed=i).model(base) for i, m in enumerate(methods)}
+    drawings = {m: drawing(i, group=2 + i % 2, temperature=(1.0, 0.6)[i % 2]) for i, m in enumerate(methods)}
+    decoder = PackDecoder(base, make_tokenizer(), EvaluationConfig(max_new_tokens=6))
+    found = decoder.draw(models, drawings)
+    for name, model in models.items():
+        alone = PackDecoder(base, make_tokenizer(), EvaluationConfig(max_new_tokens=6, batch_size=2))
+        same_draws(alone.draw({name: model}, {name: drawings[name]})[name], found[name])
+        for prompt, group in zip(drawings[name].prompts, found[name], strict=True):
+            assert len(group) == drawings[name].group
+            for answer in group:
+                ids = torch.tensor([[*prompt, *answer.ids]])
+                with torch.no_grad():
+                    logits = model.eval()(input_ids=ids).logits[0, -len(answer.ids) - 1 : -1]
+                wanted = (logits / drawings[name].temperature).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
+                torch.testing.assert_close(torch.tensor(answer.logprobs), wanted[:, 0], rtol=0, atol=1e-4)
+
+
+def test_answers_are_drawn_with_the_probabilities_of_the_model():
+    base, count = llama().requires_grad_(False), 4000
+    model = Trial("lora").model(base).eval()
+    decoder = PackDecoder(base, make_tokenizer(), EvaluationConfig(max_new_tokens=1, batch_size=256))
+    prompt = prompts_of(2)[1]
+    found = decoder.draw({"a": model}, {"a": Drawing([prompt], [(0, 0, 0)], count, 0.1)})["a"][0]
+    with torch.no_grad():
+        wanted = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.1).softmax(-1)
+    shares = torch.bincount(torch.tensor([answer.ids[0] for answer in found]), minlength=len(wanted)) / count
+    assert wanted.max() > 0.05
+    assert ((shares - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt() + 1 / count).all()
+
+
+def test_a_prompt_is_read_once_for_its_group_and_an_answer_ends_with_its_stop_token():
+    base, tokenizer = llama().requires_grad_(False), make_tokenizer()
+    models = {name: Trial("lora", seed=i).model(base).eval() for i, name in enumerate("ab")}
+    drawings = {"a": drawing(0, group=4), "b": drawing(1, group=4)}
+    cfg = EvaluationConfig(max_new_tokens=40, batch_size=32)
+    decoder = PackDecoder(base, tokenizer, cfg)
+    decoder.stops = list(range(0, 384, 12))
+    decoder.draw(models, drawings)
+    read: list[int] = []
+    base.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    found = decoder.draw(models, drawings)
+    answers = [answer for groups in found.values() for group in groups for answer in group]
+    prompts = sum(len(prompt) - 1 for drawing in drawings.values() for prompt in drawing.prompts)
+    assert sum(read) == prompts + sum(len(answer.ids) for answer in answers)
+    ended = [answer for answer in answers if len(answer.ids) < cfg.max_new_tokens]
+    assert ended
+    assert all(answer.ids[-1] in decoder.stops for answer in ended)
+    assert not any(set(answer.ids[:-1]) & {*decoder.stops} for answer in answers)
+    assert all(answer.text == tokenizer.decode([i for i in answer.ids if i not in decoder.stops]) for answer in ended)
+    few = PackDecoder(base, tokenizer, EvaluationConfig(max_new_tokens=40, batch_size=3))
+    few.stops = decoder.stops
+    for name, groups in few.draw(models, drawings).items():
+        same_draws(groups, found[name])
+
+
+def test_other_random_numbers_give_other_answers():
+    base = llama().requires_grad_(False)
+    model = Trial("lora").model(base).eval()
+    decoder = PackDecoder(base, make_tokenizer(), EvaluationConfig(max_new_tokens=8))
+    prompt = prompts_of(3)[2]
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    groups = decoder.draw({"a": model}, {"a": Drawing([prompt] * 4, keys, 3, 1.0)})["a"]
+    assert len({tuple(answer.ids) for group in groups for answer in group}) == 12
+
+
+def test_one_that_is_not_finite_is_missing_and_the_others_are_drawn():
+    base = llama().requires_grad_(False)
+    models = {"sound": Trial("lora").model(base).eval(), "broken": Trial("lora", seed=1).model(base).eval()}
+    next(p for n, p in models["broken"].named_parameters() if "lora_B" in n).data.fill_(math.nan)
+    decoder = PackDecoder(base, make_tokenizer(), EvaluationConfig(max_new_tokens=4))
+    drawings = {"sound": drawing(0, 2), "broken": drawing(1, 2)}
+    found = decoder.draw(models, drawings)
+    assert [*found] == ["sound"]
+    same_draws(found["sound"], decoder.draw({"sound": models["sound"]}, drawings)["sound"])
