@@ -88,6 +88,9 @@ COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it
 USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
+OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fine-tuning
+    *("beta", "loss", "label_smoothing", "gamma", "sft_weight", "desirable_weight", "undesirable_weight"),
+)
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
 
@@ -309,6 +312,29 @@ class TrainingConfig(Section):
         "none", description="keep optimiser states (and with stage 3 or shard_base the base's layers) in CPU memory"
     )
     seed: int = Field(0, description="of initialisation, data order and dropout")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="of preferences: how little an adapter may leave the base (default: 0.1; SimPO: 2); "
+        "of ORPO the weight of the odds ratio, its lambda (0.1)",
+    )
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] | None = Field(
+        None, description="of DPO and CPO: how a pair's margin is judged; robust: DPO only (default: sigmoid)"
+    )
+    label_smoothing: float | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        description="of DPO, CPO and SimPO: share of pairs that are the wrong way round (default: 0)",
+    )
+    gamma: float | None = Field(
+        None, ge=0, description="of SimPO: the margin that is wanted, in units of its rewards (default: 1)"
+    )
+    sft_weight: float | None = Field(
+        None, ge=0, description="of CPO and SimPO: weight of the chosen answer's own loss (default: 1; SimPO: 0)"
+    )
+    desirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of good answers (default: 1)")
+    undesirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of bad answers (default: 1)")
 
     @model_validator(mode="after")
     def _offload_needs_a_stage(self) -> "TrainingConfig":

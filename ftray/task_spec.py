@@ -73,7 +73,7 @@ class TaskSpec:
     @property
     def kind(self) -> tuple[str, tuple[str, ...]]:
         """What must be equal for two adapters to do the same."""
-        return self.name, self.labels
+        return self.objective if self.objective == "REWARD" else self.name, self.labels
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "TaskSpec":

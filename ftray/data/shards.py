@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "source": pa.string(),  # of a mixture; else empty
     }
 )
+REFERENCE = "reference"  # column beside them: the log-probabilities of a row's texts before training, in nats
 _LATER = ("source",)  # columns that older shards lack
 _NAMES_ON_DISK = {"row_groups": "windows"}  # that version 0.1.0 gave to fields of a split
 

@@ -90,7 +90,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch
         else:
             kwargs["quantization_config"] = _quantization(cfg, _heads(skeleton))
         kwargs["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    if task.labels:
+    if task.labels or task.objective == "REWARD":
         kwargs["ignore_mismatched_sizes"] = True  # a head over other classes is replaced
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -226,6 +226,8 @@ def _config(cfg: ModelConfig, path: str, task: TaskSpec) -> PreTrainedConfig:
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if task.objective == "REWARD":
+        config.num_labels = 1
     text = config.get_text_config()
     if getattr(text, "rescale_every", 0):  # RWKV would divide weights that others share, each time it is evaluated
         text.rescale_every = 0

@@ -104,8 +104,9 @@ class _Context(FunctionCtx):
 class HeadLoss(torch.autograd.Function):
     """A frozen head and its cross-entropy, a slice of positions at a time.
 
-    The gradient is made in the forward pass, from the same logits: they are never kept, nor computed twice
-    (Liger Kernel, arXiv 2410.10989, section 3.2).
+    The gradient of each position's loss is made in the forward pass, from the same logits: they are never kept, nor
+    computed twice (Liger Kernel, arXiv 2410.10989, section 3.2). It depends on that position alone, so what is made of
+    the losses later only scales it.
     """
 
     @staticmethod
@@ -114,33 +115,32 @@ class HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         head: nn.Linear | OutputHead,
         targets: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum of the losses (float32 scalar), and the loss of each position, without gradient.
+        shares: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of each position, float32 [S]: the cross-entropy of its target, or of several.
 
         Args:
             hidden: [S, hidden size], the head's input at the supervised positions.
             head: frozen; see :func:`output_head`.
-            targets: int64 [S].
-            weights: float32 [S], the gradient of each position's loss.
+            targets: int64 [S], or [S, K].
+            shares: float32 [S, K], what the cross-entropy of each target counts; None: 1.
         """
-        losses = torch.empty_like(weights)
+        losses = torch.empty(len(hidden), device=hidden.device)
+        targets = targets.view(len(targets), -1)
+        shares = torch.ones_like(targets, dtype=torch.float32) if shares is None else shares
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = slice_rows(head.weight.shape[0])
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
             own = None if gradient is None else gradient[part]
-            _fill(head, hidden[part], targets[part], weights[part], losses[part], own)
+            _fill(head, hidden[part], targets[part], shares[part], losses[part], own)
         if gradient is not None:
             ctx.gradient = gradient
-        ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        return losses
 
     @staticmethod
-    def backward(
-        ctx: _Context, gradient: torch.Tensor, _: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.gradient * gradient, None, None, None
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.gradient * gradient[:, None].to(ctx.gradient.dtype), None, None, None
 
 
 def slice_rows(vocabulary: int) -> int:
@@ -152,21 +152,20 @@ def _fill(
     head: nn.Linear | OutputHead,
     states: torch.Tensor,
     targets: torch.Tensor,
-    weights: torch.Tensor,
+    shares: torch.Tensor,
     losses: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
-    """Write the losses of one slice, and the gradient of its weighted loss; its logits are gone afterwards."""
+    """Write the losses of one slice, and the gradient of each; its logits are gone afterwards."""
     logits, to_states = _logits(head, states)
     rows = BLOCK if logits.device.type == "cpu" else len(logits)
-    for block, target, loss in zip(*(t.split(rows) for t in (logits, targets[:, None], losses)), strict=True):
+    for block, target, share, loss in zip(*(t.split(rows) for t in (logits, targets, shares, losses)), strict=True):
         logs = F.log_softmax(block, -1, dtype=torch.float32)
-        found = logs.gather(1, target)
-        loss.copy_(-found.squeeze(1))
+        loss.copy_(-(logs.gather(1, target) * share).sum(1))
         if gradient is not None:
-            block.copy_(logs.exp_().scatter_add_(1, target, torch.full_like(found, -1.0)))
+            block.copy_(logs.exp_().mul_(share.sum(1, keepdim=True)).scatter_add_(1, target, -share))
     if gradient is not None:
-        gradient.copy_(to_states(logits.to(states.dtype)) * weights[:, None].to(states.dtype))
+        gradient.copy_(to_states(logits.to(states.dtype)))
 
 
 def _logits(

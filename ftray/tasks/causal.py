@@ -15,6 +15,7 @@ from ftray.models.next_token import supervised_loss, supervised_tokens, token_lo
 from ftray.models.probe import padding_obstacle
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
+from ftray.tasks.objective import Objective
 from ftray.tasks.task import Batch, Row
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Task(TextTask, task.Task):
     pipeline_tag = "text-generation"
     packed = True
     metrics: ClassVar[Mapping[str, str]] = {**task.TEXT, "token_error_rate": "min", "character_error_rate": "min"}
-    generated = task.GENERATED
+    generated: ClassVar[tuple[str, ...]] = task.GENERATED
     usage_example = "ftray serve --run {run}"
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
@@ -39,6 +40,22 @@ class Task(TextTask, task.Task):
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return supervised_loss(model, batch, self.pad)
+
+    def token_losses(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
+        """The cross-entropy of each supervised token, float64 [S]."""
+        return token_losses(model, batch, self.pad).double()
+
+    def objective_loss(
+        self, model: "PreTrainedModel", batch: Batch, objective: Objective, counts: Sequence[float]
+    ) -> torch.Tensor:
+        return objective.loss(self.token_losses(model, batch), batch, counts)
+
+    def sums(self, model: "PreTrainedModel", batch: Batch, objective: Objective) -> list[float]:
+        return objective.sums(self.token_losses(model, batch), batch)
+
+    def estimates(self, model: "PreTrainedModel", batch: Batch, objective: Objective) -> Sequence[float]:
+        """See :meth:`Objective.estimates`."""
+        return objective.estimates(self.token_losses(model, batch), batch)
 
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         return supervised_tokens(batch)
@@ -56,7 +73,7 @@ class Task(TextTask, task.Task):
         return score(model, tokenizer, rows, cfg)
 
 
-def collate(batch: Mapping[str, Sequence[Sequence[int]]]) -> Batch:
+def collate(batch: Mapping[str, Sequence[Any]]) -> Batch:
     """Lay records one after another in a single row: nothing is padded.
 
     Args:
@@ -81,18 +98,27 @@ def score(
 ) -> Scores:
     """Loss of every record and, if asked, the text that `model` generates greedily from its prompt."""
     model.eval()
-    loss, tokens = _losses(model, rows, cfg.batch_size)
-    scores = Scores(loss, tokens)
+    return with_answers(Scores(*losses(model, rows, cfg.batch_size)), model, tokenizer, rows, cfg)
+
+
+def with_answers(
+    scores: Scores,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    cfg: EvaluationConfig,
+) -> Scores:
+    """`scores` and, if asked for, the texts that `model` generates greedily from the prompts of `rows`."""
     if cfg.generate:
         scores.add_generated(generate(model, tokenizer, rows, cfg), [row["target"] for row in rows])
     return scores
 
 
 @torch.inference_mode()
-def _losses(model: "PreTrainedModel", rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def losses(model: "PreTrainedModel", rows: list[Row], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and supervised tokens of each row, of which those of like length share a batch; each has its own
     where the model does not say of a padded record what it says of the record alone."""
-    losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    found, counts = np.zeros(len(rows)), np.zeros(len(rows))
     if len(rows) > 1 and model not in _alone:
         _alone[model] = padding_obstacle(model) is not None
     if _alone.get(model):
@@ -107,6 +133,6 @@ def _losses(model: "PreTrainedModel", rows: list[Row], batch_size: int) -> tuple
         record = (batch["position_ids"][0] == 0).cumsum(0) - 1
         record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
         each = token_losses(model, batch).double().cpu()
-        losses[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
+        found[part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, record, each).numpy()
         counts[part] = torch.bincount(record, minlength=len(part)).numpy()
-    return losses, counts
+    return found, counts

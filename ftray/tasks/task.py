@@ -14,6 +14,7 @@ from ftray.data.record_task import RecordTask
 from ftray.evaluation.metrics import Scores
 from ftray.models.probe import shared_passes
 from ftray.task_spec import IGNORE
+from ftray.tasks.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Task(RecordTask):
             that it keeps the records of one row apart.
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
+        objective: what a run minimises.
         generated: those of `metrics` that `evaluation.generate` gives.
         usage_example: a line of shell that uses the result; {path} is the merged model's directory, {run} the search's.
     """
@@ -53,6 +55,7 @@ class Task(RecordTask):
     metric: ClassVar[str] = "loss"
     generated: ClassVar[tuple[str, ...]] = ()
     usage_example: ClassVar[str]
+    objective: ClassVar[type[Objective]] = Objective
 
     def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
         """`metrics` and `metric` for records like this first one."""
@@ -64,7 +67,21 @@ class Task(RecordTask):
 
     @abstractmethod
     def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
-        """Loss *summed* over the supervised items of `batch`; a float32 scalar."""
+        """Loss *summed* over the supervised items of `batch`; a float32 scalar. That of supervised fine-tuning."""
+
+    def objective_loss(
+        self, model: "PreTrainedModel", batch: Batch, objective: Objective, counts: Sequence[float]
+    ) -> torch.Tensor:
+        """What a run minimises, summed over the targets of `batch`; see :meth:`Objective.loss`."""
+        return self.loss(model, batch)
+
+    def sums(self, model: "PreTrainedModel", batch: Batch, objective: Objective) -> list[float]:
+        """See :meth:`Objective.sums`."""
+        return [self.loss(model, batch).item()]
+
+    def estimates(self, model: "PreTrainedModel", batch: Batch, objective: Objective) -> Sequence[float]:
+        """See :meth:`Objective.estimates`."""
+        return ()
 
     def passes(self, model: "PreTrainedModel") -> Passes:
         """Which records that are padded may share a pass of `model`, and why not all."""

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, TypeVar
+from itertools import accumulate, islice, pairwise
+from typing import Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from ftray.compat.torch import add, out_of_memory
+from ftray.config import TrainingConfig
 from ftray.models import probe
 from ftray.models.next_token import padded, padding_mask, supervised_tokens
 from ftray.models.sharding import is_sharded, one_pass, whole
@@ -28,15 +29,16 @@ from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
+from ftray.tasks import causal
+from ftray.tasks.objective import Objective
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
-
-if TYPE_CHECKING:
-    from ftray.tasks.task import Task
 
 Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
 KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
+SUPERVISED = Objective(TrainingConfig())
+Counts = tuple[float, ...]  # of a step: targets, then what the objective counts
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
 
@@ -49,6 +51,7 @@ class PackedAdapter:
         parameters: its trained parameters.
         step: optimiser steps made.
         isolation_reason: why its rows can't share a batch and go through its own model; None: they share the batch.
+        objective: what it minimises.
     """
 
     model: PeftModel
@@ -58,6 +61,7 @@ class PackedAdapter:
     parameters: list[nn.Parameter]
     step: int
     isolation_reason: str | None
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ class StepResult:
     """The result of a step, over all ranks.
 
     Attributes:
-        loss: summed over the supervised tokens, nats.
+        loss: summed over the targets of its task, as supervised tokens or pairs.
         failure: why the adapter was removed from the pack; None: it was not. The others are unaffected.
     """
 
     loss: float
-    supervised: int
+    targets: int
     tokens: int
     failure: str | None
 
@@ -197,7 +201,15 @@ class Pack:
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
 
-    def add(self, name: str, model: PeftModel, update: AdapterOptimizer, seed: int = 0, step: int = 0) -> str | None:
+    def add(
+        self,
+        name: str,
+        model: PeftModel,
+        update: AdapterOptimizer,
+        seed: int = 0,
+        step: int = 0,
+        objective: Objective = SUPERVISED,
+    ) -> str | None:
         """Add an adapter.
 
         Args:
@@ -205,6 +217,7 @@ class Pack:
             update: makes its steps; see :mod:`ftray.training.optimizer`.
             seed: of its dropout.
             step: optimiser steps that it has already made.
+            objective: what it minimises.
 
         Returns:
             None; or why its rows can't share a batch: it then trains on the same base, in passes of its own.
@@ -220,12 +233,13 @@ class Pack:
                 isolation_reason = str(error)
         for path, layer in layers.items():
             SharedLinear.at(self.shared, path, self._segments).join(name, layer, rng)
-        self.adapters[name] = PackedAdapter(model.eval(), update, rng, layers, trainable(model), step, isolation_reason)
+        parts = model.eval(), update, rng, layers, trainable(model), step, isolation_reason, objective
+        self.adapters[name] = PackedAdapter(*parts)
         if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             rng = DropoutRNG(model, seed, self.rank)
             isolation_reason = reason
-            self.adapters[name] = PackedAdapter(model.eval(), update, rng, {}, trainable(model), step, isolation_reason)
+            self.adapters[name] = PackedAdapter(model, update, rng, {}, trainable(model), step, reason, objective)
         if isolation_reason and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
@@ -259,7 +273,7 @@ class Pack:
     def _differs_isolated(self, adapter: PackedAdapter, name: str) -> str | None:
         wanted, gradients = probe.alone_adapter(adapter.model, self._records, adapter.parameters)
         columns = {"input_ids": self._records, "labels": self._records}
-        batch = {key: tensor.to(self.base.device) for key, tensor in self.task.collate(columns).items()}
+        batch = {key: tensor.to(self.base.device) for key, tensor in causal.collate(columns).items()}
         loss = self.task.loss(adapter.model, batch)
         ours = torch.autograd.grad(loss, adapter.parameters, allow_unused=True, materialize_grads=True)
         alone = sum(float(probe.token_loss(*pair)) for pair in zip(wanted, self._records, strict=True))
@@ -285,16 +299,15 @@ class Pack:
 
         Args:
             batches: this rank's micro-batches of each, as :meth:`ftray.tasks.task.Task.collate` makes them. An
-                adapter's loss is the mean over the supervised tokens of all its micro-batches on all ranks.
+                adapter's loss is the mean over the targets of all its micro-batches on all ranks.
 
         Returns:
             By adapter. One whose loss or gradient is not finite has a `failure`: it is removed from the pack, with the
             weights that it had before this step.
         """
         names = list(batches)
-        local = [float(n) for name in names for n in _count(self.task, batches[name])]
-        counts = {n: (int(s), int(t)) for n, s, t in zip(names, *_columns(self._sum(local), 2), strict=True)}
-        losses, gradients, exhausted = self._all_gradients(batches, {name: counts[name][0] for name in names})
+        tokens, counts = self._counted(batches)
+        losses, gradients, exhausted = self._all_gradients(batches, counts)
         local = []
         for name in names:
             square = get_total_norm(gradients[name]).double().square().item()
@@ -305,21 +318,45 @@ class Pack:
             failure = failure or self._update(self.adapters[name], gradients.pop(name))
             if failure:
                 self.remove(name)
-            results[name] = StepResult(loss, *counts[name], failure)
+            results[name] = StepResult(loss, int(counts[name][0]), tokens[name], failure)
         return results
 
+    def _counted(self, batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, int], dict[str, Counts]]:
+        """Tokens of each adapter's step, and what its objective needs to know of it; both over all ranks."""
+        local = {}
+        for name, own in batches.items():
+            objective = self.adapters[name].objective
+            each = [(self.task.tokens(b), self.task.num_targets(b), *objective.counts(b)) for b in own]
+            local[name] = [float(sum(values)) for values in zip(*each, strict=True)]
+        for name, estimates in self._estimates(batches).items():
+            local[name] += estimates
+        total = iter(self._sum([value for values in local.values() for value in values]))
+        sums = {name: [*islice(total, len(values))] for name, values in local.items()}
+        return {name: int(own[0]) for name, own in sums.items()}, {name: tuple(own[1:]) for name, own in sums.items()}
+
+    def _estimates(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, list[float]]:
+        """The sums of :meth:`Objective.estimates` of those that have some, over this rank's micro-batches."""
+        units = [
+            (name, i, rows)
+            for name, own in batches.items()
+            for i, batch in enumerate(own)
+            if (rows := self.adapters[name].objective.estimated_on(batch)) is not None
+        ]
+        found: dict[str, list[float]] = {}
+        for (name, *_), sums in self._without_gradients(units, "estimates").items() if units else ():
+            found[name] = [a + b for a, b in zip(found[name], sums, strict=True)] if name in found else sums
+        return found
+
     def _all_gradients(
-        self, batches: Mapping[str, Sequence[Batch]], supervised: Mapping[str, int]
+        self, batches: Mapping[str, Sequence[Batch]], counts: Mapping[str, Counts]
     ) -> tuple[dict[str, float], dict[str, list[torch.Tensor]], set[str]]:
         """As :meth:`_gradients`, of mean losses; passes are halved until they fit in memory."""
-        # gradients are averaged over ranks: undo it, so that the mean is over all supervised tokens
-        weights = {name: self.world_size / max(1, count) for name, count in supervised.items()}
         before = self.tokens
-        losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, weights))
+        losses, gradients, exhausted = self._in_memory(lambda: self._gradients(batches, counts))
         if exhausted and self.tokens < before:  # they were the cause: the others step without them
             self.tokens = before
             others = {name: own for name, own in batches.items() if name not in exhausted}
-            again = self._in_memory(lambda: self._gradients(others, weights))
+            again = self._in_memory(lambda: self._gradients(others, counts))
             return losses | again[0], gradients | again[1], exhausted | again[2]
         return losses, gradients, exhausted
 
@@ -347,9 +384,9 @@ class Pack:
                 torch.cuda.empty_cache()
 
     def _gradients(
-        self, batches: Mapping[str, Sequence[Batch]], weights: Mapping[str, float]
+        self, batches: Mapping[str, Sequence[Batch]], counts: Mapping[str, Counts]
     ) -> tuple[dict[str, float], dict[str, list[torch.Tensor]], set[str]]:
-        """The loss of each adapter, summed, and the gradient of its weighted loss plus the method's penalty.
+        """The loss of each adapter, summed, and the gradient of its mean loss plus the method's penalty.
 
         The third result names the adapters of which a single micro-batch is too large for the memory.
 
@@ -372,46 +409,61 @@ class Pack:
             every = [p for own in parameters.values() for p in own]
             try:
                 with self.one_pass():
-                    total, parts = self._loss(units, [weights[name] for name, *_ in units])
-                    flat = iter(torch.autograd.grad(total, every, allow_unused=True))
+                    parts = self._losses(units, counts)
+                    # gradients are averaged over ranks: undo it, so that the mean is over all targets
+                    means = [
+                        loss * (self.world_size / max(1, counts[n][0]))
+                        for loss, (n, *_) in zip(parts, units, strict=True)
+                    ]
+                    flat = iter(torch.autograd.grad(torch.stack(means).sum(), every, allow_unused=True))
             except RuntimeError as error:
                 if len(units) > 1 or not out_of_memory(error):
                     raise
                 exhausted.add(units[0][0])
                 continue
             for (name, own), part in zip(parameters.items(), parts, strict=True):
-                losses[name] += part
+                losses[name] += part.item()
                 new = [g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]]
                 gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
 
-    @torch.no_grad()
-    def losses(self, names: Sequence[str], batch: Batch) -> list[float | None]:
-        """The loss of each of the named adapters on this rank's `batch`, summed over its supervised tokens.
+    def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
+        """What :meth:`Objective.sums` gives of this rank's `batch` for each of the named adapters.
 
         None where that adapter's batch alone is too large for the memory.
         """
+        found = self._without_gradients([(name, 0, batch) for name in names], "sums")
+        return [found.get((name, 0)) for name in names]
+
+    @torch.no_grad()
+    def _without_gradients(
+        self, units: list[Unit], numbers: Literal["sums", "estimates"]
+    ) -> dict[tuple[str, int], list[float]]:
+        """These numbers of each unit's objective, by adapter and micro-batch, from losses without dropout.
+
+        Those of which a single unit is too large for the memory are missing.
+        """
         self.shared.eval()
-        for name in names:
+        for name, *_ in units:
             if self.adapters[name].model.training:
                 self.adapters[name].model.eval()
 
-        def attempt() -> list[float | None]:
-            found: dict[str, float | None] = {}
-            for units in self._passes([(name, 0, batch) for name in names]):
-                own = [name for name, *_ in units]
+        def attempt() -> dict[tuple[str, int], list[float]]:
+            found: dict[tuple[str, int], list[float]] = {}
+            for part in self._passes(units):
                 try:
                     with self.one_pass():
-                        found |= zip(own, self._loss(units, [1.0] * len(units))[1], strict=True)
+                        values = self._numbers(part, numbers)
                 except RuntimeError as error:
-                    if len(units) > 1 or not out_of_memory(error):
+                    if len(part) > 1 or not out_of_memory(error):
                         raise
-                    found[own[0]] = None
-            return [found[name] for name in names]
+                    continue
+                found |= {unit[:2]: own for unit, own in zip(part, values, strict=True)}
+            return found
 
         before = self.tokens
         found = self._in_memory(attempt)
-        if None in found:
+        if len(found) < len(units):
             self.tokens = before
         return found
 
@@ -449,27 +501,40 @@ class Pack:
             sizes = [max(by_rank[i :: len(units)]) for i in range(len(units))]
         return {(name, micro_batch): int(size) for (name, micro_batch, _), size in zip(units, sizes, strict=True)}
 
-    def _loss(self, units: list[Unit], weights: list[float]) -> tuple[torch.Tensor, list[float]]:
-        """The weighted sum of the units' losses, and the loss of each, summed over its supervised tokens."""
-        if self.adapters[units[0][0]].isolation_reason:
-            rows = {name: tensor.to(self.base.device) for name, tensor in units[0][2].items()}
-            loss = self.task.loss(self.adapters[units[0][0]].model, rows)
-            return loss * weights[0], [loss.item()]
+    def _losses(self, units: list[Unit], counts: Mapping[str, Counts]) -> list[torch.Tensor]:
+        """What each unit's objective minimises, summed over its targets."""
+        (name, _, batch), *others = units
+        if self.adapters[name].isolation_reason and not others:
+            adapter, rows = self.adapters[name], self._on_device(batch)
+            return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
+        each = zip(units, self._token_losses(units), strict=True)
+        return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
+
+    def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
+        """See :meth:`_without_gradients`; units of one pass."""
+        (name, _, batch), *others = units
+        if self.adapters[name].isolation_reason and not others:
+            adapter, rows = self.adapters[name], self._on_device(batch)
+            return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
+        each = zip(units, self._token_losses(units), strict=True)
+        return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
+
+    def _token_losses(self, units: list[Unit]) -> list[torch.Tensor]:
+        """The cross-entropy of each unit's supervised tokens, float64 [S]."""
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
         segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
-        counts = [supervised_tokens(batch) for *_, batch in units]
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
-            total, losses = HeadLoss.apply(
-                hidden[positions.to(hidden.device)],
-                self.head,
-                targets[positions].to(hidden.device),
-                torch.tensor(weights).repeat_interleave(torch.tensor(counts)).to(hidden.device),
+            losses = HeadLoss.apply(
+                hidden[positions.to(hidden.device)], self.head, targets[positions].to(hidden.device)
             )
-        return total, [part.double().sum().item() for part in losses.split(counts)]
+        return list(losses.double().split([supervised_tokens(batch) for *_, batch in units]))
+
+    def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.base.device) for name, tensor in batch.items()}
 
     def _hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[tuple[str, int, int]]
@@ -510,10 +575,6 @@ def _penalty_gradient(model: PeftModel) -> list[torch.Tensor]:
     penalty = model.active_peft_config.orth_reg_weight * orthogonality(factors)
     found = torch.autograd.grad(penalty, [p for _, p in named], allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(found, named, strict=True)]
-
-
-def _count(task: "Task", micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    return sum(task.num_targets(b) for b in micro_batches), sum(task.tokens(b) for b in micro_batches)
 
 
 def _columns(values: list[float], width: int) -> list[list[float]]:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, TypeVar, cast
 
 import psutil
@@ -27,7 +28,7 @@ from ftray.training.checkpoint import load_checkpoint, save_checkpoint, start_fr
 from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
 from ftray.training.run_spec import RunSpec, accumulation_steps
-from ftray.training.train_state import TrainState, validation_metrics
+from ftray.training.train_state import TrainState
 
 Sent = TypeVar("Sent")
 
@@ -146,7 +147,8 @@ class PackTrainer:
         if self.rank == 0 and adapts not in self._printed:
             self._printed.add(adapts)
             print(f"adapted: {adapts or 'no layers of the model'}", flush=True)
-        isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step)
+        objective = self.pack.task.objective(run.training)
+        isolation_reason = self.pack.add(name, model, update, run.training.seed, history.step, objective)
         accumulation = accumulation_steps(run.training, self.world_size)
         self.trials[name] = PackedTrial(run, history, update, accumulation, iter(()))
         return isolation_reason
@@ -166,7 +168,7 @@ class PackTrainer:
         seconds = time.monotonic() - started
         for name, result in stepped.items():
             if not result.failure:
-                self.trials[name].history.add(result.loss, result.supervised, result.tokens, seconds)
+                self.trials[name].history.add(result.loss, result.targets, result.tokens, seconds)
         return {name: result.failure for name, result in stepped.items() if result.failure}
 
     def validate(self, names: Sequence[str], batches: Iterable[Batch], validated: int | None = None) -> dict[str, str]:
@@ -176,22 +178,22 @@ class PackTrainer:
             batches: this rank's share of the validation records.
             validated: number of these, over all ranks, if they are but a part of what the settings allow.
         """
-        started, losses, supervised = time.monotonic(), dict.fromkeys(names, 0.0), 0.0
-        exhausted: set[str] = set()
+        started, targets, width = time.monotonic(), 0.0, self.pack.task.objective.totals
+        local = {name: [0.0] * (1 + width) for name in names}  # whether it ran out of memory, and its sums
         for batch, counts in self._in_step(batches):
-            fit = [name for name in names if name not in exhausted]
-            for name, loss in zip(fit, self.pack.losses(fit, batch), strict=True):
-                if loss is None:
-                    exhausted.add(name)
-                losses[name] += (loss or 0.0) * counts
-            supervised += self.pack.task.num_targets(batch) * counts
-        *sums, supervised = self._sum([*losses.values(), *(float(name in exhausted) for name in names), supervised])
-        ends = zip(names, sums, sums[len(names) :], strict=False)
-        measured = self._measured_together([n for n, loss, out in ends if math.isfinite(loss) and not out], validated)
+            fit = [name for name in names if not local[name][0]]
+            for name, sums in zip(fit, self.pack.validation_sums(fit, batch), strict=True):
+                found = [1.0] if sums is None else [0.0, *(value * counts for value in sums)]
+                local[name] = [a + b for a, b in zip_longest(local[name], found, fillvalue=0.0)]
+            targets += self.pack.task.num_targets(batch) * counts
+        *flat, targets = self._sum([value for own in local.values() for value in own] + [targets])
+        totals = {name: flat[i * (1 + width) :][: 1 + width] for i, name in enumerate(names)}
+        sound = [n for n, (ran_out, loss, *_) in totals.items() if math.isfinite(loss) and not ran_out]
+        measured = self._measured_together(sound, validated)
         seconds, failures = time.monotonic() - started, {}
-        for name, loss, ran_out in zip(names, sums, sums[len(names) :], strict=False):
-            history, engine = self.trials[name].history, self.trials[name].update.engine
-            started, metrics = time.monotonic(), validation_metrics(loss, supervised)
+        for name, (ran_out, *sums) in totals.items():
+            history, engine, loss = self.trials[name].history, self.trials[name].update.engine, sums[0]
+            started, metrics = time.monotonic(), self.pack.adapters[name].objective.metrics(sums, targets)
             if ran_out:
                 failures[name] = f"out of memory: validation after step {history.step}"
             elif not math.isfinite(loss):

@@ -148,9 +148,3 @@ class TrainState:
         """Restore what :meth:`state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def validation_metrics(loss: float, supervised: float) -> dict[str, float]:
-    """Mean loss (nats per supervised token) and perplexity from the summed `loss` of a validation."""
-    mean = loss / supervised
-    return {"validation_loss": mean, "validation_perplexity": math.exp(min(mean, 700.0))}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ftray.training.engine import (
     sum_over_ranks,
 )
 from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
-from ftray.training.train_state import Report, TrainState, validation_metrics
+from ftray.training.train_state import Report, TrainState
 
 Batch = dict[str, torch.Tensor]
 
@@ -64,7 +64,7 @@ class Zero3Trainer:
         self.engine = build_engine(model, run.training, run.steps, rate_ratio(run.adapter))
         self.allocation = RankAllocation(self.engine, model)
         self.device = self.engine.device
-        self.history = TrainState(run)
+        self.history, self.objective = TrainState(run), self.task.objective(run.training)
         if self.task.packed:
             self.task.pad = self._sum([float(self._mixes_records())])[0] > 0
         elif run.training.zero_stage == 3 and self.world_size > 1:
@@ -117,21 +117,18 @@ class Zero3Trainer:
                 report(history.report(rate, metrics, time.monotonic() - started))
 
     def _step(self, micro_batches: list[Batch]) -> tuple[float, int, int]:
-        """One optimiser step; returns the summed loss, the supervised and all tokens of the global batch."""
+        """One optimiser step; returns the summed loss, the targets and all tokens of the global batch."""
         step = self.history.step
         self.engine.train()
         train_mode(self.engine.module)
-        counts = self._sum(
-            [sum(self.task.num_targets(b) for b in micro_batches), sum(self.task.tokens(b) for b in micro_batches)]
-        )
-        supervised, tokens = int(counts[0]), int(counts[1])
+        tokens, *counts = self._counted(micro_batches)
         total = torch.zeros((), device=self.device)
         for micro_batch, batch in enumerate(micro_batches):
             self.dropout_rng.step, self.dropout_rng.micro_batch = step, micro_batch
-            loss = self.task.loss(self.engine, self._to_device(batch))
+            loss = self.task.objective_loss(self.engine, self._to_device(batch), self.objective, counts)
             total += loss.detach()
-            # DeepSpeed averages gradients over workers: undo it, so that the mean is over all supervised items
-            loss = loss * (self.world_size / supervised) + self.allocation.penalty() / self.accumulation
+            # DeepSpeed averages gradients over workers: undo it, so that the mean is over all targets
+            loss = loss * (self.world_size / counts[0]) + self.allocation.penalty() / self.accumulation
             self.engine.backward(loss, scale_wrt_gas=False)
             if batch is micro_batches[-1]:
                 self.allocation.before_step()
@@ -140,31 +137,47 @@ class Zero3Trainer:
         loss_sum = self._sum([float(total)])[0]
         if not math.isfinite(loss_sum):
             raise RunFailed(f"diverged: loss is {loss_sum} at step {step + 1}")
-        return loss_sum, supervised, tokens
+        return loss_sum, int(counts[0]), int(tokens)
+
+    def _counted(self, micro_batches: list[Batch]) -> list[float]:
+        """Tokens of a step, its targets, and what the objective needs to know of it; all over all ranks."""
+        each = [(self.task.tokens(b), self.task.num_targets(b), *self.objective.counts(b)) for b in micro_batches]
+        local = [float(sum(values)) for values in zip(*each, strict=True)]
+        estimated = [rows for b in micro_batches if (rows := self.objective.estimated_on(b)) is not None]
+        if estimated:
+            self.engine.eval()
+            with torch.no_grad():
+                found = [self.task.estimates(self.engine, self._to_device(rows), self.objective) for rows in estimated]
+            self.engine.train()
+            local += [sum(values) for values in zip(*found, strict=True)]
+        return self._sum(local)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss (nats per supervised item) and perplexity over all ranks' `batches`, and what `measure` returns.
+        """The objective's metrics over all ranks' `batches`, and what `measure` returns.
 
         Raises:
             RunFailed: the loss is not finite.
         """
         self.engine.eval()
-        loss, supervised, remaining = 0.0, 0.0, iter(batches)
+        sums, targets, remaining = [0.0] * self.objective.totals, 0.0, iter(batches)
         while True:
             batch = next(remaining, None)
             # under ZeRO 3 a forward pass is a collective: ranks that have no more pass an empty batch
             if not self._sum([float(batch is not None)])[0]:
                 break
-            batch = batch or self.task.empty()
-            loss += float(self.task.loss(self.engine, self._to_device(batch)))
-            supervised += self.task.num_targets(batch)
-        loss, supervised = self._sum([loss, supervised])
-        if not math.isfinite(loss):
-            raise RunFailed(f"diverged: validation loss is {loss} after step {self.history.step}")
-        return validation_metrics(loss, supervised) | (self.measure(self.engine.module) if self.measure else {})
+            own = batch or self.task.empty()
+            found = self.task.sums(self.engine, self._to_device(own), self.objective)
+            if batch is not None:
+                sums = [a + b for a, b in zip(sums, found, strict=True)]
+                targets += self.task.num_targets(batch)
+        *sums, targets = self._sum([*sums, targets])
+        if not math.isfinite(sums[0]):
+            raise RunFailed(f"diverged: validation loss is {sums[0]} after step {self.history.step}")
+        metrics = self.objective.metrics(sums, targets)
+        return metrics | (self.measure(self.engine.module) if self.measure else {})
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _sum(self, values: list[float]) -> list[float]:

@@ -1,0 +1,60 @@
+"""DPO: answers that people prefer become likelier than others, compared with how likely they were before training.
+
+Rafailov et al., Direct Preference Optimization (arXiv 2305.18290).
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from ftray.data.shards import REFERENCE
+from ftray.tasks import preference
+
+
+class Objective(preference.PairObjective):
+    """The loss of the margin between two log-ratios to the base, times beta.
+
+    `sigmoid` is the paper's, with the conservative `label_smoothing` of its authors; `hinge` that of SLiC
+    (arXiv 2305.10425); `ipo` the squared one of Azar et al. (arXiv 2310.12036), of means over tokens; `robust` the one
+    of Chowdhury et al. (arXiv 2403.00409), which corrects for the share `label_smoothing` of turned pairs.
+    `sft_weight` adds the preferred answers' own loss (RPO, arXiv 2404.19733).
+    """
+
+    settings: ClassVar[Mapping[str, float | str]] = {
+        "beta": 0.1,
+        "loss": "sigmoid",
+        "label_smoothing": 0.0,
+        "sft_weight": 0.0,
+    }
+
+    @staticmethod
+    def rewards(log_probabilities: torch.Tensor, counts: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+        assert reference is not None  # it is among the columns
+        return log_probabilities - reference
+
+    def pair_losses(self, rewards: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if self.values["loss"] == "ipo":
+            rewards = rewards / counts
+        return margin_losses(rewards[:, 0] - rewards[:, 1], self.values)
+
+
+def margin_losses(margins: torch.Tensor, settings: Mapping[str, float | str]) -> torch.Tensor:
+    """The loss of each pair's margin, by the settings `beta`, `loss` and `label_smoothing`."""
+    beta, smoothing = float(settings["beta"]), float(settings["label_smoothing"])
+    if settings["loss"] == "hinge":
+        return torch.relu(1 - beta * margins)
+    if settings["loss"] == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    right, wrong = -F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins)
+    if settings["loss"] == "robust":
+        return (right * (1 - smoothing) - wrong * smoothing) / (1 - 2 * smoothing)
+    return right * (1 - smoothing) + wrong * smoothing
+
+
+class Task(preference.Task):
+    """Pairs, with the log-probabilities of both answers before training."""
+
+    columns = ("input_ids", "labels", "lengths", REFERENCE)
+    objective = Objective
