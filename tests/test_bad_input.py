@@ -71,13 +71,13 @@ DATA = {
     "turn without text": (chat({"role": "user"}), [], "must have role and content"),
     "good and bad answers": (
         lines({"prompt": "a", "completion": "b", "label": False}),
-        [],
-        "data.jsonl:1: label: marks answers as good or bad, and ftray has no KTO yet",
+        ["--task", "CAUSAL_LM"],
+        "data.jsonl:1: label: marks answers as good or bad, which --task KTO learns from",
     ),
     "preferences": (
         lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
-        [],
-        "data.jsonl:1: chosen: one of a preference pair, and ftray has no preference training yet",
+        ["--task", "CAUSAL_LM"],
+        "data.jsonl:1: chosen: one of a preference pair, which --task DPO learns from",
     ),
     "images": (
         GOOD + lines({"input": "a", "output": "b", "images": ["i"]}),

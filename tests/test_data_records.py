@@ -162,11 +162,11 @@ def test_what_was_recognised_and_what_was_ignored(record, shape, ignored):
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 # the same, which can't be read
 LOST = [
-    (PLAIN | {"label": False}, "label: marks answers as good or bad, and ftray has no KTO yet: keep the good ones"),
-    (PLAIN | {"label": True}, "label: marks answers as good or bad, and ftray has no KTO yet"),
-    ({"instruction": "a", "output": "b", "kto_tag": True}, "kto_tag: .*no KTO yet"),
-    ({"messages": [USER, ANSWER], "label": False}, "label: .*no KTO yet"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen: one of a preference pair, and ftray has no preference"),
+    (PLAIN | {"label": False}, "label: marks answers as good or bad, which --task KTO learns from: or keep the good"),
+    (PLAIN | {"label": True}, "label: marks answers as good or bad, which --task KTO learns from"),
+    ({"instruction": "a", "output": "b", "kto_tag": True}, "kto_tag: .*which --task KTO learns"),
+    ({"messages": [USER, ANSWER], "label": False}, "label: .*which --task KTO learns"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen: one of a preference pair, which --task DPO learns"),
     ({"chosen": "a b", "rejected": "a c"}, "chosen: one of a preference pair"),
     ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "chosen: one of a preference pair"),
     ({"messages": [USER, ANSWER], "rejected": "c"}, "rejected: one of a preference pair"),
@@ -504,7 +504,7 @@ OTHERS = [
     ("FEATURE_EXTRACTION", PAIR | {"label": 0}, "label: ftray learns these pairs as all alike"),
     ("FEATURE_EXTRACTION", SCORED | {"instruction": "c"}, "instruction would be lost"),
     ("SEQ_2_SEQ_LM", PLAIN | {"system": "S"}, "SEQ_2_SEQ_LM learns one text .*, without system or history"),
-    ("SEQ_2_SEQ_LM", PLAIN | {"label": False}, "label: .*no KTO yet"),
+    ("SEQ_2_SEQ_LM", PLAIN | {"label": False}, "label: .*which --task KTO learns"),
 ]
 
 

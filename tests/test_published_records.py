@@ -186,8 +186,9 @@ PREFERENCES = {
 def test_preferences_are_never_trained_on_as_good_answers(tmp_path, tiny_llama, template, name):
     record, message, kept = PREFERENCES[name]
     (tmp_path / "r.jsonl").write_text(lines(lambda n: record | {"id": n}))
-    with pytest.raises(UserError, match=rf"r\.jsonl:1: {message}") as told:
-        rows_of(config(tmp_path / "r.jsonl", tiny_llama, template))
+    cfg = config(tmp_path / "r.jsonl", tiny_llama, template).model_copy(update={"task": "CAUSAL_LM"})
+    with pytest.raises(UserError, match=rf"r\.jsonl:1: {message}, which --task (DPO|KTO) learns from") as told:
+        rows_of(cfg)
     assert as_mapped(record, str(told.value)) == kept
 
 

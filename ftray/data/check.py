@@ -10,7 +10,7 @@ from ftray.config import DataConfig
 from ftray.data.record_task import RecordTask, record_task
 from ftray.data.sources import is_small, read_for_check
 from ftray.data.splits import Source, filled, find_sources, held_out_files, key_place_and_split, needed
-from ftray.data.tokens import spread
+from ftray.data.tokens import longest_text, spread
 from ftray.errors import UserError
 from ftray.task_spec import TaskSpec
 
@@ -145,10 +145,10 @@ class DataCheck:
         return [replace(record, split=split) for record, split in zip(taken, splits, strict=True)]
 
     def _read(self, name: str, part: str, cfg: DataConfig, of: RecordTask) -> list[_Record]:
-        records = [
-            _Record(part, *key_place_and_split(record, cfg, name, part), of.parse(record, place))
-            for place, record in self._records[name, part]
-        ]
+        records = []
+        for place, record in self._records[name, part]:
+            example = of.parse(record, place)
+            records.append(_Record(part, *key_place_and_split(record, cfg, name, part, of.group(example)), example))
         if not records:
             raise _no_record(cfg)
         return records
@@ -173,7 +173,7 @@ def _lengths(records: list[_Record], tokenizer: "PreTrainedTokenizerBase", of: R
         examples = [record.example for record in records if record.part == part]
         for at in range(0, len(examples), TOKENIZED_AT_ONCE):
             rows = spread(of.tokenize(examples[at : at + TOKENIZED_AT_ONCE], tokenizer, own.cfg))
-            found += [max([*(row.lengths or [len(row.input_ids)]), len(row.labels)]) for _, row in rows if row]
+            found += [longest_text(len(row.input_ids), len(row.labels), row.lengths) for _, row in rows if row]
     if not found:
         refuse_unsupervised(source.cfg)
     return found

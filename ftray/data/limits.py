@@ -8,6 +8,7 @@ import pyarrow.compute
 
 from ftray.config import DataConfig
 from ftray.data.shards import TokenizedData
+from ftray.data.tokens import longest_text
 from ftray.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def refuse_beyond(
         )
     if most is None or cfg.longest + added <= most:
         return
-    longest = longest_text(data)
+    longest = longest_record(data)
     if longest + added > most:
         but = (
             f"the model has {most} positions: take {most - added}, or a model without a learnt table of them"
@@ -141,14 +142,16 @@ def check_special_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTra
         print(f"model {name}: its tokenizer has no eos_token: what is learnt has no end, answers run on", flush=True)
 
 
-def longest_text(data: TokenizedData) -> int:
+def longest_record(data: TokenizedData) -> int:
     """The most tokens that a model reads, or writes, of one record at once."""
     longest = 0
     for name, split in data.splits.items():
         for index in range(len(split.row_groups)):
             table = data.row_group(name, index, ["input_ids", "labels", "lengths"])
-            texts = pyarrow.compute.list_flatten(table["lengths"])  # of those that lie one after another
-            whole = [texts] if len(texts) else [pyarrow.compute.list_value_length(table["input_ids"])]
-            whole.append(pyarrow.compute.list_value_length(table["labels"]))
-            longest = max(longest, *(pyarrow.compute.max(lengths).as_py() or 0 for lengths in whole))
+            counts = [pyarrow.compute.list_value_length(table[name]) for name in ("input_ids", "labels")]
+            if not len(pyarrow.compute.list_flatten(table["lengths"])):  # as for most tasks
+                longest = max(longest, *(pyarrow.compute.max(own).as_py() or 0 for own in counts))
+                continue
+            rows = zip(*(own.to_pylist() for own in (*counts, table["lengths"])), strict=True)
+            longest = max(longest, *(longest_text(*row) for row in rows))
     return longest

@@ -35,6 +35,14 @@ ANSWERED = (
     *("output", "completion", "response", "answer", "answers", "target", "summary", "highlights", "translation"),
     "solution",
 )
+# keys of the answers of a preference pair, the preferred one and the other; and of what judges one answer
+PAIRED = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+    ("preferred", "dispreferred"),
+)
+VERDICTS = ("label", "kto_tag")
 
 # words in front of a verdict that add nothing to it, as in `is_correct`
 _FILLERS = _set("is was has do does should to be use with the turn message")
@@ -75,8 +83,8 @@ NO = _set(
 # a grade is no verdict, unless it is a word that says no
 GRADES = _set("rating score quality grade outcome result status evaluation")
 
-PREFERENCE = "one of a preference pair, and ftray has no preference training yet: keep the good answer, as completion"
-_WRONG_ANSWERS = "a bad answer, and ftray has no preference training yet: keep the good answer alone"
+PREFERENCE = "one of a preference pair, which --task DPO learns from as prompt, chosen and rejected"
+_WRONG_ANSWERS = "a bad answer: keep the good one alone, or give both as prompt, chosen and rejected to --task DPO"
 MEDIA = "ftray reads text alone: leave out what needs more"
 # words of which a key has one -> why a record is refused whose key holds a text, a list or an object
 _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (

@@ -29,7 +29,7 @@ from ftray.data.record_task import RecordTask, record_task
 from ftray.data.shards import MANIFEST, SourceSummary, SplitWriter, TokenizedData
 from ftray.data.sources import content_stamp
 from ftray.data.splits import FEW, SPLITS, Source, Sources, filled, find_sources, key_place_and_split, needed
-from ftray.data.tokens import Tokens, prompt_template, rendering, spread
+from ftray.data.tokens import Tokens, prompt_template, spread
 from ftray.errors import UserError
 from ftray.models.tokenizer import load_tokenizer
 from ftray.runtime.cluster import say_if_waiting
@@ -284,7 +284,7 @@ def _checked(chunk: Chunk, cfg: DataConfig, source: str, of: RecordTask) -> Iter
         rows: list[tuple[Any, ...]] = []
         for place, record in located:
             example, seen = of.parse_and_see(record, place)
-            key, place_of_split, split = key_place_and_split(record, own, source, chunk.part)
+            key, place_of_split, split = key_place_and_split(record, own, source, chunk.part, of.group(example))
             said = [*of.labels(example)], pickle.dumps(example, protocol=5)
             rows.append((key - 2**63, place_of_split - 2**63, split, chunk.part, seen.shape, seen.ignored, *said))
         columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), RECORD, strict=True)]
@@ -357,12 +357,13 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: AnyTokenizer, tas
     of = record_task(task)
     examples = [pickle.loads(example) for example in records["example"].to_pylist()]
     refuse_mixture(examples, of)
+    examples = of.in_batch(examples, records["split"].to_pylist())
     whole: list[Tokens | None] = [None] * len(examples)
     renderings: list[str | None] = [None] * len(examples)
     for name, part in cfg.parts.items():
         at = [i for i, source in enumerate(records["source"].to_pylist()) if source == name]
         for i, made in zip(at, of.tokenize([examples[i] for i in at], words, part) if at else [], strict=True):
-            whole[i], renderings[i] = made, rendering(examples[i], words, part) if task.name == CAUSAL.name else None
+            whole[i], renderings[i] = made, of.rendering(examples[i], words, part)
     numbered = spread(whole)
     tokens = [row for _, row in numbered]
     records = records.take([i for i, _ in numbered])
@@ -380,6 +381,8 @@ def _tokenize_batch(records: pa.Table, cfg: DataConfig, words: AnyTokenizer, tas
             "lengths": pa.array([t.lengths if t else [] for t in tokens], pa.list_(pa.int32())),
             "score": pa.array([t.score if t else 0.0 for t in tokens], pa.float32()),
             "extra": pa.array([t.extra if t else "" for t in tokens], pa.string()),
+            "teacher_ids": pa.array([t.teacher_ids if t else [] for t in tokens], pa.list_(pa.int32())),
+            "teacher_logprobs": pa.array([t.teacher_logprobs if t else [] for t in tokens], pa.list_(pa.float32())),
             "split": records["split"],
             "source": records["source"],
             "shape": pa.compute.if_else(pa.array(first), records["shape"], None),  # counted once a record

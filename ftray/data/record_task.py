@@ -10,7 +10,7 @@ from ftray.data.fast_tokenizer import AnyTokenizer
 from ftray.data.plain_turns import read_plain_turns
 from ftray.data.reading import Seen, read
 from ftray.data.shapes import Shape
-from ftray.data.tokens import Tokens, tokenize
+from ftray.data.tokens import Tokens, rendering, tokenize
 from ftray.task_spec import CAUSAL, TaskSpec
 
 
@@ -56,6 +56,25 @@ class RecordTask(ABC):
         """What :meth:`parse` found there to be; all records must be alike in it."""
         return ""
 
+    def group(self, example: Any) -> object | None:
+        """What all records have in common that belong into one split, in plain data; None: only equal ones do.
+
+        `data.group` wins over it.
+        """
+        return None
+
+    def rendering(self, example: Any, tokenizer: AnyTokenizer, cfg: DataConfig) -> str | None:
+        """How its text is rendered, see :func:`ftray.data.tokens.rendering`; None: by no template."""
+        return None
+
+    def in_batch(self, examples: list[Any], splits: Sequence[str]) -> list[Any]:
+        """The examples of a batch, each with what its row takes of others.
+
+        Args:
+            splits: of each.
+        """
+        return examples
+
     @abstractmethod
     def tokenize(self, examples: list[Any], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """Token ids and labels; None where a record is too long or has nothing left to learn.
@@ -79,11 +98,25 @@ class TextTask(RecordTask):
         """A text whose label isn't learnt stands beside no record without one: it would be another task's."""
         return "a label, which isn't learnt, beside its text" if example.labelled else "no label"
 
+    def rendering(self, example: Any, tokenizer: AnyTokenizer, cfg: DataConfig) -> str | None:
+        """By the chat template, by another one, or as it is."""
+        return rendering(example, tokenizer, cfg)
+
     def tokenize(self, examples: list[Any], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """See :mod:`ftray.data.tokens`."""
         return tokenize(examples, tokenizer, cfg)
 
 
 def record_task(spec: TaskSpec) -> RecordTask:
-    """The task of that name; all but the first come whole, with torch."""
-    return TextTask(spec) if spec.full_name == CAUSAL.name else spec.load()
+    """The task of that name, without what it does with a model; tasks that are no objective come whole, with torch."""
+    from ftray.data import distillation, preference, prompts  # which import this module
+
+    of_objective: dict[str, type[RecordTask]] = {
+        **dict.fromkeys(("DPO", "SIMPO", "ORPO", "CPO", "REWARD"), preference.PairTask),
+        "KTO": preference.UnpairedTask,
+        "DISTILLATION": distillation.DistillationTask,
+        "GRPO": prompts.PromptTask,
+    }
+    if spec.objective:
+        return of_objective[spec.objective](spec)
+    return TextTask(spec) if spec.name == CAUSAL.name else spec.load()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.data.fields import as_typed
-from ftray.data.meanings import ANSWERED, ASKED, is_about
+from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS, is_about
 from ftray.data.reading import Seen, read
 from ftray.data.refusals import refuse_bad_answer
 from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, is_empty, listed
@@ -30,10 +30,10 @@ from ftray.errors import UserError
 SYSTEM = ("system", "system_prompt")
 CONVERSATION = (*SYSTEM, "history", *TOOLS)  # with one of these a record is a conversation, whatever its other keys
 
-_NO_KTO = "marks answers as good or bad, and ftray has no KTO yet: keep the good ones, without this key"
+_NO_KTO = "marks answers as good or bad, which --task KTO learns from: or keep the good ones, without this key"
 _CALLED = dict.fromkeys(("tool_calls", "function_call"), "a call is part of a turn: put it into one of messages")
 REFUSED = ANY | RENDERING | _CALLED
-KTO = dict.fromkeys(("label", "kto_tag"), _NO_KTO)
+KTO = dict.fromkeys(VERDICTS, _NO_KTO)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def as_chat(example: Example) -> Example:
     return replace(example, prompt="", target="", messages=messages)
 
 
-def _text(record: Record, key: str, where: object, may_be_empty: bool = False) -> str:
+def text_of(record: Record, key: str, where: object, may_be_empty: bool = False) -> str:
     """The text under a key.
 
     Raises:
@@ -120,11 +120,12 @@ def _first_text(value: Any) -> str:
 
 def _with_path(record: Record, key: str, path: str) -> str:
     """The mapping to type that takes what stands at a path under a key, and the other texts as they are."""
-    known = [name for name in record if name in (*ASKED, *ANSWERED, *CONVERSATION)]
+    compared = (*(own for pair in PAIRED for own in pair), *VERDICTS)
+    known = [name for name in record if name in (*ASKED, *ANSWERED, *CONVERSATION, *compared)]
     return as_typed({name: name for name in known} | {key: f"{key}.{path}"})
 
 
-def _with_one_answer(record: Record, key: str, where: object) -> Record:
+def with_one_answer(record: Record, key: str, where: object) -> Record:
     """The record with its answer out of a list that has no other; of several, nobody knows which is meant."""
     answers = listed(record[key])
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
@@ -148,10 +149,8 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
     """
 
     def parse(record: Record, where: object) -> Example:
-        texts = [_text(record, ask, where, optional)]
-        texts += [_text(record, key, where, True) for key in further if record.get(key) is not None]
-        prompt = "\n".join(text for i, text in enumerate(texts) if not i or text.strip())
-        return _answered(prompt, _text(_with_one_answer(record, answer, where), answer, where), record, where)
+        prompt = asked_text(record, ask, further, where, optional)
+        return answered(prompt, text_of(with_one_answer(record, answer, where), answer, where), record, where)
 
     fits = None if name or ask == "text" else _is_bare
     beside = (*ASKED, *ANSWERED)
@@ -159,7 +158,14 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
     return Shape(name or f"{ask}/{answer}", (ask, answer), parse, honours, _BESIDE_ANSWER, beside, fits, teaches=True)
 
 
-def _answered(prompt: str, target: str, record: Record, where: object) -> Example:
+def asked_text(record: Record, ask: str, further: Sequence[str], where: object, may_be_empty: bool = False) -> str:
+    """What is asked under a key, and what belongs to it under `further` ones, each on a line of its own."""
+    texts = [text_of(record, ask, where, may_be_empty)]
+    texts += [text_of(record, key, where, True) for key in further if record.get(key) is not None]
+    return "\n".join(text for i, text in enumerate(texts) if not i or text.strip())
+
+
+def answered(prompt: str, target: str, record: Record, where: object) -> Example:
     """Prompt and target; a conversation if the record has one of its keys, be it empty, that all of a file be alike."""
     refuse_bad_answer(record, "", where)
     tools = read_tools(record, where)
@@ -169,14 +175,15 @@ def _answered(prompt: str, target: str, record: Record, where: object) -> Exampl
     for call in calls:
         refuse_no_arguments(call, "the answer", where)
     answer = Turn("assistant", "", calls, words=target) if calls else Turn("assistant", target)
-    turns = (*_history(record, where), Turn("user", prompt), answer)
+    turns = (*earlier_turns(record, where), Turn("user", prompt), answer)
     example, system = Example(messages=turns, tools=tools, where=where), _system(record, where)
     return begun_by(system, example) if system else example
 
 
 def _system(record: Record, where: object) -> str:
     """What the record's own keys say of the system turn; empty: nothing."""
-    given = [_text(_with_joined(record, key, where), key, where, True) for key in SYSTEM if record.get(key) is not None]
+    keys = [key for key in SYSTEM if record.get(key) is not None]
+    given = [text_of(_with_joined(record, key, where), key, where, True) for key in keys]
     texts = {text for text in given if text.strip()}
     if len(texts) > 1:
         raise UserError(f"{where}: system and system_prompt differ: leave one of them out")
@@ -192,7 +199,7 @@ def _with_joined(record: Record, key: str, where: object) -> Record:
     return record if inner is None else record | {key: text_of_content(value[inner], f"{key}.{inner}", where)}
 
 
-def _history(record: Record, where: object) -> list[Turn]:
+def earlier_turns(record: Record, where: object) -> list[Turn]:
     """The earlier turns that a record holds as pairs of what the user said and the answer."""
     if is_empty(history := listed(record.get("history"))):
         return []
@@ -221,7 +228,7 @@ def _only_text(key: str) -> Callable[[Record, object], Example]:
             raise UserError(unknown(record, where))
         refuse_bad_answer(record, "", where)
         part = record.get(PART)
-        text = _text(record, key, where)
+        text = text_of(record, key, where)
         labelled = any(not is_empty(record.get(label)) for label in LABELS)
         begins, ends = part in (None, "first"), part in (None, "last")
         return Example("", text, begins=begins, ends=ends, labelled=labelled, where=where)
@@ -253,7 +260,7 @@ def _translation(record: Record, where: object) -> Example:
             f"{where}: translation holds {', '.join(pair) or 'nothing'}, not two languages: say which, as in {line}"
         )
     source, target = (as_text(text, f"translation.{key}", where) for key, text in pair.items())
-    return _answered(source, target, record, where)
+    return answered(source, target, record, where)
 
 
 def _languages(record: Record) -> list[str]:
@@ -270,7 +277,7 @@ def _is_bare(record: Record) -> bool:
 
 def _two_languages(record: Record, where: object) -> Example:
     source, target = _languages(record)
-    return _answered(_text(record, source, where), _text(record, target, where), record, where)
+    return answered(text_of(record, source, where), text_of(record, target, where), record, where)
 
 
 def _turns_in(key: str) -> Shape:
@@ -278,7 +285,7 @@ def _turns_in(key: str) -> Shape:
 
     def parse(record: Record, where: object) -> Example:
         messages, context = read_turns(record, key, where)
-        return _conversation(messages, context, record, key, where)
+        return as_conversation(messages, context, record, key, where)
 
     return Shape(
         "ShareGPT" if key.startswith("conv") else key,
@@ -322,7 +329,7 @@ def _turns_of_both(ask: str, answer: str) -> Shape:
             given = [{"role": "assistant", "content": given} if isinstance(given, str) else given]
         after, context = read_turns({answer: given}, answer, where)
         unlearnt = {i for i, turn in enumerate(before) if turn.role == "assistant"} | {len(before) + i for i in context}
-        return _conversation([*before, *after], unlearnt, record, answer, where)
+        return as_conversation([*before, *after], unlearnt, record, answer, where)
 
     return Shape(
         f"conversational {ask}/{answer}",
@@ -339,7 +346,16 @@ def _turns_of_both(ask: str, answer: str) -> Shape:
     )
 
 
-def _conversation(messages: list[Turn], context: set[int], record: Record, key: str, where: object) -> Example:
+def as_conversation(messages: list[Turn], context: set[int], record: Record, key: str, where: object) -> Example:
+    """A conversation with the system text and the tools that its record has beside it.
+
+    Args:
+        context: which of the turns bear no loss.
+        key: under which they stand, for messages.
+
+    Raises:
+        UserError: no turn of the assistant is left to be learnt, or there are two system texts.
+    """
     refuse_bad_answer(record, "", where)
     tools = read_tools(record, where)
     example = Example(messages=tuple(messages), context=frozenset(context), tools=tools, where=where)

@@ -32,7 +32,7 @@ def refuse_keys(record: Record, shape: Shape, where: object) -> None:
     It is known by the table of the shape, or by its words (see :mod:`ftray.data.meanings`).
     """
     is_known = all(key in record for key in shape.required_keys)
-    reasons = shape.refuses if is_known else ANY
+    reasons = shape.refuses if is_known else {} if shape.compares else ANY
     for key, value in record.items():
         if key in reasons and not is_empty(value):
             raise UserError(f"{where}: {key}: {reasons[key]}{_without(record, key, reasons[key], shape)}")
@@ -40,7 +40,8 @@ def refuse_keys(record: Record, shape: Shape, where: object) -> None:
     for key, value in record.items():
         if key in own or key in ADDED or is_empty(value) or meanings.marks_learnt(key) is not None:
             continue
-        if why := meanings.of_media(key, value) or (meanings.of_answer(key, value) if shape.teaches else ""):
+        another = meanings.of_answer(key, value) if shape.teaches and not shape.compares else ""
+        if why := meanings.of_media(key, value) or another:
             raise UserError(f"{where}: {key}: {why}{_without(record, key, why, shape)}")
         if shape.teaches and meanings.is_unclear_mark(key):
             raise UserError(f"{where}: {key}: {_UNCLEAR_MARK}")
@@ -49,7 +50,7 @@ def refuse_keys(record: Record, shape: Shape, where: object) -> None:
         name = meanings.read_as(key, value)
         if name and not _is_repeated(record, key, shape):
             raise UserError(f"{where}: {key} would be lost: {_renamed(record, key, name, shape)}")
-        if meanings.is_reasoning(key, value):
+        if meanings.is_reasoning(key, value) and not shape.compares:
             _refuse_lost(record, key, shape, where)
 
 
@@ -290,7 +291,9 @@ def _is_repeated(record: Record, key: str, shape: Shape) -> bool:
     if shape.is_alone:
         names = [name for name in record if name in shape.beside and name not in (*shape.required_keys, *RENDERED)]
         return bool(own) and _is_ended(own[0], [text for name in {key, *names} for text in _texts(record[name])])
-    if key in meanings.ANSWERED and shape.required_keys:  # by what is learnt, not by what is asked
+    if (
+        key in meanings.ANSWERED and shape.required_keys and not shape.compares
+    ):  # by what is learnt, not by what is asked
         last = listed(record[shape.required_keys[-1]])
         own = _texts(last[-1:] if isinstance(last, list) else last)
     return all(any(_is_part(text, whole) for whole in own) for text in given)

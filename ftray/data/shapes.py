@@ -48,6 +48,7 @@ class Shape:
         in_part: keys that are read in each part of a turn's content.
         teaches: what a model is to write, so that a key is refused which means another answer, what was asked before,
             or how the answer was found; see :mod:`ftray.data.meanings`.
+        compares: it tells good answers from bad ones, or teaches none, so that other answers may stand beside.
         is_alone: it reads one text, beside which other texts are refused that aren't about the record.
     """
 
@@ -62,6 +63,7 @@ class Shape:
     in_turn: tuple[str, ...] = ()
     in_part: tuple[str, ...] = ()
     teaches: bool = False
+    compares: bool = False
     is_alone: bool = False
 
 

@@ -30,11 +30,13 @@ SCHEMA = pa.schema(
         "lengths": pa.list_(pa.int32()),
         "score": pa.float32(),
         "extra": pa.string(),
+        "teacher_ids": pa.list_(pa.int32()),  # of distillation; else empty
+        "teacher_logprobs": pa.list_(pa.float32()),
         "source": pa.string(),  # of a mixture; else empty
     }
 )
 REFERENCE = "reference"  # column beside them: the log-probabilities of a row's texts before training, in nats
-_LATER = ("source",)  # columns that older shards lack
+_LATER = ("source", "teacher_ids", "teacher_logprobs")  # columns that older shards lack
 _NAMES_ON_DISK = {"row_groups": "windows"}  # that version 0.1.0 gave to fields of a split
 
 
@@ -204,7 +206,8 @@ class TokenizedData:
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in stored order, in memory: for scoring test records."""
-        names = [name for name in SCHEMA.names if self.splits[split].sources or name not in _LATER]
+        has = {"source": bool(self.splits[split].sources)}
+        names = [n for n in SCHEMA.names if n not in _LATER or has.get(n, self.task.objective == "DISTILLATION")]
         rows: list[dict[str, Any]] = []
         for index in range(len(self.splits[split].row_groups)):
             rows += self.row_group(split, index, names).to_pylist()

@@ -126,10 +126,17 @@ def split_of(record: dict[str, Any], cfg: DataConfig, source: str) -> str:
     return _split(_hash(_content(record.get(GROUP, record)), cfg.seed, "split"), cfg, source)
 
 
-def key_place_and_split(record: dict[str, Any], cfg: DataConfig, source: str, part: str = "") -> tuple[int, int, str]:
-    """:func:`order_key`, the 64-bit hash by which the record is in its split, and :func:`split_of`."""
+def key_place_and_split(
+    record: dict[str, Any], cfg: DataConfig, source: str, part: str = "", group: object | None = None
+) -> tuple[int, int, str]:
+    """:func:`order_key`, the 64-bit hash by which the record is in its split, and :func:`split_of`.
+
+    Args:
+        group: plain data that is equal for records which share a split, unless `data.group` says which do.
+    """
     content = _content(record)
-    grouped = _content(record[GROUP]) if GROUP in record else content
+    group = record.get(GROUP, group)
+    grouped = content if group is None else _content(group)
     place = _hash(grouped, cfg.seed, "split")
     return _hash(content, cfg.seed, _order(part)), place, _split(place, cfg, source)
 

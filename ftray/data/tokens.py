@@ -25,6 +25,8 @@ class Tokens:
         lengths: of the texts that lie one after another in `input_ids`, where there are several.
         score: that a model is to give, where a task has one.
         extra: JSON of what else scoring needs.
+        teacher_ids, teacher_logprobs: a teacher's most likely tokens at each supervised position, one after
+            another, and their log-probabilities.
         further: more rows of the same example.
     """
 
@@ -38,6 +40,8 @@ class Tokens:
     lengths: list[int] = field(default_factory=list)
     score: float = 0.0
     extra: str = ""
+    teacher_ids: list[int] = field(default_factory=list)
+    teacher_logprobs: list[float] = field(default_factory=list)
     further: tuple["Tokens", ...] = ()
 
 
@@ -86,6 +90,18 @@ def beginning(tokenizer: AnyTokenizer) -> list[int]:
 def spread(tokens: list[Tokens | None]) -> list[tuple[int, Tokens | None]]:
     """All rows of what :func:`tokenize` gave, each with the index of its example."""
     return [(i, row) for i, first in enumerate(tokens) for row in (first, *(first.further if first else ()))]
+
+
+def longest_text(ids: int, labels: int, lengths: list[int]) -> int:
+    """The most tokens of a row that a model reads, or writes, at once.
+
+    Args:
+        ids, labels: how many of them the row has.
+        lengths: of its texts, as in :class:`Tokens`; other tasks keep other numbers there.
+    """
+    if sum(lengths) != ids:
+        return max(ids, labels)
+    return max(*lengths, labels if labels != ids else 0)
 
 
 def rendering(example: Example, tokenizer: AnyTokenizer, cfg: DataConfig) -> str:

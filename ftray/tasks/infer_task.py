@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig
+from ftray.data.distillation import has_teacher
 from ftray.data.fields import as_typed
 from ftray.data.formats import Located
+from ftray.data.preference_shapes import PAIRS
 from ftray.data.records import SHAPES, unknown
 from ftray.data.refusals import kept, refuse_keys
 from ftray.data.shapes import Shape, fitting, recognise
+from ftray.data.unpaired_shapes import UNPAIRED
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
 from ftray.storage.location import parse_location
@@ -142,6 +145,15 @@ def _refuse_two_tasks(record: dict[str, Any], labelled: Shape, place: object) ->
     )
 
 
+def _objective(record: dict[str, Any]) -> str:
+    """The objective of `OBJECTIVES` that a record tells by its keys; empty: none, it is a task's own record."""
+    if fitting(record, PAIRS):
+        return "DPO"
+    if fitting(record, UNPAIRED[:-1]):
+        return "KTO"
+    return "DISTILLATION" if has_teacher(record) else ""
+
+
 def _special_tokens(model_path: str) -> set[str]:
     """The special tokens of a model; none where its tokenizer can't be read, which is told later."""
     from transformers import AutoTokenizer
@@ -163,18 +175,29 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
         if labelled := fitting(record, TaskSpec(name).load().shapes):
             _refuse_two_tasks(record, labelled, place)
             return name
+    objective = _objective(record)
     shape = recognise(record, SHAPES)
-    if not all(key in record for key in shape.required_keys):
+    if not objective and not all(key in record for key in shape.required_keys):
         refuse_keys(record, shape, place)
         others = ", ".join("/".join(keys) for keys in (("tokens", "tags"), ("text", "label"), *(k for k, _ in KEYS)))
         raise UserError(unknown(record, place, f", {others}", _special_tokens(model_path)))
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
+    kinds = model.architectures or []
+    if objective and model.is_encoder_decoder:
+        raise UserError(
+            f"{place}: {objective}: learnt by a model that continues texts, and {(kinds or ['this'])[0]} is none: take "
+            f"another model, or --data.fields to read the good answers alone"
+        )
     if model.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
-    kinds = model.architectures or []
     generate = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # Gemma 3's is a Gemma3ForConditionalGeneration
     if not kinds or any(kind.endswith(("ForCausalLM", "LMHeadModel")) or kind in generate for kind in kinds):
-        return "CAUSAL_LM"
+        return objective or "CAUSAL_LM"
+    if objective == "DPO":
+        raise UserError(
+            f"{place}: preference pairs and a {kinds[0]}: give --task REWARD to learn which answer is better, or a "
+            "model that generates"
+        )
     raise UserError(
         f"task: can't be inferred from records with {', '.join(record)} and a {kinds[0]}: give --task, "
         f"one of {', '.join(TASKS)}, or a model that generates"
