@@ -95,7 +95,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.adapters.methods import added_tokens
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
@@ -114,7 +114,8 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
-    result = fit(SearchContext(cfg, model_path, data.directory, gpus, functions=user_metrics(cfg.search)), output)
+    functions, learnt = user_metrics(cfg.search), reward(cfg.training)
+    result = fit(SearchContext(cfg, model_path, data.directory, gpus, functions=functions, reward=learnt), output)
     print_reports(result.return_value["reports"], cfg.search.goal.metric)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")

@@ -156,7 +156,7 @@ def search_for_best(
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
@@ -179,7 +179,8 @@ def search_for_best(
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     paired = paired_training(cfg, space, data)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, user_metrics(cfg.search))
+    functions, learnt = user_metrics(cfg.search), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, learnt)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -252,6 +253,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     import yaml
 
     from ftray.data import prepare
+    from ftray.evaluation.user_metric import reward
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
@@ -266,7 +268,8 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired_training(cfg, space, data))
+    paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reward=learnt)
     result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
@@ -412,7 +415,8 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
                 whole = load_on_device(unquantized, str(made), data.task).model
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-            merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
+            values = data.task.load().score(whole, tokenizer, rows, quick).values()
+            merged |= {"loss": values["loss"]} if "loss" in values else {}
     except Exception as error:  # whatever it is, the search and its proof stand
         place.remove()  # one of another best, from before
         return {

@@ -1,16 +1,25 @@
 """GRPO: its loss against TRL's trainer and by hand, answers that are drawn in a pack, searches that learn a reward."""
 
 import math
+import statistics
 
+import numpy as np
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
 from helpers.packs import CONFIGS, TARGETS, Trial
 
-from ftray.config import EvaluationConfig
+from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
-from ftray.tasks.grpo import PolicyLoss, advantages
+from ftray.task_spec import TaskSpec
+from ftray.tasks.grpo import Objective, advantages
+from ftray.training.pack_trainer import PackTrainer
+from ftray.training.rollouts import Rollouts
+from ftray.training.run_spec import RunSpec
 
+SPEC = TaskSpec.named("GRPO")
+TASK = SPEC.load()
 PROMPTS, GROUP, LONGEST = 3, 4, 12
 VARIANTS = {
     "grpo": {"beta": 0.0},
@@ -57,29 +66,20 @@ def token_logprobs(model, given, temperature=1.0) -> torch.Tensor:
 
 def ours(logprobs, given, kind: dict) -> torch.Tensor:
     """The loss of two micro-batches of a step, which `logprobs` [answers, longest] depend on."""
-    loss_of, total = PolicyLoss(**{"clip": 0.2, "clip_high": 0.2} | kind), []
+    objective, total = Objective(TrainingConfig(**kind)), 0.0
     by = advantages(given["rewards"], kind.get("advantage", "grpo")).flatten()
-    halves = [slice(0, GROUP), slice(GROUP, PROMPTS * GROUP)]
-    batches = []
-    for half in halves:
+    for half in (slice(0, GROUP), slice(GROUP, PROMPTS * GROUP)):
         part = {name: given[name][half] for name in ("prompts", "answers", "mask")}
         kept = part["mask"].bool()
-        batches.append(
-            packed(part)
-            | {
-                "advantages": by[half][None],
-                "old_logprobs": (logprobs.detach() + given["noise"][0])[half][kept][None],
-                "reference_logprobs": (logprobs.detach() + given["noise"][1])[half][kept][None],
-                "max_new_tokens": torch.tensor([[LONGEST]]),
-            }
-        )
-    counts = (sum(loss_of.counts(batch)[0] for batch in batches),)
-    for half, batch in zip(halves, batches, strict=True):
-        loss, summed = loss_of(-logprobs[half][given["mask"][half].bool()], batch, counts)
-        assert not summed.requires_grad
-        total.append((loss, summed))
-    torch.testing.assert_close(sum(s for _, s in total) / counts[0], sum(loss for loss, _ in total))
-    return sum(loss for loss, _ in total)
+        batch = packed(part) | {
+            "advantages": by[half][None],
+            "drawn_logprobs": (logprobs.detach() + given["noise"][0])[half][kept][None],
+            "reference_logprobs": (logprobs.detach() + given["noise"][1])[half][kept][None],
+            "max_new_tokens": torch.tensor([[LONGEST]]),
+        }
+        assert TASK.num_targets(batch) == len(kept)
+        total += objective.loss(-logprobs[half][kept].double(), batch, (PROMPTS * GROUP,))
+    return total.float() / (PROMPTS * GROUP)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -262,3 +262,165 @@ def test_one_that_is_not_finite_is_missing_and_the_others_are_drawn():
     found = decoder.draw(models, drawings)
     assert [*found] == ["sound"]
     same_draws(found["sound"], decoder.draw({"sound": models["sound"]}, drawings)["sound"])
+
+
+REWARD = """
+def share(records, answers):
+    return [a.count("a") / (1 + len(a)) + len(r["hint"]) for r, a in zip(records, answers)]
+"""
+STEPS, MOST = 3, 5
+TRIALS = {
+    "lora": ({"method": "lora", "rank": 4, "dropout": 0.0}, {"group": 4}),
+    "dropout": (
+        {"method": "lora", "rank": 4, "dropout": 0.0},
+        {"group": 3, "beta": 0.0, "temperature": 0.6, "seed": 5},
+    ),
+    "oft": ({"method": "oft", "block_size": 16}, {"group": 2, "advantage": "dr_grpo", "micro_batch": 2}),
+    "prompts": ({"method": "prompt_tuning", "virtual_tokens": 3}, {"group": 3, "temperature": 0.8}),
+}
+
+
+def run_of(path: str, adapter: dict, **training) -> RunSpec:
+    settings = TrainingConfig(batch_size=4, learning_rate=5e-3, clip_norm=0.5, reward="r.py:share", **training)
+    return RunSpec(ModelConfig(dtype="fp32"), path, AdapterConfig(**adapter), settings, STEPS, (2,), SPEC)
+
+
+def prompt_rows(step: int) -> list[dict]:
+    draw = torch.Generator().manual_seed(100 + step)
+    rows = []
+    for length in torch.randint(2, 12, (4,), generator=draw).tolist():
+        ids = torch.randint(2, 300, (length,), generator=draw).tolist()
+        extra = '{"hint": "' + "x" * (length % 3) + '"}'
+        rows.append({"input_ids": ids, "labels": [-100] * length, "prompt": "p", "target": "", "extra": extra})
+    return rows
+
+
+def prompt_batches(run: RunSpec, step: int = 0):
+    size = run.training.micro_batch or run.training.batch_size
+    for at in range(step, STEPS):
+        rows = prompt_rows(at)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            yield TASK.collate({name: [row[name] for row in part] for name in TASK.columns if name in rows[0]})
+
+
+def learn(path: str, runs: dict[str, RunSpec], resume: dict | None = None, save: dict | None = None) -> dict:
+    """Trains the runs in one pack; their weights and reports."""
+    trainer = PackTrainer(ModelConfig(dtype="fp32"), path, task=SPEC)
+    tokenizer, cfg = make_tokenizer(), EvaluationConfig(max_new_tokens=MOST)
+    trainer.rollouts = Rollouts(trainer.pack, tokenizer, cfg, UserMetric("r.py", "share", REWARD, "reward"))
+    for name, run in runs.items():
+        trainer.join(name, run, (resume or {}).get(name))
+        trainer.trials[name].batches = prompt_batches(run, trainer.trials[name].history.step)
+    while names := [name for name, trial in trainer.trials.items() if not trial.history.over]:
+        assert trainer.step(names) == {}
+        if due := [name for name in names if trainer.trials[name].history.due]:
+            assert trainer.validate(due, []) == {}
+        for name in names:
+            if save and trainer.trials[name].history.step == 1:
+                trainer.save(name, save[name])
+    found = {}
+    for name, trial in trainer.trials.items():
+        weights = [p.detach().clone() for p in trainer.pack.adapters[name].parameters]
+        found[name] = weights, trial.history.reports
+    for name in runs:
+        trainer.leave(name)
+    return found
+
+
+def by_hand(path: str, run: RunSpec) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+    """The same by a plain loop: no cache, no packing, one token of one answer after another; AdamW of PyTorch."""
+    from transformers import get_scheduler
+
+    from ftray.adapters.methods import attach
+    from ftray.models.load import load_base
+
+    cfg, tokenizer = run.training, make_tokenizer()
+    model = attach(load_base(run.model, path), run.adapter, run.steps, cfg.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(cfg.schedule, optimizer, round(cfg.warmup * STEPS), STEPS)
+    group, heat = cfg.group, cfg.temperature or 1.0
+    beta = 0.04 if cfg.beta is None else cfg.beta
+    seen = []
+
+    def logits_of(ids):
+        return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :] / heat
+
+    for step in range(STEPS):
+        total, rewards = 0.0, []
+        for place, row in enumerate(prompt_rows(step)):
+            answers = []
+            for sample in range(group):
+                uniform, answer = np.random.default_rng([cfg.seed, step, place, sample]).random(MOST), []
+                while len(answer) < MOST and answer[-1:] != [0]:
+                    with torch.no_grad():
+                        shares = logits_of([*row["input_ids"], *answer])[-1].softmax(-1).double().cumsum(0)
+                    answer.append(int((shares <= uniform[len(answer)] * shares[-1]).sum()))
+                answers.append(answer)
+            texts = [tokenizer.decode([i for i in answer if i > 1]) for answer in answers]
+            own = [text.count("a") / (1 + len(text)) + row["extra"].count("x") for text in texts]
+            rewards += own
+            spread = statistics.stdev(own) + 1e-4 if cfg.advantage != "dr_grpo" else 1.0
+            for answer, reward in zip(answers, own, strict=True):
+                ids, n = [*row["input_ids"], *answer], len(answer)
+                logprobs = logits_of(ids).log_softmax(-1)[-n - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+                with torch.no_grad(), model.disable_adapter():
+                    wide = logits_of(ids).log_softmax(-1)[-n - 1 : -1]
+                apart = wide.gather(1, torch.tensor(answer)[:, None])[:, 0] - logprobs
+                gain = (logprobs - logprobs.detach()).exp() * (reward - sum(own) / group) / spread
+                loss = -gain + beta * (apart.exp() - apart - 1)
+                total = total + loss.sum() / (MOST if cfg.advantage == "dr_grpo" else n)
+        (total / len(rewards)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seen.append(sum(rewards) / len(rewards))
+    return [p.detach() for p in parameters], seen
+
+
+def test_trials_of_a_pack_learn_what_each_learns_by_a_plain_loop(tiny_llama):
+    runs = {name: run_of(tiny_llama, adapter, **training) for name, (adapter, training) in TRIALS.items()}
+    found = learn(tiny_llama, runs)
+    for name, run in runs.items():
+        weights, rewards = by_hand(tiny_llama, run)
+        got, reports = found[name]
+        begun, last = reports
+        assert [begun["step"], last["step"]] == [2, 3]
+        assert begun["train_reward"] == pytest.approx(sum(rewards[:2]) / 2, abs=1e-6)
+        assert last["train_reward"] == pytest.approx(rewards[2], abs=1e-6)
+        assert 1 <= begun["answer_tokens"] <= MOST
+        assert ("kl" in last) == (run.training.beta != 0)
+        assert last.get("kl", 0.0) >= 0
+        for a, b in zip(got, weights, strict=True):
+            # where a gradient is nearly zero, Adam divides its rounding by itself; a step moves a weight by 5e-3
+            assert (a - b).abs().max() <= 2e-3 * b.abs().max(), name
+            assert (a - b).abs().mean() <= 1e-5 * b.abs().mean(), name
+
+
+def test_a_trial_resumes_with_the_same_draws(tiny_llama, tmp_path):
+    runs = {name: run_of(tiny_llama, adapter, **training) for name, (adapter, training) in TRIALS.items()}
+    places = {name: str(tmp_path / name) for name in runs}
+    whole = learn(tiny_llama, runs, save=places)
+    again = learn(tiny_llama, runs, resume=places)
+    for name in runs:
+        for a, b in zip(again[name][0], whole[name][0], strict=True):
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max(), name
+        for key in ("train_reward", "answer_tokens"):
+            assert again[name][1][-1][key] == pytest.approx(whole[name][1][-1][key], abs=1e-9)
+
+
+def test_a_reward_that_raises_is_one_line(tiny_llama):
+    trainer = PackTrainer(ModelConfig(dtype="fp32"), tiny_llama, task=SPEC)
+    source = "def share(records, answers):\n    return [1 / 0 for _ in answers]\n"
+    reward = UserMetric("r.py", "share", source, "reward")
+    trainer.rollouts = Rollouts(trainer.pack, make_tokenizer(), EvaluationConfig(max_new_tokens=2), reward)
+    run = run_of(tiny_llama, *TRIALS["lora"][:1], group=2)
+    trainer.join("a", run)
+    trainer.trials["a"].batches = prompt_batches(run)
+    with pytest.raises(
+        UserMetricError, match=r"^r.py:2: ZeroDivisionError: division by zero \(share of record 0, prompt"
+    ):
+        trainer.step(["a"])
+    trainer.leave("a")

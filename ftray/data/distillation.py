@@ -1,7 +1,5 @@
 """Distillation (being written)."""
 
-from typing import Any
-
 from ftray.data.record_task import TextTask
 from ftray.data.shapes import Record, is_empty
 

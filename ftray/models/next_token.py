@@ -26,13 +26,16 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bo
     return token_losses(model, batch, pad).sum()
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
+def token_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True, temperature: float = 1.0
+) -> torch.Tensor:
     """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
 
     Args:
         pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
             itself has to keep the records of one row apart by their positions: see
             :func:`ftray.models.probe.row_obstacle`.
+        temperature: by which logits are divided.
     """
     labels, before = batch["labels"], _puts_tokens_before(model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
@@ -49,7 +52,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool 
     else:
         logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
     chosen = supervised[:, columns]
-    return F.cross_entropy(logits[chosen].float(), labels[:, 1:][:, columns][chosen], reduction="none")
+    return F.cross_entropy(logits[chosen].float() / temperature, labels[:, 1:][:, columns][chosen], reduction="none")
 
 
 def padding_mask(position_ids: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -507,7 +507,7 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
-        each = zip(units, self._token_losses(units), strict=True)
+        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
         return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
 
     def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
@@ -516,22 +516,52 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
-        each = zip(units, self._token_losses(units), strict=True)
+        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
-    def _token_losses(self, units: list[Unit]) -> list[torch.Tensor]:
-        """The cross-entropy of each unit's supervised tokens, float64 [S]."""
+    @torch.no_grad()
+    def base_losses(self, batches: Sequence[Batch], temperatures: Sequence[float]) -> list[torch.Tensor]:
+        """The cross-entropy of the supervised tokens of each batch, float64 [S], without any adapter.
+
+        Args:
+            temperatures: by which logits are divided, one a batch.
+        """
+        self.shared.eval()
+
+        def attempt() -> list[torch.Tensor]:
+            found: list[torch.Tensor] = []
+            while len(found) < len(batches):
+                units = [("", 0, batch) for batch in batches[len(found) :]]
+                sizes = accumulate(batch["input_ids"].numel() for *_, batch in units)
+                fit = max(1, sum(size <= self.tokens for size in sizes))
+                found += self._token_losses(units[:fit], temperatures[len(found) :][:fit])
+            return found
+
+        if not self.isolation_reason:
+            return self._in_memory(attempt)
+        task = cast("causal.Task", self.task)
+        each = zip(batches, temperatures, strict=True)
+        return [task.token_losses(self.base.eval(), self._on_device(batch), t) for batch, t in each]
+
+    def _temperatures(self, units: Sequence[Unit]) -> list[float]:
+        return [self.adapters[name].objective.temperature for name, *_ in units]
+
+    def _token_losses(self, units: list[Unit], temperatures: Sequence[float]) -> list[torch.Tensor]:
+        """The cross-entropy of each unit's supervised tokens, float64 [S], with logits divided by its temperature."""
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
         segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
+        counts = [supervised_tokens(batch) for *_, batch in units]
+        cooled = None
+        if any(temperature != 1 for temperature in temperatures):
+            cooled = torch.tensor(temperatures).repeat_interleave(torch.tensor(counts)).to(self.base.device)
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
-            losses = HeadLoss.apply(
-                hidden[positions.to(hidden.device)], self.head, targets[positions].to(hidden.device)
-            )
-        return list(losses.double().split([supervised_tokens(batch) for *_, batch in units]))
+            states, ids = hidden[positions.to(hidden.device)], targets[positions].to(hidden.device)
+            losses = HeadLoss.apply(states, self.head, ids, None, cooled)
+        return list(losses.double().split(counts))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.base.device) for name, tensor in batch.items()}
