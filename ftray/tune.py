@@ -303,7 +303,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import BASELINE
@@ -317,6 +317,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     task = data.run(tokenizer, cfg.task)
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
+    check_reward(cfg, data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftray.config import USER_METRIC, SearchConfig, TrainingConfig, at_home
+from ftray.config import USER_METRIC, Config, SearchConfig, TrainingConfig, at_home
 from ftray.errors import UserError, near
 
 if TYPE_CHECKING:
     from ftray.evaluation.metrics import Scores
 
+ON_POLICY = "GRPO"
 REWARD = "reward"  # the metric that a reward is
 SHOWN = 60  # characters of a prompt or an answer in a message
 
@@ -139,6 +140,28 @@ def reward(training: TrainingConfig) -> UserMetric | None:
         UserError: the file can't be read.
     """
     return _read(training.reward, "training.reward", REWARD) if training.reward else None
+
+
+def check_reward(cfg: Config, rows: Sequence[dict[str, Any]]) -> None:
+    """Check that a task that learns from a reward has one, which can judge `rows`, and can draw answers.
+
+    Raises:
+        UserError: it can't.
+    """
+    if cfg.task != ON_POLICY:
+        return
+    given = reward(cfg.training)
+    if given is None:
+        raise UserError(
+            f"training.reward: {cfg.task} learns from a reward: give FILE.py:FUNCTION, which takes records and answers "
+            "and gives a number an answer"
+        )
+    if not cfg.evaluation.generate:
+        raise UserError(f"evaluation.generate: {cfg.task} is judged by answers: leave it true")
+    if cfg.training.zero_stage == 3 or cfg.training.shard_base:
+        field = "shard_base" if cfg.training.shard_base else "zero_stage 3"
+        raise UserError(f"training.{field}: answers are drawn where a worker has the whole base: leave it out")
+    given.try_on(rows)
 
 
 def _read(given: str, field: str, metric: str = "") -> UserMetric:
