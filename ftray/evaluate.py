@@ -13,6 +13,7 @@ from ftray.errors import UserError
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
+    from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
     from ftray.evaluation.user_metric import UserMetric
 
@@ -84,6 +85,7 @@ def run(cfg: Config) -> int:
     from ray.exceptions import RayTaskError
 
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
+    from ftray.search.reference import with_reference
     from ftray.search.results import write_json
 
     connect(cfg, dashboard=False)
@@ -93,9 +95,10 @@ def run(cfg: Config) -> int:
         raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
+    data = with_reference(cfg, model_path, data)
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named, judge))
+        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))
     except RayTaskError as error:
         if isinstance(error.cause, UserMetricError):
             raise UserError(str(error.cause)) from None
@@ -122,12 +125,16 @@ def output_file(cfg: Config) -> Location | None:
 
 
 def evaluate(
-    cfg: Config, model_path: str, data: str, adapters: dict[str, str], judge: "UserMetric | None" = None
+    cfg: Config,
+    model_path: str,
+    shards: "TokenizedData",
+    adapters: dict[str, str],
+    judge: "UserMetric | None" = None,
 ) -> dict[str, Any]:
     """Score the base, then each adapter over it; runs where the hardware is.
 
     Args:
-        data: directory of the tokenized shards.
+        shards: the tokenized records.
         adapters: name -> directory or URI.
         judge: a function of the user's that judges answers; None: there is none.
 
@@ -138,16 +145,16 @@ def evaluate(
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
-    from ftray.data import TokenizedData
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
 
-    shards, split = TokenizedData.load(data), cfg.evaluation.split
+    split = cfg.evaluation.split
     task, base = shards.task.load(), load_on_device(cfg.model, model_path, shards.task).model
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     splits = [name for name in shards.splits if shards.splits[name].records] if split == "all" else [split]
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
+    rows = task.compared_with(base, rows, cfg.evaluation)
     before = task.score(base, tokenizer, rows, cfg.evaluation)
     if judge:
         judge.add_to(before, rows)

@@ -35,7 +35,8 @@ def run(cfg: Config) -> int:
     cfg = infer_task(cfg, model_path, check.first)
 
     from ftray.data.limits import refuse_beyond, within_positions
-    from ftray.models.load import load_skeleton, load_tokenizer  # takes seconds: a name misspelt has been found by now
+    from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.search.reference import with_reference  # takes seconds: a name misspelt has been found by now
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     task = check.run(tokenizer, cfg.task)
@@ -48,6 +49,8 @@ def run(cfg: Config) -> int:
     print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))
     _show(data, tokenizer, cfg.show)
     print(f"shards {data.directory}")
+    if reference := with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference:
+        print(f"reference {reference}")
     return 0
 
 

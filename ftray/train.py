@@ -100,6 +100,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
+    from ftray.search.reference import with_reference
     from ftray.search.results import save_best_adapter
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import SearchContext
@@ -115,8 +116,9 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
+    reference = with_reference(cfg, model_path, data).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
-    result = fit(SearchContext(cfg, model_path, data.directory, gpus, functions=functions, reward=learnt), output)
+    result = fit(SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt), output)
     print_reports(result.return_value["reports"], cfg.search.goal.metric)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")

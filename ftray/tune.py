@@ -163,6 +163,7 @@ def search_for_best(
     from ftray.search.driver import search
     from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress
+    from ftray.search.reference import with_reference
     from ftray.search.results import say_damaged, trial_rows
     from ftray.search.run_manifest import write_data
     from ftray.search.signals import paired_training
@@ -179,8 +180,9 @@ def search_for_best(
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     paired = paired_training(cfg, space, data)
+    reference = with_reference(cfg, model_path, data).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, learnt)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -253,6 +255,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     import yaml
 
     from ftray.data import prepare
+    from ftray.data.shards import NO_REFERENCE
     from ftray.evaluation.user_metric import reward
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
@@ -269,7 +272,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
     paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reward=learnt)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE, reward=learnt)
     result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
@@ -367,6 +370,7 @@ def prove(
     base, usual = load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
+    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
     if default:
         usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
     with (output / "best" / "adapter").as_local_dir() as adapter:
@@ -399,11 +403,10 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
         is not, its own `loss`; or the `reason` why there is none.
     """
     from ftray.adapters.merge import save_merged
-    from ftray.data import TokenizedData
     from ftray.models.load import load_on_device, load_tokenizer
 
     cfg = context.config
-    data, place = TokenizedData.load(context.data), output / "best" / "merged"
+    data, place = context.tokenized, output / "best" / "merged"
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     merged: dict[str, Any] = {"path": str(place)}
     try:

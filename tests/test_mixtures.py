@@ -256,7 +256,7 @@ def test_the_proof_and_evaluate_tell_the_loss_of_each_source(mixed, files, tiny_
     assert {name: found["records"] for name, found in proof["sources"].items()} == {n: len(o) for n, o in rows.items()}
     reports.show([], proof, cfg, parse_location(str(tmp_path)))
     printed = capsys.readouterr().out
-    result = evaluate.evaluate(cfg, tiny_llama, mixed.directory, {"one": str(adapter)})
+    result = evaluate.evaluate(cfg, tiny_llama, mixed, {"one": str(adapter)})
     evaluate.show(result)
     shown = capsys.readouterr().out
     for name, own in rows.items():

@@ -111,15 +111,21 @@ def _refused(own: tuple[str, str]) -> dict[str, str]:
 
 
 def _refuse_incomplete(record: Record, good: str, bad: str, where: object) -> None:
-    for key, other in ((good, bad), (bad, good)):
-        if is_empty(record.get(key)):
-            raise UserError(
-                f"{where}: {key} is missing or empty: a preference pair needs {good} and {bad}; an answer with a "
-                "label, true or false, is what --task KTO learns from"
-                if not is_empty(record.get(other))
-                else f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes of preference "
-                f"pairs: {NEEDS}; answers alone are learnt by --task CAUSAL_LM"
-            )
+    """Raise the UserError about a record that lacks one of its answers, or both, if it does."""
+    absent = [key for key in (good, bad) if is_empty(record.get(key))]
+    if len(absent) == 2:  # as in the last shape, which takes those that fit no other
+        for keys in PAIRED:
+            if any(not is_empty(record.get(key)) for key in keys):
+                _refuse_incomplete(record, *keys, where)
+        raise UserError(
+            f"{where}: record with keys {', '.join(map(str, record)) or '(none)'}; known shapes of preference pairs: "
+            f"{NEEDS}; answers alone are learnt by --task CAUSAL_LM, those with a label, true or false, by --task KTO"
+        )
+    if absent:
+        raise UserError(
+            f"{where}: {absent[0]} is missing or empty: a preference pair needs {good} and {bad}: leave the record "
+            "out, or give single answers a label, true or false, for --task KTO"
+        )
 
 
 def _refuse_tie(record: Record, own: Sequence[str], where: object) -> None:

@@ -12,7 +12,8 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from ftray.data.formats import SourceLocation
-from ftray.storage.location import parse_location
+from ftray.data.parts import read_tables
+from ftray.storage.location import Location, parse_location
 from ftray.task_spec import CAUSAL, IGNORE, TaskSpec
 
 MANIFEST = "manifest.json"
@@ -35,7 +36,8 @@ SCHEMA = pa.schema(
         "source": pa.string(),  # of a mixture; else empty
     }
 )
-REFERENCE = "reference"  # column beside them: the log-probabilities of a row's texts before training, in nats
+REFERENCE = "reference"  # column beside them: log-probabilities of a row's answers before training, nats, list<float32>
+NO_REFERENCE = "none"  # in place of its directory: zeros, for estimates of time and memory
 _LATER = ("source", "teacher_ids", "teacher_logprobs")  # columns that older shards lack
 _NAMES_ON_DISK = {"row_groups": "windows"}  # that version 0.1.0 gave to fields of a split
 
@@ -167,6 +169,8 @@ class TokenizedData:
             `train FILE`.
         row_groups_per_file: of each split; the last file may hold fewer.
         tokens: of a mixture, equal for all that differ in weights alone; else, and in older shards, empty.
+        reference: the directory of the column `REFERENCE`, see :mod:`ftray.search.reference`; not in the manifest,
+            as it depends on the model. Empty: there is none.
     """
 
     directory: str
@@ -176,16 +180,17 @@ class TokenizedData:
     sources: dict[str, SourceSummary] = field(default_factory=dict)
     row_groups_per_file: int = field(default_factory=lambda: ROW_GROUPS_PER_FILE)
     tokens: str = ""
+    reference: str = ""
 
     @classmethod
-    def load(cls, directory: str | Path) -> "TokenizedData":
+    def load(cls, directory: str | Path, reference: str = "") -> "TokenizedData":
         """Read the manifest."""
         manifest = json.loads((parse_location(str(directory)) / MANIFEST).read_text())
         splits = {name: Split.from_json(split) for name, split in manifest["splits"].items()}
         sources = {name: SourceSummary(**summary) for name, summary in manifest["read"].items()}
         per_file = manifest.get("row_groups_per_file", 64)  # what it was before manifests said so
         task, tokens = TaskSpec.of(manifest["task"]), manifest.get("tokens", "")
-        return cls(str(directory), manifest["fingerprint"], splits, task, sources, per_file, tokens)
+        return cls(str(directory), manifest["fingerprint"], splits, task, sources, per_file, tokens, reference)
 
     def save(self) -> None:
         """Write the manifest into the directory, which is a local one."""
@@ -202,18 +207,33 @@ class TokenizedData:
         """Row group `index` of a split."""
         path = parse_location(self.directory) / self.splits[split].files[index // self.row_groups_per_file]
         with pq.ParquetFile(path.path, filesystem=path.filesystem) as file:
-            return file.read_row_group(index % self.row_groups_per_file, columns)
+            stored = [name for name in columns if name != REFERENCE]
+            table = file.read_row_group(index % self.row_groups_per_file, stored)
+        return table.append_column(REFERENCE, self._reference(split, index)) if REFERENCE in columns else table
+
+    def _reference(self, split: str, index: int) -> pa.Array:
+        """The column `REFERENCE` of a row group."""
+        if self.reference == NO_REFERENCE:
+            return pa.array([[0.0, 0.0]] * self.splits[split].row_groups[index], pa.list_(pa.float32()))
+        (table,) = read_tables(reference_file(self.reference, split, index))
+        return table[REFERENCE]
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in stored order, in memory: for scoring test records."""
         has = {"source": bool(self.splits[split].sources)}
         names = [n for n in SCHEMA.names if n not in _LATER or has.get(n, self.task.objective == "DISTILLATION")]
+        names += [REFERENCE] if self.reference else []
         rows: list[dict[str, Any]] = []
         for index in range(len(self.splits[split].row_groups)):
             rows += self.row_group(split, index, names).to_pylist()
             if limit and len(rows) >= limit:
                 break
         return rows[:limit]
+
+
+def reference_file(directory: str, split: str, index: int) -> Location:
+    """The file that holds the column `REFERENCE` of a row group."""
+    return parse_location(directory) / f"{split}-{index:06d}.arrow"
 
 
 class SplitWriter:

@@ -11,7 +11,7 @@ from ftray.config import AdapterConfig, Config
 from ftray.search.journal import SEED_OF, STUDY, open_journal, past_trials
 from ftray.search.results import TrialRow
 from ftray.search.trial_status import TrialStatus
-from ftray.search.trial_worker import LOSSES
+from ftray.search.trial_worker import reported
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     from ftray.evaluation.finalists import Candidate, choose
     from ftray.models.load import load_on_device, load_tokenizer
 
-    if context.config.search.goal.metric in LOSSES:
+    if context.config.search.goal.metric in reported(context.tokenized.task):
         context = without_answers(context)
     cfg = context.config
     metric = cfg.search.goal.metric.removeprefix("validation_")
@@ -120,6 +120,7 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     base = load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)
+    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
     scored = []
     for candidate in candidates:
         scores = {

@@ -8,8 +8,9 @@ from ftray.config import AdapterConfig, Config
 from ftray.data import TokenizedData
 from ftray.data.shards import Split
 from ftray.search.space import Space
-from ftray.search.trial_worker import LOSSES
 from ftray.training.run_spec import RunSpec
+
+LOSSES = ("validation_loss", "validation_perplexity")  # of held-out records, by which training batches judge too
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def paired_training(cfg: Config, space: Space, data: TokenizedData) -> PairedTra
     goal, *others = search.goals
     if search.scheduler != "halving" or others or goal.metric not in LOSSES or goal.direction != "min":
         return None
-    if search.pack == "off" or not packable(cfg, space) or not data.task.load().packed:
+    if search.pack == "off" or not packable(cfg, space) or data.task.objective or not data.task.load().packed:
         return None
     fresh = fresh_records(data.splits["train"])
     found = set()

@@ -26,6 +26,7 @@ from ftray.search.adapter_costs import LATENCY, SIZES, TIMED_RECORDS, sizes
 from ftray.search.rungs import Rung, budget, rungs
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
+from ftray.task_spec import TaskSpec
 from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ MALLOC = {
     f":glibc.malloc.mmap_threshold={2**32}:glibc.malloc.trim_threshold={2**40}"
 }
 MeasureTogether = Callable[["Mapping[str, PeftModel]", int | None], dict[str, dict[str, float]]]
-LOSSES = ("validation_loss", "validation_perplexity")  # metrics of a validation without predictions
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class SearchContext:
         data: directory of the tokenized shards.
         paired: how trials compare by their training losses; None: they don't.
         functions: metrics of the user's own, among the search's goals.
+        reference: see :class:`ftray.data.shards.TokenizedData`.
         reward: of the user's own, that trials learn from; None: there is none.
     """
 
@@ -69,12 +70,13 @@ class SearchContext:
     gpus_per_worker: float
     paired: "PairedTraining | None" = None
     functions: tuple[UserMetric, ...] = ()
+    reference: str = ""
     reward: UserMetric | None = None
 
     @cached_property
     def tokenized(self) -> TokenizedData:
         """The data, its manifest read once a process."""
-        return TokenizedData.load(self.data)
+        return TokenizedData.load(self.data, self.reference)
 
     def run(self, adapter: dict[str, Any], training: dict[str, Any], start: str | None = None) -> RunSpec:
         """The run of one configuration: as many steps as make up the search's budget of records.
@@ -117,7 +119,7 @@ class SearchContext:
         def measure(model: "PeftModel") -> dict[str, float]:
             found = {}
             if wanted - {*SIZES, LATENCY}:
-                found = _validation(self.score(model, tokenizer, rows))
+                found = self._measured(self.score(model, tokenizer, rows))
             if LATENCY in wanted:
                 from ftray.evaluation.generation import generate, seconds_an_answer
 
@@ -151,7 +153,7 @@ class SearchContext:
             found: dict[str, dict[str, float]] = {name: {} for name in models}
             if wanted - {*SIZES, LATENCY}:
                 for name, answers in decoder.answers(models, rows[:records]).items():
-                    found[name] = _validation(self._judged(answers, rows[:records]))
+                    found[name] = self._measured(self._judged(answers, rows[:records]))
             for name, model in models.items():
                 if LATENCY in wanted:
                     found[name][LATENCY] = decoder.seconds(model, rows[:TIMED_RECORDS])
@@ -178,8 +180,13 @@ class SearchContext:
         return (*self.functions, self.reward) if self.reward else self.functions
 
     def _wanted(self) -> set[str]:
-        """What the search goes by, beside the losses that every validation gives."""
-        return {*self.config.search.measured} - {*LOSSES}
+        """What the search goes by, beside what every validation gives."""
+        return {*self.config.search.measured} - {*reported(self.tokenized.task)}
+
+    def _measured(self, scores: "Scores") -> dict[str, float]:
+        """Metrics by their keys in a report, but for those that every validation gives."""
+        found = {f"validation_{name}": value for name, value in scores.values().items()}
+        return {key: value for key, value in found.items() if key not in reported(self.tokenized.task)}
 
     def _judged(self, answers: list[str], rows: list[dict[str, Any]]) -> "Scores":
         """Metrics of answers alone, whose losses are known from elsewhere."""
@@ -213,9 +220,9 @@ class SearchContext:
         return rungs(self.budget(), self.config, self.paired.fresh if self.paired else 0)
 
 
-def _validation(scores: "Scores") -> dict[str, float]:
-    """Metrics by their keys in a report, but for losses."""
-    return {f"validation_{k}": v for k, v in scores.values().items() if f"validation_{k}" not in LOSSES}
+def reported(task: TaskSpec) -> tuple[str, ...]:
+    """The metrics that every validation of a task gives, by their keys in a report."""
+    return tuple(f"validation_{name}" for name in task.load().objective.reported)
 
 
 def trainer(

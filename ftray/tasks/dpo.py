@@ -4,13 +4,18 @@ Rafailov et al., Direct Preference Optimization (arXiv 2305.18290).
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from ftray.config import EvaluationConfig
 from ftray.data.shards import REFERENCE
 from ftray.tasks import preference
+from ftray.tasks.task import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Objective(preference.PairObjective):
@@ -58,3 +63,6 @@ class Task(preference.Task):
 
     columns = ("input_ids", "labels", "lengths", REFERENCE)
     objective = Objective
+
+    def compared_with(self, base: "PreTrainedModel", rows: list[Row], cfg: EvaluationConfig) -> list[Row]:
+        return preference.compared_with(base, rows, cfg)

@@ -108,6 +108,9 @@ class Task(UnpairedTask, causal.Task):
         nothing: dict[str, Any] = {"input_ids": [[0] * 4], "labels": [[IGNORE] * 4], "lengths": [[2, 2]]}
         return self.collate({**nothing, "score": [1.0], REFERENCE: [[0.0, 0.0]]})
 
+    def compared_with(self, base: "PreTrainedModel", rows: list[Row], cfg: EvaluationConfig) -> list[Row]:
+        return preference.compared_with(base, rows, cfg)
+
     def score(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
     ) -> Scores:

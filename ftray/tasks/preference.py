@@ -83,6 +83,16 @@ class PairObjective(Objective):
         return rewards.view(-1, 2), counts.view(-1, 2), found.view(-1, 2)
 
 
+def compared_with(base: "PreTrainedModel", rows: list[Row], cfg: EvaluationConfig) -> list[Row]:
+    """`rows` with what `base` says of their answers, computed as :func:`ftray.tasks.causal.losses` computes a score.
+
+    That in the shards may differ by rounding, which would give the base preferences of its own.
+    """
+    loss, _ = causal.losses(base.eval(), [text for row in rows for text in texts_of(row)], cfg.batch_size)
+    values = iter((-loss).tolist())
+    return [row | {REFERENCE: [next(values) for _ in row["lengths"]]} for row in rows]
+
+
 def right(margins: torch.Tensor) -> torch.Tensor:
     """1 where a margin is positive, a half where it is 0."""
     return (margins > 0).to(margins.dtype) + (margins == 0).to(margins.dtype) / 2

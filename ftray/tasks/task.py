@@ -99,6 +99,10 @@ class Task(RecordTask):
     def empty(self) -> Batch:
         """A batch without a supervised item, for a worker that only goes along."""
 
+    def compared_with(self, base: "PreTrainedModel", rows: list[Row], cfg: EvaluationConfig) -> list[Row]:
+        """`rows` for :meth:`score`, of models that are to be compared with `base`."""
+        return rows
+
     @abstractmethod
     def score(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig

@@ -30,7 +30,7 @@ from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupporte
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks import causal
-from ftray.tasks.objective import Objective
+from ftray.tasks.objective import Objective, text_sums
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 
@@ -426,6 +426,16 @@ class Pack:
                 new = [g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]]
                 gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
+
+    def base_log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
+        """The log-probability of each text's supervised tokens, nats, by the base alone.
+
+        Args:
+            texts: `input_ids` and `labels` of each.
+        """
+        batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
+        (losses,) = self.base_losses([batch], [1.0])
+        return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
         """What :meth:`Objective.sums` gives of this rank's `batch` for each of the named adapters.

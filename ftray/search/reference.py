@@ -1,0 +1,131 @@
+"""What the model says of the answers before it is trained: computed once, kept beside the shards for every search.
+
+Objectives that compare with the base (DPO, KTO) would else run a second model, or every pass twice, in each trial.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ftray.config import Config, ModelConfig
+from ftray.data.parts import write_tables
+from ftray.data.shards import REFERENCE, TokenizedData, reference_file
+from ftray.runtime.cluster import hardware, node_resources, workers_that_fit
+from ftray.storage.location import parse_location
+
+if TYPE_CHECKING:
+    from ftray.training.pack import Pack
+
+PASS_TOKENS = 8192  # of a pass: its rows are of like length
+SCHEMA = pa.schema({REFERENCE: pa.list_(pa.float32())})
+
+
+def with_reference(cfg: Config, model_path: str, data: TokenizedData) -> TokenizedData:
+    """`data` with the log-probabilities of its answers, where its task needs them; Ray must be initialised.
+
+    Row groups of which they are known are not computed again, whoever computed them.
+
+    Args:
+        cfg: of the model, and what it runs on.
+    """
+    if REFERENCE not in data.task.load().columns:
+        return data
+    directory = f"{data.directory}/reference-{fingerprint(cfg.model, model_path)}"
+    made = TokenizedData.load(data.directory, directory)
+    groups = [(name, i) for name, split in data.splits.items() for i in range(len(split.row_groups))]
+    missing = [{"split": name, "index": i} for name, i in groups if not reference_file(directory, name, i).exists()]
+    if missing:
+        parse_location(directory).mkdir(parents=True, exist_ok=True)
+        rows = sum(data.splits[name].row_groups[i] for name, i in groups)
+        print(f"reference: what the model says of {rows:,} records before training, once", file=sys.stderr, flush=True)
+        _compute(cfg, model_path, made, missing)
+    return made
+
+
+def fingerprint(cfg: ModelConfig, path: str) -> str:
+    """Equal for models that say the same: settings, configuration, and names, sizes and times of the weight files."""
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    settings = cfg.model_dump(exclude={"name", "trust_remote_code"})
+    return hashlib.sha256(json.dumps([settings, stats]).encode()).hexdigest()[:16]
+
+
+def _compute(cfg: Config, model_path: str, data: TokenizedData, missing: list[dict[str, Any]]) -> None:
+    """Write the files of the row groups that are missing, on all nodes that have room for the model."""
+    import ray.data
+
+    needed = hardware(cfg)
+    workers = min(len(missing), workers_that_fit(needed["CPU"], needed["GPU"], node_resources()))
+    groups = ray.data.from_items(missing, override_num_blocks=len(missing))
+    written = groups.map_batches(
+        ReferencePass,
+        batch_size=1,
+        fn_constructor_args=(cfg.model, model_path, data.directory, data.reference, cfg.data.longest),
+        num_cpus=needed["CPU"],
+        num_gpus=needed["GPU"],
+        concurrency=max(1, workers),
+    )
+    written.materialize()
+
+
+@dataclass
+class ReferencePass:
+    """The model in one process, which writes the files of row groups."""
+
+    model: ModelConfig
+    path: str
+    directory: str
+    reference: str
+    longest: int
+
+    def __post_init__(self) -> None:
+        from ftray.models.load import load_on_device
+        from ftray.training.pack import Pack
+
+        self.data = TokenizedData.load(self.directory, self.reference)
+        base = load_on_device(self.model, self.path, self.data.task).model.requires_grad_(False)
+        self.pack = Pack(base, self.data.task, longest=self.longest)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Write the file of each row group of `batch`."""
+        for split, index in zip(batch["split"], batch["index"], strict=True):
+            rows = self.data.row_group(split, int(index), ["input_ids", "labels", "lengths"]).to_pylist()
+            found = pa.table({REFERENCE: pa.array(reference(self.pack, rows), SCHEMA.field(REFERENCE).type)})
+            write_tables(reference_file(self.reference, split, int(index)), [found], SCHEMA)
+        return batch
+
+
+def reference(pack: "Pack", rows: list[dict[str, Any]]) -> list[list[float]]:
+    """The log-probability that the base of `pack` gives to each answer of each row, nats.
+
+    Args:
+        rows: of the shards, which hold several texts each.
+    """
+    from ftray.tasks.preference import texts_of
+
+    texts = [text for row in rows for text in texts_of(row)]
+    lengths = [len(text["input_ids"]) for text in texts]
+    flat = [0.0] * len(texts)
+    for part in _passes(lengths):
+        for at, value in zip(part, pack.base_log_probabilities([texts[at] for at in part]), strict=True):
+            flat[at] = value
+    values = iter(flat)
+    return [[next(values) for _ in row["lengths"]] for row in rows]
+
+
+def _passes(lengths: list[int]) -> Iterator[list[int]]:
+    """The places of texts of like length that share a pass: at most PASS_TOKENS, or one text."""
+    part: list[int] = []
+    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and sum(lengths[i] for i in part) + lengths[at] > PASS_TOKENS:
+            yield part
+            part = []
+        part.append(at)
+    if part:
+        yield part
