@@ -1,6 +1,9 @@
 """GRPO: its loss against TRL's trainer and by hand, answers that are drawn in a pack, searches that learn a reward."""
 
+import json
 import math
+import random
+import re
 import statistics
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from conftest import gpt2, llama, make_tokenizer
 from helpers.packs import CONFIGS, TARGETS, Trial
 
+from ftray.cli import main
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
@@ -424,3 +428,119 @@ def test_a_reward_that_raises_is_one_line(tiny_llama):
     ):
         trainer.step(["a"])
     trainer.leave("a")
+
+
+# letters that a byte-level model finds by chance now and then
+LETTERS = """def letters(records, answers):
+    return [sum(c in "abcdefghijklmnop" for c in a) / max(1, len(a)) for a in answers]
+"""
+SPACE = """
+method: {choice: [lora, oft]}
+temperature: {choice: [0.9, 1.0]}
+advantage: {choice: [grpo, dr_grpo]}
+beta: 0.01
+lora: {rank: 8, dropout: 0.0, learning_rate: {log: [5.0e-3, 2.0e-2]}}
+oft: {block_size: 16, learning_rate: {log: [5.0e-3, 2.0e-2]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> str:
+    """A JSONL file of 120 prompts, each with a further field."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    with open(path, "w") as file:
+        for number in range(120):
+            prompt = " ".join(draw.choices("abcdefgh", k=draw.randint(2, 9)))
+            file.write(json.dumps({"prompt": prompt, "number": number}) + "\n")
+    return str(path)
+
+
+def settings(asked: str, model: str, output, *more: str) -> list[str]:
+    flags = {
+        "--task": "grpo",
+        "--data": asked,
+        "--model": model,
+        "--model.dtype": "fp32",
+        "--data.cache": str(output.parent / "shards"),
+        "--training.reward": "letters.py:letters",
+        "--evaluation.max_new_tokens": "6",
+        "--output": str(output),
+    }
+    return [part for pair in flags.items() for part in pair] + list(more)
+
+
+def reports_of(output, capsys, *arguments: str) -> list[dict[str, float]]:
+    assert main(["train", *arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    return [{n: float(v) for n, v in re.findall(r"(\w+) ([-\d.]+)(?:,|$)", line)} for line in lines]
+
+
+def test_a_run_learns_a_reward_alike_on_one_and_two_workers(cluster, asked, tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters.py").write_text(LETTERS)
+    steps = ["--training.steps", "12", "--training.learning_rate", "0.01", "--adapter.dropout", "0"]
+    found = []
+    for workers in ("1", "2"):
+        output = tmp_path / f"out-{workers}"
+        arguments = settings(asked, tiny_llama, output, *steps, "--scaling.workers", workers)
+        found.append(reports_of(output, capsys, *arguments))
+    for one, two in zip(*found, strict=True):
+        assert {"train_reward", "answer_tokens", "kl", "validation_reward"} <= one.keys()
+        assert one == pytest.approx(two, abs=2e-3)
+    assert found[0][-1]["train_reward"] > found[0][0]["train_reward"] + 0.1
+    assert found[0][-1]["validation_reward"] > found[0][0]["validation_reward"]
+    given = ["--data", asked, "--adapter", "out-1", "--training.reward", "letters.py:letters", "--output", "e.json"]
+    assert main(["evaluate", *given, "--evaluation.max_new_tokens", "6", "--split", "validation"]) == 0
+    scores = json.loads((tmp_path / "e.json").read_text())
+    (adapter,) = scores["adapters"].values()
+    best = max(report["validation_reward"] for report in found[0])
+    assert adapter["reward"]["best"] == pytest.approx(best, abs=1e-4)  # of the checkpoint that was kept
+    assert adapter["reward"]["interval"][0] > 0
+
+
+def test_a_search_learns_a_reward_and_proves_it(cluster, asked, tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters.py").write_text(LETTERS)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    flags = ["--space", "space.yaml", "--trials", "4", "--training.steps", "12", "--search.finalist_seeds", "1"]
+    assert main(["tune", *settings(asked, tiny_llama, tmp_path / "out", *flags)]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["metric"], summary["direction"]) == ("validation_reward", "max")
+    proof = summary["proof"]["metrics"]
+    assert {*proof} == {"reward", "answer_tokens"}  # the records have no answers to compare with
+    assert proof["reward"]["interval"][0] > 0
+    assert all("train_reward" in trial["metrics"] for trial in summary["trials"] if trial["metrics"])
+
+
+MISTAKES = {
+    "no reward": ([], "training.reward: GRPO learns from a reward: give FILE.py:FUNCTION"),
+    "no file": (["--training.reward", "none.py:f"], "training.reward none.py:f: can't be read: No such file"),
+    "no function": (["--training.reward", "letters.py:let"], "letters.py: has no function let; did you mean letters?"),
+    "raises": (["--training.reward", "letters.py:shares"], "letters.py:4: ZeroDivisionError: division by zero (shares"),
+    "no name": (["--training.reward", "letters"], "training.reward: must be FILE.py:FUNCTION"),
+    "no text": (
+        ["--training.reward", "letters.py:letters", "--evaluation.generate", "false"],
+        "evaluation.generate: GRPO is judged by answers: leave it true",
+    ),
+    "sharded": (
+        ["--training.reward", "letters.py:letters", "--training.zero_stage", "3"],
+        "training.zero_stage 3: answers are drawn where a worker has the whole base: leave it out",
+    ),
+    "group": (["--training.reward", "letters.py:letters", "--training.group", "1"], "training.group: "),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("name", ["tune", "train"])
+def test_what_is_wrong_with_a_reward_is_told_before_anything_begins(
+    name, case, asked, tiny_llama, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters.py").write_text(LETTERS + "\ndef shares(r, a):\n    return [1 / len(x) for x in a]\n".lstrip())
+    flags, line = MISTAKES[case]
+    assert main([name, "--task", "GRPO", "--data", asked, "--model", tiny_llama, "--output", "out", *flags]) == 2
+    told = capsys.readouterr().err
+    assert line in told, told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
