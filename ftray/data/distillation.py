@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from ftray.config import DataConfig
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer
@@ -173,7 +173,7 @@ class DistillationTask(RecordTask):
     ends an answer, where the teacher's list does not, that token alone is likely, since the teacher ended there.
     """
 
-    shapes = (
+    shapes: ClassVar[Sequence[Shape]] = (
         *(_distilled(shape) for shape in SHAPES if shape.required_keys and not shape.is_alone),
         Shape("distilled answer", ("completion", "logprobs"), _unknown, refuses={}, compares=True),
     )
