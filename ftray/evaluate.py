@@ -85,7 +85,6 @@ def run(cfg: Config) -> int:
     from ray.exceptions import RayTaskError
 
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
-    from ftray.search.reference import with_reference
     from ftray.search.results import write_json
 
     connect(cfg, dashboard=False)
@@ -95,7 +94,6 @@ def run(cfg: Config) -> int:
         raise UserError(f"data {data_cfg.names}: the {split} split is empty: take another --split, or all")
     where = [name if "://" in name else str(at.resolve()) for name, at in zip(cfg.adapters, adapters, strict=True)]
     named = dict(zip(cfg.adapters, where, strict=True))
-    data = with_reference(cfg, model_path, data)
     say_if_waiting(1, hardware(cfg))
     try:
         result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,11 @@ def _compute(cfg: Config, model_path: str, data: TokenizedData, missing: list[di
     needed = hardware(cfg)
     workers = min(len(missing), workers_that_fit(needed["CPU"], needed["GPU"], node_resources()))
     groups = ray.data.from_items(missing, override_num_blocks=len(missing))
+    own = {"model": cfg.model.model_dump(), "path": model_path, "directory": data.directory}
     written = groups.map_batches(
-        ReferencePass,
+        _write,
         batch_size=1,
-        fn_constructor_args=(cfg.model, model_path, data.directory, data.reference, cfg.data.longest),
+        fn_kwargs=own | {"reference": data.reference, "longest": cfg.data.longest},
         num_cpus=needed["CPU"],
         num_gpus=needed["GPU"],
         concurrency=max(1, workers),
@@ -74,34 +75,31 @@ def _compute(cfg: Config, model_path: str, data: TokenizedData, missing: list[di
     written.materialize()
 
 
-@dataclass
-class ReferencePass:
-    """The model in one process, which writes the files of row groups."""
-
-    model: ModelConfig
-    path: str
-    directory: str
-    reference: str
-    longest: int
-
-    def __post_init__(self) -> None:
-        from ftray.models.load import load_on_device
-        from ftray.training.pack import Pack
-
-        self.data = TokenizedData.load(self.directory, self.reference)
-        base = load_on_device(self.model, self.path, self.data.task).model.requires_grad_(False)
-        self.pack = Pack(base, self.data.task, longest=self.longest)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Write the file of each row group of `batch`."""
-        for split, index in zip(batch["split"], batch["index"], strict=True):
-            rows = self.data.row_group(split, int(index), ["input_ids", "labels", "lengths"]).to_pylist()
-            found = pa.table({REFERENCE: pa.array(reference(self.pack, rows), SCHEMA.field(REFERENCE).type)})
-            write_tables(reference_file(self.reference, split, int(index)), [found], SCHEMA)
-        return batch
+def _write(
+    batch: dict[str, Any], model: dict[str, Any], path: str, directory: str, reference: str, longest: int
+) -> dict[str, Any]:
+    """Write the file of each row group of `batch`."""
+    data = TokenizedData.load(directory, reference)
+    pack = _pack(json.dumps(model), path, directory, longest)
+    for split, index in zip(batch["split"], batch["index"], strict=True):
+        rows = data.row_group(split, int(index), ["input_ids", "labels", "lengths"]).to_pylist()
+        found = pa.table({REFERENCE: pa.array(log_probabilities(pack, rows), SCHEMA.field(REFERENCE).type)})
+        write_tables(reference_file(reference, split, int(index)), [found], SCHEMA)
+    return batch
 
 
-def reference(pack: "Pack", rows: list[dict[str, Any]]) -> list[list[float]]:
+@lru_cache(maxsize=1)
+def _pack(model: str, path: str, directory: str, longest: int) -> "Pack":
+    """The model of this process, in which Ray runs one task after another."""
+    from ftray.models.load import load_on_device
+    from ftray.training.pack import Pack
+
+    task = TokenizedData.load(directory).task
+    base = load_on_device(ModelConfig(**json.loads(model)), path, task).model.requires_grad_(False)
+    return Pack(base, task, longest=longest)
+
+
+def log_probabilities(pack: "Pack", rows: list[dict[str, Any]]) -> list[list[float]]:
     """The log-probability that the base of `pack` gives to each answer of each row, nats.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ftray.compat.torch import add, out_of_memory
 from ftray.config import TrainingConfig
 from ftray.models import probe
-from ftray.models.next_token import padded, padding_mask, supervised_tokens
+from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens, token_losses
 from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -30,7 +30,7 @@ from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupporte
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks import causal
-from ftray.tasks.objective import Objective, text_sums
+from ftray.tasks.objective import PREFIXES, Objective, text_sums
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 
@@ -93,6 +93,7 @@ class Pack:
 
     Attributes:
         padded: whether each record has its own row in the batch, as the model mixes records of one row.
+        shares_prefixes: whether the attention lets tokens belong to several records.
         isolation_reason: why no adapter of this model can share a batch; None: they can.
         verdict: how records share a pass, and why; one line for the log.
     """
@@ -115,7 +116,7 @@ class Pack:
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
-        self.padded = False
+        self.padded = self.shares_prefixes = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
@@ -147,7 +148,7 @@ class Pack:
         head = self._agreed(self._head_obstacle)
         kernels = fused_attention.choose_kernels(self.base, longest)
         for kernel in (*kernels, None):
-            self.padded = kernel is None
+            self.padded, self.shares_prefixes = kernel is None, kernel is attention.attention
             self.shared = self._shared_model(kernel)
             reason = head or self._agreed(self._obstacle)
             if not reason:
@@ -517,7 +518,7 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
-        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
 
     def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
@@ -526,7 +527,7 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
-        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
     @torch.no_grad()
@@ -536,54 +537,75 @@ class Pack:
         Args:
             temperatures: by which logits are divided, one a batch.
         """
+        if self.isolation_reason:
+            each, base = zip(batches, temperatures, strict=True), self.base.eval()
+            return [token_losses(base, self._on_device(batch), temperature=t).double() for batch, t in each]
         self.shared.eval()
 
         def attempt() -> list[torch.Tensor]:
             found: list[torch.Tensor] = []
             while len(found) < len(batches):
-                units = [("", 0, batch) for batch in batches[len(found) :]]
+                units: list[Unit] = [("", 0, batch) for batch in batches[len(found) :]]
                 sizes = accumulate(batch["input_ids"].numel() for *_, batch in units)
                 fit = max(1, sum(size <= self.tokens for size in sizes))
-                found += self._token_losses(units[:fit], temperatures[len(found) :][:fit])
+                found += self.token_losses_of(units[:fit], temperatures[len(found) :][:fit])
             return found
 
-        if not self.isolation_reason:
-            return self._in_memory(attempt)
-        task = cast("causal.Task", self.task)
-        each = zip(batches, temperatures, strict=True)
-        return [task.token_losses(self.base.eval(), self._on_device(batch), t) for batch, t in each]
+        return self._in_memory(attempt)
 
-    def _temperatures(self, units: Sequence[Unit]) -> list[float]:
-        return [self.adapters[name].objective.temperature for name, *_ in units]
+    def token_losses_of(self, units: list[Unit], temperatures: Sequence[float] | None = None) -> list[torch.Tensor]:
+        """The cross-entropy of each unit's supervised tokens, float64 [S].
 
-    def _token_losses(self, units: list[Unit], temperatures: Sequence[float]) -> list[torch.Tensor]:
-        """The cross-entropy of each unit's supervised tokens, float64 [S], with logits divided by its temperature."""
+        Args:
+            temperatures: by which the logits of each are divided; None: as the adapters' objectives say.
+        """
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
-        ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
-        segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
+        own, shares = targets[positions], None
+        if TARGETS in units[0][2]:
+            own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
+            shares = shares.to(self.base.device)
+        if temperatures is None:
+            known = {name: adapter.objective.temperature for name, adapter in self.adapters.items()}
+            temperatures = [known.get(name, 1.0) for name, *_ in units]
         counts = [supervised_tokens(batch) for *_, batch in units]
         cooled = None
         if any(temperature != 1 for temperature in temperatures):
             cooled = torch.tensor(temperatures).repeat_interleave(torch.tensor(counts)).to(self.base.device)
-        hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
+        sizes, prefixes = [batch["input_ids"].numel() for *_, batch in units], None
+        if self.shares_prefixes and PREFIXES in units[0][2]:
+            common = torch.cat([batch[PREFIXES][0] for *_, batch in units])
+            prefixes = attention.shared_prefixes(row["position_ids"], common)
+            positions = prefixes.source[positions]
+            sizes = [int(kept.sum()) for kept in prefixes.kept.split(sizes)]
+        segments = [(n, *span) for (n, *_), span in zip(units, pairwise(accumulate(sizes, initial=0)), strict=True)]
+        hidden = self._hidden(row["input_ids"], row["position_ids"], segments, prefixes)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
-            states, ids = hidden[positions.to(hidden.device)], targets[positions].to(hidden.device)
-            losses = HeadLoss.apply(states, self.head, ids, None, cooled)
+            states = hidden[positions.to(hidden.device)]
+            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares, cooled)
         return list(losses.double().split(counts))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.base.device) for name, tensor in batch.items()}
 
     def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[tuple[str, int, int]]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: list[tuple[str, int, int]],
+        prefixes: attention.SharedPrefixes | None = None,
     ) -> torch.Tensor:
-        """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter."""
+        """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter.
+
+        With `prefixes`, T are the tokens that stay.
+        """
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         if not self.padded:
             self._segments.set(segments)
-            self._layout[:] = [attention.layout(position_ids, self.base.device)]
+            self._layout[:] = [attention.layout(position_ids, self.base.device, prefixes)]
+            if prefixes is not None:
+                ids, positions = ids[:, prefixes.kept], positions[:, prefixes.kept]
             out = probe.body(self.shared)(input_ids=ids, position_ids=positions, use_cache=False)
             hidden: torch.Tensor = out.last_hidden_state[0]
             return hidden
@@ -593,6 +615,12 @@ class Pack:
         states = probe.body(self.shared)(**inputs, use_cache=False).last_hidden_state
         rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
         return rows
+
+
+def _one_below_another(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors [S, K] of several K as one, filled up with 0."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _step_failure(step: int, loss: float, squared_norm: float, ran_out: bool) -> str | None:

@@ -13,6 +13,7 @@ from ftray.evaluation.user_metric import UserMetric
 from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
 from ftray.task_spec import IGNORE
 from ftray.tasks import causal, grpo
+from ftray.tasks.objective import PREFIXES
 from ftray.training.pack import Batch, Pack
 
 
@@ -105,7 +106,9 @@ class Rollouts:
             "input_ids": [[*prompt, *answer.ids] for prompt, answer in pairs],
             "labels": [[IGNORE] * len(prompt) + answer.ids for prompt, answer in pairs],
         }
+        shared = [len(prompt) * (i > 0) for prompt, own in zip(prompts, groups, strict=True) for i in range(len(own))]
         return causal.collate(rows) | {
+            PREFIXES: torch.tensor([shared]),
             grpo.ADVANTAGES: advantages.reshape(1, -1),
             grpo.DRAWN: torch.tensor([[p for _, answer in pairs for p in answer.logprobs]]),
             grpo.MOST: torch.tensor([[self.cfg.max_new_tokens]]),
