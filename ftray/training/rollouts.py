@@ -106,8 +106,7 @@ class Rollouts:
             "input_ids": [[*prompt, *answer.ids] for prompt, answer in pairs],
             "labels": [[IGNORE] * len(prompt) + answer.ids for prompt, answer in pairs],
         }
-        sizes = [(len(prompt), len(group)) for prompt, group in zip(prompts, groups, strict=True)]
-        shared = [length if place else 0 for length, answers in sizes for place in range(answers)]
+        shared = [len(prompt) * (i > 0) for prompt, own in zip(prompts, groups, strict=True) for i in range(len(own))]
         return causal.collate(rows) | {
             PREFIXES: torch.tensor([shared]),
             grpo.ADVANTAGES: advantages.reshape(1, -1),
