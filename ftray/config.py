@@ -432,7 +432,10 @@ def _best(value: str | None) -> str | None:
 class SearchConfig(Section):
     """How the space is searched."""
 
-    space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
+    space: str = Field(
+        "quick",
+        description="YAML file, or the name of one in search_spaces/ (not given: the one for the task, as kto)",
+    )
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(
         None, gt=0, description="seconds of training, and at least a first result, after which no trial continues"

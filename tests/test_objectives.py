@@ -7,9 +7,11 @@ import torch
 from conftest import llama
 from helpers.trl_trainers import Reference, adapted, reference
 
-from ftray.config import TrainingConfig
+from ftray.config import TrainingConfig, config_from
 from ftray.multi_adapter.shared_model import share
+from ftray.search.space import load_space
 from ftray.task_spec import TaskSpec
+from ftray.tasks.infer_task import infer_task
 from ftray.training.pack import Pack
 
 # objective, our settings, the same in TRL's words
@@ -95,3 +97,18 @@ def test_so_it_does_beside_other_settings(case):
 def test_so_it_does_with_accumulation(case):
     kind, settings, wanted = case
     assert_equal(stepped(kind, settings, [wanted.rows[:1], wanted.rows[1:]]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space"),
+    [("DPO", "preference"), ("CPO", "preference"), ("SIMPO", "simpo"), ("ORPO", "orpo"), ("KTO", "kto")],
+)
+def test_each_objective_is_searched_in_a_space_of_its_own_settings(kind, space, tiny_llama):
+    record = {"completion": "b", "label": True} if kind == "KTO" else {"chosen": "b", "rejected": "c"}
+    cfg = config_from({"task": kind, "data": {"source": "unread"}, "model": {"name": tiny_llama}})
+    assert infer_task(cfg, tiny_llama, ("f:1", {"prompt": "a", **record})).search.space == space
+    named = config_from({**cfg.model_dump(), "search": {"space": "lora"}})
+    assert infer_task(named, tiny_llama, ("f:1", {"prompt": "a", **record})).search.space == "lora"
+    objective = TaskSpec.named(kind).load().objective
+    for corner in load_space(space).corners():
+        objective(TrainingConfig(**corner["training"]))
