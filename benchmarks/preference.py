@@ -32,7 +32,7 @@ RECORDS = Path(__file__).parents[1] / "examples" / "preferences.py"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.preference", description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=8, metavar="K")
-    parser.add_argument("--steps", type=int, default=4, help=f"of each trial, {BATCH} pairs each")
+    parser.add_argument("--steps", type=int, default=3, help=f"of each trial, {BATCH} pairs each")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--quick", action="store_true", help="one run of each instead of two")
     args = parser.parse_args()
@@ -102,6 +102,8 @@ def main() -> int:
             peers.append(trainer(share(base), rank, beta, pairs, tokenizer))
             set_peft_model_state_dict(peers[-1].model, starts[name])
         os.environ["LOCAL_RANK"] = launched
+        for row, own in zip(rows, peers[0].train_dataset, strict=True):
+            assert row["input_ids"] == own["prompt_ids"] + own["chosen_ids"] + own["prompt_ids"] + own["rejected_ids"]
 
     def peer() -> None:
         losses["peer"] = [own.train().training_loss for own in peers]
@@ -123,16 +125,17 @@ def main() -> int:
     return 0
 
 
-def records(number: int) -> list[dict[str, str]]:
-    """The first preference pairs that the example makes of the CMU Pronouncing Dictionary."""
+def records(number: int) -> list[dict[str, Any]]:
+    """The first pairs that the example makes of the CMU Pronouncing Dictionary, as conversations."""
     with subprocess.Popen([sys.executable, str(RECORDS), "pairs"], stdout=subprocess.PIPE, text=True) as made:
         assert made.stdout is not None
-        found = [json.loads(line) for line in islice(made.stdout, number)]
+        pairs = [json.loads(line) for line in islice(made.stdout, number)]
         made.kill()
-    return found
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{key: [{"role": role, "content": pair[key]}] for key, role in roles.items()} for pair in pairs]
 
 
-def trainer(base: Any, rank: int, beta: float, pairs: list[dict[str, str]], tokenizer: Any) -> Any:
+def trainer(base: Any, rank: int, beta: float, pairs: list[dict[str, Any]], tokenizer: Any) -> Any:
     """TRL's trainer as its documentation shows it, with settings like ours; it goes through `pairs` once, in order."""
     import torch
     from datasets import Dataset

@@ -20,14 +20,14 @@ Wrong = tuple[str, str, str]  # spelling, phonemes, phonemes that are wrong
 def pairs(words: list[Wrong]) -> Iterator[dict]:
     """A prompt, the answer that is preferred, and the one that is not."""
     for word, right, wrong in words:
-        yield {"prompt": f"Pronounce: {word}\n", "chosen": right, "rejected": wrong}
+        yield {"prompt": f"Pronounce: {word}", "chosen": right, "rejected": wrong}
 
 
 def judged(words: list[Wrong]) -> Iterator[dict]:
     """One answer to a prompt, and whether it is right: of two words, one has the right answer."""
     for i, (word, right, wrong) in enumerate(words):
         good = i % 2 == 0
-        yield {"prompt": f"Pronounce: {word}\n", "completion": right if good else wrong, "label": good}
+        yield {"prompt": f"Pronounce: {word}", "completion": right if good else wrong, "label": good}
 
 
 def with_wrong_ones(known: dict[str, list[str]], draw: random.Random) -> Iterator[Wrong]:

