@@ -85,6 +85,8 @@ COMMANDS = {
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
+        "ftray tune --data pairs.jsonl --output runs/preferred  # prompt, chosen, rejected: DPO\n"
+        "ftray tune --data judged.jsonl --training.beta 0.3  # prompt, completion, label: KTO\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
         (
             *("model", "data", "training", "scaling", "search", "resume"),

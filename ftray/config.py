@@ -333,7 +333,7 @@ class TrainingConfig(Section):
         None, ge=0, description="of SimPO: the margin that is wanted, in units of its rewards (default: 1)"
     )
     sft_weight: float | None = Field(
-        None, ge=0, description="of CPO and SimPO: weight of the chosen answer's own loss (default: 1; SimPO: 0)"
+        None, ge=0, description="of pairs: weight of the chosen answer's own loss (default: 0; CPO, ORPO: 1)"
     )
     desirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of good answers (default: 1)")
     undesirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of bad answers (default: 1)")
@@ -465,7 +465,10 @@ def _best(value: str | None) -> str | None:
 class SearchConfig(Section):
     """How the space is searched."""
 
-    space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
+    space: str = Field(
+        "quick",
+        description="YAML file, or the name of one in search_spaces/ (not given: the one for the task, as kto)",
+    )
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(
         None, gt=0, description="seconds of training, and at least a first result, after which no trial continues"

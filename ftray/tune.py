@@ -293,7 +293,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.search.trackers import check_trackers
     from ftray.tasks.infer_task import as_begun, infer_task
 
-    space = load_space(cfg.search.space)
+    space, named = load_space(cfg.search.space), cfg.search.space
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
     require("validation", cfg.data, "a search goes by records that are not trained on")
@@ -302,6 +302,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     cfg = as_begun(cfg)
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
+    space = space if cfg.search.space == named else load_space(cfg.search.space)
+    refuse_unknown_settings(cfg, space)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
@@ -337,6 +339,22 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     return cfg, space, model_path, tokenizer
 
 
+def refuse_unknown_settings(cfg: Config, space: "Space") -> None:
+    """Refuse a space that holds a setting of other objectives than that of `cfg`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    from ftray.task_spec import TaskSpec
+
+    objective = TaskSpec.named(cfg.task).load().objective
+    for corner in space.corners():
+        try:
+            objective(cfg.training.model_copy(update=corner["training"]))
+        except UserError as error:
+            raise UserError(f"{space.source}: {str(error).removeprefix('training.')}") from None
+
+
 def most_added(space: "Space") -> int:
     """The most tokens that an adapter of the space puts before a record."""
     from ftray.adapters.methods import added_tokens
@@ -355,13 +373,13 @@ def prove(
 
     Returns:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
-        in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, `new_modules`
-        that the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that
-        it comes later.
+        in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, of preferences
+        the `lengths` of answers (see :func:`ftray.evaluation.metrics.lengths`), `new_modules` that the base came
+        without, `samples` of generated text, and `merged`, for the time being with the `reason` that it comes later.
     """
     from peft import PeftModel
 
-    from ftray.evaluation.metrics import compare, compare_sources
+    from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted
 
@@ -391,6 +409,7 @@ def prove(
         "metrics": compare(before, after, resamples, candidates=candidates),
         "over_default": usual and compare(usual, after, resamples, candidates=candidates),
         "sources": compare_sources([row.get("source") for row in rows], before, after, resamples, candidates),
+        "lengths": lengths({"base": before, "default": usual, "best": after}, resamples),
         "samples": samples[: cfg.evaluation.samples],
     }
 
