@@ -10,12 +10,11 @@ from rich.table import Table
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.reports.page import EVALUATION, leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
     from ftray.evaluation.metrics import Scores
-
-FILE = "evaluation.json"
 
 
 def run(cfg: Config) -> int:
@@ -80,7 +79,8 @@ def run(cfg: Config) -> int:
     from ray.exceptions import RayTaskError
 
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
-    from ftray.search.results import write_json
+    from ftray.search.provenance import this_command
+    from ftray.search.results import ANSWERS, beside, write_json, write_lines
 
     connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
@@ -94,13 +94,16 @@ def run(cfg: Config) -> int:
         result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data.directory, named))
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
+    answers = result.pop("answers")
     show(result)
     if place is None:
         print(json.dumps(result), flush=True)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, place)
+        write_json(result | {"made_by": this_command()}, place)
+        write_lines(answers, beside(place, f".{ANSWERS}"))
         print(f"evaluation {place}", flush=True)
+        leave_report(place)
     return 0
 
 
@@ -112,7 +115,7 @@ def output_file(cfg: Config) -> Location | None:
     if not named and output.is_file():
         raise UserError(f"output {output}: is a file: name one that ends in .json, or a directory")
     (output.parent if named else output).check_writable()
-    return output if named else output / FILE
+    return output if named else output / EVALUATION
 
 
 def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) -> dict[str, Any]:
@@ -124,12 +127,14 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
-        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, and `samples` of generated text.
+        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `samples` of generated text, and
+        `answers` (see :func:`ftray.evaluation.answers.side_by_side`).
     """
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
     from ftray.data import TokenizedData
+    from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
@@ -168,6 +173,7 @@ def evaluate(cfg: Config, model_path: str, data: str, adapters: dict[str, str]) 
             for source, of_base in compare_sources(sources, before, before, 1).items()
         },
         "samples": samples,
+        "answers": side_by_side(rows, {"base": before} | after),
     }
 
 

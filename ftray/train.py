@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
 from ftray.config import Config, SearchConfig
+from ftray.reports.page import leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def run(cfg: Config) -> int:
         except RunFailed as failure:
             print(f"ftray train: failed: {failure}", file=sys.stderr)
             return 1
+        leave_report(output)
     return 0
 
 
@@ -99,7 +101,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
-    from ftray.search.results import save_best_adapter
+    from ftray.search.results import TRAINED, save_best_adapter, write_json
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
@@ -115,7 +117,9 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
     result = fit(SearchContext(cfg, model_path, data.directory, gpus, functions=user_metrics(cfg.search)), output)
-    print_reports(result.return_value["reports"], cfg.search.goal.metric)
+    reports, goal = result.return_value["reports"], cfg.search.goal
+    print_reports(reports, goal.metric)
+    write_json({"metric": goal.metric, "direction": goal.direction, "reports": reports}, output / TRAINED)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
     print(f"adapter {output / 'adapter'}")

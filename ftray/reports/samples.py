@@ -1,0 +1,148 @@
+"""Answers before and after: which changed most, and in which words."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from rapidfuzz.distance import Levenshtein
+
+from ftray.evaluation.answers import Answer, Answered
+from ftray.reports.run_files import RunFiles
+
+LONGEST = 1200  # characters shown of a text
+ROOM = 900_000  # characters of all samples together: a report stays a file that one can send
+WORDS = 400  # of a text whose differences are marked
+GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose answers may be nearly right
+
+Marked = list[tuple[str, bool]]  # stretches of a text, and whether the other one lacks them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record with the answers before and after.
+
+    Attributes:
+        change: how much nearer to the target the answer has come: from -1, right before and all wrong now, to 1.
+        before, after: the answers, in stretches that differ or don't.
+        right_before, right_after: whether they are the target, but for white space at the ends.
+        others: answers of further models.
+        losses: of the target, by model.
+    """
+
+    prompt: str
+    target: str
+    change: float
+    before: Marked
+    after: Marked
+    right_before: bool
+    right_after: bool
+    others: dict[str, str]
+    losses: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        return "better" if self.change > 0 else "worse" if self.change < 0 else "as before"
+
+
+def samples(run: RunFiles) -> list[Sample]:
+    """Those that got most better first, those that got most worse last; none where nothing was answered in words.
+
+    Where there are more than a page holds, those in the middle are left out.
+    """
+    known = [record for record in _answered(run) if sum("text" in answer for answer in record["answers"].values()) > 1]
+    if not known:
+        return []
+    names = [*known[0]["answers"]]
+    before, after = "base", next(name for name in reversed(names) if name != "base")
+    whole = run.cfg is None or run.cfg.task in GENERATING
+    ranked = sorted(known, key=lambda record: -_rank(record, before, after, whole))
+    return [_sample(record, before, after, whole) for record in _as_fit(ranked)]
+
+
+def _answered(run: RunFiles) -> list[Answered]:
+    """Those in the output; where an older version left none, the few samples of the summary or the evaluation."""
+    if run.answers:
+        return run.answers
+    if run.search and run.search.proof:
+        few = run.search.proof.get("samples", [])
+    else:
+        few = run.evaluation.get("samples", []) if run.evaluation else []
+    found: list[Answered] = []
+    for sample in few:
+        answers: dict[str, Answer] = {
+            name: {"text": text, "loss": math.nan} for name, text in sample.items() if name not in ("prompt", "target")
+        }
+        found.append({"prompt": sample["prompt"], "target": sample["target"], "answers": answers})
+    return found
+
+
+def _rank(record: Answered, before: str, after: str, nearly: bool) -> float:
+    """The change; of equal ones, the fall of the loss decides."""
+    losses = [record["answers"][name]["loss"] for name in (before, after)]
+    fall = losses[0] - losses[1] if all(loss == loss for loss in losses) else 0.0
+    return _change(record, before, after, nearly) + 1e-6 * max(-1e3, min(1e3, fall))
+
+
+def _change(record: Answered, before: str, after: str, nearly: bool) -> float:
+    errors = [_error(record["answers"][name].get("text", ""), record["target"], nearly) for name in (before, after)]
+    return errors[0] - errors[1]
+
+
+def _error(text: str, target: str, nearly: bool) -> float:
+    """0 where the text is the target; 1 where nothing of it is, or, unless `nearly` counts, where it is another."""
+    text, target = text.strip(), target.strip()
+    return float(Levenshtein.normalized_distance(text, target)) if nearly else float(text != target)
+
+
+def _as_fit(ranked: Sequence[Answered]) -> list[Answered]:
+    """From both ends, as many as there is room for."""
+    first: list[Answered] = []
+    last: list[Answered] = []
+    left, room = list(ranked), ROOM
+    while left:
+        record = left.pop(0) if len(first) <= len(last) else left.pop()
+        texts = [record["prompt"], record["target"], *(a.get("text", "") for a in record["answers"].values())]
+        room -= sum(min(len(text), LONGEST) for text in texts) + 300
+        if room < 0:
+            break
+        (first if len(first) <= len(last) else last).append(record)
+    return [*first, *reversed(last)]
+
+
+def _sample(record: Answered, before: str, after: str, nearly: bool) -> Sample:
+    texts = {name: answer.get("text", "") for name, answer in record["answers"].items()}
+    marked = differences(shown(texts[before]), shown(texts[after]))
+    target = record["target"].strip()
+    return Sample(
+        prompt=shown(record["prompt"]),
+        target=shown(record["target"]),
+        change=_change(record, before, after, nearly),
+        before=marked[0],
+        after=marked[1],
+        right_before=texts[before].strip() == target,
+        right_after=texts[after].strip() == target,
+        others={name: shown(text) for name, text in texts.items() if name not in (before, after)},
+        losses={name: own["loss"] for name, own in record["answers"].items() if own["loss"] == own["loss"]},
+    )
+
+
+def shown(text: str) -> str:
+    """As much of a text as a page shows."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text) - LONGEST:,} characters more)"
+
+
+def differences(before: str, after: str) -> tuple[Marked, Marked]:
+    """Two texts in stretches of words, each with whether the other text lacks it."""
+    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (before, after)]
+    if max(map(len, words)) > WORDS:
+        return [(before, False)], [(after, False)]
+    left: Marked = []
+    right: Marked = []
+    for kind, a, b, c, d in SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes():
+        for marked, stretch in ((left, words[0][a:b]), (right, words[1][c:d])):
+            if stretch:
+                marked.append(("".join(stretch), kind != "equal"))
+    return left, right
