@@ -273,7 +273,7 @@ def training_figure(trained: Mapping[str, Any]) -> Figure:
         key += element("g", mark, transform=f"translate({at:.0f} {svg.HEIGHT + 8})")
         key += label(metric_name(name), at + 10, svg.HEIGHT + 12, "start", class_="key")
         at += 40 + 6.7 * len(name)
-    caption = f"At each of {len(reports)} validations; the training loss is the mean since the one before."
+    caption = f"{len(reports)} validation(s); the training loss is the mean since the one before."
     return Figure("training", "Learning curve", caption, svg.svg(content + key, svg.WIDTH, svg.HEIGHT + 24, caption))
 
 

@@ -20,7 +20,7 @@ from ftray.search.trial_status import TrialStatus
 
 WIDE = 900  # of a figure with many axes
 LEGEND_LINE = 20
-CHARACTER = 6.7  # width of one in a legend, about
+CHARACTER = 7.4  # width of one in a legend, about
 AXES = 6  # of parallel coordinates, beside method and value
 REACHED = 3 / 4  # of the trials have come to where all are compared
 OUTLIER = 3.0  # losses that lie so many times farther above the least than the middle of them are cut off

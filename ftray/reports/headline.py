@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ftray.reports.comparison import Compared, evaluation_rows, proof_rows
 from ftray.reports.run_files import RunFiles, SearchFiles
 from ftray.reports.svg import short
-from ftray.reports.words import SHARES, less_is_better, metric_name
+from ftray.reports.words import SHARES, less_is_better, metric_name, percent
 
 
 def headline(run: RunFiles) -> str:
@@ -49,7 +49,7 @@ def _gain(row: Compared, rows: Sequence[Compared]) -> str:
     right = next((other for other in rows if other.metric in SHARES and not other.of), None)
     said = [_change(right)] if right and right is not row and right.differences["best"][0].shown else []
     low, high = sorted(map(abs, (over_base.low, over_base.high)))
-    sure = f"{_points(row, low)} to {_points(row, high)}, to 95 % certain"
+    sure = f"95\u00a0% certain: by {_points(row, low)} to {_points(row, high)}"
     return f"it {' and '.join([*said, _change(row)])} ({sure})"
 
 
@@ -57,7 +57,7 @@ def _change(row: Compared) -> str:
     before, after = row.values["base"], row.values["best"]
     if row.metric in SHARES:
         return f"answers {_points(row, after)} right instead of the base model's {_points(row, before)}"
-    share = f" by {abs(after - before) / abs(before):.0%}" if before else ""
+    share = f" by {percent(abs(after - before) / abs(before))}" if before else ""
     good = "" if (after < before) == less_is_better(row.metric) else ", which is worse,"
     return (
         f"{'cuts' if after < before else 'raises'} the {row.name}{share}{good} from {short(before)} to {short(after)}"
@@ -65,7 +65,7 @@ def _change(row: Compared) -> str:
 
 
 def _points(row: Compared, value: float) -> str:
-    return f"{100 * value:.3g} %" if row.metric in SHARES else short(value)
+    return percent(value) if row.metric in SHARES else short(value)
 
 
 def _over_default(row: Compared) -> str:

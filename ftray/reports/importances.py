@@ -44,15 +44,17 @@ def importances(search: SearchFiles, common: Common) -> list[Importances]:
 
 
 def _importances(of: str, trials: Sequence[FrozenTrial], common: Common, goal: Goal, least: int) -> Importances | None:
-    """None: they are too few, or all alike."""
+    """Of the settings in which they differ; None: they are too few, or all alike."""
     if len(trials) < least:
         return None
     study = optuna.create_study(direction=goal.optuna_direction)
     study.add_trials(
         create_trial(value=common.values[t.number], params=t.params, distributions=t.distributions) for t in trials
     )
+    common_to_all = set.intersection(*(set(trial.params) for trial in trials))
+    varied = sorted(name for name in common_to_all if len({str(trial.params[name]) for trial in trials}) > 1)
     try:
-        shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=varied)
     except (RuntimeError, ValueError):  # there is no variance to share out
         return None
     return Importances(of, len(trials), shares) if sum(shares.values()) > 0 else None

@@ -36,10 +36,12 @@ def write_report(place: Location, price: float | None = None, png: bool = False)
         UserError: there is nothing to report, a file of it is damaged, or the package for PNG files is missing.
     """
     from ftray.reports.contents import contents
-    from ftray.reports.png import as_png
+    from ftray.reports.png import as_png, require_resvg
     from ftray.reports.run_files import read_run
     from ftray.search.results import beside
 
+    if png:
+        require_resvg()
     if place.is_file() and place.path.endswith(f"/{EVALUATION}"):
         place = place.parent  # all that is there belongs together
     found = contents(read_run(place), price)

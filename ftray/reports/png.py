@@ -9,16 +9,18 @@ from ftray.reports.figures import Figure
 ZOOM = 2.0  # a slide is wider than a page's column
 
 
-def as_png(figure: Figure) -> bytes:
-    """The figure, on the page's background.
-
-    Raises:
-        UserError: resvg is not installed.
-    """
+def require_resvg() -> None:
+    """Raise a UserError if the package that draws PNG files is not installed."""
     try:
-        from resvg_py import svg_to_bytes
+        import resvg_py  # noqa: F401
     except ImportError:
         raise UserError('--png: needs resvg: pip install "ftray[report]"') from None
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure, on the page's background."""
+    from resvg_py import svg_to_bytes
+
     style = light_style()
     opened, rest = figure.svg.split(">", 1)
     paper = re.search(r"\.paper \{ fill: (#\w+)", style)

@@ -89,7 +89,7 @@ class Scale:
                     return found[:: max(1, math.ceil(len(found) / (wanted + 1)))]
         rough = (self.high - self.low) / wanted
         size = 10.0 ** math.floor(math.log10(rough))
-        step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.99)
+        step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.7)
         first = math.ceil(self.low / step)
         return [step * i for i in range(first, math.floor(self.high / step) + 1)]
 

@@ -33,3 +33,8 @@ def less_is_better(metric: str) -> bool:
 def capital(said: str) -> str:
     """With a capital letter first."""
     return said[:1].upper() + said[1:]
+
+
+def percent(share: float) -> str:
+    """A share as it is said in a sentence, which does not break in it: three digits that count."""
+    return f"{100 * share:,.0f}\u00a0%" if abs(share) >= 1 else f"{100 * share:.3g}\u00a0%"
