@@ -102,8 +102,8 @@ def run(cfg: Config) -> int:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(result | {"made_by": this_command()}, place)
         write_lines(answers, beside(place, f".{ANSWERS}"))
-        print(f"evaluation {place}", flush=True)
         leave_report(place)
+        print(f"evaluation {place}", flush=True)
     return 0
 
 

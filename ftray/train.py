@@ -41,7 +41,6 @@ def run(cfg: Config) -> int:
         except RunFailed as failure:
             print(f"ftray train: failed: {failure}", file=sys.stderr)
             return 1
-        leave_report(output)
     return 0
 
 
@@ -122,6 +121,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     write_json({"metric": goal.metric, "direction": goal.direction, "reports": reports}, output / TRAINED)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
+    leave_report(output)
     print(f"adapter {output / 'adapter'}")
 
 

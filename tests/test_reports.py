@@ -459,6 +459,52 @@ def test_outputs_of_the_first_layout_are_reported(tmp_path, capsys):
         assert "not a search" in browser.find_element(By.ID, "left-out").text
 
 
+def test_an_evaluation_in_the_folder_of_a_search_is_part_of_its_report(tmp_path):
+    """Adapters are named by what tells their paths apart; of a mixture, each source has a line."""
+    output = tmp_path / "out"
+    write_search(output, trials=6, answers=5)
+
+    def metric(best, low, high):
+        return {"base": 3.0, "best": best, "difference": best - 3.0, "interval": [low, high]}
+
+    adapters = {"/runs/a/adapter": metric(2.0, -1.2, -0.8), "/runs/b/adapter": metric(1.5, -1.75, -1.25)}
+    result = {"records": 40, "split": "test", "base": {"loss": 3.0}, "samples": [], "data": "x", "model": "m"}
+    result["adapters"] = {name: {"loss": own} for name, own in adapters.items()}
+    result["sources"] = {"news & <i>more</i>": {"records": 9, "base": 3.0, "adapters": adapters}}
+    (output / "evaluation.json").write_text(json.dumps(result))
+    assert main(["report", "--run", str(output / "evaluation.json")]) == 0
+    with opened(output / "report.html", tmp_path / "profile") as browser:
+        assert len(marks(browser, "evaluation")) == 2 * (3 + 2)
+        rows = cells(browser, "evaluation-table")
+        assert [row[:4] for row in rows] == [
+            ["loss", "3", "2", "1.5"],
+            ["loss, 9 of news & <i>more</i>", "3", "2", "1.5"],
+        ]
+        assert browser.find_elements(By.ID, "proof-table")
+        heads = [head.text for head in browser.find_elements(By.CSS_SELECTOR, "#evaluation-table th")]
+    assert heads == ["metric", "base", "a/adapter", "b/adapter", "a/adapter - base", "b/adapter - base"]
+    alone = tmp_path / "scores.json"
+    alone.write_text(json.dumps(result))
+    assert main(["report", "--run", str(alone)]) == 0
+    said = "On 40 records of the test split, b/adapter has the best loss of 2 adapter(s), 1.5 against 3"
+    assert said in (tmp_path / "scores.html").read_text()
+
+
+def test_an_output_in_an_object_store_is_reported_there(store, tmp_path):
+    import boto3
+
+    write_search(tmp_path / "out", trials=6, answers=5)
+    client = boto3.client("s3")
+    for path in (tmp_path / "out").iterdir():
+        client.upload_file(str(path), "runs", f"reported/{path.name}")
+    assert main(["report", "--run", "s3://runs/reported", "--png"]) == 0
+    made = client.get_object(Bucket="runs", Key="reported/report.html")["Body"].read().decode()
+    assert "The winner of 6 trials" in made
+    assert "--config s3://runs/reported/config.yaml" in made
+    image = client.get_object(Bucket="runs", Key="reported/figures/curves.png")["Body"].read()
+    assert image.startswith(b"\x89PNG")
+
+
 def test_nothing_to_report_is_one_line(tmp_path, capsys):
     assert main(["report", "--run", str(tmp_path)]) == 2
     assert "holds no search, training run or evaluation" in capsys.readouterr().err

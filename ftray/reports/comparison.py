@@ -7,7 +7,7 @@ from ftray.reports import svg
 from ftray.reports.figures import Figure
 from ftray.reports.run_files import RunFiles
 from ftray.reports.svg import Scale, element, label, tip
-from ftray.reports.words import less_is_better, metric_name
+from ftray.reports.words import less_is_better, metric_name, short_names
 
 ROW = 46
 TONES = {"base": "base", "default": "default", "best": "best"}  # classes of the models of a proof
@@ -83,14 +83,15 @@ def evaluation_rows(run: RunFiles) -> list[Compared]:
     """Base and adapters of an evaluation; none where there was none."""
     if not run.evaluation:
         return []
-    adapters, rows = run.evaluation["adapters"], []
+    names, rows = short_names(run.evaluation["adapters"]), []
+    adapters = {names[name]: own for name, own in run.evaluation["adapters"].items()}
     for metric, base in run.evaluation["base"].items():
         values = {"base": base} | {name: own[metric]["best"] for name, own in adapters.items()}
         differences = {name: [_difference("base", own[metric])] for name, own in adapters.items()}
         rows.append(Compared(metric, values, differences))
     for source, known in run.evaluation.get("sources", {}).items():
-        values = {"base": known["base"]} | {name: own["best"] for name, own in known["adapters"].items()}
-        differences = {name: [_difference("base", own)] for name, own in known["adapters"].items()}
+        values = {"base": known["base"]} | {names[name]: own["best"] for name, own in known["adapters"].items()}
+        differences = {names[name]: [_difference("base", own)] for name, own in known["adapters"].items()}
         rows.append(Compared("loss", values, differences, f"{known['records']} of {source}"))
     return rows
 

@@ -118,7 +118,7 @@ def contents(run: RunFiles, price: float | None = None) -> Contents:
     if run.search:
         _add_search(found, run, run.search, price)
     elif run.training:
-        _add_training(found, run.training)
+        _add_training(found, run.training, price or (run.cfg.scaling.price_per_hour if run.cfg else None))
     if run.evaluation:
         found.evaluated = evaluation_rows(run)
         records = f"{run.evaluation['records']:,} {run.evaluation['split']} records"
@@ -239,10 +239,12 @@ def _cards(found: Contents, search: SearchFiles) -> list[Card]:
     return cards
 
 
-def _add_training(found: Contents, trained: Mapping[str, Any]) -> None:
+def _add_training(found: Contents, trained: Mapping[str, Any], price: float | None) -> None:
+    last = trained["reports"][-1]
+    cost = f", {last['seconds'] / 3600 * price:,.2f} spent" if price else ""
     found.cards = [
-        Card("Records", f"{trained['reports'][-1]['records']:,}", "seen"),
-        Card("Time", duration(trained["reports"][-1].get("seconds")), "in steps and validations"),
+        Card("Records", f"{last['records']:,}", f"seen, {last['tokens']:,} tokens"),
+        Card("Time", duration(last["seconds"]), f"in steps and validations{cost}"),
     ]
     _add(found, "training", training_figure(trained))
     if trained.get("kept"):

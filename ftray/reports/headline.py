@@ -101,7 +101,7 @@ def _of_evaluation(run: RunFiles) -> str:
         return f"{where}, the base model has {said}."
     row, good = rows[0], "less" if less_is_better(rows[0].metric) else "more"
     sign = 1 if good == "less" else -1
-    name = min(known["adapters"], key=lambda adapter: sign * row.values[adapter])
+    name = min(row.differences, key=lambda adapter: sign * row.values[adapter])
     verdict = row.verdict(row.differences[name][0])
     shown = {"better": "better than the base model", "worse": "worse than the base model"}.get(verdict, verdict)
     return (

@@ -10,6 +10,7 @@ from rapidfuzz.distance import Levenshtein
 
 from ftray.evaluation.answers import Answer, Answered
 from ftray.reports.run_files import RunFiles
+from ftray.reports.words import short_names
 
 LONGEST = 1200  # characters shown of a text
 ROOM = 900_000  # characters of all samples together: a report stays a file that one can send
@@ -29,6 +30,7 @@ class Sample:
         right_before, right_after: whether they are the target, but for white space at the ends.
         others: answers of further models.
         losses: of the target, by model.
+        name: of the model that has answered after.
     """
 
     prompt: str
@@ -40,6 +42,7 @@ class Sample:
     right_after: bool
     others: dict[str, str]
     losses: dict[str, float]
+    name: str
 
     @property
     def verdict(self) -> str:
@@ -56,7 +59,7 @@ def samples(run: RunFiles) -> list[Sample]:
     if not known:
         return []
     names = [*known[0]["answers"]]
-    before, after = "base", next(name for name in reversed(names) if name != "base")
+    before, after = "base", "best" if "best" in names else next(name for name in names if name != "base")
     whole = run.cfg is None or run.cfg.task in GENERATING
     ranked = sorted(known, key=lambda record: -_rank(record, before, after, whole))
     return [_sample(record, before, after, whole) for record in _as_fit(ranked)]
@@ -115,7 +118,7 @@ def _as_fit(ranked: Sequence[Answered]) -> list[Answered]:
 def _sample(record: Answered, before: str, after: str, nearly: bool) -> Sample:
     texts = {name: answer.get("text", "") for name, answer in record["answers"].items()}
     marked = differences(shown(texts[before]), shown(texts[after]))
-    target = record["target"].strip()
+    target, names = record["target"].strip(), {"base": "base"} | short_names(name for name in texts if name != "base")
     return Sample(
         prompt=shown(record["prompt"]),
         target=shown(record["target"]),
@@ -124,8 +127,9 @@ def _sample(record: Answered, before: str, after: str, nearly: bool) -> Sample:
         after=marked[1],
         right_before=texts[before].strip() == target,
         right_after=texts[after].strip() == target,
-        others={name: shown(text) for name, text in texts.items() if name not in (before, after)},
-        losses={name: own["loss"] for name, own in record["answers"].items() if own["loss"] == own["loss"]},
+        others={names[name]: shown(text) for name, text in texts.items() if name not in (before, after)},
+        losses={names[name]: own["loss"] for name, own in record["answers"].items() if own["loss"] == own["loss"]},
+        name=names[after],
     )
 
 

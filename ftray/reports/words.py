@@ -1,5 +1,7 @@
 """Names of metrics as people say them, and which way is better."""
 
+from collections.abc import Iterable
+
 NAMES = {
     "loss": "loss",
     "paired_loss": "training loss",
@@ -28,6 +30,17 @@ def metric_name(metric: str) -> str:
 def less_is_better(metric: str) -> bool:
     """Of a metric that ftray itself has."""
     return any(part in metric for part in SMALL_IS_GOOD)
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Of paths, as many parts from the end as tell them apart."""
+    known = [*names]
+    parts = {name: name.rstrip("/").split("/") for name in known}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        tails = {name: "/".join(own[-count:]) for name, own in parts.items()}
+        if len({*tails.values(), "base"}) == len(known) + 1:
+            return tails
+    return {name: name for name in known}
 
 
 def capital(said: str) -> str:
