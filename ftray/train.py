@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def run(cfg: Config) -> int:
-    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` continues from the last checkpoint.
+    """The command: leaves `adapter/`, `config.yaml` and `report.html` in `output`; `--resume` continues from the last
+    checkpoint.
 
     What continues is what began: other settings, data or another base than in `config.yaml` are refused.
 

@@ -422,6 +422,24 @@ def test_a_search_without_a_best_trial_says_so(tmp_path):
     assert "None of 4 trials gave a result that may be the best." in (output / "report.html").read_text()
 
 
+def test_of_a_metric_of_ones_own_the_search_says_which_way_is_better(tmp_path):
+    output = tmp_path / "out"
+    summary = write_search(output, trials=4, answers=3)
+    stored = yaml.safe_load((output / "config.yaml").read_text())
+    stored["search"]["metric"] = "score.py:rudeness"
+    (output / "config.yaml").write_text(yaml.safe_dump(stored))
+    rude = {"base": 0.5, "best": 0.25, "difference": -0.25, "interval": [-0.3, -0.2]}
+    for trial in summary["trials"]:
+        trial["metrics"] = {"validation_rudeness": 0.25}
+    summary["proof"] |= {
+        "metrics": {"loss": summary["proof"]["metrics"]["loss"], "rudeness": rude},
+        "over_default": None,
+    }
+    (output / "summary.json").write_text(json.dumps(summary))
+    said = headline(read_run(parse_location(str(output))))
+    assert "it cuts the rudeness by 50\u00a0% from 0.5 to 0.25 (95\u00a0% certain: by 0.2 to 0.3)" in said
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -521,6 +539,7 @@ def test_a_page_has_room_for_the_samples_that_changed_most(tmp_path):
     write_search(output, trials=4, answers=2000)
     lines = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
+        line["prompt"] = "<\u4e2d>" * 600  # 6 kB of markup, of 1.8 thousand characters
         line["target"] = "x" * 4000
         line["answers"]["base"]["text"] = "y" * (i * 2) + "x" * (4000 - i * 2)
         line["answers"]["best"]["text"] = "x" * 4000 if i % 2 else "y" * 4000

@@ -41,11 +41,13 @@ class Compared:
         of: what it is of, where that is not all records.
         values: by model, in the order in which they are shown.
         differences: of the model named first, to others.
+        less: whether less of it is better.
     """
 
     metric: str
     values: dict[str, float]
     differences: dict[str, list[Difference]]
+    less: bool
     of: str = ""
 
     @property
@@ -57,7 +59,7 @@ class Compared:
         """`better`, `worse` or, where the interval holds 0, `no difference shown`."""
         if not difference.shown:
             return "no difference shown"
-        return "better" if (difference.value < 0) == less_is_better(self.metric) else "worse"
+        return "better" if (difference.value < 0) is self.less else "worse"
 
 
 def proof_rows(run: RunFiles) -> list[Compared]:
@@ -71,11 +73,11 @@ def proof_rows(run: RunFiles) -> list[Compared]:
         if usual := over_default.get(metric):
             values["default"] = usual["base"]
             differences.append(_difference("default", usual))
-        rows.append(Compared(metric, values | {"best": known["best"]}, {"best": differences}))
+        rows.append(Compared(metric, values | {"best": known["best"]}, {"best": differences}, _less(run, metric)))
     for source, known in proof.get("sources", {}).items():
         values = {"base": known["base"], "best": known["best"]}
         of = f"{known['records']} of {source}"
-        rows.append(Compared("loss", values, {"best": [_difference("base", known)]}, of))
+        rows.append(Compared("loss", values, {"best": [_difference("base", known)]}, True, of))
     return rows
 
 
@@ -88,12 +90,18 @@ def evaluation_rows(run: RunFiles) -> list[Compared]:
     for metric, base in run.evaluation["base"].items():
         values = {"base": base} | {name: own[metric]["best"] for name, own in adapters.items()}
         differences = {name: [_difference("base", own[metric])] for name, own in adapters.items()}
-        rows.append(Compared(metric, values, differences))
+        rows.append(Compared(metric, values, differences, _less(run, metric)))
     for source, known in run.evaluation.get("sources", {}).items():
         values = {"base": known["base"]} | {names[name]: own["best"] for name, own in known["adapters"].items()}
         differences = {names[name]: [_difference("base", own)] for name, own in known["adapters"].items()}
-        rows.append(Compared("loss", values, differences, f"{known['records']} of {source}"))
+        rows.append(Compared("loss", values, differences, True, f"{known['records']} of {source}"))
     return rows
+
+
+def _less(run: RunFiles, metric: str) -> bool:
+    """Whether less of a metric is better: what the search was for says so, where it was for that."""
+    ways = {goal.metric.removeprefix("validation_"): goal.direction for goal in run.search.goals} if run.search else {}
+    return ways[metric] == "min" if metric in ways else less_is_better(metric)
 
 
 def _difference(over: str, known: Mapping[str, object]) -> Difference:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ftray.reports.comparison import Compared, evaluation_rows, proof_rows
 from ftray.reports.run_files import RunFiles, SearchFiles
 from ftray.reports.svg import short
-from ftray.reports.words import SHARES, less_is_better, metric_name, percent
+from ftray.reports.words import SHARES, metric_name, percent
 
 
 def headline(run: RunFiles) -> str:
@@ -58,7 +58,7 @@ def _change(row: Compared) -> str:
     if row.metric in SHARES:
         return f"answers {_points(row, after)} right instead of the base model's {_points(row, before)}"
     share = f" by {percent(abs(after - before) / abs(before))}" if before else ""
-    good = "" if (after < before) == less_is_better(row.metric) else ", which is worse,"
+    good = "" if (after < before) is row.less else ", which is worse,"
     return (
         f"{'cuts' if after < before else 'raises'} the {row.name}{share}{good} from {short(before)} to {short(after)}"
     )
@@ -99,8 +99,8 @@ def _of_evaluation(run: RunFiles) -> str:
     if not known["adapters"]:
         said = ", ".join(f"{row.name} {short(row.values['base'])}" for row in rows[:3])
         return f"{where}, the base model has {said}."
-    row, good = rows[0], "less" if less_is_better(rows[0].metric) else "more"
-    sign = 1 if good == "less" else -1
+    row = rows[0]
+    sign = 1 if row.less else -1
     name = min(row.differences, key=lambda adapter: sign * row.values[adapter])
     verdict = row.verdict(row.differences[name][0])
     shown = {"better": "better than the base model", "worse": "worse than the base model"}.get(verdict, verdict)

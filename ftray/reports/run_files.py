@@ -24,6 +24,7 @@ from ftray.storage.manifest import refuse_damaged
 
 SUMMARY, CURVES = "summary.json", "curves.parquet"
 POINTS = 120  # of a curve: means over that many stretches
+ALL_POINTS = 24_000  # of all curves, which have fewer points each where they are many
 
 Curve = list[tuple[float, float]]  # records seen and loss
 
@@ -183,7 +184,7 @@ def _filled(row: dict[str, Any], metric: str) -> TrialRow:
 
 
 def _curves(path: Location) -> dict[int, Curve]:
-    """The training loss of each trial: the means of up to `POINTS` stretches of equal length."""
+    """The training loss of each trial: the means of stretches of equal length."""
     if not path.exists():
         return {}
     with refuse_damaged(path):
@@ -192,14 +193,15 @@ def _curves(path: Location) -> dict[int, Curve]:
     by_trial: dict[int, Curve] = {}
     for number, records, loss in zip(*columns, strict=True):
         by_trial.setdefault(number, []).append((records, loss))
-    return {number: thinned(curve) for number, curve in by_trial.items()}
+    points = max(2, min(POINTS, ALL_POINTS // max(1, len(by_trial))))
+    return {number: thinned(curve, points) for number, curve in by_trial.items()}
 
 
-def thinned(curve: Curve) -> Curve:
-    """At most `POINTS` points, each the mean loss of a stretch of steps, at its last step."""
-    if len(curve) <= POINTS:
+def thinned(curve: Curve, points: int = POINTS) -> Curve:
+    """At most so many points, each the mean loss of a stretch of steps, at its last step."""
+    if len(curve) <= points:
         return curve
-    ends = [round(len(curve) * (i + 1) / POINTS) for i in range(POINTS)]
+    ends = [round(len(curve) * (i + 1) / points) for i in range(points)]
     stretches = [curve[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return [(own[-1][0], sum(loss for _, loss in own) / len(own)) for own in stretches]
 

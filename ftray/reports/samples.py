@@ -2,9 +2,11 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from html import escape
 
 from rapidfuzz.distance import Levenshtein
 
@@ -13,7 +15,8 @@ from ftray.reports.run_files import RunFiles
 from ftray.reports.words import short_names
 
 LONGEST = 1200  # characters shown of a text
-ROOM = 900_000  # characters of all samples together: a report stays a file that one can send
+ROOM = 1_400_000  # bytes of all samples together: a report stays a file that one can send
+FRAME = 900  # bytes of markup around the texts of a sample
 WORDS = 400  # of a text whose differences are marked
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose answers may be nearly right
 
@@ -62,7 +65,7 @@ def samples(run: RunFiles) -> list[Sample]:
     before, after = "base", "best" if "best" in names else next(name for name in names if name != "base")
     whole = run.cfg is None or run.cfg.task in GENERATING
     ranked = sorted(known, key=lambda record: -_rank(record, before, after, whole))
-    return [_sample(record, before, after, whole) for record in _as_fit(ranked)]
+    return _as_fit(ranked, lambda record: _sample(record, before, after, whole))
 
 
 def _answered(run: RunFiles) -> list[Answered]:
@@ -100,19 +103,27 @@ def _error(text: str, target: str, nearly: bool) -> float:
     return float(Levenshtein.normalized_distance(text, target)) if nearly else float(text != target)
 
 
-def _as_fit(ranked: Sequence[Answered]) -> list[Answered]:
+def _as_fit(ranked: Sequence[Answered], sample: Callable[[Answered], Sample]) -> list[Sample]:
     """From both ends, as many as there is room for."""
-    first: list[Answered] = []
-    last: list[Answered] = []
-    left, room = list(ranked), ROOM
+    first: list[Sample] = []
+    last: list[Sample] = []
+    left, room = deque(ranked), ROOM
     while left:
-        record = left.pop(0) if len(first) <= len(last) else left.pop()
-        texts = [record["prompt"], record["target"], *(a.get("text", "") for a in record["answers"].values())]
-        room -= sum(min(len(text), LONGEST) for text in texts) + 300
+        worst = len(last) < len(first)
+        made = sample(left.pop() if worst else left.popleft())
+        room -= _size(made)
         if room < 0:
             break
-        (first if len(first) <= len(last) else last).append(record)
+        (last if worst else first).append(made)
     return [*first, *reversed(last)]
+
+
+def _size(sample: Sample) -> int:
+    """Bytes of its markup, about."""
+    texts = [sample.prompt, sample.target, *sample.others.values()]
+    marked = [*sample.before, *sample.after]
+    parts = [*texts, *(part for part, _ in marked)]
+    return sum(len(escape(part).encode()) for part in parts) + 11 * sum(own for _, own in marked) + FRAME
 
 
 def _sample(record: Answered, before: str, after: str, nearly: bool) -> Sample:
