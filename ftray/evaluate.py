@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def run(cfg: Config) -> int:
     """The command: a table, with 95 % intervals of each adapter's difference to the base.
 
-    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), with a report beside it; or,
-    where none is given, is the last line. The base is `--model`, else the one that the first adapter names; what `train`
-    or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out as a whole.
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
+    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
+    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
+    as a whole.
 
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.

@@ -563,6 +563,11 @@ def test_differences_give_both_texts_back():
     assert [part for part, own in after if own] == ["dog", "the", "!"]
 
 
+def test_words_that_differ_in_a_row_are_one_stretch():
+    before, after = differences("a b c", "A B c")
+    assert (before, after) == ([("a b", True), (" c", False)], [("A B", True), (" c", False)])
+
+
 def test_a_curve_that_is_thinned_keeps_its_mean_and_its_ends():
     curve = [(8.0 * step, float(step % 7)) for step in range(1, 1201)]
     thin = thinned(curve)

@@ -334,8 +334,8 @@ def parallel(search: SearchFiles, cfg: Config, common: Common) -> Figure | None:
         lines += svg.path(points, svg.tip(tooltip(row, search.goals[0].metric)), class_=kind, data_trial=row["trial"])
     axes = "".join(axis.drawn(60 + i * step, name) for i, (name, axis) in enumerate(scales))
     caption = (
-        f"Each of {len(drawn)} trials is a line through its settings to its {common.said}; darkest: the best fifth. "
-        f"“{NOTHING}”: its method has no such setting."
+        f"Each of {len(drawn)} trials is a line through its settings to its {common.said}; in the strongest blue: the "
+        f"best fifth. “{NOTHING}”: its method has no such setting."
     )
     drawing = svg.svg(svg.element("g", lines, class_="marks") + axes, WIDE, _BOTTOM + 30, caption)
     return Figure("parallel", "Settings of every trial", caption, drawing, wide=True)

@@ -160,4 +160,16 @@ def differences(before: str, after: str) -> tuple[Marked, Marked]:
         for marked, stretch in ((left, words[0][a:b]), (right, words[1][c:d])):
             if stretch:
                 marked.append(("".join(stretch), kind != "equal"))
-    return left, right
+    return _joined(left), _joined(right)
+
+
+def _joined(marked: Marked) -> Marked:
+    """With the white space between two marked words marked too, in one stretch with them."""
+    found: Marked = []
+    for i, (part, own) in enumerate(marked):
+        between = part.isspace() and 0 < i < len(marked) - 1 and marked[i - 1][1] and marked[i + 1][1]
+        if found and found[-1][1] is (own or between):
+            found[-1] = found[-1][0] + part, own or between
+        else:
+            found.append((part, own or between))
+    return found
