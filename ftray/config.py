@@ -388,6 +388,12 @@ class ScalingConfig(Section):
     cpus_per_worker: float | None = Field(None, gt=0, description="default: 1 a trial; in a pack, all of its share")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has a GPU, else 0")
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of all machines together; with it `report.html` says what was spent",
+    )
 
 
 @dataclass(frozen=True)
@@ -682,6 +688,7 @@ class Config(Section):
     resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     show: int = Field(1, ge=0, description="records that `preprocess` shows as the model sees them")
+    png: bool = Field(False, description="leave the figures of `report` as PNG files too, in figures/")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
     _at_home = field_validator("adapters", "output")(at_home)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
 from ftray.config import Config, SearchConfig
+from ftray.reports.page import leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def run(cfg: Config) -> int:
-    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` continues from the last checkpoint.
+    """The command: leaves `adapter/`, `config.yaml` and `report.html` in `output`; `--resume` continues from the last
+    checkpoint.
 
     What continues is what began: other settings, data or another base than in `config.yaml` are refused.
 
@@ -101,7 +103,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
     from ftray.search.reference import with_reference
-    from ftray.search.results import save_best_adapter
+    from ftray.search.results import TRAINED, save_best_adapter, write_json
     from ftray.search.run_manifest import write_data
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
@@ -119,9 +121,12 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     reference = with_reference(cfg, model_path, data).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
     result = fit(SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt), output)
-    print_reports(result.return_value["reports"], cfg.search.goal.metric)
+    reports, goal = result.return_value["reports"], cfg.search.goal
+    print_reports(reports, goal.metric)
+    write_json({"metric": goal.metric, "direction": goal.direction, "reports": reports}, output / TRAINED)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
+    leave_report(output)
     print(f"adapter {output / 'adapter'}")
 
 

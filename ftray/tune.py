@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.cli import run_command
 from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import UserError
+from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
@@ -56,7 +57,9 @@ def run(cfg: Config) -> int:
             connect(cfg)
             end_with_ray("tune")
             with ending_on_sigterm():
-                return drive(cfg, space, model_path, tokenizer, output)
+                code = drive(cfg, space, model_path, tokenizer, output)
+            leave_report(output)
+            return code
     except UserError:
         raise
     except Exception as error:
@@ -95,7 +98,15 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     from ftray.search.goals import front
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
-    from ftray.search.results import EXPERIMENT, all_rows, write_curves, write_json, write_leaderboard
+    from ftray.search.results import (
+        ANSWERS,
+        EXPERIMENT,
+        all_rows,
+        write_curves,
+        write_json,
+        write_leaderboard,
+        write_lines,
+    )
 
     started = time.monotonic()
     context = search_for_best(cfg, space, model_path, tokenizer, output)
@@ -139,6 +150,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         return 1
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
     proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
+    write_lines(proof.pop("answers"), output / ANSWERS)
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
@@ -375,10 +387,12 @@ def prove(
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
         in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, of preferences
         the `lengths` of answers (see :func:`ftray.evaluation.metrics.lengths`), `new_modules` that the base came
-        without, `samples` of generated text, and `merged`, for the time being with the `reason` that it comes later.
+        without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
+        `merged`, for the time being with the `reason` that it comes later.
     """
     from peft import PeftModel
 
+    from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted
@@ -411,6 +425,7 @@ def prove(
         "sources": compare_sources([row.get("source") for row in rows], before, after, resamples, candidates),
         "lengths": lengths({"base": before, "default": usual, "best": after}, resamples),
         "samples": samples[: cfg.evaluation.samples],
+        "answers": side_by_side(rows, {"base": before, "default": usual, "best": after}),
     }
 
 
