@@ -59,6 +59,7 @@ class SearchContext:
         paired: how trials compare by their training losses; None: they don't.
         functions: metrics of the user's own, among the search's goals.
         reference: see :class:`ftray.data.shards.TokenizedData`.
+        start: adapter, a directory or URI, that all trials begin with; empty: with new ones.
     """
 
     config: Config
@@ -68,6 +69,7 @@ class SearchContext:
     paired: "PairedTraining | None" = None
     functions: tuple[UserMetric, ...] = ()
     reference: str = ""
+    start: str = ""
 
     @cached_property
     def tokenized(self) -> TokenizedData:

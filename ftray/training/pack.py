@@ -428,18 +428,20 @@ class Pack:
         return losses, gradients, exhausted
 
     @torch.no_grad()
-    def base_log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
-        """The log-probability of each text's supervised tokens, nats, by the base alone.
+    def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:
+        """The log-probability of each text's supervised tokens, nats, by the base with an adapter, without dropout.
 
         Args:
             texts: `input_ids` and `labels` of each.
+            name: of the adapter; empty: by the base alone.
         """
         batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
-        if self.isolation_reason:
-            losses = token_losses(self.base.eval(), self._on_device(batch)).double()
+        model = self.adapters[name].model.eval() if name else self.base.eval()
+        if self.adapters[name].isolation_reason if name else self.isolation_reason:
+            losses = token_losses(model, self._on_device(batch)).double()
         else:
             self.shared.eval()
-            (losses,) = self._in_memory(lambda: self._token_losses([("", 0, batch)]))
+            (losses,) = self._in_memory(lambda: self._token_losses([(name, 0, batch)]))
         return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
