@@ -2,7 +2,6 @@
 
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -388,12 +387,11 @@ def prove(
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     start = untrained(context, base.model)
     rows = data.task.load().compared_with(start, rows, cfg.evaluation)
+    before = context.score(start, tokenizer, rows)
     if default:
         usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
     with (output / "best" / "adapter").as_local_dir() as adapter:
         model = PeftModel.from_pretrained(base.model, str(adapter))
-    with model.disable_adapter() if start is base.model else nullcontext():
-        before = context.score(model if start is base.model else start, tokenizer, rows)
     after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [

@@ -75,6 +75,8 @@ def find_start(cfg: Config) -> StartingPoint | None:
         return None
     adapter = find_adapter(cfg.start.adapter)
     task = saved_task(cfg.model_copy(update={"task": "auto"}), [adapter])
+    if cfg.task != "auto":
+        _refuse_other_task(adapter, task, cfg.task)
     start = StartingPoint(adapter, base_of(cfg, [adapter]), task, cfg.start.form == "kept")
     if start.kept:
         _refuse_kept(start, cfg)
@@ -133,16 +135,20 @@ def refuse_unfit(start: StartingPoint | None, cfg: Config, tokenizer: "PreTraine
     """
     if start is None:
         return
-    if TaskSpec.named(cfg.task).kind[0] != start.task.kind[0]:
-        raise UserError(
-            f"adapter {start.adapter}: is for {start.task.full_name}, and {cfg.task} is to be learnt: start from the "
-            "base, or give --task"
-        )
+    _refuse_other_task(start.adapter, start.task, cfg.task)
     check_chat_template(start.adapter, cfg.data, tokenizer)
     kept = (parse_location(cfg.output) / START).local_path
     if cfg.resume and kept and kept.is_dir() and samples(kept) != samples(start.adapter):
         raise UserError(
             f"adapter {start.adapter}: has changed since output {cfg.output} began (see {kept}): name another --output"
+        )
+
+
+def _refuse_other_task(adapter: Path, task: TaskSpec, wanted: str) -> None:
+    if TaskSpec.named(wanted).kind[0] != task.kind[0]:
+        raise UserError(
+            f"adapter {adapter}: is for {task.full_name}, and {wanted} is to be learnt: start from the base, or give "
+            "another --task"
         )
 
 
