@@ -59,7 +59,7 @@ def _show(data: "TokenizedData", tokenizer: "PreTrainedTokenizerBase", records: 
     console = Console()
     styled = console.is_terminal and not console.is_dumb_terminal
     for number, row in enumerate(data.rows("train", records) if records else [], 1):
-        text = rendered(row, tokenizer, data.task.name)
+        text = rendered(row, tokenizer, data.task.full_name)
         if styled:
             console.print(Text.assemble(f"record {number}, ", ("context", MASKED), " and ", ("learnt", LEARNT), ":"))
             console.print(text, soft_wrap=True)

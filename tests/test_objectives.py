@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import llama
-from helpers.trl_trainers import Reference, adapted, reference
+from conftest import llama, make_tokenizer
+from helpers.processes import torchrun
+from helpers.trl_trainers import CONFIG, Reference, adapted, moved, reference
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from ftray.config import TrainingConfig
 from ftray.multi_adapter.shared_model import share
@@ -54,12 +57,16 @@ def case(request, tmp_path_factory) -> tuple[str, dict[str, Any], Reference]:
     return kind, settings, reference(kind, llama(), str(tmp_path_factory.mktemp("trl")), **words)
 
 
-def stepped(kind: str, settings: dict[str, Any], batches: list[dict[str, Any]], mates: bool = False) -> Any:
+def stepped(
+    kind: str, settings: dict[str, Any], batches: list[dict[str, Any]], mates: bool = False, config: Any = CONFIG
+) -> Any:
     """Loss and gradients of the adapter's step in a pack, beside others of other settings if `mates`."""
     task, base = TaskSpec.named(kind.upper()), llama().requires_grad_(False)
     pack, kept = Pack(base, task), Gradients()
     collated = [task.load().collate({name: [row[name] for row in rows] for name in rows[0]}) for rows in batches]
-    pack.add("own", adapted(share(base)), kept, objective=task.load().objective(TrainingConfig(**settings)))
+    pack.add(
+        "own", adapted(share(base), config=config), kept, objective=task.load().objective(TrainingConfig(**settings))
+    )
     step = {"own": collated}
     for i, beta in enumerate([0.05, 3.0]) if mates else ():
         pack.add(
@@ -95,3 +102,87 @@ def test_so_it_does_beside_other_settings(case):
 def test_so_it_does_with_accumulation(case):
     kind, settings, wanted = case
     assert_equal(stepped(kind, settings, [wanted.rows[:1], wanted.rows[1:]]), wanted)
+
+
+def test_distillation_equals_trl_where_the_teacher_gives_all_tokens():
+    from trl.experimental.gkd import GKDTrainer
+
+    base, draw = llama().requires_grad_(False), torch.Generator().manual_seed(5)
+    teacher = moved(get_peft_model(llama(), CONFIG), 7).eval()
+    ids = torch.randint(2, 300, (2, 12), generator=draw)
+    labels = ids.clone()
+    labels[0, :4], labels[1, :7] = -100, -100
+    with torch.no_grad():
+        said = teacher(input_ids=ids).logits
+    student = adapted(base).eval()
+    loss = GKDTrainer.generalized_jsd_loss(
+        student(input_ids=ids).logits[:, :-1], said[:, :-1], labels=labels[:, 1:], beta=0.0, temperature=1.0
+    )
+    loss.backward()
+    wanted = Reference([], loss.item(), [p.grad for p in student.parameters() if p.requires_grad])
+    rows = []
+    for record, own, logits in zip(ids, labels, said, strict=True):
+        logprobs = logits[:-1][own[1:] != -100].log_softmax(-1)
+        vocabulary = torch.arange(logprobs.shape[1]).repeat(len(logprobs))
+        likely = {"teacher_ids": vocabulary.tolist(), "teacher_logprobs": logprobs.flatten().tolist()}
+        rows.append({"input_ids": record.tolist(), "labels": own.tolist(), "lengths": [logprobs.shape[1]], **likely})
+    assert_equal(stepped("distillation", {}, [rows]), wanted)
+    assert_equal(stepped("distillation", {}, [rows[:1], rows[1:]]), wanted)
+
+
+def test_a_reward_model_equals_that_of_trl(tmp_path):
+    from datasets import Dataset
+    from helpers.trl_trainers import COMMON, PAIRS
+    from trl import RewardConfig, RewardTrainer
+
+    config = llama().config
+    config.num_labels = 1
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_config(config)
+    given = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": make_tokenizer()}
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=[])
+    arguments = RewardConfig(str(tmp_path), **COMMON)
+    trainer = RewardTrainer(base, args=arguments, peft_config=lora, **given)
+    (inputs,) = trainer.get_train_dataloader()
+    model = moved(trainer.model).train()
+    loss = trainer.compute_loss(model, dict(inputs))
+    loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-4
+
+    task = TaskSpec.named("REWARD", pad=config.pad_token_id).load()
+    texts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    pairs = list(zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True))
+    batch = task.collate({"input_ids": [a + b for a, b in pairs], "lengths": [[len(a), len(b)] for a, b in pairs]})
+    model.zero_grad()
+    ours = task.loss(model, batch) / task.num_targets(batch)
+    ours.backward()
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    for gradient, parameter in zip(wanted, (p for p in model.parameters() if p.requires_grad), strict=True):
+        assert (gradient - parameter.grad).abs().max() <= 1e-5 * max(g.abs().max() for g in wanted)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])
+def test_an_adapter_that_trains_by_itself_equals_that_of_trl(kind, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    wanted = reference(kind, llama(), str(tmp_path), config)
+    assert_equal(stepped(kind, {}, [wanted.rows], config=config), wanted)
+    assert_equal(stepped(kind, {}, [wanted.rows[:1], wanted.rows[1:]], config=config), wanted)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, dict[str, list[torch.Tensor]]]:
+    """Of each objective's adapter after some steps of one worker, of two, and of two under ZeRO 3."""
+    output = tmp_path_factory.mktemp("workers")
+    llama().save_pretrained(output / "model")
+    for workers in (1, 2):
+        torchrun("objective_workers.py", str(output / "model"), str(output), workers=workers)
+    return {name: torch.load(output / f"{name}.pt") for name in ("1 packed", "2 packed", "2 zero3")}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("how", ["2 packed", "2 zero3"])
+def test_two_workers_learn_what_one_learns(weights, how, kind):
+    for got, wanted in zip(weights[how][kind], weights["1 packed"][kind], strict=True):
+        # AdamW divides a gradient by its own size, and rounding with it
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()

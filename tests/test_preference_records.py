@@ -307,7 +307,7 @@ PLAIN = {"prompt": "q", "completion": "r"}
         ({"messages": [user("q"), assistant("r", weight=0)], "label": True}, "no assistant turn to be learnt"),
         (
             {"messages": [user("q"), assistant("r"), user("s"), assistant("t", weight=0)], "label": True},
-            "the last answer, which is judged, is marked",
+            "the last answer, which alone is learnt, is marked",
         ),
     ],
 )

@@ -1,16 +1,13 @@
 """A frozen base that the workers of a pack share out: the same training, a part of the memory."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import bert, gpt2, llama, t5
+from helpers.processes import torchrun
 from helpers.sharded_pack import TRIALS
 from torch.distributed.fsdp import FSDPModule
 
@@ -21,23 +18,6 @@ from ftray.models.sharding import one_pass, shard, units
 from ftray.search.estimate import resident_bytes
 from ftray.training.engine import join_process_group
 from ftray.training.run_spec import check_workers
-
-HELPERS = Path(__file__).parent / "helpers"
-
-
-def torchrun(script: str, *arguments: str, workers: int = 2) -> str:
-    """Run a helper in so many processes; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(workers)]
-    path = os.pathsep.join([str(HELPERS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(HELPERS / script), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -120,11 +120,12 @@ class DataCheck:
         if all(is_small(source.chunks) for source in self.sources.values()):
             for split in needed(self.cfg):
                 if not counts[split]:
-                    refuse_empty(split, counts.total(), self.cfg, len(different))
+                    refuse_empty(split, counts.total(), self.cfg, of.grouped_by, len(different))
         if are_parted:
+            alike = f"those of one {of.grouped_by}" if of.grouped_by else "equal ones"
             print(
-                f"data {self.cfg.names}: too few records differ: equal ones are trained on and held out, and what is "
-                "held out proves nothing",
+                f"data {self.cfg.names}: too few records differ: {alike} are trained on and held out, and what is held "
+                "out proves nothing",
                 flush=True,
             )
         return of.spec
@@ -216,18 +217,20 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: RecordTask, cfg
         )
 
 
-def refuse_empty(split: str, records: int, cfg: DataConfig, different: int | None = None) -> None:
+def refuse_empty(split: str, records: int, cfg: DataConfig, grouped_by: str = "", different: int | None = None) -> None:
     """Raise the UserError about a split without records.
 
     Args:
+        grouped_by: what records that share a split have in common, unless `data.group` says it.
         different: how many of the records differ from each other; None: not known.
     """
     said, do = f"{records} record(s)", f"raise data.{split}_fraction"
     if different is not None and 2 * different < records:
         said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
+    group = cfg.group or grouped_by
+    together = f"; records of one {group} stay together" if group else ""
     if split == "train":
-        raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records")
-    together = f"; records of one {cfg.group} stay together" if cfg.group else ""
+        raise UserError(f"data {cfg.names}: none of {said} is left for training: give more records{together}")
     raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}{together}")
 
 

@@ -240,7 +240,8 @@ def _refuse_empty_splits(data: TokenizedData, cfg: DataConfig, sources: Sources)
         if not data.splits[name].records:
             if data.splits[name].dropped:
                 refuse_unsupervised(sources.get(name, sources["train"]).cfg)
-            refuse_empty(name, sum(split.records for split in data.splits.values()), cfg)
+            records = sum(split.records for split in data.splits.values())
+            refuse_empty(name, records, cfg, record_task(data.task).grouped_by)
 
 
 def _read(source: Source, name: str, task: TaskSpec, work: Location) -> list[Sorted]:

@@ -27,6 +27,7 @@ class PairTask(RecordTask):
 
     shapes = PAIRS
     record_keys = preference_shapes.NEEDS
+    grouped_by = "prompt"
 
     def group(self, example: Pair) -> object:
         """Pairs of one prompt share a split."""
@@ -67,6 +68,7 @@ class UnpairedTask(RecordTask):
 
     shapes = UNPAIRED
     record_keys = unpaired_shapes.NEEDS
+    grouped_by = "prompt"
 
     def group(self, example: Judged) -> object:
         """Answers to one prompt share a split."""

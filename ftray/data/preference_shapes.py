@@ -306,29 +306,26 @@ def _is_inside_word(text: str, at: int) -> bool:
     )
 
 
-def _swift(record: Record, where: object) -> Pair:
-    """A conversation whose last answer is preferred to another, which stands beside it."""
-    bad = next(key for key in ("rejected_response", "rejected_messages") if not is_empty(record.get(key)))
-    turns = _read_answer(record, "messages", where)
-    if bad == "rejected_messages":
-        return pair_shape("messages", bad).parse(record, where)  # type: ignore[no-any-return]
-    other = text_of(with_one_answer(record, bad, where), bad, where)
-    pair = _conversations(record, turns[:-1], [turns[-1:], [Turn("assistant", other)]], ("messages", bad), where)
-    if pair.chosen == pair.rejected:
-        raise UserError(f"{where}: messages and {bad} are equal, so that neither is better: leave the record out")
-    return pair
+def _beside_an_answer(good: str, bad: str) -> Shape:
+    """A shape of a conversation whose last answer is preferred to another one, as ms-swift has it."""
 
+    def parse(record: Record, where: object) -> Pair:
+        _refuse_incomplete(record, good, bad, where)
+        turns = _read_answer(record, good, where)
+        other = text_of(with_one_answer(record, bad, where), bad, where)
+        pair = _conversations(record, turns[:-1], [turns[-1:], [Turn("assistant", other)]], (good, bad), where)
+        if pair.chosen == pair.rejected:
+            raise UserError(f"{where}: {good} and {bad} are equal, so that neither is better: leave the record out")
+        return pair
 
-def _swift_shape(bad: str) -> Shape:
-    like = pair_shape("messages", bad)
-    return replace(like, parse=_swift, refuses=_refused(("messages", bad)))
+    return replace(pair_shape(good, bad), parse=parse)
 
 
 # In the order they are tried; the last one takes the rest.
 PAIRS: Sequence[Shape] = (
     *(pair_shape(*answers, ask, further) for answers in PAIRED for ask, further in ASKS),
     *(pair_shape(*answers) for answers in PAIRED[1:]),
-    _swift_shape("rejected_response"),
-    _swift_shape("rejected_messages"),
+    _beside_an_answer("messages", "rejected_response"),
+    pair_shape("messages", "rejected_messages"),
     pair_shape(*PAIRED[0]),
 )

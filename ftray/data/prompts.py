@@ -110,6 +110,7 @@ class PromptTask(RecordTask):
 
     shapes = (*(_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)), _asked_in("prompt"))
     record_keys = NEEDS
+    grouped_by = "prompt"
 
     def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
         """As any task does; of a record's keys none is ignored, since a reward is given them."""

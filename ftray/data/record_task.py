@@ -22,12 +22,14 @@ class RecordTask(ABC):
         min_label_count: how often a class must occur in all records.
         shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
         record_keys: the keys of a record, for messages.
+        grouped_by: what :meth:`group` gives, in a word; empty: it gives nothing.
     """
 
     has_labels: ClassVar[bool] = False
     min_label_count: ClassVar[int] = 1
     shapes: ClassVar[Sequence[Shape]]
     record_keys: ClassVar[str]
+    grouped_by: ClassVar[str] = ""
 
     def __init__(self, spec: TaskSpec):
         self.spec = spec

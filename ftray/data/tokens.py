@@ -76,7 +76,7 @@ def tokenize(examples: list[Example], tokenizer: AnyTokenizer, cfg: DataConfig) 
     result: list[Tokens | None] = []
     for i, example in enumerate(examples):
         parts = [part for row in rows[i] for part in (_cut(row, bos, cfg) if not example.asks else [row])]
-        kept = [fitted for row in parts if (fitted := _fit(row, bos, cfg))]
+        kept = [fitted for row in parts if (fitted := fit(row, bos, cfg))]
         result.append(replace(kept[0], further=tuple(kept[1:])) if kept else None)
     return result
 
@@ -219,7 +219,8 @@ def _cut(tokens: Tokens, bos: int | None, cfg: DataConfig) -> list[Tokens]:
     return [replace(tokens, input_ids=own, labels=labels, prompt_tokens=0) for own, labels in parts]
 
 
-def _fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
+def fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
+    """A row cut to `max_length` as :func:`tokenize` says; None: it is left out, or has nothing left to learn."""
     over = len(tokens.input_ids) - cfg.longest
     if over > 0:
         if cfg.overlong == "drop":

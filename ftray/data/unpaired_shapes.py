@@ -67,7 +67,7 @@ def _judged(shape: Shape) -> Shape:
         if len({*said.values()}) > 1:
             raise UserError(f"{where}: {' and '.join(said)} say different things of one answer: leave one of them out")
         example = shape.parse({key: value for key, value in record.items() if key not in said}, where)
-        return Judged(_last_alone(example, len(shape.turns) == 2, where), any(said.values()), where)
+        return Judged(last_alone(example, len(shape.turns) == 2, where), any(said.values()), where)
 
     def fits(record: Record) -> bool:
         said = [verdict(record[key]) for key in VERDICTS if not is_empty(record.get(key))]
@@ -76,8 +76,8 @@ def _judged(shape: Shape) -> Shape:
     return replace(shape, parse=parse, fits=fits, honours=(*shape.honours, *VERDICTS), refuses=REFUSED)
 
 
-def _last_alone(example: Example, is_parted: bool, where: object) -> Example:
-    """An example of which the answer that was judged bears loss.
+def last_alone(example: Example, is_parted: bool, where: object) -> Example:
+    """An example of which the last answer alone bears loss.
 
     Args:
         is_parted: whether the record itself says where its prompt ends.
@@ -87,7 +87,7 @@ def _last_alone(example: Example, is_parted: bool, where: object) -> Example:
     last = max(index for index, turn in enumerate(example.messages) if turn.role == "assistant")
     if last in example.context:
         raise UserError(
-            f"{where}: the last answer, which is judged, is marked as one that isn't learnt: leave that out"
+            f"{where}: the last answer, which alone is learnt, is marked as one that isn't learnt: leave that out"
         )
     return replace(example, context=frozenset(example.learnt[:-1]) | example.context)
 

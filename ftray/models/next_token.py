@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from ftray.task_spec import IGNORE
 
+# of a batch whose supervised tokens have several targets: their ids, int64 [S, K], and what each counts, float32 [S, K]
+TARGETS, SHARES = "targets", "shares"
+
 
 def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:
     """Number of positions that bear loss in `batch` (see :func:`supervised_loss`)."""
@@ -28,6 +31,8 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bo
 
 def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
     """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
+
+    Of a batch with `TARGETS`, the weighted sum over these.
 
     Args:
         pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
@@ -49,7 +54,11 @@ def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool 
     else:
         logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
     chosen = supervised[:, columns]
-    return F.cross_entropy(logits[chosen].float(), labels[:, 1:][:, columns][chosen], reduction="none")
+    logits = logits[chosen].float()
+    if TARGETS in batch:
+        logs: torch.Tensor = logits.log_softmax(-1)
+        return -(logs.gather(1, batch[TARGETS]) * batch[SHARES]).sum(1)
+    return F.cross_entropy(logits, labels[:, 1:][:, columns][chosen], reduction="none")
 
 
 def padding_mask(position_ids: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Layout:
         unpad_index: int64 [T], the padded position of each token.
         lengths: int64 [N], tokens of each record, on the CPU.
         masks: by sliding window, what :func:`ftray.multi_adapter.fused_attention.block_mask` has made.
+        shared: whether tokens belong to several records.
     """
 
     blocks: list[tuple[int, int]]
@@ -36,6 +37,7 @@ class Layout:
     unpad_index: torch.Tensor
     lengths: torch.Tensor
     masks: dict[int | None, Any] = field(default_factory=dict)
+    shared: bool = False
 
     @cached_property
     def boundaries(self) -> torch.Tensor:
@@ -43,8 +45,40 @@ class Layout:
         return F.pad(self.lengths.cumsum(0), (1, 0)).int().to(self.pad_index.device)
 
 
-def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
-    """The layout, on `device`, of a packed row; `position_ids` are int64 [1, T], 0 at the start of each record."""
+@dataclass
+class SharedPrefixes:
+    """A packed row of T tokens in which records that begin alike have their common tokens once.
+
+    Attributes:
+        kept: bool [T], the tokens of the row with all records whole that stay.
+        source: int64 [T], for each token of that row its place among those that stay.
+    """
+
+    kept: torch.Tensor
+    source: torch.Tensor
+
+
+def shared_prefixes(position_ids: torch.Tensor, prefixes: torch.Tensor) -> SharedPrefixes:
+    """Leave out what records have in common with the one before.
+
+    Args:
+        position_ids: int64 [1, T], 0 at the start of each record, all of them whole.
+        prefixes: int64 [N], how many first tokens each record shares with the one before.
+    """
+    starts = (position_ids[0] == 0).nonzero().squeeze(1).tolist()
+    kept = position_ids[0] >= prefixes[(position_ids[0] == 0).cumsum(0) - 1]
+    source = kept.cumsum(0) - 1
+    for before, start, length in zip(starts, starts[1:], prefixes.tolist()[1:], strict=False):
+        source[start : start + length] = source[before : before + length]
+    return SharedPrefixes(kept, source)
+
+
+def layout(position_ids: torch.Tensor, device: torch.device, prefixes: SharedPrefixes | None = None) -> Layout:
+    """The layout, on `device`, of a packed row; `position_ids` are int64 [1, T], 0 at the start of each record.
+
+    Args:
+        prefixes: what is left out of the row that `position_ids` describe; None: nothing.
+    """
     positions = position_ids[0].cpu()
     starts = (positions == 0).nonzero().squeeze(1)
     lengths = torch.diff(starts, append=torch.tensor([len(positions)]))
@@ -61,7 +95,11 @@ def layout(position_ids: torch.Tensor, device: torch.device) -> Layout:
         blocks.append((len(records), longest))
         pad_index.append(tokens.flatten())
         offset += tokens.numel()
-    return Layout(blocks, torch.cat(pad_index).to(device), unpad_index.to(device), lengths)
+    padded = torch.cat(pad_index)
+    if prefixes is None:
+        return Layout(blocks, padded.to(device), unpad_index.to(device), lengths)
+    padded, unpad_index = prefixes.source[padded], unpad_index[prefixes.kept]
+    return Layout(blocks, padded.to(device), unpad_index.to(device), lengths, shared=True)
 
 
 class _Context(FunctionCtx):
@@ -69,19 +107,24 @@ class _Context(FunctionCtx):
 
     saved_tensors: tuple[torch.Tensor, ...]
     rows: int
+    shared: bool
 
 
 class _Pad(torch.autograd.Function):
     """Rows to padded positions; padding has no gradient."""
 
     @staticmethod
-    def forward(ctx: _Context, rows: torch.Tensor, pad_index: torch.Tensor, unpad_index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(unpad_index)
-        return rows.index_select(0, pad_index)
+    def forward(ctx: _Context, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+        ctx.rows, ctx.shared = len(rows), layout.shared
+        ctx.save_for_backward(layout.pad_index if layout.shared else layout.unpad_index)
+        return rows.index_select(0, layout.pad_index)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        if ctx.shared:  # of all records that a token belongs to; what stands at padding is 0
+            return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_add_(0, index, gradient), None
+        return gradient.index_select(0, index), None
 
 
 class _Unpad(torch.autograd.Function):
@@ -139,7 +182,7 @@ def attention(
     """
     refuse_unsupported(module, kwargs)
     (row,) = layouts
-    q, k, v = (_Pad.apply(t[0].transpose(0, 1), row.pad_index, row.unpad_index) for t in (query, key, value))
+    q, k, v = (_Pad.apply(t[0].transpose(0, 1), row) for t in (query, key, value))
     attended, offset = [], 0
     for records, length in row.blocks:
         block = slice(offset, offset + records * length)

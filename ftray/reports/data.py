@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MASKED, LEARNT = "dim", "bold green"
 OPEN, CLOSE = "[[", "]]"  # around what is learnt, where there are no styles
 BETWEEN = " | "  # words that are tagged, and texts
+PREFERENCES = ("DPO", "SIMPO", "ORPO", "CPO", "KTO", "REWARD")  # whose rows hold two texts
+CONTINUING = ("CAUSAL_LM", "DISTILLATION", "GRPO", *PREFERENCES)  # whose rows have a label for each token of text
 BARS, WIDTH = 10, 40  # of a histogram; of its longest bar, in characters
 ROWS = 8  # of a batch whose padding is shown
 
@@ -31,20 +33,37 @@ def rendered(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: st
     """
     from ftray.task_spec import IGNORE
 
-    text, one_a_token, starts = Text(), task in ("CAUSAL_LM", "TOKEN_CLS"), _starts(row, tokenizer, task)
+    text, one_a_token = Text(_begins(row, task)), task in ("TOKEN_CLS", *CONTINUING)
+    starts = _starts(row, tokenizer, task)
     learnt = [one_a_token and label != IGNORE for label in (row["labels"] if one_a_token else row["input_ids"])]
     parts = np.searchsorted(starts, range(len(row["input_ids"])), "right").tolist()
+    if task == "KTO":  # the second text is none of the record's own
+        learnt = [is_learnt and part == 0 for is_learnt, part in zip(learnt, parts, strict=True)]
     tokens = zip(row["input_ids"], learnt, parts, strict=True)
     at = 0
     for (is_learnt, part), own in groupby(tokens, key=lambda token: token[1:]):  # a character may be several tokens
-        text.append(BETWEEN if part != at else "", style=MASKED)
+        text.append(_between(task) if part != at else "", style=MASKED)
         text.append(tokenizer.decode([token for token, *_ in own]), style=LEARNT if is_learnt else MASKED)
         at = part
-    if task == "CAUSAL_LM":
+    if task in CONTINUING:
         return text
     if task == "FEATURE_EXTRACTION":  # all texts have been shown
         return text if math.isnan(row["score"]) else text.append(f" -> {row['score']:g}", style=LEARNT)
     return text.append(f" -> {row['target']}", style=LEARNT)
+
+
+def _begins(row: dict[str, Any], task: str) -> str:
+    """What stands before the first text of a record of preferences."""
+    if task == "KTO":
+        return "good answer: " if row["score"] else "bad answer: "
+    return "chosen: " if task in PREFERENCES else ""
+
+
+def _between(task: str) -> str:
+    """What stands between two texts of a record."""
+    if task == "KTO":
+        return "\nwith another record's answer, to estimate the divergence from the base: "
+    return "\nrejected: " if task in PREFERENCES else BETWEEN
 
 
 def _starts(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str) -> list[int]:
@@ -54,7 +73,7 @@ def _starts(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", task: str
     ids = row["input_ids"]
     if task == "TOKEN_CLS":
         return [at for at, label in enumerate(row["labels"]) if label != IGNORE][1:]
-    if task == "FEATURE_EXTRACTION":
+    if task in ("FEATURE_EXTRACTION", *PREFERENCES):
         return [*accumulate(row["lengths"])][:-1]
     if task == "QUESTION_ANS":
         extra = json.loads(row["extra"])

@@ -14,6 +14,7 @@ from ftray.errors import UserError
 from ftray.task_spec import IGNORE
 
 Batch = Mapping[str, torch.Tensor]
+PREFIXES = "prefixes"  # of a packed row, int64 [1, texts]: first tokens that each shares with the text before, unlearnt
 
 
 class Objective:

@@ -1,6 +1,6 @@
 """What objectives over preferred and rejected answers have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +13,7 @@ from ftray.data.shards import REFERENCE
 from ftray.evaluation.metrics import Scores, ratio
 from ftray.task_spec import IGNORE
 from ftray.tasks import causal
-from ftray.tasks.objective import Batch, Objective, text_of_each, text_sums, validation_metrics
+from ftray.tasks.objective import PREFIXES, Batch, Objective, text_of_each, text_sums, validation_metrics
 from ftray.tasks.task import Row
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ class Task(PairTask, causal.Task):
 
 
 def collate(columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
-    """Rows that hold several texts one after another, as a packed row of these texts; with `reference`, if it is given.
+    """Rows that hold two texts one after another, as a packed row of these texts, with what they have in common.
+
+    With `reference` too, if it is given.
 
     Args:
         columns: `input_ids`, `labels` and the `lengths` of the texts, each with a sequence of numbers a row.
@@ -152,10 +154,24 @@ def collate(columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         for name in ("input_ids", "labels")
     }
     batch = causal.collate(texts)
+    batch[PREFIXES] = torch.tensor([[n for ids, labels in _pairs(texts) for n in (0, _common(ids, labels))]])
     if REFERENCE in columns:
         values = np.concatenate([np.asarray(row, np.float32) for row in columns[REFERENCE]])
         batch[REFERENCE] = torch.from_numpy(values)[None]
     return batch
+
+
+def _pairs(texts: Mapping[str, Sequence[np.ndarray]]) -> Iterator[tuple[Sequence[np.ndarray], np.ndarray]]:
+    """Ids of both texts, and labels of the second, of each pair."""
+    ids, labels = texts["input_ids"], texts["labels"]
+    yield from (((ids[i], ids[i + 1]), labels[i + 1]) for i in range(0, len(ids), 2))
+
+
+def _common(ids: Sequence[np.ndarray], labels: np.ndarray) -> int:
+    """How many first tokens two texts have in common, of which the second one's bear no loss."""
+    shortest = min(map(len, ids))
+    differs = (ids[0][:shortest] != ids[1][:shortest]) | (labels[:shortest] != IGNORE)
+    return int(differs.argmax()) if differs.any() else shortest
 
 
 def texts_of(row: Row) -> list[Row]:

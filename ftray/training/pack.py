@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ftray.compat.torch import add, out_of_memory
 from ftray.config import TrainingConfig
 from ftray.models import probe
-from ftray.models.next_token import padded, padding_mask, supervised_tokens, token_losses
+from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens, token_losses
 from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -30,7 +30,7 @@ from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupporte
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks import causal
-from ftray.tasks.objective import Objective, text_sums
+from ftray.tasks.objective import PREFIXES, Objective, text_sums
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
 
@@ -93,6 +93,7 @@ class Pack:
 
     Attributes:
         padded: whether each record has its own row in the batch, as the model mixes records of one row.
+        shares_prefixes: whether the attention lets tokens belong to several records.
         isolation_reason: why no adapter of this model can share a batch; None: they can.
         verdict: how records share a pass, and why; one line for the log.
     """
@@ -115,7 +116,7 @@ class Pack:
         self._segments = AdapterSegments()
         self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
-        self.padded = False
+        self.padded = self.shares_prefixes = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
@@ -147,7 +148,7 @@ class Pack:
         head = self._agreed(self._head_obstacle)
         kernels = fused_attention.choose_kernels(self.base, longest)
         for kernel in (*kernels, None):
-            self.padded = kernel is None
+            self.padded, self.shares_prefixes = kernel is None, kernel is attention.attention
             self.shared = self._shared_model(kernel)
             reason = head or self._agreed(self._obstacle)
             if not reason:
@@ -441,7 +442,7 @@ class Pack:
             losses = token_losses(model, self._on_device(batch)).double()
         else:
             self.shared.eval()
-            (losses,) = self._in_memory(lambda: self._token_losses([(name, 0, batch)]))
+            (losses,) = self._in_memory(lambda: self.token_losses_of([(name, 0, batch)]))
         return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
@@ -524,7 +525,7 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
-        each = zip(units, self._token_losses(units), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
 
     def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
@@ -533,34 +534,51 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
-        each = zip(units, self._token_losses(units), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
-    def _token_losses(self, units: list[Unit]) -> list[torch.Tensor]:
+    def token_losses_of(self, units: list[Unit]) -> list[torch.Tensor]:
         """The cross-entropy of each unit's supervised tokens, float64 [S]."""
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
-        ends = [0, *accumulate(batch["input_ids"].numel() for *_, batch in units)]
-        segments = [(name, *span) for (name, *_), span in zip(units, pairwise(ends), strict=True)]
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
-        hidden = self._hidden(row["input_ids"], row["position_ids"], segments)
+        own, shares = targets[positions], None
+        if TARGETS in units[0][2]:
+            own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
+            shares = shares.to(self.base.device)
+        sizes, prefixes = [batch["input_ids"].numel() for *_, batch in units], None
+        if self.shares_prefixes and PREFIXES in units[0][2]:
+            common = torch.cat([batch[PREFIXES][0] for *_, batch in units])
+            prefixes = attention.shared_prefixes(row["position_ids"], common)
+            positions = prefixes.source[positions]
+            sizes = [int(kept.sum()) for kept in prefixes.kept.split(sizes)]
+        segments = [(n, *span) for (n, *_), span in zip(units, pairwise(accumulate(sizes, initial=0)), strict=True)]
+        hidden = self._hidden(row["input_ids"], row["position_ids"], segments, prefixes)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
-            losses = HeadLoss.apply(
-                hidden[positions.to(hidden.device)], self.head, targets[positions].to(hidden.device)
-            )
+            states = hidden[positions.to(hidden.device)]
+            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares)
         return list(losses.double().split([supervised_tokens(batch) for *_, batch in units]))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.base.device) for name, tensor in batch.items()}
 
     def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[tuple[str, int, int]]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: list[tuple[str, int, int]],
+        prefixes: attention.SharedPrefixes | None = None,
     ) -> torch.Tensor:
-        """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter."""
+        """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter.
+
+        With `prefixes`, T are the tokens that stay.
+        """
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         if not self.padded:
             self._segments.set(segments)
-            self._layout[:] = [attention.layout(position_ids, self.base.device)]
+            self._layout[:] = [attention.layout(position_ids, self.base.device, prefixes)]
+            if prefixes is not None:
+                ids, positions = ids[:, prefixes.kept], positions[:, prefixes.kept]
             out = probe.body(self.shared)(input_ids=ids, position_ids=positions, use_cache=False)
             hidden: torch.Tensor = out.last_hidden_state[0]
             return hidden
@@ -570,6 +588,12 @@ class Pack:
         states = probe.body(self.shared)(**inputs, use_cache=False).last_hidden_state
         rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
         return rows
+
+
+def _one_below_another(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors [S, K] of several K as one, filled up with 0."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _step_failure(step: int, loss: float, squared_norm: float, ran_out: bool) -> str | None:

@@ -23,15 +23,16 @@ from ftray.cli import COMMANDS, fields, parse, run_command
 from ftray.config import AdapterConfig, DataConfig, ModelConfig, config_from
 from ftray.data.check import DataCheck
 from ftray.data.formats import read_chunk
+from ftray.data.record_task import record_task
 from ftray.data.splits import find_sources
 from ftray.data.tokens import spread
 from ftray.errors import UserError
 from ftray.infer import Renderer, read_records
 from ftray.models.load import load_base, load_tokenizer
 from ftray.search.space import load_space
-from ftray.task_spec import TASKS, TaskSpec
+from ftray.task_spec import IGNORE, OBJECTIVES, TASKS, TaskSpec
 from ftray.tasks.infer_task import infer_task
-from fuzz.values import KEYS, NUMBERS, RAW, RECORDS, TEXTS, VALUES, fuzz, refused
+from fuzz.values import KEYS, NUMBERS, PREFERENCES, RAW, RECORDS, TEXTS, VALUES, fuzz, refused
 
 pytestmark = pytest.mark.slow
 KNOWN = st.sampled_from(sorted(fields()))
@@ -137,6 +138,62 @@ def tokenized(cfg: DataConfig, tokenizer, spec: TaskSpec) -> None:
                 pa.array([row.prompt, row.target, row.extra], pa.string())
             if rows:
                 task.collate({name: [getattr(row, name) for row in rows] for name in task.columns})
+
+
+def test_preferences(tiny_llama):
+    tokenizers = {chat: load_tokenizer(tiny_llama, False, chat) for chat in (None, "chatml", "gemma", "llama3")}
+
+    def check(objective, records, splits, chat, reading):
+        task, tokenizer, cfg = record_task(TaskSpec.named(objective)), tokenizers[chat], DataConfig(**reading)
+        examples = []
+        for record in records:
+            if "\ud83d" in json.dumps(record, ensure_ascii=False):  # which no file may hold
+                continue
+            try:
+                examples.append(task.parse_and_see(record, "records-1")[0])
+                json.dumps([task.group(examples[-1]), *task.parse_and_see(record, "records-1")[1].ignored])
+            except UserError as error:
+                refused(error, "records-1")
+        examples = task.in_batch(pickle.loads(pickle.dumps(examples)), [*splits, *"ab" * 9][: len(examples)])
+        try:
+            rows = [row for row in task.tokenize(examples, tokenizer, cfg) if row]
+        except UserError as error:
+            refused(error, "records-1", "data")
+            return
+        for row in rows:
+            assert not row.further
+            assert len(row.labels) == len(row.input_ids)
+            assert all(0 <= token < len(tokenizer) for token in row.input_ids)
+            texts = row.lengths if len(row.lengths) == 2 else [len(row.input_ids)]
+            assert sum(texts) == len(row.input_ids)
+            assert max(texts) <= cfg.max_length
+            start = 0
+            for length in texts:
+                labels = row.labels[start : start + length]
+                assert {*labels[: row.prompt_tokens]} <= {IGNORE}
+                assert row.input_ids[start : start + row.prompt_tokens] == row.input_ids[: row.prompt_tokens]
+                assert objective == "GRPO" or any(label != IGNORE for label in labels[1:])
+                start += length
+            if objective == "DISTILLATION":
+                taught = row.lengths[0] * sum(label != IGNORE for label in row.labels)
+                assert len(row.teacher_ids) == len(row.teacher_logprobs) == taught
+            pa.array([row.prompt, row.target, row.extra], pa.string())
+
+    fuzz(
+        check,
+        objective=st.sampled_from(sorted(OBJECTIVES)),
+        records=st.lists(PREFERENCES, min_size=1, max_size=4),
+        splits=st.lists(st.sampled_from(["train", "test"]), max_size=4),
+        chat=st.sampled_from([*tokenizers]),
+        reading=st.fixed_dictionaries(
+            {"max_length": st.sampled_from([2, 3, 8, 64])},
+            optional={
+                "template": TEMPLATES,
+                "overlong": st.sampled_from(["truncate", "drop"]),
+                "learn": st.sampled_from(["all", "last", "generation"]),
+            },
+        ),
+    )
 
 
 def test_prompts(tmp_path, tiny_llama):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ftray.errors import UserError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
-PARTS = 7  # tests that share them
+PARTS = 8  # tests that share them
 CASES: Counter[str] = Counter()  # by test, for the summary
 
 ODD = [
@@ -87,6 +87,60 @@ RECORDS = st.one_of(
     st.fixed_dictionaries({"anchor": TEXTS, "positive": TEXTS | VALUES}, optional={"negative": TEXTS | VALUES}),
     st.fixed_dictionaries({"sentence1": TEXTS, "sentence2": TEXTS, "score": NUMBERS | VALUES}),
     st.dictionaries(st.sampled_from(KEYS) | TEXTS, VALUES, max_size=5),
+)
+
+ANSWERS = TEXTS | TURNS | VALUES
+SAID = TURNS | st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXTS}), max_size=3
+)
+BESIDE = {"system": TEXTS, "tools": VALUES, "history": VALUES, "winner": TEXTS | st.just("tie"), "label": VALUES}
+VERDICTS = st.sampled_from([True, False, 0, 1, -1, "true", "thumbs_down", "no", 0.7]) | VALUES
+NAMED = st.fixed_dictionaries(
+    {"token": TEXTS, "logprob": NUMBERS | st.just(-0.5)},
+    optional={"bytes": st.lists(st.integers(0, 255), max_size=3) | VALUES},
+)
+TAUGHT = st.fixed_dictionaries(
+    {"token": TEXTS, "logprob": st.just(-0.5)},
+    optional={"top_logprobs": st.lists(NAMED, max_size=3), "bytes": st.none()},
+)
+IDS = st.lists(st.lists(st.integers(-1, 300), max_size=2), max_size=3)
+PREFERENCES = st.one_of(
+    st.fixed_dictionaries({"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS}, optional=BESIDE),
+    st.fixed_dictionaries({"prompt": ANSWERS, "chosen": ANSWERS, "rejected": ANSWERS}, optional=BESIDE),
+    st.fixed_dictionaries({"chosen": SAID, "rejected": SAID}, optional={"prompt": ANSWERS, **BESIDE}),
+    st.builds(
+        lambda asked, good, bad, beside: {"chosen": [*asked, good], "rejected": [*asked, bad], **beside},
+        SAID,
+        *[st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXTS})] * 2,
+        st.fixed_dictionaries({}, optional=BESIDE),
+    ),
+    st.fixed_dictionaries({"chosen": TEXTS, "rejected": TEXTS}),
+    st.fixed_dictionaries({"messages": SAID, "rejected_response": ANSWERS}),
+    st.fixed_dictionaries({"messages": SAID, "rejected_messages": ANSWERS}),
+    st.fixed_dictionaries(
+        {
+            "input": st.fixed_dictionaries({"messages": SAID}, optional={"tools": VALUES}) | VALUES,
+            "preferred_output": SAID,
+            "non_preferred_output": SAID | VALUES,
+        }
+    ),
+    st.fixed_dictionaries(
+        {"prompt": ANSWERS, "completion": ANSWERS, "label": VERDICTS}, optional={"kto_tag": VERDICTS}
+    ),
+    st.fixed_dictionaries({"messages": SAID, "kto_tag": VERDICTS}, optional=BESIDE),
+    st.fixed_dictionaries({"prompt": ANSWERS}, optional={"answer": ANSWERS, "solution": VALUES, **BESIDE}),
+    st.fixed_dictionaries(
+        {
+            "prompt": TEXTS,
+            "completion": TEXTS,
+            "logprobs": st.fixed_dictionaries({"content": st.lists(TAUGHT)}) | VALUES,
+        }
+    ),
+    st.fixed_dictionaries(
+        {"prompt": TEXTS, "completion": TEXTS, "teacher_tokens": IDS, "teacher_logprobs": IDS | VALUES},
+        optional={"completion_ids": st.lists(st.integers(-1, 300), max_size=3) | VALUES},
+    ),
+    RECORDS,
 )
 
 

@@ -50,16 +50,17 @@ def moved(model: PeftModel, seed: int = 0) -> PeftModel:
     return model
 
 
-def adapted(base: PreTrainedModel, seed: int = 0) -> PeftModel:
+def adapted(base: PreTrainedModel, seed: int = 0, config: LoraConfig = CONFIG) -> PeftModel:
     """A LoRA on `base`, with weights drawn from `seed`."""
-    return moved(get_peft_model(base, CONFIG), seed)
+    return moved(get_peft_model(base, config), seed)
 
 
-def reference(kind: str, base: PreTrainedModel, output: str, **settings: Any) -> Reference:
+def reference(kind: str, base: PreTrainedModel, output: str, config: LoraConfig = CONFIG, **settings: Any) -> Reference:
     """One batch of the trainer that TRL has for `kind`, with these settings of its own."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    trainer = _trainer(kind, base, tokenizer, output, settings)
+    given = {"processing_class": tokenizer, "peft_config": config}
+    trainer = _trainer(kind, base, output, settings, given)
     (inputs,) = trainer.get_train_dataloader()
     model = moved(trainer.model).train()
     loss = trainer.compute_loss(model, inputs)
@@ -68,8 +69,7 @@ def reference(kind: str, base: PreTrainedModel, output: str, **settings: Any) ->
     return Reference([*_rows(kind, inputs, model)], loss.item(), gradients)
 
 
-def _trainer(kind: str, model: PreTrainedModel, tokenizer: Any, output: str, settings: dict[str, Any]) -> Any:
-    given: dict[str, Any] = {"processing_class": tokenizer, "peft_config": CONFIG}
+def _trainer(kind: str, model: PreTrainedModel, output: str, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     if kind == "kto":
         from trl import KTOConfig, KTOTrainer
 
