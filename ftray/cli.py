@@ -45,6 +45,7 @@ DATA = {
     "model": "model.name",
     "task": "task",
 }
+START = {"from": "start.adapter", "from-as": "start.form", "stages": "stages"}
 SCORING = ("evaluation.generate", "evaluation.max_new_tokens", "evaluation.batch_size")
 COMMANDS = {
     "preprocess": Command(
@@ -58,9 +59,10 @@ COMMANDS = {
     ),
     "train": Command(
         "train one adapter",
-        {**DATA, "method": "adapter.method", "output": "output"},
+        {**DATA, **START, "method": "adapter.method", "output": "output"},
         "ftray train --data records.jsonl --method lora --adapter.rank 16 --output runs/one\n"
         "ftray train --config run.yaml --training.epochs 3 --scaling.workers 4 --training.zero_stage 2\n"
+        "ftray train --data pairs.jsonl --from runs/sft --output runs/dpo\n"
         "ftray train --config run.yaml --output runs/one --resume",
         (
             *("model", "data", "adapter", "training", "resume"),
@@ -74,6 +76,7 @@ COMMANDS = {
         "search for the best adapter, prove it against the base model and merge it",
         {
             **DATA,
+            **START,
             "space": "search.space",
             "trials": "search.trials",
             "pack": "search.pack",
@@ -88,6 +91,8 @@ COMMANDS = {
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
         "ftray tune --data pairs.jsonl --output runs/preferred  # prompt, chosen, rejected: DPO\n"
         "ftray tune --data judged.jsonl --training.beta 0.3  # prompt, completion, label: KTO\n"
+        "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"
+        "ftray tune --data pairs.jsonl --stages sft,dpo --output runs/both\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
         (
             *("model", "data", "training", "scaling", "search", "resume"),

@@ -436,7 +436,7 @@ def test_the_tokens_of_a_pair_are_those_that_trl_makes(words, name):
     assert [row.target, json.loads(row.extra)["rejected"]] == texts
     assert words.decode(row.input_ids[: row.prompt_tokens], skip_special_tokens=True).strip()
     for name in OBJECTIVES:
-        if name not in ("KTO", "DISTILLATION", "GRPO"):
+        if name not in ("SFT", "KTO", "DISTILLATION", "GRPO"):
             assert whole(record_task(TaskSpec.named(name)), record, words, template=template) == row
 
 
