@@ -93,7 +93,9 @@ def by_transformers(model: torch.nn.Module, rows: list[dict]) -> list[list[float
         for part in (slice(0, at), slice(at, None)):
             ids, labels = torch.tensor(row["input_ids"][part]), torch.tensor(row["labels"][part])
             with torch.no_grad():
-                said = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+                said = (
+                    model(input_ids=ids[None]).logits[0, -len(ids) :].log_softmax(-1)
+                )  # after a prompt, if it has one
             learnt = (labels[1:] != -100).nonzero()[:, 0]
             both.append(said[learnt, labels[1:][learnt]].sum().item())
         found.append(both)
