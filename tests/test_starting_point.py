@@ -156,7 +156,7 @@ def test_sft_then_dpo_is_two_commands(cluster, tmp_path, common, sft, space, tin
     assert scores["adapters"][str(output)]["margin"]["best"] == pytest.approx(
         proof["metrics"]["margin"]["best"], abs=1e-4
     )
-    done("merge", "--adapter", str(output), "--output", str(tmp_path / "whole"))
+    done("merge", "--adapter", str(output), "--model.dtype", "fp32", "--output", str(tmp_path / "whole"))
     ids = AutoTokenizer.from_pretrained(best)("a b c:", return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert torch.allclose(whole(ids).logits, plain(str(output / "base"), best)(ids).logits, atol=1e-4)
