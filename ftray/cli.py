@@ -67,6 +67,7 @@ COMMANDS = {
         (
             *("model", "data", "adapter", "training", "resume"),
             *("scaling.workers", "scaling.cpus_per_worker", "scaling.gpus_per_worker", "scaling.address"),
+            "scaling.price_per_hour",
             *("search.metric", "search.direction", "search.max_failures"),  # which of its checkpoints is the best
             *SCORING,
         ),
@@ -88,6 +89,8 @@ COMMANDS = {
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
+        "ftray tune --data pairs.jsonl --output runs/preferred  # prompt, chosen, rejected: DPO\n"
+        "ftray tune --data judged.jsonl --training.beta 0.3  # prompt, completion, label: KTO\n"
         "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"
         "ftray tune --data pairs.jsonl --stages sft,dpo --output runs/both\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
@@ -132,7 +135,15 @@ COMMANDS = {
         "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
         "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
-        ("model", "data", "evaluation", "scaling.gpus_per_worker", "scaling.address"),
+        ("model", "data", "evaluation", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
+    ),
+    "report": Command(
+        "write report.html, one file that shows all of a search, a training run or an evaluation",
+        {"run": "output", "png": "png"},
+        "ftray report --run runs/search\n"
+        "ftray report --run runs/search --png\n"
+        "ftray report --run s3://bucket/runs/search --scaling.price_per_hour 2.5",
+        ("scaling.price_per_hour", "scaling.address"),
     ),
     "infer": Command(
         "generate: one prompt, a file of prompts, or a conversation on the terminal",

@@ -98,6 +98,7 @@ CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be wr
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fine-tuning
     *("beta", "loss", "label_smoothing", "gamma", "sft_weight", "desirable_weight", "undesirable_weight"),
+    *("reward", "group", "temperature", "clip", "clip_high", "advantage"),
 )
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
@@ -334,9 +335,10 @@ class TrainingConfig(Section):
     seed: int = Field(0, description="of initialisation, data order and dropout")
     beta: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="of preferences: how little an adapter may leave the base (default: 0.1; SimPO: 2); "
-        "of ORPO the weight of the odds ratio, its lambda (0.1)",
+        "of ORPO the weight of the odds ratio, its lambda (0.1); of GRPO that of the divergence from the base (0.04; "
+        "0: none)",
     )
     loss: Literal["sigmoid", "hinge", "ipo", "robust"] | None = Field(
         None, description="of DPO and CPO: how a pair's margin is judged; robust: DPO only (default: sigmoid)"
@@ -351,10 +353,41 @@ class TrainingConfig(Section):
         None, ge=0, description="of SimPO: the margin that is wanted, in units of its rewards (default: 1)"
     )
     sft_weight: float | None = Field(
-        None, ge=0, description="of CPO and SimPO: weight of the chosen answer's own loss (default: 1; SimPO: 0)"
+        None, ge=0, description="of pairs: weight of the chosen answer's own loss (default: 0; CPO, ORPO: 1)"
     )
     desirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of good answers (default: 1)")
     undesirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of bad answers (default: 1)")
+    reward: str | None = Field(
+        None,
+        description="of GRPO: FILE.py:FUNCTION, which takes records and answers and gives a number an answer, the more "
+        "the better",
+    )
+    group: int | None = Field(
+        None, ge=2, description="of GRPO: answers that are drawn to a prompt, and held against each other (default: 8)"
+    )
+    temperature: float | None = Field(
+        None, ge=COLDEST, allow_inf_nan=False, description="of GRPO: at which answers are drawn (default: 1)"
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of GRPO: how far from 1 the ratio of a token's probability to the one with which it was drawn "
+        "counts (default: 0.2)",
+    )
+    clip_high: float | None = Field(None, gt=0, description="the same above 1, where it is another (default: clip)")
+    advantage: Literal["grpo", "dr_grpo"] | None = Field(
+        None,
+        description="of GRPO: rewards by the group's deviation and losses by the answer's length; dr_grpo: by neither, "
+        "which favours no prompt and no length (default: grpo)",
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_function(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(USER_METRIC, value):
+            raise ValueError("must be FILE.py:FUNCTION")
+        return value
 
     @model_validator(mode="after")
     def _offload_needs_a_stage(self) -> "TrainingConfig":
@@ -375,6 +408,12 @@ class ScalingConfig(Section):
     cpus_per_worker: float | None = Field(None, gt=0, description="default: 1 a trial; in a pack, all of its share")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has a GPU, else 0")
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of all machines together; with it `report.html` says what was spent",
+    )
 
 
 @dataclass(frozen=True)
@@ -452,7 +491,10 @@ def _best(value: str | None) -> str | None:
 class SearchConfig(Section):
     """How the space is searched."""
 
-    space: str = Field("quick", description="YAML file, or the name of one in search_spaces/")
+    space: str = Field(
+        "quick",
+        description="YAML file, or the name of one in search_spaces/ (not given: the one for the task, as kto)",
+    )
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(
         None, gt=0, description="seconds of training, and at least a first result, after which no trial continues"
@@ -696,6 +738,7 @@ class Config(Section):
     resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     show: int = Field(1, ge=0, description="records that `preprocess` shows as the model sees them")
+    png: bool = Field(False, description="leave the figures of `report` as PNG files too, in figures/")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
     _at_home = field_validator("adapters", "output")(at_home)

@@ -10,21 +10,22 @@ from rich.table import Table
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.reports.page import EVALUATION, leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
-
-FILE = "evaluation.json"
+    from ftray.evaluation.user_metric import UserMetric
 
 
 def run(cfg: Config) -> int:
     """The command: a table, with 95 % intervals of each adapter's difference to the base.
 
-    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), or, where none is given,
-    is the last line. The base is `--model`, else the one that the first adapter names; what `train` or `tune` left
-    stands for the adapter in it. `--split all` scores every record of a file that was held out as a whole.
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
+    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
+    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
+    as a whole.
 
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.
@@ -36,6 +37,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
+    from ftray.evaluation.user_metric import UserMetricError, reward
     from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.tasks.infer_task import infer_task
@@ -71,7 +73,9 @@ def run(cfg: Config) -> int:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
     for adapter in adapters or [Path(model_path)]:
         check_chat_template(adapter, data_cfg, tokenizer)
-    spec = check.run(tokenizer, cfg.task, labels)
+    spec, judge = check.run(tokenizer, cfg.task, labels), reward(cfg.training)
+    if judge:
+        judge.try_on(check.shown)
     skeleton, added = load_skeleton(cfg.model, model_path, spec).model, max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
     data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
@@ -81,7 +85,8 @@ def run(cfg: Config) -> int:
     from ray.exceptions import RayTaskError
 
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
-    from ftray.search.results import write_json
+    from ftray.search.provenance import this_command
+    from ftray.search.results import ANSWERS, beside, write_json, write_lines
 
     connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
@@ -92,15 +97,20 @@ def run(cfg: Config) -> int:
     named = dict(zip(cfg.adapters, where, strict=True))
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named))
+        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))
     except RayTaskError as error:
+        if isinstance(error.cause, UserMetricError):
+            raise UserError(str(error.cause)) from None
         raise error.cause if isinstance(error.cause, UserError) else error from None
+    answers = result.pop("answers")
     show(result)
     if place is None:
         print(json.dumps(result), flush=True)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, place)
+        write_json(result | {"made_by": this_command()}, place)
+        write_lines(answers, beside(place, f".{ANSWERS}"))
+        leave_report(place)
         print(f"evaluation {place}", flush=True)
     return 0
 
@@ -113,23 +123,32 @@ def output_file(cfg: Config) -> Location | None:
     if not named and output.is_file():
         raise UserError(f"output {output}: is a file: name one that ends in .json, or a directory")
     (output.parent if named else output).check_writable()
-    return output if named else output / FILE
+    return output if named else output / EVALUATION
 
 
-def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: dict[str, str]) -> dict[str, Any]:
+def evaluate(
+    cfg: Config,
+    model_path: str,
+    shards: "TokenizedData",
+    adapters: dict[str, str],
+    judge: "UserMetric | None" = None,
+) -> dict[str, Any]:
     """Score the base, then each adapter over it; runs where the hardware is.
 
     Args:
         shards: the tokenized records.
         adapters: name -> directory or URI.
+        judge: a function of the user's that judges answers; None: there is none.
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
-        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, and `samples` of generated text.
+        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `samples` of generated text, and
+        `answers` (see :func:`ftray.evaluation.answers.side_by_side`).
     """
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
+    from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
@@ -141,6 +160,8 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     rows = task.compared_with(base, rows, cfg.evaluation)
     before = task.score(base, tokenizer, rows, cfg.evaluation)
+    if judge:
+        judge.add_to(before, rows)
     after: dict[str, Scores] = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
@@ -148,6 +169,8 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
         with refuse_settings(found):
             model = PeftModel.from_pretrained(share(base), str(found))
         after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
+        if judge:
+            judge.add_to(after[name], rows)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
         {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
@@ -169,6 +192,7 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
             for source, of_base in compare_sources(sources, before, before, 1).items()
         },
         "samples": samples,
+        "answers": side_by_side(rows, {"base": before} | after),
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.cli import run_command
 from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import UserError
+from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
@@ -60,7 +61,9 @@ def run(cfg: Config) -> int:
             connect(cfg)
             end_with_ray("tune")
             with ending_on_sigterm():
-                return drive(cfg, space, model_path, tokenizer, output)
+                code = drive(cfg, space, model_path, tokenizer, output)
+            leave_report(output)
+            return code
     except UserError:
         raise
     except Exception as error:
@@ -99,7 +102,15 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     from ftray.search.goals import front
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
-    from ftray.search.results import EXPERIMENT, all_rows, write_curves, write_json, write_leaderboard
+    from ftray.search.results import (
+        ANSWERS,
+        EXPERIMENT,
+        all_rows,
+        write_curves,
+        write_json,
+        write_leaderboard,
+        write_lines,
+    )
     from ftray.search.starting_point import described as start_of
 
     started = time.monotonic()
@@ -145,6 +156,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         return 1
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
     proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
+    write_lines(proof.pop("answers"), output / ANSWERS)
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
@@ -164,7 +176,7 @@ def search_for_best(
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
@@ -192,7 +204,8 @@ def search_for_best(
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     paired = None if start else paired_training(cfg, space, data)
     reference = with_reference(cfg, model_path, data, start).reference
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, user_metrics(cfg.search), reference, start)
+    functions, learnt = user_metrics(cfg.search), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt, start)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -266,6 +279,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
 
     from ftray.data import prepare
     from ftray.data.shards import NO_REFERENCE
+    from ftray.evaluation.user_metric import reward
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
@@ -281,8 +295,8 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(find_start(cfg)))
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    paired = paired_training(cfg, space, data)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE)
+    paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE, reward=learnt)
     result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
@@ -304,7 +318,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.search.trackers import check_trackers
     from ftray.tasks.infer_task import as_begun, infer_task
 
-    space = load_space(cfg.search.space)
+    space, named = load_space(cfg.search.space), cfg.search.space
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
     check_trackers(cfg)
     require("validation", cfg.data, "a search goes by records that are not trained on")
@@ -316,11 +330,13 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
+    space = space if cfg.search.space == named else load_space(cfg.search.space)
+    refuse_unknown_settings(cfg, space)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.warm_start import earlier_trials
@@ -334,6 +350,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     task = data.run(tokenizer, cfg.task, labels_of(start))
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
+    check_reward(cfg, data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
@@ -348,6 +365,22 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
         accumulation_steps(settings, cfg.scaling.workers)
         check_workers(settings, cfg.scaling.workers)
     return cfg, space, model_path, tokenizer
+
+
+def refuse_unknown_settings(cfg: Config, space: "Space") -> None:
+    """Refuse a space that holds a setting of other objectives than that of `cfg`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    from ftray.task_spec import TaskSpec
+
+    objective = TaskSpec.named(cfg.task).load().objective
+    for corner in space.corners():
+        try:
+            objective(cfg.training.model_copy(update=corner["training"]))
+        except UserError as error:
+            raise UserError(f"{space.source}: {str(error).removeprefix('training.')}") from None
 
 
 def most_added(space: "Space") -> int:
@@ -370,13 +403,15 @@ def prove(
 
     Returns:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
-        in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, `new_modules`
-        that the base came without, `samples` of generated text, and `merged`, for the time being with the `reason` that
-        it comes later.
+        in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, of preferences
+        the `lengths` of answers (see :func:`ftray.evaluation.metrics.lengths`), `new_modules` that the base came
+        without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
+        `merged`, for the time being with the `reason` that it comes later.
     """
     from peft import PeftModel
 
-    from ftray.evaluation.metrics import compare, compare_sources
+    from ftray.evaluation.answers import side_by_side
+    from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted, untrained
 
@@ -406,7 +441,9 @@ def prove(
         "metrics": compare(before, after, resamples, candidates=candidates),
         "over_default": usual and compare(usual, after, resamples, candidates=candidates),
         "sources": compare_sources([row.get("source") for row in rows], before, after, resamples, candidates),
+        "lengths": lengths({"base": before, "default": usual, "best": after}, resamples),
         "samples": samples[: cfg.evaluation.samples],
+        "answers": side_by_side(rows, {"base": before, "default": usual, "best": after}),
     }
 
 
@@ -434,7 +471,8 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
                 whole = load_on_device(unquantized, str(made), data.task).model
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-            merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
+            values = data.task.load().score(whole, tokenizer, rows, quick).values()
+            merged |= {"loss": values["loss"]} if "loss" in values else {}
     except Exception as error:  # whatever it is, the search and its proof stand
         place.remove()  # one of another best, from before
         return {

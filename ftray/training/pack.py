@@ -437,9 +437,10 @@ class Pack:
             name: of the adapter; empty: by the base alone.
         """
         batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
-        model = self.adapters[name].model.eval() if name else self.base.eval()
-        if self.adapters[name].isolation_reason if name else self.isolation_reason:
-            losses = token_losses(model, self._on_device(batch)).double()
+        if not name:
+            (losses,) = self.base_losses([batch], [1.0])
+        elif self.adapters[name].isolation_reason:
+            losses = token_losses(self.adapters[name].model.eval(), self._on_device(batch)).double()
         else:
             self.shared.eval()
             (losses,) = self._in_memory(lambda: self.token_losses_of([(name, 0, batch)]))
@@ -537,8 +538,35 @@ class Pack:
         each = zip(units, self.token_losses_of(units), strict=True)
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
-    def token_losses_of(self, units: list[Unit]) -> list[torch.Tensor]:
-        """The cross-entropy of each unit's supervised tokens, float64 [S]."""
+    @torch.no_grad()
+    def base_losses(self, batches: Sequence[Batch], temperatures: Sequence[float]) -> list[torch.Tensor]:
+        """The cross-entropy of the supervised tokens of each batch, float64 [S], without any adapter.
+
+        Args:
+            temperatures: by which logits are divided, one a batch.
+        """
+        if self.isolation_reason:
+            each, base = zip(batches, temperatures, strict=True), self.base.eval()
+            return [token_losses(base, self._on_device(batch), temperature=t).double() for batch, t in each]
+        self.shared.eval()
+
+        def attempt() -> list[torch.Tensor]:
+            found: list[torch.Tensor] = []
+            while len(found) < len(batches):
+                units: list[Unit] = [("", 0, batch) for batch in batches[len(found) :]]
+                sizes = accumulate(batch["input_ids"].numel() for *_, batch in units)
+                fit = max(1, sum(size <= self.tokens for size in sizes))
+                found += self.token_losses_of(units[:fit], temperatures[len(found) :][:fit])
+            return found
+
+        return self._in_memory(attempt)
+
+    def token_losses_of(self, units: list[Unit], temperatures: Sequence[float] | None = None) -> list[torch.Tensor]:
+        """The cross-entropy of each unit's supervised tokens, float64 [S].
+
+        Args:
+            temperatures: by which the logits of each are divided; None: as the adapters' objectives say.
+        """
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
@@ -546,6 +574,13 @@ class Pack:
         if TARGETS in units[0][2]:
             own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
             shares = shares.to(self.base.device)
+        if temperatures is None:
+            known = {name: adapter.objective.temperature for name, adapter in self.adapters.items()}
+            temperatures = [known.get(name, 1.0) for name, *_ in units]
+        counts = [supervised_tokens(batch) for *_, batch in units]
+        cooled = None
+        if any(temperature != 1 for temperature in temperatures):
+            cooled = torch.tensor(temperatures).repeat_interleave(torch.tensor(counts)).to(self.base.device)
         sizes, prefixes = [batch["input_ids"].numel() for *_, batch in units], None
         if self.shares_prefixes and PREFIXES in units[0][2]:
             common = torch.cat([batch[PREFIXES][0] for *_, batch in units])
@@ -556,8 +591,8 @@ class Pack:
         hidden = self._hidden(row["input_ids"], row["position_ids"], segments, prefixes)
         with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
             states = hidden[positions.to(hidden.device)]
-            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares)
-        return list(losses.double().split([supervised_tokens(batch) for *_, batch in units]))
+            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares, cooled)
+        return list(losses.double().split(counts))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.base.device) for name, tensor in batch.items()}
