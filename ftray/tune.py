@@ -325,12 +325,13 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     require("test", cfg.data, "the proof needs records that the search never sees")
     start = find_start(cfg)
     model_path = start.base if start else find(cfg.model.name)
-    if start and start.kept:
-        space = kept_space(space, start, "space" in cfg.search.model_fields_set)
+    is_given = "space" in cfg.search.model_fields_set
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
+    if start and start.kept:
+        space = kept_space(space, start, is_given)
     refuse_unknown_settings(cfg, space)
 
     # these take seconds to import: a name misspelt has been found by now
