@@ -129,7 +129,7 @@ COMMANDS = {
         "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
         "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
-        ("model", "data", "evaluation", "scaling.gpus_per_worker", "scaling.address"),
+        ("model", "data", "evaluation", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
     ),
     "infer": Command(
         "generate: one prompt, a file of prompts, or a conversation on the terminal",

@@ -90,6 +90,7 @@ CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be wr
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fine-tuning
     *("beta", "loss", "label_smoothing", "gamma", "sft_weight", "desirable_weight", "undesirable_weight"),
+    *("reward", "group", "temperature", "clip", "clip_high", "advantage"),
 )
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
@@ -314,9 +315,10 @@ class TrainingConfig(Section):
     seed: int = Field(0, description="of initialisation, data order and dropout")
     beta: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="of preferences: how little an adapter may leave the base (default: 0.1; SimPO: 2); "
-        "of ORPO the weight of the odds ratio, its lambda (0.1)",
+        "of ORPO the weight of the odds ratio, its lambda (0.1); of GRPO that of the divergence from the base (0.04; "
+        "0: none)",
     )
     loss: Literal["sigmoid", "hinge", "ipo", "robust"] | None = Field(
         None, description="of DPO and CPO: how a pair's margin is judged; robust: DPO only (default: sigmoid)"
@@ -335,6 +337,37 @@ class TrainingConfig(Section):
     )
     desirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of good answers (default: 1)")
     undesirable_weight: float | None = Field(None, ge=0, description="of KTO: weight of bad answers (default: 1)")
+    reward: str | None = Field(
+        None,
+        description="of GRPO: FILE.py:FUNCTION, which takes records and answers and gives a number an answer, the more "
+        "the better",
+    )
+    group: int | None = Field(
+        None, ge=2, description="of GRPO: answers that are drawn to a prompt, and held against each other (default: 8)"
+    )
+    temperature: float | None = Field(
+        None, ge=COLDEST, allow_inf_nan=False, description="of GRPO: at which answers are drawn (default: 1)"
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of GRPO: how far from 1 the ratio of a token's probability to the one with which it was drawn "
+        "counts (default: 0.2)",
+    )
+    clip_high: float | None = Field(None, gt=0, description="the same above 1, where it is another (default: clip)")
+    advantage: Literal["grpo", "dr_grpo"] | None = Field(
+        None,
+        description="of GRPO: rewards by the group's deviation and losses by the answer's length; dr_grpo: by neither, "
+        "which favours no prompt and no length (default: grpo)",
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_function(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(USER_METRIC, value):
+            raise ValueError("must be FILE.py:FUNCTION")
+        return value
 
     @model_validator(mode="after")
     def _offload_needs_a_stage(self) -> "TrainingConfig":

@@ -15,6 +15,7 @@ from ftray.storage.location import Location, parse_location
 if TYPE_CHECKING:
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
+    from ftray.evaluation.user_metric import UserMetric
 
 FILE = "evaluation.json"
 
@@ -36,6 +37,7 @@ def run(cfg: Config) -> int:
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
+    from ftray.evaluation.user_metric import UserMetricError, reward
     from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.tasks.infer_task import infer_task
@@ -71,7 +73,9 @@ def run(cfg: Config) -> int:
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, data_cfg.chat_template)
     for adapter in adapters or [Path(model_path)]:
         check_chat_template(adapter, data_cfg, tokenizer)
-    spec = check.run(tokenizer, cfg.task, labels)
+    spec, judge = check.run(tokenizer, cfg.task, labels), reward(cfg.training)
+    if judge:
+        judge.try_on(check.shown)
     skeleton, added = load_skeleton(cfg.model, model_path, spec).model, max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
     data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
@@ -92,8 +96,10 @@ def run(cfg: Config) -> int:
     named = dict(zip(cfg.adapters, where, strict=True))
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named))
+        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))
     except RayTaskError as error:
+        if isinstance(error.cause, UserMetricError):
+            raise UserError(str(error.cause)) from None
         raise error.cause if isinstance(error.cause, UserError) else error from None
     show(result)
     if place is None:
@@ -116,12 +122,19 @@ def output_file(cfg: Config) -> Location | None:
     return output if named else output / FILE
 
 
-def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: dict[str, str]) -> dict[str, Any]:
+def evaluate(
+    cfg: Config,
+    model_path: str,
+    shards: "TokenizedData",
+    adapters: dict[str, str],
+    judge: "UserMetric | None" = None,
+) -> dict[str, Any]:
     """Score the base, then each adapter over it; runs where the hardware is.
 
     Args:
         shards: the tokenized records.
         adapters: name -> directory or URI.
+        judge: a function of the user's that judges answers; None: there is none.
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
@@ -141,6 +154,8 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
     rows = [row for name in splits for row in shards.rows(name, cfg.evaluation.records)][: cfg.evaluation.records]
     rows = task.compared_with(base, rows, cfg.evaluation)
     before = task.score(base, tokenizer, rows, cfg.evaluation)
+    if judge:
+        judge.add_to(before, rows)
     after: dict[str, Scores] = {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
@@ -148,6 +163,8 @@ def evaluate(cfg: Config, model_path: str, shards: "TokenizedData", adapters: di
         with refuse_settings(found):
             model = PeftModel.from_pretrained(share(base), str(found))
         after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
+        if judge:
+            judge.add_to(after[name], rows)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
         {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}

@@ -65,7 +65,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.adapters.compatibility import dry_run
     from ftray.adapters.methods import added_tokens
     from ftray.data.limits import check_special_tokens, within_positions
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output
     from ftray.training.run_spec import accumulation_steps, check_workers
@@ -75,6 +75,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     task = data.run(tokenizer, cfg.task)
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
+    check_reward(cfg, data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     settled = within_positions(cfg.data, skeleton.model, added_tokens(cfg.adapter), data.lengths)
@@ -95,7 +96,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.adapters.methods import added_tokens
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
@@ -116,8 +117,8 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
     reference = with_reference(cfg, model_path, data).reference
-    functions = user_metrics(cfg.search)
-    result = fit(SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference), output)
+    functions, learnt = user_metrics(cfg.search), reward(cfg.training)
+    result = fit(SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt), output)
     print_reports(result.return_value["reports"], cfg.search.goal.metric)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
@@ -152,8 +153,9 @@ def fit(context: "SearchContext", output: Location) -> "Result":
 
 def print_reports(reports: list[dict[str, Any]], metric: str) -> None:
     """One line a validation."""
+    names = dict.fromkeys(["train_loss", "train_reward", "kl", "answer_tokens", "validation_loss", metric])
     for report in reports:
-        shown = [f"{name} {report[name]:.4f}" for name in dict.fromkeys(["train_loss", "validation_loss", metric])]
+        shown = [f"{name} {report[name]:.4f}" for name in names if name in report]
         print(f"step {report['step']}: {', '.join(shown)}, {report['tokens_per_second']:.0f} tokens/s")
 
 

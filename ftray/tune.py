@@ -156,7 +156,7 @@ def search_for_best(
     """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
@@ -181,7 +181,8 @@ def search_for_best(
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
     paired = paired_training(cfg, space, data)
     reference = with_reference(cfg, model_path, data).reference
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, user_metrics(cfg.search), reference)
+    functions, learnt = user_metrics(cfg.search), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
     search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
@@ -255,6 +256,7 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
 
     from ftray.data import prepare
     from ftray.data.shards import NO_REFERENCE
+    from ftray.evaluation.user_metric import reward
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
     from ftray.search.estimate import estimate
@@ -269,8 +271,8 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
-    paired = paired_training(cfg, space, data)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE)
+    paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE, reward=learnt)
     result = estimate(context, space)
     show_estimates(result, console())
     print(f"plan     {json.dumps(result)}")
@@ -306,7 +308,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
-    from ftray.evaluation.user_metric import user_metrics
+    from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import BASELINE
@@ -320,6 +322,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     task = data.run(tokenizer, cfg.task)
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
+    check_reward(cfg, data.shown)
     skeleton = load_skeleton(cfg.model, model_path, task)
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
@@ -435,7 +438,8 @@ def merge_best(context: "SearchContext", output: Location) -> dict[str, Any]:
                 whole = load_on_device(unquantized, str(made), data.task).model
             quick = cfg.evaluation.model_copy(update={"generate": False})
             tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-            merged["loss"] = data.task.load().score(whole, tokenizer, rows, quick).values()["loss"]
+            values = data.task.load().score(whole, tokenizer, rows, quick).values()
+            merged |= {"loss": values["loss"]} if "loss" in values else {}
     except Exception as error:  # whatever it is, the search and its proof stand
         place.remove()  # one of another best, from before
         return {

@@ -47,7 +47,7 @@ class DataCheck:
     Attributes:
         first: the first training record, by which the task is inferred.
         lengths: tokens of training records, whole; of none unless `max_length` is `auto`.
-        shown: a few validation records, with their `prompt` and `target` as the shards will have them.
+        shown: a few validation records, with their `prompt`, `target` and `extra` as the shards will have them.
 
     Raises:
         UserError: as :func:`find_sources`; or the first training record can't be read.
@@ -137,7 +137,8 @@ class DataCheck:
             own = source.parts[record.part].cfg
             rows = spread(of.tokenize([record.example], tokenizer, own))
             part = {"source": record.part} if record.part else {}
-            self.shown += [{"prompt": row.prompt, "target": row.target, **part} for _, row in rows if row]
+            shown = [row for _, row in rows if row]
+            self.shown += [{"prompt": r.prompt, "target": r.target, "extra": r.extra, **part} for r in shown]
 
     def _filled(self, taken: list[_Record]) -> list[_Record]:
         """Records with their final splits."""

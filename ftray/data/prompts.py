@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ftray.config import DataConfig
 from ftray.data import meanings
@@ -108,7 +108,7 @@ class PromptTask(RecordTask):
     has, or empty, and `extra` holds the record's fields beside the prompt, as JSON.
     """
 
-    shapes = (*(_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)), _asked_in("prompt"))
+    shapes: ClassVar[Sequence[Shape]] = (*(_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)), _asked_in("prompt"))
     record_keys = NEEDS
     grouped_by = "prompt"
 

@@ -97,7 +97,9 @@ def read_slice(
 ) -> pa.Table:
     """Read the rows of a slice that belong to `rank` of `world_size`, in the run's order."""
     mixed = part.epoch >= 0 and bool(data.splits[split].sources)
-    table = data.row_group(split, part.row_group, [*columns, *(["source"] if mixed else [])])
+    table = data.row_group(
+        split, part.row_group, [*columns, *(["source"] if mixed and "source" not in columns else [])]
+    )
     order = np.arange(table.num_rows)
     if mixed:
         order = np.repeat(order, _copies(table["source"].to_numpy(), data.splits[split], part))

@@ -41,10 +41,15 @@ class Scores:
     of_text: bool = True
 
     def add_generated(self, generated: Sequence[str], targets: Sequence[str]) -> None:
-        """Fill in the counts that compare text; distances by RapidFuzz, ROUGE-L by rouge-score, chrF by sacreBLEU."""
+        """Fill in the counts that compare text; distances by RapidFuzz, ROUGE-L by rouge-score, chrF by sacreBLEU.
+
+        Where no record has a target, there is nothing to compare with.
+        """
         from rouge_score.rouge_scorer import RougeScorer
 
         self.generated = list(generated)
+        if not any(targets):
+            return
         pairs = [(g.strip(), t.strip()) for g, t in zip(generated, targets, strict=True)]
         self.exact = np.array([g == t for g, t in pairs], float)
         self.token_edits = np.array([Levenshtein.distance(g.split(), t.split()) for g, t in pairs], float)
@@ -57,7 +62,7 @@ class Scores:
 
     def ratios(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Every metric as (numerator, denominator) of corpus sums."""
-        ratios = {"loss": (self.loss, self.tokens)}
+        ratios = {"loss": (self.loss, self.tokens)} if self.tokens.any() else {}
         if self.generated and len(self.exact):
             ratios |= {
                 "exact_match": (self.exact, np.ones_like(self.exact)),
@@ -70,8 +75,7 @@ class Scores:
     def all_metrics(self) -> dict[str, Metric]:
         """Every metric, as a function of the records that are drawn."""
         found = {name: ratio(*sums) for name, sums in self.ratios().items()}
-        if self.of_text:
-            loss = found["loss"]
+        if self.of_text and (loss := found.get("loss")):
             found["perplexity"] = lambda draws: np.exp(np.minimum(loss(draws), 700))
         return found | self.metrics
 
@@ -154,11 +158,13 @@ def compare_sources(
 ) -> dict[str, dict[str, float | list[float]]]:
     """The loss of both models on the records of each source of a mixture, as :func:`compare` has it, and their number.
 
+    Nothing of tasks without one.
+
     Args:
         sources: the name of each record's source; those of no name are left out.
     """
     found = {}
-    for name in sorted({name for name in sources if name}):
+    for name in sorted({name for name in sources if name}) if base.tokens.any() else ():
         own = [i for i, source in enumerate(sources) if source == name]
         before, after = (Scores(scores.loss[own], scores.tokens[own]) for scores in (base, best))
         found[name] = {"records": len(own), **compare(before, after, resamples, candidates=candidates)["loss"]}

@@ -1,9 +1,10 @@
-"""A metric of the user's own: a Python function in a file, from records and answers to a number a record.
+"""A metric or reward of the user's own: a Python function in a file, from records and answers to a number a record.
 
 The file travels by content: workers elsewhere need not see it, and nothing that it imports from beside it is there.
 """
 
 import inspect
+import json
 import math
 import re
 import sys
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftray.config import USER_METRIC, SearchConfig, at_home
+from ftray.config import USER_METRIC, Config, SearchConfig, TrainingConfig, at_home
 from ftray.errors import UserError, near
 
 if TYPE_CHECKING:
     from ftray.evaluation.metrics import Scores
 
+ON_POLICY = "GRPO"
+REWARD = "reward"  # the metric that a reward is
 SHOWN = 60  # characters of a prompt or an answer in a message
 
 
@@ -37,17 +40,20 @@ class UserMetric:
         path: of the file, as the user wrote it.
         name: of the function.
         source: text of the file.
+        metric: name of what it measures; empty: the function's.
     """
 
     path: str
     name: str
     source: str
+    metric: str = ""
 
     def values(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
         """What the function gives of each record, float64 [records].
 
         Args:
-            rows: of the shards; the function is given their `prompt` and `target`, of a mixture also the `source`.
+            rows: of the shards; the function is given their `prompt` and `target`, of a mixture also the `source`, and
+                of tasks that keep further fields of a record these.
             answers: generated for them.
 
         Raises:
@@ -79,7 +85,7 @@ class UserMetric:
         from ftray.evaluation.metrics import ratio  # here: the driver of a search needs none of it
 
         values = self.values(rows, scores.generated)
-        scores.metrics[self.name] = ratio(values, np.ones_like(values))
+        scores.metrics[self.metric or self.name] = ratio(values, np.ones_like(values))
 
     def try_on(self, rows: Sequence[dict[str, Any]]) -> None:
         """Load the function, and try it with stand-in answers: the targets, then nothing, as a base may answer.
@@ -123,15 +129,47 @@ def user_metrics(search: SearchConfig) -> tuple[UserMetric, ...]:
     Raises:
         UserError: a file can't be read.
     """
-    return tuple(_read(name) for name in search.metric.split(",") if re.fullmatch(USER_METRIC, name))
+    names = [name for name in search.metric.split(",") if re.fullmatch(USER_METRIC, name)]
+    return tuple(_read(name, "search.metric") for name in names)
 
 
-def _read(given: str) -> UserMetric:
+def reward(training: TrainingConfig) -> UserMetric | None:
+    """The function of `training.reward`, with its file as it is now; None: there is none.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    return _read(training.reward, "training.reward", REWARD) if training.reward else None
+
+
+def check_reward(cfg: Config, rows: Sequence[dict[str, Any]]) -> None:
+    """Check that a task that learns from a reward has one, which can judge `rows`, and can draw answers.
+
+    Raises:
+        UserError: it can't.
+    """
+    if cfg.task != ON_POLICY:
+        return
+    given = reward(cfg.training)
+    if given is None:
+        raise UserError(
+            f"training.reward: {cfg.task} learns from a reward: give FILE.py:FUNCTION, which takes records and answers "
+            "and gives a number an answer"
+        )
+    if not cfg.evaluation.generate:
+        raise UserError(f"evaluation.generate: {cfg.task} is judged by answers: leave it true")
+    if cfg.training.zero_stage == 3 or cfg.training.shard_base:
+        field = "shard_base" if cfg.training.shard_base else "zero_stage 3"
+        raise UserError(f"training.{field}: answers are drawn where a worker has the whole base: leave it out")
+    given.try_on(rows)
+
+
+def _read(given: str, field: str, metric: str = "") -> UserMetric:
     path, name = re.fullmatch(USER_METRIC, given).groups()  # type: ignore[union-attr]
     try:
-        return UserMetric(path, name, Path(str(at_home(path))).read_text(encoding="utf-8-sig"))
+        return UserMetric(path, name, Path(str(at_home(path))).read_text(encoding="utf-8-sig"), metric)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"search.metric {given}: can't be read: {getattr(error, 'strerror', error)}") from None
+        raise UserError(f"{field} {given}: can't be read: {getattr(error, 'strerror', error)}") from None
 
 
 @lru_cache
@@ -167,8 +205,10 @@ def _named(error: BaseException) -> str:
     return ": ".join(filter(None, (type(error).__name__, _short(error))))
 
 
-def _record(row: dict[str, Any]) -> dict[str, str]:
-    return {key: row[key] for key in ("prompt", "target", "source") if row.get(key) is not None}
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    further = json.loads(row["extra"]) if row.get("extra") else {}
+    own = {key: row[key] for key in ("prompt", "target", "source") if row.get(key) is not None}
+    return own if not isinstance(further, dict) else further | own
 
 
 def _described(index: int, row: dict[str, Any], answer: str) -> str:

@@ -29,7 +29,9 @@ def supervised_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bo
     return token_losses(model, batch, pad).sum()
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True) -> torch.Tensor:
+def token_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool = True, temperature: float = 1.0
+) -> torch.Tensor:
     """The cross-entropy of each supervised token, float32 [S], as :func:`supervised_loss` sums them up.
 
     Of a batch with `TARGETS`, the weighted sum over these.
@@ -38,6 +40,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool 
         pad: give each record a row of its own, padded on the right, where nothing causal sees it. If not, the model
             itself has to keep the records of one row apart by their positions: see
             :func:`ftray.models.probe.row_obstacle`.
+        temperature: by which logits are divided.
     """
     labels, before = batch["labels"], _puts_tokens_before(model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
@@ -54,7 +57,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], pad: bool 
     else:
         logits = model(**inputs).logits[:, -labels.shape[1] :][:, columns]
     chosen = supervised[:, columns]
-    logits = logits[chosen].float()
+    logits = logits[chosen].float() / temperature
     if TARGETS in batch:
         logs: torch.Tensor = logits.log_softmax(-1)
         return -(logs.gather(1, batch[TARGETS]) * batch[SHARES]).sum(1)

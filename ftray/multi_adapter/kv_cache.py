@@ -84,8 +84,8 @@ class Slots(CacheLayerMixin):
         self.values[step.slots, :, step.positions] = value_states[0].transpose(0, 1)
         return self.keys, self.values
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot to another."""
+    def move(self, source: int, target: int | slice, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another, or to several."""
         for states in (self.keys, self.values):
             states[target, :, :length] = states[source, :, :length]
 

@@ -177,8 +177,8 @@ class ModelRunner:
         logits: torch.Tensor = self._head(hidden)
         return logits
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot to another."""
+    def move(self, source: int, target: int | slice, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another, or to several."""
         for layer in self._cache.layers:
             if layer.is_initialized:
                 layer.move(source, target, length)

@@ -116,6 +116,7 @@ class HeadLoss(torch.autograd.Function):
         head: nn.Linear | OutputHead,
         targets: torch.Tensor,
         shares: torch.Tensor | None = None,
+        temperatures: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of each position, float32 [S]: the cross-entropy of its target, or of several.
 
@@ -124,6 +125,7 @@ class HeadLoss(torch.autograd.Function):
             head: frozen; see :func:`output_head`.
             targets: int64 [S], or [S, K].
             shares: float32 [S, K], what the cross-entropy of each target counts; None: 1.
+            temperatures: float32 [S], by which the logits are divided; None: 1.
         """
         losses = torch.empty(len(hidden), device=hidden.device)
         targets = targets.view(len(targets), -1)
@@ -133,14 +135,15 @@ class HeadLoss(torch.autograd.Function):
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
             own = None if gradient is None else gradient[part]
-            _fill(head, hidden[part], targets[part], shares[part], losses[part], own)
+            cooled = None if temperatures is None else temperatures[part, None]
+            _fill(head, hidden[part], targets[part], shares[part], cooled, losses[part], own)
         if gradient is not None:
             ctx.gradient = gradient
         return losses
 
     @staticmethod
-    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.gradient * gradient[:, None].to(ctx.gradient.dtype), None, None, None
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return ctx.gradient * gradient[:, None].to(ctx.gradient.dtype), None, None, None, None
 
 
 def slice_rows(vocabulary: int) -> int:
@@ -153,11 +156,14 @@ def _fill(
     states: torch.Tensor,
     targets: torch.Tensor,
     shares: torch.Tensor,
+    temperatures: torch.Tensor | None,
     losses: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
     """Write the losses of one slice, and the gradient of each; its logits are gone afterwards."""
     logits, to_states = _logits(head, states)
+    if temperatures is not None:
+        logits = (logits / temperatures).to(logits.dtype)
     rows = BLOCK if logits.device.type == "cpu" else len(logits)
     for block, target, share, loss in zip(*(t.split(rows) for t in (logits, targets, shares, losses)), strict=True):
         logs = F.log_softmax(block, -1, dtype=torch.float32)
@@ -165,6 +171,8 @@ def _fill(
         if gradient is not None:
             block.copy_(logs.exp_().mul_(share.sum(1, keepdim=True)).scatter_add_(1, target, -share))
     if gradient is not None:
+        if temperatures is not None:
+            logits = logits / temperatures
         gradient.copy_(to_states(logits.to(states.dtype)))
 
 

@@ -36,7 +36,14 @@ CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
 DIRECTORY = CLONE if CLONE.is_dir() else INSTALLED
 KINDS = ("choice", "float", "log", "int")
-FIXED_TRAINING = ("steps", "epochs", "evaluations", "validation_records", "shard_base")  # equal for all trials
+FIXED_TRAINING = (
+    "steps",
+    "epochs",
+    "evaluations",
+    "validation_records",
+    "shard_base",
+    "reward",
+)  # equal for all trials
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,

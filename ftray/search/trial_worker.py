@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from ftray.evaluation.metrics import Scores
     from ftray.search.signals import PairedTraining
+    from ftray.training.pack import Pack
+    from ftray.training.rollouts import Rollouts
     from ftray.training.single_run_trainer import SingleRunTrainer
     from ftray.training.zero3_trainer import Zero3Trainer
 
@@ -59,6 +61,7 @@ class SearchContext:
         paired: how trials compare by their training losses; None: they don't.
         functions: metrics of the user's own, among the search's goals.
         reference: see :class:`ftray.data.shards.TokenizedData`.
+        reward: of the user's own, that trials learn from; None: there is none.
     """
 
     config: Config
@@ -68,6 +71,7 @@ class SearchContext:
     paired: "PairedTraining | None" = None
     functions: tuple[UserMetric, ...] = ()
     reference: str = ""
+    reward: UserMetric | None = None
 
     @cached_property
     def tokenized(self) -> TokenizedData:
@@ -159,6 +163,22 @@ class SearchContext:
 
         return measure
 
+    def rollouts(self, pack: "Pack") -> "Rollouts | None":
+        """What draws answers for the trials of `pack`; None where they learn from records as they are."""
+        from ftray.models.load import load_tokenizer
+        from ftray.training.rollouts import Rollouts
+
+        if self.reward is None:
+            return None
+        cfg = self.config
+        tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
+        return Rollouts(pack, tokenizer, cfg.evaluation, self.reward)
+
+    @property
+    def judges(self) -> tuple[UserMetric, ...]:
+        """All functions of the user's that judge answers."""
+        return (*self.functions, self.reward) if self.reward else self.functions
+
     def _wanted(self) -> set[str]:
         """What the search goes by, beside what every validation gives."""
         return {*self.config.search.measured} - {*reported(self.tokenized.task)}
@@ -174,7 +194,7 @@ class SearchContext:
 
         scores = Scores(np.zeros(len(rows)), np.zeros(len(rows)))
         scores.add_generated(answers, [row["target"] for row in rows])
-        for function in self.functions:
+        for function in self.judges:
             function.add_to(scores, rows)
         return scores
 
@@ -187,7 +207,7 @@ class SearchContext:
             UserMetricError: a function of the user's failed.
         """
         scores = self.tokenized.task.load().score(model, tokenizer, rows, self.config.evaluation)
-        for function in self.functions:
+        for function in self.judges:
             function.add_to(scores, rows)
         return scores
 
@@ -293,6 +313,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     make = Zero3Trainer if run.training.zero_stage == 3 else SingleRunTrainer
     trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
     trainer.measure, trainer.preempted = config["context"].measure(), preempted
+    if isinstance(trainer, SingleRunTrainer):
+        trainer.pack.rollouts = config["context"].rollouts(trainer.pack.pack)
     if _restore(trainer):
         for past in trainer.history.reports:  # this driver may not have received them
             train.report(dict(past))

@@ -41,14 +41,14 @@ class Task(TextTask, task.Task):
     def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return supervised_loss(model, batch, self.pad)
 
-    def token_losses(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
+    def token_losses(self, model: "PreTrainedModel", batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The cross-entropy of each supervised token, float64 [S]."""
-        return token_losses(model, batch, self.pad).double()
+        return token_losses(model, batch, self.pad, temperature).double()
 
     def objective_loss(
         self, model: "PreTrainedModel", batch: Batch, objective: Objective, counts: Sequence[float]
     ) -> torch.Tensor:
-        return objective.loss(self.token_losses(model, batch), batch, counts)
+        return objective.loss(self.token_losses(model, batch, objective.temperature), batch, counts)
 
     def sums(self, model: "PreTrainedModel", batch: Batch, objective: Objective) -> list[float]:
         return objective.sums(self.token_losses(model, batch), batch)

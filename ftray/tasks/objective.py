@@ -25,11 +25,13 @@ class Objective:
         values: what they are in this run.
         reported: the metrics of :meth:`metrics`, by name.
         totals: how many numbers :meth:`sums` gives.
+        beta_may_be_zero: whether it does without what `beta` weighs.
     """
 
     settings: ClassVar[Mapping[str, float | str]] = {}
     reported: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     totals: ClassVar[int] = 1
+    beta_may_be_zero: ClassVar[bool] = False
 
     def __init__(self, training: TrainingConfig):
         """
@@ -41,6 +43,13 @@ class Objective:
             known = f"it has {', '.join(self.settings)}" if self.settings else "only preferences have some"
             raise UserError(f"training.{unused}: what is learnt here has no such setting: {known}")
         self.values = {**self.settings, **given}
+        if self.values.get("beta") == 0 and not self.beta_may_be_zero:
+            raise UserError("training.beta: must be greater than 0")
+
+    @property
+    def temperature(self) -> float:
+        """By which logits are divided before losses are made of them."""
+        return 1.0
 
     def counts(self, batch: Batch) -> Sequence[float]:
         """Numbers whose sums over all micro-batches of the step, on all ranks, :meth:`loss` is given."""
@@ -58,7 +67,7 @@ class Objective:
         """What is minimised, summed over the targets of `batch`; a scalar.
 
         Args:
-            losses: cross-entropy of each supervised token of `batch`, float64 [S], nats.
+            losses: cross-entropy of each supervised token of `batch` at the `temperature`, float64 [S], nats.
             counts: targets, then the sums of :meth:`counts` and :meth:`estimates`, of the step on all ranks.
         """
         return losses.sum()

@@ -27,6 +27,7 @@ from ftray.task_spec import CAUSAL, TaskSpec
 from ftray.training.checkpoint import load_checkpoint, save_checkpoint, start_from
 from ftray.training.engine import DeepSpeedOptimizer, join_process_group, return_freed_memory, sum_over_ranks
 from ftray.training.pack import Batch, Pack
+from ftray.training.rollouts import Drawn, Rollouts
 from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import TrainState
 
@@ -59,10 +60,13 @@ class PackTrainer:
         measure: see :class:`ftray.training.zero3_trainer.Zero3Trainer`.
         measure_together: takes its place where there is one: returns the further metrics of models by name, given the
             number of validation records that count; None: all.
+        rollouts: draws what trials learn from to the prompts that their batches hold; None: they learn from batches as
+            they are.
     """
 
     measure: Callable[[Any], dict[str, float]] | None = None
     measure_together: Callable[[dict[str, Any], int | None], dict[str, dict[str, float]]] | None = None
+    rollouts: Rollouts | None = None
 
     def __init__(
         self,
@@ -160,16 +164,49 @@ class PackTrainer:
         self.trials.pop(name).update.engine.destroy()
 
     def step(self, names: Sequence[str]) -> dict[str, str]:
-        """Make one optimiser step of each of the named trials; returns the reason for each that failed."""
+        """Make one optimiser step of each of the named trials; returns the reason for each that failed.
+
+        Raises:
+            UserMetricError: a reward of the user's failed.
+        """
         started = time.monotonic()
         trials = {name: self.trials[name] for name in names}
         batches = {name: [next(trial.batches) for _ in range(trial.accumulation)] for name, trial in trials.items()}
-        stepped = self.pack.step(batches)
+        failures: dict[str, str] = {}
+        if self.rollouts:
+            batches, failures = self._with_answers(batches)
+        stepped = self.pack.step(batches) if batches else {}
         seconds = time.monotonic() - started
         for name, result in stepped.items():
             if not result.failure:
                 self.trials[name].history.add(result.loss, result.targets, result.tokens, seconds)
-        return {name: result.failure for name, result in stepped.items() if result.failure}
+        return failures | {name: result.failure for name, result in stepped.items() if result.failure}
+
+    def _with_answers(self, prompts: dict[str, list[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, str]]:
+        """Batches of answers that trials have drawn to their prompts, and why it failed for others; alike on all ranks.
+
+        Raises:
+            UserMetricError: a reward of the user's failed.
+        """
+        assert self.rollouts
+        found: dict[str, Drawn] = {}
+        broken = None
+        try:
+            seeds = {name: self.trials[name].run.training.seed for name in prompts}
+            found = self.rollouts.draw(prompts, seeds)
+        except UserMetricError as error:
+            broken = str(error)
+        if broken := self.first_of_ranks(broken):
+            raise UserMetricError(broken)
+        missing = self._sum([float(name not in found) for name in prompts])
+        sound = [name for name, ranks in zip(prompts, missing, strict=True) if not ranks]
+        for name in sound:
+            sums, answers = found[name].sums, float(found[name].answers)
+            *values, answers = self._sum([*sums.values(), answers])
+            self.trials[name].history.add_drawn(dict(zip(sums, values, strict=True)), answers)
+        steps = {name: self.trials[name].history.step + 1 for name in prompts.keys() - set(sound)}
+        failures = {name: f"diverged: its output is not finite at step {step}" for name, step in steps.items()}
+        return {name: found[name].batches for name in sound}, failures
 
     def validate(self, names: Sequence[str], batches: Iterable[Batch], validated: int | None = None) -> dict[str, str]:
         """Validate the named trials and add a report to their histories; returns the reason for each that failed.
@@ -180,7 +217,7 @@ class PackTrainer:
         """
         started, targets, width = time.monotonic(), 0.0, self.pack.task.objective.totals
         local = {name: [0.0] * (1 + width) for name in names}  # whether it ran out of memory, and its sums
-        for batch, counts in self._in_step(batches):
+        for batch, counts in self._in_step(() if self.rollouts else batches):
             fit = [name for name in names if not local[name][0]]
             for name, sums in zip(fit, self.pack.validation_sums(fit, batch), strict=True):
                 found = [1.0] if sums is None else [0.0, *(value * counts for value in sums)]
@@ -290,6 +327,8 @@ class PackTrainer:
         gradients and optimiser states.
         """
         self.join("probe", run)
+        if self.rollouts:
+            batch = self.rollouts.stand_in("probe", batch)
         base = self.base.model
         own = {storage_key(p) for p in base.parameters()} | gathered_storages(base)
         kept: dict[int, int] = {}

@@ -7,6 +7,8 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from ftray.training.run_spec import RunSpec
 
+ANSWERS = "answers"  # their number, among sums over them
+
 
 class Report(TypedDict):
     """What a run reports after a validation; every metric of the validation is a further key, in natural units.
@@ -23,6 +25,8 @@ class Report(TypedDict):
             of older versions. 0: there was no validation, and the report has no metric of one.
         paired_loss: mean loss, nats per supervised token, of the last steps before the report, the same ones as other
             trials report; see :meth:`TrainState.last_third`. Missing where trials are not compared by it.
+        train_reward, answer_tokens, kl: of answers that were drawn since the last report, means over answers: reward,
+            length, and divergence from the base at their tokens, nats; missing where none were drawn.
     """
 
     step: int
@@ -35,6 +39,9 @@ class Report(TypedDict):
     learning_rate: NotRequired[float]
     validated: NotRequired[int]
     paired_loss: NotRequired[float]
+    train_reward: NotRequired[float]
+    answer_tokens: NotRequired[float]
+    kl: NotRequired[float]
 
 
 def metric_value(report: Report, metric: str) -> float:
@@ -80,6 +87,7 @@ class TrainState:
     reports: list[Report] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     _since: tuple[float, int] = (0.0, 0)  # summed loss and supervised tokens since the last report
+    _drawn: dict[str, float] = field(default_factory=dict)  # sums over the answers drawn since then, and their number
 
     def add(self, loss: float, supervised: int, tokens: int, seconds: float) -> None:
         """Count one more step, with its summed loss."""
@@ -89,6 +97,11 @@ class TrainState:
         self.seconds += seconds
         self.losses.append(loss / supervised)
         self._since = self._since[0] + loss, self._since[1] + supervised
+
+    def add_drawn(self, sums: Mapping[str, float], answers: float) -> None:
+        """Count the answers that were drawn for the next step."""
+        for name, value in {**sums, ANSWERS: answers}.items():
+            self._drawn[name] = self._drawn.get(name, 0.0) + value
 
     @property
     def due(self) -> bool:
@@ -136,12 +149,15 @@ class TrainState:
         }
         if validated is not None:
             report["validated"] = validated
+        if answers := self._drawn.pop(ANSWERS, 0.0):
+            validation = {name: value / answers for name, value in self._drawn.items()} | validation
+            self._drawn = {}
         self.reports.append(cast(Report, {**report, **validation}))
         return self.reports[-1]
 
     def state(self) -> dict[str, Any]:
         """The state after any step, for :meth:`restore`."""
-        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "losses", "_since")
+        names = ("step", "tokens", "supervised_tokens", "seconds", "reports", "losses", "_since", "_drawn")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
