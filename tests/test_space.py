@@ -49,6 +49,7 @@ def test_the_promised_spaces_are_there():
     assert {"quick", "lora", "adalora", "ia3", "oft", "methods", "qlora", "variants", "prompts", "compact"} <= set(
         BUNDLED
     )
+    assert {"preference", "simpo", "orpo", "kto"} <= set(BUNDLED)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
