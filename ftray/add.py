@@ -33,6 +33,7 @@ def run(cfg: Config) -> int:
     if not (output / JOURNAL).exists():
         raise UserError(f"output {output}: the search has not come to its first trial yet")
     settings = config_from({"training": of.training.model_dump() | configuration["training"]}).training
+    TaskSpec.named(of.task).load().objective(settings)  # it refuses the settings of others
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec.named(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))

@@ -48,6 +48,7 @@ def run(cfg: Config) -> int:
     settings = config_from({"training": of.training.model_dump() | changed["training"]}).training
     if settings.zero_stage == 3:
         raise UserError("training.zero_stage 3: a trial can't begin with the weights of another: take 0, 1 or 2")
+    TaskSpec.named(of.task).load().objective(settings)  # it refuses the settings of others
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec.named(of.task))
     dry_run(AdapterConfig(**changed["adapter"]), skeleton, of.model, settings)
     refuse_other_weights(number, own["adapter"], changed["adapter"], skeleton)

@@ -188,6 +188,10 @@ CONFIG = {
     "missing config": (["--config", "nope.yaml"], "can't read nope.yaml"),
     "broken config": (["--config", "broken.yaml"], "broken.yaml:3: not valid YAML"),
     "unknown section": (["--config", "section.yaml"], "unknown key trainin; did you mean training"),
+    "setting of another objective": (
+        ["--training.beta", "0.1"],
+        "training.beta: what is learnt here has no such setting: only preferences have some",
+    ),
     "fractions too large": (["--data.validation_fraction", "0.95"], "nothing is left to train on"),
     "metric of text without text": (
         ["--search.metric", "exact_match", "--evaluation.generate", "false"],
@@ -228,6 +232,16 @@ SPACE = {
     "value out of range": ("method: lora\nlora: {dropout: {float: [0, 2]}}", [], "less than 1"),
     "foreign method": ("method: lora\nia3: {}", [], "ia3: is not among the methods (lora)"),
     "budget in space": ("method: lora\nsteps: 3", [], "steps: is equal for all trials"),
+    "setting of another objective": (
+        "method: lora\nbeta: {log: [0.1, 1]}",
+        [],
+        "space.yaml: beta: what is learnt here has no such setting: only preferences have some",
+    ),
+    "setting of another objective, of a method": (
+        "method: {choice: [ia3, lora]}\nlora: {gamma: {choice: [1]}}",
+        [],
+        "space.yaml: gamma: what is learnt here has no such setting",
+    ),
     "target module": ("method: lora\nlora: {target_modules: q_prj}", [], "did you mean q_proj"),
 }
 
@@ -288,6 +302,34 @@ def test_a_task_that_cannot_be_told(tmp_path, monkeypatch, capsys, tiny_bert, wo
 def test_configuration(name, tmp_path, monkeypatch, capsys, tiny_llama, words):
     arguments, what = CONFIG[name]
     assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+PREFERRED = [{"prompt": f"The sky {i} is", "chosen": " blue.", "rejected": " green."} for i in range(20)]
+JUDGED = [{"prompt": f"The sky {i} is", "completion": " blue.", "label": i % 2 == 0} for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("records", "arguments", "what"),
+    [
+        (PREFERRED, ["--training.gamma", "1"], "training.gamma: what is learnt here has no such setting: it has beta,"),
+        (PREFERRED, ["--space", "kto"], "kto.yaml: undesirable_weight: what is learnt here has no such setting: it"),
+        (PREFERRED, ["--space", "simpo"], "simpo.yaml: gamma: what is learnt here has no such setting: it has beta,"),
+        (PREFERRED, ["--task", "ORPO", "--space", "preference"], "preference.yaml: loss: what is learnt here has no"),
+        (PREFERRED, ["--task", "REWARD", "--training.beta", "1"], "training.beta: what is learnt here has no such"),
+        (JUDGED, ["--training.loss", "hinge"], "training.loss: what is learnt here has no such setting: it has beta,"),
+    ],
+)
+def test_settings_of_another_objective(records, arguments, what, tmp_path, monkeypatch, capsys, tiny_llama, words):
+    (tmp_path / "data.jsonl").write_text(lines(*records))
+    arguments = ["--data", "data.jsonl", *arguments]
+    assert what in run(tmp_path, monkeypatch, capsys, tiny_llama, words, arguments)
+
+
+def test_settings_of_another_objective_of_one_run(tmp_path, capsys, tiny_llama):
+    (tmp_path / "data.jsonl").write_text(lines(*PREFERRED))
+    flags = ["--data", str(tmp_path / "data.jsonl"), "--model", tiny_llama, "--output", str(tmp_path / "out")]
+    assert run_command("train", [*flags, "--training.desirable_weight", "2"]) == 2
+    assert "train: error: training.desirable_weight: what is learnt here has no such" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SPACE)

@@ -64,6 +64,8 @@ def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, 
         assert capsys.readouterr().out == "trial 2 is the next to begin\n"
         assert main(["add", added, *on]) == 2
         assert "trial 2 has this configuration already" in capsys.readouterr().err
+        assert main(["add", "{adapter: {method: ia3}, training: {beta: 1}}", *on]) == 2
+        assert "training.beta: what is learnt here has no such setting" in capsys.readouterr().err
         assert [t["state"] for t in read(LocalLocation(output)).trials] == ["runs", "runs", "waits"]
         assert main(["stop", "2", *on]) == 2
         assert "it does not run (waiting)" in capsys.readouterr().err
@@ -151,6 +153,7 @@ def test_a_clone_goes_on_from_the_weights_of_a_trial_with_settings_of_its_own(
         "--adapter.target_modules mlp": "adapter.target_modules mlp: the weights of trial 1 are of ",
         "--adapter.use_dora true": "adapter.use_dora",
         "--training.zero_stage 3": "training.zero_stage 3: a trial can't begin with the weights of another",
+        "--training.beta 1": "training.beta: what is learnt here has no such setting",
         "--training.learning_rate -1": "training.learning_rate: must be greater than 0",
     }.items():
         capsys.readouterr()

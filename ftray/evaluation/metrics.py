@@ -1,6 +1,6 @@
 """Corpus metrics of predictions, and bootstrap intervals of their differences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ class Scores:
         rouge: ROUGE-L F measure (https://aclanthology.org/W04-1013), on lower-cased words without stemming.
         generated: the generated texts, or predictions as text; empty lists throughout if nothing was generated.
         metrics: those that a task has of its own.
+        lengths: tokens of texts, by what they are, as `answer`, one a record that has such a text; see :func:`lengths`.
         of_text: whether the loss is that of text, so that its exponential is a perplexity.
     """
 
@@ -36,6 +37,7 @@ class Scores:
     rouge: np.ndarray = field(default_factory=lambda: np.zeros(0))
     generated: list[str] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
     of_text: bool = True
 
     def add_generated(self, generated: Sequence[str], targets: Sequence[str]) -> None:
@@ -167,6 +169,22 @@ def compare_sources(
         before, after = (Scores(scores.loss[own], scores.tokens[own]) for scores in (base, best))
         found[name] = {"records": len(own), **compare(before, after, resamples, candidates=candidates)["loss"]}
     return found
+
+
+def lengths(models: Mapping[str, Scores | None], resamples: int) -> dict[str, dict[str, float | list[float]]]:
+    """Mean tokens of each model's answers, by its name, and of the texts of the records, by what they are.
+
+    Each has a 95 % percentile-bootstrap interval of its own, over records. Nothing where nobody has counted.
+    """
+    counted = [(name, scores.lengths) for name, scores in models.items() if scores]
+    found = {name: own["answer"] for name, own in counted if "answer" in own}
+    found |= {name: own for _, counts in counted for name, own in counts.items() if name != "answer"}
+    return {name: _mean(own, resamples) for name, own in found.items() if len(own)}
+
+
+def _mean(values: np.ndarray, resamples: int) -> dict[str, float | list[float]]:
+    low, high = np.percentile(resampled(len(values), resamples) @ values / len(values), [2.5, 97.5])
+    return {"mean": float(values.mean()), "interval": [float(low), float(high)]}
 
 
 def _entry(base: float, best: float, differences: np.ndarray, candidates: int) -> dict[str, float | list[float]]:

@@ -38,6 +38,8 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
     """Print leaderboard, proof, samples, the paths of everything and how to serve it."""
     print_leaderboard(rows, cfg)
     console().print(proof_table(proof))
+    if proof["lengths"]:
+        print(lengths_line(proof["lengths"]))
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
         print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
@@ -71,6 +73,15 @@ def proof_table(proof: dict[str, Any]) -> Table:
     for source, own in proof["sources"].items():
         added(f"loss, {own['records']} of {source}", own, None)
     return table
+
+
+def lengths_line(lengths: dict[str, Any]) -> str:
+    """How long the models' answers and the records' are, so that a win by length shows."""
+    shown = [
+        f"{name} {own['mean']:.1f} ({own['interval'][0]:.1f} to {own['interval'][1]:.1f})"
+        for name, own in lengths.items()
+    ]
+    return f"mean tokens of answers, 95 % intervals: {', '.join(shown)}"
 
 
 def console() -> Console:

@@ -120,7 +120,7 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     base = load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)
-    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
+    rows = data.task.load().compared_with(untrained(context, base.model), rows, cfg.evaluation)
     scored = []
     for candidate in candidates:
         scores = {
@@ -154,6 +154,11 @@ def adapted(base: "PreTrainedModel", adapter: Location) -> "PeftModel":
 
     with adapter.as_local_dir() as directory:
         return PeftModel.from_pretrained(share(base), str(directory)).eval()
+
+
+def untrained(context: "SearchContext", base: "PreTrainedModel") -> "PreTrainedModel | PeftModel":
+    """What trials begin with: the base, or the base with the adapter that is kept."""
+    return adapted(base, parse_location(context.start)) if context.start else base
 
 
 def trained_parameters(base: "LoadedModel", adapter: AdapterConfig) -> int:

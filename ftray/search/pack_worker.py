@@ -194,7 +194,7 @@ class PackWorker:
         from ftray.adapters.lora_init import SAMPLES
 
         try:
-            start = start_of(config, self.context.experiment)
+            start = start_of(config, self.context.experiment) or self.context.search.start or None
             run = self.context.search.run(config["adapter"], config["training"], start)
             first = partial(self.batches, run, 0)
             isolation_reason = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))

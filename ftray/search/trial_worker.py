@@ -62,6 +62,7 @@ class SearchContext:
         functions: metrics of the user's own, among the search's goals.
         reference: see :class:`ftray.data.shards.TokenizedData`.
         reward: of the user's own, that trials learn from; None: there is none.
+        start: adapter, a directory or URI, that all trials begin with; empty: with new ones.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class SearchContext:
     functions: tuple[UserMetric, ...] = ()
     reference: str = ""
     reward: UserMetric | None = None
+    start: str = ""
 
     @cached_property
     def tokenized(self) -> TokenizedData:

@@ -37,19 +37,22 @@ LABELLED = ("TOKEN_CLS", "SEQ_CLS")  # tasks whose shapes tell them from all oth
 
 
 def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
-    """`cfg` with `task`, `search.metric`, `search.direction` and the text of the chat template filled in.
+    """`cfg` with `task`, `search.space`, `search.metric`, `search.direction` and the chat template's text filled in.
 
     Args:
         model_path: directory of the base model.
         first: training record, with its location.
 
     Raises:
-        UserError: the task can't be inferred from the first record and the model, or has no such metric.
+        UserError: the task can't be inferred from the first record and the model, or has no such metric or setting.
     """
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec.named(name).load()
+    task.objective(cfg.training)  # it refuses the settings of others
     search = _with_goals(cfg, task, *task.choices(record))
+    if "space" not in cfg.search.model_fields_set:
+        search = search.model_copy(update={"space": task.space})
     data = cfg.data
     if data.chat_template and data.chat_template not in names():  # a file is here, and perhaps not where it is used
         data = data.model_copy(update={"chat_template": read_chat_template(data.chat_template)})

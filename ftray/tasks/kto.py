@@ -86,6 +86,7 @@ class Task(UnpairedTask, causal.Task):
     metric = "preference_accuracy"
     columns = ("input_ids", "labels", "lengths", "score", REFERENCE)
     objective = Objective
+    space = "kto"
     generated: ClassVar[tuple[str, ...]] = ()  # what people found bad is nothing to compare an answer with
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
@@ -128,4 +129,6 @@ class Task(UnpairedTask, causal.Task):
             "preference_accuracy": ratio(preference.right(margins).numpy(), each),
             "margin": lambda draws: of_good(draws) - of_bad(draws),
         }
+        own = {name: [row["target"] for row in rows if row["score"] == i] for i, name in enumerate(["bad", "good"])}
+        preference.add_lengths(scores, tokenizer, own)
         return scores

@@ -36,6 +36,7 @@ class Task(preference.Task):
     """Pairs. Prompts of preferred texts are supervised too, so `answer`, float32 [1, S], tells what is not one."""
 
     objective = Objective
+    space = "orpo"
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         labels = []

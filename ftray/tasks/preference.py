@@ -1,5 +1,6 @@
 """What objectives over preferred and rejected answers have in common."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -108,6 +109,7 @@ class Task(PairTask, causal.Task):
     metric = "preference_accuracy"
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "lengths")
     objective: ClassVar[type[PairObjective]] = PairObjective
+    space = "preference"
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         return collate(columns)
@@ -137,7 +139,25 @@ class Task(PairTask, causal.Task):
             "preference_accuracy": ratio(right(margins).numpy(), each),
             "margin": ratio(margins.numpy(), each),
         }
-        return causal.with_answers(scores, model, tokenizer, rows, cfg)
+        scores = causal.with_answers(scores, model, tokenizer, rows, cfg)
+        rejected = [json.loads(row["extra"])["rejected"] for row in rows]
+        add_lengths(scores, tokenizer, {"chosen": [row["target"] for row in rows], "rejected": rejected})
+        return scores
+
+
+def add_lengths(scores: Scores, tokenizer: "PreTrainedTokenizerBase", texts: Mapping[str, Sequence[str]]) -> None:
+    """Add the tokens of the generated answers, as the metric `answer_tokens` too, and those of the records' `texts`.
+
+    Answers may come to be preferred for nothing but their length: these tell.
+    """
+    given = {"answer": scores.generated, **texts}
+    scores.lengths = {
+        name: np.array([len(tokenizer(text, add_special_tokens=False).input_ids) for text in own], float)
+        for name, own in given.items()
+        if own
+    }
+    if "answer" in scores.lengths:
+        scores.metrics["answer_tokens"] = ratio(scores.lengths["answer"], np.ones(len(scores.generated)))
 
 
 def collate(columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:

@@ -33,3 +33,4 @@ class Task(preference.Task):
     """Pairs."""
 
     objective = Objective
+    space = "simpo"

@@ -42,6 +42,7 @@ class Task(RecordTask):
         metrics: what may be searched for (as `validation_<name>`), and which way is better.
         metric: that is searched for unless the user says otherwise.
         objective: what a run minimises.
+        space: of `search_spaces/`, that is searched unless the user names one.
         generated: those of `metrics` that `evaluation.generate` gives.
         usage_example: a line of shell that uses the result; {path} is the merged model's directory, {run} the search's.
     """
@@ -56,6 +57,7 @@ class Task(RecordTask):
     generated: ClassVar[tuple[str, ...]] = ()
     usage_example: ClassVar[str]
     objective: ClassVar[type[Objective]] = Objective
+    space: ClassVar[str] = "quick"
 
     def choices(self, record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
         """`metrics` and `metric` for records like this first one."""

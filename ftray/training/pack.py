@@ -428,14 +428,22 @@ class Pack:
                 gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
 
-    def base_log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
-        """The log-probability of each text's supervised tokens, nats, by the base alone.
+    @torch.no_grad()
+    def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:
+        """The log-probability of each text's supervised tokens, nats, by the base with an adapter, without dropout.
 
         Args:
             texts: `input_ids` and `labels` of each.
+            name: of the adapter; empty: by the base alone.
         """
         batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
-        (losses,) = self.base_losses([batch], [1.0])
+        if not name:
+            (losses,) = self.base_losses([batch], [1.0])
+        elif self.adapters[name].isolation_reason:
+            losses = token_losses(self.adapters[name].model.eval(), self._on_device(batch)).double()
+        else:
+            self.shared.eval()
+            (losses,) = self._in_memory(lambda: self.token_losses_of([(name, 0, batch)]))
         return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
