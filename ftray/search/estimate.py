@@ -387,7 +387,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
     task = context.tokenized.task
     trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
-    trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer.pack)
+    trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer)
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]
     for name in names:
