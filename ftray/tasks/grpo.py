@@ -118,6 +118,7 @@ class Task(PromptTask, causal.Task):
     generated: ClassVar[tuple[str, ...]] = ("reward", *task.GENERATED)
     columns = ("input_ids", "labels", *FIELDS)
     objective = Objective
+    space = "grpo"
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         names = [name for name in FIELDS if name in columns]
