@@ -5,6 +5,7 @@ import math
 import random
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ftray.cli import main
 from ftray.config import AdapterConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
+from ftray.search.reference import add_start
 from ftray.task_spec import TaskSpec
 from ftray.tasks.grpo import Objective, advantages
 from ftray.training.pack_trainer import PackTrainer
@@ -413,6 +415,29 @@ def test_a_trial_resumes_with_the_same_draws(tiny_llama, tmp_path):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max(), name
         for key in ("train_reward", "answer_tokens"):
             assert again[name][1][-1][key] == pytest.approx(whole[name][1][-1][key], abs=1e-9)
+
+
+def test_an_adapter_that_is_kept_is_what_trials_diverge_from(tiny_llama, tmp_path):
+    """They begin as it is: the divergence of their first answers is 0, and from the base it is not."""
+    first = run_of(tiny_llama, *TRIALS["lora"][:1], group=2)
+    first.training.learning_rate = 0.05
+    learn(tiny_llama, {"a": first}, save={"a": str(tmp_path)})
+    found = []
+    for start in ("", "start"):
+        trainer = PackTrainer(ModelConfig(dtype="fp32"), tiny_llama, task=SPEC)
+        if start:
+            add_start(trainer.pack, trainer.base, str(tmp_path / "adapter"))
+        reward, cfg = UserMetric("r.py", "share", REWARD, "reward"), EvaluationConfig(max_new_tokens=MOST)
+        trainer.rollouts = Rollouts(trainer.pack, make_tokenizer(), cfg, reward, start)
+        run = replace(first, start=str(tmp_path / "adapter"), evaluate_at=(1,))
+        trainer.join("a", run)
+        trainer.trials["a"].batches = prompt_batches(run)
+        assert trainer.step(["a"]) == {}
+        assert trainer.validate(["a"], []) == {}
+        found.append(trainer.trials["a"].history.reports[0]["kl"])
+        trainer.leave("a")
+    assert found[0] > 1e-4
+    assert found[1] < 1e-9
 
 
 def test_a_reward_that_raises_is_one_line(tiny_llama):

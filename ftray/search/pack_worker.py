@@ -87,7 +87,7 @@ def pack_worker(config: dict[str, Any]) -> bool:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()
     trainer.measure_together = context.search.measure_together(trainer.base.model)
-    trainer.rollouts = context.search.rollouts(trainer.pack)
+    trainer.rollouts = context.search.rollouts(trainer)
     worker = PackWorker(context, trainer)
     worker.report_capacity()
     return worker.train()

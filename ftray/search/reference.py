@@ -111,13 +111,12 @@ def _pack(model: str, path: str, directory: str, longest: int, start: str) -> "P
     base = load_on_device(ModelConfig(**json.loads(model)), path, task)
     pack = Pack(base.model.requires_grad_(False), task, longest=longest)
     if start:
-        with parse_location(start).as_local_dir() as adapter:
-            _add(pack, base, adapter)
+        add_start(pack, base, start)
     return pack
 
 
-def _add(pack: "Pack", base: "LoadedModel", adapter: Path) -> None:
-    """Add an adapter that training begins with, as a trial adds it before its first step."""
+def add_start(pack: "Pack", base: "LoadedModel", start: str) -> None:
+    """Add the adapter that training begins with, as a trial adds it before its first step, by the name of `START`."""
     import torch
 
     from ftray.adapters.methods import attach
@@ -125,8 +124,9 @@ def _add(pack: "Pack", base: "LoadedModel", adapter: Path) -> None:
     from ftray.training.checkpoint import start_from
     from ftray.training.optimizer import TorchOptimizer
 
-    model = attach(replace(base, model=share(base.model)), kept_adapter(adapter), 1, 0)
-    start_from(model, adapter)
+    with parse_location(start).as_local_dir() as adapter:
+        model = attach(replace(base, model=share(base.model)), kept_adapter(adapter), 1, 0)
+        start_from(model, adapter)
     pack.add(START, model, TorchOptimizer(model, torch.optim.SGD(trainable(model), 0.0)))
 
 

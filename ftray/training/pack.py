@@ -437,13 +437,7 @@ class Pack:
             name: of the adapter; empty: by the base alone.
         """
         batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
-        if not name:
-            (losses,) = self.base_losses([batch], [1.0])
-        elif self.adapters[name].isolation_reason:
-            losses = token_losses(self.adapters[name].model.eval(), self._on_device(batch)).double()
-        else:
-            self.shared.eval()
-            (losses,) = self._in_memory(lambda: self.token_losses_of([(name, 0, batch)]))
+        (losses,) = self.reference_losses([batch], [1.0], name)
         return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
@@ -539,23 +533,28 @@ class Pack:
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
     @torch.no_grad()
-    def base_losses(self, batches: Sequence[Batch], temperatures: Sequence[float]) -> list[torch.Tensor]:
-        """The cross-entropy of the supervised tokens of each batch, float64 [S], without any adapter.
+    def reference_losses(
+        self, batches: Sequence[Batch], temperatures: Sequence[float], name: str = ""
+    ) -> list[torch.Tensor]:
+        """The cross-entropy of the supervised tokens of each batch, float64 [S], without dropout.
 
         Args:
             temperatures: by which logits are divided, one a batch.
+            name: of the adapter whose losses they are; empty: those of the base alone.
         """
-        if self.isolation_reason:
-            each, base = zip(batches, temperatures, strict=True), self.base.eval()
-            return [token_losses(base, self._on_device(batch), temperature=t).double() for batch, t in each]
+        adapter = self.adapters.get(name)
+        model = (adapter.model if adapter else self.base).eval()
+        if adapter.isolation_reason if adapter else self.isolation_reason:
+            each = zip(batches, temperatures, strict=True)
+            return [token_losses(model, self._on_device(batch), temperature=t).double() for batch, t in each]
         self.shared.eval()
 
         def attempt() -> list[torch.Tensor]:
             found: list[torch.Tensor] = []
             while len(found) < len(batches):
-                units: list[Unit] = [("", 0, batch) for batch in batches[len(found) :]]
+                units: list[Unit] = [(name, 0, batch) for batch in batches[len(found) :]]
                 sizes = accumulate(batch["input_ids"].numel() for *_, batch in units)
-                fit = max(1, sum(size <= self.tokens for size in sizes))
+                fit = 1 if adapter else max(1, sum(size <= self.tokens for size in sizes))
                 found += self.token_losses_of(units[:fit], temperatures[len(found) :][:fit])
             return found
 
