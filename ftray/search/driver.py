@@ -202,7 +202,8 @@ def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packe
 
     def size() -> int:
         if packed and capacity.since is not None:
-            return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
+            fit = capacity.trials if capacity.trials >= cfg.search.trials else max(1, int(capacity.trials / beside))
+            return min(cfg.search.cohort or cfg.search.trials, fit)
         return cohort_size(cfg.search)
 
     cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)
