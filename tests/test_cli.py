@@ -46,7 +46,6 @@ SPECIAL = {
     "adapter.method": "ia3",
     "data.max_length": 77,
     "search.space": "lora",
-    "training.label_smoothing": 0.25,
     "training.reward": "rewards.py:function",
 }
 
