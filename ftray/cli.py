@@ -89,8 +89,8 @@ COMMANDS = {
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
-        "ftray tune --data pairs.jsonl --output runs/preferred  # prompt, chosen, rejected: DPO\n"
-        "ftray tune --data judged.jsonl --training.beta 0.3  # prompt, completion, label: KTO\n"
+        "ftray tune --data pairs.jsonl --output runs/preferred\n"
+        "ftray tune --data judged.jsonl --training.beta 0.3\n"
         "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"
         "ftray tune --data pairs.jsonl --stages sft,dpo --output runs/both\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",

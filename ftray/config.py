@@ -32,7 +32,6 @@ from pydantic import (
 )
 
 from ftray.errors import UserError, first_error, near
-from ftray.task_spec import OBJECTIVES, TASKS
 
 
 def _comma_separated(value: object) -> object:
@@ -66,10 +65,10 @@ def _directions(value: str) -> str:
     return ",".join(parts)
 
 
-def _task(value: str) -> str:
-    if value.upper() not in ("AUTO", *TASKS, *OBJECTIVES):
-        raise ValueError(f"must be auto or one of {', '.join((*TASKS, *OBJECTIVES))}")
-    return "auto" if value.upper() == "AUTO" else value.upper()
+def _upper(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return "auto" if value.lower() == "auto" else value.upper()
 
 
 def _off(value: object) -> object:
@@ -102,6 +101,27 @@ OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fi
 )
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
+TaskName = Annotated[  # of `ftray.task_spec`, in letters of any case
+    Literal[
+        "auto",
+        "CAUSAL_LM",
+        "SEQ_2_SEQ_LM",
+        "SEQ_CLS",
+        "TOKEN_CLS",
+        "QUESTION_ANS",
+        "FEATURE_EXTRACTION",
+        "SFT",
+        "DPO",
+        "SIMPO",
+        "ORPO",
+        "CPO",
+        "KTO",
+        "DISTILLATION",
+        "GRPO",
+        "REWARD",
+    ],
+    BeforeValidator(_upper),
+]
 
 
 class Section(BaseModel):
@@ -683,7 +703,7 @@ class RequestConfig(Section):
 class StageConfig(Section):
     """One of several trainings, each of which starts from the one before; what it doesn't say is as all say it."""
 
-    task: Annotated[str, AfterValidator(_task)] = Field(description="as `task`, but for auto")
+    task: TaskName = Field(description="as `task`, but for auto")
     start: dict[str, Any] = Field({}, description="fields of that section")
     data: dict[str, Any] = Field({}, description="fields of that section")
     adapter: dict[str, Any] = Field({}, description="fields of that section")
@@ -719,11 +739,7 @@ class Config(Section):
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
-    task: Annotated[str, AfterValidator(_task)] = Field(
-        "auto",
-        description=f"what is learnt, one of {', '.join((*TASKS, *OBJECTIVES))}; auto: inferred from the first record "
-        "and the model",
-    )
+    task: TaskName = Field("auto", description="what is learnt; auto: inferred from the first record and the model")
     stages: Annotated[list[StageConfig], BeforeValidator(_listed)] = Field(
         [],
         description="several trainings, each of which starts from the one before: tasks, comma-separated, as sft,dpo, "

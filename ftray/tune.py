@@ -13,9 +13,11 @@ from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
 if TYPE_CHECKING:
-    import ray
+    from ray.tune import Callback
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.models.load import LoadedModel
+    from ftray.search.final_calls import Hardware
     from ftray.search.results import TrialRow
     from ftray.search.space import Space
     from ftray.search.trial_worker import SearchContext
@@ -96,7 +98,26 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
-    from ftray.runtime.cluster import on_hardware
+    from ftray.search.driver import search
+
+    started = time.monotonic()
+    context, callbacks = prepare_search(cfg, space, model_path, tokenizer, output)
+    with search(context, space, output, callbacks) as hardware:
+        return conclude(context, hardware, tokenizer, output, started)
+
+
+def conclude(
+    context: "SearchContext",
+    hardware: "Hardware",
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Location,
+    started: float,
+) -> int:
+    """Choose among the finalists, prove the best and merge it; returns the exit code.
+
+    Args:
+        started: when the search began, by `time.monotonic`.
+    """
     from ftray.search.cohorts import BASELINE_TRIAL
     from ftray.search.finalists import choose_finalist, final_runs, verdict
     from ftray.search.goals import front
@@ -113,13 +134,12 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     )
     from ftray.search.starting_point import described as start_of
 
-    started = time.monotonic()
-    context = search_for_best(cfg, space, model_path, tokenizer, output)
+    cfg = context.config
     known = all_rows(cfg, output)
     rows, further = ([row for row in known if (row["seed_of"] is None) is own] for own in (True, False))
     choice = None
     if candidates := final_runs(rows, further, cfg):
-        choice = _awaited(on_hardware(cfg, choose_finalist, context, candidates))
+        choice = hardware.run(choose_finalist, context, candidates, reads_base=True)
         rows.sort(key=lambda row: row["trial"] != choice["winner"])
         print("\n".join(verdict(choice, cfg.search.goal.metric)), flush=True)
     best = save_best(cfg, rows, tokenizer, output)
@@ -155,12 +175,13 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
             print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
-    proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
+    chosen_of = max(1, len(candidates))
+    proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
     write_lines(proof.pop("answers"), output / ANSWERS)
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
-    proof["merged"] = merged_on_hardware(context, output)
+    proof["merged"] = merged_on(hardware, context, output)
     keep_summary()
     show(rows, proof, cfg, output)
     if summary["start"]:
@@ -170,17 +191,16 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     return exit_code(best, proof["merged"])
 
 
-def search_for_best(
+def prepare_search(
     cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location
-) -> "SearchContext":
-    """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
+) -> "tuple[SearchContext, list[Callback]]":
+    """Tokenize the data; returns what all trials of the search share, and who hears of their reports."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
     from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
-    from ftray.search.driver import search
     from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress
     from ftray.search.reference import with_reference
@@ -208,8 +228,7 @@ def search_for_best(
     context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt, start)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
-    search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
-    return context
+    return context, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)]
 
 
 def save_best(
@@ -235,16 +254,15 @@ def save_best(
     return None
 
 
-def merged_on_hardware(context: "SearchContext", output: Location) -> dict[str, Any]:
+def merged_on(hardware: "Hardware", context: "SearchContext", output: Location) -> dict[str, Any]:
     """What :func:`merge_best` returns; the `reason` if its process did not survive."""
     from ray.exceptions import RayError
 
-    from ftray.runtime.cluster import on_hardware
     from ftray.search.failures import last_line
 
     try:
         # an attempt that ran out of memory would do so again, for ever
-        return _awaited(on_hardware(context.config, merge_best, context, output.absolute(), max_retries=0))
+        return hardware.run(merge_best, context, output.absolute(), max_retries=0)
     except RayError as error:
         return {"reason": f"its process ended: {last_line(error)}"}
 
@@ -257,18 +275,6 @@ def exit_code(best: "TrialRow", merged: dict[str, Any]) -> int:
         return 0
     print(f"ftray tune: {merged['reason']}; the same command with --resume tries again", file=sys.stderr)
     return 1
-
-
-def _awaited(task: "ray.ObjectRef") -> dict[str, Any]:
-    """What a task on the hardware returns."""
-    import ray
-
-    from ftray.search.trial_worker import release
-
-    while not ray.wait([task], timeout=1)[0]:
-        release(everything=True)  # trials that were stopped a moment ago
-    result: dict[str, Any] = ray.get(task)
-    return result
 
 
 def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
@@ -325,12 +331,13 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     require("test", cfg.data, "the proof needs records that the search never sees")
     start = find_start(cfg)
     model_path = start.base if start else find(cfg.model.name)
-    if start and start.kept:
-        space = kept_space(space, start, "space" in cfg.search.model_fields_set)
+    is_given = "space" in cfg.search.model_fields_set
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
+    if start and start.kept:
+        space = kept_space(space, start, is_given)
     refuse_unknown_settings(cfg, space)
 
     # these take seconds to import: a name misspelt has been found by now
@@ -391,7 +398,11 @@ def most_added(space: "Space") -> int:
 
 
 def prove(
-    context: "SearchContext", output: Location, default: str | None = None, candidates: int = 1
+    context: "SearchContext",
+    output: Location,
+    default: str | None = None,
+    candidates: int = 1,
+    base: "LoadedModel | None" = None,
 ) -> dict[str, Any]:
     """Score base, default and best adapter on the test split; runs where the hardware is.
 
@@ -400,6 +411,7 @@ def prove(
     Args:
         default: the checkpoint of the default configuration; None: there is none, or it is the best itself.
         candidates: of which the best was chosen in the end: the intervals allow for it.
+        base: the model, where it is in memory; it stays as it is.
 
     Returns:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
@@ -408,8 +420,6 @@ def prove(
         without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
         `merged`, for the time being with the `reason` that it comes later.
     """
-    from peft import PeftModel
-
     from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
@@ -417,7 +427,7 @@ def prove(
 
     cfg = context.config
     data = context.tokenized
-    base, usual = load_on_device(cfg.model, context.model_path, data.task), None
+    base, usual = base or load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
     start = untrained(context, base.model)
@@ -425,8 +435,7 @@ def prove(
     before = context.score(start, tokenizer, rows)
     if default:
         usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
-    with (output / "best" / "adapter").as_local_dir() as adapter:
-        model = PeftModel.from_pretrained(base.model, str(adapter))
+    model = adapted(base.model, output / "best" / "adapter")
     after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [

@@ -190,7 +190,7 @@ CONFIG = {
     "unknown section": (["--config", "section.yaml"], "unknown key trainin; did you mean training"),
     "setting of another objective": (
         ["--training.beta", "0.1"],
-        "training.beta: what is learnt here has no such setting: only preferences have some",
+        "training.beta: what is learnt here has no such setting: only preferences and GRPO have some",
     ),
     "fractions too large": (["--data.validation_fraction", "0.95"], "nothing is left to train on"),
     "metric of text without text": (
@@ -235,7 +235,7 @@ SPACE = {
     "setting of another objective": (
         "method: lora\nbeta: {log: [0.1, 1]}",
         [],
-        "space.yaml: beta: what is learnt here has no such setting: only preferences have some",
+        "space.yaml: beta: what is learnt here has no such setting: only preferences and GRPO have some",
     ),
     "setting of another objective, of a method": (
         "method: {choice: [ia3, lora]}\nlora: {gamma: {choice: [1]}}",

@@ -32,6 +32,8 @@ SPECIAL = {
     "search.trackers": ["mlflow"],
     "search.direction": "min,max",
     "search.best": "adapter_bytes < 5e6",
+    "task": "DPO",
+    "training.label_smoothing": 0.25,
     "stages": [StageConfig(task="sft", training={"epochs": 2}).model_dump()],
     "data.source": ["one", "two"],
     "data.sources": [MixedSource(source="one", weight=2).model_dump()],
@@ -44,6 +46,7 @@ SPECIAL = {
     "adapter.method": "ia3",
     "data.max_length": 77,
     "search.space": "lora",
+    "training.reward": "rewards.py:function",
 }
 
 

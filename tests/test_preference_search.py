@@ -26,7 +26,14 @@ EXAMPLE, PAGE = ROOT / "examples" / "preferences.py", ROOT / "docs" / "preferenc
 
 @pytest.mark.parametrize(
     ("kind", "space"),
-    [("DPO", "preference"), ("CPO", "preference"), ("SIMPO", "simpo"), ("ORPO", "orpo"), ("KTO", "kto")],
+    [
+        ("DPO", "preference"),
+        ("CPO", "preference"),
+        ("SIMPO", "simpo"),
+        ("ORPO", "orpo"),
+        ("KTO", "kto"),
+        ("GRPO", "grpo"),
+    ],
 )
 def test_each_objective_is_searched_in_a_space_of_its_own_settings(kind, space, tiny_llama):
     record = {"completion": "b", "label": True} if kind == "KTO" else {"chosen": "b", "rejected": "c"}

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,24 @@ import torch
 import yaml
 from helpers.searches import run_here
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ftray.config import DataConfig
+from ftray.adapters import lora_init
+from ftray.adapters.methods import attach
+from ftray.config import AdapterConfig, Config, DataConfig, ModelConfig
 from ftray.data import TokenizedData, prepare
+from ftray.errors import UserError
+from ftray.models.load import load_base
+from ftray.multi_adapter.shared_model import share, trainable
+from ftray.search.reference import log_probabilities
+from ftray.search.results import checkpoints
+from ftray.search.starting_point import find_start, kept_adapter
+from ftray.storage.location import parse_location
 from ftray.task_spec import TaskSpec
+from ftray.training.checkpoint import start_from
+from ftray.training.optimizer import TorchOptimizer
+from ftray.training.pack import Pack
 
 TEMPLATE = "{prompt}:"
 SPACE = """
@@ -79,7 +93,9 @@ def by_transformers(model: torch.nn.Module, rows: list[dict]) -> list[list[float
         for part in (slice(0, at), slice(at, None)):
             ids, labels = torch.tensor(row["input_ids"][part]), torch.tensor(row["labels"][part])
             with torch.no_grad():
-                said = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+                said = (
+                    model(input_ids=ids[None]).logits[0, -len(ids) :].log_softmax(-1)
+                )  # after a prompt, if it has one
             learnt = (labels[1:] != -100).nonzero()[:, 0]
             both.append(said[learnt, labels[1:][learnt]].sum().item())
         found.append(both)
@@ -140,7 +156,7 @@ def test_sft_then_dpo_is_two_commands(cluster, tmp_path, common, sft, space, tin
     assert scores["adapters"][str(output)]["margin"]["best"] == pytest.approx(
         proof["metrics"]["margin"]["best"], abs=1e-4
     )
-    done("merge", "--adapter", str(output), "--output", str(tmp_path / "whole"))
+    done("merge", "--adapter", str(output), "--model.dtype", "fp32", "--output", str(tmp_path / "whole"))
     ids = AutoTokenizer.from_pretrained(best)("a b c:", return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert torch.allclose(whole(ids).logits, plain(str(output / "base"), best)(ids).logits, atol=1e-4)
@@ -215,8 +231,9 @@ def test_an_untrained_kept_adapter_is_compared_with_itself(cluster, tmp_path, sf
     """A step so small that it rounds to nothing: the margins of a validation are those of the start over itself."""
     still = ["--training.steps", "1", "--training.batch_size", "4", "--training.learning_rate", "1e-30"]
     output = tmp_path / "still"
-    printed = done("train", *common, *still, "--from", str(sft), "--from-as", "kept", "--output", str(output))
-    assert "validation_preference_accuracy 0.5000" in printed
+    done("train", *common, *still, "--from", str(sft), "--from-as", "kept", "--output", str(output))
+    ((report, _),) = checkpoints(parse_location(str(output)) / "train")
+    assert abs(report["validation_margin"]) < 1e-5
     start, end = (plain(tiny_llama, out / "adapter").state_dict() for out in (sft, output))
     assert all(torch.equal(weight, end[name]) for name, weight in start.items())
 
@@ -317,8 +334,6 @@ def test_what_cannot_be_started_from_is_refused_in_one_line(
 
 
 def test_a_starting_adapter_that_has_changed_is_not_resumed_from(cluster, tmp_path, common, sft, space):
-    from safetensors.torch import load_file, save_file
-
     adapter, output = tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(sft / "adapter", adapter)
     (adapter / "MANIFEST.json").unlink()
@@ -329,23 +344,66 @@ def test_a_starting_adapter_that_has_changed_is_not_resumed_from(cluster, tmp_pa
     assert "has changed since output" in done("tune", *flags, "--resume", code=2)
 
 
-@pytest.mark.parametrize("method", ["ia3", "oft", "prompt_tuning", "vera", "lora with a head"])
-def test_adapters_of_other_methods_are_kept(cluster, tmp_path, common, tiny_llama, method):
-    """Whose weights after a step of nothing are those that they began with."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+ADAPTERS = {
+    "lora": {"rank": 4, "dropout": 0.1, "use_rslora": True},
+    "dora": {"method": "lora", "use_dora": True, "target_modules": "attention"},
+    "ia3": {},
+    "oft": {"block_size": 16},
+    "vera": {},
+    "ln_tuning": {},
+    "prompt_tuning": {"virtual_tokens": 3},
+    "prefix_tuning": {"virtual_tokens": 3},
+    "lora with a head": {
+        "method": "peft",
+        "config": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    },
+    "lora from what it took": {"method": "lora", "init": "pissa", "target_modules": "attention-qv"},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_trials_begin_with_says_what_the_saved_adapter_says(tmp_path, tiny_llama, name):
+    adapter, base = (
+        AdapterConfig(**{"method": name, **ADAPTERS[name]}),
+        load_base(ModelConfig(dtype="fp32"), tiny_llama),
     )
-    with_head = {"adapter": {"method": "peft", "config": str(config)}}
-    named = ["--method", method]
-    if method == "lora with a head":
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(with_head))
-        named = ["--config", str(tmp_path / "run.yaml")]
-    if method == "oft":
-        named += ["--adapter.block_size", "16"]
-    done("train", *common, *TRAINED, "--task", "sft", "--model", tiny_llama, "--output", str(first), *named)
-    still = ["--training.steps", "1", "--training.batch_size", "4", "--training.learning_rate", "1e-30"]
-    done("train", *common, *still, "--from", str(first), "--from-as", "kept", "--output", str(second))
-    start, end = (plain(tiny_llama, out / "adapter").state_dict() for out in (first, second))
-    assert all(torch.equal(weight, end[name]) for name, weight in start.items())
+    first = attach(replace(base, model=share(base.model)), adapter, 10, 0)
+    with torch.no_grad():
+        for parameter in trainable(first):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    lora_init.save(first, TaskSpec(), tmp_path / "saved")
+
+    model = attach(replace(base, model=share(base.model)), kept_adapter(tmp_path / "saved"), 10, 1)
+    start_from(model, tmp_path / "saved")
+    lora_init.save(model, TaskSpec(), tmp_path / "again")
+    before, after = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("saved", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+    pack = Pack(base.model.requires_grad_(False), TaskSpec.named("DPO"))
+    pack.add("start", model, TorchOptimizer(model, torch.optim.SGD(trainable(model), 0.0)))
+    rows = [
+        {
+            "input_ids": [5, 6, 7, 8, 9, 5, 6, 7, 10],
+            "labels": [-100, -100, 7, 8, 9, -100, -100, 7, 10],
+            "lengths": [5, 4],
+        },
+        {"input_ids": [11, 12, 13, 11, 14], "labels": [-100, 12, 13, -100, 14], "lengths": [3, 2]},
+    ]
+    wanted = by_transformers(plain(tiny_llama, tmp_path / "saved"), rows)
+    for got, own in zip(log_probabilities(pack, rows), wanted, strict=True):
+        assert got == pytest.approx(own, abs=2e-4)
+    bare = by_transformers(base.model, rows)
+    assert (
+        max(abs(a - b) for own, other in zip(wanted, bare, strict=True) for a, b in zip(own, other, strict=True)) > 1e-3
+    )
+
+
+@pytest.mark.parametrize(("name", "said"), [("adalora", "the ranks of adalora"), ("p_tuning", "not the encoder")])
+def test_methods_that_cannot_go_on_say_so(tmp_path, tiny_llama, name, said):
+    base = load_base(ModelConfig(dtype="fp32"), tiny_llama)
+    model = attach(replace(base, model=share(base.model)), AdapterConfig(method=name), 10, 0)
+    lora_init.save(model, TaskSpec(), tmp_path)
+    cfg = Config.model_validate({"start": {"adapter": str(tmp_path), "form": "kept"}, "model": {"dtype": "fp32"}})
+    with pytest.raises(UserError, match=said):
+        find_start(cfg)

@@ -20,6 +20,7 @@ from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
 from ftray.search.clones import start_of
 from ftray.search.failures import last_line
+from ftray.search.final_calls import FinalCalls
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.rungs import LEAST_FINALISTS, Rung, cohort_size
@@ -90,7 +91,13 @@ def pack_worker(config: dict[str, Any]) -> bool:
     trainer.rollouts = context.search.rollouts(trainer)
     worker = PackWorker(context, trainer)
     worker.report_capacity()
-    return worker.train()
+    over = worker.train()
+    if worker.stays:
+        as_loaded = not (settings.training.shard_base or settings.training.liger)
+        calls = FinalCalls(context, trainer.base if as_loaded else None)
+        del worker, trainer  # what trained is freed
+        calls.serve()
+    return over
 
 
 @dataclass
@@ -117,6 +124,7 @@ class PackWorker:
         self.compared = context.search.rungs()
         self.unsaved: set[str] = set()  # trials that are due to report, until they have their checkpoint
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
+        self.stays = False  # after its trials, for the calls of the driver
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
     def report_capacity(self) -> None:
@@ -144,6 +152,9 @@ class PackWorker:
             self._leave(str(number) for number in orders.leave)
             if orders.close or must_end:
                 self._save_unfinished()
+                self.stays = orders.stay and not must_end
+                if self.stays:
+                    self._leave([*self.trainer.trials])
                 return not must_end
             results = Results()
             for number, config in orders.join.items():

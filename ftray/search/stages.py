@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ftray.adapters.discovery import find_adapter
-from ftray.config import Config, StartConfig, config_from
+from ftray.adapters.methods import named
+from ftray.config import AdapterConfig, Config, StartConfig, config_from
 from ftray.errors import UserError
 from ftray.search.starting_point import refuse_merged_elsewhere
 from ftray.storage.location import parse_location
-from ftray.storage.manifest import MANIFEST
+from ftray.storage.manifest import MANIFEST, refuse_damaged
 
 
 def run_stages(cfg: Config, check: Callable[[Config], object], run: Callable[[Config], int], result: str) -> int:
@@ -84,8 +85,11 @@ def is_over(stage: Config, result: str) -> bool:
     summary = output / "summary.json"
     if not summary.is_file():  # of `train`, where the adapter comes last
         return not (output / "space.yaml").is_file()
-    proof = json.loads(summary.read_text(encoding="utf-8")).get("proof")
-    return bool(proof) and proof["merged"].get("reason") != "not made yet"
+    with refuse_damaged(summary):
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        is_merged = bool(found["proof"]) and "path" in found["proof"]["merged"]
+        adapter = AdapterConfig(**found["best"]["config"]["adapter"])
+    return is_merged or (bool(found["proof"]) and named(adapter)[1].merge_tolerance is None)
 
 
 def _check_later(name: str, stage: Config, first: Config, check: Callable[[Config], object]) -> None:
@@ -101,4 +105,5 @@ def _check_later(name: str, stage: Config, first: Config, check: Callable[[Confi
 
 def _from_base_of(first: Config, stage: Config) -> Config:
     """A stage from what the first one starts from, which has the size and templates of what it will start from."""
-    return stage.model_copy(update={"model": first.model, "start": StartConfig(adapter=first.start.adapter)})
+    start = StartConfig(adapter=first.start.adapter)
+    return stage.model_copy(update={"model": first.model, "start": start, "resume": False})

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 # of a configuration of PEFT, how weights begin: they are there
 _BEGINNINGS = ("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config")
-RATES = {"log": [1e-5, 1e-3]}  # of a kept adapter, where the user gives no space: it has left its beginning behind
+RATES = {"log": [1e-5, 1e-3]}  # of a kept adapter, where no space says others: it has left its beginning behind
+
+_NO_STAGE_3 = "a trial can't begin with the weights of an adapter there: take --from-as merged, or stage 2"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _refuse_kept(start: StartingPoint, cfg: Config) -> None:
     if start.kind in ("p_tuning", "cpt") or getattr(config, "prefix_projection", False):
         raise UserError(f"{of}: {start.kind} saves what its encoder gave, not the encoder that was trained: train anew")
     if cfg.training.zero_stage == 3:
-        raise UserError(f"training.zero_stage 3: can't begin with the weights of an adapter: {merged}, or stage 2")
+        raise UserError(f"training.zero_stage 3: {_NO_STAGE_3}")
 
 
 def starts_at(cfg: Config, start: StartingPoint | None) -> Config:
@@ -188,14 +190,15 @@ def kept_space(space: Space, start: StartingPoint, is_given: bool) -> Space:
     """The space of training settings in which trials go on from the adapter.
 
     Args:
-        space: the user's; its method is that of the adapter, and it says nothing of its parameters.
-        is_given: whether the user has given one; else the learning rate alone is searched for.
+        space: its method is that of the adapter, and it says nothing of its parameters.
+        is_given: whether it is the user's; else what it says of training alone counts.
 
     Raises:
         UserError: it varies adapters.
     """
     own = kept_adapter(start.adapter)
-    content: dict[str, Any] = {"learning_rate": RATES}
+    shared = {key: value for key, value in space.content.items() if key in TrainingConfig.model_fields}
+    content: dict[str, Any] = {"learning_rate": RATES} | shared
     if is_given:
         refuse_adapters(space)
         (method,) = space.methods
@@ -207,7 +210,28 @@ def kept_space(space: Space, start: StartingPoint, is_given: bool) -> Space:
         content = {key: value for key, value in space.content.items() if key not in ("method", method)}
         content |= space.content.get(method) or {}
     whole = {"method": "peft", **content, "peft": {"config": own.parameters["config"]}}
-    return space_from(whole, space.source, {"method": "peft", **own.parameters})
+    made = space_from(whole, space.source, {"method": "peft", **own.parameters})
+    if any(corner["training"].get("zero_stage") == 3 for corner in made.corners()):
+        raise UserError(f"{space.source}: zero_stage 3: {_NO_STAGE_3}")
+    return made
+
+
+def refuse_added(cfg: Config, space: Space, adapter: dict[str, Any]) -> None:
+    """Refuse to add a configuration with another adapter than the one that a search has kept.
+
+    Args:
+        cfg, space: of the search.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if cfg.start.adapter is None or cfg.start.form == "merged":
+        return
+    if adapter.get("config") != space.content["peft"]["config"]:
+        raise UserError(
+            f"adapter: the search has kept the adapter {cfg.start.adapter}, and tries no other: ftray clone takes "
+            "training settings, and the weights of a trial"
+        )
 
 
 def refuse_adapters(space: Space) -> None:

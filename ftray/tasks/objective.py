@@ -40,7 +40,7 @@ class Objective:
         """
         given = {name: value for name in OBJECTIVE_SETTINGS if (value := getattr(training, name)) is not None}
         if unused := next((name for name in given if name not in self.settings), None):
-            known = f"it has {', '.join(self.settings)}" if self.settings else "only preferences have some"
+            known = f"it has {', '.join(self.settings)}" if self.settings else "only preferences and GRPO have some"
             raise UserError(f"training.{unused}: what is learnt here has no such setting: {known}")
         self.values = {**self.settings, **given}
         if self.values.get("beta") == 0 and not self.beta_may_be_zero:

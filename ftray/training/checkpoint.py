@@ -112,8 +112,8 @@ def _take_saved(model: "PeftModel", directory: Path) -> None:
     except (RuntimeError, LookupError, ValueError) as error:
         raise UserError(f"adapter {directory}: not of such an adapter: {str(error).splitlines()[-1].strip()}") from None
     own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [] if model.active_peft_config.is_prompt_learning else [n for n in found.missing_keys if n in own]
-    if odd := [*missing, *found.unexpected_keys]:
+    odd = [*(name for name in found.missing_keys if name in own), *found.unexpected_keys]
+    if odd and not model.active_peft_config.is_prompt_learning:  # of which PEFT has raised if it lacked anything
         raise UserError(f"adapter {directory}: not of such an adapter: {odd[0]} differs")
 
 
