@@ -527,7 +527,7 @@ def test_a_run_learns_a_reward_alike_on_one_and_two_workers(cluster, asked, outs
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-3)  # later, rounding has changed some draw
     for reports in found:
         assert reports[-1]["train_reward"] > reports[0]["train_reward"] + 0.3
-        assert reports[-1]["validation_reward"] > reports[0]["validation_reward"] + 0.3
+        assert reports[-1]["validation_reward"] > 0.95  # greedy answers, nearly all letters from the first report on
     given = ["--data", asked, "--adapter", "out-1", "--training.reward", "letters.py:letters", "--output", "e.json"]
     assert main(["evaluate", *given, "--evaluation.max_new_tokens", "6", "--split", "validation"]) == 0
     scores = json.loads((tmp_path / "e.json").read_text())

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -113,6 +114,7 @@ class PackDecoder:
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: EvaluationConfig):
         self.base, self.tokenizer, self.cfg = base, tokenizer, cfg
+        self._copies: WeakKeyDictionary[PeftModel, PeftModel] = WeakKeyDictionary()  # copying a structure takes longest
         self.runner = ModelRunner(base, min(MOST_SLOTS, cfg.batch_size))
         self.stops = stop_tokens(tokenizer, base.config, base.generation_config)
         own, usual = base.generation_config, GenerationConfig()
@@ -209,7 +211,9 @@ class PackDecoder:
         shared = {id(part): part for part in (*self.base.parameters(), *self.base.buffers())}
         found = {}
         for name, model in models.items():
-            own = copy.deepcopy(model, dict(shared)).eval()
+            own = self._copies.get(model)
+            if own is None or not _has_taken_weights(own, model):
+                own = self._copies[model] = copy.deepcopy(model, dict(shared)).eval()
             try:
                 layers = tuner_layers(own, self.base)
             except PackingUnsupported:
@@ -320,6 +324,19 @@ class PackDecoder:
             while not done:
                 logits, past = self.runner.read_isolated(model, answer.ids, answer.cached, past, can_cache)
                 done = answer.add(*_chosen(logits[-1:].float(), [answer])[0], self.stops)
+
+
+def _has_taken_weights(own: PeftModel, model: PeftModel) -> bool:
+    """Give `own`, an earlier copy of `model`, its weights of now; returns whether it is a copy again."""
+    if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA keeps more than weights
+        return False
+    theirs, ours = ([*m.parameters(), *m.buffers()] for m in (model, own))
+    if [part.shape for part in theirs] != [part.shape for part in ours]:
+        return False
+    for part, of_model in zip(ours, theirs, strict=True):
+        if part is not of_model:  # else the base's
+            part.copy_(of_model)
+    return True
 
 
 def _chosen(logits: torch.Tensor, answers: Sequence[_Answer]) -> list[tuple[int, float]]:
