@@ -195,6 +195,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
                     reports[number] = [report(number, rung) for rung in range(rungs[number] + 1)]
                     made[number, reports[number][-1]["step"]] = time.time()
                     rungs[number] += 1
+            ray.get(broker.lost.remote(0))
 
         thread = threading.Thread(target=train)
         thread.start()
@@ -207,7 +208,8 @@ def searched(trials: int, output: Path) -> dict[str, float]:
     driver.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
     before, started = memory(), time.monotonic()
     context = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
-    driver.search(context, load_space("methods"), output, [Listener()])
+    with driver.search(context, load_space("methods"), output, [Listener()]):
+        pass
     seconds = time.monotonic() - started
     row = {
         "trials": trials,

@@ -184,7 +184,8 @@ def run_ours(args: argparse.Namespace) -> None:
     connect(cfg)
     space, data = load_space(str(output / "space.yaml")), TokenizedData.load(shards(args.cache))
     context = SearchContext(cfg, path, data.directory, gpus_per_worker(cfg), paired_training(cfg, space, data))
-    search(context, space, parse_location(args.output), [listener(heard, args.goal)])
+    with search(context, space, parse_location(args.output), [listener(heard, args.goal)]):
+        pass  # no proof: that of the other side is its user's own
     Path(f"{output}.json").write_text(json.dumps(heard))
 
 

@@ -26,6 +26,7 @@ def run(cfg: Config) -> int:
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE
     from ftray.search.space import load_space
+    from ftray.search.starting_point import refuse_added
     from ftray.task_spec import TaskSpec
 
     configuration, output = parsed(cfg.request.configuration), output_of(cfg)
@@ -37,6 +38,7 @@ def run(cfg: Config) -> int:
     skeleton = load_skeleton(of.model, find(of.model.name), TaskSpec.named(of.task))
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
+    refuse_added(of, space, configuration["adapter"])
     print(when_it_begins(ask_to_add(output / JOURNAL, of, space, configuration), of, output))
     return 0
 

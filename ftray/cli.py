@@ -45,6 +45,7 @@ DATA = {
     "model": "model.name",
     "task": "task",
 }
+START = {"from": "start.adapter", "from-as": "start.form", "stages": "stages"}
 SCORING = ("evaluation.generate", "evaluation.max_new_tokens", "evaluation.batch_size")
 COMMANDS = {
     "preprocess": Command(
@@ -58,13 +59,15 @@ COMMANDS = {
     ),
     "train": Command(
         "train one adapter",
-        {**DATA, "method": "adapter.method", "output": "output"},
+        {**DATA, **START, "method": "adapter.method", "output": "output"},
         "ftray train --data records.jsonl --method lora --adapter.rank 16 --output runs/one\n"
         "ftray train --config run.yaml --training.epochs 3 --scaling.workers 4 --training.zero_stage 2\n"
+        "ftray train --data pairs.jsonl --from runs/sft --output runs/dpo\n"
         "ftray train --config run.yaml --output runs/one --resume",
         (
             *("model", "data", "adapter", "training", "resume"),
             *("scaling.workers", "scaling.cpus_per_worker", "scaling.gpus_per_worker", "scaling.address"),
+            "scaling.price_per_hour",
             *("search.metric", "search.direction", "search.max_failures"),  # which of its checkpoints is the best
             *SCORING,
         ),
@@ -73,6 +76,7 @@ COMMANDS = {
         "search for the best adapter, prove it against the base model and merge it",
         {
             **DATA,
+            **START,
             "space": "search.space",
             "trials": "search.trials",
             "pack": "search.pack",
@@ -85,8 +89,10 @@ COMMANDS = {
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
-        "ftray tune --data pairs.jsonl --output runs/preferred  # prompt, chosen, rejected: DPO\n"
-        "ftray tune --data judged.jsonl --training.beta 0.3  # prompt, completion, label: KTO\n"
+        "ftray tune --data pairs.jsonl --output runs/preferred\n"
+        "ftray tune --data judged.jsonl --training.beta 0.3\n"
+        "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"
+        "ftray tune --data pairs.jsonl --stages sft,dpo --output runs/both\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
         (
             *("model", "data", "training", "scaling", "search", "resume"),
@@ -130,6 +136,14 @@ COMMANDS = {
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
         "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
         ("model", "data", "evaluation", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
+    ),
+    "report": Command(
+        "write report.html, one file that shows all of a search, a training run or an evaluation",
+        {"run": "output", "png": "png"},
+        "ftray report --run runs/search\n"
+        "ftray report --run runs/search --png\n"
+        "ftray report --run s3://bucket/runs/search --scaling.price_per_hour 2.5",
+        ("scaling.price_per_hour", "scaling.address"),
     ),
     "infer": Command(
         "generate: one prompt, a file of prompts, or a conversation on the terminal",

@@ -32,11 +32,18 @@ from pydantic import (
 )
 
 from ftray.errors import UserError, first_error, near
-from ftray.task_spec import OBJECTIVES, TASKS
 
 
 def _comma_separated(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    """A list that may also be written a,b,c, or as YAML."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    return _comma_separated(value)
 
 
 def at_home(value: object) -> object:
@@ -58,10 +65,10 @@ def _directions(value: str) -> str:
     return ",".join(parts)
 
 
-def _task(value: str) -> str:
-    if value.upper() not in ("AUTO", *TASKS, *OBJECTIVES):
-        raise ValueError(f"must be auto or one of {', '.join((*TASKS, *OBJECTIVES))}")
-    return "auto" if value.upper() == "AUTO" else value.upper()
+def _upper(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return "auto" if value.lower() == "auto" else value.upper()
 
 
 def _off(value: object) -> object:
@@ -94,6 +101,27 @@ OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fi
 )
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
+TaskName = Annotated[  # of `ftray.task_spec`, in letters of any case
+    Literal[
+        "auto",
+        "CAUSAL_LM",
+        "SEQ_2_SEQ_LM",
+        "SEQ_CLS",
+        "TOKEN_CLS",
+        "QUESTION_ANS",
+        "FEATURE_EXTRACTION",
+        "SFT",
+        "DPO",
+        "SIMPO",
+        "ORPO",
+        "CPO",
+        "KTO",
+        "DISTILLATION",
+        "GRPO",
+        "REWARD",
+    ],
+    BeforeValidator(_upper),
+]
 
 
 class Section(BaseModel):
@@ -252,6 +280,18 @@ class DataConfig(Section):
         return {fields["source"]: self.model_copy(update={"sources": [], **fields}) for fields in own}
 
 
+class StartConfig(Section):
+    """What training starts from; without an adapter, from the base."""
+
+    adapter: str | None = Field(None, description="adapter directory or URI, or what `train` or `tune` left")
+    form: Literal["merged", "kept"] = Field(
+        "merged",
+        description="merged: into its base, which is then the base; kept: training goes on from its weights",
+    )
+
+    _at_home = field_validator("adapter")(at_home)
+
+
 class AdapterConfig(BaseModel):
     """What is trained. The fields beside `method` are the method's own (see `ftray.adapters.methods`)."""
 
@@ -388,6 +428,12 @@ class ScalingConfig(Section):
     cpus_per_worker: float | None = Field(None, gt=0, description="default: 1 a trial; in a pack, all of its share")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has a GPU, else 0")
     address: str | None = Field(None, description="Ray cluster to join (default: the one we are in, else a local one)")
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of all machines together; with it `report.html` says what was spent",
+    )
 
 
 @dataclass(frozen=True)
@@ -654,11 +700,36 @@ class RequestConfig(Section):
     )
 
 
+class StageConfig(Section):
+    """One of several trainings, each of which starts from the one before; what it doesn't say is as all say it."""
+
+    task: TaskName = Field(description="as `task`, but for auto")
+    start: dict[str, Any] = Field({}, description="fields of that section")
+    data: dict[str, Any] = Field({}, description="fields of that section")
+    adapter: dict[str, Any] = Field({}, description="fields of that section")
+    training: dict[str, Any] = Field({}, description="fields of that section")
+    search: dict[str, Any] = Field({}, description="fields of that section")
+    evaluation: dict[str, Any] = Field({}, description="fields of that section")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_task(cls, given: object) -> object:
+        return {"task": given} if isinstance(given, str) else given
+
+    @field_validator("task")
+    @classmethod
+    def _says_what_is_learnt(cls, task: str) -> str:
+        if task == "auto":
+            raise ValueError("must say what is learnt, as sft or dpo")
+        return task
+
+
 class Config(Section):
     """All sections, and what belongs to none."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    start: StartConfig = Field(default_factory=StartConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
@@ -668,10 +739,11 @@ class Config(Section):
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
-    task: Annotated[str, AfterValidator(_task)] = Field(
-        "auto",
-        description=f"what is learnt, one of {', '.join((*TASKS, *OBJECTIVES))}; auto: inferred from the first record "
-        "and the model",
+    task: TaskName = Field("auto", description="what is learnt; auto: inferred from the first record and the model")
+    stages: Annotated[list[StageConfig], BeforeValidator(_listed)] = Field(
+        [],
+        description="several trainings, each of which starts from the one before: tasks, comma-separated, as sft,dpo, "
+        "or mappings, as {task: sft, training: {epochs: 1}}",
     )
     adapters: Annotated[list[str], CommaSeparated] = Field(
         [], description="adapter directories, or what a run left; `serve`: NAME=DIRECTORY or NAME=URI"
@@ -682,6 +754,7 @@ class Config(Section):
     resume: bool = Field(False, description="continue what is in output; start, if nothing is")
     plan: bool = Field(False, description="print what `tune` would run, and stop")
     show: int = Field(1, ge=0, description="records that `preprocess` shows as the model sees them")
+    png: bool = Field(False, description="leave the figures of `report` as PNG files too, in figures/")
     verbose: bool = Field(False, description="show the logs of Ray and DeepSpeed too")
 
     _at_home = field_validator("adapters", "output")(at_home)
@@ -698,7 +771,7 @@ def config_from(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = first_error(error)
-        field = re.sub(r"^data\.sources\.(\d+)", r"data.sources[\1]", ".".join(first.path))
+        field = re.sub(r"^(data\.sources|stages)\.(\d+)", r"\1[\2]", ".".join(first.path))
         if first.unknown:
             model = section_at(first.path[:-1])
             raise UserError(f"unknown key {field}{near(first.path[-1], model.model_fields)}") from None

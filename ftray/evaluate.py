@@ -10,6 +10,7 @@ from rich.table import Table
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.reports.page import EVALUATION, leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -17,15 +18,14 @@ if TYPE_CHECKING:
     from ftray.evaluation.metrics import Scores
     from ftray.evaluation.user_metric import UserMetric
 
-FILE = "evaluation.json"
-
 
 def run(cfg: Config) -> int:
     """The command: a table, with 95 % intervals of each adapter's difference to the base.
 
-    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), or, where none is given,
-    is the last line. The base is `--model`, else the one that the first adapter names; what `train` or `tune` left
-    stands for the adapter in it. `--split all` scores every record of a file that was held out as a whole.
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
+    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
+    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
+    as a whole.
 
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.
@@ -85,7 +85,8 @@ def run(cfg: Config) -> int:
     from ray.exceptions import RayTaskError
 
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
-    from ftray.search.results import write_json
+    from ftray.search.provenance import this_command
+    from ftray.search.results import ANSWERS, beside, write_json, write_lines
 
     connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, labels)
@@ -101,12 +102,15 @@ def run(cfg: Config) -> int:
         if isinstance(error.cause, UserMetricError):
             raise UserError(str(error.cause)) from None
         raise error.cause if isinstance(error.cause, UserError) else error from None
+    answers = result.pop("answers")
     show(result)
     if place is None:
         print(json.dumps(result), flush=True)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, place)
+        write_json(result | {"made_by": this_command()}, place)
+        write_lines(answers, beside(place, f".{ANSWERS}"))
+        leave_report(place)
         print(f"evaluation {place}", flush=True)
     return 0
 
@@ -119,7 +123,7 @@ def output_file(cfg: Config) -> Location | None:
     if not named and output.is_file():
         raise UserError(f"output {output}: is a file: name one that ends in .json, or a directory")
     (output.parent if named else output).check_writable()
-    return output if named else output / FILE
+    return output if named else output / EVALUATION
 
 
 def evaluate(
@@ -138,11 +142,13 @@ def evaluate(
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
-        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, and `samples` of generated text.
+        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `samples` of generated text, and
+        `answers` (see :func:`ftray.evaluation.answers.side_by_side`).
     """
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
+    from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
@@ -186,6 +192,7 @@ def evaluate(
             for source, of_base in compare_sources(sources, before, before, 1).items()
         },
         "samples": samples,
+        "answers": side_by_side(rows, {"base": before} | after),
     }
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ftray.adapters.methods import METHODS, parameters
 from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, describe, reads, view_of
-from ftray.config import AdapterConfig, Config
+from ftray.config import AdapterConfig, Config, StageConfig
 
 COMPLETION = """## Shell completion
 
@@ -60,7 +60,7 @@ def reference() -> str:
                     lines += ["", f"### each of {name}.{key}", "", *_table(of)]
         else:
             plain[name] = field
-    lines += ["", "## no section", "", *_table(Config, set(plain))]
+    lines += ["", "## no section", "", *_table(Config, set(plain)), "", "### each of stages", "", *_table(StageConfig)]
     for name, method in METHODS.items():
         lines += ["", f"## adapter, method {name}", "", *_table(method.parameters)]
     return "\n".join(lines) + "\n"

@@ -27,6 +27,7 @@ TASKS = {
 }
 # what else such a model may be trained for -> its task, and the module
 OBJECTIVES = {
+    "SFT": ("CAUSAL_LM", "sft"),
     "DPO": ("CAUSAL_LM", "dpo"),
     "SIMPO": ("CAUSAL_LM", "simpo"),
     "ORPO": ("CAUSAL_LM", "orpo"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.cli import run_command
 from ftray.config import Config, SearchConfig
+from ftray.reports.page import leave_report
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 
 
 def run(cfg: Config) -> int:
-    """The command: leaves `adapter/` and `config.yaml` in `output`; `--resume` continues from the last checkpoint.
+    """The command: leaves `adapter/`, `config.yaml` and `report.html` in `output`; `--resume` continues from the last
+    checkpoint.
 
-    What continues is what began: other settings, data or another base than in `config.yaml` are refused.
+    What continues is what began: other settings, data or another base than in `config.yaml` are refused. With
+    `--stages`, a run each, in directories of `output`.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.
@@ -27,6 +30,10 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
+    if cfg.stages:
+        from ftray.search.stages import run_stages
+
+        return run_stages(cfg, check, run, "adapter")
     cfg, model_path, tokenizer = check(cfg)
     from ftray.search.run_manifest import RUN, sole_driver, write_definition
     from ftray.training.run_spec import RunFailed
@@ -53,11 +60,13 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
+    from ftray.search.starting_point import find_start, labels_of, refuse_unfit, starts_at, with_kept
     from ftray.tasks.infer_task import as_begun, infer_task
 
     require("validation", cfg.data, "which checkpoint is the best is decided by records that are not trained on")
-    model_path = find(cfg.model.name)
-    cfg = as_begun(cfg)
+    start = find_start(cfg)
+    model_path = start.base if start else find(cfg.model.name)
+    cfg = as_begun(with_kept(starts_at(cfg, start), start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
 
@@ -72,7 +81,8 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
 
     check_output(cfg, None)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    task = data.run(tokenizer, cfg.task)
+    refuse_unfit(start, cfg, tokenizer)
+    task = data.run(tokenizer, cfg.task, labels_of(start))
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
     check_reward(cfg, data.shown)
@@ -101,8 +111,9 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
     from ftray.search.reference import with_reference
-    from ftray.search.results import save_best_adapter
+    from ftray.search.results import TRAINED, save_best_adapter, write_json
     from ftray.search.run_manifest import write_data
+    from ftray.search.starting_point import begin, find_start, labels_of
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
@@ -110,18 +121,25 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     end_with_ray("train")
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    start_at = find_start(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(start_at))
+    model_path, start = begin(cfg, start_at, model_path, output)
     skeleton = load_skeleton(cfg.model, model_path, data.task).model
     refuse_beyond(data, cfg.data, skeleton, tokenizer, added_tokens(cfg.adapter))
     write_data(cfg, None, model_path, data, output)
     print(describe(data), flush=True)
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
-    reference = with_reference(cfg, model_path, data).reference
+    reference = with_reference(cfg, model_path, data, start).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
-    result = fit(SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt), output)
-    print_reports(result.return_value["reports"], cfg.search.goal.metric)
+    result = fit(
+        SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt, start), output
+    )
+    reports, goal = result.return_value["reports"], cfg.search.goal
+    print_reports(reports, goal.metric)
+    write_json({"metric": goal.metric, "direction": goal.direction, "reports": reports}, output / TRAINED)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
+    leave_report(output)
     print(f"adapter {output / 'adapter'}")
 
 
@@ -138,7 +156,7 @@ def fit(context: "SearchContext", output: Location) -> "Result":
     from ftray.search.trial_worker import CUT_OFF, trainer
     from ftray.training.run_spec import RunFailed
 
-    run = context.run(context.config.adapter.model_dump(), {})
+    run = context.run(context.config.adapter.model_dump(), {}, context.start or None)
     try:
         with ending_on_sigterm(), notice():
             result = trainer(context, run, "train", output).fit()

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from ftray.cli import run_command
 from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import UserError
+from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
 
 if TYPE_CHECKING:
-    import ray
+    from ray.tune import Callback
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.models.load import LoadedModel
+    from ftray.search.final_calls import Hardware
     from ftray.search.results import TrialRow
     from ftray.search.space import Space
     from ftray.search.trial_worker import SearchContext
@@ -28,7 +31,7 @@ def run(cfg: Config) -> int:
     A best adapter that can't be merged leaves its proof, the reason in `summary.json` and exit code 1, but for methods
     that are not there to be merged.
 
-    With `--plan`, only what that would come to.
+    With `--plan`, only what that would come to. With `--stages`, a search each, in directories of `output`.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.
@@ -37,6 +40,10 @@ def run(cfg: Config) -> int:
 
     if not cfg.verbose:
         quiet()
+    if cfg.stages:
+        from ftray.search.stages import run_stages
+
+        return run_stages(cfg, check, run, "best/adapter")
     cfg, space, model_path, tokenizer = check(cfg)
     if cfg.plan:
         return show_plan(cfg, space, model_path)
@@ -56,7 +63,9 @@ def run(cfg: Config) -> int:
             connect(cfg)
             end_with_ray("tune")
             with ending_on_sigterm():
-                return drive(cfg, space, model_path, tokenizer, output)
+                code = drive(cfg, space, model_path, tokenizer, output)
+            leave_report(output)
+            return code
     except UserError:
         raise
     except Exception as error:
@@ -89,21 +98,48 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
-    from ftray.runtime.cluster import on_hardware
+    from ftray.search.driver import search
+
+    started = time.monotonic()
+    context, callbacks = prepare_search(cfg, space, model_path, tokenizer, output)
+    with search(context, space, output, callbacks) as hardware:
+        return conclude(context, hardware, tokenizer, output, started)
+
+
+def conclude(
+    context: "SearchContext",
+    hardware: "Hardware",
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Location,
+    started: float,
+) -> int:
+    """Choose among the finalists, prove the best and merge it; returns the exit code.
+
+    Args:
+        started: when the search began, by `time.monotonic`.
+    """
     from ftray.search.cohorts import BASELINE_TRIAL
     from ftray.search.finalists import choose_finalist, final_runs, verdict
     from ftray.search.goals import front
     from ftray.search.model_card import model_card
     from ftray.search.reliability import described, reliability
-    from ftray.search.results import EXPERIMENT, all_rows, write_curves, write_json, write_leaderboard
+    from ftray.search.results import (
+        ANSWERS,
+        EXPERIMENT,
+        all_rows,
+        write_curves,
+        write_json,
+        write_leaderboard,
+        write_lines,
+    )
+    from ftray.search.starting_point import described as start_of
 
-    started = time.monotonic()
-    context = search_for_best(cfg, space, model_path, tokenizer, output)
+    cfg = context.config
     known = all_rows(cfg, output)
     rows, further = ([row for row in known if (row["seed_of"] is None) is own] for own in (True, False))
     choice = None
     if candidates := final_runs(rows, further, cfg):
-        choice = _awaited(on_hardware(cfg, choose_finalist, context, candidates))
+        choice = hardware.run(choose_finalist, context, candidates, reads_base=True)
         rows.sort(key=lambda row: row["trial"] != choice["winner"])
         print("\n".join(verdict(choice, cfg.search.goal.metric)), flush=True)
     best = save_best(cfg, rows, tokenizer, output)
@@ -116,6 +152,7 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
         "front": [row["trial"] for row in front(rows, cfg)],
         "rule": cfg.search.best or (KNEE if len(cfg.search.goals) > 1 else None),
         "best": best,
+        "start": start_of(cfg),
         "base": None,
         "proof": None,
         "rungs": reliability(rows, context.rungs(), cfg),
@@ -138,55 +175,60 @@ def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTo
             print("no trial gave a result: see the reasons above", file=sys.stderr)
         return 1
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
-    proof = _awaited(on_hardware(cfg, prove, context, output.absolute(), default, max(1, len(candidates))))
+    chosen_of = max(1, len(candidates))
+    proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
+    write_lines(proof.pop("answers"), output / ANSWERS)
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
-    proof["merged"] = merged_on_hardware(context, output)
+    proof["merged"] = merged_on(hardware, context, output)
     keep_summary()
     show(rows, proof, cfg, output)
+    if summary["start"]:
+        print(f"base     in these tables: {summary['start']}")
     for line in described(summary["rungs"]):
         print(line)
     return exit_code(best, proof["merged"])
 
 
-def search_for_best(
+def prepare_search(
     cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location
-) -> "SearchContext":
-    """Tokenize the data and run, or resume, the search in `output`; returns what its trials share."""
+) -> "tuple[SearchContext, list[Callback]]":
+    """Tokenize the data; returns what all trials of the search share, and who hears of their reports."""
     from ftray.data import prepare
     from ftray.data.limits import refuse_beyond
     from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
-    from ftray.search.driver import search
     from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress
     from ftray.search.reference import with_reference
     from ftray.search.results import say_damaged, trial_rows
     from ftray.search.run_manifest import write_data
     from ftray.search.signals import paired_training
+    from ftray.search.starting_point import begin, find_start, labels_of
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    start_at = find_start(cfg)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(start_at))
+    model_path, start = begin(cfg, start_at, model_path, output)
     refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task).model, tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
     say_damaged(output)
     print(describe(data))
     print(f"searching {space.source} ({', '.join(space.methods)})", flush=True)
-    paired = paired_training(cfg, space, data)
-    reference = with_reference(cfg, model_path, data).reference
+    paired = None if start else paired_training(cfg, space, data)
+    reference = with_reference(cfg, model_path, data, start).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
-    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt)
+    context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt, start)
     past = trial_rows(cfg, output)
     progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
-    search(context, space, output, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)])
-    return context
+    return context, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)]
 
 
 def save_best(
@@ -212,40 +254,27 @@ def save_best(
     return None
 
 
-def merged_on_hardware(context: "SearchContext", output: Location) -> dict[str, Any]:
+def merged_on(hardware: "Hardware", context: "SearchContext", output: Location) -> dict[str, Any]:
     """What :func:`merge_best` returns; the `reason` if its process did not survive."""
     from ray.exceptions import RayError
 
-    from ftray.runtime.cluster import on_hardware
     from ftray.search.failures import last_line
 
     try:
         # an attempt that ran out of memory would do so again, for ever
-        return _awaited(on_hardware(context.config, merge_best, context, output.absolute(), max_retries=0))
+        return hardware.run(merge_best, context, output.absolute(), max_retries=0)
     except RayError as error:
         return {"reason": f"its process ended: {last_line(error)}"}
 
 
 def exit_code(best: "TrialRow", merged: dict[str, Any]) -> int:
     """0, unless there is no merged model of a method that can be merged; then says why."""
-    from ftray.adapters.methods import METHODS
+    from ftray.adapters.methods import named
 
-    if "path" in merged or METHODS[best["config"]["adapter"]["method"]].merge_tolerance is None:
+    if "path" in merged or named(AdapterConfig(**best["config"]["adapter"]))[1].merge_tolerance is None:
         return 0
     print(f"ftray tune: {merged['reason']}; the same command with --resume tries again", file=sys.stderr)
     return 1
-
-
-def _awaited(task: "ray.ObjectRef") -> dict[str, Any]:
-    """What a task on the hardware returns."""
-    import ray
-
-    from ftray.search.trial_worker import release
-
-    while not ray.wait([task], timeout=1)[0]:
-        release(everything=True)  # trials that were stopped a moment ago
-    result: dict[str, Any] = ray.get(task)
-    return result
 
 
 def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
@@ -262,13 +291,14 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     from ftray.search.estimate import estimate
     from ftray.search.estimate import show as show_estimates
     from ftray.search.signals import paired_training
+    from ftray.search.starting_point import find_start, labels_of
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
     connect(cfg, dashboard=False)
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task)
+    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(find_start(cfg)))
     print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
     print(describe(data), flush=True)
     paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
@@ -290,6 +320,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.search.space import load_space
+    from ftray.search.starting_point import find_start, kept_space, labels_of, refuse_unfit, starts_at
     from ftray.search.trackers import check_trackers
     from ftray.tasks.infer_task import as_begun, infer_task
 
@@ -298,11 +329,15 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     check_trackers(cfg)
     require("validation", cfg.data, "a search goes by records that are not trained on")
     require("test", cfg.data, "the proof needs records that the search never sees")
-    model_path = find(cfg.model.name)
-    cfg = as_begun(cfg)
+    start = find_start(cfg)
+    model_path = start.base if start else find(cfg.model.name)
+    is_given = "space" in cfg.search.model_fields_set
+    cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
+    if start and start.kept:
+        space = kept_space(space, start, is_given)
     refuse_unknown_settings(cfg, space)
 
     # these take seconds to import: a name misspelt has been found by now
@@ -311,7 +346,6 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
     from ftray.search.run_manifest import check_output, packable
-    from ftray.search.space import BASELINE
     from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_workers
 
@@ -319,7 +353,8 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     check_output(cfg, space)
     earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-    task = data.run(tokenizer, cfg.task)
+    refuse_unfit(start, cfg, tokenizer)
+    task = data.run(tokenizer, cfg.task, labels_of(start))
     for function in user_metrics(cfg.search):
         function.try_on(data.shown)
     check_reward(cfg, data.shown)
@@ -327,7 +362,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     check_special_tokens(cfg.model.name, skeleton.model, tokenizer)
     cfg = cfg.model_copy(update={"data": within_positions(cfg.data, skeleton.model, most_added(space), data.lengths)})
     tried: list[Any] = []
-    for corner in [{"adapter": BASELINE, "training": {}}, *space.corners()]:
+    for corner in [{"adapter": space.default, "training": {}}, *space.corners()]:
         adapter, settings = AdapterConfig(**corner["adapter"]), cfg.training.model_copy(update=corner["training"])
         if adapter in tried:  # corners may differ in their training settings alone: PEFT knows the adapter already
             refuse(adapter, cfg.model, settings)
@@ -363,38 +398,44 @@ def most_added(space: "Space") -> int:
 
 
 def prove(
-    context: "SearchContext", output: Location, default: str | None = None, candidates: int = 1
+    context: "SearchContext",
+    output: Location,
+    default: str | None = None,
+    candidates: int = 1,
+    base: "LoadedModel | None" = None,
 ) -> dict[str, Any]:
     """Score base, default and best adapter on the test split; runs where the hardware is.
+
+    The base is what training started from, see :mod:`ftray.search.starting_point`.
 
     Args:
         default: the checkpoint of the default configuration; None: there is none, or it is the best itself.
         candidates: of which the best was chosen in the end: the intervals allow for it.
+        base: the model, where it is in memory; it stays as it is.
 
     Returns:
         `metrics` (see :func:`ftray.evaluation.metrics.compare`), `over_default` (the same, of the default configuration
         in the place of the base; None where there is no `default`), of a mixture the loss by `sources`, of preferences
         the `lengths` of answers (see :func:`ftray.evaluation.metrics.lengths`), `new_modules` that the base came
-        without, `samples` of generated text, and `merged`, for the time being with the `reason` that it comes later.
+        without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
+        `merged`, for the time being with the `reason` that it comes later.
     """
-    from peft import PeftModel
-
+    from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
-    from ftray.search.finalists import adapted
+    from ftray.search.finalists import adapted, untrained
 
     cfg = context.config
     data = context.tokenized
-    base, usual = load_on_device(cfg.model, context.model_path, data.task), None
+    base, usual = base or load_on_device(cfg.model, context.model_path, data.task), None
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("test", cfg.evaluation.records or PROOF_RECORDS)
-    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
+    start = untrained(context, base.model)
+    rows = data.task.load().compared_with(start, rows, cfg.evaluation)
+    before = context.score(start, tokenizer, rows)
     if default:
         usual = context.score(adapted(base.model, parse_location(default) / "adapter"), tokenizer, rows)
-    with (output / "best" / "adapter").as_local_dir() as adapter:
-        model = PeftModel.from_pretrained(base.model, str(adapter))
-    with model.disable_adapter():
-        before = context.score(model, tokenizer, rows)
+    model = adapted(base.model, output / "best" / "adapter")
     after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [
@@ -411,6 +452,7 @@ def prove(
         "sources": compare_sources([row.get("source") for row in rows], before, after, resamples, candidates),
         "lengths": lengths({"base": before, "default": usual, "best": after}, resamples),
         "samples": samples[: cfg.evaluation.samples],
+        "answers": side_by_side(rows, {"base": before, "default": usual, "best": after}),
     }
 
 

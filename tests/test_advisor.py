@@ -65,6 +65,22 @@ def test_suggestions_depend_on_seed_number_and_trials_alone(tmp_path):
     assert advisor(tmp_path, seed=4).suggest(5, []) != first.suggest(5, [])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: lora\nlearning_rate: {choice: [1e-4, 1e-3]}",
+        "method: lora\nlearning_rate: 1e-4\nlora: {rank: {choice: [4, 8]}}",
+        "method: lora\nlora: {rank: {choice: [4, 8]}, alpha: 1e1}",
+    ],
+)
+def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path, text):
+    with_point = text.replace("1e", "1.0e").replace("e1", "e+1")  # as YAML 1.1 wants them
+    drawn = [[advisor(tmp_path, t, seed=n).suggest(1, []) for n in range(20)] for t in (text, with_point)]
+    assert [{k: float(v) for k, v in d.items() if k != "method"} for d in drawn[0]] == [
+        {k: float(v) for k, v in d.items() if k != "method"} for d in drawn[1]
+    ]
+
+
 def test_a_users_prior_wins_over_ours_and_leaves_nothing_out(tmp_path):
     own = LORA.replace("[1.0e-5, 1.0e-1]}", "[1.0e-5, 1.0e-1], prior: 3.0e-2}")
     own = own.replace("[4, 8, 16]}", "[4, 8, 16], prior: 4}")

@@ -14,7 +14,7 @@ import yaml
 from helpers.views import guarded
 
 from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, choices_of, field_of, fields, main, parse, reads
-from ftray.config import Config, MixedSource, ServingConfig
+from ftray.config import Config, MixedSource, ServingConfig, StageConfig
 from ftray.errors import UserError
 from ftray.reference import commands, reference
 
@@ -32,6 +32,9 @@ SPECIAL = {
     "search.trackers": ["mlflow"],
     "search.direction": "min,max",
     "search.best": "adapter_bytes < 5e6",
+    "task": "DPO",
+    "training.label_smoothing": 0.25,
+    "stages": [StageConfig(task="sft", training={"epochs": 2}).model_dump()],
     "data.source": ["one", "two"],
     "data.sources": [MixedSource(source="one", weight=2).model_dump()],
     "data.validation": "something",
@@ -43,6 +46,7 @@ SPECIAL = {
     "adapter.method": "ia3",
     "data.max_length": 77,
     "search.space": "lora",
+    "training.reward": "rewards.py:function",
 }
 
 

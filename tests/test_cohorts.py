@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import optuna
@@ -320,6 +321,21 @@ def test_the_first_rung_is_late_enough_to_tell_something():
 STEPS = 40  # of 8 records: cut after 48 and 96 of 320
 
 
+def shows_each_report_as_it_comes(out: str) -> None:
+    """A report is part of the best that its own line tells; a trial starts once, then trains on."""
+    newest: dict[str, float] = {}
+    for trial, loss, best, by in re.findall(
+        r"(trial \d+) \S+ records: validation_loss ([\d.]+),.* best ([\d.]+) \((.*?)\)", out
+    ):
+        newest[trial] = float(loss)
+        assert (float(best), newest[by]) == (min(newest.values()), min(newest.values()))
+    assert newest
+    started = re.findall(r"(trial \d+) starts: ", out)
+    assert len(started) == len(set(started))
+    assert set(re.findall(r"(trial \d+) trains on", out)) <= set(started)
+    assert " trains on\n" in out
+
+
 @pytest.mark.parametrize(
     ("pack", "paired"),
     [("auto", True), ("auto", False), pytest.param("off", False, marks=pytest.mark.slow)],
@@ -340,6 +356,7 @@ def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_pa
     # the share of four that trains on, and the default configuration, whose dropout no other has
     assert any(line.startswith("cohort 0 after 48 records: ") and line.endswith(f"by {by}") for line in said)
     assert len(said) == 2 * math.ceil(len(trials) / 4)
+    shows_each_report_as_it_comes(done.stdout)
     if pack == "auto":
         curves = pq.read_table(output / "curves.parquet").to_pylist()
         for trial in trials:

@@ -186,7 +186,8 @@ def test_two_workers_search_as_each_trial_would_alone(
         "search": {"trials": 12, "pack": 3, "scheduler": scheduler, "finalist_seeds": 1},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    search(job, load_space(str(space)), LocalLocation(tmp_path), [])
+    with search(job, load_space(str(space)), LocalLocation(tmp_path), []):
+        pass
     rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 12
     wrong = [row for row in rows if row["config"]["adapter"].get("target_modules") == "nonsense"]

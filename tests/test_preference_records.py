@@ -436,8 +436,34 @@ def test_the_tokens_of_a_pair_are_those_that_trl_makes(words, name):
     assert [row.target, json.loads(row.extra)["rejected"]] == texts
     assert words.decode(row.input_ids[: row.prompt_tokens], skip_special_tokens=True).strip()
     for name in OBJECTIVES:
-        if name not in ("KTO", "DISTILLATION", "GRPO"):
+        if name not in ("SFT", "KTO", "DISTILLATION", "GRPO"):
             assert whole(record_task(TaskSpec.named(name)), record, words, template=template) == row
+
+
+def test_prompts_and_answers_are_rendered_as_trl_renders_them(tokenizer):
+    """By TRL itself: how it finds a prompt that two conversations or texts share, and what its templates make of it."""
+    import trl  # takes seconds
+
+    earlier = [user("a"), assistant("b"), user("c d")]
+    records = [
+        {"prompt": [user("the cat")], "chosen": [assistant("sat on")], "rejected": [assistant("no")]},
+        {"chosen": [*earlier, assistant("é")], "rejected": [*earlier, assistant("zz top")]},
+        {"chosen": "the cat sat on a mat", "rejected": "the cat sat on the mat"},
+        {"chosen": "Q: x\nA", "rejected": "Q: x\nB"},
+    ]
+    for record in records:
+        theirs = record if "prompt" in record else trl.extract_prompt(record)
+        theirs = trl.apply_chat_template(theirs, tokenizer) if isinstance(theirs["prompt"], list) else theirs
+        row = whole(DPO, record, tokenizer)
+        prompt = row.prompt_tokens
+        texts = [
+            row.input_ids[:prompt],
+            row.input_ids[prompt : row.lengths[0]],
+            row.input_ids[row.lengths[0] + prompt :],
+        ]
+        said = [tokenizer.decode(ids) for ids in texts]
+        ends = [theirs["prompt"], *(theirs[key].removesuffix("<|end|>") + "<|end|>" for key in ("chosen", "rejected"))]
+        assert said == ends
 
 
 def test_an_answer_of_several_turns_bears_loss_but_for_what_tools_and_users_say(tokenizer):

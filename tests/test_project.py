@@ -62,10 +62,12 @@ def test_wheel_has_what_users_need_beside_the_code(built):
     names = zipfile.ZipFile(built[1]).namelist()
     version = ftray.__version__
     pages = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "ftray").rglob("*.html")}
+    report = {path.name for path in (REPOSITORY / "ftray" / "reports" / "template").iterdir()}
     spaces = {path.name for path in (REPOSITORY / "search_spaces").iterdir()}
     modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "ftray").rglob("*.py")}
     assert pages
     assert {name for name in names if name.endswith(".html")} == pages
+    assert {Path(name).name for name in names if name.startswith("ftray/reports/template/")} == report
     assert {Path(name).name for name in names if "/share/ftray/search_spaces/" in name} == spaces
     assert {name for name in names if name.endswith(".py")} == modules
     assert "ftray/py.typed" in names

@@ -443,12 +443,13 @@ def test_packs_that_are_gone_leave_their_trials_unfinished(tmp_path, gone):
             end.on_step_begin(2, [trial])
 
 
+@pytest.mark.parametrize("died", [ray.exceptions.ActorDiedError(), ray.exceptions.OutOfMemoryError("killed")])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_trial_without_a_process_ends_with_the_broker(tmp_path, packed):
+def test_a_trial_without_a_process_ends_with_the_broker(tmp_path, packed, died):
     sampler = make_sampler(tmp_path)
     number = sampler.suggest("t0")["number"]
     (tmp_path / "error.txt").write_text("Failure # 1\nThe actor died")
-    (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(ray.exceptions.ActorDiedError()))
+    (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(died))
     error, pickled = str(tmp_path / "error.txt"), str(tmp_path / "error.pkl")
     trial = SimpleNamespace(trial_id="t0", error_file=error, pickled_error_file=pickled)
     end = TrialEnd(sampler, packed)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INSIDE = ("best/adapter", "adapter")  # where a search, a training run and a checkpoint have it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
+MERGED_BASE, START = "base", "start"  # in an output: the base that its adapters are for, and what was merged into it
 SAMPLE = 2**20  # bytes at the end of a weight file that identify a model
 
 
@@ -137,13 +138,21 @@ def base_of(cfg: Config, adapters: list[Path]) -> str:
     else:
         named = adapter_config(adapters[0]).base_model_name_or_path
         try:
-            base = find(named or "")
+            base = find(_moved(adapters[0], named or ""))
         except UserError as error:
             raise UserError(f"adapter {adapters[0]}: its base can't be found ({error}): give --model") from None
     as_stored(cfg.model, base)
     for adapter in adapters:
         _check_base(cfg, adapter, base)
     return base
+
+
+def _moved(adapter: Path, named: str) -> str:
+    """The base `named`; if that is gone, the one that lies in the adapter's output, which was moved."""
+    if not named or Path(named).exists() or Path(named).name != MERGED_BASE:
+        return named
+    outputs = list(adapter.resolve().parents)[:4]  # OUT/adapter, OUT/best/adapter, OUT/tune/trial/checkpoint/adapter
+    return next((str(out / MERGED_BASE) for out in outputs if (out / START / CONFIG).is_file()), named)
 
 
 def saved_task(cfg: Config, adapters: list[Path]) -> TaskSpec:

@@ -160,8 +160,7 @@ def _joined(first: Tokens, second: Tokens, where: object) -> Tokens:
     Raises:
         UserError: they don't, as they are rendered.
     """
-    starts = [next(i for i, label in enumerate(row.labels) if label != IGNORE) for row in (first, second)]
-    prompt = min(first.prompt_tokens, second.prompt_tokens, *starts)
+    prompt = min(_prompt_tokens(first), _prompt_tokens(second))
     if first.input_ids[:prompt] != second.input_ids[:prompt]:
         raise UserError(
             f"{where}: the chat template renders the prompt otherwise before another answer: give another one"
@@ -169,6 +168,14 @@ def _joined(first: Tokens, second: Tokens, where: object) -> Tokens:
     ids, labels = first.input_ids + second.input_ids, first.labels + second.labels
     lengths = [len(first.input_ids), len(second.input_ids)]
     return replace(first, input_ids=ids, labels=labels, prompt_tokens=prompt, lengths=lengths)
+
+
+def _prompt_tokens(row: Tokens) -> int:
+    """Tokens before the first one that bears loss; an answer of several turns begins before the last of these."""
+    before = row.labels[: row.prompt_tokens]
+    if before.count(IGNORE) == len(before):
+        return row.prompt_tokens
+    return next(i for i, label in enumerate(before) if label != IGNORE)
 
 
 def _fitted(row: Tokens, bos: int | None, cfg: DataConfig, first_alone: bool = False) -> Tokens | None:
@@ -191,7 +198,8 @@ def _fitted(row: Tokens, bos: int | None, cfg: DataConfig, first_alone: bool = F
 
     ids = [fit(row.input_ids[:split]), fit(row.input_ids[split:])]
     labels = [fit(row.labels[:split]), fit(row.labels[split:])]
-    if any(all(label == IGNORE for label in own[1:]) for own in labels) or (not first_alone and ids[0] == ids[1]):
+    is_empty = any(own[1:].count(IGNORE) == len(own[1:]) for own in labels)
+    if is_empty or (not first_alone and ids[0] == ids[1]):
         return None
     return replace(
         row,

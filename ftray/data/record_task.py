@@ -111,10 +111,11 @@ class TextTask(RecordTask):
 
 def record_task(spec: TaskSpec) -> RecordTask:
     """The task of that name, without what it does with a model; tasks that are no objective come whole, with torch."""
-    from ftray.data import distillation, preference, prompts  # which import this module
+    from ftray.data import distillation, good_answers, preference, prompts  # which import this module
 
     of_objective: dict[str, type[RecordTask]] = {
         **dict.fromkeys(("DPO", "SIMPO", "ORPO", "CPO", "REWARD"), preference.PairTask),
+        "SFT": good_answers.GoodAnswersTask,
         "KTO": preference.UnpairedTask,
         "DISTILLATION": distillation.DistillationTask,
         "GRPO": prompts.PromptTask,

@@ -235,6 +235,6 @@ def fit(tokens: Tokens, bos: int | None, cfg: DataConfig) -> Tokens | None:
             prompt_tokens=min(tokens.prompt_tokens - cut, cfg.longest),
             truncated=len(tokens.input_ids),
         )
-    if all(label == IGNORE for label in tokens.labels[1:]):  # what predicts the first token isn't in the record
+    if tokens.labels[1:].count(IGNORE) == len(tokens.labels[1:]):  # what predicts the first token isn't in the record
         return None
     return replace(tokens, labels=list(tokens.input_ids)) if cfg.train_on_prompt else tokens

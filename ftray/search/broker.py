@@ -52,6 +52,7 @@ class Orders:
         run: numbers of the trials to train for one step.
         report: those of them that must report after it, even between two rungs.
         close: whether the pack must end.
+        stay: whether its process is to ask for calls then, see :meth:`TrialBroker.keep`.
     """
 
     join: dict[int, dict[str, Any]]
@@ -59,6 +60,7 @@ class Orders:
     run: list[int]
     report: list[int]
     close: bool
+    stay: bool = False
 
 
 class TrialBroker:
@@ -75,6 +77,7 @@ class TrialBroker:
         left: by pack, numbers of trials that it must remove.
         capacities: by pack, number of trials that it can train at once; a pack that is not ready has none.
         closed: why the broker closed; None: it did not.
+        kept: the pack whose process runs calls after its trials are over; None: there is none.
     """
 
     def __init__(self, total: int) -> None:
@@ -84,6 +87,10 @@ class TrialBroker:
         self.left: dict[int, set[int]] = {}
         self.capacities: dict[int, int] = {}
         self.closed: str | None = None
+        self.kept: int | None = None
+        self._call: bytes | None = None  # that nobody has taken yet
+        self._running = self._serves = False  # whether the pack that is kept runs a call, and whether it asks for one
+        self._returned: bytes | None = None
         self._sent: dict[int, float] = {}  # by pack: when its last orders were sent
         self._changed = asyncio.Condition()
 
@@ -149,6 +156,7 @@ class TrialBroker:
         async with self._changed:
             self.capacities[pack] = capacity
             self.left.pop(pack, None)
+            self._forget(pack)
             for trial in self._healthy(pack).values():
                 trial.pack = None
             self._changed.notify_all()
@@ -218,6 +226,7 @@ class TrialBroker:
             run=run,
             report=[number for number in run if self.trials[number].report_early],
             close=self.closed is not None,
+            stay=self.kept == pack,
         )
 
     def _healthy(self, pack: int) -> dict[int, TrialState]:
@@ -241,5 +250,62 @@ class TrialBroker:
     async def close(self, reason: str) -> None:
         """End all packs, and the wait of all trials, with this reason."""
         async with self._changed:
-            self.closed = self.closed or reason
+            self.closed, self.kept = self.closed or reason, None
+            self._changed.notify_all()
+
+    async def keep(self) -> bool:
+        """End the trials, but keep the process of a pack for :meth:`call`; false: there is none.
+
+        It has written the checkpoints of the trials that are not over when this returns.
+        """
+        async with self._changed:
+            if self.closed is None and self.capacities:
+                self.kept, self.closed = min(self.capacities), "the search is over"
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._serves or self.kept is None)
+            return self.kept is not None
+
+    async def call(self, function: bytes) -> bytes:
+        """Have the pack that is kept run a call; returns what it returns, pickled as the call is.
+
+        Raises:
+            PacksGone: its process has ended, or has been told to.
+        """
+        async with self._changed:
+            self._call, self._returned = function, None
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._returned is not None or self.kept is None)
+            if self._returned is None:
+                raise PacksGone(self.closed or "it has ended")
+            return self._returned
+
+    async def next_call(self, pack: int, returned: bytes | None) -> bytes | None:
+        """Take what the last call of a pack has returned; returns its next one, empty after a while without any.
+
+        None: there is none to come.
+        """
+        async with self._changed:
+            if self.kept == pack:
+                self._serves, self._running = True, False
+                self._returned = returned or self._returned
+                self._changed.notify_all()
+                await self._wait_until(lambda: self._call is not None or self.kept != pack, PATIENCE)
+            if self.kept != pack:
+                return None
+            taken, self._call = self._call, None
+            self._running = taken is not None
+            return taken or b""
+
+    async def in_call(self) -> bool:
+        """Whether the process of a pack runs a call, for as long as that takes."""
+        return self._running and self.kept is not None
+
+    async def lost(self, pack: int) -> None:
+        """Note that the process of a pack has ended."""
+        async with self._changed:
+            self._forget(pack)
+
+    def _forget(self, pack: int) -> None:
+        if self.kept == pack:
+            self.kept = None
             self._changed.notify_all()

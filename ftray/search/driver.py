@@ -3,13 +3,14 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import ray
 from optuna.trial import FrozenTrial
 from ray import tune
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
@@ -22,7 +23,8 @@ from ftray.runtime.preemption import notice
 from ftray.search.advisor import Advisor
 from ftray.search.cohorts import Cohorts
 from ftray.search.control import Requests
-from ftray.search.failures import PacksGone, SearchBroken, failure_reason, trial_error
+from ftray.search.failures import PROCESS_DIED, PacksGone, SearchBroken, failure_reason, trial_error
+from ftray.search.final_calls import Hardware, pack_suffices
 from ftray.search.finalists import runs_left
 from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
@@ -92,16 +94,20 @@ class TrialEnd(tune.Callback):
         reason, error = failure_reason(trial), trial_error(trial)
         if isinstance(error, PacksGone):
             self._gone = reason
-        elif self.packed and isinstance(error, RayActorError):
+        elif self.packed and isinstance(error, PROCESS_DIED):
             self._gone = "the process between the trials and the packs has died"
         else:
             self.sampler.fail(trial.trial_id, reason)
 
 
-def search(context: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]) -> None:
-    """Run, or resume, the search whose journal is in `output`, until `search.trials` are over.
+@contextmanager
+def search(
+    context: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]
+) -> Iterator[Hardware]:
+    """Run, or resume, the search whose journal is in `output`, until `search.trials` are over; then yield its hardware.
 
-    Ctrl-C and the time budget end it early: the journal then holds what has been reported so far.
+    A pack that has all of the hardware stays for what is run there, until the context ends. Ctrl-C and the time budget
+    end the search early: the journal then holds what has been reported so far.
 
     Raises:
         SearchBroken: what trains the trials is gone.
@@ -111,6 +117,7 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
     cfg, experiment = context.config, output / EXPERIMENT
     past = [t for t in past_trials(output / JOURNAL) if t.state.is_finished() and SEED_OF not in t.user_attrs]
     if len(past) >= cfg.search.trials and not runs_left(output / JOURNAL, cfg):
+        yield Hardware(context)
         return
     packed = _in_packs(context, space)
     cpus = cpus_of_pack_worker(context) if packed else cfg.scaling.cpus_per_worker or 1
@@ -120,11 +127,25 @@ def search(context: SearchContext, space: Space, output: Location, callbacks: li
         with notice():
             capacity = Capacity(trials_that_fit(context), time.monotonic())
             _tune(trainable, capacity, context, space, output, callbacks, past, None)
+        yield Hardware(context)
         return
     with packs(context, experiment, cfg.search.trials - len(past)) as (broker, capacity):
         proxies = TrialProxies(broker)
         with trials_without_actors(proxies.answer):
             _tune(PackTrial, capacity, context, space, output, [*callbacks, proxies], past, broker)
+        if pack_suffices(context) and _keeps_pack(broker):
+            yield Hardware(context, broker)
+            return
+    yield Hardware(context)
+
+
+def _keeps_pack(broker: ActorHandle) -> bool:
+    """Whether there is a pack to keep; see :meth:`ftray.search.broker.TrialBroker.keep`."""
+    try:
+        kept: bool = ray.get(broker.keep.remote())
+    except PROCESS_DIED:
+        return False
+    return kept
 
 
 def _in_packs(context: SearchContext, space: Space) -> bool:
@@ -202,7 +223,8 @@ def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packe
 
     def size() -> int:
         if packed and capacity.since is not None:
-            return min(cfg.search.cohort or cfg.search.trials, max(1, int(capacity.trials / beside)))
+            fit = capacity.trials if capacity.trials >= cfg.search.trials else max(1, int(capacity.trials / beside))
+            return min(cfg.search.cohort or cfg.search.trials, fit)
         return cohort_size(cfg.search)
 
     cohorts = Cohorts(known, cfg.search.goal.direction, size, cfg.search.trials)

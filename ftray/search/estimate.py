@@ -123,6 +123,7 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     skeleton = load_skeleton(cfg.model, context.model_path, tokenized.task)
     skeleton.model.to(choose_dtype(cfg.model))
     length = max(2, round(data["train"].drawn_tokens / data["train"].drawn))
+    length += cfg.evaluation.max_new_tokens if context.reward else 0  # answers are drawn
     corners = [{"adapter": BASELINE, "training": {}}, *space.corners()]
     methods: dict[str, Shapes] = {}
     for corner in corners:
@@ -141,6 +142,8 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     seen = sum(n * more for n, more in zip(trials, grown, strict=True)) + further * records[-1]
     workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)
     groups = packs_that_fit(context) if shared else trials_that_fit(context)
+    if context.reward:  # and there are several to a prompt
+        length = round(probe.tokens / (probe.trials * cfg.training.batch_size))
     steps = seen * length / probe.tokens * probe.step
     validated = sum(n for n, rung in zip(trials, compared, strict=True) if not rung.paired) + further
     validations = validated / probe.trials * probe.validation
@@ -387,7 +390,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     cfg, run = context.config, context.run(config["corner"]["adapter"], config["corner"]["training"])
     task = context.tokenized.task
     trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
-    trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer.pack)
+    trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer)
     worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]
     for name in names:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray import cloudpickle
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
+
+PROCESS_DIED = (RayActorError, OutOfMemoryError)  # the second: Ray has killed it, as the node ran low on memory
 
 
 class TrialFailed(RuntimeError):
@@ -25,7 +27,7 @@ class SearchBroken(RuntimeError):
 def trial_error(trial: "Trial") -> Exception | None:
     """What a failed trial raised last, without Ray's wrapping; None: nothing is known.
 
-    A RayActorError says that its process died; of a trial of a pack, which has none, that the broker's did.
+    One of PROCESS_DIED says that its process died; of a trial of a pack, which has none, that the broker's did.
     """
     # the local file: `Trial.get_pickled_error` reads the copy in storage, which may not be there yet
     if not trial.pickled_error_file:

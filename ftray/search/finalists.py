@@ -102,8 +102,13 @@ def final_runs(rows: list[TrialRow], further: list[TrialRow], cfg: Config) -> li
     return found if finals and len(found) > 1 else []
 
 
-def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> dict[str, Any]:
+def choose_finalist(
+    context: "SearchContext", candidates: list[FinalRuns], base: "LoadedModel | None" = None
+) -> dict[str, Any]:
     """Score all runs of the candidates on the validation records, and choose; runs where the hardware is.
+
+    Args:
+        base: the model, where it is in memory; it stays as it is.
 
     Returns:
         `winner` and `best` by number, see :class:`ftray.evaluation.finalists.Choice`; `differences`; and of the
@@ -117,10 +122,10 @@ def choose_finalist(context: "SearchContext", candidates: list[FinalRuns]) -> di
     cfg = context.config
     metric = cfg.search.goal.metric.removeprefix("validation_")
     data = context.tokenized
-    base = load_on_device(cfg.model, context.model_path, data.task)
+    base = base or load_on_device(cfg.model, context.model_path, data.task)
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     rows = data.rows("validation", cfg.training.validation_records)
-    rows = data.task.load().compared_with(base.model, rows, cfg.evaluation)
+    rows = data.task.load().compared_with(untrained(context, base.model), rows, cfg.evaluation)
     scored = []
     for candidate in candidates:
         scores = {
@@ -154,6 +159,11 @@ def adapted(base: "PreTrainedModel", adapter: Location) -> "PeftModel":
 
     with adapter.as_local_dir() as directory:
         return PeftModel.from_pretrained(share(base), str(directory)).eval()
+
+
+def untrained(context: "SearchContext", base: "PreTrainedModel") -> "PreTrainedModel | PeftModel":
+    """What trials begin with: the base, or the base with the adapter that is kept."""
+    return adapted(base, parse_location(context.start)) if context.start else base
 
 
 def trained_parameters(base: "LoadedModel", adapter: AdapterConfig) -> int:

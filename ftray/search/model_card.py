@@ -7,6 +7,7 @@ from ftray.config import Config
 from ftray.data.sources import hub_dataset
 from ftray.search.progress import describe
 from ftray.search.results import TrialRow
+from ftray.search.starting_point import described
 from ftray.task_spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         "",
         f"Trained on `{cfg.data.names}`; the best of a search over {cfg.search.trials} configurations.",
         "",
+        *([f"Trained from {start}, which is the base below.", ""] if (start := described(cfg)) else []),
         f"Configuration: `{describe(best['config'])}`",
         "",
         f"{cfg.search.goal.metric}: {best['value']:.4f} after {best['records']} records ({best['tokens']} tokens).",

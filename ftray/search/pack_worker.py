@@ -20,6 +20,7 @@ from ftray.runtime.preemption import preempted
 from ftray.search.broker import Orders
 from ftray.search.clones import start_of
 from ftray.search.failures import last_line
+from ftray.search.final_calls import FinalCalls
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.rungs import LEAST_FINALISTS, Rung, cohort_size
@@ -87,10 +88,16 @@ def pack_worker(config: dict[str, Any]) -> bool:
         print(f"pack {context.index}: {trainer.pack.verdict}", flush=True)
     trainer.measure = context.search.measure()
     trainer.measure_together = context.search.measure_together(trainer.base.model)
-    trainer.rollouts = context.search.rollouts(trainer.pack)
+    trainer.rollouts = context.search.rollouts(trainer)
     worker = PackWorker(context, trainer)
     worker.report_capacity()
-    return worker.train()
+    over = worker.train()
+    if worker.stays:
+        as_loaded = not (settings.training.shard_base or settings.training.liger)
+        calls = FinalCalls(context, trainer.base if as_loaded else None)
+        del worker, trainer  # what trained is freed
+        calls.serve()
+    return over
 
 
 @dataclass
@@ -117,6 +124,7 @@ class PackWorker:
         self.compared = context.search.rungs()
         self.unsaved: set[str] = set()  # trials that are due to report, until they have their checkpoint
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
+        self.stays = False  # after its trials, for the calls of the driver
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
 
     def report_capacity(self) -> None:
@@ -144,6 +152,9 @@ class PackWorker:
             self._leave(str(number) for number in orders.leave)
             if orders.close or must_end:
                 self._save_unfinished()
+                self.stays = orders.stay and not must_end
+                if self.stays:
+                    self._leave([*self.trainer.trials])
                 return not must_end
             results = Results()
             for number, config in orders.join.items():
@@ -194,7 +205,7 @@ class PackWorker:
         from ftray.adapters.lora_init import SAMPLES
 
         try:
-            start = start_of(config, self.context.experiment)
+            start = start_of(config, self.context.experiment) or self.context.search.start or None
             run = self.context.search.run(config["adapter"], config["training"], start)
             first = partial(self.batches, run, 0)
             isolation_reason = self.trainer.join(name, run, checkpoint, lambda: list(islice(first(), SAMPLES)))

@@ -16,7 +16,7 @@ from ftray.data.ray_loader import validation_row_groups
 from ftray.errors import UserError
 from ftray.runtime.cluster import cpus_each, node_resources, workers_that_fit
 from ftray.search.broker import TrialBroker
-from ftray.search.failures import SearchBroken, last_line, training_failure
+from ftray.search.failures import PROCESS_DIED, SearchBroken, last_line, training_failure
 from ftray.search.pack_worker import PackContext, most_trials, pack_worker
 from ftray.search.trial_worker import SearchContext, group_trainer
 from ftray.storage.location import Location
@@ -67,12 +67,14 @@ def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[
         yield broker, capacity
     except SearchBroken as error:
         patience = 5.0  # seconds: an object store that doesn't answer delays each last write of a pack by a minute
-        with suppress(ray.exceptions.RayActorError):
+        with suppress(*PROCESS_DIED):
             if not ray.get(broker.ready_packs.remote()):
                 raise UserError(f"no pack could start: {error}") from None
         raise
     finally:
-        with suppress(ray.exceptions.RayActorError):  # the broker has died, and the packs with it
+        with suppress(*PROCESS_DIED):  # the broker has died, and the packs with it
+            if ray.get(broker.in_call.remote()):  # a final call that nobody waits for any more
+                patience = 0.0
             ray.get(broker.close.remote("the search is over"))
             deadline = time.monotonic() + patience
             for index in ray.get(broker.ready_packs.remote()):  # Ray ends the others, which still wait for a node
@@ -113,9 +115,11 @@ def _run_pack(context: PackContext) -> None:
         trainer = pack_trainer(context.search, pack_worker, {"context": context}, name, context.experiment)
         try:
             if trainer.fit().return_value:
+                with suppress(*PROCESS_DIED):
+                    ray.get(context.broker.lost.remote(context.index))
                 return
             print(f"pack {context.index}: its node is about to end; it restarts from checkpoints", flush=True)
-        except ray.exceptions.RayActorError as error:  # Train's controller has died, which Train itself doesn't restart
+        except PROCESS_DIED as error:  # Train's controller has died, which Train itself doesn't restart
             if not restarts:
                 _close(context, last_line(error))
                 return
@@ -126,5 +130,5 @@ def _run_pack(context: PackContext) -> None:
 
 
 def _close(context: PackContext, reason: str) -> None:
-    with suppress(ray.exceptions.RayActorError):  # the broker has died, and the trials know
+    with suppress(*PROCESS_DIED):  # the broker has died, and the trials know
         ray.get(context.broker.close.remote(reason))

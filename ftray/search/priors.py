@@ -49,7 +49,7 @@ def likely_rate(adapter: dict[str, Any], hidden: int | None, steps: int) -> floa
     if steps < SHORT_RUN:
         rate *= SHORT_FACTOR
     if adapter["method"] == "lora" and "alpha" in adapter:
-        rate *= ALPHA / adapter["alpha"]  # what counts is the product: the update is scaled by alpha / rank
+        rate *= ALPHA / float(adapter["alpha"])  # what counts is the product: the update is scaled by alpha / rank
     return rate
 
 
@@ -65,7 +65,8 @@ def density(configuration: dict[str, Any], hidden: int | None, steps: int) -> fl
     weight = TARGET_WEIGHTS.get(str(adapter.get("target_modules")), OTHER_TARGETS) if likely else 1.0
     if likely and rate:
         peak = math.log(likely) + sum(map(math.log, LADDER)) / len(LADDER)
-        weight *= math.exp(-0.5 * ((math.log(rate) - peak) / SPREAD) ** 2)
+        # a number that YAML takes for a text: 1e-4 has no point
+        weight *= math.exp(-0.5 * ((math.log(float(rate)) - peak) / SPREAD) ** 2)
     return weight
 
 

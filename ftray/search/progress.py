@@ -35,6 +35,8 @@ class Progress(tune.Callback):
             for row in past
             if row["status"] not in (TrialStatus.UNFINISHED, TrialStatus.FAILED) and row["value"] is not None
         ]
+        self._values: dict[int, tuple[float, str]] = {}  # by trial, the newest one
+        self._begun: set[int] = set()
         self._live: Live | None = None
         self._trials: list[Trial] = []
         self._started = time.monotonic()
@@ -55,14 +57,18 @@ class Progress(tune.Callback):
         self._trials = trials
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """Print that a trial starts."""
-        self._line(f"{label(trial)} starts: {describe(trial.config)}")
+        """Print that a trial starts, or trains on: one that was paused at a rung starts anew, as Tune sees it."""
+        again = trial.config["number"] in self._begun
+        self._begun.add(trial.config["number"])
+        self._line(f"{label(trial)} trains on" if again else f"{label(trial)} starts: {describe(trial.config)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: object
     ) -> None:
         """Print a rung's result."""
         self._trials = trials
+        if self.metric in result and SEED_OF not in trial.config:  # Tune notes it as the trial's last one only later
+            self._values[trial.config["number"]] = result[self.metric], label(trial)
         known = next((name for name in (self.metric, "paired_loss", "train_loss") if name in result), None)
         shown = f"{'training loss' if known != self.metric else known} {result[known]:.4f}, " if known else ""
         self._line(
@@ -89,11 +95,7 @@ class Progress(tune.Callback):
             print(f"[{time.monotonic() - self._started:6.0f} s] {text}", flush=True)
 
     def _summary(self) -> str:
-        values = self._values_before + [
-            (t.last_result[self.metric], label(t))
-            for t in self._trials
-            if self.metric in (t.last_result or {}) and SEED_OF not in t.config
-        ]
+        values = [*self._values_before, *self._values.values()]
         here = sum(t.is_finished() for t in self._trials if SEED_OF not in t.config)
         over = self._over_before + here
         elapsed = time.monotonic() - self._started

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "tune"  # directory of the trials
 JOURNAL = "study.log"
+TRAINED = "training.json"  # what a training run has reported
+ANSWERS = "answers.jsonl"  # of base, default and best to each test record
 PACKED_REPORT = "report.json"  # of a trial that trains in a pack, inside its checkpoint
 LOSSES_SO_FAR = "losses"  # in it: the training loss of each step
 
@@ -210,6 +212,17 @@ def write_json(value: object, path: Path | Location) -> None:
     """Pretty JSON, whole or not at all."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, default=str)
+
+
+def beside(path: Location, ending: str) -> Location:
+    """The file whose name is that of `path` up to its last dot, with another ending."""
+    return path.parent / f"{Path(path.path).stem}{ending}"
+
+
+def write_lines(values: Sequence[object], path: Location) -> None:
+    """JSON lines, whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
 
 
 def write_yaml(value: object, path: Location) -> None:

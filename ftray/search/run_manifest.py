@@ -18,6 +18,7 @@ from ftray.config import AdapterConfig, Config, SearchConfig
 from ftray.data import TokenizedData
 from ftray.errors import UserError
 from ftray.search.journal import past_trials
+from ftray.search.provenance import note_command
 from ftray.search.results import JOURNAL, write_json, write_yaml
 from ftray.search.space import Space
 from ftray.storage.location import FULL, Location, parse_location
@@ -50,6 +51,7 @@ _ANYWHERE = {
     "scaling.cpus_per_worker",
     "scaling.gpus_per_worker",
     "scaling.address",
+    "scaling.price_per_hour",
     "evaluation",
     "generation",
     "merge",
@@ -175,6 +177,7 @@ def write_definition(cfg: Config, space: Space | None, output: Location) -> None
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     if not _state(output, RUN if space is None else SEARCH):
         _keep(cfg, space, output)
+    note_command(output)
 
 
 def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData, output: Location) -> None:
@@ -206,7 +209,7 @@ def _state(output: Location, kind: Kind) -> str | None:
 
 
 def _resolved(cfg: Config) -> dict[str, Any]:
-    return cfg.model_dump(exclude={"resume", "plan", "show", "verbose"})
+    return cfg.model_dump(exclude={"resume", "plan", "show", "png", "verbose"})
 
 
 def _keep(cfg: Config, space: Space | None, output: Location) -> None:

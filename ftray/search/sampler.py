@@ -16,7 +16,7 @@ from ftray.search.clones import CLONE
 from ftray.search.cohorts import COHORT, Cohorts
 from ftray.search.finalists import FINALISTS, further_runs
 from ftray.search.journal import SEED_OF, STUDY, journal_at, past_trials, stored_id
-from ftray.search.space import BASELINE, Space
+from ftray.search.space import Space
 from ftray.search.trial_status import TrialStatus, ended_status
 from ftray.storage.location import Location, reason
 
@@ -67,7 +67,7 @@ class Sampler(Searcher):
         self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
         self._live = set[str]()
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
-        self.baseline = whole(cfg, {"adapter": BASELINE, "training": {}})
+        self.baseline = whole(cfg, {"adapter": space.default, "training": {}})
         self.journal, self.broken = journal, ""
         known = past_trials(journal)
         self._unfinished = [trial.number for trial in known if trial.state is TrialState.RUNNING]
@@ -166,7 +166,7 @@ class Sampler(Searcher):
         if trial.number == 0:
             if self.space_of_methods.locate(self.baseline):
                 self.space_of_methods.suggest(trial)
-            return {"adapter": BASELINE, "training": {}}
+            return {"adapter": self.space_of_methods.default, "training": {}}
         return self.space_of_methods.suggest(trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -51,7 +51,12 @@ def paired_training(cfg: Config, space: Space, data: TokenizedData) -> PairedTra
     goal, *others = search.goals
     if search.scheduler != "halving" or others or goal.metric not in LOSSES or goal.direction != "min":
         return None
-    if search.pack == "off" or not packable(cfg, space) or data.task.objective or not data.task.load().packed:
+    if (
+        search.pack == "off"
+        or not packable(cfg, space)
+        or data.task.objective not in ("", "SFT")
+        or not data.task.load().packed
+    ):
         return None
     fresh = fresh_records(data.splits["train"])
     found = set()

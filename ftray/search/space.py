@@ -15,7 +15,7 @@ import json
 import math
 import sysconfig
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -36,14 +36,8 @@ CLONE = Path(__file__).parents[2] / "search_spaces"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "ftray" / "search_spaces"
 DIRECTORY = CLONE if CLONE.is_dir() else INSTALLED
 KINDS = ("choice", "float", "log", "int")
-FIXED_TRAINING = (
-    "steps",
-    "epochs",
-    "evaluations",
-    "validation_records",
-    "shard_base",
-    "reward",
-)  # equal for all trials
+# equal for all trials
+FIXED_TRAINING = ("steps", "epochs", "evaluations", "validation_records", "shard_base", "reward")
 BASELINE: dict[str, Any] = {
     "method": "lora",
     "rank": 8,
@@ -126,6 +120,7 @@ class Space:
     own: dict[str, dict[str, Setting]]  # method -> its parameters and training fields
     model: dict[str, Any]  # constants of the model section
     content: dict[str, Any]  # as it was written
+    default: dict[str, Any] = field(default_factory=BASELINE.copy)  # adapter of the first trial
 
     def suggest(self, trial: "BaseTrial") -> dict[str, dict[str, Any]]:
         """Draw a configuration, `{"adapter": {...}, "training": {...}}`, define-by-run.
@@ -213,6 +208,19 @@ def load_space(name: str) -> Space:
     if not isinstance(content, dict) or "method" not in content:
         raise UserError(f"{path}: a search space is a mapping with the key method")
     return _Reader(path).space(content)
+
+
+def space_from(content: dict[str, Any], source: str, default: dict[str, Any]) -> Space:
+    """A space from its content.
+
+    Args:
+        source: the file that messages name.
+        default: the adapter of the first trial.
+
+    Raises:
+        UserError: as :func:`load_space`.
+    """
+    return replace(_Reader(Path(source)).space(content), default=default)
 
 
 class _Reader:

@@ -43,7 +43,7 @@ def _train(config: dict[str, Any], context: SearchContext, experiment: Location)
     """Train until the trial is over; returns what :func:`ftray.search.trial_worker.train_worker` does."""
     name = trial_name(config["number"])
     directory = experiment / name
-    run = context.run(config["adapter"], config["training"], start_of(config, experiment))
+    run = context.run(config["adapter"], config["training"], start_of(config, experiment) or context.start or None)
     if not checkpoints(directory):  # none, or its list was cut off by a kill: Ray Train would fail on that
         directory.remove()
     directory.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ftray.evaluation.metrics import Scores
     from ftray.search.signals import PairedTraining
-    from ftray.training.pack import Pack
+    from ftray.training.pack_trainer import PackTrainer
     from ftray.training.rollouts import Rollouts
     from ftray.training.single_run_trainer import SingleRunTrainer
     from ftray.training.zero3_trainer import Zero3Trainer
@@ -62,6 +62,7 @@ class SearchContext:
         functions: metrics of the user's own, among the search's goals.
         reference: see :class:`ftray.data.shards.TokenizedData`.
         reward: of the user's own, that trials learn from; None: there is none.
+        start: adapter, a directory or URI, that all trials begin with; empty: with new ones.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class SearchContext:
     functions: tuple[UserMetric, ...] = ()
     reference: str = ""
     reward: UserMetric | None = None
+    start: str = ""
 
     @cached_property
     def tokenized(self) -> TokenizedData:
@@ -163,16 +165,20 @@ class SearchContext:
 
         return measure
 
-    def rollouts(self, pack: "Pack") -> "Rollouts | None":
-        """What draws answers for the trials of `pack`; None where they learn from records as they are."""
+    def rollouts(self, trainer: "PackTrainer") -> "Rollouts | None":
+        """What draws answers for the trials of `trainer`; None where they learn from records as they are."""
+        from ftray.adapters.discovery import START
         from ftray.models.load import load_tokenizer
+        from ftray.search.reference import add_start
         from ftray.training.rollouts import Rollouts
 
         if self.reward is None:
             return None
-        cfg = self.config
+        cfg, start = self.config, START if self.start else ""
+        if start:
+            add_start(trainer.pack, trainer.base, self.start)
         tokenizer = load_tokenizer(self.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
-        return Rollouts(pack, tokenizer, cfg.evaluation, self.reward)
+        return Rollouts(trainer.pack, tokenizer, cfg.evaluation, self.reward, start)
 
     @property
     def judges(self) -> tuple[UserMetric, ...]:
@@ -314,7 +320,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
     trainer.measure, trainer.preempted = config["context"].measure(), preempted
     if isinstance(trainer, SingleRunTrainer):
-        trainer.pack.rollouts = config["context"].rollouts(trainer.pack.pack)
+        trainer.pack.rollouts = config["context"].rollouts(trainer.pack)
     if _restore(trainer):
         for past in trainer.history.reports:  # this driver may not have received them
             train.report(dict(past))

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ftray.adapters.discovery import MERGED_BASE
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving import pooling
@@ -144,7 +145,11 @@ def model_of_run(cfg: Config) -> Config:
     try:
         with refuse_damaged(path):
             written = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cfg.model_copy(update={"model": type(cfg.model).model_validate(written["model"])})
+            model = type(cfg.model).model_validate(written["model"])
+        merged = (path.parent / MERGED_BASE).local_path  # the base that the run's adapters are for, if there is one
+        if (written.get("start") or {}).get("adapter") and merged and merged.is_dir():
+            model = model.model_copy(update={"name": str(merged.resolve())})
+        return cfg.model_copy(update={"model": model})
     except OSError as error:
         why = error.strerror or reason(error)
         raise UserError(f"serving.run {cfg.serving.run}: config.yaml: {why}") from None

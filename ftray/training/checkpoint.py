@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ftray.adapters import lora_init
+from ftray.adapters.discovery import CONFIG
 from ftray.config import ModelConfig
 from ftray.errors import UserError
 from ftray.storage.manifest import check, seal
@@ -87,17 +88,33 @@ def trained_weights(directory: str | Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def start_from(model: "PeftModel", directory: str | Path) -> None:
-    """Give a new adapter the trained weights of a checkpoint, without its optimiser's state.
+    """Give a new adapter the trained weights of a checkpoint, without its optimiser's state, or of a saved adapter.
 
     Raises:
         UserError: as :func:`trained_weights`, or they are those of another adapter.
     """
+    if (Path(directory) / CONFIG).is_file():
+        _take_saved(model, Path(directory))
+        return
     weights = trained_weights(directory)
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if odd := sorted(n for n in own.keys() | weights.keys() if n not in own or own[n].shape != weights[n].shape):
         raise UserError(f"checkpoint {directory}: not of such an adapter: {odd[0]} differs")
     for name, parameter in own.items():
         parameter.copy_(weights[name])
+
+
+def _take_saved(model: "PeftModel", directory: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        found = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise UserError(f"adapter {directory}: not of such an adapter: {str(error).splitlines()[-1].strip()}") from None
+    own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    odd = [*(name for name in found.missing_keys if name in own), *found.unexpected_keys]
+    if odd and not model.active_peft_config.is_prompt_learning:  # of which PEFT has raised if it lacked anything
+        raise UserError(f"adapter {directory}: not of such an adapter: {odd[0]} differs")
 
 
 def adapter_from(cfg: ModelConfig, base: str, checkpoint: str | Path, like: Path, task: TaskSpec, output: Path) -> Path:

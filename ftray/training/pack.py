@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ftray.compat.torch import add, out_of_memory
 from ftray.config import TrainingConfig
 from ftray.models import probe
-from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens
+from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens, token_losses
 from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -428,14 +428,16 @@ class Pack:
                 gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
 
-    def base_log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
-        """The log-probability of each text's supervised tokens, nats, by the base alone.
+    @torch.no_grad()
+    def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:
+        """The log-probability of each text's supervised tokens, nats, by the base with an adapter, without dropout.
 
         Args:
             texts: `input_ids` and `labels` of each.
+            name: of the adapter; empty: by the base alone.
         """
         batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
-        (losses,) = self.base_losses([batch], [1.0])
+        (losses,) = self.reference_losses([batch], [1.0], name)
         return text_sums(-losses, batch).tolist()
 
     def validation_sums(self, names: Sequence[str], batch: Batch) -> list[list[float] | None]:
@@ -518,7 +520,7 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
-        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
 
     def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
@@ -527,38 +529,43 @@ class Pack:
         if self.adapters[name].isolation_reason and not others:
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
-        each = zip(units, self._token_losses(units, self._temperatures(units)), strict=True)
+        each = zip(units, self.token_losses_of(units), strict=True)
         return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
     @torch.no_grad()
-    def base_losses(self, batches: Sequence[Batch], temperatures: Sequence[float]) -> list[torch.Tensor]:
-        """The cross-entropy of the supervised tokens of each batch, float64 [S], without any adapter.
+    def reference_losses(
+        self, batches: Sequence[Batch], temperatures: Sequence[float], name: str = ""
+    ) -> list[torch.Tensor]:
+        """The cross-entropy of the supervised tokens of each batch, float64 [S], without dropout.
 
         Args:
             temperatures: by which logits are divided, one a batch.
+            name: of the adapter whose losses they are; empty: those of the base alone.
         """
+        adapter = self.adapters.get(name)
+        model = (adapter.model if adapter else self.base).eval()
+        if adapter.isolation_reason if adapter else self.isolation_reason:
+            each = zip(batches, temperatures, strict=True)
+            return [token_losses(model, self._on_device(batch), temperature=t).double() for batch, t in each]
         self.shared.eval()
 
         def attempt() -> list[torch.Tensor]:
             found: list[torch.Tensor] = []
             while len(found) < len(batches):
-                units = [("", 0, batch) for batch in batches[len(found) :]]
+                units: list[Unit] = [(name, 0, batch) for batch in batches[len(found) :]]
                 sizes = accumulate(batch["input_ids"].numel() for *_, batch in units)
-                fit = max(1, sum(size <= self.tokens for size in sizes))
-                found += self._token_losses(units[:fit], temperatures[len(found) :][:fit])
+                fit = 1 if adapter else max(1, sum(size <= self.tokens for size in sizes))
+                found += self.token_losses_of(units[:fit], temperatures[len(found) :][:fit])
             return found
 
-        if not self.isolation_reason:
-            return self._in_memory(attempt)
-        task = cast("causal.Task", self.task)
-        each = zip(batches, temperatures, strict=True)
-        return [task.token_losses(self.base.eval(), self._on_device(batch), t) for batch, t in each]
+        return self._in_memory(attempt)
 
-    def _temperatures(self, units: Sequence[Unit]) -> list[float]:
-        return [self.adapters[name].objective.temperature for name, *_ in units]
+    def token_losses_of(self, units: list[Unit], temperatures: Sequence[float] | None = None) -> list[torch.Tensor]:
+        """The cross-entropy of each unit's supervised tokens, float64 [S].
 
-    def _token_losses(self, units: list[Unit], temperatures: Sequence[float]) -> list[torch.Tensor]:
-        """The cross-entropy of each unit's supervised tokens, float64 [S], with logits divided by its temperature."""
+        Args:
+            temperatures: by which the logits of each are divided; None: as the adapters' objectives say.
+        """
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
@@ -566,7 +573,11 @@ class Pack:
         if TARGETS in units[0][2]:
             own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
             shares = shares.to(self.base.device)
-        counts, cooled = [supervised_tokens(batch) for *_, batch in units], None
+        if temperatures is None:
+            known = {name: adapter.objective.temperature for name, adapter in self.adapters.items()}
+            temperatures = [known.get(name, 1.0) for name, *_ in units]
+        counts = [supervised_tokens(batch) for *_, batch in units]
+        cooled = None
         if any(temperature != 1 for temperature in temperatures):
             cooled = torch.tensor(temperatures).repeat_interleave(torch.tensor(counts)).to(self.base.device)
         sizes, prefixes = [batch["input_ids"].numel() for *_, batch in units], None

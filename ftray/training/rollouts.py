@@ -41,10 +41,18 @@ class Rollouts:
     Args:
         cfg: with the most tokens of an answer, and the answers of one trial that are drawn at once.
         reward: takes records and answers.
+        start: adapter of the pack that trials began with, which they diverge from; empty: they do from the base.
     """
 
-    def __init__(self, pack: Pack, tokenizer: PreTrainedTokenizerBase, cfg: EvaluationConfig, reward: UserMetric):
-        self.pack, self.cfg, self.reward = pack, cfg, reward
+    def __init__(
+        self,
+        pack: Pack,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: EvaluationConfig,
+        reward: UserMetric,
+        start: str = "",
+    ):
+        self.pack, self.cfg, self.reward, self.start = pack, cfg, reward, start
         self.decoder = PackDecoder(pack.base, tokenizer, cfg)
 
     def draw(self, prompts: Mapping[str, Sequence[Batch]], seeds: Mapping[str, int]) -> dict[str, Drawn]:
@@ -106,8 +114,7 @@ class Rollouts:
             "input_ids": [[*prompt, *answer.ids] for prompt, answer in pairs],
             "labels": [[IGNORE] * len(prompt) + answer.ids for prompt, answer in pairs],
         }
-        sizes = [(len(prompt), len(group)) for prompt, group in zip(prompts, groups, strict=True)]
-        shared = [length if place else 0 for length, answers in sizes for place in range(answers)]
+        shared = [len(prompt) * (i > 0) for prompt, own in zip(prompts, groups, strict=True) for i in range(len(own))]
         return causal.collate(rows) | {
             PREFIXES: torch.tensor([shared]),
             grpo.ADVANTAGES: advantages.reshape(1, -1),
@@ -116,12 +123,12 @@ class Rollouts:
         }
 
     def _add_reference(self, found: Mapping[str, Drawn]) -> None:
-        """Add the log-probabilities of the base, where an objective weighs the divergence from it: the base is the
-        reference, and reads the answers of all trials in one go."""
+        """Add the log-probabilities of what trials began with, where an objective weighs the divergence from it: the
+        base, or the adapter that they started from, reads the answers of all trials."""
         own = {name: drawn for name, drawn in found.items() if self._objective(name).beta}
         batches = [(drawn, batch) for drawn in own.values() for batch in drawn.batches]
         temperatures = [self._objective(name).temperature for name, drawn in own.items() for _ in drawn.batches]
-        losses = self.pack.base_losses([batch for _, batch in batches], temperatures)
+        losses = self.pack.reference_losses([batch for _, batch in batches], temperatures, self.start)
         for (drawn, batch), of_base in zip(batches, losses, strict=True):
             cast("dict[str, torch.Tensor]", batch)[grpo.REFERENCE] = -of_base.float()[None].cpu()
             divergence = grpo.kl_estimate(batch[grpo.DRAWN][0].double(), batch[grpo.REFERENCE][0].double())

@@ -19,7 +19,7 @@ class RunSpec:
     evaluate_at: tuple[int, ...] = ()  # steps after which validation runs; the last step always does
     task: TaskSpec = CAUSAL
     longest: int | None = None  # tokens that a record may have; None: any number
-    start: str | None = None  # checkpoint, a directory or URI, whose weights it begins with; None: with new ones
+    start: str | None = None  # checkpoint or adapter, a directory or URI, whose weights it begins with; None: new ones
 
 
 class RunFailed(RuntimeError):
