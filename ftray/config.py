@@ -361,7 +361,7 @@ class TrainingConfig(Section):
         "0: none)",
     )
     loss: Literal["sigmoid", "hinge", "ipo", "robust"] | None = Field(
-        None, description="of DPO and CPO: how a pair's margin is judged; robust: DPO only (default: sigmoid)"
+        None, description="of DPO and CPO: how a pair's margin is judged (default: sigmoid)"
     )
     label_smoothing: float | None = Field(
         None,

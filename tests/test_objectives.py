@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from ftray.config import TrainingConfig
 from ftray.multi_adapter.shared_model import share
 from ftray.task_spec import TaskSpec
+from ftray.tasks.dpo import margin_losses
 from ftray.training.pack import Pack
 
 # objective, our settings, the same in TRL's words
@@ -186,3 +187,11 @@ def test_two_workers_learn_what_one_learns(weights, how, kind):
     for got, wanted in zip(weights[how][kind], weights["1 packed"][kind], strict=True):
         # AdamW divides a gradient by its own size, and rounding with it
         assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
+def test_smoothing_takes_a_share_of_the_pairs_for_turned_round(loss):
+    margins, settings = torch.linspace(-30, 30, 7, dtype=torch.float64), {"beta": 0.2, "loss": loss}
+    right = margin_losses(margins, settings | {"label_smoothing": 0.0})
+    smoothed = margin_losses(margins, settings | {"label_smoothing": 0.25})
+    assert torch.allclose(smoothed, 0.75 * right + 0.25 * right.flip(0))  # the margins are their own opposites

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Objective(preference.PairObjective):
     """The loss of the margin between two log-ratios to the base, times beta.
 
-    `sigmoid` is the paper's, with the conservative `label_smoothing` of its authors; `hinge` that of SLiC
-    (arXiv 2305.10425); `ipo` the squared one of Azar et al. (arXiv 2310.12036), of means over tokens; `robust` the one
+    `sigmoid` is the paper's, with the conservative `label_smoothing` of its authors, which `hinge` and `ipo` take too;
+    `hinge` is that of SLiC (arXiv 2305.10425); `ipo` the squared one of Azar et al. (arXiv 2310.12036), of means over tokens; `robust` the one
     of Chowdhury et al. (arXiv 2403.00409), which corrects for the share `label_smoothing` of turned pairs.
     `sft_weight` adds the preferred answers' own loss (RPO, arXiv 2404.19733).
     """
@@ -46,16 +46,19 @@ class Objective(preference.PairObjective):
 
 
 def margin_losses(margins: torch.Tensor, settings: Mapping[str, float | str]) -> torch.Tensor:
-    """The loss of each pair's margin, by the settings `beta`, `loss` and `label_smoothing`."""
-    beta, smoothing = float(settings["beta"]), float(settings["label_smoothing"])
-    if settings["loss"] == "hinge":
-        return torch.relu(1 - beta * margins)
-    if settings["loss"] == "ipo":
-        return (margins - 1 / (2 * beta)).square()
-    right, wrong = -F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins)
-    if settings["loss"] == "robust":
-        return (right * (1 - smoothing) - wrong * smoothing) / (1 - 2 * smoothing)
-    return right * (1 - smoothing) + wrong * smoothing
+    """The loss of each pair's margin, by the settings `beta`, `loss` and `label_smoothing`.
+
+    That share of the pairs is taken for turned round: each counts in part as its opposite.
+    """
+    beta, smoothing, kind = float(settings["beta"]), float(settings["label_smoothing"]), settings["loss"]
+
+    def of(margin: torch.Tensor) -> torch.Tensor:
+        if kind == "hinge":
+            return torch.relu(1 - beta * margin)
+        return (margin - 1 / (2 * beta)).square() if kind == "ipo" else -F.logsigmoid(beta * margin)
+
+    right, wrong = of(margins) * (1 - smoothing), of(-margins) * smoothing
+    return (right - wrong) / (1 - 2 * smoothing) if kind == "robust" else right + wrong
 
 
 class Task(preference.Task):
