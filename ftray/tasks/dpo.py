@@ -22,9 +22,9 @@ class Objective(preference.PairObjective):
     """The loss of the margin between two log-ratios to the base, times beta.
 
     `sigmoid` is the paper's, with the conservative `label_smoothing` of its authors, which `hinge` and `ipo` take too;
-    `hinge` is that of SLiC (arXiv 2305.10425); `ipo` the squared one of Azar et al. (arXiv 2310.12036), of means over tokens; `robust` the one
-    of Chowdhury et al. (arXiv 2403.00409), which corrects for the share `label_smoothing` of turned pairs.
-    `sft_weight` adds the preferred answers' own loss (RPO, arXiv 2404.19733).
+    `hinge` is that of SLiC (arXiv 2305.10425); `ipo` the squared one of Azar et al. (arXiv 2310.12036), of means over
+    tokens; `robust` that of Chowdhury et al. (arXiv 2403.00409), which corrects for the share `label_smoothing` of
+    turned pairs. `sft_weight` adds the preferred answers' own loss (RPO, arXiv 2404.19733).
     """
 
     settings: ClassVar[Mapping[str, float | str]] = {
