@@ -17,9 +17,12 @@ from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.shards import MixedRows, Split
 from ftray.search.cohorts import COHORT, Cohorts, Cut
+from ftray.search.driver import restored_cohorts
+from ftray.search.packs import Capacity
 from ftray.search.rungs import Rung, rungs
 from ftray.search.signals import PairedTraining, fresh_records, paired_training
 from ftray.search.space import load_space
+from ftray.storage.local import LocalLocation
 from ftray.training.run_spec import RunSpec
 from ftray.training.train_state import TrainState
 
@@ -319,6 +322,17 @@ def test_the_first_rung_is_late_enough_to_tell_something():
 
 
 STEPS = 40  # of 8 records: cut after 48 and 96 of 320
+
+
+@pytest.mark.parametrize(
+    ("fit", "trials", "size"),
+    [(12, 12, 12), (20, 12, 12), (11, 12, 9), (18, 40, 16), (9, 40, 8)],  # beside it, an eighth of it trains on
+)
+def test_a_cohort_leaves_room_for_its_survivors_if_there_is_to_be_another_one(tmp_path, fit, trials, size):
+    cfg = config(trials=trials, cohort=16)
+    context = SimpleNamespace(config=cfg, rungs=lambda: rungs(800, cfg))
+    known = restored_cohorts(context, LocalLocation(tmp_path), Capacity(fit, since=0.0), packed=True)
+    assert min(known.size(), trials) == size
 
 
 def shows_each_report_as_it_comes(out: str) -> None:

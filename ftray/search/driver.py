@@ -175,7 +175,7 @@ def _tune(
     # Tune would begin the trials one after the other; `capacity` limits their number
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cfg.search.trials)
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every rung validates
-    cohorts = _cohorts(context, output, capacity, broker is not None)
+    cohorts = restored_cohorts(context, output, capacity, broker is not None)
 
     def at_once() -> int:
         # outside of a pack, a trial that waits at a rung leaves its workers to another
@@ -213,7 +213,7 @@ def _tune(
     trial_end.refuse_broken()
 
 
-def _cohorts(context: SearchContext, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
+def restored_cohorts(context: SearchContext, output: Location, capacity: Capacity, packed: bool) -> Cohorts | None:
     """The cohorts of the search in `output`, with all its trials so far; None: trials are not compared in cohorts."""
     cfg = context.config
     if cfg.search.scheduler != "halving":
