@@ -95,10 +95,6 @@ COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it
 USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
-OBJECTIVE_SETTINGS = (  # of the training section: they are not of supervised fine-tuning
-    *("beta", "loss", "label_smoothing", "gamma", "sft_weight", "desirable_weight", "undesirable_weight"),
-    *("reward", "group", "temperature", "clip", "clip_high", "advantage"),
-)
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
 Learn = Literal["all", "last", "generation"]
 TaskName = Annotated[  # of `ftray.task_spec`, in letters of any case

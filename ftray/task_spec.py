@@ -38,6 +38,11 @@ OBJECTIVES = {
     "REWARD": ("SEQ_CLS", "reward"),
 }
 
+OBJECTIVE_SETTINGS = (  # fields of the training section that supervised fine-tuning has no use for
+    *("beta", "loss", "label_smoothing", "gamma", "sft_weight", "desirable_weight", "undesirable_weight"),
+    *("reward", "group", "temperature", "clip", "clip_high", "advantage"),
+)
+
 
 @dataclass(frozen=True)
 class TaskSpec:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from ftray.data.loader import batches, batches_in_order
 from ftray.data.row_groups import read_slice, row_group_order, row_groups_in_order
 from ftray.data.shards import ROW_GROUP_ROWS, MixedRows, Split
+from ftray.models.next_token import packed_row
 from ftray.task_spec import IGNORE, TaskSpec
-from ftray.tasks.causal import collate
 
 
 class InMemory:
@@ -133,7 +133,7 @@ def test_micro_batches_are_cut_across_row_groups():
 
 
 def test_collate_lays_records_in_a_row_without_padding():
-    batch = collate({"input_ids": [[5, 6, 7], [8], [9, 10]], "labels": [[5, IGNORE, 7], [8], [IGNORE, 10]]})
+    batch = packed_row({"input_ids": [[5, 6, 7], [8], [9, 10]], "labels": [[5, IGNORE, 7], [8], [IGNORE, 10]]})
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9, 10]],
         "position_ids": [[0, 1, 2, 0, 0, 1]],
@@ -144,7 +144,7 @@ def test_collate_lays_records_in_a_row_without_padding():
 
 def test_collate_leaves_its_input_alone():
     labels = np.array([1, 2, 3])
-    collate({"input_ids": [labels], "labels": [labels]})
+    packed_row({"input_ids": [labels], "labels": [labels]})
     assert labels.tolist() == [1, 2, 3]
 
 
@@ -155,7 +155,7 @@ def test_packed_records_do_not_see_each_other(tiny_llama):
     model = load_base(ModelConfig(dtype="fp32"), tiny_llama).model.eval()
     draw = torch.Generator().manual_seed(0)
     records = [torch.randint(5, 200, (n,), generator=draw).tolist() for n in (7, 3, 12, 1)]
-    batch = collate({"input_ids": records, "labels": records})
+    batch = packed_row({"input_ids": records, "labels": records})
     with torch.inference_mode():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         alone = torch.cat([model(input_ids=torch.tensor([r]), use_cache=False).logits[0] for r in records])
@@ -191,7 +191,7 @@ def report_batches():
         from ray import train
 
         from ftray.data.ray_loader import training_batches
-        from ftray.tasks.causal import collate
+        from ftray.models.next_token import packed_row
 
         def plain(stream):
             return [{k: v.tolist() for k, v in batch.items()} for batch in stream]
@@ -204,7 +204,7 @@ def report_batches():
             seen[name] = plain(stream)
         for _ in range(2):  # it must be streamed anew each time
             shard = train.get_dataset_shard("validation")
-            seen["validation"].append(plain(shard.iter_torch_batches(batch_size=rows, collate_fn=collate)))
+            seen["validation"].append(plain(shard.iter_torch_batches(batch_size=rows, collate_fn=packed_row)))
         (Path(config["directory"]) / f"{rank}.json").write_text(json.dumps(seen))
 
     return worker

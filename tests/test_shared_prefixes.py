@@ -10,9 +10,9 @@ from helpers.trl_trainers import log_probability
 from transformers import MistralConfig, MistralForCausalLM
 
 from ftray.config import TrainingConfig
+from ftray.models.next_token import packed_row
 from ftray.multi_adapter.attention import shared_prefixes
 from ftray.task_spec import TaskSpec
-from ftray.tasks import causal
 from ftray.tasks.objective import PREFIXES
 from ftray.training.pack import Pack
 
@@ -89,7 +89,7 @@ def test_many_answers_share_a_prompt():
     texts = [[5, 6, 7, *answer] for answer in ([8, 9], [10], [11, 12, 13])] + [[40, 41, 50], [40, 41, 51, 52]]
     prompts = [3, 3, 3, 2, 2]
     labels = [[-100] * prompt + text[prompt:] for text, prompt in zip(texts, prompts, strict=True)]
-    batch = causal.collate({"input_ids": texts, "labels": labels})
+    batch = packed_row({"input_ids": texts, "labels": labels})
     batch[PREFIXES] = torch.tensor([[0, 3, 3, 0, 2]])
     prefixes = shared_prefixes(batch["position_ids"], batch[PREFIXES][0])
     row = batch["input_ids"][0][prefixes.kept]

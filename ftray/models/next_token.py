@@ -1,9 +1,10 @@
 """Next-token loss of packed rows, at supervised positions only. Plain PyTorch."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +13,26 @@ from ftray.task_spec import IGNORE
 
 # of a batch whose supervised tokens have several targets: their ids, int64 [S, K], and what each counts, float32 [S, K]
 TARGETS, SHARES = "targets", "shares"
+
+
+def packed_row(columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
+    """Lay records one after another in a single row: nothing is padded.
+
+    Args:
+        columns: `input_ids` and `labels`, each with a sequence of token ids per record.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, int64 of shape [1, tokens]. Positions restart at 0 with every
+        record, which is how transformers keeps their attention apart; the first label of a record is -100, since no
+        token of the same record comes before it.
+    """
+    ids = [np.asarray(record, np.int64) for record in columns["input_ids"]]
+    labels = [np.asarray(record, np.int64).copy() for record in columns["labels"]]
+    for record in labels:
+        record[0] = IGNORE
+    positions = [np.arange(len(record)) for record in ids]
+    row = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in row.items()}
 
 
 def supervised_tokens(batch: Mapping[str, torch.Tensor]) -> int:

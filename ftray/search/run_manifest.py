@@ -177,7 +177,6 @@ def write_definition(cfg: Config, space: Space | None, output: Location) -> None
     print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
     if not _state(output, RUN if space is None else SEARCH):
         _keep(cfg, space, output)
-    note_command(output)
 
 
 def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData, output: Location) -> None:
@@ -202,6 +201,7 @@ def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData,
         raise UserError(f"{what}: not what the {kind.name} in {output} was trained on (see its {DATA}); {_AGAIN}")
     write_json(found, path)
     _keep(cfg, space, output)
+    note_command(output)
 
 
 def _state(output: Location, kind: Kind) -> str | None:

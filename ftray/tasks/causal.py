@@ -11,7 +11,7 @@ from ftray.config import EvaluationConfig
 from ftray.data.record_task import TextTask
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores
-from ftray.models.next_token import supervised_loss, supervised_tokens, token_losses
+from ftray.models.next_token import packed_row, supervised_loss, supervised_tokens, token_losses
 from ftray.models.probe import padding_obstacle
 from ftray.task_spec import IGNORE
 from ftray.tasks import task
@@ -36,7 +36,7 @@ class Task(TextTask, task.Task):
     usage_example = "ftray serve --run {run}"
 
     def collate(self, columns: Mapping[str, Sequence[Any]]) -> Batch:
-        return collate(columns)
+        return packed_row(columns)
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         return supervised_loss(model, batch, self.pad)
@@ -71,26 +71,6 @@ class Task(TextTask, task.Task):
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
     ) -> Scores:
         return score(model, tokenizer, rows, cfg)
-
-
-def collate(batch: Mapping[str, Sequence[Any]]) -> Batch:
-    """Lay records one after another in a single row: nothing is padded.
-
-    Args:
-        batch: `input_ids` and `labels`, each with a sequence of token ids per record.
-
-    Returns:
-        `input_ids`, `position_ids` and `labels`, int64 of shape [1, tokens]. Positions restart at 0 with every
-        record, which is how transformers keeps their attention apart; the first label of a record is -100, since no
-        token of the same record comes before it.
-    """
-    ids = [np.asarray(record, np.int64) for record in batch["input_ids"]]
-    labels = [np.asarray(record, np.int64).copy() for record in batch["labels"]]
-    for record in labels:
-        record[0] = IGNORE
-    positions = [np.arange(len(record)) for record in ids]
-    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in columns.items()}
 
 
 def score(
@@ -129,7 +109,7 @@ def losses(model: "PreTrainedModel", rows: list[Row], batch_size: int) -> tuple[
         fit = max(1, min(batch_size, SCORED_TOKENS // longest))
         part, waiting = waiting[:fit], waiting[fit:]
         columns = {name: [rows[i][name] for i in part] for name in ("input_ids", "labels")}
-        batch = {name: tensor.to(model.device) for name, tensor in collate(columns).items()}
+        batch = {name: tensor.to(model.device) for name, tensor in packed_row(columns).items()}
         record = (batch["position_ids"][0] == 0).cumsum(0) - 1
         record = record[1:][batch["labels"][0, 1:] != IGNORE].cpu()
         each = token_losses(model, batch).double().cpu()

@@ -12,7 +12,7 @@ import torch
 from ftray.config import EvaluationConfig, TrainingConfig
 from ftray.data.distillation import DistillationTask
 from ftray.evaluation.metrics import Scores, ratio
-from ftray.models.next_token import SHARES, TARGETS, token_losses
+from ftray.models.next_token import SHARES, TARGETS, packed_row, token_losses
 from ftray.tasks import causal, objective
 from ftray.tasks.objective import Batch
 from ftray.tasks.task import Row
@@ -57,7 +57,7 @@ class Task(DistillationTask, causal.Task):
             likely = np.exp(np.asarray(said, np.float64).reshape(-1, k))
             shares.append(np.pad(likely / likely.sum(1, keepdims=True), room))
             targets.append(np.pad(np.asarray(ids, np.int64).reshape(-1, k), room))
-        batch = causal.collate({name: columns[name] for name in ("input_ids", "labels")})
+        batch = packed_row({name: columns[name] for name in ("input_ids", "labels")})
         batch[TARGETS] = torch.from_numpy(np.concatenate(targets))
         batch[SHARES] = torch.from_numpy(np.concatenate(shares)).float()
         return batch

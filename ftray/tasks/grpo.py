@@ -13,6 +13,7 @@ import torch
 from ftray.config import EvaluationConfig
 from ftray.data.prompts import PromptTask
 from ftray.evaluation.metrics import Scores, ratio
+from ftray.models.next_token import packed_row
 from ftray.tasks import causal, objective, task
 from ftray.tasks.objective import Batch, text_of_each, text_sums
 from ftray.tasks.task import Row
@@ -127,7 +128,7 @@ class Task(PromptTask, causal.Task):
             for row in zip(*(columns[name] for name in names), strict=True)
         ]
         text = np.frombuffer(json.dumps(records).encode(), np.uint8).copy()
-        return causal.collate(columns) | {RECORDS: torch.from_numpy(text)[None]}
+        return packed_row(columns) | {RECORDS: torch.from_numpy(text)[None]}
 
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         return int((batch["position_ids"] == 0).sum())

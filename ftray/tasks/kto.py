@@ -14,6 +14,7 @@ from ftray.data.preference import UnpairedTask
 from ftray.data.shards import REFERENCE
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores, ratio
+from ftray.models.next_token import packed_row
 from ftray.task_spec import IGNORE
 from ftray.tasks import causal, objective, preference
 from ftray.tasks.objective import Batch, text_sums, validation_metrics
@@ -97,7 +98,7 @@ class Task(UnpairedTask, causal.Task):
                 row = np.asarray(columns[name][i])
                 texts[0][name].append(row[:first])
                 texts[1][name].append(row[first:])
-        own, other = (causal.collate(part) for part in texts)
+        own, other = (packed_row(part) for part in texts)
         reference = torch.from_numpy(np.stack([np.asarray(pair, np.float32) for pair in columns[REFERENCE]]))
         batch = own | {REFERENCE: reference[None, :, 0], DESIRABLE: torch.tensor(columns["score"]).float()[None]}
         return batch | {f"{MISMATCHED}{k}": v for k, v in {**other, REFERENCE: reference[None, :, 1]}.items()}

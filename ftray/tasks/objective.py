@@ -5,13 +5,15 @@ A pack holds runs with objectives of one kind and different settings: each scale
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ftray.config import OBJECTIVE_SETTINGS, TrainingConfig
 from ftray.errors import UserError
-from ftray.task_spec import IGNORE
+from ftray.task_spec import IGNORE, OBJECTIVE_SETTINGS
+
+if TYPE_CHECKING:
+    from ftray.config import TrainingConfig
 
 Batch = Mapping[str, torch.Tensor]
 PREFIXES = "prefixes"  # of a packed row, int64 [1, texts]: first tokens that each shares with the text before, unlearnt
@@ -33,12 +35,15 @@ class Objective:
     totals: ClassVar[int] = 1
     beta_may_be_zero: ClassVar[bool] = False
 
-    def __init__(self, training: TrainingConfig):
+    def __init__(self, training: "TrainingConfig | None" = None):
         """
+        Args:
+            training: the section; None: its defaults.
+
         Raises:
             UserError: the training section holds a setting that this objective has no use for.
         """
-        given = {name: value for name in OBJECTIVE_SETTINGS if (value := getattr(training, name)) is not None}
+        given = {name: value for name in OBJECTIVE_SETTINGS if (value := getattr(training, name, None)) is not None}
         if unused := next((name for name in given if name not in self.settings), None):
             known = f"it has {', '.join(self.settings)}" if self.settings else "only preferences and GRPO have some"
             raise UserError(f"training.{unused}: what is learnt here has no such setting: {known}")

@@ -12,6 +12,7 @@ from ftray.config import EvaluationConfig
 from ftray.data.preference import PairTask
 from ftray.data.shards import REFERENCE
 from ftray.evaluation.metrics import Scores, ratio
+from ftray.models.next_token import packed_row
 from ftray.task_spec import IGNORE
 from ftray.tasks import causal
 from ftray.tasks.objective import PREFIXES, Batch, Objective, text_of_each, text_sums, validation_metrics
@@ -173,7 +174,7 @@ def collate(columns: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
         name: [text for row, cut in zip(columns[name], cuts, strict=True) for text in np.split(np.asarray(row), cut)]
         for name in ("input_ids", "labels")
     }
-    batch = causal.collate(texts)
+    batch = packed_row(texts)
     batch[PREFIXES] = torch.tensor([[n for ids, labels in _pairs(texts) for n in (0, _common(ids, labels))]])
     if REFERENCE in columns:
         values = np.concatenate([np.asarray(row, np.float32) for row in columns[REFERENCE]])

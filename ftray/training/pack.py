@@ -19,9 +19,8 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from ftray.compat.torch import add, out_of_memory
-from ftray.config import TrainingConfig
 from ftray.models import probe
-from ftray.models.next_token import SHARES, TARGETS, padded, padding_mask, supervised_tokens, token_losses
+from ftray.models.next_token import SHARES, TARGETS, packed_row, padded, padding_mask, supervised_tokens, token_losses
 from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -29,7 +28,6 @@ from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
 from ftray.task_spec import IGNORE, TaskSpec
-from ftray.tasks import causal
 from ftray.tasks.objective import PREFIXES, Objective, text_sums
 from ftray.training.adalora import orthogonality
 from ftray.training.optimizer import AdapterOptimizer
@@ -37,7 +35,7 @@ from ftray.training.optimizer import AdapterOptimizer
 Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
 KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
-SUPERVISED = Objective(TrainingConfig())
+SUPERVISED = Objective()
 Counts = tuple[float, ...]  # of a step: targets, then what the objective counts
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
@@ -274,7 +272,7 @@ class Pack:
     def _differs_isolated(self, adapter: PackedAdapter, name: str) -> str | None:
         wanted, gradients = probe.alone_adapter(adapter.model, self._records, adapter.parameters)
         columns = {"input_ids": self._records, "labels": self._records}
-        batch = {key: tensor.to(self.base.device) for key, tensor in causal.collate(columns).items()}
+        batch = {key: tensor.to(self.base.device) for key, tensor in packed_row(columns).items()}
         loss = self.task.loss(adapter.model, batch)
         ours = torch.autograd.grad(loss, adapter.parameters, allow_unused=True, materialize_grads=True)
         alone = sum(float(probe.token_loss(*pair)) for pair in zip(wanted, self._records, strict=True))
@@ -436,7 +434,7 @@ class Pack:
             texts: `input_ids` and `labels` of each.
             name: of the adapter; empty: by the base alone.
         """
-        batch = causal.collate({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
+        batch = packed_row({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
         (losses,) = self.reference_losses([batch], [1.0], name)
         return text_sums(-losses, batch).tolist()
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ftray.config import EvaluationConfig
 from ftray.evaluation.user_metric import UserMetric
+from ftray.models.next_token import packed_row
 from ftray.multi_adapter.decoding import Drawing, DrawnAnswer, PackDecoder
 from ftray.task_spec import IGNORE
-from ftray.tasks import causal, grpo
+from ftray.tasks import grpo
 from ftray.tasks.objective import PREFIXES
 from ftray.training.pack import Batch, Pack
 
@@ -115,7 +116,7 @@ class Rollouts:
             "labels": [[IGNORE] * len(prompt) + answer.ids for prompt, answer in pairs],
         }
         shared = [len(prompt) * (i > 0) for prompt, own in zip(prompts, groups, strict=True) for i in range(len(own))]
-        return causal.collate(rows) | {
+        return packed_row(rows) | {
             PREFIXES: torch.tensor([shared]),
             grpo.ADVANTAGES: advantages.reshape(1, -1),
             grpo.DRAWN: torch.tensor([[p for _, answer in pairs for p in answer.logprobs]]),

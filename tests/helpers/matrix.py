@@ -27,9 +27,8 @@ from ftray.data.splits import order_key
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores
 from ftray.models.load import load_base, load_skeleton, load_tokenizer
-from ftray.models.next_token import token_losses
+from ftray.models.next_token import packed_row, token_losses
 from ftray.task_spec import CAUSAL, TaskSpec
-from ftray.tasks.causal import collate
 from ftray.tasks.embeddings import SCALE
 from ftray.training.pack_trainer import PackTrainer
 from ftray.training.run_spec import RunSpec
@@ -146,7 +145,7 @@ def records() -> Records:
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(5, 300, (n,), generator=draw).tolist() for n in range(5, 13)]
     rows = [{"input_ids": one, "labels": one, "prompt_tokens": 3, "target": "the cat"} for one in ids]
-    return Records(collate({"input_ids": ids, "labels": ids}), rows)
+    return Records(packed_row({"input_ids": ids, "labels": ids}), rows)
 
 
 def task_records(task: str, path: str, directory: Path) -> Records:
