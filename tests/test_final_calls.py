@@ -4,11 +4,16 @@ import asyncio
 import json
 import os
 import random
+import threading
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.searches import command, run_here
 
+from ftray.errors import UserError
+from ftray.search import final_calls
 from ftray.search.broker import TrialBroker
 from ftray.search.failures import PacksGone
 
@@ -74,6 +79,56 @@ def test_a_pack_that_is_kept_is_let_go(end):
         assert not await broker.in_call()
 
     asyncio.run(story())
+
+
+class InAThread:
+    """A broker as its handle shows it, on an event loop of its own."""
+
+    def __init__(self) -> None:
+        self.broker, self.loop = TrialBroker(1), asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        method = getattr(self.broker, name)
+        return SimpleNamespace(remote=lambda *args: asyncio.run_coroutine_threadsafe(method(*args), self.loop))
+
+
+def double(value, base=None):
+    if value == "user":
+        raise UserError("mend this")
+    if value == "broken":
+        raise RuntimeError("out of memory")
+    return value, base
+
+
+def test_a_call_runs_in_the_pack_and_elsewhere_once_that_has_failed(monkeypatch):
+    alone: list[tuple] = []
+    here = SimpleNamespace(get=lambda future: future.result(), wait=lambda tasks, timeout: (tasks, []))
+    monkeypatch.setattr(final_calls, "ray", here)
+    monkeypatch.setattr(final_calls, "preempted", lambda: False)
+    done = Future()
+    done.set_result("elsewhere")
+    monkeypatch.setattr(final_calls, "on_hardware", lambda cfg, *call, max_retries: alone.append(call) or done)
+    broker = InAThread()
+    broker.ready.remote(0, 2).result()
+    calls = final_calls.FinalCalls(SimpleNamespace(broker=broker, index=0), "base")
+    serving = threading.Thread(target=calls.serve, daemon=True)
+    keeping = broker.keep.remote()
+    serving.start()
+    assert keeping.result()
+    hardware = final_calls.Hardware(SimpleNamespace(config=None), broker)
+    assert hardware.run(double, 1, reads_base=True) == (1, "base")
+    with pytest.raises(UserError, match="mend this"):
+        hardware.run(double, "user", reads_base=True)
+    assert hardware.run(double, 2) == (2, None)
+    assert calls.base is None  # its memory is free
+    assert hardware.run(double, 3, reads_base=True) == (3, None)
+    assert not alone
+    assert hardware.run(double, "broken") == "elsewhere"
+    serving.join(10)
+    assert not serving.is_alive()  # the pack gives its hardware back
+    assert hardware.run(double, 4) == "elsewhere"
+    assert alone == [(double, "broken"), (double, 4)]
 
 
 def calls_in(log: Path) -> list[list[str]]:
