@@ -193,8 +193,8 @@ class Halving:
 
     cohort: int = 16
     at: tuple[int, ...] = (6, 12)
-    keep: tuple[int, ...] = (4, 2)
-    signal: str = "validation"  # or the mean training loss over the last third of a rung
+    keep: tuple[int, ...] = (2, 1)
+    signal: str = "validation"  # or "paired": but for the last cut, the mean training loss over a rung's last third
     advised: bool = True
     validation_cost: float = VALIDATION_COST
 
@@ -207,7 +207,7 @@ class Halving:
                 spent += len(alive) * ((step - before) / STEPS)
                 if step < STEPS:
                     values = {i: self.value(curves, i, before, step) for i in alive}
-                    spent += len(alive) * self.validation_cost if self.signal == "validation" else 0
+                    spent += len(alive) * self.validation_cost if self.validates(step) else 0
                     if before == 0:
                         for index in alive:
                             advisor.tell(index, values[index])
@@ -216,8 +216,11 @@ class Halving:
             spent += len(alive) * VALIDATION_COST
             yield from ((spent, float(curves.final[index])) for index in alive)
 
+    def validates(self, step: int) -> bool:
+        return self.signal == "validation" or step == self.at[-1]
+
     def value(self, curves: Curves, index: int, before: int, step: int) -> float:
-        if self.signal == "validation":
+        if self.validates(step):
             return curves.loss(index, step)
         return float(curves.train[index, step - max(1, (step - before) // 3) : step].mean())
 
@@ -227,7 +230,9 @@ POLICIES: dict[str, Policy] = {
     "tpe": tpe,
     "asha": asha,
     "hyperband": hyperband,
-    "halving": Halving(validation_cost=0.2 * 6 / STEPS),  # at a cut, no more than a fifth of the rung's training
+    # at a cut, no more than a fifth of the rung's training is validated
+    "halving": Halving(validation_cost=0.2 * 6 / STEPS),
+    "paired": Halving(validation_cost=0.2 * 6 / STEPS, signal="paired"),  # halving, of a space that draws no dropout
 }
 
 

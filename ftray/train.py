@@ -61,7 +61,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.models.find import find
     from ftray.models.stored import as_stored
     from ftray.search.starting_point import find_start, labels_of, refuse_unfit, starts_at, with_kept
-    from ftray.tasks.infer_task import as_begun, infer_task
+    from ftray.tasks.infer_task import as_begun, infer_task, refuse_other_settings
 
     require("validation", cfg.data, "which checkpoint is the best is decided by records that are not trained on")
     start = find_start(cfg)
@@ -69,6 +69,7 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     cfg = as_begun(with_kept(starts_at(cfg, start), start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
+    refuse_other_settings(cfg)
 
     # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run

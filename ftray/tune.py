@@ -322,7 +322,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.search.space import load_space
     from ftray.search.starting_point import find_start, kept_space, labels_of, refuse_unfit, starts_at
     from ftray.search.trackers import check_trackers
-    from ftray.tasks.infer_task import as_begun, infer_task
+    from ftray.tasks.infer_task import as_begun, infer_task, refuse_other_settings
 
     space, named = load_space(cfg.search.space), cfg.search.space
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=space.model)})
@@ -335,6 +335,7 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
+    refuse_other_settings(cfg)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
     if start and start.kept:
         space = kept_space(space, start, is_given)

@@ -304,7 +304,7 @@ def config(**search) -> Config:
 
 
 def test_the_first_rung_is_late_enough_to_tell_something():
-    assert rungs(800, config()) == [Rung(120, 1 / 4, 72), Rung(240, 1 / 8, 72), Rung(800, 0.0)]  # three warm-ups
+    assert rungs(800, config()) == [Rung(120, 1 / 8, 72), Rung(240, 1 / 16, 72), Rung(800, 0.0)]  # three warm-ups
     long = Config.model_validate({"training": {"steps": 1000, "warmup": 0.0}})
     assert [rung.records for rung in rungs(8000, long)] == [1000, 2000, 8000]  # an eighth
     short = Config.model_validate({"training": {"steps": 20, "warmup": 0.0}})
@@ -384,7 +384,7 @@ def test_a_search_cuts_its_cohorts_by_what_their_trials_reported(cluster, tmp_pa
     for numbers in (range(4), range(4, len(trials))):
         assert {trials[n].user_attrs["cohort"] for n in numbers} <= {numbers[0] // 4}
         alive = sorted(numbers)
-        for records, share in ((48, 1 / 4), (96, 1 / 8)):
+        for records, share in ((48, 1 / 8), (96, 1 / 16)):
             assert all(records in reports[n] for n in alive)
             best = sorted(alive, key=lambda n: reports[n][records])
             places = math.ceil(share * len(numbers)) + (paired and records == 48 and 0 in numbers)  # 0 is not compared

@@ -9,11 +9,12 @@ import pytest
 from helpers.searches import command, environment, run_here, study
 
 from ftray.cli import main
-from ftray.config import Config
+from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.reports.status import read
 from ftray.search.advisor import Advisor
 from ftray.search.control import ask_to_add, ask_to_stop
+from ftray.search.run_manifest import write_definition
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.storage.local import LocalLocation
@@ -134,6 +135,18 @@ def test_what_is_asked_on_a_shared_disk_is_in_the_journal_at_once(tmp_path):
     assert (running.state.name, running.user_attrs["stop"]) == ("RUNNING", True)
     assert (waiting.state.name, waiting.user_attrs["added"]) == ("WAITING", added)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["space.yaml", "study.log"]  # nothing is left beside it
+
+
+def test_settings_of_another_objective_are_refused(tmp_path, tiny_llama, capsys):
+    space = load_space("quick")
+    cfg = config_from({"task": "KTO", "data": {"source": "unread"}, "model": {"name": tiny_llama}})
+    write_definition(cfg.model_copy(update={"output": str(tmp_path)}), space, LocalLocation(tmp_path))
+    journal = LocalLocation(tmp_path / "study.log")
+    Sampler(space, cfg, 100, journal, lambda: 3, Advisor(space, cfg, 64, 12, 10)).suggest("a")
+    for asked in (["add", "{adapter: {method: ia3}, training: {gamma: 1}}"], ["clone", "0", "--training.gamma", "1"]):
+        capsys.readouterr()
+        assert main([*asked, "--run", str(tmp_path)]) == 2
+        assert f"ftray {asked[0]}: error: training.gamma: what is learnt here has no such" in capsys.readouterr().err
 
 
 def test_a_clone_goes_on_from_the_weights_of_a_trial_with_settings_of_its_own(

@@ -250,15 +250,6 @@ def test_squad_as_it_is_published(tmp_path, tiny_bert):
 
 
 REFUSED = {
-    "preference pairs": (lambda n: {"prompt": f"q {n}", "chosen": "a", "rejected": "b"}, ":1: chosen: one of a pref"),
-    "preference pairs as turns": (
-        lambda n: {"prompt": [user(f"q {n}")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        ":1: chosen: one of a pref",
-    ),
-    "good and bad answers": (
-        lambda n: {"prompt": f"q {n}", "completion": "a", "label": n % 2 == 0},
-        ":1: label: marks",
-    ),
     "an image among the parts": (
         lambda n: {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, assistant("r")]},
         r":1: messages\[0\]\.content\[0\] is no text but 'image_url'",

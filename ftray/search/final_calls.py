@@ -1,6 +1,7 @@
 """What follows the last trial (final choice, proof, merge) in the process of the pack, which has all in memory."""
 
 import gc
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ftray.search.trial_worker import SearchContext
 
 Returned = TypeVar("Returned")
+GRACE = 60.0  # seconds that a pack has to end by itself, if it has to begin anew before
 
 
 class CallFailed(RuntimeError):
@@ -51,6 +53,7 @@ class Hardware:
             UserError, UserMetricError: raised by the function.
             RayError: the process of its own has died, or raised something else.
         """
+        grace = 0.0
         if self._broker is not None:
             try:
                 returned = ray.get(self._broker.call.remote(cloudpickle.dumps((function, args, reads_base))))
@@ -62,9 +65,11 @@ class Hardware:
                     raise error
                 return result
             self._end_pack()
+            grace = GRACE
         task = on_hardware(self._config, function, *args, max_retries=max_retries)
+        since = time.monotonic()
         while not ray.wait([task], timeout=1)[0]:
-            release(everything=True)  # trials that were stopped a moment ago
+            release(everything=time.monotonic() - since > grace)  # trials that were stopped a moment ago
         return cast("Returned", ray.get(task))
 
     def _end_pack(self) -> None:

@@ -7,7 +7,7 @@ from ftray.config import Config, SearchConfig
 
 # of halving, where nothing else is configured; chosen by benchmarks.policy
 FIRST_SHARE = 1 / 8  # of the budget, before the first cut
-KEPT_SHARES = (1 / 4, 1 / 8)  # of a cohort, after each cut
+KEPT_SHARES = (1 / 8, 1 / 16)  # of a cohort, after each cut
 LEAST_STEPS, LEAST_WARMUPS = 6, 3  # before the first cut: earlier, losses tell little
 # validation records at a cut, as a share of those trained on since the last one: a record costs a third of what it
 # costs in training, as there is no backward pass, and validating at most a fifth of training

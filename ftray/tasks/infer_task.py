@@ -44,12 +44,11 @@ def infer_task(cfg: Config, model_path: str, first: Located) -> Config:
         first: training record, with its location.
 
     Raises:
-        UserError: the task can't be inferred from the first record and the model, or has no such metric or setting.
+        UserError: the task can't be inferred from the first record and the model, or has no such metric.
     """
     place, record = first
     name = cfg.task if cfg.task != "auto" else _infer(record, place, cfg, model_path)
     task = TaskSpec.named(name).load()
-    task.objective(cfg.training)  # it refuses the settings of others
     search = _with_goals(cfg, task, *task.choices(record))
     if "space" not in cfg.search.model_fields_set:
         search = search.model_copy(update={"space": task.space})
@@ -113,6 +112,15 @@ def _goal(
     if metric not in metrics:
         raise UserError(f"{field} {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
     return f"validation_{metric}", metrics[metric]
+
+
+def refuse_other_settings(cfg: Config) -> None:
+    """Refuse settings of the training section that belong to other objectives than that of `cfg.task`.
+
+    Raises:
+        UserError: names the first.
+    """
+    TaskSpec.named(cfg.task).load().objective(cfg.training)
 
 
 def as_begun(cfg: Config) -> Config:
