@@ -82,7 +82,8 @@ class Server:
 
     def wanted(self, name, ids, max_tokens):
         new = generated(self.models[name], ids, max_tokens)
-        return self.tokenizer.decode(new, skip_special_tokens=True), new
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}  # other special tokens are part of an answer
+        return self.tokenizer.decode([token for token in new if token not in ends]), new
 
     def client(self, kind=openai.OpenAI):
         return kind(base_url=self.url + "/v1", api_key=KEY, max_retries=0, timeout=120)
