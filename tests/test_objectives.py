@@ -184,9 +184,9 @@ def weights(tmp_path_factory) -> dict[str, dict[str, list[torch.Tensor]]]:
 @pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
 @pytest.mark.parametrize("how", ["2 packed", "2 zero3"])
 def test_two_workers_learn_what_one_learns(weights, how, kind):
-    for got, wanted in zip(weights[how][kind], weights["1 packed"][kind], strict=True):
-        # AdamW divides a gradient by its own size, and rounding with it
-        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    # as a whole: AdamW divides each gradient by its own size, and makes rounding of those near zero large
+    got, wanted = (torch.cat([part.flatten() for part in weights[w][kind]]) for w in (how, "1 packed"))
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])

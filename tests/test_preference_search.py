@@ -155,6 +155,6 @@ def test_a_search_over_preferences_shows_lengths_in_its_proof(cluster, tmp_path,
     answered, means = proof["metrics"]["answer_tokens"], proof["lengths"]
     for name in ("base", "best"):
         assert answered[name] == pytest.approx(means[name]["mean"])
-        assert means[name]["interval"][0] <= means[name]["mean"] <= means[name]["interval"][1] <= 6
+        assert means[name]["interval"][0] <= means[name]["mean"] <= means[name]["interval"][1]
     assert means["rejected"]["mean"] < means["chosen"]["mean"]
     assert f"chosen {means['chosen']['mean']:.1f} (" in done.stdout

@@ -95,7 +95,7 @@ def test_many_answers_share_a_prompt():
     row = batch["input_ids"][0][prefixes.kept]
     assert row.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 40, 41, 50, 51, 52]
     assert torch.equal(row[prefixes.source], batch["input_ids"][0])
-    (losses,) = Pack(base, TaskSpec()).base_losses([batch], [1.0])
+    (losses,) = Pack(base, TaskSpec()).reference_losses([batch], [1.0])
     each = iter(losses.tolist())
     for text, own in zip(texts, labels, strict=True):
         found = -sum(next(each) for label in own if label != -100)

@@ -34,7 +34,9 @@ def run_stages(cfg: Config, check: Callable[[Config], object], run: Callable[[Co
             print(f"stage {number} of {len(stages)}, {name}: is over, see {stage.output}", flush=True)
             continue
         print(f"stage {number} of {len(stages)}, {name}: {stage.output}", flush=True)
-        if cfg.plan and number > 1:  # what it starts from is not there yet, and has the same size
+        if (
+            "plan" in cfg.model_fields_set and cfg.plan and number > 1
+        ):  # what it starts from is not there yet, and has the same size
             stage = _from_base_of(first[1], stage)
         if code := run(stage):
             return code
