@@ -209,7 +209,7 @@ def test_a_kept_adapter_is_where_trials_begin_and_what_they_are_compared_with(
     assert metric["best"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
     of_bare = [(a[0] - b[0]) - (a[1] - b[1]) for a, b in zip(before, by_transformers(bare, rows), strict=True)]
     assert abs(sum(of_bare)) > 1e-3  # what the start would have, were the bare base the reference
-    assert summary["start"] == f"{tiny_llama} with {sft} kept"
+    assert summary["start"] == f"{tiny_llama} with {sft}, kept"
 
     first, best = (
         json.loads((d / "adapter_config.json").read_text()) for d in (sft / "adapter", output / "best/adapter")
