@@ -299,6 +299,11 @@ READERS: dict[str, PoolingReplica] = {}
 def test_what_no_route_answers_is_refused(tiny_bert, tmp_path):
     with pytest.raises(UserError, match="no route answers QUESTION_ANS"):
         find_catalog(parse("serve", ["--model", tiny_bert, "--task", "QUESTION_ANS"]))
+    with pytest.raises(UserError, match="no route answers REWARD"):  # whose scores are no classes
+        find_catalog(parse("serve", ["--model", tiny_bert, "--task", "REWARD"]))
+    reward = adapter(tiny_bert, TaskSpec.named("REWARD", (), 1), tmp_path / "reward", 1)
+    with pytest.raises(UserError, match="no route answers REWARD"):
+        find_catalog(parse("serve", ["--model", tiny_bert, "--adapter", f"reward={reward}"]))
     one = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "b"), 1), tmp_path / "one", 1)
     other = adapter(tiny_bert, TaskSpec("SEQ_CLS", ("a", "c"), 1), tmp_path / "other", 1)
     with pytest.raises(UserError, match="it has other labels than a, b"):

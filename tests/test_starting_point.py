@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def common(pairs, tmp_path_factory) -> list[str]:
 
 
 TRAINED = ["--training.steps", "6", "--training.batch_size", "4"]
+
+
+def last(printed: str) -> str:
+    """The last line of what `done` returned, but for what went to standard error beside it."""
+    return [line for line in printed.splitlines() if not line.startswith(("reference: ", "base: "))][-1]
 
 
 def done(command: str, *flags: str, code: int = 0) -> str:
@@ -164,7 +170,9 @@ def test_sft_then_dpo_is_two_commands(cluster, tmp_path, common, sft, space, tin
     stamp = (output / "base" / "MANIFEST.json").stat().st_mtime_ns
     done("tune", *searched, "--resume")
     assert (output / "base" / "MANIFEST.json").stat().st_mtime_ns == stamp
-    assert "take --from-as merged" in done("tune", *searched, "--resume", "--from-as", "kept", code=2)
+    assert "lora.rank: a kept adapter stays as it is, and a space varies training settings alone" in done(
+        "tune", *searched, "--resume", "--from-as", "kept", code=2
+    )
 
 
 def shards(config: dict, task: str) -> str:
@@ -192,12 +200,14 @@ def test_a_kept_adapter_is_where_trials_begin_and_what_they_are_compared_with(
     cluster, tmp_path, common, sft, tiny_llama
 ):
     output = tmp_path / "kept"
+    began = time.time()
     done("tune", *common, *TRAINED, "--from", str(sft), "--from-as", "kept", "--trials", "2", "--output", str(output))
     config = yaml.safe_load((output / "config.yaml").read_text())
     directory = Path(shards(config, "DPO"))
     start, bare = plain(tiny_llama, sft / "adapter"), AutoModelForCausalLM.from_pretrained(tiny_llama)
 
-    reference = next(path for path in directory.glob("reference-*") if matches(path, directory, start))
+    (reference,) = (path for path in directory.glob("reference-*") if path.stat().st_mtime > began)
+    assert matches(reference, directory, start)
     assert not matches(reference, directory, bare)
 
     summary = json.loads((output / "summary.json").read_text())
@@ -249,7 +259,7 @@ def test_stages_are_one_command_and_one_that_is_over_stays(cluster, tmp_path, co
     assert (first["training"]["learning_rate"], first["training"]["steps"]) == (0.01, 6)
     assert second["training"]["steps"] == 4
     assert second["start"] == {"adapter": str(output / "1-sft"), "form": "merged"}
-    assert f"stage    {output / '2-dpo' / 'best' / 'adapter'}" in printed.splitlines()
+    assert last(printed) == f"stage    {output / '2-dpo' / 'best' / 'adapter'}"
     merged = plain(tiny_llama, output / "1-sft" / "best" / "adapter").merge_and_unload()
     made = AutoModelForCausalLM.from_pretrained(output / "2-dpo" / "base", dtype=torch.float32).state_dict()
     assert all(torch.equal(made[name], weight) for name, weight in merged.state_dict().items())
@@ -275,7 +285,7 @@ def test_the_adapter_of_a_stage_may_be_kept(cluster, tmp_path, common, tiny_llam
         json.loads((output / name / "adapter" / "adapter_config.json").read_text()) for name in ("1-sft", "2-dpo")
     )
     assert (first["r"], first["base_model_name_or_path"]) == (second["r"], second["base_model_name_or_path"])
-    assert printed.splitlines()[-1] == f"stage    {output / '2-dpo' / 'adapter'}"
+    assert last(printed) == f"stage    {output / '2-dpo' / 'adapter'}"
 
 
 @pytest.fixture(scope="module")

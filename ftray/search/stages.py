@@ -27,6 +27,7 @@ def run_stages(cfg: Config, check: Callable[[Config], object], run: Callable[[Co
     """
     stages = stage_configs(cfg)
     first, *later = stages.items()
+    plans = "plan" in cfg.model_fields_set and cfg.plan  # only a search does
     for name, stage in later:
         _check_later(name, stage, first[1], check)
     for number, (name, stage) in enumerate(stages.items(), 1):
@@ -34,13 +35,12 @@ def run_stages(cfg: Config, check: Callable[[Config], object], run: Callable[[Co
             print(f"stage {number} of {len(stages)}, {name}: is over, see {stage.output}", flush=True)
             continue
         print(f"stage {number} of {len(stages)}, {name}: {stage.output}", flush=True)
-        if (
-            "plan" in cfg.model_fields_set and cfg.plan and number > 1
-        ):  # what it starts from is not there yet, and has the same size
+        # what a later stage starts from is not there yet, and has the size of what the first one does
+        if plans and number > 1:
             stage = _from_base_of(first[1], stage)
         if code := run(stage):
             return code
-    if not cfg.plan:
+    if not plans:
         for stage in stages.values():
             print(f"stage    {find_adapter(stage.output)}", flush=True)
     return 0

@@ -1,7 +1,7 @@
 """What is to be served: a base model, named adapters, and the search that they come from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,10 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     spec = next((found for place in places if (found := kept_task(place))), None)
     if spec is None:
         named = TaskSpec.named(CAUSAL.name if cfg.task == "auto" else cfg.task)
-        spec = named if named == CAUSAL or not path else TaskSpec(named.name, own_labels(path, named))
-    if spec.name not in ("CAUSAL_LM", *pooling.ROUTES):
-        raise UserError(f"serve: no route answers {spec.name}; the merged model is a plain transformers directory")
+        spec = named if named == CAUSAL or not path else replace(named, labels=own_labels(path, named))
+    kind, _ = spec.kind  # scores of a reward model are no classes
+    if kind not in ("CAUSAL_LM", *pooling.ROUTES):
+        raise UserError(f"serve: no route answers {kind}; the merged model is a plain transformers directory")
     return spec
 
 
