@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama, make_tokenizer
+from helpers.packs import Gradients
 from helpers.processes import torchrun
 from helpers.trl_trainers import CONFIG, Reference, adapted, moved, reference
 from peft import LoraConfig, get_peft_model
@@ -43,13 +44,6 @@ CASES = [
     ),
 ]
 NAMES = [f"{kind} {settings}" for kind, settings, _ in CASES]
-
-
-class Gradients:
-    """In place of an optimiser: keeps what it is given."""
-
-    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        self.kept = [gradient.clone() for gradient in gradients]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=NAMES)

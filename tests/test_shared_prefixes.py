@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama
-from helpers.packs import CONFIGS, Trial
+from helpers.packs import CONFIGS, Gradients, Trial
 from helpers.trl_trainers import log_probability
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -15,13 +15,6 @@ from ftray.multi_adapter.attention import shared_prefixes
 from ftray.task_spec import TaskSpec
 from ftray.tasks.objective import PREFIXES
 from ftray.training.pack import Pack
-
-
-class Gradients:
-    """In place of an optimiser: keeps what it is given."""
-
-    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
-        self.kept = [gradient.clone() for gradient in gradients]
 
 
 def rows(pairs: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -434,7 +434,7 @@ class Pack:
             texts: `input_ids` and `labels` of each.
             name: of the adapter; empty: by the base alone.
         """
-        batch = packed_row({name: [text[name] for text in texts] for name in ("input_ids", "labels")})
+        batch = packed_row({column: [text[column] for text in texts] for column in ("input_ids", "labels")})
         (losses,) = self.reference_losses([batch], [1.0], name)
         return text_sums(-losses, batch).tolist()
 
@@ -514,8 +514,8 @@ class Pack:
 
     def _losses(self, units: list[Unit], counts: Mapping[str, Counts]) -> list[torch.Tensor]:
         """What each unit's objective minimises, summed over its targets."""
-        (name, _, batch), *others = units
-        if self.adapters[name].isolation_reason and not others:
+        name, _, batch = units[0]
+        if self.adapters[name].isolation_reason:  # it has a pass of its own
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
         each = zip(units, self.token_losses_of(units), strict=True)
@@ -523,8 +523,8 @@ class Pack:
 
     def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
         """See :meth:`_without_gradients`; units of one pass."""
-        (name, _, batch), *others = units
-        if self.adapters[name].isolation_reason and not others:
+        name, _, batch = units[0]
+        if self.adapters[name].isolation_reason:  # it has a pass of its own
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
         each = zip(units, self.token_losses_of(units), strict=True)
@@ -572,8 +572,7 @@ class Pack:
             own, shares = (_one_below_another([batch[name] for *_, batch in units]) for name in (TARGETS, SHARES))
             shares = shares.to(self.base.device)
         if temperatures is None:
-            known = {name: adapter.objective.temperature for name, adapter in self.adapters.items()}
-            temperatures = [known.get(name, 1.0) for name, *_ in units]
+            temperatures = [self.adapters[name].objective.temperature for name, *_ in units]
         counts = [supervised_tokens(batch) for *_, batch in units]
         cooled = None
         if any(temperature != 1 for temperature in temperatures):

@@ -84,6 +84,13 @@ class Trial:
         return [packed_row(draw, self.rows) for _ in range(self.micro_batches)]
 
 
+class Gradients:
+    """In place of an optimiser: keeps what it is given."""
+
+    def apply(self, gradients: list[torch.Tensor], step: int) -> None:
+        self.kept = [gradient.clone() for gradient in gradients]
+
+
 def packed_row(draw: torch.Generator, records: int) -> dict[str, torch.Tensor]:
     """Records of 3 to 40 tokens, the first third of each without loss."""
     rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "labels": []}
