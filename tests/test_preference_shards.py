@@ -45,6 +45,8 @@ def shards(tmp_path, records: list[dict], model: str, task: str, **settings):
         (lambda n: {"messages": [user(f"q {n}"), assistant("r")], "rejected_response": "x"}, "DPO"),
         (lambda n: {"prompt": f"q {n}", "completion": "r", "label": n % 2 == 0}, "KTO"),
         (lambda n: {"messages": [user(f"q {n}"), assistant("r")], "kto_tag": n % 2 == 0}, "KTO"),
+        (lambda n: {"prompt": f"q {n}", "completion": "r", "label": n % 2}, "KTO"),
+        (lambda n: {"question": f"q {n}", "answer": "r", "label": "good" if n % 2 else "bad"}, "KTO"),
         (lambda n: {"prompt": f"q {n}", "completion": "r"}, "CAUSAL_LM"),
         (lambda n: {"prompt": f"q {n}", "completion": "r", "label": None}, "CAUSAL_LM"),
         (lambda n: {"prompt": f"q {n}", "completion": "r", "thumbs_up": True}, "CAUSAL_LM"),
@@ -52,6 +54,21 @@ def shards(tmp_path, records: list[dict], model: str, task: str, **settings):
 )
 def test_the_objective_is_told_from_the_records(tmp_path, tiny_llama, record, task):
     assert told(tmp_path, record, tiny_llama) == task
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda n: {"question": f"q {n}", "answer": "r", "label": n % 2},  # as WikiQA has it
+        lambda n: {"instruction": f"q {n}", "output": "r", "label": str(n % 2)},
+        lambda n: {"messages": [user(f"q {n}"), assistant("r")], "label": n % 2},
+    ],
+)
+def test_a_label_of_0_or_1_may_be_a_class_and_is_asked_about(tmp_path, tiny_llama, record):
+    with pytest.raises(UserError, match=r"label 0, which may say .* give --task KTO if 1 .*, or --data\.fields '"):
+        told(tmp_path, record, tiny_llama)
+    cfg = config(tmp_path / "r.jsonl", tiny_llama, None).model_copy(update={"task": "KTO"})
+    assert infer_task(cfg, tiny_llama, DataCheck(cfg.data).first).task == "KTO"
 
 
 def test_pairs_want_a_model_that_continues_texts(tmp_path, tiny_bert, tiny_t5):

@@ -14,7 +14,7 @@ from ftray.data.formats import Located
 from ftray.data.preference_shapes import PAIRS
 from ftray.data.records import SHAPES, unknown
 from ftray.data.refusals import kept, refuse_keys
-from ftray.data.shapes import Shape, fitting, recognise
+from ftray.data.shapes import Shape, fitting, number, recognise
 from ftray.data.unpaired_shapes import UNPAIRED
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
@@ -156,11 +156,28 @@ def _refuse_two_tasks(record: dict[str, Any], labelled: Shape, place: object) ->
     )
 
 
-def _objective(record: dict[str, Any]) -> str:
+def _refuse_unclear_verdict(record: dict[str, Any], judged: Shape, place: object) -> None:
+    """Raise the UserError about an answer with a `label` of 0 or 1, which may be a class: of answers that are toxic, say.
+
+    Beside a `completion`, it is the verdict that TRL's records have there.
+    """
+    label = record.get("label")
+    if "completion" in record or "kto_tag" in record or isinstance(label, bool) or number(label) not in (-1, 0, 1):
+        return
+    asked = fitting({key: value for key, value in record.items() if key != "label"}, SHAPES)
+    alone = f", or {as_typed(kept(record, asked))} to learn all answers" if asked else ""
+    raise UserError(
+        f"{place}: holds an answer and label {label}, which may say that the answer is good or be a class of it: give "
+        f"--task KTO if 1 is good and 0 bad{alone}"
+    )
+
+
+def _objective(record: dict[str, Any], place: object) -> str:
     """The objective of `OBJECTIVES` that a record tells by its keys; empty: none, it is a task's own record."""
     if fitting(record, PAIRS):
         return "DPO"
-    if fitting(record, UNPAIRED[:-1]):
+    if judged := fitting(record, UNPAIRED[:-1]):
+        _refuse_unclear_verdict(record, judged, place)
         return "KTO"
     return "DISTILLATION" if has_teacher(record) else ""
 
@@ -186,7 +203,7 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
         if labelled := fitting(record, TaskSpec(name).load().shapes):
             _refuse_two_tasks(record, labelled, place)
             return name
-    objective = _objective(record)
+    objective = _objective(record, place)
     shape = recognise(record, SHAPES)
     if not objective and not all(key in record for key in shape.required_keys):
         refuse_keys(record, shape, place)
