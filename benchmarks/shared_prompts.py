@@ -3,7 +3,7 @@
     python -m benchmarks.shared_prompts            # pairs (DPO) after prompts of 32, 128 and 512 tokens
     python -m benchmarks.shared_prompts --quick    # of 128 alone, one run of each
 
-Both sides make the same steps of 8 LoRA trials on SmolLM2-135M, over random tokens, and come to the same loss.
+Both sides make the same steps of 4 LoRA trials on SmolLM2-135M, over random tokens, and come to the same loss.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.measure import compare
 
-TRIALS, PAIRS, ANSWER = 8, 2, 32  # pairs a step of each trial; tokens of an answer
+TRIALS, PAIRS, ANSWER = 4, 2, 32  # pairs a step of each trial; tokens of an answer
 NOISE = 0.01  # of the loss: bfloat16 sums in another order
 
 
