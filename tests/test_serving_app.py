@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -152,6 +153,13 @@ def test_likelihoods_as_an_evaluation_harness_reads_them(server):
 OK = {"model": "lora", "prompt": "a", "max_tokens": 2}
 SAY = {"model": "lora", "messages": MESSAGES, "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f"}}
+JSON = {"type": "json_object"}
+
+
+def schema_of(body):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": body, "strict": True}}
+
+
 MALFORMED = [
     ("completions", b"", 400, "JSON"),
     ("completions", b"{", 400, "JSON"),
@@ -189,7 +197,14 @@ MALFORMED = [
     ("completions", {**OK, "logprobs": 21}, 400, "logprobs"),
     ("completions", {**OK, "best_of": 3}, 400, "best_of"),
     ("completions", {**OK, "suffix": "b"}, 400, "unsupported field 'suffix'"),
-    ("completions", {**OK, "presence_penalty": 1.0}, 400, "presence_penalty"),
+    ("completions", {**OK, "presence_penalty": 2.1}, 400, "presence_penalty"),
+    ("completions", {**OK, "repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("completions", {**OK, "logit_bias": {"cat": 1}}, 400, "logit_bias"),
+    ("completions", {**OK, "logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ("completions", {**OK, "logit_bias": {"500": 1}}, 400, "tokens are from 0 to 383, not 500"),
+    ("completions", {**OK, "response_format": {"type": "json_schema"}}, 400, "response_format"),
+    ("completions", {**OK, "response_format": {"type": "json_object", "json_schema": {"name": "a"}}}, 400, "schema"),
+    ("completions", {**OK, "response_format": {"type": "xml"}}, 400, "response_format"),
     ("completions", {**OK, "stream": "perhaps"}, 400, "stream"),
     ("completions", {**OK, "seed": 2**64}, 400, "seed"),
     ("chat/completions", {**SAY, "messages": []}, 400, "messages"),
@@ -198,7 +213,10 @@ MALFORMED = [
     ("chat/completions", {**SAY, "messages": "hello"}, 400, "messages"),
     ("chat/completions", {**SAY, "tools": [{"type": "function"}]}, 400, "tools"),
     ("chat/completions", {**SAY, "tools": [TOOL]}, 400, "has no place for tools"),
-    ("chat/completions", {**SAY, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("chat/completions", {**SAY, "response_format": schema_of({"type": "nonsense"})}, 400, "Invalid type: nonsense"),
+    ("chat/completions", {**SAY, "response_format": schema_of({"not": {"const": 1}})}, 400, 'keys: ["not"]'),
+    ("chat/completions", {**SAY, "response_format": schema_of({"$ref": "http://a/b"})}, 400, "response_format"),
+    ("chat/completions", {**SAY, "response_format": JSON, "tools": [TOOL]}, 400, "calls no tool"),
     ("chat/completions", {**SAY, "top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", {**SAY, "prompt": "a"}, 400, "unsupported field 'prompt'"),
     ("adapters", {"name": "../x", "source": "/tmp"}, 400, "adapter name"),
@@ -244,6 +262,47 @@ def test_malformed_requests_get_a_clear_answer_and_harm_nothing(server):
     assert server.client().completions.create(**OK).choices[0].text is not None
     with pytest.raises(openai.BadRequestError, match="top_k"):
         server.client().completions.create(**OK, extra_body={"top_k": 3})
+
+
+RECORD = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_conform_to_their_schema(server, stream):
+    """Of a model that has never seen JSON; beside answers without a schema, which stay what they are."""
+    client, format_ = server.client(), schema_of(RECORD)
+    ids = server.tokenizer("the cat sat on")["input_ids"]
+    for name in ("lora", "best", server.base):
+        for temperature in (0, 1):
+            ask = {"messages": MESSAGES, "max_tokens": 120, "temperature": temperature, "response_format": format_}
+            got = client.chat.completions.create(model=name, stream=stream, **ask)
+            if stream:
+                parts = [chunk.choices[0] for chunk in got]
+                text, finish = "".join(part.delta.content or "" for part in parts), parts[-1].finish_reason
+            else:
+                text, finish = got.choices[0].message.content, got.choices[0].finish_reason
+            assert finish == "stop"
+            jsonschema.validate(json.loads(text), RECORD)
+    several = client.completions.create(
+        model="lora", prompt="the", n=3, max_tokens=120, seed=1, extra_body={"response_format": format_}
+    )
+    values = [json.loads(choice.text) for choice in several.choices]
+    assert len({json.dumps(value) for value in values}) > 1
+    plain = client.completions.create(model="lora", prompt="the cat sat on", max_tokens=8, temperature=0)
+    assert plain.choices[0].text == server.wanted("lora", ids, 8)[0]
+
+
+def test_biases_and_penalties_reach_the_engine(server):
+    client, (cat, mat) = server.client(), [server.tokenizer(word)["input_ids"][0] for word in ("c", "m")]
+    ask = {"model": "lora", "prompt": "the", "max_tokens": 4, "temperature": 0, "logit_bias": {cat: 100, mat: 99}}
+    assert client.completions.create(**ask).choices[0].text == "cccc"
+    assert client.completions.create(**ask, presence_penalty=2).choices[0].text == "cmcc"
+    assert client.completions.create(**ask, extra_body={"repetition_penalty": 2}).choices[0].text != "cccc"
 
 
 @pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1, "top_p": 1e-40}])
@@ -307,7 +366,11 @@ FIELDS = {
     "echo": st.booleans(),
     "user": TEXTS,
     "stream": st.just(False),
-    "frequency_penalty": st.just(0),
+    "frequency_penalty": st.floats(-2, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.5, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.integers(-100, 100), max_size=3),
+    "response_format": st.sampled_from([{"type": "text"}, JSON, schema_of({"type": "integer"}), schema_of(True)]),
 }
 ODD = st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.just(name), FIELDS[name] | VALUES))
 ODD |= st.tuples(TEXTS, VALUES)

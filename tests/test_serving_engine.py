@@ -1,9 +1,11 @@
 """Many sequences of many adapters answered together, against transformers.generate for each alone."""
 
+import json
 import math
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
@@ -27,6 +29,7 @@ from ftray.multi_adapter.served_linear import ServedLinear
 from ftray.serving.adapters import check_name, load_adapter
 from ftray.serving.engine import Engine
 from ftray.serving.generation_request import Rendering
+from ftray.serving.logits import Grammars
 from ftray.serving.sampling import token_bytes
 from ftray.task_spec import TaskSpec
 
@@ -183,6 +186,84 @@ def test_seeds_decide_whatever_else_is_in_the_batch():
     got = run(engine, [*crowd, asked([4, 4], None, max_tokens=8)])
     assert got[1] == got[2] == alone
     assert got[0] != alone
+
+
+def by_hand(model, prompt, count, change):
+    """Greedy tokens, where `change` gives the logits that count, of the model's and the tokens so far."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        ids.append(int(change(logits.tolist(), ids[len(prompt) :]).argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def test_penalties_and_biases_are_those_of_the_reference():
+    """Frequency and presence as OpenAI's reference has them, of the answer alone; repetition as `generate` has it."""
+    engine, (prompt,) = engine_of(llama(), ["lora"]), prompts(1)
+    model = engine.adapters["lora"].model
+    plain = generated(model, prompt, 12)
+    bias = {plain[0]: -100.0, 7: 0.05}
+
+    def penalised(logits, answer):
+        return torch.tensor(
+            [
+                value + bias.get(token, 0) - 0.3 * answer.count(token) - 0.2 * (token in answer)
+                for token, value in enumerate(logits)
+            ]
+        )
+
+    asks = [
+        asked(prompt, "lora", 12),
+        asked(prompt, "lora", 12, frequency_penalty=0.3, presence_penalty=0.2, logit_bias=bias),
+        asked(prompt, "lora", 12, repetition_penalty=1.7),
+        asked(prompt, None, 12, repetition_penalty=1.7),
+    ]
+    got = run(engine, asks)
+    wanted = by_hand(model, prompt, 12, penalised)
+    assert got[:2] == [plain, wanted[: len(got[1])]]
+    assert got[1] != plain
+    for own, tokens in ((model, got[2]), (engine.base, got[3])):
+        given = torch.tensor([prompt])
+        answer = own.generate(input_ids=given, max_new_tokens=12, do_sample=False, repetition_penalty=1.7)
+        assert tokens == answer[0, len(prompt) :].tolist()
+    assert got[2] != plain
+
+
+SCHEMAS = {
+    "object": {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"]},
+    "number": {"type": "integer", "minimum": 10, "maximum": 999},
+    "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_conforms_to_its_schema_and_ends_with_it(name, temperature):
+    """Whatever else is in the batch, which answers as it does without."""
+    engine = engine_of(llama(), ["lora", "ia3"])
+    given = [engine.tokenizer(text)["input_ids"] for text in ("the cat", "a b c", "sat on")]
+    matcher = Grammars(engine.tokenizer, 384).matcher(json.dumps(SCHEMAS[name]), engine.ends)
+    asks = [
+        asked(prompt, own, 200, temperature=temperature, seed=3)
+        for prompt, own in zip(given, ("lora", None), strict=False)
+    ]
+    for sequence in asks:
+        sequence.matcher = matcher.deep_copy()
+    beside = [asked(given[2], "lora", 12), asked(given[2], "ia3", 12)]
+    run(engine, asks + beside)
+    for sequence in asks:
+        text = text_of(sequence)
+        jsonschema.validate(json.loads(text), SCHEMAS[name])
+        assert sequence.deltas[-1].finish == "stop"
+    for sequence in beside:
+        assert sequence.ids[len(given[2]) :] == generated(engine.adapters[sequence.adapter].model, given[2], 12)
+
+
+@pytest.mark.parametrize("schema", [{"not": {"const": 1}}, {"type": "nonsense"}, {"$ref": "http://a/b"}])
+def test_what_of_a_schema_can_not_be_held_to_is_refused(schema):
+    with pytest.raises(ValueError, match=r"not|nonsense|http://a/b"):
+        Grammars(make_tokenizer(), 384).matcher(json.dumps(schema), frozenset({0}))
 
 
 def test_top_p_leaves_the_unlikely_out():

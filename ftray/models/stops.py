@@ -29,15 +29,14 @@ def stop_tokens(
     return sorted(token for token in found if token is not None and token >= 0)  # -1 is how some say none
 
 
-def saved_stop_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", directory: str) -> list[int]:
-    """As :func:`stop_tokens`, of a model in `directory` that is not loaded."""
+def saved_generation_config(directory: str) -> "GenerationConfig | None":
+    """The `generation_config.json` of a model in `directory` that is not loaded; None: it has none."""
     from transformers import GenerationConfig
 
     try:
-        generation = GenerationConfig.from_pretrained(directory)
-    except OSError:  # has no such file
-        generation = None
-    return stop_tokens(tokenizer, config, generation)
+        return GenerationConfig.from_pretrained(directory)
+    except OSError:
+        return None
 
 
 def before_stop(ids: list[int], stops: Collection[int]) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from llguidance import LLMatcher
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from ftray.multi_adapter.model_runner import Chunk, ModelRunner
 from ftray.multi_adapter.shared_linear import PackingUnsupported
 from ftray.multi_adapter.shared_model import tuner_layers
 from ftray.serving.generation_request import OutputDelta, Sampling, TokenLogprob
+from ftray.serving.logits import adjusted
 from ftray.serving.sampling import Text, choose, token_bytes, token_logprobs
 
 
@@ -33,6 +35,7 @@ class Sequence:
         emit: is called with each delta, in the thread that steps.
         adapter: its name; None: the base model.
         choice: index of the answer, for its deltas.
+        matcher: follows the answer through the schema that it conforms to; None: there is none.
         ids: prompt and the tokens chosen so far.
         cached: tokens of `ids` whose keys and values are kept.
         past: cache of a sequence that is read in passes of its own.
@@ -45,6 +48,7 @@ class Sequence:
     emit: Callable[[OutputDelta], None]
     adapter: str | None = None
     choice: int = 0
+    matcher: LLMatcher | None = None
     ids: list[int] = field(init=False)
     cached: int = 0
     text: Text = field(init=False)
@@ -106,7 +110,7 @@ class Engine:
         self.base, self.tokenizer, self.slots, self.prompt_tokens = base, tokenizer, slots, prompt_tokens
         self.runner = ModelRunner(base, slots)
         self.isolation_reason, self.max_length = self.runner.isolation_reason, self.runner.max_length
-        self.ends = set(stop_tokens(tokenizer, base.config, base.generation_config))
+        self.ends = frozenset(stop_tokens(tokenizer, base.config, base.generation_config))
         self.adapters: dict[str, EngineAdapter] = {}
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -276,15 +280,17 @@ class Engine:
                 if sequence.cached == len(sequence.ids):
                     if not logits[-1].sum().isfinite():
                         raise FloatingPointError("the model's output is not finite")
-                    ready.append((sequence, logits[-1:]))
+                    own, count = logits[-1:], len(sequence.prompt)
+                    weighed = adjusted(own, sequence.ids, count, sequence.sampling, sequence.matcher)
+                    ready.append((sequence, own, weighed))
             except Exception as error:
                 self._fail(sequence, error)
         if not ready:
             return
-        sequences = [s for s, _ in ready]
-        last = torch.cat([logits for _, logits in ready])
-        chosen = choose(last, [s.sampling for s in sequences], [s.generator for s in sequences])
-        for sequence, logits, token in zip(sequences, last.split(1), chosen, strict=True):
+        sequences = [s for s, *_ in ready]
+        weighed = torch.cat([row for *_, row in ready])
+        chosen = choose(weighed, [s.sampling for s in sequences], [s.generator for s in sequences])
+        for (sequence, logits, _), token in zip(ready, chosen, strict=True):
             try:
                 if isinstance(token, Exception):
                     raise token
@@ -323,10 +329,16 @@ class Engine:
             self._finish(sequence, delta, "stop")
             return
         delta.text += sequence.text.add(token)
+        whole = False
+        if sequence.matcher is not None:
+            sequence.matcher.consume_token(token)
+            if sequence.matcher.is_error():
+                raise ValueError(f"response_format: {sequence.matcher.get_error()}")
+            whole = sequence.matcher.is_stopped()  # nothing may follow but an end
         full = len(sequence.ids) - len(sequence.prompt) == sequence.max_tokens
-        if full:
+        if full or whole:
             delta.text += sequence.text.end()
-        if sequence.text.stopped:
+        if sequence.text.stopped or whole:
             self._finish(sequence, delta, "stop")
         elif full:
             self._finish(sequence, delta, "length")

@@ -29,6 +29,12 @@ class Sampling:
         stop: texts that end the answer and are not part of it.
         logprobs: number of likeliest alternatives reported with each token; None: no log-probabilities at all.
         echo: the answer begins with the prompt, with its log-probabilities if those are asked for.
+        frequency_penalty: taken off a token's logit each time that the answer has it.
+        presence_penalty: taken off once, if the answer has it.
+        repetition_penalty: divides positive logits of tokens that prompt or answer have, and multiplies negative ones
+            (CTRL, arXiv 1909.05858); None: as the model's own `generation_config.json` says.
+        logit_bias: is added to the logit of each token.
+        schema: JSON schema that the answer conforms to, as text; None: any answer will do.
     """
 
     temperature: float = 1.0
@@ -37,6 +43,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     echo: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ def prompt_tokens(request: GenerationRequest, rendering: Rendering, vocab_size: 
     """The token ids of each prompt; a conversation is rendered as the model's training renders it.
 
     Raises:
-        APIError: with the field at fault: a prompt has no tokens, or some that the model doesn't know.
+        APIError: with the field at fault: a prompt has no tokens, or a field some that the model doesn't know.
     """
     tokenizer = rendering.tokenizer
     if request.messages is not None:
@@ -194,6 +205,8 @@ def prompt_tokens(request: GenerationRequest, rendering: Rendering, vocab_size: 
             raise invalid("a prompt has no tokens", param)
         if any(not 0 <= token < vocab_size for token in ids):
             raise invalid(f"prompt tokens must be from 0 to {vocab_size - 1}", param)
+    if unknown := [token for token in request.sampling.logit_bias if token >= vocab_size]:
+        raise invalid(f"logit_bias: tokens are from 0 to {vocab_size - 1}, not {unknown[0]}", "logit_bias")
     return result
 
 

@@ -26,6 +26,8 @@ from ftray.serving.generation_request import (
 from ftray.task_spec import TaskSpec
 
 if TYPE_CHECKING:  # takes seconds, and the driver makes no replica
+    from llguidance import LLMatcher
+
     from ftray.serving.engine import Sequence
 
 TOLD_SECONDS = 0.002  # after which a message has left this process, and a step that ends it can't keep it back
@@ -38,9 +40,11 @@ class Replica(BaseReplica):
 
     def __init__(self, settings: dict[str, Any], model_path: str, threads: int):
         from ftray.serving.engine import Engine
+        from ftray.serving.logits import Grammars
 
         super().__init__(settings, model_path)
         self.engine = Engine(self.base, self.tokenizer, self.cfg.serving.slots)
+        self.grammars = Grammars(self.tokenizer, self.base.get_input_embeddings().num_embeddings)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.outbox: dict[DeltaCallback, list[OutputDelta]] = {}  # what a step gave, by request
         self._admission = Admission(self.cfg.serving.slots)
@@ -62,6 +66,7 @@ class Replica(BaseReplica):
                 yield OutputDeltas(begun=False)
             prompts = prompt_tokens(request, rendering, self.base.get_input_embeddings().num_embeddings)
             max_tokens = output_tokens(request, prompts, self.engine.max_length)
+            matcher = await self._matcher(request, rendering)
         except APIError as error:
             yield OutputDeltas(refused=error)
             return
@@ -79,7 +84,7 @@ class Replica(BaseReplica):
             yield OutputDeltas(begun=True)
             await asyncio.sleep(TOLD_SECONDS)
             try:
-                await self._submit(request, prompts, max_tokens, deliver, sequences)
+                await self._submit(request, prompts, max_tokens, matcher, deliver, sequences)
             except UserError as error:
                 yield OutputDeltas(refused=invalid(str(error), "model"))
                 return
@@ -129,6 +134,20 @@ class Replica(BaseReplica):
 
         return LoadedAdapter(key, forget)
 
+    async def _matcher(self, request: GenerationRequest, rendering: Rendering) -> "LLMatcher | None":
+        """What follows the answers through their schema; None: they have none.
+
+        Raises:
+            APIError: the schema can't be held to.
+        """
+        if request.sampling.schema is None:
+            return None
+        ends = self.engine.ends | rendering.ends
+        try:
+            return await asyncio.to_thread(self.grammars.matcher, request.sampling.schema, ends)
+        except ValueError as error:
+            raise invalid(f"response_format: {error}", "response_format") from None
+
     async def _rendering(self, request: GenerationRequest) -> Rendering:
         """How a request is rendered: as its adapter was trained.
 
@@ -154,6 +173,7 @@ class Replica(BaseReplica):
         request: GenerationRequest,
         prompts: list[list[int]],
         max_tokens: int,
+        matcher: "LLMatcher | None",
         deliver: DeltaCallback,
         submitted: list["Sequence"],
     ) -> None:
@@ -168,7 +188,7 @@ class Replica(BaseReplica):
         while True:
             key = None if request.adapter is None else await self.loaded(request.adapter, request.source)
             try:
-                await self._in_engine(self._enqueue, request, prompts, max_tokens, key, deliver, submitted)
+                await self._in_engine(self._enqueue, request, prompts, max_tokens, matcher, key, deliver, submitted)
                 return
             except KeyError:  # it was evicted again for other adapters
                 continue
@@ -178,6 +198,7 @@ class Replica(BaseReplica):
         request: GenerationRequest,
         prompts: list[list[int]],
         max_tokens: int,
+        matcher: "LLMatcher | None",
         key: str | None,
         deliver: DeltaCallback,
         submitted: list["Sequence"],
@@ -199,7 +220,10 @@ class Replica(BaseReplica):
             sampling = request.sampling
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
-            sequence = Sequence(prompt, max_tokens, sampling, emit, key, choice)
+            if sampling.repetition_penalty is None and self.base.generation_config is not None:
+                sampling = replace(sampling, repetition_penalty=self.base.generation_config.repetition_penalty)
+            own = matcher and matcher.deep_copy()
+            sequence = Sequence(prompt, max_tokens, sampling, emit, key, choice, own)
             self.engine.submit(sequence)
             submitted.append(sequence)
 

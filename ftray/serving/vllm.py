@@ -167,12 +167,14 @@ class VLLMReplica:
         from transformers import AutoConfig
 
         from ftray.models.load import load_tokenizer
-        from ftray.models.stops import saved_stop_tokens
+        from ftray.models.stops import saved_generation_config, stop_tokens
 
         self.base, self.model_path, self.rank, self.llm = base, model_path, rank, llm
         self.tokenizer = load_tokenizer(model_path, trust_remote_code)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        self.stops = saved_stop_tokens(self.tokenizer, config, model_path)
+        generation = saved_generation_config(model_path)
+        self.stops = stop_tokens(self.tokenizer, config, generation)
+        self.repetition_penalty = (generation and generation.repetition_penalty) or 1.0
         self._renderings: dict[str | None, Rendering] = {
             None: Rendering(self.tokenizer, TaskSpec.read(Path(model_path)))
         }
@@ -210,7 +212,7 @@ class VLLMReplica:
         tokens, warning = sum(map(len, prompts)), rendering.warnings(request)
         yield OutputDeltas(begun=True, prompt_tokens=tokens, warning=warning, calls=rendering.calls(request))
         model, stops = model_id(request), sorted({*self.stops, *rendering.ends})
-        fields = completion_fields(request, prompts, max_tokens, model or self.base, stops)
+        fields = completion_fields(request, prompts, max_tokens, model or self.base, stops, self.repetition_penalty)
         llm = self.llm.options(stream=True, multiplexed_model_id=model)
         stream = llm.completions.remote(CompletionRequest(**fields))
         kept, last = list[OutputDelta](), list[OutputDelta]()
@@ -252,10 +254,22 @@ def model_id(request: GenerationRequest) -> str:
 
 
 def completion_fields(
-    request: GenerationRequest, prompts: list[list[int]], max_tokens: int, model: str, stops: list[int]
+    request: GenerationRequest,
+    prompts: list[list[int]],
+    max_tokens: int,
+    model: str,
+    stops: list[int],
+    repetition_penalty: float = 1.0,
 ) -> dict[str, Any]:
-    """The fields of vLLM's request: always of token ids, streamed, with the count of tokens at the end."""
+    """The fields of vLLM's request: always of token ids, streamed, with the count of tokens at the end.
+
+    Args:
+        repetition_penalty: of the model's own, which holds unless the request has one.
+    """
     sampling = request.sampling
+    if sampling.repetition_penalty is not None:
+        repetition_penalty = sampling.repetition_penalty
+    schema = {"name": "answer", "schema": json.loads(sampling.schema)} if sampling.schema else None
     times = request.n if sampling.temperature == 0 else 1  # vLLM gives one greedy answer to a prompt: repeat the prompt
     return {
         "model": model,
@@ -268,6 +282,11 @@ def completion_fields(
         "stop": list(sampling.stop),
         "logprobs": sampling.logprobs,
         "echo": sampling.echo,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
+        "response_format": schema and {"type": "json_schema", "json_schema": schema},
         "stop_token_ids": stops,
         "return_tokens_as_token_ids": True,  # the text of a part of a character would be lost
         "skip_special_tokens": request.messages is None,  # marks of calls and thoughts are part of what a turn says

@@ -157,7 +157,7 @@ def _refuse_two_tasks(record: dict[str, Any], labelled: Shape, place: object) ->
 
 
 def _refuse_unclear_verdict(record: dict[str, Any], judged: Shape, place: object) -> None:
-    """Raise the UserError about an answer with a `label` of 0 or 1, which may be a class: of answers that are toxic, say.
+    """Raise the UserError about an answer with a `label` of 0 or 1, which may be a class, of toxic answers say.
 
     Beside a `completion`, it is the verdict that TRL's records have there.
     """

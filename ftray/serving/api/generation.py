@@ -23,7 +23,7 @@ async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
         raise invalid("max_tokens: 0 needs echo: true", "max_tokens")
     if not body.prompt or len(body.prompts) > MAX_PROMPTS:
         raise invalid(f"prompt: give from 1 to {MAX_PROMPTS} prompts, none of them empty", "prompt")
-    sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, body.logprobs, body.echo)
+    sampling = body.sampling(body.logprobs, body.echo)
     request = generation_request(endpoint, body, body.prompts, None, body.max_tokens, sampling)
     return await respond(endpoint, body, request, CompletionWriter(body))
 
@@ -31,8 +31,7 @@ async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
 @router.post("/v1/chat/completions")
 async def chat_completions(http: Request, endpoint: CurrentEndpoint) -> Response:
     body = parse(ChatCompletionRequest, await http.body())
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = Sampling(body.temperature, body.top_p, body.seed, body.stops, logprobs)
+    sampling = body.sampling((body.top_logprobs or 0) if body.logprobs else None)
     messages = [message.plain for message in body.messages]
     max_tokens = body.max_completion_tokens or body.max_tokens
     request = generation_request(endpoint, body, [], messages, max_tokens, sampling, body.offered)

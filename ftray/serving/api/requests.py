@@ -17,9 +17,12 @@ from pydantic import (
 from ftray.config import COLDEST
 from ftray.errors import first_error, near
 from ftray.serving.errors import APIError, invalid
+from ftray.serving.generation_request import Sampling
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(lt=2**31)]
+BiasedToken, Bias = Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)]
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -58,6 +61,38 @@ class StreamOptions(Model):
     include_usage: bool = False
 
 
+class JSONSchema(Model):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    body: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Model):
+    """Which answers are possible; those of a schema conform to it, whatever `strict` says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, values: object) -> object:
+        return _without_nulls(values)
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with type json_schema, and with no other")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema as text; None: any text will do."""
+        if self.type == "text":
+            return None
+        return json.dumps(self.json_schema.body if self.json_schema else {"type": "object"})
+
+
 class GenerationParameters(Model):
     """What chat and plain completions share. One that isn't supported may have the value that changes nothing."""
 
@@ -70,8 +105,11 @@ class GenerationParameters(Model):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=1024)] = {}
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +120,22 @@ class GenerationParameters(Model):
     def stops(self) -> tuple[str, ...]:
         """All stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, logprobs: int | None, echo: bool = False) -> Sampling:
+        """How tokens are chosen, and which log-probabilities come back."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stops,
+            logprobs=logprobs,
+            echo=echo,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            schema=self.response_format and self.response_format.schema_text,
+        )
 
 
 class CompletionRequest(GenerationParameters):
@@ -191,6 +245,12 @@ class ChatCompletionRequest(GenerationParameters):
     def _alternatives_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _a_form_leaves_no_room_for_calls(self) -> "ChatCompletionRequest":
+        if self.offered and self.response_format and self.response_format.type != "text":
+            raise ValueError("response_format: such an answer calls no tool: give tool_choice none, or no tools")
         return self
 
     @property
