@@ -1,0 +1,103 @@
+"""The site is built strictly, and what its pages tell the reader to type is taken as it stands.
+
+A page whose blocks name files (`title="…"`) is followed: the files are written, the commands run on a tiny model, what
+is quoted after them is what they print. Of `tune` that is its plan, of `train` all that it checks before it trains, of
+what needs an earlier run its command line. On all other pages, command lines alone are checked.
+"""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from helpers.pages import FENCE, Block, blocks, commands, indented, says, write
+from helpers.record_files import TEMPLATE
+from transformers import AutoTokenizer
+
+from ftray import train
+from ftray.cli import COMMANDS, main, parse
+from ftray.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+FOLLOWED = [page for page in PAGES if any(block.title for block in blocks(page))]
+OF_EARLIER_RUNS = {"--from", "--adapter", "--run", "--warm-start", "--resume", "--merged"}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "https://fonts." not in home  # it opens from disk, without a network
+    assert (tmp_path / "site" / "repository" / "search_spaces" / "kto.yaml.html").is_file()
+    assert not list((tmp_path / "site").glob("*.py"))
+
+
+def test_lists_begin_after_a_blank_line():
+    """GitHub takes them without, the site does not."""
+    begun = re.compile(r"^(?! |[-#>|]|\d+\.).+\n(?:-|1\.) .*", re.MULTILINE)
+    texts = {page.name: FENCE.sub("", page.read_text()) for page in PAGES}
+    assert {name: found for name, text in texts.items() if (found := begun.findall(text))} == {}
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_command_lines_of_a_page_are_taken(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = blocks(page)
+    for block in (block for block in shown if block.title):
+        write(block, tmp_path)
+    for block in [block for block in shown if block.language == "sh"] + indented(page):
+        for name, *arguments in commands(block):
+            if "--config" in arguments and not Path(config := arguments[arguments.index("--config") + 1]).exists():
+                arguments[arguments.index(config)] = str(REPOSITORY / config)
+            parse(name, arguments)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory, tiny_llama) -> str:
+    """Directory of the tiny Llama, with a chat template that has a place for tools."""
+    directory = str(tmp_path_factory.mktemp("chat") / "model")
+    shutil.copytree(tiny_llama, directory)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
+def test_what_a_page_shows_works(page, cluster, chat_model, clean_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed, shown = "", blocks(page)
+    for block, following in pairwise([*shown, Block("", None, "")]):
+        if block.title:
+            write(block, tmp_path)
+        elif block.language == "sh":
+            printed = "".join(followed(name, arguments, chat_model) for name, *arguments in commands(block))
+            assert ("error: " in printed) == ("error: " in following.text), printed
+        elif block.language == "text":
+            assert says(printed, block.text) == [], printed
+
+
+def followed(name: str, arguments: list[str], model: str) -> str:
+    """What a command prints that a page shows, on `model`."""
+    if OF_EARLIER_RUNS & set(arguments) or name not in ("preprocess", "tune", "train", "config"):
+        parse(name, arguments)
+        return ""
+    if "model" in COMMANDS[name].flags and name != "config":
+        arguments = [*arguments, "--model", model]
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out):
+        if name == "train":
+            try:
+                train.check(parse(name, arguments))
+            except UserError as error:
+                print(f"ftray train: error: {error}")
+        else:
+            main([name, *arguments, *(["--plan"] if name == "tune" else [])])
+    return out.getvalue()
