@@ -1,10 +1,11 @@
 """The site is built strictly, and what its pages tell the reader to type is taken as it stands.
 
 A page whose blocks name files (`title="…"`) is followed: the files are written, the commands run on a tiny model, what
-is quoted after them is what they print. Of `tune` that is its plan, of `train` all that it checks before it trains, of
-what needs an earlier run its command line. On all other pages, command lines alone are checked.
+is quoted after them is what they print. `tune` and `train` run up to where they would start Ray, with all that they check
+before; of what needs an earlier run, the command line is parsed. On all other pages, command lines alone are checked.
 """
 
+import importlib
 import io
 import re
 import shutil
@@ -19,7 +20,6 @@ from helpers.pages import FENCE, Block, blocks, commands, indented, says, write
 from helpers.record_files import TEMPLATE
 from transformers import AutoTokenizer
 
-from ftray import train
 from ftray.cli import COMMANDS, main, parse
 from ftray.errors import UserError
 
@@ -93,11 +93,12 @@ def followed(name: str, arguments: list[str], model: str) -> str:
         arguments = [*arguments, "--model", model]
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
-        if name == "train":
-            try:
-                train.check(parse(name, arguments))
-            except UserError as error:
-                print(f"ftray train: error: {error}")
-        else:
-            main([name, *arguments, *(["--plan"] if name == "tune" else [])])
+        try:
+            given = parse(name, arguments)
+            if name == "train" or (name == "tune" and not given.plan):
+                importlib.import_module(f"ftray.{name}").check(given)
+            else:
+                main([name, *arguments])
+        except UserError as error:
+            print(f"ftray {name}: error: {error}")
     return out.getvalue()

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 FENCE = re.compile(r"^( *)(```+)([\w-]*)(?: title=\"([^\"]+)\")?\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
@@ -40,7 +41,7 @@ def commands(block: Block) -> Iterator[list[str]]:
     for line in block.text.replace("\\\n", " ").splitlines():
         found = re.match(r"(?:.* -- )?(?:ftray |python -m ftray\.)(\w+.*)", line)
         if found:
-            yield shlex.split(re.split(r"\s[>|]\s", found[1])[0], comments=True)
+            yield [*takewhile(lambda word: word not in (">", "|", "&"), shlex.split(found[1], comments=True))]
 
 
 def write(block: Block, directory: Path) -> None:
