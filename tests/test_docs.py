@@ -1,8 +1,8 @@
 """The site is built strictly, and what its pages tell the reader to type is taken as it stands.
 
 A page whose blocks name files (`title="…"`) is followed: the files are written, the commands run on a tiny model, what
-is quoted after them is what they print. `tune` and `train` run up to where they would start Ray, with all that they check
-before; of what needs an earlier run, the command line is parsed. On all other pages, command lines alone are checked.
+is quoted after them is what they print. `tune` and `train` run up to where they would start Ray, with all that they
+check; of what needs an earlier run, the command line is parsed. On all other pages, command lines alone are checked.
 """
 
 import importlib

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.pages import blocks, indented
 from ray.scripts import scripts
 
 from ftray.cli import COMMANDS, parse

@@ -644,8 +644,8 @@ def model_with(path, tokens) -> str:
         ([{"type": "tool_result", "content": [USES]}], r"content\[0\]\.content\[0\] is no text but 'tool_use'"),
         ([{"type": "tool_result", "content": "x"}], "the result of a tool in a turn of the assistant"),
         ([{"type": "image", "source": {}}], r"content\[0\] is no text but 'image'"),
-        ([{"type": "text", "text": "hm", "train": False}], r"content\[0\] is marked as not learnt: ftray learns whole"),
-        ([{"type": "text", "text": "hm"}, {"type": "text", "text": "r", "weight": 0}], r"content\[1\] is marked as not"),
+        ([{"type": "text", "text": "hm", "train": False}], r"\[0\] is marked as not learnt: ftray learns whole"),
+        ([{"type": "text", "text": "hm"}, {"type": "text", "text": "r", "weight": 0}], r"content\[1\] is marked"),
     ],
 )
 def test_parts_that_would_be_put_elsewhere_are_refused(part, message):
