@@ -47,11 +47,12 @@ def test_lists_begin_after_a_blank_line():
 
 
 def test_what_is_said_of_other_tools_names_where_they_say_it():
-    rows = [line.split(" | ") for line in (REPOSITORY / "docs" / "comparison.md").read_text().splitlines() if "|" in line]
+    text = (REPOSITORY / "docs" / "comparison.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if "|" in line]
     cells = [(row[0], cell.strip(" |")) for row in rows if len(row) == 7 for cell in row[2:]]
     heads = {"axolotl", "LLaMA-Factory", "RapidFire AI", "Ludwig", "TRL", "---"}
     assert len(cells) > 80
-    assert [cell for cell in cells if cell[1] not in heads and not re.match(r"–|.*\]\(https://", cell[1])] == []
+    assert [cell for cell in cells if cell[1] not in heads and not re.match(r"-|.*\]\(https://", cell[1])] == []
 
 
 @pytest.mark.parametrize("page", [REPOSITORY / "README.md", *PAGES], ids=lambda page: page.stem)
