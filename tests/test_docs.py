@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from helpers.pages import FENCE, Block, blocks, commands, indented, says, write
 from helpers.record_files import TEMPLATE
+from helpers.searches import run_here
 from transformers import AutoTokenizer
 
-from ftray.cli import COMMANDS, main, parse
+from ftray.cli import COMMANDS, parse
 from ftray.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -64,7 +65,9 @@ def test_command_lines_of_a_page_are_taken(page, tmp_path, monkeypatch):
     for block in [block for block in shown if block.language == "sh"] + indented(page):
         for name, *arguments in commands(block):
             if "--config" in arguments and not Path(config := arguments[arguments.index("--config") + 1]).exists():
-                arguments[arguments.index(config)] = str(REPOSITORY / config)
+                own = REPOSITORY / config
+                shutil.copy(own, tmp_path / own.name) if own.exists() else (tmp_path / own.name).touch()
+                arguments[arguments.index(config)] = own.name
             parse(name, arguments)
 
 
@@ -100,14 +103,14 @@ def followed(name: str, arguments: list[str], model: str) -> str:
         return ""
     if "model" in COMMANDS[name].flags and name != "config":
         arguments = [*arguments, "--model", model]
-    out = io.StringIO()
-    with redirect_stdout(out), redirect_stderr(out):
+    if name == "train" or (name == "tune" and "--plan" not in arguments):
+        out = io.StringIO()
         try:
-            given = parse(name, arguments)
-            if name == "train" or (name == "tune" and not given.plan):
-                importlib.import_module(f"ftray.{name}").check(given)
-            else:
-                main([name, *arguments])
+            with redirect_stdout(out), redirect_stderr(out):
+                importlib.import_module(f"ftray.{name}").check(parse(name, arguments))
         except UserError as error:
-            print(f"ftray {name}: error: {error}")
-    return out.getvalue()
+            print(f"ftray {name}: error: {error}", file=out)
+        return out.getvalue()
+    done = run_here([sys.executable, "-m", f"ftray.{name}", *arguments])
+    assert done.returncode == 0 or "error: " in done.stderr, done.stderr
+    return done.stdout + done.stderr
