@@ -4,7 +4,7 @@ LOWEST ?= .venv-lowest
 PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models fuzz lint
+.PHONY: demo test test-all test-lowest models docs fuzz lint
 
 # One file a process at a time, in the order of tests/conftest.py.
 PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -29,12 +29,16 @@ test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-		--editable ".[serve,test]"
+		--editable ".[serve,test,docs]"
 	$(LOWEST)/bin/$(PYTEST)
 
 # docs/models.md for the installed transformers; families in build/models.jsonl are not tried again.
 models: $(VENV)/.installed
 	$(BIN)/python -W ignore -m benchmarks.models
+
+# The site of docs/, in build/site.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,5 +50,5 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[serve,test,lint]"
+		--constraint constraints.txt --editable ".[serve,test,lint,docs]"
 	touch $@

@@ -26,7 +26,7 @@ PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; th
 
 
 def run(cfg: Config) -> int:
-    """The command, from first check to last line; the README lists what it leaves in `output`.
+    """The command, from first check to last line; docs/search.md lists what it leaves in `output`.
 
     A best adapter that can't be merged leaves its proof, the reason in `summary.json` and exit code 1, but for methods
     that are not there to be merged.

@@ -128,6 +128,7 @@ FIRST = (
     "test_training.py",
     "test_older_runs.py",
     "test_resume.py",
+    "test_docs.py",
     "test_pack_worker.py",
     "test_stored.py",
     "test_serving_shared_cluster.py",

@@ -282,6 +282,7 @@ KINDS = [
     ("winner", "model_a", "one of a preference pair"),
     ("negative", "x", "a bad answer"),
     ("incorrect_answers", ["x", "y"], "a bad answer"),
+    ("corrected_answer", "x", "a better answer than the one that would be learnt"),
     ("thumbs_up", False, "thumbs.?[uU]p is False, and what is learnt are good answers"),
     ("thumbs_down", 1, "thumbs.?[dD]own is 1, and what is learnt are good answers"),
     ("preferred", "false", "preferred is False, and what is learnt"),

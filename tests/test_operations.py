@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.pages import blocks, indented
 from ray.scripts import scripts
 
 from ftray.cli import COMMANDS, parse
@@ -19,11 +20,11 @@ PROGRAMS = "ftray|ray|kubectl|optuna-dashboard|tensorboard|mlflow|wandb|pip|pyte
 
 
 def commands() -> list[str]:
-    """Those of indented blocks and of code within lines."""
-    text = (ROOT / "docs" / "operations.md").read_text()
-    blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", text)
+    """Those of blocks and of code within lines."""
+    pages = [ROOT / "docs" / name for name in ("operations.md", "object-store.md")]
+    shown = [block.text for page in pages for block in [*indented(page), *blocks(page)]]
+    lines = [line.strip() for text in shown for line in text.replace("\\\n", " ").splitlines()]
+    inline = [found for page in pages for found in re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", page.read_text())]
     return lines + inline
 
 

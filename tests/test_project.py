@@ -113,7 +113,7 @@ def test_every_requirement_has_a_lower_bound_and_a_pin_that_keeps_to_it():
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert lines == sorted(lines, key=str.lower)
     assert len(pins) == len(lines)
-    installed_by_make = [*PROJECT["dependencies"], *EXTRAS["serve"], *EXTRAS["test"], *EXTRAS["lint"]]
+    installed_by_make = [*PROJECT["dependencies"], *EXTRAS["serve"], *EXTRAS["test"], *EXTRAS["lint"], *EXTRAS["docs"]]
     for line in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]:
         requirement = Requirement(line)
         pin = pins.get(canonicalize_name(requirement.name))
@@ -144,7 +144,7 @@ def test_workflow_says_what_it_may_do_and_which_actions_it_takes(path):
 def test_every_change_goes_through_ci_run_and_the_lowest_versions():
     ci = workflow("ci.yml")
     assert {"push", "pull_request", "workflow_call"} <= set(ci["on"])
-    assert ".ci/run" in commands(ci["jobs"]["check"])
+    assert {".ci/run", "make docs"} <= set(commands(ci["jobs"]["check"]))
     assert "make test-lowest" in commands(ci["jobs"]["lowest"])
     assert re.search(r"^test-lowest:$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
 

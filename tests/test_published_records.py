@@ -644,6 +644,8 @@ def model_with(path, tokens) -> str:
         ([{"type": "tool_result", "content": [USES]}], r"content\[0\]\.content\[0\] is no text but 'tool_use'"),
         ([{"type": "tool_result", "content": "x"}], "the result of a tool in a turn of the assistant"),
         ([{"type": "image", "source": {}}], r"content\[0\] is no text but 'image'"),
+        ([{"type": "text", "text": "hm", "train": False}], r"\[0\] is marked as not learnt: ftray learns whole"),
+        ([{"type": "text", "text": "hm"}, {"type": "text", "text": "r", "weight": 0}], r"content\[1\] is marked"),
     ],
 )
 def test_parts_that_would_be_put_elsewhere_are_refused(part, message):
@@ -651,6 +653,17 @@ def test_parts_that_would_be_put_elsewhere_are_refused(part, message):
         parse({"messages": [user("q"), assistant(part)]}, "f:1")
     with pytest.raises(UserError, match=r"messages\[0\]\.content: a call or a thought in a turn of user"):
         parse({"messages": [user([USES]), assistant("r")]}, "f:1")
+
+
+def test_thoughts_in_parts_are_joined_and_none_of_them_is_left_unlearnt():
+    """As axolotl has them, each part with a mark of its own."""
+    parts = [{"type": "text", "text": "2+2", "train": True}, {"type": "text", "text": " is 4."}]
+    whole = parse({"messages": [user("q"), assistant("4", reasoning_content=parts)]}, "f:1")
+    assert whole == parse({"messages": [user("q"), assistant("4", reasoning_content="2+2 is 4.")]}, "f:1")
+    with pytest.raises(UserError, match=r"^f:1: messages\[1\].reasoning_content\[0\] is marked as not learnt"):
+        parse({"messages": [user("q"), assistant("4", reasoning_content=[parts[0] | {"train": False}])]}, "f:1")
+    with pytest.raises(UserError, match=r"reasoning_content must be text, not dict"):
+        parse({"messages": [user("q"), assistant("4", reasoning_content={"text": "hm"})]}, "f:1")
 
 
 @pytest.mark.parametrize(

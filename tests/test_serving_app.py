@@ -511,14 +511,14 @@ def test_the_page_is_told_how_each_was_trained(server):
     assert got["templates"] == {"best": "say {prompt}:\n", "trial-3": None}
 
 
-def test_the_readme_examples_run(server, monkeypatch, capsys):
-    text = (Path(__file__).parent.parent / "README.md").read_text().replace("http://127.0.0.1:8000", server.url)
+def test_the_examples_of_the_page_on_serving_run(server, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text().replace("http://127.0.0.1:8000", server.url)
     (curl,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
     monkeypatch.setenv("FTRAY_API_KEY", KEY)
     wanted = server.wanted("best", server.tokenizer("f o x\n")["input_ids"], 16)[0]
     done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choices"][0]["text"] == wanted
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "serving.md", "exec"), {})
     assert capsys.readouterr().out == wanted
 
 

@@ -84,6 +84,7 @@ NO = _set(
 GRADES = _set("rating score quality grade outcome result status evaluation")
 
 PREFERENCE = "one of a preference pair, which --task DPO learns from as prompt, chosen and rejected"
+_CORRECTED = "a better answer than the one that would be learnt: name it by data.fields, as output: corrected"
 _WRONG_ANSWERS = "a bad answer: keep the good one alone, or give both as prompt, chosen and rejected to --task DPO"
 MEDIA = "ftray reads text alone: leave out what needs more"
 # words of which a key has one -> why a record is refused whose key holds a text, a list or an object
@@ -96,6 +97,7 @@ _ANSWERS: tuple[tuple[frozenset[str], str], ...] = (
         PREFERENCE,
     ),
     (_set("negative negatives incorrect wrong bad undesirable distractor distractors"), _WRONG_ANSWERS),
+    (_set("corrected correction corrections revised"), _CORRECTED),
 )
 _MEDIA_WORDS = _set(
     "image images img imgs picture pictures photo photos pixel pixels video videos audio audios wav waveform"

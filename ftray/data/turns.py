@@ -142,6 +142,7 @@ def _read_turn(turn: Any, at: str, where: object, record: Record) -> list[Turn]:
     content = _content(turn.get(key), f"{at}.{key}", where)
     if role == "assistant":
         refuse_bad_answer(turn, f"{at}.", where)
+        _refuse_unlearnt_parts(turn.get(key), f"{at}.{key}", where)
         return [_answer(turn, str(name), content, at, f"{at} must have {role_key} and {key}, both text", where)]
     if content.calls or content.thoughts:
         raise UserError(f"{where}: {at}.{key}: a call or a thought in a turn of {role}: give it to the assistant")
@@ -184,7 +185,7 @@ class _Content:
 
 def _answer(turn: dict[str, Any], name: str, content: _Content, at: str, lacks: str, where: object) -> Turn:
     """The assistant's turn."""
-    thoughts = next((str(turn[key]) for key in THOUGHTS if not is_empty(turn.get(key))), "")
+    thoughts = next((_thoughts(turn[key], f"{at}.{key}", where) for key in THOUGHTS if not is_empty(turn.get(key))), "")
     if thoughts and content.thoughts:
         raise UserError(f"{where}: {at} holds thoughts twice: leave out one of them")
     if content.results:
@@ -229,6 +230,29 @@ def _content(value: Any, at: str, where: object) -> _Content:
             _refuse_late(calls, here, "text after a call", where)
             texts.append(_text_part(part, here, where))
     return _Content("".join(texts) if texts else None, "".join(thoughts), tuple(calls), tuple(results))
+
+
+def _thoughts(value: Any, at: str, where: object) -> str:
+    """What the assistant thought, under a key of its own: a text, or one in parts.
+
+    Raises:
+        UserError: it is something else, or a part of it is to be left unlearnt.
+    """
+    _refuse_unlearnt_parts(value, at, where)
+    thoughts = text_of_content(value, at, where)
+    if thoughts is None:
+        raise UserError(f"{where}: {at} must be text, not {type(value).__name__}")
+    return thoughts
+
+
+def _refuse_unlearnt_parts(content: Any, at: str, where: object) -> None:
+    """Raise the UserError about a part of an answer that is marked to bear no loss: a turn is learnt as a whole."""
+    for index, part in enumerate(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and not bears_loss(part, f"{at}[{index}].", where):
+            raise UserError(
+                f"{where}: {at}[{index}] is marked as not learnt: ftray learns whole turns: give it a turn of its own, "
+                "marked by weight 0, or leave it out"
+            )
 
 
 def _refuse_late(before: list[Any], here: str, what: str, where: object) -> None:
