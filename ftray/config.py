@@ -621,7 +621,9 @@ class GenerationConfig(Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that have this share")
     top_k: int = Field(0, ge=0, description="draw from this many tokens; 0: from all")
-    repetition_penalty: float = Field(1.0, gt=0, description="above 1: what was said is less likely to be said again")
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="above 1: what was said is less likely to be said again (default: the model's own)"
+    )
     seed: int = Field(0, description="of the draws")
 
     _at_home = field_validator("file")(at_home)

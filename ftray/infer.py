@@ -208,10 +208,9 @@ class Generator:
         self.stops = stop_tokens(tokenizer, self.model.config, self.model.generation_config)
         self.positions = text_positions(self.model)
         given = cfg.generation
-        self.sampling: dict[str, Any] = {
-            "do_sample": given.temperature >= COLDEST,
-            "repetition_penalty": given.repetition_penalty,
-        }
+        self.sampling: dict[str, Any] = {"do_sample": given.temperature >= COLDEST}
+        if given.repetition_penalty is not None:
+            self.sampling["repetition_penalty"] = given.repetition_penalty
         if given.temperature >= COLDEST:
             self.sampling |= {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
         set_seed(given.seed)
