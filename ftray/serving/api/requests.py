@@ -21,7 +21,8 @@ from ftray.serving.generation_request import Sampling
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(lt=2**31)]
-BiasedToken, Bias = Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]
+BiasedToken = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)]
 
@@ -134,7 +135,7 @@ class GenerationParameters(Model):
             presence_penalty=self.presence_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias,
-            schema=self.response_format and self.response_format.schema_text,
+            schema=self.response_format.schema_text if self.response_format else None,
         )
 
 
