@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jsonschema
@@ -513,13 +514,18 @@ def test_the_page_is_told_how_each_was_trained(server):
 
 def test_the_examples_of_the_page_on_serving_run(server, monkeypatch, capsys):
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text().replace("http://127.0.0.1:8000", server.url)
-    (curl,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
+    (curl,), (code, form) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
     monkeypatch.setenv("FTRAY_API_KEY", KEY)
     wanted = server.wanted("best", server.tokenizer("f o x\n")["input_ids"], 16)[0]
     done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choices"][0]["text"] == wanted
-    exec(compile(code, "serving.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code, "serving.md", "exec"), names)
     assert capsys.readouterr().out == wanted
+    exec(compile(form, "serving.md", "exec"), names)
+    choice = names["answer"].choices[0]
+    assert choice.finish_reason == "length" or set(json.loads(choice.message.content)) >= {"phonemes"}
+    assert choice.message.content.lstrip().startswith("{")
 
 
 def test_prometheus_is_told_what_was_done(server):
