@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -90,9 +91,11 @@ def _mapping(value: object) -> object:
     raise ValueError("must be a mapping, as in 'prompt: question, completion: \"{{ answer }}\"'")
 
 
+# the call that a configuration was made by, as Python takes it; empty: the command line of this process
+PYTHON_CALL: ContextVar[str] = ContextVar("PYTHON_CALL", default="")
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
-USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
+USER_METRIC = r"(.+\.(?:py|pkl)):([^\W\d]\w*)"  # a user's function, as `search.metric` names it; .pkl: a pickle of it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
@@ -507,9 +510,10 @@ def _best(value: str | None) -> str | None:
 class SearchConfig(Section):
     """How the space is searched."""
 
-    space: str = Field(
+    space: str | dict[str, Any] = Field(
         "quick",
-        description="YAML file, or the name of one in search_spaces/ (not given: the one for the task, as kto)",
+        description="YAML file, the name of one in search_spaces/, or what such a file holds "
+        "(not given: the one for the task, as kto)",
     )
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(

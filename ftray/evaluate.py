@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
@@ -17,23 +19,43 @@ if TYPE_CHECKING:
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
     from ftray.evaluation.user_metric import UserMetric
+    from ftray.reports.result import Evaluation
 
 
-def run(cfg: Config) -> int:
-    """The command: a table, with 95 % intervals of each adapter's difference to the base.
+@command
+def evaluate(
+    data: "Data | None" = None,
+    *,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    adapter: StrPath | Sequence[StrPath] | None = None,
+    split: str | None = None,
+    output: StrPath | None = None,
+    evaluation: Settings | None = None,
+    training: Settings | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "Evaluation":
+    """Score a base model and any number of adapters on the same records.
 
-    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
-    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
-    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
-    as a whole.
+    Args:
+        data: records: a list of mappings, a frame, a data set or a path; or the section, with `source` one of these.
+        model: the base: directory, hub id or .gguf file, or the section; not given: the one that an adapter names.
+        adapter: directories, URIs, or what `train` and `tune` return; one or several.
+        split: `test`, `validation`, `train`, or `all` records of a source that was held out as a whole.
+        output: a .json file or a directory for the result and its report; not given: nothing is written.
+        config: YAML file or mapping of sections, over which the other arguments win.
 
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.
     """
-    from ftray.runtime.cluster import quiet
+    return _evaluate(config_of("evaluate", locals()))
 
-    if not cfg.verbose:
-        quiet()
+
+def _evaluate(cfg: Config) -> "Evaluation":
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
@@ -84,6 +106,7 @@ def run(cfg: Config) -> int:
     import ray
     from ray.exceptions import RayTaskError
 
+    from ftray.reports.result import Evaluation
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
     from ftray.search.provenance import this_command
     from ftray.search.results import ANSWERS, beside, write_json, write_lines
@@ -97,21 +120,34 @@ def run(cfg: Config) -> int:
     named = dict(zip(cfg.adapters, where, strict=True))
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))
+        result = ray.get(on_hardware(cfg, score, cfg, model_path, data, named, judge))
     except RayTaskError as error:
         if isinstance(error.cause, UserMetricError):
             raise UserError(str(error.cause)) from None
         raise error.cause if isinstance(error.cause, UserError) else error from None
     answers = result.pop("answers")
-    show(result)
-    if place is None:
-        print(json.dumps(result), flush=True)
-    else:
+    if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(result | {"made_by": this_command()}, place)
         write_lines(answers, beside(place, f".{ANSWERS}"))
         leave_report(place)
-        print(f"evaluation {place}", flush=True)
+    return Evaluation(result, answers, place)
+
+
+def run(cfg: Config) -> int:
+    """The command: a table, with 95 % intervals of each adapter's difference to the base.
+
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
+    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
+    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
+    as a whole.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts or weights are read.
+    """
+    found = evaluate(config=cfg)
+    show(found.result)
+    print(json.dumps(found.result) if found.file is None else f"evaluation {found.file}", flush=True)
     return 0
 
 
@@ -126,7 +162,7 @@ def output_file(cfg: Config) -> Location | None:
     return output if named else output / EVALUATION
 
 
-def evaluate(
+def score(
     cfg: Config,
     model_path: str,
     shards: "TokenizedData",
