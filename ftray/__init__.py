@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ftray.train import train as train
     from ftray.tune import tune as tune
 
-# commands: `ftray/NAME.py` holds the function NAME
+# each is a command, and a function in the module of its name
 COMMANDS = (
     *("preprocess", "train", "tune", "status", "stop", "add", "clone"),
     *("evaluate", "report", "infer", "merge", "serve"),
