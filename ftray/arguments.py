@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from ftray.cli import COMMANDS, assign, give_way, read_yaml, reads, refuse_unread, sections
 from ftray.config import PYTHON_CALL, Config, config_from
-from ftray.data.in_memory import Records, kind_of, write_records
 from ftray.errors import UserError, near
 from ftray.runtime.cluster import quietly
 from ftray.storage.location import Location, parse_location
+
+if TYPE_CHECKING:
+    from ftray.data.in_memory import Records
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,6 +88,8 @@ def config_of(name: str, given: dict[str, Any]) -> Config:
 
 def _by_field(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """The values by the dotted names of their fields."""
+    from ftray.data.in_memory import kind_of  # a command line has no such values
+
     own = {keyword: field for keyword, field in OWN.items() if reads(name, field)}
     flags = {flag.replace("-", "_"): field for flag, field in COMMANDS[name].flags.items()} | own
     if COMMANDS[name].argument:
@@ -95,7 +99,10 @@ def _by_field(name: str, given: dict[str, Any]) -> dict[str, Any]:
         field = flags.get(keyword, keyword)
         if isinstance(value, Mapping) and keyword in sections() and field != "adapters" and not kind_of(value):
             for key, inner in value.items():
-                refuse_unread(name, f"{keyword}.{key}", dashes="")
+                try:
+                    refuse_unread(name, f"{keyword}.{key}")
+                except UserError as error:
+                    raise UserError(str(error).replace("--", "", 1)) from None
                 assigned[f"{keyword}.{key}"] = inner
         elif field == "adapters":
             assigned[field] = _adapters(value)
@@ -106,63 +113,57 @@ def _by_field(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return assigned
 
 
-def _adapters(value: Any) -> list[str]:
+def _adapters(value: Any) -> list[Any]:
     """Paths, or NAME=PATH; of one or several."""
     if isinstance(value, Mapping):
-        return [f"{name}={os.fspath(path)}" for name, path in value.items()]
-    return [os.fspath(path) for path in ([value] if isinstance(value, str | os.PathLike) else value)]
+        return [f"{name}={_plain(path)}" for name, path in value.items()]
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _keep_objects(name: str, values: dict[str, Any]) -> None:
     """Write records and functions that are given as objects; in `values`, the names of files take their places."""
-    into = _inputs(name, values)
-    for field in RECORDS:
-        section, key = field.split(".")
-        of = values.get(section)
+    from ftray.data.in_memory import kind_of, write_records
+
+    sources = [(field, values.get(field.split(".")[0]), field.split(".")[1]) for field in RECORDS]
+    data = values.get("data")
+    mixed = data.get("sources") or () if isinstance(data, dict) else ()
+    sources += [(f"data.sources[{number}].source", one, "source") for number, one in enumerate(mixed)]
+    for field, of, key in sources:
         if isinstance(of, dict) and kind_of(of.get(key)):
-            _refuse_occupied(name, values)
-            files = write_records(of[key], field, into)
-            of[key] = files["train"]
-            if field == "data.source":
-                of |= {split: file for split, file in files.items() if split != "train" and of.get(split) is None}
-    mixed = values.get("data")
-    for number, one in enumerate(mixed.get("sources") or () if isinstance(mixed, dict) else ()):
-        if isinstance(one, dict) and kind_of(one.get("source")):
-            _refuse_occupied(name, values)
-            one["source"] = write_records(one["source"], f"data.sources[{number}].source", into)["train"]
+            files = write_records(of[key], field, _inputs(name, values))
+            of[key] = files.pop("train")
+            if field == "data.source":  # of which a data set may bring further splits
+                of |= {split: file for split, file in files.items() if of.get(split) is None}
     for field in FUNCTIONS:
         section, key = field.split(".")
         of = values.get(section)
         if isinstance(of, dict) and of.get(key) is not None:
             parts = of[key] if isinstance(of[key], list | tuple) else [of[key]]
-            of[key] = ",".join(_named_function(part, name, field, values) for part in parts)
+            of[key] = ",".join(_named(part, name, field, values) for part in parts)
 
 
-def _named_function(part: object, name: str, field: str, values: dict[str, Any]) -> str:
+def _named(part: object, name: str, field: str, values: dict[str, Any]) -> str:
     from ftray.evaluation.user_metric import keep_function
 
-    if not callable(part):
-        return str(part)
-    _refuse_occupied(name, values)
-    return keep_function(part, field, _inputs(name, values))
+    return keep_function(part, field, _inputs(name, values)) if callable(part) else str(part)
 
 
 def _inputs(name: str, values: dict[str, Any]) -> Location:
-    """Where objects are kept: beside what is made of them, if that is a run."""
+    """Where objects are kept: in the output that a run is to have, else in the cache.
+
+    Raises:
+        UserError: the output holds another run.
+    """
     from ftray.models.find import cache_root
 
-    if name in ("tune", "train"):
-        return parse_location(os.fspath(values.get("output") or Config().output)) / INPUTS
-    return parse_location(cache_root()) / INPUTS
-
-
-def _refuse_occupied(name: str, values: dict[str, Any]) -> None:
-    """Refuse to write into the output of another run."""
+    if name not in ("tune", "train"):
+        return parse_location(cache_root()) / INPUTS
     from ftray.search.run_manifest import RUN, SEARCH, refuse_occupied
 
-    if name in ("tune", "train"):
-        output = parse_location(os.fspath(values.get("output") or Config().output))
-        refuse_occupied(output, SEARCH if name == "tune" else RUN, bool(values.get("resume")))
+    given = values.get("output")
+    output = parse_location(given if isinstance(given, str | os.PathLike) else Config().output)
+    refuse_occupied(output, SEARCH if name == "tune" else RUN, bool(values.get("resume")))
+    return output / INPUTS
 
 
 def _plain(value: Any) -> Any:

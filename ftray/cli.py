@@ -131,11 +131,12 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "score a base model and any number of adapters on the same records",
-        {**DATA, "adapter": "adapters", "split": "evaluation.split", "output": "output"},
+        {**DATA, "adapter": "adapters", "split": "evaluation.split", "suite": "suite.tasks", "output": "output"},
         "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
-        "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
-        ("model", "data", "evaluation", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
+        "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json\n"
+        "ftray evaluate --adapter runs/one --data records.jsonl --suite lm-eval:arc_easy,hellaswag --suite.limit 500",
+        ("model", "data", "evaluation", "suite", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
     ),
     "report": Command(
         "write report.html, one file that shows all of a search, a training run or an evaluation",
@@ -344,25 +345,22 @@ def _readable(name: str, section: str) -> list[str]:
     return [field for field in fields() if field.startswith(f"{section}.") and reads(name, field)]
 
 
-def refuse_unread(name: str, field: str, dashes: str = "--") -> None:
+def refuse_unread(name: str, field: str) -> None:
     """Refuse a field that the command does not read; a section is refused if it reads none of it.
-
-    Args:
-        dashes: what stands before a field where it was given.
 
     Raises:
         UserError: says who reads it, or what was probably meant.
     """
     section, dot, _ = field.partition(".")
     if section not in Config.model_fields:
-        raise UserError(f"unknown option {dashes}{field}{near(section, Config.model_fields)}")
+        raise UserError(f"unknown option --{field}{near(section, Config.model_fields)}")
     if reads(name, field) or (not dot and _readable(name, field)):
         return
     if field not in fields() and (hint := near(field, _readable(name, section), otherwise="", likeness=0.8)):
-        raise UserError(f"unknown option {dashes}{field}{hint}")
+        raise UserError(f"unknown option --{field}{hint}")
     others = [other for other in COMMANDS if other not in (name, "config") and _reads_any(other, field)]
     does = "do" if others[1:] else "does"
-    raise UserError(f"{dashes}{field}: ftray {name} does not read it; {', '.join(others)} {does}")
+    raise UserError(f"--{field}: ftray {name} does not read it; {', '.join(others)} {does}")
 
 
 def _reads_any(name: str, field: str) -> bool:

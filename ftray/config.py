@@ -608,6 +608,30 @@ class EvaluationConfig(Section):
     samples: int = Field(5, ge=0, description="before/after examples shown")
 
 
+class SuiteConfig(Section):
+    """Benchmarks that others keep, on which `evaluate` scores base and adapters too: they show what was forgotten."""
+
+    tasks: str | None = Field(
+        None,
+        pattern=r"^lm-eval:[^,\s]+(,[^,\s]+)*$",
+        description="lm-eval:TASK,TASK: tasks, groups and tags of lm-eval, as lm-eval:arc_easy,hellaswag",
+    )
+    data: str | None = Field(
+        None,
+        description="directory with a copy of each task's data set, as DIR/allenai/ai2_arc, and of task files of yours "
+        "(default: from the hub)",
+    )
+    limit: PositiveInt | None = Field(None, description="records of each task (default: all)")
+    fewshot: int | None = Field(None, ge=0, description="answered examples before each question (default: the task's)")
+
+    _at_home = field_validator("data")(at_home)
+
+    @property
+    def names(self) -> list[str]:
+        """Of tasks, groups and tags; none: there is no suite."""
+        return self.tasks.removeprefix("lm-eval:").split(",") if self.tasks else []
+
+
 class GenerationConfig(Section):
     """What `infer` asks, and how it draws the answer."""
 
@@ -735,6 +759,7 @@ class Config(Section):
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    suite: SuiteConfig = Field(default_factory=SuiteConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)

@@ -28,12 +28,14 @@ class Server:
     """
 
     def __init__(self, url: str, models: list[str], held: "ActorHandle"):
-        self.url, self.models, self._held = url, models, held
+        self.url, self.models = url, models
+        self._held: ActorHandle | None = held
 
     def stop(self) -> None:
         """Let answers under way be given, then end."""
-        _end_application()
-        del self._held  # another one can have the cluster's Serve
+        if self._held is not None:
+            _end_application()
+            self._held = None  # another one can have the cluster's Serve
 
     def __enter__(self) -> "Server":
         return self

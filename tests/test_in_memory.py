@@ -141,7 +141,7 @@ def test_the_splits_of_a_data_set_are_kept_apart(tmp_path):
         (["a", 3], "data.source[0]: a record is a mapping of names to values, not str"),
         ([{"a": "b"}, {"a": {"b": [math.inf]}}], "data.source[1].a.b[0]: is inf: put a number, or None where it is m"),
         ([{"a": math.nan}], "data.source[0].a: is nan: put a number"),
-        ([{3: "b"}], "data.source[0]: key 3 is no text"),
+        ([{0: "b"}], "data.source[0]: key 0 is no text"),
         ([{"a": "\ud83d"}], "data.source[0].a: '\\ud83d' holds half of a surrogate pair"),
         ([{"a": {1, 2}}], "data.source[0].a: no file holds a set as it is"),
         (

@@ -14,12 +14,14 @@ import time
 import warnings
 from pathlib import Path
 
+import httpx
 import nbformat
 import pandas as pd
 import peft
 import pytest
 import ray
 import yaml
+from helpers.ports import free_port
 from helpers.searches import environment, run_here
 from nbclient import NotebookClient
 from ray import cloudpickle
@@ -50,6 +52,7 @@ BOTH_WAYS = {
 }
 IS_THE_FUNCTION = """
 import importlib, sys
+import ftray
 from ftray import stop
 assert callable(ftray.stop) and ftray.stop is stop and stop.__module__ == "ftray.stop"
 module = importlib.import_module("ftray.stop")
@@ -125,7 +128,6 @@ def test_a_type_checker_sees_the_types(tmp_path):
     ("call", "line"),
     [
         (lambda: ftray.tune(data=ROWS, trails=3), "tune: unknown argument trails; did you mean trials"),
-        (lambda: ftray.train(adapter={"method": "lora", "rnk": 3}), "adapter.rnk: lora has no such parameter"),
         (lambda: ftray.tune(training={"epoch": 3}), "unknown key training.epoch; did you mean epochs?"),
         (lambda: ftray.tune(trials=0), "search.trials: must be greater than 0 (got 0)"),
         (lambda: ftray.tune(training=3), "training: must be a mapping of names to values"),
@@ -136,13 +138,16 @@ def test_a_type_checker_sees_the_types(tmp_path):
         (lambda: ftray.tune(config=[3]), "tune: config must be a YAML file or a mapping of sections, not a list"),
         (lambda: ftray.tune(config=Config(), trials=3), "tune: config is all of the configuration: leave out trials"),
         (lambda: ftray.tune(config={"plan": True}), "plan: is of the command line: ftray tune --plan"),
+        (lambda: ftray.evaluate(adapter=3), "adapters.0: must be a text (got 3)"),
+        (lambda: ftray.tune(data=ROWS, output=3), "output: must be a text (got 3)"),
+        (lambda: ftray.tune(data={"prompt": ["a"]}), "unknown key data.prompt; "),
         (lambda: ftray.infer(), "infer: give a prompt or a file"),
         (lambda: ftray.merge("a"), "merge: give --output DIR"),
         (lambda: ftray.status(run="nowhere"), "output nowhere holds no search"),
         (lambda: ftray.SearchResult("nowhere"), "output nowhere: holds no search that is over"),
         (lambda: ftray.tune(data=[{"prompt": object()}]), "data.source[0].prompt: no file holds a object as it is"),
         (
-            lambda: ftray.tune(data=ROWS, metric=re.compile, direction="max", space={"method": "none"}),
+            lambda: ftray.tune(data=ROWS, metric=scaled, direction="max", space={"method": "none"}),
             "search.space: method: unknown method 'none'",
         ),
         (lambda: ftray.tune(data=ROWS, metric=max), "search.metric: must be a function, by def or lambda, or FILE.py"),
@@ -261,6 +266,7 @@ def test_the_page_does_what_it_says(cluster, tmp_path, tiny_llama, monkeypatch, 
     page = (ROOT / "docs" / "python.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     told = {"words": ["cab", "bed", "fade", "face", "deaf", "ace"] * 20, "QUICK": quick(tmp_path), "MODEL": tiny_llama}
+    told["__name__"] = "__main__"
     for block in blocks:
         block = block.replace('model="smollm2-135m"', 'model={"name": MODEL, "dtype": "fp32"}, config=QUICK')
         exec(
@@ -314,6 +320,20 @@ def test_the_page_does_what_it_says(cluster, tmp_path, tiny_llama, monkeypatch, 
     resumed = run_here(["python", "-m", "ftray.tune", *flags])
     assert resumed.returncode == 0, resumed.stderr
     assert len(ftray.SearchResult("runs/by-length").leaderboard) == 2
+
+
+def test_an_endpoint_serves_until_its_block_ends(cluster, tiny_llama):
+    model = {"name": tiny_llama, "dtype": "fp32"}
+    with ftray.serve(model=model, port=free_port()) as server:
+        (shown,) = httpx.get(f"{server.url}/models").json()["data"]
+        assert [shown["id"]] == server.models
+        asked = {"model": shown["id"], "prompt": "a b", "max_tokens": 3}
+        assert httpx.post(f"{server.url}/completions", json=asked, timeout=60).json()["usage"]["completion_tokens"]
+        with pytest.raises(UserError, match="another `ftray serve` has the Ray Serve of this cluster"):
+            ftray.serve(model=model, port=free_port())
+    server.stop()  # it is over already
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/models")
 
 
 def test_the_notebook_runs(cluster, tmp_path, tiny_llama, monkeypatch):

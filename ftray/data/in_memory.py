@@ -97,10 +97,16 @@ def _written_dataset(data: Any, field: str, name: str, directory: Location) -> s
         raise UserError(f"{field}: makes its records as they are read (set_transform): give data.map(...) instead")
     if not len(data):
         raise UserError(f"{field}: holds no records")
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "data.parquet")
         data.with_format(None).to_parquet(path)
         content = path.read_bytes()
+    if shown:
+        datasets.enable_progress_bars()
     return _written(content, content, f"{name}-{{}}.parquet", directory)
 
 
@@ -109,10 +115,10 @@ def _rows_of_frame(frame: Any, field: str) -> list[dict[str, Any]]:
     import pandas
 
     names = [str(column) for column in frame.columns]
-    if odd := next((column for column in frame.columns if not isinstance(column, str)), None):
-        raise UserError(f"{field}: column {odd!r} is called by no text: rename it")
-    if twice := next((column for column in names if names.count(column) > 1), None):
-        raise UserError(f"{field}: column {twice!r} stands twice: leave one of them out")
+    if odd := [column for column in frame.columns if not isinstance(column, str)]:
+        raise UserError(f"{field}: column {odd[0]!r} is called by no text: rename it")
+    if twice := [column for column in names if names.count(column) > 1]:
+        raise UserError(f"{field}: column {twice[0]!r} stands twice: leave one of them out")
 
     def value(cell: object) -> object:
         missing = (
@@ -150,8 +156,8 @@ def _plain(value: Any, where: str) -> Any:
             raise UserError(f"{where}: is {value}: put a number, or None where it is missing")
         return float(value)
     if isinstance(value, Mapping):
-        if odd := next((key for key in value if not isinstance(key, str)), None):
-            raise UserError(f"{where}: key {odd!r} is no text")
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise UserError(f"{where}: key {odd[0]!r} is no text")
         return {str(key): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner, f"{where}[{number}]") for number, inner in enumerate(value)]

@@ -53,6 +53,7 @@ _ANYWHERE = {
     "scaling.address",
     "scaling.price_per_hour",
     "evaluation",
+    "suite",
     "generation",
     "merge",
     "serving",
