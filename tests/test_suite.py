@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -26,7 +27,11 @@ doc_to_target: "{{t}}"
 target_delimiter: ""
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-ROWS = [{"q": f"{a} {b}", "a": [" c d", f" {a}"], "t": i % 2} for i, (a, b) in enumerate(["ab", "cd", "ef", "ga"] * 6)]
+DRAW = random.Random(0)
+ROWS = [
+    {"q": " ".join(DRAW.choices("abcdefgh", k=3)), "a": [f" {x}" for x in DRAW.sample("abcdefgh", 2)], "t": i % 2}
+    for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def adapter(tiny_llama, tmp_path_factory):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=2.0)
     directory = tmp_path_factory.mktemp("adapted")
     adapted.save_pretrained(directory)
     return str(directory)
