@@ -9,7 +9,7 @@ from ftray.config import Config
 from ftray.reports.page import write_report
 
 if TYPE_CHECKING:
-    from ftray.reports.result import Page
+    from ftray.reports.plots import Page
 
 
 @command
@@ -31,7 +31,7 @@ def report(
         UserError: there is nothing to report, or resvg, which `png` needs, is not installed.
     """
     cfg = config_of("report", locals())
-    from ftray.reports.result import Page
+    from ftray.reports.plots import Page
     from ftray.search.jobs import output_of
 
     return Page(write_report(output_of(cfg), cfg.scaling.price_per_hour, cfg.png))

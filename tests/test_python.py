@@ -22,6 +22,7 @@ import pytest
 import ray
 import yaml
 from helpers.ports import free_port
+from helpers.results import write_search
 from helpers.searches import environment, run_here
 from nbclient import NotebookClient
 from ray import cloudpickle
@@ -246,6 +247,26 @@ def test_a_ray_process_that_dies_ends_the_call_and_not_the_program(cluster, monk
     monkeypatch.setattr(runtime, "PYTHON_CALL", type("Var", (), {"get": staticmethod(lambda: "ftray.tune()")}))
     with pytest.raises(RunFailed, match="Ray's node process is gone"), runtime.ends_with_ray("tune"):
         time.sleep(30)
+
+
+def test_a_result_is_what_its_output_holds(tmp_path, capfd):
+    summary = write_search(tmp_path / "out", trials=12)
+    result = ftray.SearchResult(tmp_path / "out")
+    assert result.best["trial"] == summary["best"]["trial"]
+    assert repr(result).startswith(
+        f"<SearchResult {tmp_path / 'out'}: The winner of 12 trials is trial {summary['best']['trial']}"
+    )
+    assert {"loss", "exact_match"} <= {*result.comparison["metric"]}
+    for name in ("curves", "validation", "importances", "rates", "parallel", "spend"):
+        plot = getattr(result.plot, name)()
+        assert plot.svg.startswith("<svg")
+        assert "<style>" in plot._repr_html_()
+    with pytest.raises(UserError, match="a figure is saved as"):
+        plot.save(tmp_path / "x.pdf")
+    plot.save(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "<iframe srcdoc=" in ftray.report(run=result)._repr_html_()
+    assert capfd.readouterr().err.count("A new study") <= 1  # that which the helper makes
 
 
 def quick(tmp_path):
