@@ -1,27 +1,44 @@
 """Let a search try a configuration of the user's next."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, config_from, parse_yaml
 from ftray.errors import UserError
 
+if TYPE_CHECKING:
+    from ftray.search.control import NewTrial
 
-def run(cfg: Config) -> int:
-    """The command.
+
+@command
+def add(
+    configuration: str | Settings | None = None,
+    run: StrPath | None = None,
+    *,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "NewTrial":
+    """Let a search try a configuration of yours next.
+
+    Args:
+        configuration: `adapter` and `training`, as `summary.json` has them: a mapping, or YAML.
+        run: output directory or URI, or the id of the Ray job that drives the search.
 
     Raises:
         UserError: the configuration can't be read, or could not be trained; the search has not begun.
     """
-    from ftray.runtime.cluster import quiet
+    return _add(config_of("add", locals()))
 
-    quiet()
+
+def _add(cfg: Config) -> "NewTrial":
     from ftray.adapters.compatibility import dry_run
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.reports.status import searched
-    from ftray.search.control import ask_to_add, when_it_begins
+    from ftray.search.control import NewTrial, ask_to_add, when_it_begins
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE
@@ -39,7 +56,17 @@ def run(cfg: Config) -> int:
     dry_run(AdapterConfig(**configuration["adapter"]), skeleton, of.model, settings)
     space = load_space(str(output / SPACE))
     refuse_added(of, space, configuration["adapter"])
-    print(when_it_begins(ask_to_add(output / JOURNAL, of, space, configuration), of, output))
+    number = ask_to_add(output / JOURNAL, of, space, configuration)
+    return NewTrial(number, when_it_begins(number, of, output))
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: the configuration can't be read, or could not be trained; the search has not begun.
+    """
+    print(add(config=cfg).begins)
     return 0
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftray.config import Config, at_home, config_from, parse_yaml, section_at
-from ftray.errors import Terminated, UserError, near
+from ftray.errors import RunFailed, Terminated, UserError, near
 
 atexit.register(gc.freeze)  # else a command that has imported torch collects garbage for a second before it is gone
 
@@ -131,11 +131,12 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "score a base model and any number of adapters on the same records",
-        {**DATA, "adapter": "adapters", "split": "evaluation.split", "output": "output"},
+        {**DATA, "adapter": "adapters", "split": "evaluation.split", "suite": "suite.tasks", "output": "output"},
         "ftray evaluate --data records.jsonl --adapter runs/one/adapter\n"
         "ftray evaluate --model path/to/model --adapter runs/a --adapter runs/b --data held-out.jsonl --split all\n"
-        "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json",
-        ("model", "data", "evaluation", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
+        "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json\n"
+        "ftray evaluate --adapter runs/one --data records.jsonl --suite lm-eval:arc_easy,hellaswag --suite.limit 500",
+        ("model", "data", "evaluation", "suite", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
     ),
     "report": Command(
         "write report.html, one file that shows all of a search, a training run or an evaluation",
@@ -237,10 +238,17 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run the command and turn what it raises into an exit code."""
     try:
         config = parse(name, sys.argv[1:] if argv is None else argv)
+        if not config.verbose:
+            from ftray.runtime.cluster import quiet
+
+            quiet()
         return importlib.import_module(f"ftray.{COMMANDS[name].module or name}").run(config) or 0
     except UserError as error:
         print(f"ftray {name}: error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as failure:
+        print(f"ftray {name}: {failure}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in DENIED:
             raise
@@ -268,21 +276,21 @@ def parse(name: str, argv: Sequence[str]) -> Config:
         known, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    values = _read_yaml(known.config) if known.config else {}
+    values = read_yaml(known.config) if known.config else {}
     flags = {field: value for field, value in vars(known).items() if field != "config" and value is not None}
     pairs = _pairs(name, rest)
-    _give_way(values, {*flags, *(field for field, _ in pairs)})
+    give_way(values, {*flags, *(field for field, _ in pairs)})
     for field, value in flags.items():
-        _assign(values, field, value)
+        assign(values, field, value)
     for field, text in pairs:
         value = _value(field, text)
-        for key in value if isinstance(value, dict) and field in _sections() else ():
-            _refuse_unread(name, f"{field}.{key}")
-        _assign(values, field, value)
+        for key in value if isinstance(value, dict) and field in sections() else ():
+            refuse_unread(name, f"{field}.{key}")
+        assign(values, field, value)
     return config_from(values)
 
 
-def _give_way(values: dict[str, Any], given: set[str]) -> None:
+def give_way(values: dict[str, Any], given: set[str]) -> None:
     """Take out of a YAML file's `values` what one of the `given` flags takes the place of."""
     for field in given & {*IN_PLACE_OF}:
         section, _, other = IN_PLACE_OF[field].partition(".")
@@ -294,7 +302,8 @@ def _value(field: str, text: str) -> object:
     """A flag's value: text as it is typed where the field takes text, else what it says as YAML."""
     info = field_of(field) if field in fields() else None
     kinds = _kinds(info.annotation) if info else []
-    if text in kinds or (str in kinds and not (list in kinds and text.startswith("["))):
+    is_yaml = (list in kinds and text.startswith("[")) or (dict in kinds and text.startswith("{"))
+    if text in kinds or (str in kinds and not is_yaml):
         return text
     try:
         return yaml.safe_load(text)
@@ -324,7 +333,7 @@ def view_of(name: str) -> str:
     """What a command reads beside its own flags: sections, with the fields where it doesn't read all of them."""
     command = COMMANDS[name]
     shown = [field for field in fields() if "." not in field and field in set(command.reads) - set(SWITCHES)]
-    for section in _sections():
+    for section in sections():
         some = ", ".join(field.partition(".")[2] for field in _readable(name, section))
         if some:
             shown.append(section if reads(name, section) else f"{section} ({some})")
@@ -336,8 +345,12 @@ def _readable(name: str, section: str) -> list[str]:
     return [field for field in fields() if field.startswith(f"{section}.") and reads(name, field)]
 
 
-def _refuse_unread(name: str, field: str) -> None:
-    """Refuse a field that the command does not read; a section is refused if it reads none of it."""
+def refuse_unread(name: str, field: str) -> None:
+    """Refuse a field that the command does not read; a section is refused if it reads none of it.
+
+    Raises:
+        UserError: says who reads it, or what was probably meant.
+    """
     section, dot, _ = field.partition(".")
     if section not in Config.model_fields:
         raise UserError(f"unknown option --{field}{near(section, Config.model_fields)}")
@@ -346,7 +359,8 @@ def _refuse_unread(name: str, field: str) -> None:
     if field not in fields() and (hint := near(field, _readable(name, section), otherwise="", likeness=0.8)):
         raise UserError(f"unknown option --{field}{hint}")
     others = [other for other in COMMANDS if other not in (name, "config") and _reads_any(other, field)]
-    raise UserError(f"--{field}: ftray {name} does not read it; {', '.join(others)} {'do' if others[1:] else 'does'}")
+    does = "do" if others[1:] else "does"
+    raise UserError(f"--{field}: ftray {name} does not read it; {', '.join(others)} {does}")
 
 
 def _reads_any(name: str, field: str) -> bool:
@@ -431,7 +445,7 @@ def _pairs(command: str, rest: list[str]) -> list[tuple[str, str]]:
             others = [other for other in COMMANDS if flag in COMMANDS[other].flags]
             hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it" if others else near(flag, flags)
             raise UserError(f"unknown option {name}{hint}")
-        _refuse_unread(command, flag)
+        refuse_unread(command, flag)
         if not equals:
             i += 1
             if i == len(rest) or rest[i].startswith("--"):
@@ -442,7 +456,12 @@ def _pairs(command: str, rest: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        UserError: it can't be read, or holds something else.
+    """
     try:
         text = Path(str(at_home(path))).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -455,7 +474,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _assign(values: dict[str, Any], field: str, value: object) -> None:
+def assign(values: dict[str, Any], field: str, value: object) -> None:
+    """Put a value at a dotted name.
+
+    Raises:
+        UserError: what should be its section is none.
+    """
     *sections, key = field.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -464,7 +488,8 @@ def _assign(values: dict[str, Any], field: str, value: object) -> None:
     values[key] = value
 
 
-def _sections() -> list[str]:
+def sections() -> list[str]:
+    """The fields of :class:`~ftray.config.Config` that hold others."""
     return [name for name, field in Config.model_fields.items() if _is_model(field.annotation)]
 
 

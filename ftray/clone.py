@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import AdapterConfig, Config, config_from
 from ftray.errors import UserError
@@ -10,23 +11,40 @@ from ftray.storage.location import Location
 
 if TYPE_CHECKING:
     from ftray.models.load import LoadedModel
+    from ftray.search.control import NewTrial
 
 
-def run(cfg: Config) -> int:
-    """The command.
+@command
+def clone(
+    trial: int | None = None,
+    run: StrPath | None = None,
+    *,
+    training: Settings | None = None,
+    adapter: Settings | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "NewTrial":
+    """Let a search train a new trial from the weights that one of its trials has reached, with other settings.
+
+    Args:
+        trial: number of the one whose weights it gets.
+        run: output directory or URI, or the id of the Ray job that drives the search.
+        training, adapter: what is other than in that trial.
 
     Raises:
         UserError: no trial is named, it has no checkpoint yet, or its weights don't fit the settings.
     """
-    from ftray.runtime.cluster import quiet
+    return _clone(config_of("clone", locals()))
 
-    quiet()
+
+def _clone(cfg: Config) -> "NewTrial":
     from ftray.adapters.compatibility import dry_run
     from ftray.models.find import find
     from ftray.models.load import load_skeleton
     from ftray.reports.status import searched
     from ftray.search.clones import CLONE, keep_weights
-    from ftray.search.control import ask_to_add, when_it_begins
+    from ftray.search.control import NewTrial, ask_to_add, when_it_begins
     from ftray.search.jobs import output_of
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import SPACE
@@ -54,8 +72,18 @@ def run(cfg: Config) -> int:
     refuse_other_weights(number, own["adapter"], changed["adapter"], skeleton)
     kept = keep_weights(output, number)
     added = ask_to_add(output / JOURNAL, of, load_space(str(output / SPACE)), {**changed, CLONE: kept})
-    print(f"trial {added} has the weights of trial {number}, {kept['checkpoint']}")
-    print(when_it_begins(added, of, output))
+    return NewTrial(added, when_it_begins(added, of, output), kept["checkpoint"])
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: no trial is named, it has no checkpoint yet, or its weights don't fit the settings.
+    """
+    new = clone(config=cfg)
+    print(f"trial {new.number} has the weights of trial {cfg.request.trial}, {new.checkpoint}")
+    print(new.begins)
     return 0
 
 

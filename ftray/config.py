@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -90,9 +91,11 @@ def _mapping(value: object) -> object:
     raise ValueError("must be a mapping, as in 'prompt: question, completion: \"{{ answer }}\"'")
 
 
+# the call that a configuration was made by, as Python takes it; empty: the command line of this process
+PYTHON_CALL: ContextVar[str] = ContextVar("PYTHON_CALL", default="")
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
-USER_METRIC = r"(.+\.py):([^\W\d]\w*)"  # a user's function, as `search.metric` names it
+USER_METRIC = r"(.+\.(?:py|pkl)):([^\W\d]\w*)"  # a user's function, as `search.metric` names it; .pkl: a pickle of it
 CommaSeparated = BeforeValidator(_comma_separated)  # a list that may also be written a,b,c
 Sources = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 Fields = Annotated[dict[str, str], BeforeValidator(_mapping)]
@@ -507,9 +510,10 @@ def _best(value: str | None) -> str | None:
 class SearchConfig(Section):
     """How the space is searched."""
 
-    space: str = Field(
+    space: str | dict[str, Any] = Field(
         "quick",
-        description="YAML file, or the name of one in search_spaces/ (not given: the one for the task, as kto)",
+        description="YAML file, the name of one in search_spaces/, or what such a file holds "
+        "(not given: the one for the task, as kto)",
     )
     trials: PositiveInt = Field(16, description="configurations to try, the default one included")
     time_budget: float | None = Field(
@@ -602,6 +606,30 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = Field(32, description="records decoded at once")
     bootstrap: PositiveInt = Field(1000, description="resamples behind the 95 % interval")
     samples: int = Field(5, ge=0, description="before/after examples shown")
+
+
+class SuiteConfig(Section):
+    """Benchmarks that others keep, on which `evaluate` scores base and adapters too: they show what was forgotten."""
+
+    tasks: str | None = Field(
+        None,
+        pattern=r"^lm-eval:[^,\s]+(,[^,\s]+)*$",
+        description="lm-eval:TASK,TASK: tasks, groups and tags of lm-eval, as lm-eval:arc_easy,hellaswag",
+    )
+    data: str | None = Field(
+        None,
+        description="directory with a copy of each task's data set, as DIR/allenai/ai2_arc, and of task files of yours "
+        "(default: from the hub)",
+    )
+    limit: PositiveInt | None = Field(None, description="records of each task (default: all)")
+    fewshot: int | None = Field(None, ge=0, description="answered examples before each question (default: the task's)")
+
+    _at_home = field_validator("data")(at_home)
+
+    @property
+    def names(self) -> list[str]:
+        """Of tasks, groups and tags; none: there is no suite."""
+        return self.tasks.removeprefix("lm-eval:").split(",") if self.tasks else []
 
 
 class GenerationConfig(Section):
@@ -733,6 +761,7 @@ class Config(Section):
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    suite: SuiteConfig = Field(default_factory=SuiteConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)

@@ -47,6 +47,10 @@ class Terminated(BaseException):
     """SIGTERM has come: the process ends, and what it has under way can continue later."""
 
 
+class RunFailed(RuntimeError):
+    """A run gives no result, however often it is restarted; the message is the reason."""
+
+
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, never with a traceback."""
 

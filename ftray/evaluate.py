@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
@@ -17,26 +19,49 @@ if TYPE_CHECKING:
     from ftray.data import TokenizedData
     from ftray.evaluation.metrics import Scores
     from ftray.evaluation.user_metric import UserMetric
+    from ftray.reports.result import Evaluation
 
 
-def run(cfg: Config) -> int:
-    """The command: a table, with 95 % intervals of each adapter's difference to the base.
+@command
+def evaluate(
+    data: "Data | None" = None,
+    *,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    adapter: StrPath | Sequence[StrPath] | None = None,
+    split: str | None = None,
+    suite: str | Settings | None = None,
+    output: StrPath | None = None,
+    evaluation: Settings | None = None,
+    training: Settings | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "Evaluation":
+    """Score a base model and any number of adapters on the same records.
 
-    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
-    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
-    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
-    as a whole.
+    Args:
+        data: records: a list of mappings, a frame, a data set or a path; or the section, with `source` one of these.
+        model: the base: directory, hub id or .gguf file, or the section; not given: the one that an adapter names.
+        adapter: directories, URIs, or what `train` and `tune` return; one or several.
+        split: `test`, `validation`, `train`, or `all` records of a source that was held out as a whole.
+        suite: `lm-eval:TASK,TASK`, or the section: benchmarks on which base and adapters are scored too.
+        output: a .json file or a directory for the result and its report; not given: nothing is written.
+        config: YAML file or mapping of sections, over which the other arguments win.
 
     Raises:
         UserError: anything the user can mend, before Ray starts or weights are read.
     """
-    from ftray.runtime.cluster import quiet
+    return _evaluate(config_of("evaluate", locals()))
 
-    if not cfg.verbose:
-        quiet()
+
+def _evaluate(cfg: Config) -> "Evaluation":
     from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
     from ftray.data import DataCheck, prepare
     from ftray.data.splits import require
+    from ftray.evaluation.suite import check_suite
     from ftray.evaluation.user_metric import UserMetricError, reward
     from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
@@ -79,11 +104,15 @@ def run(cfg: Config) -> int:
     skeleton, added = load_skeleton(cfg.model, model_path, spec).model, max(map(added_by, adapters), default=0)
     check_special_tokens(cfg.model.name, skeleton, tokenizer)
     data_cfg = within_positions(data_cfg, skeleton, added, check.lengths)
+    if cfg.suite.names and spec.name != CAUSAL.name:
+        raise UserError(f"suite.tasks: are asked of models that continue texts, and this is for {spec.name}")
+    check_suite(cfg.suite)
     place = output_file(cfg)
 
     import ray
     from ray.exceptions import RayTaskError
 
+    from ftray.reports.result import Evaluation
     from ftray.runtime.cluster import connect, hardware, on_hardware, say_if_waiting
     from ftray.search.provenance import this_command
     from ftray.search.results import ANSWERS, beside, write_json, write_lines
@@ -97,21 +126,39 @@ def run(cfg: Config) -> int:
     named = dict(zip(cfg.adapters, where, strict=True))
     say_if_waiting(1, hardware(cfg))
     try:
-        result = ray.get(on_hardware(cfg, evaluate, cfg, model_path, data, named, judge))
+        result = ray.get(on_hardware(cfg, score, cfg, model_path, data, named, judge))
     except RayTaskError as error:
         if isinstance(error.cause, UserMetricError):
             raise UserError(str(error.cause)) from None
         raise error.cause if isinstance(error.cause, UserError) else error from None
     answers = result.pop("answers")
-    show(result)
-    if place is None:
-        print(json.dumps(result), flush=True)
-    else:
+    if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(result | {"made_by": this_command()}, place)
         write_lines(answers, beside(place, f".{ANSWERS}"))
         leave_report(place)
-        print(f"evaluation {place}", flush=True)
+    return Evaluation(result, answers, place)
+
+
+def run(cfg: Config) -> int:
+    """The command: a table, with 95 % intervals of each adapter's difference to the base.
+
+    The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
+    none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
+    `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
+    as a whole.
+
+    `--suite lm-eval:TASK,TASK` asks base and adapters these tasks of lm-eval too (`pip install "ftray[lm-eval]"`), so
+    that what was forgotten stands beside what was gained. Without a network, `--suite.data DIR` names copies of their
+    data sets: `DIR/allenai/ai2_arc` is a clone of the hub's repository, or holds a folder a configuration, as
+    `ARC-Easy`, with files that are called by their split. Task files of yours in it are known by their names.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts or weights are read.
+    """
+    found = evaluate(config=cfg)
+    show(found.result)
+    print(json.dumps(found.result) if found.file is None else f"evaluation {found.file}", flush=True)
     return 0
 
 
@@ -126,7 +173,7 @@ def output_file(cfg: Config) -> Location | None:
     return output if named else output / EVALUATION
 
 
-def evaluate(
+def score(
     cfg: Config,
     model_path: str,
     shards: "TokenizedData",
@@ -142,14 +189,16 @@ def evaluate(
 
     Returns:
         `model`, `split`, `task`, `records`, `base` (metric -> value), `adapters` (name -> metrics, see
-        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `samples` of generated text, and
-        `answers` (see :func:`ftray.evaluation.answers.side_by_side`).
+        :func:`ftray.evaluation.metrics.compare`), of a mixture the loss by `sources`, `samples` of generated text,
+        `suite` (see :func:`ftray.evaluation.suite.compare_suite`; empty: none was asked), and `answers` (see
+        :func:`ftray.evaluation.answers.side_by_side`).
     """
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
     from ftray.evaluation.answers import side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
+    from ftray.evaluation.suite import TaskScores, compare_suite, score_suite
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.multi_adapter.shared_model import share
 
@@ -163,6 +212,8 @@ def evaluate(
     if judge:
         judge.add_to(before, rows)
     after: dict[str, Scores] = {}
+    asked, suites = cfg.suite.names, dict[str, dict[str, TaskScores]]()
+    of_base = score_suite(cfg.suite, base, tokenizer, cfg.evaluation.batch_size) if asked else {}
     for name, directory in adapters.items():
         # a structure of its own over the one resident base: any two methods go side by side
         found = find_adapter(directory)
@@ -171,6 +222,8 @@ def evaluate(
         after[name] = task.score(model, tokenizer, rows, cfg.evaluation)
         if judge:
             judge.add_to(after[name], rows)
+        if asked:
+            suites[name] = score_suite(cfg.suite, model, tokenizer, cfg.evaluation.batch_size)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
         {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
@@ -191,6 +244,7 @@ def evaluate(
             | {"adapters": {name: own[source] for name, own in by_source.items()}}
             for source, of_base in compare_sources(sources, before, before, 1).items()
         },
+        "suite": compare_suite(of_base, suites, resamples),
         "samples": samples,
         "answers": side_by_side(rows, {"base": before} | after),
     }
@@ -198,6 +252,7 @@ def evaluate(
 
 def show(result: dict[str, Any]) -> None:
     """A row a metric, a column for the base and one for each adapter with the interval of its difference to it."""
+    from ftray.evaluation.suite import rows_of
     from ftray.reports.search import console
 
     table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
@@ -206,9 +261,14 @@ def show(result: dict[str, Any]) -> None:
     for source, own in result["sources"].items():
         cells = map(_cell, own["adapters"].values())
         table.add_row(f"loss, {own['records']} of {source}", f"{own['base']:.4g}", *cells)
+    table.add_section()
+    for name, shown, each in rows_of(result["suite"], [*result["adapters"]]):
+        table.add_row(name, shown, *each)
     console().print(table)
     if result["adapters"]:
         print("in brackets: 95 % interval of the difference to the base")
+    if result["suite"]:
+        print("under the line: the suite, where what was forgotten shows; ±: one standard error")
     for sample in result["samples"]:
         print("  " + ", ".join(f"{name} {' '.join(text.split())[:80]!r}" for name, text in sample.items()))
 

@@ -3,11 +3,14 @@
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import COLDEST, Config, DataConfig
 from ftray.errors import UserError
@@ -16,10 +19,98 @@ from ftray.storage.location import Location, parse_location
 from ftray.task_spec import CHAT, RAW, TaskSpec
 
 if TYPE_CHECKING:
+    import pandas
     import torch
     from transformers import PreTrainedTokenizerBase, TextStreamer
 
 HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was generated.
+
+    Attributes:
+        records: each prompt's record, with its answer as `generated`.
+    """
+
+    records: list[dict[str, Any]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers, in the order of the prompts."""
+        return [record["generated"] for record in self.records]
+
+    @property
+    def table(self) -> "pandas.DataFrame":
+        """A row a record."""
+        import pandas
+
+        return pandas.DataFrame(self.records)
+
+    def __str__(self) -> str:
+        return "\n".join(self.texts)
+
+    def _repr_html_(self) -> str:
+        html: str = self.table.to_html(index=False)
+        return html
+
+
+@command
+def infer(
+    prompt: str | None = None,
+    *,
+    file: "Data | None" = None,
+    adapter: StrPath | None = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    output: StrPath | None = None,
+    stream: bool = False,
+    generation: Settings | None = None,
+    evaluation: Settings | None = None,
+    data: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> Answers:
+    """Generate answers to a prompt, or to a file of prompts.
+
+    Args:
+        file: prompts: a list of mappings, a frame, a data set or a path.
+        adapter: directory, URI, or what `train` and `tune` return.
+        model: directory, hub id or .gguf file; or the section. Not given: the base that the adapter names.
+        output: file of JSON lines that answers to `file` go to; not given: nothing is written.
+        stream: print the answer to `prompt` as it is generated; it then ends at Ctrl-C.
+        generation: fields of that section, as `{"temperature": 0.7}`.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read.
+    """
+    cfg = config_of("infer", {name: value for name, value in locals().items() if name != "stream"})
+    if cfg.generation.prompt is None and cfg.generation.file is None:
+        raise UserError("infer: give a prompt or a file")
+    asked = _asked(cfg)
+    if asked.prompts is None or asked.records is None:
+        prompt = cfg.generation.prompt or ""
+        ids = asked.renderer.turns([("user", prompt)]) if cfg.generation.chat else asked.renderer.plain(prompt)
+        said = asked.generator.stream(ids) if stream else asked.generator.batch([ids])[0]
+        return Answers([{"prompt": prompt, "generated": said}])
+    texts = asked.generator.batch(asked.prompts)
+    answers = Answers([{**record, "generated": said} for (_, record), said in zip(asked.records, texts, strict=True)])
+    if place := _output(cfg):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(place) as lines:
+            lines.writelines(_lines(answers))
+    return answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What answers, and the prompts of a file; None: there is no file."""
+
+    generator: "Generator"
+    renderer: "Renderer"
+    records: list[tuple[object, dict[str, Any]]] | None
+    prompts: list[list[int]] | None
 
 
 def run(cfg: Config) -> int:
@@ -32,10 +123,26 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before weights are read.
     """
-    from ftray.runtime.cluster import quiet
+    if cfg.generation.prompt is None and cfg.generation.file is None:
+        asked = _asked(cfg)
+        converse(cfg, asked.generator, asked.renderer)
+        return 0
+    answers = infer(config=cfg, stream=True)
+    if cfg.generation.file is not None:
+        print(f"generated {place}\n" if (place := _output(cfg)) else "".join(_lines(answers)), end="", flush=True)
+    return 0
 
-    if not cfg.verbose:
-        quiet()
+
+def _lines(answers: Answers) -> list[str]:
+    return [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in answers.records]
+
+
+def _asked(cfg: Config) -> Asked:
+    """Find everything, check it, and load the model.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read.
+    """
     from ftray.adapters.discovery import base_of, check_chat_template, data_settings, find_adapter, saved_task
 
     asked = cfg.generation
@@ -68,15 +175,9 @@ def run(cfg: Config) -> int:
         records = list(read_records(asked.file, data))
         prompts = [renderer.record(where, record, bool(asked.chat)) for where, record in mapped(records, data)]
     generator = Generator(cfg, model_path, adapters[0] if adapters else None, tokenizer)
-    if records is not None and prompts is not None:
-        for (where, _), prompt in zip(records, prompts, strict=True):
-            generator.room(prompt, where)
-        answer_file(cfg, generator, records, prompts)
-    elif asked.prompt is not None:
-        generator.stream(renderer.turns([("user", asked.prompt)]) if asked.chat else renderer.plain(asked.prompt))
-    else:
-        converse(cfg, generator, renderer)
-    return 0
+    for (where, _), prompt in zip(records or (), prompts or (), strict=True):
+        generator.room(prompt, where)
+    return Asked(generator, renderer, records, prompts)
 
 
 class Renderer:
@@ -243,7 +344,8 @@ class Generator:
         room = self.room(prompt, "generation.prompt")
         streamer, said = _streamer(self.tokenizer, self.stops), StopOnInterrupt()
         ids = torch.tensor([prompt], device=self.model.device)
-        before = signal.signal(signal.SIGINT, said.interrupt)
+        heard = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, said.interrupt) if heard else None
         try:
             self.model.generate(
                 input_ids=ids,
@@ -259,7 +361,8 @@ class Generator:
         except KeyboardInterrupt:
             streamer.end()
         finally:
-            signal.signal(signal.SIGINT, before)
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
         if said.interrupted and (not sys.stdin.isatty() or self.cfg.generation.prompt is not None):
             raise KeyboardInterrupt
         return answer_text(self.tokenizer, said.ids[len(prompt) :], self.stops)
@@ -314,25 +417,6 @@ class StopOnInterrupt:
 
         self.ids = input_ids[0].tolist()
         return torch.full((len(input_ids),), self.interrupted, device=input_ids.device)
-
-
-def answer_file(
-    cfg: Config, generator: Generator, records: list[tuple[object, dict[str, Any]]], prompts: list[list[int]]
-) -> None:
-    """Write each record with its answer as `generated`: to `output`, all or nothing, else to standard output."""
-    texts = generator.batch(prompts)
-    lines = [
-        json.dumps({**record, "generated": text}, ensure_ascii=False, default=str) + "\n"
-        for (_, record), text in zip(records, texts, strict=True)
-    ]
-    output = _output(cfg)
-    if output is None:
-        print("".join(lines), end="", flush=True)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output) as file:
-        file.write("".join(lines))
-    print(f"generated {output}")
 
 
 def _output(cfg: Config) -> Location | None:

@@ -1,11 +1,13 @@
 """Tokenize a data set into cached shards and show the result."""
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
+from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config, ModelConfig
 from ftray.reports.data import CLOSE, LEARNT, MASKED, OPEN, describe, duplicates, histogram, marked, rendered
@@ -16,16 +18,55 @@ if TYPE_CHECKING:
     from ftray.data import TokenizedData
 
 
-def run(cfg: Config) -> int:
-    """The command: statistics of every split, and some records as the model sees them, what bears no loss dimmed.
+@dataclass(frozen=True)
+class Preprocessed:
+    """Records as tokens.
+
+    Attributes:
+        data: the shards, whose `splits` have counts and `rows(split, n)` the first records.
+        tokenizer: that they were tokenized with.
+        reference: directory of what the model says of preferences before training; None: the task needs none.
+    """
+
+    data: "TokenizedData"
+    tokenizer: "PreTrainedTokenizerBase"
+    reference: str | None
+
+    def __str__(self) -> str:
+        """Statistics of every split, and what is there twice."""
+        return "\n".join([describe(self.data), histogram(self.data, "train"), *duplicates(self.data)])
+
+    def show(self, records: int = 1) -> None:
+        """Print training records as the model sees them, what bears no loss dimmed or outside of marks."""
+        _show(self.data, self.tokenizer, records)
+
+
+@command
+def preprocess(
+    data: "Data | None" = None,
+    *,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> Preprocessed:
+    """Tokenize a data set into cached shards.
+
+    Args:
+        data: records: a list of mappings, a frame, a data set or a path; or the section, with `source` one of these.
+        model: directory, hub id or .gguf file; or the section.
+        config: YAML file or mapping of sections, over which the other arguments win.
 
     Raises:
         UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
     """
-    from ftray.runtime.cluster import connect, quiet
+    return _preprocess(config_of("preprocess", locals()))
 
-    if not cfg.verbose:
-        quiet()
+
+def _preprocess(cfg: Config) -> Preprocessed:
     from ftray.data import DataCheck, prepare
     from ftray.models.find import find
     from ftray.tasks.infer_task import infer_task
@@ -36,6 +77,7 @@ def run(cfg: Config) -> int:
 
     from ftray.data.limits import refuse_beyond, within_positions
     from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.runtime.cluster import connect
     from ftray.search.reference import with_reference  # takes seconds: a name misspelt has been found by now
 
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
@@ -46,11 +88,22 @@ def run(cfg: Config) -> int:
     connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
     refuse_beyond(data, data_cfg, skeleton, tokenizer)
-    print("\n".join([describe(data), histogram(data, "train"), *duplicates(data)]))
-    _show(data, tokenizer, cfg.show)
-    print(f"shards {data.directory}")
-    if reference := with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference:
-        print(f"reference {reference}")
+    reference = with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference
+    return Preprocessed(data, tokenizer, reference or None)
+
+
+def run(cfg: Config) -> int:
+    """The command: statistics of every split, and some records as the model sees them, what bears no loss dimmed.
+
+    Raises:
+        UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
+    """
+    found = preprocess(config=cfg)
+    print(found)
+    found.show(cfg.show)
+    print(f"shards {found.data.directory}")
+    if found.reference:
+        print(f"reference {found.reference}")
     return 0
 
 

@@ -1,10 +1,40 @@
 """Write the report of a search, a training run or an evaluation that is over, or of a search that runs."""
 
 import sys
+from typing import TYPE_CHECKING
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.reports.page import write_report
+
+if TYPE_CHECKING:
+    from ftray.reports.plots import Page
+
+
+@command
+def report(
+    run: StrPath | None = None,
+    *,
+    png: bool | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "Page":
+    """Write `report.html` of a search, a training run or an evaluation.
+
+    Args:
+        run: output directory or URI, the file of an evaluation, or the id of the Ray job that drives a search.
+        png: whether the figures go to `figures/` too.
+
+    Raises:
+        UserError: there is nothing to report, or resvg, which `png` needs, is not installed.
+    """
+    cfg = config_of("report", locals())
+    from ftray.reports.plots import Page
+    from ftray.search.jobs import output_of
+
+    return Page(write_report(output_of(cfg), cfg.scaling.price_per_hour, cfg.png))
 
 
 def run(cfg: Config) -> int:
@@ -16,12 +46,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: there is nothing to report, or resvg, which `--png` needs, is not installed.
     """
-    from ftray.runtime.cluster import quiet
-
-    quiet()
-    from ftray.search.jobs import output_of
-
-    print(f"report   {write_report(output_of(cfg), cfg.scaling.price_per_hour, cfg.png)}", flush=True)
+    print(f"report   {report(config=cfg)}", flush=True)
     return 0
 
 

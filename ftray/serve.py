@@ -4,9 +4,11 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
@@ -17,16 +19,68 @@ if TYPE_CHECKING:
 NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
 
-def run(cfg: Config) -> int:
-    """The command: starts Ray Serve, prints the URL, and serves until it is interrupted or terminated.
+class Server:
+    """An endpoint that is up, until :meth:`stop` or the end of a `with` block.
+
+    Attributes:
+        url: what clients of OpenAI's API take as `base_url`.
+        models: names of the base and of the adapters.
+    """
+
+    def __init__(self, url: str, models: list[str], held: "ActorHandle"):
+        self.url, self.models = url, models
+        self._held: ActorHandle | None = held
+
+    def stop(self) -> None:
+        """Let answers under way be given, then end."""
+        if self._held is not None:
+            _end_application()
+            self._held = None  # another one can have the cluster's Serve
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.url}: {', '.join(self.models)}>"
+
+
+@command
+def serve(
+    run: StrPath | None = None,
+    *,
+    adapter: Mapping[str, StrPath] | StrPath | Sequence[StrPath] | None = None,
+    merged: bool | None = None,
+    engine: str | None = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    serving: Settings | None = None,
+    evaluation: Settings | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> Server:
+    """Answer over HTTP as OpenAI does, in the background: one base model, many adapters.
+
+    Args:
+        run: output of a search, or its result: its base, its best adapter and its trials are served.
+        adapter: directories by the names that requests give.
+        merged: serve the merged model of `run` alone.
+
+    Others are the fields and sections of docs/configuration.md.
 
     Raises:
         UserError: anything the user can mend, before Ray starts; afterwards, that Serve is in use on the cluster.
     """
-    from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, quiet, say_if_waiting
+    return _serve(config_of("serve", locals()))
 
-    if not cfg.verbose:
-        quiet()
+
+def _serve(cfg: Config) -> Server:
+    from ftray.runtime.cluster import connect, cpus_each, gpus_per_worker, say_if_waiting
     from ftray.serving.app import application, check_catalog, key_digest
     from ftray.serving.catalog import model_of_run
 
@@ -34,32 +88,42 @@ def run(cfg: Config) -> int:
     key, catalog = key_digest(cfg), check_catalog(cfg)
     _check_port(cfg.serving.host, cfg.serving.port)
 
-    from ray import serve
+    from ray import serve as ray_serve
 
     connect(cfg)
     held = _hold_cluster()  # for as long as this name is bound
     gpus = gpus_per_worker(cfg)
     cpus = cfg.scaling.cpus_per_worker or cpus_each(cfg.serving.max_replicas, gpus)
     try:
-        serve.start(
+        ray_serve.start(
             proxy_location="HeadOnly",
             http_options={"host": cfg.serving.host, "port": cfg.serving.port},
             logging_config={"log_level": "INFO" if cfg.verbose else "ERROR", "enable_access_log": cfg.verbose},
         )
         say_if_waiting(cfg.serving.min_replicas, {"CPU": cpus, "GPU": gpus})
-        serve.run(application(cfg, catalog, key, cpus, gpus), name=NAME)
+        ray_serve.run(application(cfg, catalog, key, cpus, gpus), name=NAME)
+    except BaseException:
+        _end_application()
+        raise
+    host = f"[{cfg.serving.host}]" if ":" in cfg.serving.host else cfg.serving.host
+    return Server(f"http://{host}:{cfg.serving.port}/v1", [catalog.base, *catalog.adapters], held)
+
+
+def run(cfg: Config) -> int:
+    """The command: starts Ray Serve, prints the URL, and serves until it is interrupted or terminated.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts; afterwards, that Serve is in use on the cluster.
+    """
+    with serve(config=cfg) as server:
         stop = threading.Event()
         # only now: Ray installs handlers of its own
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        host = f"[{cfg.serving.host}]" if ":" in cfg.serving.host else cfg.serving.host
-        print(f"serving {', '.join([catalog.base, *catalog.adapters])}")
-        print(f"endpoint http://{host}:{cfg.serving.port}/v1", flush=True)
+        print(f"serving {', '.join(server.models)}")
+        print(f"endpoint {server.url}", flush=True)
         stop.wait()
         print("draining", flush=True)
-    finally:
-        _end_application()
-    del held
     return 0
 
 

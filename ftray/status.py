@@ -1,13 +1,40 @@
 """Show how far a search is: its trials, their rungs, the best so far, tokens a second and the time left."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.reports.search import console
-from ftray.reports.status import read
+
+if TYPE_CHECKING:
+    from ftray.reports.status import Search
+
+
+@command
+def status(
+    run: StrPath | None = None,
+    *,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "Search":
+    """How far a search is: its trials, the best so far, the time left.
+
+    Args:
+        run: output directory or URI, or the id of the Ray job that drives the search.
+
+    Raises:
+        UserError: there is no search.
+    """
+    cfg = config_of("status", locals())
+    from ftray.reports.status import read
+    from ftray.search.jobs import output_of
+
+    return read(output_of(cfg))
 
 
 def run(cfg: Config) -> int:
@@ -16,12 +43,7 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: `output` holds no search.
     """
-    from ftray.runtime.cluster import quiet
-
-    quiet()
-    from ftray.search.jobs import output_of
-
-    search = read(output_of(cfg))
+    search = status(config=cfg)
     table = Table("trial", "configuration", "state", "rung", "records", search.metric, *search.further, "tokens/s")
     for row in search.trials:
         value = "" if row["value"] is None else f"{row['value']:.4f}"

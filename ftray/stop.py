@@ -2,20 +2,34 @@
 
 import sys
 
+from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
 from ftray.errors import UserError
 
 
-def run(cfg: Config) -> int:
-    """The command.
+@command
+def stop(
+    trial: int | None = None,
+    run: StrPath | None = None,
+    *,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> str:
+    """End one trial of a search that runs; what it has reached counts. Returns when it stops, in words.
+
+    Args:
+        trial: its number.
+        run: output directory or URI, or the id of the Ray job that drives the search.
 
     Raises:
         UserError: no trial is named, or it does not run.
     """
-    from ftray.runtime.cluster import quiet
+    return _stop(config_of("stop", locals()))
 
-    quiet()
+
+def _stop(cfg: Config) -> str:
     from ftray.reports.status import searched
     from ftray.search.control import ask_to_stop
     from ftray.search.jobs import output_of
@@ -31,7 +45,16 @@ def run(cfg: Config) -> int:
         raise UserError(f"output {output}: no search is running there")
     ask_to_stop(output / JOURNAL, number)
     when = "at its next rung" if pack == "off" else "after its next step, with a report of what it has reached"
-    print(f"trial {number} stops {when}")
+    return f"trial {number} stops {when}"
+
+
+def run(cfg: Config) -> int:
+    """The command.
+
+    Raises:
+        UserError: no trial is named, or it does not run.
+    """
+    print(stop(config=cfg))
     return 0
 
 

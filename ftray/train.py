@@ -1,11 +1,14 @@
 """Train one adapter."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Data, Metric, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config, SearchConfig
+from ftray.errors import RunFailed
 from ftray.reports.page import leave_report
 from ftray.storage.location import Location, parse_location
 
@@ -13,7 +16,75 @@ if TYPE_CHECKING:
     from ray.train import Result
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.reports.result import TrainResult
     from ftray.search.trial_worker import SearchContext
+
+
+@command
+def train(
+    data: "Data | None" = None,
+    *,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    start: StrPath | Settings | None = None,
+    stages: str | Sequence[str | Settings] | None = None,
+    method: str | None = None,
+    adapter: Settings | None = None,
+    metric: Metric | None = None,
+    direction: str | None = None,
+    output: StrPath | None = None,
+    resume: bool | None = None,
+    training: Settings | None = None,
+    scaling: Settings | None = None,
+    search: Settings | None = None,
+    evaluation: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "TrainResult":
+    """Train one adapter.
+
+    Args:
+        data: records: a list of mappings, a frame, a data set or a path; or the section, with `source` one of these.
+        model: directory, hub id or .gguf file; or the section.
+        adapter: the method with its parameters, as `{"method": "lora", "rank": 8}`.
+        metric: which checkpoint is the best: a name, or a function of records and answers; with `direction`.
+        start: what training starts from: an adapter, or the result of an earlier call.
+        resume: continue what is in `output`; start, if nothing is.
+        config: YAML file or mapping of sections, over which the other arguments win.
+
+    Others are the fields and sections of docs/configuration.md. Of several `stages`, the last one's result is returned.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts.
+        RunFailed: it diverged, or its processes died too often; `resume=True` continues it.
+    """
+    return _train(config_of("train", locals()))
+
+
+def _train(cfg: Config) -> "TrainResult":
+    from ftray.reports.result import TrainResult
+
+    if cfg.stages:
+        from ftray.search.stages import last_output, run_stages
+
+        def one(stage: Config) -> int:
+            train(config=stage)
+            return 0
+
+        run_stages(cfg, check, one, "adapter")
+        return TrainResult(last_output(cfg))
+    cfg, model_path, tokenizer = check(cfg)
+    from ftray.runtime.cluster import check_address
+    from ftray.search.run_manifest import RUN, sole_driver, write_definition
+
+    check_address(cfg)
+    output = parse_location(cfg.output)
+    with sole_driver(output, RUN):
+        write_definition(cfg, None, output)
+        drive(cfg, model_path, tokenizer, output)
+    return TrainResult(output)
 
 
 def run(cfg: Config) -> int:
@@ -26,27 +97,16 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: anything the user can mend, before Ray starts.
     """
-    from ftray.runtime.cluster import check_address, quiet
-
-    if not cfg.verbose:
-        quiet()
     if cfg.stages:
         from ftray.search.stages import run_stages
 
         return run_stages(cfg, check, run, "adapter")
-    cfg, model_path, tokenizer = check(cfg)
-    from ftray.search.run_manifest import RUN, sole_driver, write_definition
-    from ftray.training.run_spec import RunFailed
-
-    check_address(cfg)
-    output = parse_location(cfg.output)
-    with sole_driver(output, RUN):
-        write_definition(cfg, None, output)
-        try:
-            drive(cfg, model_path, tokenizer, output)
-        except RunFailed as failure:
-            print(f"ftray train: failed: {failure}", file=sys.stderr)
-            return 1
+    try:
+        result = train(config=cfg)
+    except RunFailed as failure:
+        raise RunFailed(f"failed: {failure}") from None
+    print_reports(result.trained["reports"], result.trained["metric"])
+    print(f"adapter {result.adapter}")
     return 0
 
 
@@ -110,7 +170,7 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe
-    from ftray.runtime.cluster import connect, end_with_ray, gpus_per_worker, say_if_waiting
+    from ftray.runtime.cluster import connect, ends_with_ray, gpus_per_worker, say_if_waiting
     from ftray.search.reference import with_reference
     from ftray.search.results import TRAINED, save_best_adapter, write_json
     from ftray.search.run_manifest import write_data
@@ -119,7 +179,6 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     from ftray.training.run_spec import check_workers
 
     connect(cfg)
-    end_with_ray("train")
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
     start_at = find_start(cfg)
@@ -132,16 +191,14 @@ def drive(cfg: Config, model_path: str, tokenizer: "PreTrainedTokenizerBase", ou
     say_if_waiting(cfg.scaling.workers, {"CPU": cfg.scaling.cpus_per_worker or 1, "GPU": gpus})
     reference = with_reference(cfg, model_path, data, start).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
-    result = fit(
-        SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt, start), output
-    )
+    context = SearchContext(cfg, model_path, data.directory, gpus, None, functions, reference, learnt, start)
+    with ends_with_ray("train"):
+        result = fit(context, output)
     reports, goal = result.return_value["reports"], cfg.search.goal
-    print_reports(reports, goal.metric)
     write_json({"metric": goal.metric, "direction": goal.direction, "reports": reports}, output / TRAINED)
     best = output / "train" / best_checkpoint(result, cfg.search)
     save_best_adapter(str(best), "", tokenizer, output / "adapter")
     leave_report(output)
-    print(f"adapter {output / 'adapter'}")
 
 
 def fit(context: "SearchContext", output: Location) -> "Result":
@@ -155,7 +212,6 @@ def fit(context: "SearchContext", output: Location) -> "Result":
     from ftray.runtime.preemption import ending_on_sigterm, notice
     from ftray.search.failures import last_line
     from ftray.search.trial_worker import CUT_OFF, trainer
-    from ftray.training.run_spec import RunFailed
 
     run = context.run(context.config.adapter.model_dump(), {}, context.start or None)
     try:

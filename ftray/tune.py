@@ -2,12 +2,14 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Data, Metric, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import KNEE, AdapterConfig, Config
-from ftray.errors import UserError
+from ftray.errors import RunFailed, UserError
 from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
 from ftray.storage.location import Location, parse_location, reason
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ftray.models.load import LoadedModel
+    from ftray.reports.result import SearchResult
     from ftray.search.final_calls import Hardware
     from ftray.search.results import TrialRow
     from ftray.search.space import Space
@@ -25,29 +28,70 @@ if TYPE_CHECKING:
 PROOF_RECORDS = 1000  # base and best each generate an answer to all of them; the interval says what so many can tell
 
 
-def run(cfg: Config) -> int:
-    """The command, from first check to last line; docs/search.md lists what it leaves in `output`.
+@command
+def tune(
+    data: "Data | None" = None,
+    *,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    start: StrPath | Settings | None = None,
+    stages: str | Sequence[str | Settings] | None = None,
+    space: str | Settings | None = None,
+    metric: Metric | Sequence[Metric] | None = None,
+    direction: str | None = None,
+    trials: int | None = None,
+    pack: int | str | None = None,
+    time_budget: float | None = None,
+    concurrency: int | None = None,
+    max_failures: int | None = None,
+    warm_start: StrPath | Sequence[StrPath] | None = None,
+    output: StrPath | None = None,
+    resume: bool | None = None,
+    training: Settings | None = None,
+    scaling: Settings | None = None,
+    search: Settings | None = None,
+    evaluation: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> "SearchResult":
+    """Search for the best adapter, prove it against the base model and merge it.
 
-    A best adapter that can't be merged leaves its proof, the reason in `summary.json` and exit code 1, but for methods
-    that are not there to be merged.
+    Args:
+        data: records: a list of mappings, a frame, a data set or a path; or the section, with `source` one of these.
+        model: directory, hub id or .gguf file; or the section.
+        space: a name, a YAML file, or a mapping as such a file holds it.
+        metric: name, or a function of records and answers, two lists, that gives a number a record; with `direction`.
+        start: what training starts from: an adapter, or the result of an earlier call.
+        resume: continue what is in `output`; start, if nothing is.
+        config: YAML file or mapping of sections, over which the other arguments win.
 
-    With `--plan`, only what that would come to. With `--stages`, a search each, in directories of `output`.
+    Others are the fields and sections of docs/configuration.md. Of several `stages`, the last one's result is returned.
 
     Raises:
         UserError: anything the user can mend, before Ray starts.
+        RunFailed: the search can't continue, or no trial gave a result; `resume=True` continues it.
     """
-    from ftray.runtime.cluster import quiet
+    return _tune(config_of("tune", locals()))
 
-    if not cfg.verbose:
-        quiet()
-    if cfg.stages:
-        from ftray.search.stages import run_stages
 
-        return run_stages(cfg, check, run, "best/adapter")
-    cfg, space, model_path, tokenizer = check(cfg)
+def _tune(cfg: Config) -> "SearchResult":
+    from ftray.reports.result import SearchResult
+
     if cfg.plan:
-        return show_plan(cfg, space, model_path)
-    from ftray.runtime.cluster import check_address, connect, end_with_ray
+        raise UserError("plan: is of the command line: ftray tune --plan")
+    if cfg.stages:
+        from ftray.search.stages import last_output, run_stages
+
+        def one(stage: Config) -> int:
+            tune(config=stage)
+            return 0
+
+        run_stages(cfg, check, one, "best/adapter")
+        return SearchResult(last_output(cfg))
+    cfg, space, model_path, tokenizer = check(cfg)
+    from ftray.runtime.cluster import check_address, connect, ends_with_ray
     from ftray.runtime.preemption import ending_on_sigterm
     from ftray.search.jobs import announce
     from ftray.search.results import JOURNAL
@@ -61,19 +105,48 @@ def run(cfg: Config) -> int:
             write_definition(cfg, space, output)
             announce(output)
             connect(cfg)
-            end_with_ray("tune")
-            with ending_on_sigterm():
-                code = drive(cfg, space, model_path, tokenizer, output)
+            with ends_with_ray("tune"), ending_on_sigterm():
+                failure = drive(cfg, space, model_path, tokenizer, output)
             leave_report(output)
-            return code
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except Exception as error:
         why = why_it_stopped(error, output)
         if why is None:
             raise
-        print(f"ftray tune: {why} the same command with --resume continues", file=sys.stderr)
-        return 1
+        raise RunFailed(f"{why} the same command with --resume continues") from None
+    if failure:
+        raise RunFailed(failure)
+    return SearchResult(output)
+
+
+def run(cfg: Config) -> int:
+    """The command, from first check to last line; docs/search.md lists what it leaves in `output`.
+
+    A best adapter that can't be merged leaves its proof, the reason in `summary.json` and exit code 1, but for methods
+    that are not there to be merged.
+
+    With `--plan`, only what that would come to. With `--stages`, a search each, in directories of `output`.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts.
+    """
+    if cfg.stages:
+        from ftray.search.stages import run_stages
+
+        return run_stages(cfg, check, run, "best/adapter")
+    if cfg.plan:
+        return show_plan(*check(cfg)[:3])
+    result = tune(config=cfg)
+    summary = result.summary
+    show(summary["trials"], summary["proof"], result.config, result.output)
+    if summary["start"]:
+        print(f"base     in these tables: {summary['start']}")
+    from ftray.search.reliability import described
+
+    for line in described(summary["rungs"]):
+        print(line)
+    return exit_code(summary["best"], summary["proof"]["merged"])
 
 
 def why_it_stopped(error: Exception, output: Location) -> str | None:
@@ -92,8 +165,13 @@ def why_it_stopped(error: Exception, output: Location) -> str | None:
     return said and f"{output}: {said};"
 
 
-def drive(cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location) -> int:
-    """Search, prove and merge, as :func:`check` found it to be possible; returns the exit code.
+def drive(
+    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location
+) -> str | None:
+    """Search, prove and merge, as :func:`check` found it to be possible.
+
+    Returns:
+        Why there is no best trial; None: there is one.
 
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
@@ -112,17 +190,20 @@ def conclude(
     tokenizer: "PreTrainedTokenizerBase",
     output: Location,
     started: float,
-) -> int:
-    """Choose among the finalists, prove the best and merge it; returns the exit code.
+) -> str | None:
+    """Choose among the finalists, prove the best and merge it.
 
     Args:
         started: when the search began, by `time.monotonic`.
+
+    Returns:
+        As :func:`drive`.
     """
     from ftray.search.cohorts import BASELINE_TRIAL
     from ftray.search.finalists import choose_finalist, final_runs, verdict
     from ftray.search.goals import front
     from ftray.search.model_card import model_card
-    from ftray.search.reliability import described, reliability
+    from ftray.search.reliability import reliability
     from ftray.search.results import (
         ANSWERS,
         EXPERIMENT,
@@ -170,10 +251,8 @@ def conclude(
     if best is None:
         print_leaderboard(rows, cfg)
         if cfg.search.constraints and any(row["checkpoint"] for row in rows):
-            print(f"search.best {cfg.search.best}: no trial holds that; another with --resume", file=sys.stderr)
-        else:
-            print("no trial gave a result: see the reasons above", file=sys.stderr)
-        return 1
+            return f"search.best {cfg.search.best}: no trial holds that; another with --resume"
+        return "no trial gave a result: see the reasons above"
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
     chosen_of = max(1, len(candidates))
     proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
@@ -183,12 +262,7 @@ def conclude(
     keep_summary()  # whatever becomes of the merged model
     proof["merged"] = merged_on(hardware, context, output)
     keep_summary()
-    show(rows, proof, cfg, output)
-    if summary["start"]:
-        print(f"base     in these tables: {summary['start']}")
-    for line in described(summary["rungs"]):
-        print(line)
-    return exit_code(best, proof["merged"])
+    return None
 
 
 def prepare_search(

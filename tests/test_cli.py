@@ -33,6 +33,7 @@ SPECIAL = {
     "search.direction": "min,max",
     "search.best": "adapter_bytes < 5e6",
     "task": "DPO",
+    "suite.tasks": "lm-eval:arc_easy,hellaswag",
     "training.label_smoothing": 0.25,
     "stages": [StageConfig(task="sft", training={"epochs": 2}).model_dump()],
     "data.source": ["one", "two"],

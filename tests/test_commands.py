@@ -1,5 +1,6 @@
 """The commands that work on what training left: evaluate, infer, merge."""
 
+import importlib
 import json
 import logging
 import re
@@ -748,11 +749,11 @@ def test_commands_know_the_task_of_an_adapter(cluster, tmp_path, capsys, tiny_be
 
 
 def test_a_proof_reads_no_more_records_than_it_needs(tmp_path, monkeypatch, tiny_llama, data, adapters):
-    from ftray import tune
     from ftray.config import Config
     from ftray.search.trial_worker import SearchContext
     from ftray.storage.location import parse_location
 
+    tune = importlib.import_module("ftray.tune")
     monkeypatch.setattr(tune, "PROOF_RECORDS", 3)
     assert data.splits["test"].records > 3
     shutil.copytree(adapters["a"], tmp_path / "best" / "adapter")

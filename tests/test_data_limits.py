@@ -11,12 +11,12 @@ import transformers as t
 import yaml
 from conftest import bert, gpt2, llama, t5
 
-from ftray import train
 from ftray.config import AdapterConfig, DataConfig, config_from
 from ftray.data.limits import check_special_tokens, refuse_beyond, within_positions
 from ftray.data.shards import SCHEMA, SplitWriter, TokenizedData
 from ftray.errors import UserError
 from ftray.models.limits import positions, rope_length
+from ftray.train import check as check_training
 
 SMALL = {
     "vocab_size": 384,
@@ -189,9 +189,9 @@ def test_training_plans_for_few_positions(tmp_path, words, tokenizer):
     )
     tokenizer.save_pretrained(tmp_path)
     cfg = config_from({"model": {"name": str(tmp_path)}, "data": {"source": words}, "output": str(tmp_path / "out")})
-    assert train.check(cfg)[0].data.max_length == 40
+    assert check_training(cfg)[0].data.max_length == 40
     prompted = cfg.model_copy(update={"adapter": AdapterConfig(method="prompt_tuning", virtual_tokens=5)})
-    assert train.check(prompted)[0].data.max_length == 35
+    assert check_training(prompted)[0].data.max_length == 35
 
 
 def test_auto_leaves_all_but_one_in_a_thousand_whole_if_the_model_takes_as_many(capsys):
@@ -221,12 +221,12 @@ def test_auto_goes_by_the_records_and_a_resumed_run_by_what_it_came_to(tmp_path,
         + tokenizer(r["output"] + "<|end|>")["input_ids"]
         for r in records
     ]
-    assert train.check(cfg)[0].data.max_length == max(map(len, chats))
+    assert check_training(cfg)[0].data.max_length == max(map(len, chats))
     (tmp_path / "out" / "train").mkdir(parents=True)
     begun = {**cfg.model_dump(), "task": "CAUSAL_LM"}
     begun["data"]["max_length"], begun["search"]["metric"] = 9, "validation_loss"
     (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(begun))
     resumed = config_from({**told, "output": str(tmp_path / "out"), "resume": True})
-    assert train.check(resumed)[0].data.max_length == 9
+    assert check_training(resumed)[0].data.max_length == 9
     not_given = config_from({"model": told["model"], "data": {"source": words}, "output": str(tmp_path / "out")})
-    assert train.check(not_given.model_copy(update={"resume": True}))[0].data.max_length == 9
+    assert check_training(not_given.model_copy(update={"resume": True}))[0].data.max_length == 9

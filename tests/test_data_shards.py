@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.file_reads import opens
 
-from ftray import preprocess
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, pipeline, prepare, shards, sources
 from ftray.data.records import Example
 from ftray.data.splits import needed, order_key, require, split_of
 from ftray.data.tokens import tokenize
 from ftray.errors import UserError
+from ftray.preprocess import run as run_preprocess
 from ftray.reports.data import describe
 from ftray.search.run_manifest import write_data
 from ftray.search.space import load_space
@@ -465,7 +465,7 @@ def test_preprocess_reads_a_source_once_to_check_and_once_to_tokenize(
     data = {"source": source, "cache": str(tmp_path), "max_length": 64}
     cfg = config_from({"data": data, "model": {"name": tiny_llama}})
     with opens(source) as count:
-        assert preprocess.run(cfg) == 0
+        assert run_preprocess(cfg) == 0
     assert count == [2]
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("labels")] == (["labels: 0, 1, 2"] if task == "SEQ_CLS" else [])

@@ -204,4 +204,6 @@ def test_a_search_for_a_small_adapter_that_is_good(cluster, tmp_path, words, tin
 
     done = run_here([*arguments, "--resume", "--search.best", "adapter_bytes < 1"])
     assert done.returncode == 1
-    assert re.search(r"^search.best adapter_bytes < 1: no trial holds that; another with --resume$", done.stderr, re.M)
+    assert re.search(
+        r"^ftray tune: search.best adapter_bytes < 1: no trial holds that; another with --resume$", done.stderr, re.M
+    )

@@ -13,16 +13,17 @@ from helpers import searches
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ftray import evaluate, tune
 from ftray.cli import main
 from ftray.config import Config, DataConfig
 from ftray.data import TokenizedData, pipeline, prepare, shards
 from ftray.data.loader import batches
 from ftray.data.ray_loader import training_batches
+from ftray.evaluate import score, show
 from ftray.reports import search as reports
 from ftray.search.trial_worker import SearchContext
 from ftray.storage.location import parse_location
 from ftray.task_spec import IGNORE
+from ftray.tune import prove
 
 
 def write(path: Path, records: list[dict]) -> str:
@@ -251,13 +252,13 @@ def test_the_proof_and_evaluate_tell_the_loss_of_each_source(mixed, files, tiny_
     told = {"model": {"name": tiny_llama, "dtype": "fp32"}, "data": {"sources": mixture(files)}, "task": "CAUSAL_LM"}
     cfg = Config.model_validate({**told, "evaluation": {"generate": False}})
     context = SearchContext(cfg, tiny_llama, mixed.directory, 0.0)
-    proof = tune.prove(context, parse_location(str(tmp_path)))
+    proof = prove(context, parse_location(str(tmp_path)))
     assert context.budget() == mixed.splits["train"].drawn
     assert {name: found["records"] for name, found in proof["sources"].items()} == {n: len(o) for n, o in rows.items()}
     reports.show([], proof, cfg, parse_location(str(tmp_path)))
     printed = capsys.readouterr().out
-    result = evaluate.evaluate(cfg, tiny_llama, mixed, {"one": str(adapter)})
-    evaluate.show(result)
+    result = score(cfg, tiny_llama, mixed, {"one": str(adapter)})
+    show(result)
     shown = capsys.readouterr().out
     for name, own in rows.items():
         assert proof["sources"][name]["base"] == pytest.approx(before[name], rel=1e-4)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ftray import preprocess
 from ftray.cli import run_command
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, duplicates
@@ -15,6 +14,7 @@ from ftray.data.formats import read_chunk
 from ftray.data.pipeline import fingerprint_of
 from ftray.data.splits import find_sources, split_of
 from ftray.errors import UserError
+from ftray.preprocess import run as run_preprocess
 from ftray.task_spec import IGNORE
 
 USERS, EACH = 40, 5
@@ -166,7 +166,7 @@ def told(cluster, tiny_llama, tmp_path_factory):
 
 
 def run(cfg: Config, capsys) -> tuple[str, TokenizedData]:
-    assert preprocess.run(cfg) == 0
+    assert run_preprocess(cfg) == 0
     shown = capsys.readouterr().out
     return shown, TokenizedData.load(shown.splitlines()[-1].removeprefix("shards "))
 

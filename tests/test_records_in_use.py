@@ -27,7 +27,6 @@ from helpers.record_files import (
 )
 from pyarrow import CompressedOutputStream
 
-from ftray import preprocess
 from ftray.cli import main
 from ftray.config import DataConfig, config_from
 from ftray.data import TokenizedData, prepare
@@ -36,6 +35,7 @@ from ftray.data.records import parse
 from ftray.data.splits import find_sources
 from ftray.errors import UserError
 from ftray.models.load import load_tokenizer
+from ftray.preprocess import run as run_preprocess
 from ftray.reports.data import rendered
 from ftray.task_spec import IGNORE, RAW, TaskSpec
 
@@ -641,7 +641,7 @@ def test_the_command_on_files_of_several_shapes(cluster, tmp_path, tiny_llama, t
     (tmp_path / "dolly.jsonl.gz").write_bytes(gzip.compress(lines(PAIRS["instruction, context, response"][0]).encode()))
     source = [str(tmp_path / "saved"), str(tmp_path / "dolly.jsonl.gz")]
     cfg = config(source, tiny_llama, template, cache=str(tmp_path / "cache"))
-    assert preprocess.run(cfg) == 0
+    assert run_preprocess(cfg) == 0
     printed = capsys.readouterr().out
     assert "shape in data.source: messages (messages, tools): 30 records" in printed
     assert "shape in data.source: instruction/response (instruction, response, context): 40 records" in printed

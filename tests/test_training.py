@@ -16,9 +16,9 @@ from helpers.trainers import ADALORA, FP32, LORA, assert_same, make_run, plain_l
 from ftray.adapters.lora_init import SAMPLES
 from ftray.config import Config, TrainingConfig
 from ftray.data.loader import batches, batches_in_order
-from ftray.errors import UserError
+from ftray.errors import RunFailed, UserError
 from ftray.models.load import load_base
-from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
+from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.single_run_trainer import SingleRunTrainer
 from ftray.training.zero3_trainer import Zero3Trainer
 

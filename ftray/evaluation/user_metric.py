@@ -1,6 +1,7 @@
-"""A metric or reward of the user's own: a Python function in a file, from records and answers to a number a record.
+"""A metric or reward of the user's own: a Python function, from records and answers to a number a record.
 
-The file travels by content: workers elsewhere need not see it, and nothing that it imports from beside it is there.
+It stands in a file, which travels by content: workers elsewhere need not see it, and nothing that it imports from
+beside it is there. A function that Python was given as an object is pickled into such a file, with what it refers to.
 """
 
 import inspect
@@ -8,8 +9,10 @@ import json
 import math
 import re
 import sys
+import sysconfig
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +22,14 @@ import numpy as np
 
 from ftray.config import USER_METRIC, Config, SearchConfig, TrainingConfig, at_home
 from ftray.errors import UserError, near
+from ftray.storage.location import Location, parse_location, reason
 
 if TYPE_CHECKING:
     from ftray.evaluation.metrics import Scores
 
 ON_POLICY = "GRPO"
 REWARD = "reward"  # the metric that a reward is
+PICKLE = ".pkl"
 SHOWN = 60  # characters of a prompt or an answer in a message
 
 
@@ -39,13 +44,13 @@ class UserMetric:
     Attributes:
         path: of the file, as the user wrote it.
         name: of the function.
-        source: text of the file.
+        source: text of the file, or a pickle of the function.
         metric: name of what it measures; empty: the function's.
     """
 
     path: str
     name: str
-    source: str
+    source: str | bytes
     metric: str = ""
 
     def values(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
@@ -64,7 +69,7 @@ class UserMetric:
             given = function([_record(row) for row in rows], list(answers))
         except (Exception, SystemExit) as error:
             raise UserMetricError(self._raised(error, self._first_that_raises(rows, answers))) from None
-        place = f"{self.path}:{function.__code__.co_firstlineno}: {self.name} gave"
+        place = f"{self._file}:{function.__code__.co_firstlineno}: {self.name} gave"
         try:
             numbers = [float(number) for number in given]
         except (TypeError, ValueError):
@@ -100,7 +105,7 @@ class UserMetric:
             except TypeError as error:
                 line = function.__code__.co_firstlineno
                 raise UserMetricError(
-                    f"{self.path}:{line}: {self.name} must take (records, answers), two lists: {error}"
+                    f"{self._file}:{line}: {self.name} must take (records, answers), two lists: {error}"
                 ) from None
             if rows:  # of a large source, no validation record may have been read
                 for answers in ([str(row["target"]) for row in rows], [""] * len(rows)):
@@ -109,10 +114,17 @@ class UserMetric:
             raise UserError(str(error)) from None
 
     def _function(self) -> types.FunctionType:
+        if isinstance(self.source, bytes):
+            return _unpickled(self.path, self.source)
         return _loaded(self.path, self.name, self.source)
 
+    @property
+    def _file(self) -> str:
+        """Where its lines are counted: of a pickled function, what it was written in, as a cell of a notebook."""
+        return self._function().__code__.co_filename if isinstance(self.source, bytes) else self.path
+
     def _raised(self, error: BaseException, record: str) -> str:
-        return f"{_place(error, self.path)}: {_named(error)} ({self.name} of {record})"
+        return f"{_place(error, self._file)}: {_named(error)} ({self.name} of {record})"
 
     def _first_that_raises(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -167,9 +179,57 @@ def check_reward(cfg: Config, rows: Sequence[dict[str, Any]]) -> None:
 def _read(given: str, field: str, metric: str = "") -> UserMetric:
     path, name = re.fullmatch(USER_METRIC, given).groups()  # type: ignore[union-attr]
     try:
+        if path.endswith(PICKLE):
+            return UserMetric(path, name, parse_location(str(at_home(path))).read_bytes(), metric)
         return UserMetric(path, name, Path(str(at_home(path))).read_text(encoding="utf-8-sig"), metric)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{field} {given}: can't be read: {getattr(error, 'strerror', error)}") from None
+
+
+def keep_function(function: Callable[..., object], field: str, directory: Location) -> str:
+    """Pickle a function of the user's, by value; returns what `field` names it by.
+
+    A module that it comes from is pickled as far as the function refers to it, unless it is an installed package, which
+    workers have too.
+
+    Args:
+        field: of the configuration; a lambda is called by its last part.
+        directory: where the file goes; one of the same name there is replaced, as a user mends a file.
+
+    Raises:
+        UserError: it is no function, or it refers to something that can't be pickled.
+    """
+    from ray import cloudpickle
+
+    if not isinstance(function, types.FunctionType):
+        raise UserError(f"{field}: must be a function, by def or lambda, or FILE.py:FUNCTION, not {_short(function)}")
+    name = function.__name__ if function.__name__.isidentifier() else field.rpartition(".")[2]
+    module = sys.modules.get(function.__module__)
+    file = getattr(module, "__file__", None) or ""
+    installed = file.startswith((sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")))
+    with ExitStack() as stack:
+        if module is not None and file and not installed and module.__name__ != "__main__":
+            cloudpickle.register_pickle_by_value(module)
+            stack.callback(cloudpickle.unregister_pickle_by_value, module)
+        try:
+            content = cloudpickle.dumps(function)
+        except Exception as error:  # whatever the things that it refers to raise
+            raise UserError(f"{field}: {name} refers to what can't be pickled: {reason(error)}") from None
+    place = directory / f"{name}{PICKLE}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    return f"{place.absolute()}:{name}"
+
+
+@lru_cache
+def _unpickled(path: str, content: bytes) -> types.FunctionType:
+    from ray import cloudpickle
+
+    try:
+        function: types.FunctionType = cloudpickle.loads(content)
+        return function
+    except Exception as error:  # of an import, for one
+        raise UserMetricError(f"{path}: {_named(error)}") from None
 
 
 @lru_cache

@@ -95,6 +95,11 @@ def evaluation_rows(run: RunFiles) -> list[Compared]:
         values = {"base": known["base"]} | {names[name]: own["best"] for name, own in known["adapters"].items()}
         differences = {names[name]: [_difference("base", own)] for name, own in known["adapters"].items()}
         rows.append(Compared("loss", values, differences, True, f"{known['records']} of {source}"))
+    for task, known in run.evaluation.get("suite", {}).items():
+        own = {names[name]: of for name, of in known["adapters"].items() if of["interval"]}  # else nothing can be said
+        values = {"base": known["base"]} | {name: of["best"] for name, of in own.items()}
+        differences = {name: [_difference("base", of)] for name, of in own.items()}
+        rows.append(Compared(task, values, differences, known["less"], f"{known['records']} records"))
     return rows
 
 

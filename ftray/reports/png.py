@@ -1,4 +1,4 @@
-"""Figures as PNG files, for slides: in the light colours of the page, at twice its size."""
+"""Figures by themselves, in the light colours of the page: as SVG, or as PNG files for slides, at twice its size."""
 
 import re
 from importlib.resources import files
@@ -21,11 +21,14 @@ def as_png(figure: Figure) -> bytes:
     """The figure, on the page's background."""
     from resvg_py import svg_to_bytes
 
-    style = light_style()
+    paper = re.search(r"\.paper \{ fill: (#\w+)", light_style())
+    return bytes(svg_to_bytes(svg_string=standalone(figure), zoom=ZOOM, background=paper[1] if paper else "#ffffff"))
+
+
+def standalone(figure: Figure) -> str:
+    """The figure as an SVG file, with its style inside."""
     opened, rest = figure.svg.split(">", 1)
-    paper = re.search(r"\.paper \{ fill: (#\w+)", style)
-    drawn = f"{opened}><style>{style}</style>{rest}"
-    return bytes(svg_to_bytes(svg_string=drawn, zoom=ZOOM, background=paper[1] if paper else "#ffffff"))
+    return f"{opened}><style>{light_style()}</style>{rest}"
 
 
 def light_style() -> str:

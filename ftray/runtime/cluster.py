@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -12,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftray.config import Config
-from ftray.errors import UserError
+from ftray.config import PYTHON_CALL, Config
+from ftray.errors import RunFailed, UserError
 from ftray.storage.location import parse_location
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)  # in this process only; libraries reset levels, and Tune logs tracebacks
+
+
+@contextmanager
+def quietly(verbose: bool = False) -> Iterator[None]:
+    """Inside, as after :func:`quiet`, unless `verbose`; the program around it logs and warns as it did."""
+    level = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                quiet()
+            yield
+    finally:
+        logging.disable(level)
 
 
 def connect(cfg: Config, dashboard: bool = True) -> None:
@@ -166,14 +180,19 @@ def _token_source() -> str:
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
-def end_with_ray(command: str) -> None:
+@contextmanager
+def ends_with_ray(command: str) -> Iterator[None]:
     """Watch the Ray processes that this one talks to; when one has died, end this process with one line.
 
     Ray's own calls would wait for the raylet forever (https://github.com/ray-project/ray/issues/20239), and without the
-    head they end the process after a minute, with C++ stack traces.
+    head they end the process after a minute, with C++ stack traces. A process that ftray was called in from Python is
+    not ended: the block is, and only the block is watched.
 
     Args:
         command: of ftray, for the message.
+
+    Raises:
+        RunFailed: of a call from Python, one has died.
     """
     import ray
 
@@ -184,26 +203,37 @@ def end_with_ray(command: str) -> None:
         ("node", RAYLET_PATIENCE, socket.AF_UNIX, raylet_socket()),
         ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
     ]
+    called, over, gone = bool(PYTHON_CALL.get()), threading.Event(), list[str]()
 
     def watch() -> None:
         seen = dict.fromkeys((name for name, *_ in watched), time.monotonic())
-        while True:
-            time.sleep(1)
-            if not ray.is_initialized():
-                return
+        while not over.wait(1) and ray.is_initialized():
             for name, patience, family, address in watched:
                 if _listens(family, address):
                     seen[name] = time.monotonic()
                 elif time.monotonic() - seen[name] > patience and ray.is_initialized():
+                    line = f"Ray's {name} process is gone; the same command with --resume continues"
+                    if called:
+                        gone.append(line)
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                        return
                     sys.stdout.flush()
                     if (
                         threading.main_thread().is_alive()
                     ):  # else it has already said why it ends, and only waits for Ray
-                        line = f"Ray's {name} process is gone; the same command with --resume continues"
                         print(f"ftray {command}: {line}", file=sys.stderr, flush=True)
                     os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if gone:
+            raise RunFailed(gone[0]) from None
+        raise
+    finally:
+        if called:
+            over.set()
 
 
 def _listens(family: int, address: str | tuple[str, int]) -> bool:

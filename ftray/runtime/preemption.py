@@ -24,7 +24,7 @@ _preempted = threading.Event()
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """End the block on SIGTERM; for the main thread, after `ray.init`, which sets a handler of its own.
+    """End the block on SIGTERM; after `ray.init`, which sets a handler of its own. Only the main thread can hear of it.
 
     Inside, SIGTERM raises KeyboardInterrupt, the one exception that Ray's calls let through.
 
@@ -38,13 +38,17 @@ def ending_on_sigterm() -> Iterator[None]:
         received = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
+    heard = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if heard else None
     try:
         yield
     except KeyboardInterrupt:
         if received:
             raise Terminated from None
         raise
+    finally:
+        if before is not None:  # None also of a handler that isn't Python's
+            signal.signal(signal.SIGTERM, before)
 
 
 class HeedSigterm(WorkerGroupCallback):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
@@ -17,6 +18,22 @@ from ftray.search.run_manifest import running_since
 from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
 from ftray.storage.location import Location, reason
+
+
+@dataclass(frozen=True)
+class NewTrial:
+    """A trial that a user has added to a search.
+
+    Attributes:
+        number: of the trial; in an object store the expected one.
+        begins: when, in words.
+        checkpoint: whose weights it begins with; empty: new ones.
+    """
+
+    number: int
+    begins: str
+    checkpoint: str = ""
+
 
 LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, and at the directory of requests
 

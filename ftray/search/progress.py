@@ -1,11 +1,12 @@
-"""Shows a search while it runs: a live table on a terminal, plain lines elsewhere."""
+"""Shows a search while it runs: a live table on a terminal and in a notebook, plain lines elsewhere."""
 
+import io
 import time
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,11 @@ from ftray.search.journal import SEED_OF
 from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
 
 if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
     from ftray.search.results import TrialRow
+
+REDRAW = 0.5  # seconds between two tables in a notebook, which keeps each in the page that it sends
 
 
 class Progress(tune.Callback):
@@ -38,23 +43,31 @@ class Progress(tune.Callback):
         self._values: dict[int, tuple[float, str]] = {}  # by trial, the newest one
         self._begun: set[int] = set()
         self._live: Live | None = None
+        self._cell: DisplayHandle | None = None
+        self._drawn = 0.0
         self._trials: list[Trial] = []
         self._started = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_trials": []}
+        return {**self.__dict__, "_live": None, "_cell": None, "_trials": []}
 
     def setup(self, *args: object, **info: object) -> None:
-        """Start the clock, and the live table if there is a terminal."""
+        """Start the clock, and the live table if there is a terminal or a notebook."""
         self._started = time.monotonic()
         console = Console()
-        if console.is_terminal:
+        if console.is_jupyter:  # not by rich, which needs widgets there: whoever opens the notebook later has none
+            from IPython.display import display
+
+            self._cell = display(InNotebook(self._table()), display_id=True)
+        elif console.is_terminal:
             self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
             self._live.start()
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Note the trials as they are now."""
         self._trials = trials
+        if self._cell is not None and time.monotonic() - self._drawn > REDRAW:
+            self._draw()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Print that a trial starts, or trains on: one that was paused at a rung starts anew, as Tune sees it."""
@@ -85,13 +98,22 @@ class Progress(tune.Callback):
         self._line(f"{label(trial)} failed: {failure_reason(trial)}")
 
     def on_experiment_end(self, trials: list[Trial], **info: object) -> None:
-        """Remove the live table."""
+        """Remove the live table; that of a notebook stays, as it is in the end."""
+        self._trials = trials
+        if self._cell is not None:
+            self._draw()
+            self._cell = None
         if self._live:
             self._live.stop()
             self._live = None
 
+    def _draw(self) -> None:
+        assert self._cell is not None
+        self._cell.update(InNotebook(self._table()))
+        self._drawn = time.monotonic()
+
     def _line(self, text: str) -> None:
-        if self._live is None:
+        if self._live is None and self._cell is None:
             print(f"[{time.monotonic() - self._started:6.0f} s] {text}", flush=True)
 
     def _summary(self) -> str:
@@ -121,6 +143,20 @@ class Progress(tune.Callback):
                 "" if speed is None else f"{speed:.0f}",
             )
         return Group(table, Text(self._summary()))
+
+
+class InNotebook:
+    """What a notebook shows of something that rich draws."""
+
+    def __init__(self, shown: RenderableType):
+        self.shown = shown
+
+    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, str]:
+        console = Console(file=io.StringIO(), record=True, width=110, force_jupyter=False)
+        console.print(self.shown)
+        text = console.export_text(clear=False)
+        html = console.export_html(inline_styles=True, code_format="<pre style='line-height: 1.2'>{code}</pre>")
+        return {"text/plain": text, "text/html": html}
 
 
 def label(trial: Trial) -> str:

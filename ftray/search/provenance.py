@@ -1,4 +1,4 @@
-"""What ran in an output: each command as it was typed, and the versions that it ran with."""
+"""What ran in an output: each command as it was typed, or called from Python, and the versions that it ran with."""
 
 import json
 import platform
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import ftray
+from ftray.config import PYTHON_CALL
 from ftray.search.results import write_json
 from ftray.storage.location import Location
 from ftray.storage.manifest import refuse_damaged
@@ -22,7 +23,7 @@ class CommandRun(TypedDict):
     """A command that left something in an output.
 
     Attributes:
-        command: as a shell takes it.
+        command: as a shell takes it, or, `ftray.tune(...)`, as Python does.
         directory: that it was typed in.
         began: ISO 8601, UTC.
         versions: of Python, ftray and the packages that decide what comes out.
@@ -44,7 +45,7 @@ def note_command(output: Location) -> None:
 def this_command() -> CommandRun:
     """The command of this process."""
     return {
-        "command": typed(sys.orig_argv),
+        "command": PYTHON_CALL.get() or typed(sys.orig_argv),
         "directory": str(Path.cwd()),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),

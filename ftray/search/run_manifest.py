@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution
 
 from ftray.adapters.discovery import samples
 from ftray.adapters.methods import parameters
-from ftray.config import AdapterConfig, Config, SearchConfig
+from ftray.config import PYTHON_CALL, AdapterConfig, Config, SearchConfig
 from ftray.data import TokenizedData
 from ftray.errors import UserError
 from ftray.search.journal import past_trials
@@ -53,6 +53,7 @@ _ANYWHERE = {
     "scaling.address",
     "scaling.price_per_hour",
     "evaluation",
+    "suite",
     "generation",
     "merge",
     "serving",
@@ -136,14 +137,8 @@ def check_output(cfg: Config, space: Space | None) -> None:
     """
     output, kind = parse_location(cfg.output), RUN if space is None else SEARCH
     output.check_writable()
-    other = SEARCH if kind is RUN else RUN
-    if there := _state(output, other):
-        raise UserError(f"output {output} holds a {other.name} ({there}), not a {kind.name}: name another --output")
+    refuse_occupied(output, kind, cfg.resume)
     there = _state(output, kind)
-    if there and not cfg.resume:
-        raise UserError(
-            f"output {output} already holds a {kind.name} ({there}): add --resume to continue it, or name another"
-        )
     if there:
         if lost := [name for name in kind.parts if not (output / name).exists()]:
             raise UserError(f"output {output}: the {kind.name} there can't be resumed without its {lost[0]}")
@@ -155,6 +150,25 @@ def check_output(cfg: Config, space: Space | None) -> None:
     free = output.free_bytes()
     if free < 2**30:
         raise UserError(f"output {output}: {free / 2**30:.1f} GiB free, a {kind.name} needs at least 1 GiB")
+
+
+def refuse_occupied(output: Location, kind: Kind, resume: bool) -> None:
+    """Refuse an output that holds another search or run.
+
+    Args:
+        resume: whether one of this `kind` is to be continued.
+
+    Raises:
+        UserError: it does.
+    """
+    other = SEARCH if kind is RUN else RUN
+    if there := _state(output, other):
+        raise UserError(f"output {output} holds a {other.name} ({there}), not a {kind.name}: name another --output")
+    there = _state(output, kind)
+    if there and not resume:
+        raise UserError(
+            f"output {output} already holds a {kind.name} ({there}): add --resume to continue it, or name another"
+        )
 
 
 def is_full(output: Location, error: BaseException | None) -> bool:
@@ -172,9 +186,12 @@ def is_full(output: Location, error: BaseException | None) -> bool:
 
 
 def write_definition(cfg: Config, space: Space | None, output: Location) -> None:
-    """Print the configuration; write it and the space, unless this resumes: then :func:`write_data` does."""
-    resolved = _resolved(cfg)
-    print(yaml.safe_dump(resolved, sort_keys=False), flush=True)
+    """Write the configuration and the space, unless this resumes: then :func:`write_data` does.
+
+    The log of a command, which may be all that is left of a job, begins with the configuration.
+    """
+    if not PYTHON_CALL.get():
+        print(yaml.safe_dump(_resolved(cfg), sort_keys=False), flush=True)
     if not _state(output, RUN if space is None else SEARCH):
         _keep(cfg, space, output)
 

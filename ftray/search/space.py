@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -190,21 +190,23 @@ class Space:
         return {"adapter": {"method": method, **adapter}, "training": training}
 
 
-def load_space(name: str) -> Space:
+def load_space(name: str | dict[str, Any]) -> Space:
     """Read and validate a space.
 
     Args:
-        name: a YAML file, or one in `search_spaces/` without its suffix.
+        name: a YAML file, or one in `search_spaces/` without its suffix; or the content of one.
 
     Raises:
         UserError: with file and key: unknown key, method or kind, a range upside down, a value no trial could take.
     """
-    path = _find(name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"search.space {path}: can't be read ({getattr(error, 'strerror', error)})") from None
-    content = parse_yaml(text, path)
+    path, content = Path("search.space"), cast(object, name)
+    if isinstance(name, str):
+        path = _find(name)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"search.space {path}: can't be read ({getattr(error, 'strerror', error)})") from None
+        content = parse_yaml(text, path)
     if not isinstance(content, dict) or "method" not in content:
         raise UserError(f"{path}: a search space is a mapping with the key method")
     return _Reader(path).space(content)

@@ -73,6 +73,11 @@ def stage_configs(cfg: Config) -> dict[str, Config]:
     return found
 
 
+def last_output(cfg: Config) -> str:
+    """Where the last stage leaves its result."""
+    return list(stage_configs(cfg).values())[-1].output
+
+
 def _over(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`common` with what `own` says of single fields."""
     both = {key: _over(common[key], own[key]) for key in common.keys() & own if isinstance(common[key], dict)}

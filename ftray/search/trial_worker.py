@@ -20,6 +20,7 @@ from ftray.compat.ray_train_torch import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
+from ftray.errors import RunFailed
 from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
 from ftray.search.adapter_costs import LATENCY, SIZES, TIMED_RECORDS, sizes
@@ -27,7 +28,7 @@ from ftray.search.rungs import Rung, budget, rungs
 from ftray.storage.location import Location
 from ftray.storage.manifest import find_corruption, seal
 from ftray.task_spec import TaskSpec
-from ftray.training.run_spec import RunFailed, RunSpec, micro_batch_size
+from ftray.training.run_spec import RunSpec, micro_batch_size
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,10 +22,6 @@ class RunSpec:
     start: str | None = None  # checkpoint or adapter, a directory or URI, whose weights it begins with; None: new ones
 
 
-class RunFailed(RuntimeError):
-    """A run gives no result, however often it is restarted; the message is the reason."""
-
-
 def accumulation_steps(cfg: TrainingConfig, workers: int) -> int:
     """Forward passes each worker makes per optimiser step.
 

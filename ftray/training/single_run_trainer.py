@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ftray.errors import RunFailed
 from ftray.training.checkpoint import load_checkpoint
 from ftray.training.pack import Batch
 from ftray.training.pack_trainer import PackTrainer
-from ftray.training.run_spec import RunFailed, RunSpec
+from ftray.training.run_spec import RunSpec
 from ftray.training.train_state import Report, TrainState
 
 NAME = "run"

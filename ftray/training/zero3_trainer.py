@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ftray.adapters.compatibility import refuse
 from ftray.adapters.methods import attach, rate_ratio
-from ftray.errors import UserError
+from ftray.errors import RunFailed, UserError
 from ftray.models.load import load_base, load_skeleton
 from ftray.models.probe import probe_records, row_obstacle
 from ftray.multi_adapter.dropout import DropoutRNG
@@ -24,7 +24,7 @@ from ftray.training.engine import (
     return_freed_memory,
     sum_over_ranks,
 )
-from ftray.training.run_spec import RunFailed, RunSpec, accumulation_steps
+from ftray.training.run_spec import RunSpec, accumulation_steps
 from ftray.training.train_state import Report, TrainState
 
 Batch = dict[str, torch.Tensor]
