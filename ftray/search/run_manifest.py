@@ -55,6 +55,7 @@ _ANYWHERE = {
     "evaluation",
     "generation",
     "merge",
+    "export",
     "serving",
     "request",
 }
