@@ -179,6 +179,30 @@ COMMANDS = {
         "ftray merge --adapter runs/one/train/checkpoint_000003 --form adapter --output adapter",
         ("model", "merge", "task"),
     ),
+    "export": Command(
+        "take an adapter to other tools, and prove it again on what was written",
+        {
+            "run": "export.run",
+            "trial": "export.trial",
+            "adapter": "adapters",
+            "to": "export.to",
+            "precision": "export.precision",
+            "repo": "export.repo",
+            "form": "export.form",
+            "dry-run": "export.dry_run",
+            **DATA,
+            "split": "evaluation.split",
+            "output": "output",
+        },
+        "ftray export --run runs/search --to gguf\n"
+        "ftray export --run runs/search --to ollama --precision q4_k_m --output my-model\n"
+        "ftray export --run runs/search --trial 3 --to vllm\n"
+        "ftray export --adapter runs/one/adapter --to mlx-adapter --output for-mlx\n"
+        "ftray export --run runs/search --to onnx --precision int4\n"
+        "ftray export --run runs/search --to hub --repo me/terse --dry-run\n"
+        "ftray export --adapter path/to/adapter --data held-out.jsonl --split all --to gguf --output files",
+        ("model", "data", "evaluation", "export", "scaling.address"),
+    ),
     "config": Command(
         "print the reference of all configuration; with flags or a file, the configuration that they make",
         DATA,

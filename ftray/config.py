@@ -682,6 +682,36 @@ class MergeConfig(Section):
     form: Literal["model", "adapter"] = Field("model", description="a plain model directory, or an adapter")
 
 
+class ExportConfig(Section):
+    """What `export` makes of an adapter, and of what."""
+
+    run: str | None = Field(None, description="output of a search or training run: export its best adapter")
+    trial: int | None = Field(None, ge=0, description="number of a trial of `run`, in place of the best")
+    to: Literal["gguf", "ollama", "hub", "vllm", "mlx-adapter", "onnx"] | None = Field(
+        None, description="gguf: a file for llama.cpp; ollama: with a Modelfile; hub: a repository"
+    )
+    precision: Literal["f32", "f16", "q8_0", "q4_k_m", "int8", "int4"] | None = Field(
+        None,
+        description="gguf, ollama: f16 (default), q8_0, q4_k_m; onnx: f32 (default), int8, int4; vllm: "
+        "int8, int4 of the merged model (default: the adapter)",
+    )
+    max_loss_increase: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="of the loss, in nats a token, that a coarser precision may cost"
+    )
+    form: Literal["adapter", "model"] = Field("adapter", description="hub: the adapter, or the merged model")
+    repo: str | None = Field(None, pattern=r"^[\w-][\w.-]*/[\w-][\w.-]*$", description="hub: OWNER/NAME")
+    private: bool = Field(False, description="hub: a repository that others don't see")
+    dry_run: bool = Field(False, description="hub: leave in `output` what would be pushed, and push nothing")
+    base_model: str | None = Field(
+        None, pattern=r"^[\w-][\w.-]*/[\w-][\w.-]*$", description="hub id of the base (default: as it was named)"
+    )
+    licence: str | None = Field(
+        None, min_length=1, description="of the base, as apache-2.0 (default: what its model card says)"
+    )
+
+    _at_home = field_validator("run")(at_home)
+
+
 class ServingConfig(Section):
     """The endpoint: what it offers, to whom, and how much of it."""
 
@@ -764,6 +794,7 @@ class Config(Section):
     suite: SuiteConfig = Field(default_factory=SuiteConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     merge: MergeConfig = Field(default_factory=MergeConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
     task: TaskName = Field("auto", description="what is learnt; auto: inferred from the first record and the model")

