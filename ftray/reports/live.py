@@ -1,6 +1,7 @@
 """What the live page shows of a run, made of the run's files: on any machine that sees them, whoever wrote them."""
 
 import hashlib
+import math
 import re
 import threading
 import time
@@ -169,8 +170,12 @@ def ranked(search: "Search") -> list["TrialProgress"]:
 
 def _row(row: "TrialProgress", answered: set[str]) -> dict[str, Any]:
     kept = ("trial", "configuration", "rung", "records", "value", "metrics", "reason", "seed_of", "tokens_per_second")
+    finite = {key: value for key, value in row["metrics"].items() if math.isfinite(value)}
+    value = row["value"]
     return {
         **{key: value for key, value in row.items() if key in kept},
+        "value": value if value is not None and math.isfinite(value) else None,
+        "metrics": finite,
         "state": str(row["state"]),
         "runs": row["state"].runs,
         "config": {section: row["config"][section] for section in ("adapter", "training")},

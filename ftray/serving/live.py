@@ -29,7 +29,8 @@ from ftray.storage.location import Location
 COMMAND_SECONDS = 180.0  # for a command of a button, which may load a model's structure
 ASKED = ("completions", "chat/completions", "classify", "embeddings")  # routes of an endpoint that the page asks
 LINGERS = 60.0  # seconds without a request, after which a page whose search was killed is not looked at any more
-LAST_LOOK = 6.0  # seconds in which a page that is open has seen how the search ended
+LAST_LOOK = 6.0  # seconds without a request, after which nobody has the page open
+MOST_LOOKS = 30.0  # seconds for a page that is open to see how the search ended
 
 
 class SteerRequest(BaseModel, extra="forbid"):
@@ -62,14 +63,31 @@ class SteerRequest(BaseModel, extra="forbid"):
 
 
 class Looked:
-    """When the page was last asked for something."""
+    """Whether somebody looks at the page.
+
+    Attributes:
+        at: when it was asked for something last.
+        reported: when it was last given the report.
+        busy: requests under way.
+    """
 
     def __init__(self) -> None:
-        self.at = time.monotonic()
+        self.at, self.reported, self.busy = time.monotonic(), 0.0, 0
 
-    def ago(self) -> float:
-        """Seconds since."""
-        return time.monotonic() - self.at
+    @contextmanager
+    def request(self, path: str) -> Iterator[None]:
+        """A request to the page."""
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.at, self.busy = time.monotonic(), self.busy - 1
+            if path.endswith("/report"):
+                self.reported = self.at
+
+    def is_open(self, seconds: float) -> bool:
+        """Whether it was asked for something in so many seconds."""
+        return self.busy > 0 or time.monotonic() - self.at < seconds
 
 
 def create_app(output: Location, key: str, endpoint: str, endpoint_key: str, looked: Looked) -> FastAPI:
@@ -97,9 +115,9 @@ def create_app(output: Location, key: str, endpoint: str, endpoint_key: str, loo
         exception_handlers={APIError: _api_error, HTTPException: _http_error, httpx.TransportError: _no_endpoint},
     )
 
-    async def shown_run() -> LiveRun:
-        looked.at = time.monotonic()
-        return run
+    async def shown_run(http: Request) -> AsyncIterator[LiveRun]:
+        with looked.request(http.url.path):
+            yield run
 
     app.include_router(pages)
     app.include_router(live_routes(shown_run, steers=True))
@@ -176,10 +194,11 @@ def end_with_parent(looked: Looked, end: Callable[[], None]) -> None:
 
     def wait() -> None:
         over = bool(sys.stdin.buffer.readline())
-        if over and looked.ago() < LAST_LOOK:
-            time.sleep(LAST_LOOK)
-        while not over and looked.ago() < LINGERS:
-            time.sleep(1)
+        ended = time.monotonic()
+        while looked.is_open(LAST_LOOK if over else LINGERS):
+            if over and (looked.reported > ended or time.monotonic() - ended > MOST_LOOKS):
+                break
+            time.sleep(0.2)
         end()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -218,7 +237,7 @@ def page_beside(cfg: Config, output: Location) -> Iterator[None]:
             page.stdin.write("over\n")
             page.stdin.close()
         try:
-            page.wait(3 * LAST_LOOK)
+            page.wait(2 * MOST_LOOKS)
         except subprocess.TimeoutExpired:
             page.kill()
             page.wait()

@@ -1,7 +1,7 @@
 """The page, and what it reads of a run: the same routes for an endpoint and for `ftray ui`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +50,7 @@ async def script() -> Response:
 PAGE_ROUTES = (page, style, script)  # they show nothing of a run
 
 
-def live_routes(shown_run: Callable[..., Awaitable[LiveRun | None]], steers: bool) -> APIRouter:
+def live_routes(shown_run: Callable[..., object], steers: bool) -> APIRouter:
     """Routes that tell of the run that `shown_run`, a dependency, gives; None: there is none to show.
 
     Args:
