@@ -1,6 +1,6 @@
 """Take the pictures of the live page, once its figures stand still.
 
-    python docs/ui.py search URL            # docs/live.png: a search that runs, at the URL that it has printed
+    python docs/ui.py search URL            # a search that runs, at the URL that it has printed: live.png, beside this
     python docs/ui.py compare URL PROMPT    # docs/page.png: an endpoint, which answers once before, to be warm
 
 Needs Debian's chromium and chromium-driver, selenium, and FTRAY_API_KEY where the page has a key of its user's.
