@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ftray.errors import RunFailed as RunFailed
     from ftray.errors import UserError as UserError
     from ftray.evaluate import evaluate as evaluate
+    from ftray.export import export as export
     from ftray.infer import infer as infer
     from ftray.merge import merge as merge
+    from ftray.pause import pause as pause
     from ftray.preprocess import preprocess as preprocess
     from ftray.report import report as report
     from ftray.reports.result import SearchResult as SearchResult
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 
 # each is a command, and a function in the module of its name
 COMMANDS = (
-    *("preprocess", "train", "tune", "status", "stop", "add", "clone"),
-    *("evaluate", "report", "infer", "merge", "serve"),
+    *("preprocess", "train", "tune", "status", "stop", "pause", "add", "clone"),
+    *("evaluate", "report", "infer", "merge", "export", "serve"),
 )
 # further name -> where it is
 NAMES = {

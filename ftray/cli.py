@@ -86,32 +86,40 @@ COMMANDS = {
             "warm-start": "search.warm_start",
             "output": "output",
             "plan": "plan",
+            "ui": "ui.serve",
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
+        "ftray tune --data records.jsonl --output runs/search --ui\n"
         "ftray tune --data pairs.jsonl --output runs/preferred\n"
         "ftray tune --data judged.jsonl --training.beta 0.3\n"
         "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"
         "ftray tune --data pairs.jsonl --stages sft,dpo --output runs/both\n"
         "ftray tune --data records.jsonl --space methods --trials 64 --output runs/search --resume",
         (
-            *("model", "data", "training", "scaling", "search", "resume"),
+            *("model", "data", "training", "scaling", "search", "ui", "resume"),
             *(*SCORING, "evaluation.records", "evaluation.bootstrap", "evaluation.samples"),
         ),
     ),
     "status": Command(
         "show how far a search is, from any terminal that sees its output or its cluster",
-        {"run": "output"},
-        "ftray status --run runs/search\nftray status --run s3://bucket/runs/search\n"
+        {"run": "output", "watch": "request.watch"},
+        "ftray status --run runs/search\nftray status --run s3://bucket/runs/search --watch\n"
         "ftray status --run raysubmit_8tdZtxgNQxRVWq3f",
         ("scaling.address",),
     ),
     "stop": Command(
-        "end a trial of a running search; what it has reached counts",
-        {"run": "output"},
-        "ftray stop 3 --run runs/search\nftray stop 12 --run /shared/runs/search",
+        "end a trial of a running search, or the search; what it has reached counts",
+        {"run": "output", "prove": "request.prove"},
+        "ftray stop 3 --run runs/search\nftray stop 12 --run /shared/runs/search\nftray stop --prove --run runs/search",
         ("scaling.address",),
         argument="request.trial",
+    ),
+    "pause": Command(
+        "let a running search hold its trials where they are, or train on",
+        {"run": "output", "off": "request.off"},
+        "ftray pause --run runs/search\nftray pause --run runs/search --off",
+        ("scaling.address",),
     ),
     "add": Command(
         "let a running search try a configuration of yours next",
@@ -137,6 +145,14 @@ COMMANDS = {
         "ftray evaluate --model runs/search/best/merged --data records.jsonl --output scores.json\n"
         "ftray evaluate --adapter runs/one --data records.jsonl --suite lm-eval:arc_easy,hellaswag --suite.limit 500",
         ("model", "data", "evaluation", "suite", "training.reward", "scaling.gpus_per_worker", "scaling.address"),
+    ),
+    "ui": Command(
+        "serve a live page of a search: its report as it grows, with buttons to lead it; also of one that is over",
+        {"run": "output", "host": "ui.host", "port": "ui.port"},
+        "ftray ui --run runs/search\n"
+        "ftray ui --run s3://bucket/runs/search --port 9000\n"
+        "ftray ui --run /shared/runs/search --host 0.0.0.0 --ui.api_key_file key.txt",
+        ("ui.api_key_file", "ui.endpoint", "ui.beside", "scaling.address"),
     ),
     "report": Command(
         "write report.html, one file that shows all of a search, a training run or an evaluation",

@@ -747,10 +747,31 @@ class ServingConfig(Section):
     _at_home = field_validator("run", "api_key_file", "adapter_sources", "registry")(at_home)
 
 
+class UiConfig(Section):
+    """The live page: where it is, and what it shows."""
+
+    serve: bool = Field(False, description="serve the live page for as long as `tune` runs")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8700, ge=0, le=65535, description="0: any that is free")
+    api_key_file: str | None = Field(
+        None, description="file with the bearer token (default: $FTRAY_API_KEY, else a new one, which is printed)"
+    )
+    endpoint: str = Field(
+        "http://127.0.0.1:8000", description="URL of `ftray serve`, whose models the page asks where it answers"
+    )
+    beside: bool = Field(False, description="end with the process that has begun it, as `tune` does with its page")
+    samples: int = Field(3, ge=0, description="validation records that each trial answers at its reports, with `serve`")
+
+    _at_home = field_validator("api_key_file")(at_home)
+
+
 class RequestConfig(Section):
     """What is asked of a search that runs."""
 
-    trial: int | None = Field(None, ge=0, description="number of the trial that `stop` is about")
+    trial: int | None = Field(None, ge=0, description="number of the trial that `stop` or `clone` is about")
+    prove: bool = Field(False, description="`stop`: end the search now, and prove the best of what it has reached")
+    off: bool = Field(False, description="`pause`: let the search train on")
+    watch: bool = Field(False, description="`status`: stay, and show it anew every two seconds")
     configuration: str | None = Field(
         None, description="YAML or JSON of adapter and training, as summary.json has them, that `add` is about"
     )
@@ -796,6 +817,7 @@ class Config(Section):
     merge: MergeConfig = Field(default_factory=MergeConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
+    ui: UiConfig = Field(default_factory=UiConfig)
     request: RequestConfig = Field(default_factory=RequestConfig)
     task: TaskName = Field("auto", description="what is learnt; auto: inferred from the first record and the model")
     stages: Annotated[list[StageConfig], BeforeValidator(_listed)] = Field(

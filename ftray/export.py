@@ -1,11 +1,16 @@
 """Take an adapter to other tools, and prove it again on what was written."""
 
+import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.errors import UserError
+from ftray.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from ftray.exports.proof import Proof
@@ -13,20 +18,68 @@ if TYPE_CHECKING:
 PROOF_RECORDS = 1000  # as the proof of a search
 
 
-def run(cfg: Config) -> int:
-    """The command: leaves the export in `output` (default: export/FORMAT in the output of its run), or on the hub.
+@dataclass(frozen=True)
+class Exported(os.PathLike[str]):
+    """What was made of an adapter; it stands for its directory.
 
-    What was written is asked the test records, and its answers and losses are held against those of the adapter itself
-    in float32. Full precision must answer in the adapter's words; what a coarser one loses is shown, and written to
-    `proof.json`. Where the proof fails, nothing is left, and the exit code is 1.
+    Attributes:
+        output: the directory.
+        proof: what its answers to the test records have shown.
+    """
+
+    output: Path
+    proof: "Proof"
+
+    def __fspath__(self) -> str:
+        return str(self.output)
+
+
+@command
+def export(
+    run: StrPath | None = None,
+    to: str | None = None,
+    *,
+    trial: int | None = None,
+    adapter: StrPath | None = None,
+    precision: str | None = None,
+    repo: str | None = None,
+    form: str | None = None,
+    dry_run: bool | None = None,
+    data: "Data | None" = None,
+    validation_data: "Data | None" = None,
+    test_data: "Data | None" = None,
+    model: StrPath | Settings | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    output: StrPath | None = None,
+    evaluation: Settings | None = None,
+    export: Settings | None = None,
+    scaling: Settings | None = None,
+    config: Config | StrPath | Settings | None = None,
+    verbose: bool | None = None,
+) -> Exported:
+    """Take an adapter to another tool, and prove it again on what was written.
+
+    Args:
+        run: output of a search or training run; its best adapter, or that of `trial`.
+        to: `gguf`, `ollama`, `hub`, `vllm`, `mlx-adapter` or `onnx`.
+        adapter: a directory, in place of a run.
+        data: records for the proof: as of `evaluate`; not given: the test records of the run.
+        precision, repo, form, dry_run: of docs/configuration.md; `export` has the other fields of that section.
+        output: a directory that is not there yet; not given: `export/` and the format in that of the run.
 
     Raises:
         UserError: anything the user can mend, before weights are read.
+        RunFailed: what was written answers in other words than the adapter, or worse than allowed; nothing is left.
     """
-    from ftray.runtime.cluster import quiet
+    return _export(config_of("export", locals()))
 
-    if not cfg.verbose:
-        quiet()
+
+def _export(cfg: Config) -> Exported:
+    """What was written is asked the test records, and its answers and losses are held against those of the adapter itself
+    in float32. Full precision must answer in the adapter's words; what a coarser one loses is shown, and written to
+    `proof.json`.
+    """
     from ftray.exports.source import find_source
 
     if cfg.export.to is None:
@@ -50,10 +103,21 @@ def run(cfg: Config) -> int:
     try:
         proof = export(source, rows, output)
     except ExportFailed as error:
-        print(f"ftray export: nothing is left: what was written {error}", file=sys.stderr)
-        return 1
-    show(proof)
-    print(f"export   {output}", flush=True)
+        raise RunFailed(f"nothing is left: what was written {error}") from None
+    return Exported(output, proof)
+
+
+def run(cfg: Config) -> int:
+    """The command: leaves the export in `output` (default: export/FORMAT in the output of its run), or on the hub.
+
+    Where the proof fails, nothing is left, and the exit code is 1.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read.
+    """
+    made = export(config=cfg)
+    show(made.proof)
+    print(f"export   {made.output}", flush=True)
     return 0
 
 

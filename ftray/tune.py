@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def tune(
     scaling: Settings | None = None,
     search: Settings | None = None,
     evaluation: Settings | None = None,
+    ui: bool | Settings | None = None,
     config: Config | StrPath | Settings | None = None,
     verbose: bool | None = None,
 ) -> "SearchResult":
@@ -94,6 +96,7 @@ def _tune(cfg: Config) -> "SearchResult":
     from ftray.runtime.cluster import check_address, connect, ends_with_ray
     from ftray.runtime.preemption import ending_on_sigterm
     from ftray.search.jobs import announce
+    from ftray.search.live import OVER, note
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import sole_driver, write_definition
 
@@ -104,10 +107,12 @@ def _tune(cfg: Config) -> "SearchResult":
             (output / JOURNAL).drop_cut_line()
             write_definition(cfg, space, output)
             announce(output)
-            connect(cfg)
-            with ends_with_ray("tune"), ending_on_sigterm():
-                failure = drive(cfg, space, model_path, tokenizer, output)
-            leave_report(output)
+            with shown_live(cfg, output):
+                connect(cfg)
+                with ends_with_ray("tune"), ending_on_sigterm():
+                    failure = drive(cfg, space, model_path, tokenizer, output)
+                leave_report(output)
+                note(output, OVER)
     except (UserError, RunFailed):
         raise
     except Exception as error:
@@ -147,6 +152,21 @@ def run(cfg: Config) -> int:
     for line in described(summary["rungs"]):
         print(line)
     return exit_code(summary["best"], summary["proof"]["merged"])
+
+
+def shown_live(cfg: Config, output: Location) -> AbstractContextManager[None]:
+    """Serves the live page as long as it is open, if that was asked for.
+
+    Raises:
+        UserError: it can't be served.
+    """
+    if not cfg.ui.serve:
+        return nullcontext()
+    try:
+        from ftray.serving.live import page_beside
+    except ModuleNotFoundError as error:
+        raise UserError(f'--ui needs {error.name}: pip install "ftray[serve]"') from None
+    return page_beside(cfg, output)
 
 
 def why_it_stopped(error: Exception, output: Location) -> str | None:
@@ -202,6 +222,7 @@ def conclude(
     from ftray.search.cohorts import BASELINE_TRIAL
     from ftray.search.finalists import choose_finalist, final_runs, verdict
     from ftray.search.goals import front
+    from ftray.search.live import CHOOSING, MERGING, PROVING, note
     from ftray.search.model_card import model_card
     from ftray.search.reliability import reliability
     from ftray.search.results import (
@@ -216,6 +237,7 @@ def conclude(
     from ftray.search.starting_point import described as start_of
 
     cfg = context.config
+    note(output, CHOOSING)
     known = all_rows(cfg, output)
     rows, further = ([row for row in known if (row["seed_of"] is None) is own] for own in (True, False))
     choice = None
@@ -248,6 +270,7 @@ def conclude(
         write_json(summary, output / "summary.json")
 
     keep_summary()
+    note(output, PROVING)
     if best is None:
         print_leaderboard(rows, cfg)
         if cfg.search.constraints and any(row["checkpoint"] for row in rows):
@@ -260,6 +283,7 @@ def conclude(
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
+    note(output, MERGING)
     proof["merged"] = merged_on(hardware, context, output)
     keep_summary()
     return None
@@ -275,10 +299,11 @@ def prepare_search(
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
     from ftray.runtime.cluster import gpus_per_worker
+    from ftray.search.driver_notes import DriverNotes
     from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress
     from ftray.search.reference import with_reference
-    from ftray.search.results import say_damaged, trial_rows
+    from ftray.search.results import all_rows, say_damaged
     from ftray.search.run_manifest import write_data
     from ftray.search.signals import paired_training
     from ftray.search.starting_point import begin, find_start, labels_of
@@ -300,9 +325,10 @@ def prepare_search(
     reference = with_reference(cfg, model_path, data, start).reference
     functions, learnt = user_metrics(cfg.search), reward(cfg.training)
     context = SearchContext(cfg, model_path, data.directory, gpus, paired, functions, reference, learnt, start)
-    past = trial_rows(cfg, output)
-    progress = Progress(cfg.search.trials, context.budget(), cfg.search.goal.metric, cfg.search.goal.direction, past)
-    return context, [progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)]
+    past = all_rows(cfg, output)
+    notes = DriverNotes(cfg, output, context.budget(), past)
+    progress = Progress(cfg, context.budget(), past, notes)
+    return context, [notes, progress, Metrics(cfg, padding_share(data)), *trackers(cfg, output)]
 
 
 def save_best(

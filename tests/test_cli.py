@@ -265,7 +265,7 @@ def test_a_command_starts_as_a_module_and_as_a_script():
         ("stop 3 --serving '{port: 3}'", "--serving: ftray stop does not read it; serve does"),
         ("stop 3 --serving.prot 3", "--serving.prot: ftray stop does not read it; serve does"),
         ("stop 3 --srving.port 3", "unknown option --srving.port; did you mean serving"),
-        ("stop 3 --port 3", "unknown option --port; serve has it"),
+        ("stop 3 --port 3", "unknown option --port; ui, serve have it"),
         ("stop 3 --resume", "--resume: ftray stop does not read it; train, tune do"),
         ("status --request.trial 3", "--request.trial: ftray status does not read it; stop, clone do"),
         ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train, clone do"),

@@ -91,6 +91,58 @@ def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, 
     assert "4/4 trials over" in capsys.readouterr().out
 
 
+def test_a_search_pauses_trains_on_ends_when_asked_and_can_be_resumed(cluster, tmp_path, words, tiny_llama, capsys):
+    output = tmp_path / "out"
+    flags = ["--trials", "6", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "2"]
+    arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
+    joined, pipe = environment(joined=True), subprocess.PIPE
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=joined)
+    on = ["--run", str(output)]
+
+    def seen():
+        return read(LocalLocation(output))
+
+    def records():
+        return [t["records"] for t in seen().trials]
+
+    try:
+        wait_for(lambda: (output / "data.json").exists() and (output / "study.log").exists(), process)
+        wait_for(lambda: len(records()) == 2 and min(records()) > 0, process)  # no rung is reached yet
+        assert seen().memory["cpu"] > 2**20
+        wait_for(lambda: 0 < (seen().progress or 0) < 1 and seen().seconds_left, process)
+        assert main(["pause", *on]) == 0
+        wait_for(lambda: len([*output.glob("tune/trial-*/checkpoint_*/*")]) > 0, process)
+        assert "lets it train on" in capsys.readouterr().out
+        wait_for(lambda: seen().speed == 0, process)
+        time.sleep(3)  # the driver may have looked just before
+        kept, left = records(), seen().seconds_left
+        assert seen().summary().endswith("paused")
+        time.sleep(3)
+        assert (records(), seen().seconds_left) == (kept, left)
+        assert main(["pause", *on, "--off"]) == 0
+        wait_for(lambda: min(records()) > max(kept), process)
+        assert "left" in seen().summary()
+
+        assert main(["stop", "--prove", *on]) == 0
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    finally:
+        process.kill()
+    summary = json.loads((output / "summary.json").read_text())
+    trials = {t["trial"]: t for t in summary["trials"]}
+    assert {n: t["status"] for n, t in trials.items()} == {0: "unfinished", 1: "unfinished"}
+    assert all(0 < t["records"] < STEPS * 4 and t["value"] and t["checkpoint"] for t in trials.values())
+    assert summary["proof"]["metrics"]["loss"]["best"]
+    assert summary["best"]["trial"] == min(trials.values(), key=lambda t: t["value"])["trial"]
+    assert main(["stop", "--prove", *on]) == 2
+    assert "no search is running there" in capsys.readouterr().err
+    done = run_here([*arguments, "--resume", "--time-budget", "1"])
+    assert done.returncode == 0, done.stdout + done.stderr  # what was asked of the driver before is not asked of it
+    assert "ending" not in done.stdout
+    again = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
+    assert all(again[n]["records"] >= trials[n]["records"] for n in trials)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -98,6 +150,9 @@ def test_a_running_search_is_seen_and_led(cluster, tmp_path, words, tiny_llama, 
         (["stop"], "which trial?"),
         (["stop", "one"], "request.trial"),
         (["stop", "1"], "holds no search"),
+        (["stop", "1", "--prove"], "a trial, or --prove?"),
+        (["stop", "--prove"], "holds no search"),
+        (["pause"], "holds no search"),
         (["add"], "which configuration?"),
         (["add", "rank: 3"], "not a configuration: 'rank: 3'"),
         (["add", "adapter: {method: lorra}"], "lorra"),

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,17 @@ import jsonschema
 import openai
 import pytest
 import torch
+import uvicorn
 from helpers.servers import KEY, Server, chromium
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+
+from ftray.serving.key import digest_of
+from ftray.serving.live import Looked, create_app
+from ftray.storage.local import LocalLocation
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +511,48 @@ def test_the_page_shows_two_models_side_by_side(server, tmp_path):
         )
         ids = server.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         assert at("answer-1").get_attribute("textContent") == server.wanted("trial-3", ids, 64)[0]
+
+
+def test_the_page_of_a_search_asks_the_endpoint_and_marks_what_differs(server, tmp_path):
+    """The same room, on the page of `ftray ui`, whose key is another one."""
+    app = create_app(LocalLocation(server.directory / "run"), digest_of("of the page"), server.url, KEY, Looked())
+    listening = socket.create_server(("127.0.0.1", 0))
+    page = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=page.run, args=([listening],))
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    try:
+        headers = {"Authorization": "Bearer of the page"}
+        refused = httpx.post(f"{url}v1/completions", json={"model": "none", "prompt": "a"}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        with chromium(f"{url}#key=of the page", tmp_path) as browser:
+
+            def at(name):
+                return browser.find_element("id", name)
+
+            wait = WebDriverWait(browser, 30)
+            wait.until(lambda _: at("model-1").get_attribute("value") == "best")
+            row = browser.find_element("css selector", "#leaderboard tbody tr")
+            row.find_element("xpath", ".//button[text()='left']").click()
+            assert at("model-0").get_attribute("value") == "trial-3"
+            at("tokens").clear()
+            at("tokens").send_keys("12")
+            at("form").send_keys("plain")
+            at("template").clear()
+            at("template").send_keys("{prompt}")
+            at("prompt").send_keys("the cat", Keys.CONTROL + Keys.ENTER)
+            wait.until(lambda _: at("speed-0").text and at("speed-1").text and at("send").is_enabled())
+            ids, own = server.tokenizer("the cat")["input_ids"], []
+            for side, name in enumerate(("trial-3", "best")):
+                shown = at(f"answer-{side}")
+                assert shown.get_attribute("textContent") == server.wanted(name, ids, 12)[0]
+                marked = shown.find_elements("tag name", "mark")
+                own.append("".join(mark.get_attribute("textContent") for mark in marked))
+            assert own[0] != own[1]
+            assert all(own)
+    finally:
+        page.should_exit = True
+        thread.join()
 
 
 def test_the_page_is_told_how_each_was_trained(server):

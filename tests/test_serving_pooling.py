@@ -109,8 +109,8 @@ def page(url: str, directory: Path, text: str, left: str) -> list[list[str]]:
             return browser.find_element("id", name)
 
         wait = WebDriverWait(browser, 30)
-        wait.until(lambda _: not at("generation").is_displayed())
-        assert at("model-1").get_attribute("value") == "best"
+        wait.until(lambda _: at("model-1").get_attribute("value") == "best")
+        assert not at("generation").is_displayed()
         at("model-0").send_keys(left)
         at("prompt").send_keys(text, Keys.CONTROL + Keys.ENTER)
         wait.until(lambda _: at("speed-0").text and at("speed-1").text)

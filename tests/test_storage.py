@@ -25,6 +25,7 @@ from ftray.search import control
 from ftray.search.advisor import Advisor
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
 from ftray.search.journal import past_trials
+from ftray.search.packs import Capacity
 from ftray.search.run_manifest import running_since, sole_driver
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
@@ -271,7 +272,7 @@ def test_what_is_asked_through_a_store_comes_into_the_journal(store, tmp_path, m
     assert ask_to_add(journal, cfg, space, added) == 1
     with pytest.raises(UserError, match="none of that number"):
         ask_to_stop(journal, 5)
-    driver = Requests(sampler, None)
+    driver = Requests(sampler, None, Capacity(1), None, False)
     monkeypatch.setattr(control, "LOOKS", 0)
     driver.on_step_begin(0, [])
     assert driver.stopping == {0}

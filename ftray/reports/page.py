@@ -1,7 +1,7 @@
 """`report.html`: one file that shows all of a search, a training run or an evaluation, and needs no network."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftray.storage.location import Location
 
@@ -55,8 +55,8 @@ def write_report(place: Location, price: float | None = None, png: bool = False)
     return target
 
 
-def rendered(found: "Contents") -> str:
-    """The page, with styles and script inside."""
+def rendered(found: "Contents | list[dict[str, Any]]", template: str = "report.html") -> str:
+    """The page, with styles and script inside, or another template of what `found` holds."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ftray.reports.spend import duration
@@ -70,4 +70,4 @@ def rendered(found: "Contents") -> str:
         lstrip_blocks=True,
     )
     pages.filters |= {"short": short, "duration": duration}
-    return pages.get_template("report.html").render(page=found)
+    return pages.get_template(template).render(page=found)

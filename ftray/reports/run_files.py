@@ -14,19 +14,18 @@ from ftray.data.shards import Split
 from ftray.errors import UserError
 from ftray.evaluation.answers import Answered
 from ftray.reports.page import EVALUATION
+from ftray.search.driver_notes import is_searching
 from ftray.search.journal import past_trials
+from ftray.search.live import POINTS, Curve, curves_so_far, thinned
 from ftray.search.provenance import CommandRun, commands_run
 from ftray.search.reliability import RungReliability
-from ftray.search.results import ANSWERS, JOURNAL, TRAINED, TrialRow, all_rows, beside, checkpoints
+from ftray.search.results import ANSWERS, EXPERIMENT, JOURNAL, TRAINED, TrialRow, all_rows, beside, checkpoints
 from ftray.search.run_manifest import CONFIG, DATA, SPACE
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
 
 SUMMARY, CURVES = "summary.json", "curves.parquet"
-POINTS = 120  # of a curve: means over that many stretches
 ALL_POINTS = 24_000  # of all curves, which have fewer points each where they are many
-
-Curve = list[tuple[float, float]]  # records seen and loss
 
 
 @dataclass
@@ -148,7 +147,8 @@ def _lines(path: Location) -> list[Answered]:
 
 def _search(cfg: Config, output: Location) -> SearchFiles:
     """Of a search that is not over, what its journal says."""
-    if (output / SUMMARY).exists():
+    searches = is_searching(output)
+    if (output / SUMMARY).exists() and not searches:
         with refuse_damaged(output / SUMMARY):
             summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
             metric = cfg.search.goal.metric
@@ -173,7 +173,9 @@ def _search(cfg: Config, output: Location) -> SearchFiles:
         finalists=summary.get("finalists"),
         seconds=summary.get("seconds"),
         trials={trial.number: trial for trial in past_trials(output / JOURNAL)},
-        curves=_curves(output / CURVES),
+        curves=curves_so_far(output, [row["trial"] for row in (*rows, *further)], output / EXPERIMENT)
+        if searches
+        else _curves(output / CURVES),
     )
 
 
@@ -195,15 +197,6 @@ def _curves(path: Location) -> dict[int, Curve]:
         by_trial.setdefault(number, []).append((records, loss))
     points = max(2, min(POINTS, ALL_POINTS // max(1, len(by_trial))))
     return {number: thinned(curve, points) for number, curve in by_trial.items()}
-
-
-def thinned(curve: Curve, points: int = POINTS) -> Curve:
-    """At most so many points, each the mean loss of a stretch of steps, at its last step."""
-    if len(curve) <= points:
-        return curve
-    ends = [round(len(curve) * (i + 1) / points) for i in range(points)]
-    stretches = [curve[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return [(own[-1][0], sum(loss for _, loss in own) / len(own)) for own in stretches]
 
 
 def _training(cfg: Config, output: Location) -> dict[str, Any] | None:

@@ -2,16 +2,22 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ftray.config import Config, config_from
 from ftray.data.shards import Split
 from ftray.errors import UserError
 from ftray.search.goals import Judged, front
+from ftray.search.live import OVER, SEARCHING, Beat, DriverNote, fresh_beats
+from ftray.search.progress import describe, summary, time_told
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.training.train_state import Report, best_report, metric_value
+
+# what a search is about, beside what its driver notes
+PREPARING, PAUSED, ENDING = "prepares", "paused", "ends: each trial reports what it has reached"
 
 
 class TrialProgress(Judged):
@@ -20,6 +26,7 @@ class TrialProgress(Judged):
     Attributes:
         trial: its number.
         configuration: on one line.
+        config: the same, `adapter` and `training`.
         rung: number of rungs that it has reached.
         records: seen at its last report.
         value: the best of its reports; None: it made none.
@@ -32,6 +39,7 @@ class TrialProgress(Judged):
 
     trial: int
     configuration: str
+    config: dict[str, Any]
     state: TrialStatus
     rung: int
     records: int
@@ -53,6 +61,10 @@ class Search:
         reliability: of a search that is over, a line for each cut: what it was worth.
         further: what the search measures beside `metric`.
         front: of several goals, numbers of the trials that no other beats in all; else none.
+        phase: what its driver is about; empty: no driver runs it.
+        beats: of the packs that train now.
+        progress: share of all records that it will train on; None: it can't be told.
+        seconds_left: of training; None: it can't be told.
     """
 
     metric: str
@@ -65,31 +77,52 @@ class Search:
     reliability: list[str]
     further: tuple[str, ...] = ()
     front: tuple[int, ...] = ()
+    phase: str = ""
+    beats: tuple[Beat, ...] = ()
+    progress: float | None = None
+    seconds_left: float | None = None
 
     def summary(self) -> str:
         """One line: how many trials are over, the best, the speed, and the time left or how to resume."""
         over = [t for t in self.trials if t["ended"] and t["seed_of"] is None]
-        parts = [f"{len(over)}/{self.total} trials over"]
-        if further := [t for t in self.trials if t["seed_of"] is not None]:
-            parts.append(f"{sum(t['ended'] is not None for t in further)}/{len(further)} further runs of finalists")
+        further = [t["ended"] is not None for t in self.trials if t["seed_of"] is not None]
+        parts = summary(len(over), self.total, further, self.metric, self.best)
+        if self.front:
+            parts.append(f"on the front: {', '.join(map(str, self.front))}")
+        if self.running_since is None:
+            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
+        told = (
+            [self.phase] if self.phase != SEARCHING else [f"{self.speed:.0f} tokens/s", *time_told(self.seconds_left)]
+        )
+        return ", ".join([*parts, *told])
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """The best value so far, and its trial."""
         values = [
             (t["value"], t["trial"])
             for t in self.trials
             if t["value"] is not None and t["state"] is not TrialStatus.FAILED and t["seed_of"] is None
         ]
-        if values:
-            value, number = min(values) if self.direction == "min" else max(values)
-            parts.append(f"best {self.metric} {value:.4f} (trial {number})")
-        if self.front:
-            parts.append(f"on the front: {', '.join(map(str, self.front))}")
-        if self.running_since is None:
-            return ", ".join([*parts, "not running" + ("" if len(over) >= self.total else ": --resume continues it")])
-        parts.append(f"{sum(t['tokens_per_second'] or 0 for t in self.trials):.0f} tokens/s")
-        here = sum((t["ended"] or 0.0) > self.running_since for t in over)
-        if here and len(over) < self.total:
-            left = (time.time() - self.running_since) / here * (self.total - len(over))
-            parts.append(f"about {left / 60:.0f} min left")
-        return ", ".join(parts)
+        return (min(values) if self.direction == "min" else max(values)) if values else None
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, by all trials that train: as their packs say, else as they last reported."""
+        if self.phase not in (SEARCHING, ENDING):
+            return 0.0
+        if self.beats:
+            return sum(beat["tokens_per_second"] for beat in self.beats)
+        return sum(t["tokens_per_second"] or 0 for t in self.trials)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that the first workers of the packs take, by device."""
+        found: dict[str, int] = {}
+        for beat in self.beats:
+            for device, taken in beat["memory"].items():
+                found[device] = found.get(device, 0) + taken
+        return found
 
 
 def read(output: Location) -> Search:
@@ -98,8 +131,8 @@ def read(output: Location) -> Search:
     Raises:
         UserError: there is no search, or it has not come to its first trial.
     """
-    from ftray.search.journal import ADDED, SEED_OF, STOP, past_trials
-    from ftray.search.progress import describe
+    from ftray.search.driver_notes import driver_note
+    from ftray.search.journal import ADDED, END, PAUSE, SEED_OF, STOP, past_study
     from ftray.search.reliability import described
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import DATA, running_since
@@ -111,9 +144,11 @@ def read(output: Location) -> Search:
     with refuse_damaged(output / DATA):
         whole = budget(cfg, Split.from_json(json.loads((output / DATA).read_text())["train"]).drawn)
     metric = cfg.search.goal.metric
-    since = running_since(output)
+    study, beats, noted = past_study(output / JOURNAL), fresh_beats(output), driver_note(output)
+    since = None if noted and noted["phase"] == OVER else running_since(output)
+    seen = {int(name): trial["records"] for beat in beats for name, trial in beat["trials"].items()}
     rows: list[TrialProgress] = []
-    for trial in past_trials(output / JOURNAL):
+    for trial in study.get_trials(deepcopy=False) if study else []:
         attributes = trial.user_attrs
         configuration = attributes.get("config") or attributes.get(ADDED)
         if not configuration:  # its driver died before it could begin
@@ -121,18 +156,20 @@ def read(output: Location) -> Search:
         reports: list[Report] = attributes.get("reports", [])
         best = best_report(reports, metric, cfg.search.goal.direction)
         state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
-        runs = state in (TrialStatus.RUNNING, TrialStatus.STOPPING)
         rows.append(
             {
                 "trial": trial.number,
                 "configuration": describe(configuration),
+                "config": configuration,
                 "state": state,
                 "rung": len(reports),
-                "records": reports[-1]["records"] if reports else 0,
+                "records": max(
+                    reports[-1]["records"] if reports else 0, seen.get(trial.number, 0) if state.runs else 0
+                ),
                 "value": metric_value(best, metric) if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "validated": best.get("validated") if best else None,
-                "tokens_per_second": reports[-1]["tokens_per_second"] if reports and runs else None,
+                "tokens_per_second": reports[-1]["tokens_per_second"] if reports and state.runs else None,
                 "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
                 "seed_of": attributes.get(SEED_OF),
@@ -145,7 +182,25 @@ def read(output: Location) -> Search:
     on_front = tuple(row["trial"] for row in front(rows, cfg)) if len(cfg.search.goals) > 1 else ()
     goal, *_ = cfg.search.goals
     further = cfg.search.measured[1:]
-    return Search(metric, goal.direction, cfg.search.trials, rungs, whole, since, rows, cuts, further, on_front)
+    found = Search(metric, goal.direction, cfg.search.trials, rungs, whole, since, rows, cuts, further, on_front)
+    if since is None or study is None:
+        return found
+    asked = study.user_attrs
+    phase = noted["phase"] if noted else PREPARING
+    if phase == SEARCHING:
+        phase = ENDING if asked.get(END) == since else PAUSED if asked.get(PAUSE) == since else SEARCHING
+    return replace(found, phase=phase, beats=tuple(beats), **_told(noted, phase))
+
+
+def _told(noted: DriverNote | None, phase: str) -> dict[str, Any]:
+    """How far the driver has noted that the search is, `progress` and `seconds_left`."""
+    if noted is None or not noted["seen"] + noted["left"]:
+        return {}
+    share = noted["seen"] / (noted["seen"] + noted["left"])
+    left = noted["seconds_left"]
+    if left is not None and phase == SEARCHING:
+        left = max(0.0, left - (time.time() - noted["at"]))
+    return {"progress": share, "seconds_left": left}
 
 
 def searched(output: Location) -> Config:

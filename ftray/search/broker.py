@@ -53,6 +53,7 @@ class Orders:
         report: those of them that must report after it, even between two rungs.
         close: whether the pack must end.
         stay: whether its process is to ask for calls then, see :meth:`TrialBroker.keep`.
+        hold: whether the search is paused: the pack writes checkpoints, and waits.
     """
 
     join: dict[int, dict[str, Any]]
@@ -61,6 +62,7 @@ class Orders:
     report: list[int]
     close: bool
     stay: bool = False
+    hold: bool = False
 
 
 class TrialBroker:
@@ -78,6 +80,7 @@ class TrialBroker:
         capacities: by pack, number of trials that it can train at once; a pack that is not ready has none.
         closed: why the broker closed; None: it did not.
         kept: the pack whose process runs calls after its trials are over; None: there is none.
+        paused: whether no trial may train for the time being.
     """
 
     def __init__(self, total: int) -> None:
@@ -88,6 +91,7 @@ class TrialBroker:
         self.capacities: dict[int, int] = {}
         self.closed: str | None = None
         self.kept: int | None = None
+        self.paused = False
         self._call: bytes | None = None  # that nobody has taken yet
         self._running = self._serves = False  # whether the pack that is kept runs a call, and whether it asks for one
         self._returned: bytes | None = None
@@ -136,11 +140,19 @@ class TrialBroker:
                 raise PacksGone(self.closed)
             raise TrialFailed(trial.failure or "it is over")
 
-    async def report_early(self, number: int) -> None:
-        """Make the trial report after its next step, even between two rungs."""
+    async def report_early(self, number: int) -> bool:
+        """Make the trial report after its next step, even between two rungs; returns whether it trains in a pack."""
         async with self._changed:
-            if number in self.trials:
-                self.trials[number].report_early = True
+            trial = self.trials.get(number)
+            if trial:
+                trial.report_early = True
+            return trial is not None and trial.pack is not None and trial.may_train
+
+    async def pause(self, paused: bool) -> None:
+        """Hold all trials where they are, or let them train on."""
+        async with self._changed:
+            self.paused = paused
+            self._changed.notify_all()
 
     async def leave(self, number: int) -> None:
         """Take a trial out that is over."""
@@ -219,7 +231,7 @@ class TrialBroker:
         joining = dict([(n, trial) for n, trial in self.trials.items() if trial.pack is None][:free])
         for trial in joining.values():
             trial.pack = pack
-        run = [number for number, trial in (mine | joining).items() if trial.may_train]
+        run = [number for number, trial in (mine | joining).items() if trial.may_train and not self.paused]
         return Orders(
             join={number: trial.config for number, trial in joining.items()},
             leave=self.left.pop(pack, set()),
@@ -227,6 +239,7 @@ class TrialBroker:
             report=[number for number in run if self.trials[number].report_early],
             close=self.closed is not None,
             stay=self.kept == pack,
+            hold=self.paused,
         )
 
     def _healthy(self, pack: int) -> dict[int, TrialState]:
@@ -245,7 +258,8 @@ class TrialBroker:
     def _has_work(self, pack: int) -> bool:
         mine = self._healthy(pack).values()
         can_join = self._any_waiting() and len(mine) < self.capacities[pack]
-        return bool(self.closed or any(trial.may_train for trial in mine) or pack in self.left or can_join)
+        trains = not self.paused and any(trial.may_train for trial in mine)
+        return bool(self.closed or trains or pack in self.left or can_join)
 
     async def close(self, reason: str) -> None:
         """End all packs, and the wait of all trials, with this reason."""

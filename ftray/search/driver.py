@@ -29,7 +29,7 @@ from ftray.search.finalists import runs_left
 from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
-from ftray.search.run_manifest import packable
+from ftray.search.run_manifest import running_since, trains_in_packs
 from ftray.search.rungs import FACTOR, cohort_size, rung_records
 from ftray.search.sampler import Sampler
 from ftray.search.scheduler import CohortScheduler
@@ -151,10 +151,9 @@ def _keeps_pack(broker: ActorHandle) -> bool:
 def _in_packs(context: SearchContext, space: Space) -> bool:
     """Whether trials train in packs; prints the reason where they don't although a user may expect it."""
     cfg = context.config
-    if cfg.search.pack == "off":
-        return False
-    if not packable(cfg, space):
-        print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
+    if not trains_in_packs(cfg, space):
+        if cfg.search.pack != "off":
+            print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
         return False
     if not context.tokenized.task.load().packed:
         print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
@@ -187,8 +186,9 @@ def _tune(
     advisor = Advisor(space, cfg, hidden, steps, first.records, earlier_trials(cfg, space), signals)
     sampler = Sampler(space, cfg, budget, output / JOURNAL, at_once, advisor, cohorts)
     goal, *others = cfg.search.goals
-    requests, trial_end = Requests(sampler, broker), TrialEnd(sampler, broker is not None)
     has_result = any(report.get("validated") != 0 for trial in past for report in trial.user_attrs.get("reports", []))
+    requests = Requests(sampler, broker, capacity, running_since(output), has_result)
+    trial_end = TrialEnd(sampler, broker is not None)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers

@@ -17,6 +17,8 @@ from ftray.storage.location import Location
 
 STUDY = "ftray"
 STOP, ADDED = "stop", "added"  # requests, and the user attributes of a trial that they become
+# requests, and the user attributes of the study that they become: when the driver began that they are meant for
+PAUSE, END = "pause", "end"
 SEED_OF = "seed_of"  # user attribute of a further run of a finalist, with another seed: the finalist's number
 REQUESTS = "requests"  # directory of those that wait for the driver
 
@@ -94,10 +96,16 @@ def past_trials(journal: Location) -> list[FrozenTrial]:
     Their user attributes are `config`, `reports` (one dict a rung, see :data:`ftray.search.sampler.REPORTED`) and, if
     they failed, `reason`.
     """
+    study = past_study(journal)
+    return study.get_trials(deepcopy=False) if study else []
+
+
+def past_study(journal: Location) -> optuna.Study | None:
+    """The study in `journal`, as it is now; None: there is none yet."""
     storage = open_journal(journal)
     if STUDY not in optuna.study.get_all_study_names(storage):
-        return []
-    return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)
+        return None
+    return optuna.load_study(study_name=STUDY, storage=storage)
 
 
 def fulfil(request: dict[str, Any], study: optuna.Study, storage: BaseStorage) -> None:
@@ -105,7 +113,8 @@ def fulfil(request: dict[str, Any], study: optuna.Study, storage: BaseStorage) -
 
     Args:
         request: `{"stop": number}` marks that trial, if it runs; `{"added": configuration, "inside": parameters}` puts
-            the configuration at the head of the queue, with its parameters in the search space.
+            the configuration at the head of the queue, with its parameters in the search space; `{"pause": since}` and
+            `{"end": since}` are for the driver that began then, `{"pause": None}` takes the first one back.
     """
     known = study.get_trials(deepcopy=False)
     if ADDED in request and request[ADDED] not in [trial.user_attrs.get(ADDED) for trial in known]:
@@ -113,3 +122,5 @@ def fulfil(request: dict[str, Any], study: optuna.Study, storage: BaseStorage) -
     for trial in known:
         if trial.number == request.get(STOP) and trial.state is TrialState.RUNNING:
             storage.set_trial_user_attr(stored_id(storage, trial.number), STOP, True)
+    for asked in request.keys() & {PAUSE, END}:
+        study.set_user_attr(asked, request[asked])

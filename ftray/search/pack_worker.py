@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from ftray.search.broker import Orders
 from ftray.search.clones import start_of
 from ftray.search.failures import last_line
 from ftray.search.final_calls import FinalCalls
+from ftray.search.live import Answers, Heartbeat, sampling
 from ftray.search.pack_metrics import PackMetrics
 from ftray.search.results import LOSSES_SO_FAR, PACKED_REPORT, newest_whole, places, trial_name, write_json
 from ftray.search.rungs import LEAST_FINALISTS, Rung, cohort_size
@@ -90,6 +91,10 @@ def pack_worker(config: dict[str, Any]) -> bool:
     trainer.measure_together = context.search.measure_together(trainer.base.model)
     trainer.rollouts = context.search.rollouts(trainer)
     worker = PackWorker(context, trainer)
+    if trainer.rank == 0:
+        output = context.experiment.parent
+        worker.heartbeat = Heartbeat(output, context.index)
+        worker.answers = sampling(context.search, trainer.base.model, output)
     worker.report_capacity()
     over = worker.train()
     if worker.stays:
@@ -126,6 +131,8 @@ class PackWorker:
         self.held: list[Batch] | None = None  # the validation batches, if they fit in memory
         self.stays = False  # after its trials, for the calls of the driver
         self.metrics = PackMetrics(context.search.config.output, context.index) if trainer.rank == 0 else None
+        self.heartbeat: Heartbeat | None = None
+        self.answers: Answers | None = None  # keeps what trials answer
 
     def report_capacity(self) -> None:
         """Measure how many trials fit, and report it to the broker."""
@@ -145,7 +152,7 @@ class PackWorker:
 
         Then writes a checkpoint of each trial that is not over.
         """
-        results = Results()
+        results, held = Results(), False
         while True:
             orders = self._exchange(results)
             must_end = self.trainer.any_rank(preempted())
@@ -156,7 +163,11 @@ class PackWorker:
                 if self.stays:
                     self._leave([*self.trainer.trials])
                 return not must_end
-            results = Results()
+            if orders.hold and not held:  # who knows for how long
+                self._save_unfinished()
+                if self.heartbeat:
+                    self.heartbeat.rest(self.trainer.trials)
+            results, held = Results(), orders.hold
             for number, config in orders.join.items():
                 self._join(str(number), config, results)
             names = [str(number) for number in orders.run if number not in results.reports]
@@ -228,8 +239,11 @@ class PackWorker:
         owing = {name for name in active if trials[name].history.owes_report}  # they are validated where they are
         stepping = [name for name in active if name not in owing]
         failed = self.trainer.step(stepping) if stepping else {}
+        tokens, seconds = self._tokens() - tokens, time.monotonic() - started
         if self.metrics and stepping:
-            self.metrics.step(len(trials), self._tokens() - tokens, time.monotonic() - started)
+            self.metrics.step(len(trials), tokens, seconds)
+        if self.heartbeat and stepping:
+            self.heartbeat.step(trials, tokens, seconds)
         due = [n for n in active if n not in failed and (trials[n].history.due or n in early)]
         self.unsaved = set(due)
         unvalidated = [n for n in due if n not in early and (rung := self._rung(n)) and rung.paired]
@@ -242,8 +256,21 @@ class PackWorker:
                 self._save(name)
                 results.reports[int(name)] = _marked(trials[name])
         self.unsaved = set()
+        self._keep_answers([name for name in due if name not in failed])
         self._leave(failed)
         results.failures |= {int(name): reason for name, reason in failed.items()}
+
+    def _keep_answers(self, names: Sequence[str]) -> None:
+        """Keep what trials answer now, for whoever looks on; whatever fails in it, the search does without."""
+        if not (self.answers and names):
+            return
+        try:
+            known = {name: self.trainer.trials[name] for name in names}
+            models = {name: self.trainer.pack.adapters[name].model for name in names}
+            self.answers(models, {n: t.history.step * t.run.training.batch_size for n, t in known.items()})
+        except Exception as error:
+            print(f"answers of the trials are not kept: {last_line(error)}", flush=True)
+            self.answers = None
 
     def _validate(self, names: Iterable[str]) -> dict[str, str]:
         """Validate trials, each on as many records as its rung has; returns the reason for each that failed."""

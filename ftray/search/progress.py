@@ -11,13 +11,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ftray.config import Config
 from ftray.search.failures import failure_reason
 from ftray.search.journal import SEED_OF
+from ftray.search.time_left import said
 from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
+    from ftray.search.driver_notes import DriverNotes
     from ftray.search.results import TrialRow
 
 REDRAW = 0.5  # seconds between two tables in a notebook, which keeps each in the page that it sends
@@ -27,20 +30,22 @@ class Progress(tune.Callback):
     """Shows the trials as Tune knows them.
 
     Args:
-        total: trials of the whole search.
         budget: records that a trial sees when nothing stops it.
-        past: rows of :func:`ftray.search.results.trial_rows`, if the search is resumed.
+        past: rows of :func:`ftray.search.results.all_rows`, if the search is resumed.
+        notes: knows how long the search will train.
     """
 
-    def __init__(self, total: int, budget: int, metric: str, direction: str, past: list["TrialRow"]):
-        self.total, self.budget, self.metric, self.direction = total, budget, metric, direction
+    def __init__(self, cfg: Config, budget: int, past: list["TrialRow"], notes: "DriverNotes"):
+        self.total, self.budget, self.notes = cfg.search.trials, budget, notes
+        self.metric, self.direction = cfg.search.goal.metric, cfg.search.goal.direction
+        past = [row for row in past if row["seed_of"] is None]
         self._over_before = sum(row["status"] is not TrialStatus.UNFINISHED for row in past)
         self._values_before = [
-            (row["value"], f"trial {row['trial']}")
+            (row["value"], row["trial"])
             for row in past
             if row["status"] not in (TrialStatus.UNFINISHED, TrialStatus.FAILED) and row["value"] is not None
         ]
-        self._values: dict[int, tuple[float, str]] = {}  # by trial, the newest one
+        self._values: dict[int, tuple[float, int]] = {}  # by trial, the newest one
         self._begun: set[int] = set()
         self._live: Live | None = None
         self._cell: DisplayHandle | None = None
@@ -81,7 +86,7 @@ class Progress(tune.Callback):
         """Print a rung's result."""
         self._trials = trials
         if self.metric in result and SEED_OF not in trial.config:  # Tune notes it as the trial's last one only later
-            self._values[trial.config["number"]] = result[self.metric], label(trial)
+            self._values[trial.config["number"]] = result[self.metric], trial.config["number"]
         known = next((name for name in (self.metric, "paired_loss", "train_loss") if name in result), None)
         shown = f"{'training loss' if known != self.metric else known} {result[known]:.4f}, " if known else ""
         self._line(
@@ -119,15 +124,12 @@ class Progress(tune.Callback):
     def _summary(self) -> str:
         values = [*self._values_before, *self._values.values()]
         here = sum(t.is_finished() for t in self._trials if SEED_OF not in t.config)
-        over = self._over_before + here
-        elapsed = time.monotonic() - self._started
-        parts = [f"{over}/{self.total} trials over"]
-        if values:
-            value, name = min(values) if self.direction == "min" else max(values)
-            parts.append(f"best {value:.4f} ({name})")
-        if here:
-            parts.append(f"about {elapsed / here * (self.total - over) / 60:.0f} min left")
-        return ", ".join(parts)
+        further = [t.is_finished() for t in self._trials if SEED_OF in t.config]
+        best = (min(values) if self.direction == "min" else max(values)) if values else None
+        running = [t.last_result or {} for t in self._trials if t.status == Trial.RUNNING]
+        speed = sum(result.get("tokens_per_second", 0.0) for result in running)
+        told = summary(self._over_before + here, self.total, further, self.metric, best)
+        return ", ".join([*told, f"{speed:.0f} tokens/s", *time_told(self.notes.seconds_left)])
 
     def _table(self) -> Group:
         table = Table("trial", "configuration", "state", "records", self.metric, "tokens/s", expand=True)
@@ -137,12 +139,39 @@ class Progress(tune.Callback):
             table.add_row(
                 label(trial).removeprefix("trial "),
                 describe(trial.config),
-                IN_TUNE[trial.status],
+                self._state(trial),
                 f"{result.get('records', 0)}/{self.budget}",
                 "" if value is None else f"{value:.4f}",
                 "" if speed is None else f"{speed:.0f}",
             )
         return Group(table, Text(self._summary()))
+
+    def _state(self, trial: Trial) -> TrialStatus:
+        state = IN_TUNE[trial.status]
+        return (
+            ended_status((trial.last_result or {}).get("records", 0), self.budget)
+            if state is TrialStatus.DONE
+            else state
+        )
+
+
+def summary(over: int, total: int, further: list[bool], metric: str, best: tuple[float, int] | None) -> list[str]:
+    """How far a search is, in parts of a line.
+
+    Args:
+        over: number of trials that are, of `total`.
+        further: of each further run of a finalist, whether it is over.
+        best: value, and number of its trial; None: there is none yet.
+    """
+    parts = [f"{over}/{total} trials over"]
+    if further:
+        parts.append(f"{sum(further)}/{len(further)} further runs of finalists")
+    return [*parts, f"best {metric} {best[0]:.4f} (trial {best[1]})"] if best else parts
+
+
+def time_told(seconds: float | None) -> list[str]:
+    """The part of that line that says how long it will take, if it can be told."""
+    return [] if seconds is None else [said(seconds)]
 
 
 class InNotebook:

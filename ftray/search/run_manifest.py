@@ -102,6 +102,15 @@ def packable(cfg: Config, space: Space) -> bool:
     return 3 not in stages
 
 
+def trains_in_packs(cfg: Config, space: Space) -> bool:
+    """Whether the trials of a search train together; else each has workers of its own.
+
+    Raises:
+        UserError: as :func:`packable`.
+    """
+    return cfg.search.pack != "off" and packable(cfg, space)
+
+
 @contextmanager
 def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
     """Hold the output; it is released when this process ends, however it ends.
@@ -227,7 +236,7 @@ def _state(output: Location, kind: Kind) -> str | None:
 
 
 def _resolved(cfg: Config) -> dict[str, Any]:
-    return cfg.model_dump(exclude={"resume", "plan", "show", "png", "verbose"})
+    return cfg.model_dump(exclude={"resume", "plan", "show", "png", "verbose", "ui"})
 
 
 def _keep(cfg: Config, space: Space | None, output: Location) -> None:

@@ -66,6 +66,7 @@ class Sampler(Searcher):
         super().__init__(metric=cfg.search.goal.metric, mode=cfg.search.goal.direction)
         self.capacity, self.advisor, self.cohorts = capacity, advisor, cohorts
         self._live = set[str]()
+        self.ending = False  # whether no further trial is to begin
         self.space_of_methods, self.budget, self.cfg = space, budget, cfg
         self.baseline = whole(cfg, {"adapter": space.default, "training": {}})
         self.journal, self.broken = journal, ""
@@ -94,6 +95,8 @@ class Sampler(Searcher):
         added. When `search.trials` have begun, the further runs of finalists, with their number as `seed_of`. None
         while as many trials run as can, or a cohort is to be cut before the next begins; `FINISHED` after the last one.
         """
+        if self.ending:
+            return None
         all_begun = self.cohorts is not None and not self._unfinished and self._begun >= self.cfg.search.trials
         if all_begun and self._further is None:
             self._further = self._decide_finalists()

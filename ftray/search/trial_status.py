@@ -22,6 +22,11 @@ class TrialStatus(StrEnum):
     FAILED = "failed"
     UNFINISHED = "unfinished"  # whoever trained it is gone; a resumed search continues it
 
+    @property
+    def runs(self) -> bool:
+        """Whether it trains, as far as the journal tells."""
+        return self in (TrialStatus.RUNNING, TrialStatus.STOPPING)
+
 
 IN_JOURNAL = {  # by the name of Optuna's `TrialState`
     "WAITING": TrialStatus.WAITING,

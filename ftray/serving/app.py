@@ -1,8 +1,5 @@
 """The Ray Serve application: an endpoint in front of replicas, made from the configuration."""
 
-import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -10,6 +7,7 @@ from ray import serve
 from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.serving.catalog import Catalog, find_catalog, model_of_run
+from ftray.serving.key import LOOPBACK, digest_of, find_key
 
 
 def key_digest(cfg: Config) -> str | None:
@@ -18,18 +16,9 @@ def key_digest(cfg: Config) -> str | None:
     Raises:
         UserError: its file can't be read or is empty, or there is no key where other machines can connect.
     """
-    key = os.environ.get("FTRAY_API_KEY", "")
-    if cfg.serving.api_key_file:
-        try:
-            key = Path(cfg.serving.api_key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"serving.api_key_file {cfg.serving.api_key_file}: {reason}") from None
-        if not key:
-            raise UserError(f"serving.api_key_file {cfg.serving.api_key_file}: is empty")
-    if key:
-        return hashlib.sha256(key.encode()).hexdigest()
-    if cfg.serving.host not in ("127.0.0.1", "localhost", "::1") and not cfg.serving.anonymous:
+    if key := find_key(cfg.serving.api_key_file, "serving.api_key_file"):
+        return digest_of(key)
+    if cfg.serving.host not in LOOPBACK and not cfg.serving.anonymous:
         raise UserError(
             f"serving.host {cfg.serving.host}: others could ask without a key: set FTRAY_API_KEY or "
             "--serving.api_key_file, or say --serving.anonymous true"

@@ -9,12 +9,17 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
+FAINT = (Path(__file__).parent / "contrast.js").read_text()  # returns text of a page that is hard to read
+
 
 @contextmanager
 def opened(
-    page: Path, profile: Path, width: int = 1200, dark: bool = False, scripts: bool = True
+    page: Path | str, profile: Path, width: int = 1200, dark: bool = False, scripts: bool = True
 ) -> Iterator[WebDriver]:
-    """`page` from disk in headless Chromium, in a window of that width; at the end its console must be empty."""
+    """`page` in headless Chromium, in a window of that width; at the end its console must be empty.
+
+    A file is opened without a network.
+    """
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Debian's chromium and chromium-driver")
     options = webdriver.ChromeOptions()
@@ -24,7 +29,8 @@ def opened(
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
-        offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+        file = isinstance(page, Path)
+        offline = {"offline": file, "latency": 0, "downloadThroughput": 0 if file else -1, "uploadThroughput": -1}
         browser.execute_cdp_cmd("Network.enable", {})
         browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -32,6 +38,7 @@ def opened(
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        browser.get(page.as_uri())
+        browser.get(page.as_uri() if isinstance(page, Path) else page)
         yield browser
-        assert browser.get_log("browser") == []
+        said = browser.get_log("browser")
+        assert said == []

@@ -1,10 +1,5 @@
-"use strict";
-(() => {
+const report = (() => {
   const tip = document.getElementById("tip");
-  for (const title of document.querySelectorAll(".plot title")) {  // a tip of our own works on touch screens too
-    title.parentElement.dataset.tip = title.textContent;
-    title.remove();
-  }
   const light = (trial) => {
     for (const lit of document.querySelectorAll(".lit")) lit.classList.remove("lit");
     for (const plot of document.querySelectorAll(".plot.dim")) plot.classList.remove("dim");
@@ -30,24 +25,37 @@
   document.addEventListener("focusin", point);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") { tip.hidden = true; light(); } });
 
-  const tools = document.getElementById("sample-tools");
-  if (!tools) return;
-  tools.hidden = false;
-  const list = document.getElementById("sample-list"), all = [...list.children];
-  const wanted = document.getElementById("sample-search"), order = document.getElementById("sample-order");
-  const texts = new Map(all.map((sample) => [sample, sample.textContent.toLowerCase()]));
-  const show = () => {
-    const words = wanted.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const sample of all) {
-      sample.hidden = !words.every((word) => texts.get(sample).includes(word));
-      shown += !sample.hidden;
-    }
-    const sorted = order.value === "best" ? all : [...all].reverse();
-    list.append(...sorted);
-    document.getElementById("sample-count").textContent = `${shown} of ${all.length}`;
+  const searchable = () => {
+    const tools = document.getElementById("sample-tools");
+    if (!tools || !tools.hidden) return;
+    tools.hidden = false;
+    const list = document.getElementById("sample-list"), all = [...list.children];
+    const wanted = document.getElementById("sample-search"), order = document.getElementById("sample-order");
+    const texts = new Map(all.map((sample) => [sample, sample.textContent.toLowerCase()]));
+    const show = () => {
+      const words = wanted.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const sample of all) {
+        sample.hidden = !words.every((word) => texts.get(sample).includes(word));
+        shown += !sample.hidden;
+      }
+      const sorted = order.value === "best" ? all : [...all].reverse();
+      list.append(...sorted);
+      document.getElementById("sample-count").textContent = `${shown} of ${all.length}`;
+    };
+    wanted.addEventListener("input", show);
+    order.addEventListener("change", show);
+    show();
   };
-  wanted.addEventListener("input", show);
-  order.addEventListener("change", show);
-  show();
+
+  // what is new in the page: tips of its figures, which work on touch screens too, and the search in its samples
+  const prepare = () => {
+    for (const title of document.querySelectorAll(".plot title")) {
+      title.parentElement.dataset.tip = title.textContent;
+      title.remove();
+    }
+    searchable();
+  };
+  prepare();
+  return {prepare};
 })();

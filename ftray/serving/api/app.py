@@ -1,10 +1,5 @@
 """The HTTP application: routes, the key that all of them need, the limit of bodies, and errors in OpenAI's shape."""
 
-import hashlib
-import hmac
-from collections.abc import Callable, Collection
-from typing import Any
-
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError
@@ -13,8 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftray.serving.api import generation, models, pages, pooling
 from ftray.serving.errors import APIError, replica_died
+from ftray.serving.key import RequireKey
+from ftray.serving.live_routes import PAGE_ROUTES, live_routes
+from ftray.serving.live_routes import pages as page_routes
 
-OPEN_ROUTES = (pages.page, pages.health)  # the page asks its user for the key, and shows nothing without it
+OPEN_ROUTES = (*PAGE_ROUTES, pages.health)  # the page asks its user for the key, and shows nothing without it
 
 
 def create_app(key: str | None, max_body_bytes: int) -> FastAPI:
@@ -29,44 +27,17 @@ def create_app(key: str | None, max_body_bytes: int) -> FastAPI:
         openapi_url=None,
         dependencies=[Depends(RequireKey(key, OPEN_ROUTES))],
         exception_handlers={
-            APIError: _api_error,
-            HTTPException: _http_error,
+            APIError: api_error,
+            HTTPException: http_error,
             RayActorError: _replica_died,
             Exception: _internal_error,
         },
     )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    for routes in (pages, models, generation, pooling):
-        app.include_router(routes.router)
+    for router in (page_routes, pages.router, models.router, generation.router, pooling.router):
+        app.include_router(router)
+    app.include_router(live_routes(pages.shown_run, steers=False))
     return app
-
-
-class RequireKey:
-    """A dependency that lets a request pass if it bears the API key.
-
-    Args:
-        digest: SHA-256 of the key, hexadecimal; None: every request passes.
-        open_routes: the functions of routes that need no key.
-    """
-
-    def __init__(self, digest: str | None, open_routes: Collection[Callable[..., Any]]):
-        self.digest, self.open_routes = digest, open_routes
-
-    async def __call__(self, request: Request) -> None:
-        """Check a request.
-
-        Raises:
-            APIError: 401.
-        """
-        if self.digest is None or request.scope["endpoint"] in self.open_routes:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).hexdigest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.digest):
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise APIError(
-                401, "a valid API key is needed: Authorization: Bearer KEY", None, "invalid_api_key", headers
-            )
 
 
 class BodyLimit:
@@ -93,11 +64,11 @@ def _response(error: APIError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _api_error(request: Request, error: APIError) -> JSONResponse:
+async def api_error(request: Request, error: APIError) -> JSONResponse:
     return _response(error)
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def http_error(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _response(APIError(error.status_code, message, headers=dict(error.headers or {})))
 

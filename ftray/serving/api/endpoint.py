@@ -7,10 +7,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import Config
+from ftray.reports.live import LiveRun
 from ftray.serving.errors import APIError
 from ftray.serving.pooling import ROUTES
 from ftray.serving.registry import AdapterEntry, Registry
 from ftray.serving.router import Router
+from ftray.storage.location import parse_location
 
 
 class Endpoint:
@@ -31,6 +33,7 @@ class Endpoint:
         self.base, self.replicas, self.task = base, replicas, task
         self.registry = Registry(self.cfg, adapters)
         self.router = Router(self.cfg, replicas)
+        self.shown_run = LiveRun(parse_location(self.cfg.run)) if self.cfg.run else None
 
     def adapter(self, name: str) -> AdapterEntry | None:
         """The adapter of that name; None: the base model.

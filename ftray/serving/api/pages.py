@@ -1,18 +1,16 @@
-"""Routes for people and monitors: the page, health, the search's leaderboard, metrics."""
+"""Routes for people and monitors: health, how models are asked, metrics, and the run that the page shows."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from ftray.reports.live import LiveRun
 from ftray.serving.api.endpoint import CurrentEndpoint
 from ftray.serving.catalog import how_to_ask, leaderboard
 
-PAGE = Path(__file__).parents[1] / "page.html"
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 router = APIRouter()
 
 
@@ -21,9 +19,9 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/")
-async def page() -> Response:
-    return FileResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+async def shown_run(endpoint: CurrentEndpoint) -> LiveRun | None:
+    """What the page shows beside the models; who may ask these may look at it, and not lead it."""
+    return endpoint.shown_run
 
 
 @router.get("/v1/run")
