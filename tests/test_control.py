@@ -14,6 +14,7 @@ from ftray.errors import UserError
 from ftray.reports.status import read
 from ftray.search.advisor import Advisor
 from ftray.search.control import ask_to_add, ask_to_stop
+from ftray.search.live import last_beats
 from ftray.search.run_manifest import write_definition
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
@@ -113,7 +114,7 @@ def test_a_search_pauses_trains_on_ends_when_asked_and_can_be_resumed(cluster, t
         assert main(["pause", *on]) == 0
         wait_for(lambda: len([*output.glob("tune/trial-*/checkpoint_*/*")]) > 0, process)
         assert "lets it train on" in capsys.readouterr().out
-        wait_for(lambda: seen().speed == 0, process)
+        wait_for(lambda: not any(beat["tokens_per_second"] for beat in last_beats(LocalLocation(output))), process)
         time.sleep(3)  # the driver may have looked just before
         kept, left = records(), seen().seconds_left
         assert seen().summary().endswith("paused")

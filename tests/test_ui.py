@@ -26,6 +26,7 @@ from ftray.cli import main
 from ftray.config import config_from
 from ftray.reports.live import LiveRun
 from ftray.reports.status import read
+from ftray.search.live import last_beats
 from ftray.search.rungs import Rung, rungs
 from ftray.search.time_left import TimeLeft, Workload, expected, said
 from ftray.storage.local import LocalLocation
@@ -104,6 +105,9 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
     def trial(number):
         return next((t for t in read(here).trials if t["trial"] == number), None)
 
+    def resting():
+        return not any(beat["tokens_per_second"] for beat in last_beats(here))
+
     try:
         url = next(found[1] for line in process.stdout if (found := re.fullmatch(r"page     (http://\S+)\n", line)))
         address, _, key = url.partition("#key=")
@@ -134,7 +138,7 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
             browser.find_element(By.CSS_SELECTOR, "[data-room=search]").click()
 
             page.press("pause")
-            page.until(lambda: page.state() == "paused" and read(here).speed == 0)
+            page.until(lambda: page.state() == "paused" and resting())
             before = [t["records"] for t in read(here).trials]
             assert "ftray pause" in page.at("toast").text
             time.sleep(3)
