@@ -2,9 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Settings, StrPath, command, config_of
@@ -14,6 +12,7 @@ from ftray.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from ftray.exports.proof import Proof
+    from ftray.storage.location import Location
 
 PROOF_RECORDS = 1000  # as the proof of a search
 
@@ -27,7 +26,7 @@ class Exported(os.PathLike[str]):
         proof: what its answers to the test records have shown.
     """
 
-    output: Path
+    output: "Location"
     proof: "Proof"
 
     def __fspath__(self) -> str:
@@ -76,10 +75,6 @@ def export(
 
 
 def _export(cfg: Config) -> Exported:
-    """What was written is asked the test records, and its answers and losses are held against those of the adapter itself
-    in float32. Full precision must answer in the adapter's words; what a coarser one loses is shown, and written to
-    `proof.json`.
-    """
     from ftray.exports.source import find_source
 
     if cfg.export.to is None:
@@ -110,7 +105,9 @@ def _export(cfg: Config) -> Exported:
 def run(cfg: Config) -> int:
     """The command: leaves the export in `output` (default: export/FORMAT in the output of its run), or on the hub.
 
-    Where the proof fails, nothing is left, and the exit code is 1.
+    What was written is asked the test records, and its answers and losses are held against those of the adapter itself
+    in float32. Full precision must answer in the adapter's words; what a coarser one loses is shown, and written to
+    `proof.json`. Where the proof fails, nothing is left, and the exit code is 1.
 
     Raises:
         UserError: anything the user can mend, before weights are read.

@@ -21,7 +21,7 @@ from ftray.exports import compressed, gguf, hub, mlx, ollama, onnx, plain_lora
 from ftray.exports.proof import Measure, Proof, Question, Reference, Reply, prove, prove_scores, replies_of
 from ftray.exports.source import Source
 from ftray.models.load import choose_dtype, load_tokenizer, load_whole
-from ftray.models.stops import saved_stop_tokens
+from ftray.models.stops import saved_generation_config, stop_tokens
 from ftray.models.stored import quantization_of
 from ftray.multi_adapter.shared_model import share
 from ftray.search.provenance import versions
@@ -120,7 +120,7 @@ def _check_merged(source: Source, to: str) -> None:
         )
     tokenizer = _tokenizer(source)
     config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.cfg.model.trust_remote_code)
-    stops = saved_stop_tokens(tokenizer, config, source.base)
+    stops = stop_tokens(tokenizer, config, saved_generation_config(source.base))
     if not stops:
         raise UserError(f"export: the tokenizer of {source.base} has no token that ends an answer: {to} needs one")
     if to == "ollama":

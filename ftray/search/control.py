@@ -39,6 +39,7 @@ class NewTrial:
     begins: str
     checkpoint: str = ""
 
+
 LISTENS, LOOKS = 1.0, 5.0  # seconds between two looks at the journal, and at the directory of requests
 
 
