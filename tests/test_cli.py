@@ -39,6 +39,8 @@ SPECIAL = {
     "data.source": ["one", "two"],
     "data.sources": [MixedSource(source="one", weight=2).model_dump()],
     "data.validation": "something",
+    "export.repo": "owner/name",
+    "export.base_model": "owner/name",
     "data.test": ["one", "two"],
     "data.fields": {"prompt": "question"},
     "data.delimiter": ";",
@@ -271,10 +273,13 @@ def test_a_command_starts_as_a_module_and_as_a_script():
         ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train, clone do"),
         ("train --plan", "--plan: ftray train does not read it; tune does"),
         ("train --search.trials 4", "--search.trials: ftray train does not read it; tune does"),
-        ("infer --evaluation.split all", "--evaluation.split: ftray infer does not read it; evaluate does"),
-        ("infer --evaluation '{split: all}'", "--evaluation.split: ftray infer does not read it; evaluate does"),
+        ("infer --evaluation.split all", "--evaluation.split: ftray infer does not read it; evaluate, export do"),
+        ("infer --evaluation '{split: all}'", "--evaluation.split: ftray infer does not read it; evaluate, export do"),
         ("infer --evaluation.batch_sise 4", "--evaluation.batch_sise; did you mean evaluation.batch_size?"),
-        ("merge --data.limit 4", "--data.limit: ftray merge does not read it; preprocess, train, tune, evaluate do"),
+        (
+            "merge --data.limit 4",
+            "--data.limit: ftray merge does not read it; preprocess, train, tune, evaluate, export",
+        ),
     ],
 )
 def test_what_a_command_does_not_read_is_refused(typed, said, capsys):
