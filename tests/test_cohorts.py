@@ -339,7 +339,7 @@ def shows_each_report_as_it_comes(out: str) -> None:
     """A report is part of the best that its own line tells; a trial starts once, then trains on."""
     newest: dict[str, float] = {}
     for trial, loss, best, by in re.findall(
-        r"(trial \d+) \S+ records: validation_loss ([\d.]+),.* best ([\d.]+) \((.*?)\)", out
+        r"(trial \d+) \S+ records: validation_loss ([\d.]+),.* best validation_loss ([\d.]+) \((.*?)\)", out
     ):
         newest[trial] = float(loss)
         assert (float(best), newest[by]) == (min(newest.values()), min(newest.values()))
