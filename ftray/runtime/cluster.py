@@ -204,6 +204,10 @@ def ends_with_ray(command: str) -> Iterator[None]:
         ("head", HEAD_PATIENCE, socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
     ]
     called, over, gone = bool(PYTHON_CALL.get()), threading.Event(), list[str]()
+    # SIGINT may be ignored, as by what a shell script has begun with `&`; only a main thread can have another one heard
+    own = called and threading.current_thread() is threading.main_thread()
+    number = signal.SIGUSR1 if own else signal.SIGINT
+    before = signal.signal(number, signal.default_int_handler) if own else None
 
     def watch() -> None:
         seen = dict.fromkeys((name for name, *_ in watched), time.monotonic())
@@ -215,7 +219,7 @@ def ends_with_ray(command: str) -> Iterator[None]:
                     line = f"Ray's {name} process is gone; the same command with --resume continues"
                     if called:
                         gone.append(line)
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                        signal.pthread_kill(threading.main_thread().ident or 0, number)
                         return
                     sys.stdout.flush()
                     if (
@@ -234,6 +238,8 @@ def ends_with_ray(command: str) -> Iterator[None]:
     finally:
         if called:
             over.set()
+        if own:
+            signal.signal(number, before)
 
 
 def _listens(family: int, address: str | tuple[str, int]) -> bool:
