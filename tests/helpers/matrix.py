@@ -128,7 +128,7 @@ class Cell:
         reloaded, merged: greatest difference of a loss to that of the trained adapter.
         scored: greatest difference of a record's score between the trained adapter and the reloaded one.
         same_answers: whether both answer, or predict, the same; None: the adapter took a part of a base of 16 bits,
-            whose rest is rounded again, and among the words of a random model ties are decided by that.
+            whose rest is rounded again, or is itself rounded, and among the words of a random model that decides ties.
     """
 
     before: float
@@ -204,14 +204,14 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
         reloaded=difference(reloaded, trained),
         merged=merged,
         scored=difference(*(torch.from_numpy(s.loss / s.tokens) for s in (rescored, score))),
-        same_answers=None if rounds_base(wanted) else rescored.generated == score.generated,
+        same_answers=None if rounds_weights(wanted) else rescored.generated == score.generated,
     )
 
 
-def rounds_base(wanted: RunSpec) -> bool:
-    """Whether the initialisation writes weights of 16 bits again."""
+def rounds_weights(wanted: RunSpec) -> bool:
+    """Whether weights are rounded to 16 bits: the base's by an initialisation, or, as PEFT reads them, the adapter's."""
     taken = str(getattr(wanted.adapter, "init", "")).startswith(("pissa", "olora"))
-    return taken and wanted.model.dtype in ("bf16", "fp16")
+    return (taken or wanted.adapter.method == "adaption_prompt") and wanted.model.dtype in ("bf16", "fp16")
 
 
 def train(wanted: RunSpec, given: Records, directory: Path) -> tuple[list[dict[str, Any]], torch.Tensor, Scores]:
