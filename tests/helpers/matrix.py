@@ -209,7 +209,7 @@ def cell(wanted: RunSpec, given: Records, directory: Path) -> Cell:
 
 
 def rounds_weights(wanted: RunSpec) -> bool:
-    """Whether weights are rounded to 16 bits: the base's by an initialisation, or, as PEFT reads them, the adapter's."""
+    """Whether weights are rounded to 16 bits: the base's by an initialisation, or the adapter's, as PEFT reads them."""
     taken = str(getattr(wanted.adapter, "init", "")).startswith(("pissa", "olora"))
     return (taken or wanted.adapter.method == "adaption_prompt") and wanted.model.dtype in ("bf16", "fp16")
 
