@@ -33,8 +33,9 @@ def results(tmp_path_factory) -> dict[str, dict[str, list[torch.Tensor]]]:
 @pytest.mark.parametrize("name", TRIALS)
 @pytest.mark.parametrize("kind", ["sharded", "resumed", "recomputed", "short of memory"])
 def test_a_sharded_base_trains_as_a_whole_one(results, kind, name):
-    """Short of memory, the passes are others, whose sums round otherwise; AdamW divides that by the gradient's size, and
-    a micro-batch that is lost or taken twice would move weights fifty times as far (by a rate of 5e-3).
+    """Short of memory, the passes are others, whose sums round otherwise, and AdamW divides by a gradient's size.
+
+    A micro-batch that is lost or taken twice would move weights fifty times as far, by a rate of 5e-3.
     """
     exact = 1e-4 if kind == "short of memory" else 1e-5
     for got, wanted in zip(results[kind][name], results["whole"][name], strict=True):
