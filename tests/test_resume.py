@@ -106,6 +106,12 @@ def test_where_and_what_comes_after_may_change(more, asked, tmp_path):
         main(["train", *asked, "--config", str(tmp_path / "more.yaml"), "--resume"])
 
 
+def test_a_search_that_is_resumed_may_be_looked_at(asked, tmp_path):
+    begin("tune", asked, tmp_path / "out")
+    with pytest.raises(Begins):
+        main(["tune", *asked, "--ui", "--ui.port", "0", "--resume"])
+
+
 def test_where_there_is_nothing_to_resume_it_begins(asked, tmp_path, capsys):
     with pytest.raises(Begins):
         main(["train", *asked, "--resume"])

@@ -59,6 +59,7 @@ _ANYWHERE = {
     "export",
     "serving",
     "request",
+    "ui",
 }
 SEARCH = Kind(
     "search",
