@@ -270,7 +270,6 @@ def conclude(
         write_json(summary, output / "summary.json")
 
     keep_summary()
-    note(output, PROVING)
     if best is None:
         print_leaderboard(rows, cfg)
         if cfg.search.constraints and any(row["checkpoint"] for row in rows):
@@ -278,6 +277,7 @@ def conclude(
         return "no trial gave a result: see the reasons above"
     default = next((row["checkpoint"] for row in rows if row["trial"] == BASELINE_TRIAL != best["trial"]), None)
     chosen_of = max(1, len(candidates))
+    note(output, PROVING)
     proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
     write_lines(proof.pop("answers"), output / ANSWERS)
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))

@@ -15,9 +15,6 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: there is no run, no token where one is needed, or no such address to listen on.
     """
-    from ftray.runtime.cluster import quiet
-
-    quiet()
     try:
         import uvicorn
 
