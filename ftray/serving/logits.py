@@ -40,7 +40,7 @@ class Grammars:
         grammar = LLMatcher.grammar_from_json_schema(json.loads(schema), overrides={"whitespace_pattern": WHITESPACE})
         matcher = LLMatcher(self._of_ends[ends], grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(matcher.get_error().splitlines()[0])
+            raise ValueError(matcher.get_error().splitlines()[0].partition(". ")[0])  # then, settings of the library
         return matcher
 
 
