@@ -244,13 +244,14 @@ def test_a_ray_process_that_dies_ends_the_call_and_not_the_program(cluster, monk
     monkeypatch.setattr(runtime, "_listens", lambda family, address: False)
     monkeypatch.setattr(runtime, "RAYLET_PATIENCE", 0)
     monkeypatch.setattr(runtime, "PYTHON_CALL", type("Var", (), {"get": staticmethod(lambda: "ftray.tune()")}))
+    usr1 = signal.getsignal(signal.SIGUSR1)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in what a shell script has begun with `&`
     try:
         with pytest.raises(RunFailed, match="Ray's node process is gone"), runtime.ends_with_ray("tune"):
             time.sleep(30)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) is usr1
 
 
 def test_a_result_is_what_its_output_holds(tmp_path, capfd):
