@@ -15,6 +15,7 @@ from ftray.cli import COMMANDS, assign, give_way, read_yaml, reads, refuse_unrea
 from ftray.config import PYTHON_CALL, Config, config_from
 from ftray.errors import UserError, near
 from ftray.runtime.cluster import quietly
+from ftray.runtime.threads import wait_briefly
 from ftray.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         config = kwargs.get("config")
         verbose = config.verbose if isinstance(config, Config) else bool(kwargs.get("verbose"))
         call = PYTHON_CALL.set(PYTHON_CALL.get())
+        wait_briefly()
         try:
             with quietly(verbose):
                 return function(*args, **kwargs)

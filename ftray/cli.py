@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from ftray.config import Config, at_home, config_from, parse_yaml, section_at
 from ftray.errors import RunFailed, Terminated, UserError, near
+from ftray.runtime.threads import wait_briefly
 
 atexit.register(gc.freeze)  # else a command that has imported torch collects garbage for a second before it is gone
 
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run the command and turn what it raises into an exit code."""
+    wait_briefly()
     try:
         config = parse(name, sys.argv[1:] if argv is None else argv)
         if not config.verbose:

@@ -25,6 +25,7 @@ from ftray.models.probe import idle_layers
 from ftray.models.sharding import shard
 from ftray.models.stored import as_stored
 from ftray.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model too
+from ftray.runtime.threads import share_of_processors
 from ftray.task_spec import CAUSAL, TaskSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,6 +80,7 @@ def load_base(cfg: ModelConfig, path: str, task: TaskSpec = CAUSAL, dtype: torch
 
     `dtype` takes the place of what :func:`choose_dtype` says.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), share_of_processors()))  # torch counts those of the machine
     cfg, config = as_stored(cfg, path), _config(cfg, path, task)
     dropout = _without_dropout(config)
     # transformers takes sdpa where it can

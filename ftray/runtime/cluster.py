@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.config import PYTHON_CALL, Config
 from ftray.errors import RunFailed, UserError
+from ftray.runtime.threads import wait_briefly
 from ftray.storage.location import parse_location
 
 if TYPE_CHECKING:
@@ -66,14 +67,21 @@ def connect(cfg: Config, dashboard: bool = True) -> None:
         return
     check_address(cfg)
     joins = bool(bootstrap_address(cfg.scaling.address))
-    if not joins:  # a process a worker group less: nobody drains this machine
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    waiting = wait_briefly()  # nothing that the job itself sets: Ray takes no variable twice
+    if not joins:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15: beside any other process, next to nothing is left
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2: that long, nobody hears that a run is over
     with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
         has_dashboard = None if dashboard or joins else False  # None: Ray's default
-        ray.init(address=cfg.scaling.address, log_to_driver=cfg.verbose, include_dashboard=has_dashboard)
+        ray.init(
+            address=cfg.scaling.address,
+            log_to_driver=cfg.verbose,
+            include_dashboard=has_dashboard,
+            runtime_env={"env_vars": waiting} if joins and waiting else None,
+        )
     if not cfg.verbose:
         from ray.data import DataContext
 
