@@ -6,8 +6,10 @@ import random
 import re
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import gpt2, llama, make_tokenizer
@@ -415,6 +417,17 @@ def test_a_trial_resumes_with_the_same_draws(tiny_llama, tmp_path):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max(), name
         for key in ("train_reward", "answer_tokens"):
             assert again[name][1][-1][key] == pytest.approx(whole[name][1][-1][key], abs=1e-9)
+
+
+def test_answers_of_several_trials_are_drawn_at_once_where_a_pass_trains_but_one(tiny_llama, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 2**18))
+    trainer = PackTrainer(ModelConfig(dtype="fp32"), tiny_llama, task=SPEC)
+    reward = UserMetric("r.py", "share", REWARD, "reward")
+    run = run_of(tiny_llama, *TRIALS["lora"][:1], **TRIALS["lora"][1])
+    batch = next(prompt_batches(run))
+    trainer.rollouts = Rollouts(trainer.pack, make_tokenizer(), EvaluationConfig(max_new_tokens=MOST), reward)
+    assert trainer.fit_memory(run, batch) > 2
+    assert trainer.pack.tokens < run.training.group * MOST * len(prompt_rows(0))
 
 
 def test_an_adapter_that_is_kept_is_what_trials_diverge_from(tiny_llama, tmp_path):

@@ -349,6 +349,8 @@ class PackTrainer:
         fit = torch.tensor([tokens, int(share / 4 / state)], device=self.device)
         dist.all_reduce(fit, dist.ReduceOp.MIN)
         self.pack.tokens = min(MOST_TOKENS, int(fit[0]))
+        if self.rollouts:  # what takes longest, drawing, is done for all together, however many train in a pass
+            return max(1, int(fit[1]))
         a_trial = batch["input_ids"].numel() * accumulation_steps(run.training, self.world_size)
         return max(1, min(self.pack.tokens // a_trial, int(fit[1])))
 
