@@ -153,13 +153,14 @@ def test_out_of_memory_makes_passes_smaller():
         if keywords["input_ids"].shape[1] > 70:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    pack.shared.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    for replica in pack.replicas:
+        replica.model.base_model.register_forward_pre_hook(limit, with_kwargs=True)
     models = [trial.model(base) for trial in chosen]
     for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
         pack.add(str(i), model, trial.update(model))
     for step in range(STEPS):
         pack.step({str(i): trial.batches(step) for i, trial in enumerate(chosen)})
-    assert pack.tokens <= 70 * 2
+    assert pack.tokens <= 70 * 2 * len(pack.replicas)
     for got, model in zip(models, wanted, strict=True):
         assert_same_weights(got, model, 1e-6)
 
@@ -180,7 +181,8 @@ def test_one_that_is_too_much_for_the_memory_leaves_alone():
         if keywords["input_ids"].shape[1] > 70:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    pack.shared.base_model.register_forward_pre_hook(limit, with_kwargs=True)
+    for replica in pack.replicas:
+        replica.model.base_model.register_forward_pre_hook(limit, with_kwargs=True)
     models = [trial.model(base) for trial in chosen]
     for i, (trial, model) in enumerate(zip(chosen, models, strict=True)):
         pack.add(str(i), model, trial.update(model))

@@ -25,17 +25,20 @@ class Dropout(nn.Module):
         mask = torch.full(x.shape, self.scale, dtype=x.dtype, device=x.device)
         return x * zero(mask, self.draw(x.shape, x.device))
 
-    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    def draw(self, shape: torch.Size, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw which elements of a tensor of `shape` are dropped, each with probability `p`; for :func:`zero`.
 
         The number of kept elements between two dropped ones has a geometric distribution. On a GPU this would have to
         wait for the count, so there one number is drawn per element.
+
+        Args:
+            generator: of a CPU; None: the one that all threads share.
         """
         if device.type != "cpu":
             return torch.rand(shape, device=device) < self.p
         mean = shape.numel() * self.p
         enough = int(mean + 10 * math.sqrt(mean) + 30)  # ten standard deviations
-        gaps = torch.empty(enough).exponential_(-math.log1p(-self.p)).long()
+        gaps = torch.empty(enough).exponential_(-math.log1p(-self.p), generator=generator).long()
         indices = (gaps + 1).cumsum(0) - 1
         return indices[: torch.searchsorted(indices, shape.numel())]
 
@@ -64,17 +67,25 @@ class DropoutRNG:
                 if type(child) is nn.Dropout:
                     setattr(part, name, Dropout(child.p).train(child.training))
         self._index = {layer: i for i, layer in enumerate(layers) if any(_draws(part) for part in layer.modules())}
+        self._own = torch.Generator()
         self._hooks = [layer.register_forward_pre_hook(lambda layer, _: self.begin(layer)) for layer in self._index]
 
     def begin(self, layer: nn.Module) -> None:
         """Seed the generator for `layer`, if it draws random numbers."""
         if layer.training and layer in self._index:
-            # a hash of integers is the same in every process
-            seed = hash((self.seed, self.step, self.micro_batch, self.rank, self._index[layer]))
             # torch.manual_seed would query every kind of device each time
-            torch.default_generator.manual_seed(seed & 0xFFFFFFFF)
+            torch.default_generator.manual_seed(self._seed(layer))
             if torch.cuda.is_initialized():
-                torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed & 0xFFFFFFFF)
+                torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(self._seed(layer))
+
+    def own_generator(self, layer: nn.Module) -> torch.Generator:
+        """What draws on a CPU the numbers that :meth:`begin` has drawn there, and is no other thread's; until the next
+        call."""
+        return self._own.manual_seed(self._seed(layer))
+
+    def _seed(self, layer: nn.Module) -> int:
+        # a hash of integers is the same in every process
+        return hash((self.seed, self.step, self.micro_batch, self.rank, self._index[layer])) & 0xFFFFFFFF
 
     def end(self) -> None:
         """Remove the hooks."""

@@ -206,8 +206,12 @@ def update_of(layer: BaseTunerLayer, rng: DropoutRNG, rows: int) -> LoraDelta | 
         return None
     dropout, dropped = layer.lora_dropout[name], None
     if isinstance(dropout, Dropout) and layer.training:
-        rng.begin(layer)
-        dropped, scaling = dropout.draw(torch.Size([rows, a.shape[1]]), a.device), scaling * dropout.scale
+        shape, scaling = torch.Size([rows, a.shape[1]]), scaling * dropout.scale
+        if a.device.type == "cpu":
+            dropped = dropout.draw(shape, a.device, rng.own_generator(layer))
+        else:
+            rng.begin(layer)
+            dropped = dropout.draw(shape, a.device)
     return LoraDelta(a, b, scaling, dropped)
 
 

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # GNU OpenMP's threads spin at the end of each product until the last is done, 300,000 rounds by default: where another
@@ -24,6 +26,31 @@ def wait_briefly() -> dict[str, str]:
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         _ours["GOMP_SPINCOUNT"] = os.environ["GOMP_SPINCOUNT"] = SPINS
     return dict(_ours)
+
+
+def own_torch_threads(count: int) -> None:
+    """Let torch use `count` threads for what the calling thread computes.
+
+    OpenMP keeps a pool for each calling thread. Where all pools together have more threads than there are processors,
+    they sleep between two products instead of spinning: only the thread that answers gets more than one.
+    """
+    import torch
+
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # makes it this thread's: until then, a value that another thread sets would hold
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For many small operations: threads would wait for each other longer than they compute."""
+    import torch
+
+    count = torch.get_num_threads()
+    own_torch_threads(1)
+    try:
+        yield
+    finally:
+        own_torch_threads(count)
 
 
 def share_of_processors() -> int:

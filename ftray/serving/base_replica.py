@@ -12,6 +12,7 @@ from ray import serve
 
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.runtime.threads import own_torch_threads
 from ftray.task_spec import CAUSAL, TaskSpec
 
 if TYPE_CHECKING:
@@ -37,18 +38,6 @@ class LoadedAdapter:
             self.forget(model)
 
     __del__ = drop
-
-
-def own_torch_threads(count: int) -> None:
-    """Let torch use `count` threads for what the calling thread computes.
-
-    OpenMP keeps a pool for each calling thread. Where all pools together have more threads than there are processors,
-    they sleep between two products instead of spinning: only the thread that answers gets more than one.
-    """
-    import torch
-
-    torch.set_num_threads(count)
-    torch.get_num_threads()  # makes it this thread's: until then, a value that another thread sets would hold
 
 
 def give_memory_back() -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from ftray.errors import UserError
-from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
+from ftray.runtime.threads import own_torch_threads
+from ftray.serving.base_replica import BaseReplica, LoadedAdapter
 from ftray.serving.errors import APIError, invalid, model_error
 from ftray.task_spec import TaskSpec
 

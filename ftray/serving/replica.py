@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.errors import UserError
+from ftray.runtime.threads import own_torch_threads
 from ftray.serving.admission import Admission
-from ftray.serving.base_replica import BaseReplica, LoadedAdapter, own_torch_threads
+from ftray.serving.base_replica import BaseReplica, LoadedAdapter
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import (
     GenerationRequest,

@@ -6,10 +6,11 @@ so one backward pass gives each its own gradient. See PLoRA (arXiv 2508.02932) a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
-from typing import Literal, TypeVar
+from itertools import accumulate, chain, islice, pairwise
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -27,6 +28,7 @@ from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
+from ftray.runtime.threads import one_torch_thread, own_torch_threads
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks.objective import PREFIXES, Objective, text_sums
 from ftray.training.adalora import orthogonality
@@ -36,6 +38,7 @@ Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
 KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
 SUPERVISED = Objective()
+REPLICAS = 2  # on a CPU; more would wait for Python's lock
 Counts = tuple[float, ...]  # of a step: targets, then what the objective counts
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
@@ -50,6 +53,7 @@ class PackedAdapter:
         step: optimiser steps made.
         isolation_reason: why its rows can't share a batch and go through its own model; None: they share the batch.
         objective: what it minimises.
+        shares_generator: whether some of its layers draw from the generator that all threads share.
     """
 
     model: PeftModel
@@ -60,6 +64,22 @@ class PackedAdapter:
     step: int
     isolation_reason: str | None
     objective: Objective
+    shares_generator: bool = False
+
+
+@dataclass
+class Replica:
+    """One of several copies of the shared model's structure, over the same weights: a pass of each runs in its thread.
+
+    Attributes:
+        segments, layout: of the current row; of layouts there is one.
+        head: what makes logits of last hidden states, see :func:`ftray.multi_adapter.output_head.output_head`.
+    """
+
+    model: PreTrainedModel
+    segments: AdapterSegments
+    layout: list[attention.Layout]
+    head: Any = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +131,12 @@ class Pack:
         self.sharded = is_sharded(base)
         self.adapters: dict[str, PackedAdapter] = {}
         self._sum = sum_over_ranks
-        self._segments = AdapterSegments()
-        self._layout: list[attention.Layout] = []  # one, of the current row
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
         self.padded = self.shares_prefixes = False
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
-            self.shared = self._shared_model()
+            self.replicas = [self._replica()]
             self.isolation_reason = f"{self.task.spec.name} pads its records"
             kind, reason = self.task.passes(self.base)
             together = {
@@ -127,14 +145,30 @@ class Pack:
                 "none": "; each has its own pass",
             }
             self.verdict = self.isolation_reason + (f"{together[kind]}: {reason}" if reason else "")
+        each = max(1, torch.get_num_threads() // len(self.replicas))
+        self._threads = ThreadPoolExecutor(len(self.replicas), "replica", own_torch_threads, (each,))
 
-    def _shared_model(self, kernel: Callable[..., object] | None = None) -> PreTrainedModel:
-        name = attention.packed_attention(self._layout, kernel) if kernel else None
-        shared = shared_model(self.base, name)
+    @property
+    def shared(self) -> PreTrainedModel:
+        """The model that runs the rows of all adapters, or of the first half of them."""
+        return self.replicas[0].model
+
+    def _replica(self, kernel: Callable[..., object] | None = None) -> Replica:
+        layout: list[attention.Layout] = []
+        shared = shared_model(self.base, attention.packed_attention(layout, kernel) if kernel else None)
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
-        return shared
+        head = output_head(self.base, self._records[0])[0] if self.task.packed else None
+        return Replica(shared, AdapterSegments(), layout, head)
+
+    def _further(self) -> int:
+        """How many more replicas there are. Threads that have a pass each do not wait for each other, as those of one
+        product do; but what is quantised or checkpointed keeps a state, or sets the random numbers of all.
+        """
+        keeps = getattr(self.base, "is_quantized", False) or self.base.is_gradient_checkpointing
+        alone = self.base.device.type != "cpu" or self.sharded or keeps
+        return 0 if alone else min(REPLICAS, torch.get_num_threads()) - 1
 
     def _settle(self, longest: int | None) -> str | None:
         """Decide how records share a pass, in one row or padded; returns why neither gives the results of each alone.
@@ -147,9 +181,10 @@ class Pack:
         kernels = fused_attention.choose_kernels(self.base, longest)
         for kernel in (*kernels, None):
             self.padded, self.shares_prefixes = kernel is None, kernel is attention.attention
-            self.shared = self._shared_model(kernel)
+            self.replicas = [self._replica(kernel)]
             reason = head or self._agreed(self._obstacle)
             if not reason:
+                self.replicas += [self._replica(kernel) for _ in range(self._further())]
                 how = KERNELS.get(kernel, "") if kernel else ""
                 self.verdict = f"records are {'padded: ' + reasons[-1] if self.padded else 'packed in one row' + how}"
                 return None
@@ -158,8 +193,7 @@ class Pack:
         return f"{type(self.base).__name__}: {reasons[-1]}"
 
     def _head_obstacle(self) -> str | None:
-        self.head, reason = output_head(self.base.eval(), self._records[0])
-        return reason
+        return output_head(self.base.eval(), self._records[0])[1]
 
     def _agreed(self, find: Callable[[], str | None]) -> str | None:
         """The obstacle that `find` returns, or the exception that it raises, on any rank; None: there is none."""
@@ -184,7 +218,8 @@ class Pack:
             return reason
         (gradient,) = torch.autograd.grad(self._probe_loss(logits), embeddings[0])
         flat = gradient.flatten(0, 1)
-        flat = flat if self._segments.unpad_index is None else flat[self._segments.unpad_index]
+        index = self.replicas[0].segments.unpad_index
+        flat = flat if index is None else flat[index]
         return probe.wrong_logits(logits, self._alone, allowed) or probe.wrong_gradients(
             flat.split([len(ids) for ids in self._records]), wanted, allowed
         )
@@ -194,8 +229,9 @@ class Pack:
         lengths = [len(ids) for ids in records]
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         segments = [("", 0, lengths[0]), (owner, lengths[0], sum(lengths))]
-        hidden = self._hidden(torch.cat(list(records))[None], positions, segments)
-        return list(self.head(hidden).split(lengths))
+        replica = self.replicas[0]
+        hidden = self._hidden(torch.cat(list(records))[None], positions, segments, replica)
+        return list(replica.head(hidden).split(lengths))
 
     def _probe_loss(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([probe.token_loss(*pair) for pair in zip(logits, self._records, strict=True)]).sum()
@@ -231,8 +267,10 @@ class Pack:
             except PackingUnsupported as error:
                 isolation_reason = str(error)
         for path, layer in layers.items():
-            SharedLinear.at(self.shared, path, self._segments).join(name, layer, rng)
-        parts = model.eval(), update, rng, layers, trainable(model), step, isolation_reason, objective
+            for replica in self.replicas:
+                SharedLinear.at(replica.model, path, replica.segments).join(name, layer, rng)
+        others = any(update_of(layer.eval(), rng, 0) is None for layer in layers.values())
+        parts = model.eval(), update, rng, layers, trainable(model), step, isolation_reason, objective, others
         self.adapters[name] = PackedAdapter(*parts)
         if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
@@ -286,7 +324,8 @@ class Pack:
         adapter = self.adapters.pop(name)
         adapter.rng.end()
         for path in adapter.layers:
-            self.shared.get_submodule(path).leave(name)
+            for replica in self.replicas:
+                replica.model.get_submodule(path).leave(name)
         return adapter.model
 
     def step(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, StepResult]:
@@ -307,17 +346,18 @@ class Pack:
         names = list(batches)
         tokens, counts = self._counted(batches)
         losses, gradients, exhausted = self._all_gradients(batches, counts)
-        local = []
-        for name in names:
-            square = get_total_norm(gradients[name]).double().square().item()
-            local += [losses[name], square, float(name in exhausted)]
-        results = {}
-        for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
-            failure = _step_failure(self.adapters[name].step + 1, loss, square, bool(ran_out))
-            failure = failure or self._update(self.adapters[name], gradients.pop(name))
-            if failure:
-                self.remove(name)
-            results[name] = StepResult(loss, int(counts[name][0]), tokens[name], failure)
+        with one_torch_thread() if len(self.replicas) > 1 else nullcontext():
+            local = []
+            for name in names:
+                square = get_total_norm(gradients[name]).double().square().item()
+                local += [losses[name], square, float(name in exhausted)]
+            results = {}
+            for name, loss, square, ran_out in zip(names, *_columns(self._sum(local), 3), strict=True):
+                failure = _step_failure(self.adapters[name].step + 1, loss, square, bool(ran_out))
+                failure = failure or self._update(self.adapters[name], gradients.pop(name))
+                if failure:
+                    self.remove(name)
+                results[name] = StepResult(loss, int(counts[name][0]), tokens[name], failure)
         return results
 
     def _counted(self, batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, int], dict[str, Counts]]:
@@ -393,8 +433,9 @@ class Pack:
             RuntimeError: a pass of several adapters ran out of memory; see :func:`out_of_memory`.
         """
         exhausted: set[str] = set()
-        if not self.shared.training:
-            train_mode(self.shared)
+        for replica in self.replicas:
+            if not replica.model.training:
+                train_mode(replica.model)
         losses, gradients = dict.fromkeys(batches, 0.0), {}
         for name in batches:
             if not self.adapters[name].model.training:
@@ -404,27 +445,63 @@ class Pack:
             for name, micro_batch, _ in units:
                 rng = self.adapters[name].rng
                 rng.step, rng.micro_batch = self.adapters[name].step, micro_batch
-            parameters = {name: self.adapters[name].parameters for name, *_ in units}
-            every = [p for own in parameters.values() for p in own]
             try:
-                with self.one_pass():
-                    parts = self._losses(units, counts)
-                    # gradients are averaged over ranks: undo it, so that the mean is over all targets
-                    means = [
-                        loss * (self.world_size / max(1, counts[n][0]))
-                        for loss, (n, *_) in zip(parts, units, strict=True)
-                    ]
-                    flat = iter(torch.autograd.grad(torch.stack(means).sum(), every, allow_unused=True))
+                found = self._side_by_side(units, lambda part, replica: self._pass_gradients(part, counts, replica))
             except RuntimeError as error:
                 if len(units) > 1 or not out_of_memory(error):
                     raise
                 exhausted.add(units[0][0])
                 continue
-            for (name, own), part in zip(parameters.items(), parts, strict=True):
-                losses[name] += part.item()
-                new = [g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]]
+            for (name, *_), (loss, new) in zip(units, found, strict=True):
+                losses[name] += loss
                 gradients[name] = add(gradients[name], new) if gradients[name] else new
         return losses, gradients, exhausted
+
+    def _pass_gradients(
+        self, units: list[Unit], counts: Mapping[str, Counts], replica: Replica
+    ) -> list[tuple[float, list[torch.Tensor]]]:
+        """The loss of each unit, and the gradient of its part of the adapter's mean loss."""
+        parameters = [self.adapters[name].parameters for name, *_ in units]
+        with self.one_pass():
+            losses = self._losses(units, counts, replica)
+            # gradients are averaged over ranks: undo it, so that the mean is over all targets
+            means = [
+                loss * (self.world_size / max(1, counts[n][0])) for loss, (n, *_) in zip(losses, units, strict=True)
+            ]
+            every = [p for own in parameters for p in own]
+            flat = iter(torch.autograd.grad(torch.stack(means).sum(), every, allow_unused=True))
+        new = [[g if g is not None else torch.zeros_like(p) for p in own for g in [next(flat)]] for own in parameters]
+        return [(loss.item(), own) for loss, own in zip(losses, new, strict=True)]
+
+    def _side_by_side(
+        self, units: list[Unit], function: Callable[[list[Unit], Replica], Sequence[Result]]
+    ) -> list[Result]:
+        """What `function` gives for each of `units`, of one pass: they are shared out over the replicas, evenly.
+
+        Those that draw from the generator that all threads share go to one of them, or, where they are more than its
+        share, all to the first, in this thread.
+        """
+        sizes = [batch["input_ids"].numel() for *_, batch in units]
+        first = [i for i, (name, *_) in enumerate(units) if self.adapters[name].shares_generator]
+        load = sum(sizes[i] for i in first)
+        if len(self.replicas) == 1 or len(units) == 1 or load * len(self.replicas) > sum(sizes):
+            return [*function(units, self.replicas[0])]
+        parts: list[list[int]] = [[*first], *([] for _ in self.replicas[1:])]
+        loads = [load] + [0] * (len(parts) - 1)
+        for i in sorted({*range(len(units))} - {*first}, key=lambda i: -sizes[i]):
+            least = loads.index(min(loads))
+            parts[least].append(i)
+            loads[least] += sizes[i]
+        gradients = torch.is_grad_enabled()
+
+        def attempt(own: list[int], replica: Replica) -> Sequence[Result]:
+            with torch.set_grad_enabled(gradients):  # as any such setting, of a thread alone
+                return function([units[i] for i in own], replica)
+
+        passes = [self._threads.submit(attempt, *pair) for pair in zip(parts, self.replicas, strict=True)]
+        wait(passes)
+        results = [result for each in passes for result in each.result()]
+        return [result for _, result in sorted(zip(chain(*parts), results, strict=True), key=lambda pair: pair[0])]
 
     @torch.no_grad()
     def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:
@@ -454,7 +531,8 @@ class Pack:
 
         Those of which a single unit is too large for the memory are missing.
         """
-        self.shared.eval()
+        for replica in self.replicas:
+            replica.model.eval()
         for name, *_ in units:
             if self.adapters[name].model.training:
                 self.adapters[name].model.eval()
@@ -463,8 +541,7 @@ class Pack:
             found: dict[tuple[str, int], list[float]] = {}
             for part in self._passes(units):
                 try:
-                    with self.one_pass():
-                        values = self._numbers(part, numbers)
+                    values = self._side_by_side(part, lambda own, replica: self._numbers(own, numbers, replica))
                 except RuntimeError as error:
                     if len(part) > 1 or not out_of_memory(error):
                         raise
@@ -512,23 +589,24 @@ class Pack:
             sizes = [max(by_rank[i :: len(units)]) for i in range(len(units))]
         return {(name, micro_batch): int(size) for (name, micro_batch, _), size in zip(units, sizes, strict=True)}
 
-    def _losses(self, units: list[Unit], counts: Mapping[str, Counts]) -> list[torch.Tensor]:
+    def _losses(self, units: list[Unit], counts: Mapping[str, Counts], replica: Replica) -> list[torch.Tensor]:
         """What each unit's objective minimises, summed over its targets."""
         name, _, batch = units[0]
         if self.adapters[name].isolation_reason:  # it has a pass of its own
             adapter, rows = self.adapters[name], self._on_device(batch)
             return [self.task.objective_loss(adapter.model, rows, adapter.objective, counts[name])]
-        each = zip(units, self.token_losses_of(units), strict=True)
+        each = zip(units, self.token_losses_of(units, replica=replica), strict=True)
         return [self.adapters[n].objective.loss(own, batch, counts[n]) for (n, _, batch), own in each]
 
-    def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"]) -> list[list[float]]:
+    def _numbers(self, units: list[Unit], numbers: Literal["sums", "estimates"], replica: Replica) -> list[list[float]]:
         """See :meth:`_without_gradients`; units of one pass."""
         name, _, batch = units[0]
-        if self.adapters[name].isolation_reason:  # it has a pass of its own
-            adapter, rows = self.adapters[name], self._on_device(batch)
-            return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
-        each = zip(units, self.token_losses_of(units), strict=True)
-        return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
+        with self.one_pass():
+            if self.adapters[name].isolation_reason:  # it has a pass of its own
+                adapter, rows = self.adapters[name], self._on_device(batch)
+                return [[*getattr(self.task, numbers)(adapter.model, rows, adapter.objective)]]
+            each = zip(units, self.token_losses_of(units, replica=replica), strict=True)
+            return [[*getattr(self.adapters[n].objective, numbers)(own, batch)] for (n, _, batch), own in each]
 
     @torch.no_grad()
     def reference_losses(
@@ -558,12 +636,16 @@ class Pack:
 
         return self._in_memory(attempt)
 
-    def token_losses_of(self, units: list[Unit], temperatures: Sequence[float] | None = None) -> list[torch.Tensor]:
+    def token_losses_of(
+        self, units: list[Unit], temperatures: Sequence[float] | None = None, replica: Replica | None = None
+    ) -> list[torch.Tensor]:
         """The cross-entropy of each unit's supervised tokens, float64 [S].
 
         Args:
             temperatures: by which the logits of each are divided; None: as the adapters' objectives say.
+            replica: that makes the pass; None: the first.
         """
+        replica = replica or self.replicas[0]
         row = {k: torch.cat([batch[k] for *_, batch in units], 1) for k in ("input_ids", "position_ids", "labels")}
         targets = row["labels"][0, 1:]  # a record's first label is -100: no target reaches across records
         positions = (targets != IGNORE).nonzero().squeeze(1)
@@ -584,10 +666,10 @@ class Pack:
             positions = prefixes.source[positions]
             sizes = [int(kept.sum()) for kept in prefixes.kept.split(sizes)]
         segments = [(n, *span) for (n, *_), span in zip(units, pairwise(accumulate(sizes, initial=0)), strict=True)]
-        hidden = self._hidden(row["input_ids"], row["position_ids"], segments, prefixes)
-        with whole(*(self.head.parts if isinstance(self.head, OutputHead) else [self.head])):
+        hidden = self._hidden(row["input_ids"], row["position_ids"], segments, replica, prefixes)
+        with whole(*(replica.head.parts if isinstance(replica.head, OutputHead) else [replica.head])):
             states = hidden[positions.to(hidden.device)]
-            losses = HeadLoss.apply(states, self.head, own.to(hidden.device), shares, cooled)
+            losses = HeadLoss.apply(states, replica.head, own.to(hidden.device), shares, cooled)
         return list(losses.double().split(counts))
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -598,6 +680,7 @@ class Pack:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         segments: list[tuple[str, int, int]],
+        replica: Replica,
         prefixes: attention.SharedPrefixes | None = None,
     ) -> torch.Tensor:
         """The inputs of the head [T, hidden size] for a packed row [1, T], with the segment of each adapter.
@@ -606,18 +689,18 @@ class Pack:
         """
         ids, positions = input_ids.to(self.base.device), position_ids.to(self.base.device)
         if not self.padded:
-            self._segments.set(segments)
-            self._layout[:] = [attention.layout(position_ids, self.base.device, prefixes)]
+            replica.segments.set(segments)
+            replica.layout[:] = [attention.layout(position_ids, self.base.device, prefixes)]
             if prefixes is not None:
                 ids, positions = ids[:, prefixes.kept], positions[:, prefixes.kept]
-            out = probe.body(self.shared)(input_ids=ids, position_ids=positions, use_cache=False)
+            out = probe.body(replica.model)(input_ids=ids, position_ids=positions, use_cache=False)
             hidden: torch.Tensor = out.last_hidden_state[0]
             return hidden
         mask = padding_mask(positions)
-        self._segments.set(segments, mask)
+        replica.segments.set(segments, mask)
         inputs = {"input_ids": padded(ids, mask, 0), "attention_mask": mask}
-        states = probe.body(self.shared)(**inputs, use_cache=False).last_hidden_state
-        rows: torch.Tensor = states.flatten(0, 1).index_select(0, self._segments.unpad_index)
+        states = probe.body(replica.model)(**inputs, use_cache=False).last_hidden_state
+        rows: torch.Tensor = states.flatten(0, 1).index_select(0, replica.segments.unpad_index)
         return rows
 
 
