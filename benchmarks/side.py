@@ -73,6 +73,7 @@ class Side:
     def _answer(self) -> Any:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
+            self.process.wait()  # it says why
             raise SystemExit(f"{self.name} failed")
         return json.loads(line)
 
