@@ -4,7 +4,7 @@ LOWEST ?= .venv-lowest
 PROCESSES ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models docs fuzz lint
+.PHONY: demo test test-all test-lowest bench models docs fuzz lint
 
 # One file a process at a time, in the order of tests/conftest.py.
 PYTEST := python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -31,6 +31,10 @@ test-lowest:
 	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
 		--editable ".[serve,test,docs]"
 	$(LOWEST)/bin/$(PYTEST)
+
+# The table of all claims of speed with their bars, from quick runs: 20 minutes on two quiet cores.
+bench: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks
 
 # docs/models.md for the installed transformers; families in build/models.jsonl are not tried again.
 models: $(VENV)/.installed

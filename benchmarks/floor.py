@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from benchmarks.measure import compare
-from benchmarks.pack import TOKENS, arguments, load, packed
+from benchmarks.pack import TOKENS, arguments, load
+from benchmarks.pack import ours as ours
+from benchmarks.side import Timed
 
 
 def products(base: Any, tokens: int, supervised: int) -> Any:
@@ -34,14 +36,18 @@ def products(base: Any, tokens: int, supervised: int) -> Any:
     return run
 
 
+def peer(trials: int, size: str, dtype: str) -> Timed:
+    """The products for the tokens of a step."""
+    tokens = trials * TOKENS
+    return Timed(products(load(size, dtype), tokens, tokens // 2))
+
+
 def main() -> None:
     args = arguments("floor", __doc__)
-    base = load(args.size, args.dtype)
-    pack, batches = packed(base, args.trials)
     tokens = args.trials * TOKENS
-    print(f"{args.trials} adapters, {tokens} tokens, base {base.dtype}; the peer is the base's matrix products alone")
-    floor = products(base, tokens, tokens // 2)
-    compare("floor", lambda: pack.step(batches), floor, tokens, "tokens/s", 3 if args.quick else 7)
+    print(f"{args.trials} adapters, {tokens} tokens; the peer is the base's matrix products alone")
+    given = {"trials": args.trials, "size": args.size, "dtype": args.dtype}
+    compare("floor", given, tokens, "tokens/s", 3 if args.quick else 7, args.busy, alike=True)
 
 
 if __name__ == "__main__":

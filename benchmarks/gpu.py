@@ -33,8 +33,9 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.measure import machine, seconds, versions
+from benchmarks.measure import beside, busy, machine, parser, versions
 from benchmarks.pack import TARGETS, adapter, record, step_alone
+from benchmarks.side import seconds
 from ftray.multi_adapter.shared_model import trainable
 from ftray.task_spec import CAUSAL
 from ftray.training.pack import Pack
@@ -281,19 +282,26 @@ def profile(size: str, trials: int, length: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="where the figures go as JSON, after each part")
-    parser.add_argument("--minutes", type=float, default=6.0, help="no part starts later than this")
-    parser.add_argument("--tokens", type=int, default=64, help="of a trial in a step")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, any machine")
-    args = parser.parse_args()
+    made = parser("gpu", __doc__)
+    made.add_argument("--output", type=Path, help="where the figures go as JSON, after each part")
+    made.add_argument("--minutes", type=float, default=6.0, help="no part starts later than this")
+    made.add_argument("--tokens", type=int, default=64, help="of a trial in a step")
+    made.add_argument("--smoke", action="store_true", help="tiny models, any machine")
+    args = made.parse_args()
+    with busy(args.busy):
+        return measure(args)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """All parts; 1 if one failed."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     run, length = Run(args.minutes), args.tokens
     small, size, runs, many = ("tiny", "tiny", 2, 4) if args.smoke else ("tiny", "1b", 5, 32)
-    print(f"{run.figures['machine']}, {run.figures['versions']}", flush=True)
+    run.figures["busy"] = args.busy
+    print(f"{run.figures['machine']}{beside(args.busy)}, {run.figures['versions']}", flush=True)
 
-    def part(name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        run.part(name, measure)
+    def part(name: str, figures: Callable[[], dict[str, Any]]) -> None:
+        run.part(name, figures)
         if args.output:
             aside = args.output.with_name(f".{args.output.name}")
             aside.write_text(json.dumps(run.figures, indent=1) + "\n")

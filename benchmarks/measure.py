@@ -1,20 +1,35 @@
-"""What the benchmarks share: interleaved runs, medians, and the line that a machine reads."""
+"""What the benchmarks share: a flag, busy processes, sides in turns, and the line that a machine reads."""
 
+import argparse
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
+from benchmarks.side import Side
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "deepspeed")
+# it ends with the benchmark, however that ends: a process whose parent is gone has another one
+SPINNER = """
+import os, sys
+os.setpriority(os.PRIO_PROCESS, 0, 0)
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(100_000):
+        pass
+"""
 
 
 def machine() -> str:
     """The accelerator, or the processor and its cores."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -34,54 +49,106 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall-clock of one call, work on the GPU included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Of the benchmark `name`, which measures speed; `description`: its docstring."""
+    return add_busy(argparse.ArgumentParser(prog=f"benchmarks.{name}", description=description.partition("\n")[0]))
 
 
-Pair = tuple[Callable[[], object], Callable[[], object]]
+def add_busy(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--busy`, which every benchmark of speed takes; returns the parser."""
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="measure beside N processes that spin")
+    return parser
+
+
+@contextmanager
+def busy(number: int) -> Iterator[None]:
+    """`number` processes of niceness 0 that do nothing but spin, until the block ends, in whatever way.
+
+    Raises:
+        SystemExit: one of them did not start, or has ended before the block: what was measured is not what it says.
+    """
+    command = [sys.executable, "-I", "-S", "-c", SPINNER, str(os.getpid())]
+    with ExitStack() as running:
+        spinners = []
+        for _ in range(number):
+            spinners.append(running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)))
+            running.callback(spinners[-1].kill)
+        for spinner in spinners:
+            if not spinner.stdout.readline():  # type: ignore[union-attr]  # it is a pipe
+                raise SystemExit("a busy process did not start")
+        yield
+        if any(spinner.poll() is not None for spinner in spinners):
+            raise SystemExit("a busy process has ended before the measurement")
+
+
+def beside(number: int) -> str:
+    """Words for so many busy processes."""
+    return f" beside {number} busy process{'es' * (number != 1)}" if number else ""
 
 
 def compare(
     name: str,
-    ours: Callable[[], object],
-    peer: Callable[[], object],
+    given: dict[str, Any],
     work: float,
     unit: str,
     n: int,
-    around: dict[str, Pair] | None = None,
-    also: Callable[[], dict[str, object]] = dict,
-) -> None:
-    """Run both once to warm up, then `n` times in turns; print medians of `work` a second and their ratio.
+    spinning: int = 0,
+    alike: bool = False,
+    also: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run both sides once to warm up, then `n` times in turns; print medians of `work` a second and their ratio.
+
+    The sides are what `ours` and `peer` of the module `benchmarks.NAME` make of `given`, each in a process of its own:
+    :mod:`benchmarks.side`.
 
     Args:
-        around: what comes before and after each run of `ours` and `peer`, and is not timed.
-        also: gives further entries of the last line.
+        given: keyword arguments of both, as JSON knows them.
+        spinning: so many busy processes run beside both.
+        alike: the peer, too, has the environment that ftray's processes have.
+        also: further entries of the last line.
+
+    Returns:
+        What the sides have found; it stands in the last line, too, as `ours_...` and `peer_...`.
     """
-    print(f"{name} on {machine()} with {versions()}", flush=True)
-    taken: dict[str, list[float]] = {"ours": [], "peer": []}
-    for turn in range(n + 1):
-        for side, run in (("ours", ours), ("peer", peer)):
-            before, after = (around or {}).get(side, (lambda: None, lambda: None))
-            before()
-            taken[side].append(seconds(run))
-            after()
-        print(
-            f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn else ' (warm-up)'}",
-            flush=True,
-        )
+    print(f"{name}{beside(spinning)} on {machine()} with {versions()}", flush=True)
+    with ExitStack() as running:
+        sides = {
+            side: running.enter_context(Side(f"benchmarks.{name}", side, given, as_ftray=alike or side == "ours"))
+            for side in ("ours", "peer")
+        }
+        for side in sides.values():
+            side.ready()
+        taken: dict[str, list[float]] = {side: [] for side in sides}
+        with busy(spinning):
+            for turn in range(n + 1):
+                for side, process in sides.items():
+                    taken[side].append(process.run())
+                print(
+                    f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn else ' (warm-up)'}",
+                    flush=True,
+                )
+        found = {side: process.found() for side, process in sides.items()}
+    more = {f"{side}_{key}": value for side, own in found.items() for key, value in own.items()}
     a, b = (work / statistics.median(taken[side][1:]) for side in ("ours", "peer"))
-    show(name, a, b, a / b, unit, also())
+    show(name, a, b, a / b, unit, (also or {}) | more, spinning)
+    return found["ours"], found["peer"]
 
 
-def show(name: str, ours: float, peer: float, ratio: float, unit: str, also: dict[str, object]) -> None:
-    """Both figures and how many times better ours is; then the same as one line of JSON, the last of all."""
-    print(f"ours {ours:.4g} {unit}, peer {peer:.4g} {unit}, ratio {ratio:.2f}")
-    line = {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "machine": machine(), **also}
-    print(json.dumps(line))
+def show(
+    name: str,
+    ours: float,
+    peer: float | None,
+    ratio: float | None,
+    unit: str,
+    also: dict[str, Any],
+    spinning: int = 0,
+) -> None:
+    """Both figures and how many times better ours is; then the same as one line of JSON, the last of all.
+
+    Args:
+        peer: None, and `ratio` too: there is nothing to compare with.
+    """
+    against = "" if peer is None else f", peer {peer:.4g} {unit}, ratio {ratio:.2f}"
+    print(f"ours {ours:.4g} {unit}{against}{beside(spinning)}")
+    line = {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "machine": machine()}
+    print(json.dumps(line | {"busy": spinning} | also), flush=True)

@@ -7,12 +7,11 @@ Searches of few and of many trials, with few and with many steps a trial, each a
 trial costs besides: its process, adapter, optimiser, data stream, validation (of 6 records), checkpoint and report.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 
-from benchmarks.measure import machine, show, versions
+from benchmarks.measure import beside, busy, machine, parser, show, versions
 from benchmarks.search import prepare, run
 
 RECORDS = 60
@@ -21,25 +20,36 @@ STEPS = (2, 6)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one set of searches a side instead of three")
-    args = parser.parse_args()
-    print(f"overhead on {machine()} with {versions()}", flush=True)
-    found: dict[str, list[float]] = {"ours": [], "peer": []}
+    made = parser("overhead", __doc__)
+    made.add_argument("--ours", action="store_true", help="without the usual script")
+    made.add_argument("--quick", action="store_true", help="one set of searches a side instead of three")
+    args = made.parse_args()
+    print(f"overhead{beside(args.busy)} on {machine()} with {versions()}", flush=True)
+    found: dict[str, list[float]] = {side: [] for side in ("ours", "peer") if side == "ours" or not args.ours}
     with tempfile.TemporaryDirectory() as cache:
         prepare(cache, RECORDS)
-        for turn in range(1 if args.quick else 3):
-            for side, (few, many) in TRIALS.items():
-                (short, long), taken = STEPS, {}
-                for n, s in ((few, short), (many, short), (many, long)):
-                    taken[n, s] = run(side, n, s, None, cache, f"{cache}/{side}-{turn}-{n}-{s}")["seconds"]
-                a_step = (taken[many, long] - taken[many, short]) / (many * (long - short))
-                found[side].append((taken[many, short] - taken[few, short]) / (many - few) - short * a_step)
-                listed = ", ".join(f"{n} x {s} steps {t:.0f} s" for (n, s), t in taken.items())
-                print(f"  {side}: {listed}; {found[side][-1]:.2f} s a trial", flush=True)
-    ours, peer = (statistics.median(found[side]) for side in ("ours", "peer"))
-    show("overhead", ours, peer, peer / ours, "s/trial", {})
+        with busy(args.busy):
+            for turn in range(1 if args.quick else 3):
+                for side, costs in found.items():
+                    costs.append(of_a_trial(side, turn, cache))
+    ours, *peers = (statistics.median(costs) for costs in found.values())
+    peer = peers[0] if peers else None
+    show("overhead", ours, peer, peer and peer / ours, "s/trial", {}, args.busy)
     return 0
+
+
+def of_a_trial(side: str, turn: int, cache: str) -> float:
+    """Seconds, from three searches."""
+    few, many = TRIALS[side]
+    short, long = STEPS
+    taken = {
+        (n, s): run(side, n, s, turn, None, cache)["seconds"] for n, s in ((few, short), (many, short), (many, long))
+    }
+    a_step = (taken[many, long] - taken[many, short]) / (many * (long - short))
+    cost = (taken[many, short] - taken[few, short]) / (many - few) - short * a_step
+    listed = ", ".join(f"{n} x {s} steps {t:.0f} s" for (n, s), t in taken.items())
+    print(f"  {side}: {listed}; {cost:.2f} s a trial", flush=True)
+    return cost
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import compare
+from benchmarks.measure import compare, parser
+from benchmarks.side import Timed
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.task_spec import CAUSAL
 from ftray.training.optimizer import TorchOptimizer
@@ -85,12 +86,12 @@ def step_alone(model: Any, optimizer: TorchOptimizer, batch: dict[str, torch.Ten
 
 def arguments(name: str, description: str) -> argparse.Namespace:
     """What the command line says of a pack."""
-    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=description.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=8, metavar="K")
-    parser.add_argument("--size", choices=["135m", "1b"], default="135m")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
-    return parser.parse_args()
+    made = parser(name, description)
+    made.add_argument("--trials", type=int, default=8, metavar="K")
+    made.add_argument("--size", choices=["135m", "1b"], default="135m")
+    made.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    made.add_argument("--quick", action="store_true", help="three runs of each instead of seven")
+    return made.parse_args()
 
 
 def packed(base: Any, trials: int) -> tuple[Pack, dict[str, list[dict[str, torch.Tensor]]]]:
@@ -102,19 +103,29 @@ def packed(base: Any, trials: int) -> tuple[Pack, dict[str, list[dict[str, torch
     return pack, batches
 
 
-def main() -> None:
-    args = arguments("pack", __doc__)
-    base = load(args.size, args.dtype)
-    print(f"{args.trials} adapters of ranks {RANKS} on all linear layers, {TOKENS} tokens each, base {base.dtype}")
-    alone = [adapter(base, index) for index in range(args.trials)]
-    pack, batches = packed(base, args.trials)
+def ours(trials: int, size: str, dtype: str) -> Timed:
+    """A step of the pack."""
+    pack, batches = packed(load(size, dtype), trials)
+    return Timed(lambda: pack.step(batches))
+
+
+def peer(trials: int, size: str, dtype: str) -> Timed:
+    """A step of each adapter by itself."""
+    base = load(size, dtype)
+    alone = [(adapter(base, index), record(index, base.device)) for index in range(trials)]
 
     def one_after_another() -> None:
-        for own, (batch,) in zip(alone, batches.values(), strict=True):
+        for own, batch in alone:
             step_alone(*own, batch, 0)
 
-    steps = args.trials * TOKENS
-    compare("pack", lambda: pack.step(batches), one_after_another, steps, "tokens/s", 3 if args.quick else 7)
+    return Timed(one_after_another)
+
+
+def main() -> None:
+    args = arguments("pack", __doc__)
+    print(f"{args.trials} adapters of ranks {RANKS} on all linear layers, {TOKENS} tokens each")
+    given = {"trials": args.trials, "size": args.size, "dtype": args.dtype}
+    compare("pack", given, args.trials * TOKENS, "tokens/s", 3 if args.quick else 7, args.busy)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import optuna
 import pyarrow.parquet as pq
 
 from benchmarks.curves import BATCH, CONFIGURATIONS, REPLAY, SPACE, STEPS, TRAINED_RECORDS, VALIDATION_RECORDS
+from benchmarks.measure import show
 
 VALIDATION_COST = VALIDATION_RECORDS / 3 / (STEPS * BATCH)  # of a full budget
 Event = tuple[float, float]  # budgets spent so far, final loss of a trial that has ended its budget
@@ -254,6 +255,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="data set", help=f"of {', '.join(TRAINED_RECORDS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=200)
     args = parser.parse_args()
+    medians: dict[tuple[str, bool], list[float]] = {}
     for name in args.names or TRAINED_RECORDS:
         file = REPLAY / f"{name}.parquet"
         made = pq.read_metadata(file).num_rows if file.exists() else 0
@@ -270,8 +272,15 @@ def main() -> int:
                 ]
                 quartiles = np.percentile(spent, [25, 50, 75])
                 words = "with priors" if prior else "without    "
-                low, median, high = quartiles
+                low, median, high = map(float, quartiles)
+                medians.setdefault((policy, prior), []).append(median)
                 print(f"  {policy:10} {words}  {median:6.2f} full budgets (quartiles {low:.2f}, {high:.2f})")
+    if not medians:
+        return 1
+    worst = {key: max(values) for key, values in medians.items()}
+    ours, peer = worst["halving", True], worst["random", False]
+    print("the worst of the sets, halving with priors and random without:")
+    show("policy", ours, peer, peer / ours, "full budgets", {"paired": worst["paired", True]})
     return 0
 
 

@@ -9,16 +9,16 @@ adapters and trainers are not timed. Ours begins with what the base says of all 
 base in each step, with the adapter switched off.
 """
 
-import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import compare
+from benchmarks.measure import compare, parser
+from benchmarks.side import Timed
 
 RANKS = (4, 8, 16, 32)
 BETAS = (0.1, 0.3)
@@ -30,55 +30,69 @@ RECORDS = Path(__file__).parents[1] / "examples" / "preferences.py"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.preference", description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=8, metavar="K")
-    parser.add_argument("--steps", type=int, default=3, help=f"of each trial, {BATCH} pairs each")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="one run of each instead of two")
-    args = parser.parse_args()
-    import datasets
-    import torch
-    import transformers
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    made = parser("preference", __doc__)
+    made.add_argument("--trials", type=int, default=8, metavar="K")
+    made.add_argument("--steps", type=int, default=3, help=f"of each trial, {BATCH} pairs each")
+    made.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    made.add_argument("--quick", action="store_true", help="one run of each instead of two")
+    args = made.parse_args()
+    print(f"{args.trials} trials of {args.steps} steps of {BATCH} pairs, LoRA of ranks {RANKS} on all linear layers")
+    with tempfile.TemporaryDirectory() as directory:
+        given = {"trials": args.trials, "steps": args.steps, "dtype": args.dtype, "directory": directory}
+        work = args.trials * args.steps * BATCH
+        ours, peer = compare("preference", given, work, "pairs/s", 1 if args.quick else 2, args.busy)
+    apart = max(abs(a / b - 1) for a, b in zip(ours["losses"], peer["losses"], strict=True))
+    if apart > NOISE:
+        print(f"the training losses differ by {apart:.1%}: not the same runs", file=sys.stderr)
+        return 1
+    return 0
 
-    from benchmarks import usual
-    from ftray.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
+
+def settings(trial: int) -> tuple[int, float]:
+    """Rank and beta of a trial."""
+    return RANKS[trial % len(RANKS)], BETAS[trial % len(BETAS)]
+
+
+def tokenized(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that ftray makes of pairs."""
+    from ftray.config import DataConfig
+    from ftray.models.find import find
+    from ftray.models.load import load_tokenizer
+    from ftray.task_spec import TaskSpec
+
+    task = TaskSpec.named("DPO").load()
+    examples = [task.parse(pair, "pairs.jsonl") for pair in pairs]
+    return [vars(row) for row in task.tokenize(examples, load_tokenizer(find("smollm2-135m")), DataConfig()) if row]
+
+
+def ours(trials: int, steps: int, dtype: str, directory: str) -> Timed:
+    """A pack; the weights from which its adapters start go into `directory`."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    from ftray.config import AdapterConfig, ModelConfig, TrainingConfig
     from ftray.data.shards import REFERENCE
     from ftray.models.find import find
-    from ftray.models.load import choose_dtype, load_tokenizer
-    from ftray.multi_adapter.shared_model import share
     from ftray.search.reference import log_probabilities
     from ftray.task_spec import TaskSpec
     from ftray.training.pack_trainer import PackTrainer
     from ftray.training.run_spec import RunSpec
 
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    path, model, spec = find("smollm2-135m"), ModelConfig(dtype=args.dtype), TaskSpec.named("DPO")
-    tokenizer, task = load_tokenizer(path), spec.load()
-    pairs = records(args.steps * BATCH)
-    examples = [task.parse(pair, "pairs.jsonl") for pair in pairs]
-    rows = [vars(row) for row in task.tokenize(examples, tokenizer, DataConfig()) if row]
-    pack, base = PackTrainer(model, path, task=spec), usual.load(path, choose_dtype(model))
-    names = [str(i) for i in range(args.trials)]
-    ranks, betas = ([values[i % len(values)] for i in range(args.trials)] for values in (RANKS, BETAS))
-    print(
-        f"{args.trials} trials of {args.steps} steps of {BATCH} pairs, {sum(len(row['input_ids']) for row in rows)} "
-        f"tokens, LoRA of ranks {RANKS} on all linear layers, base {base.dtype}"
-    )
-    starts: dict[str, dict[str, torch.Tensor]] = {}
-    losses: dict[str, list[float]] = {"ours": [], "peer": []}
-    peers: list[Any] = []
+    path, model, spec = find("smollm2-135m"), ModelConfig(dtype=dtype), TaskSpec.named("DPO")
+    task, rows, pack = spec.load(), tokenized(records(steps * BATCH)), PackTrainer(model, path, task=spec)
+    names = [str(trial) for trial in range(trials)]
+    losses: list[float] = []
 
-    def start_ours() -> None:
-        for name, rank, beta in zip(names, ranks, betas, strict=True):
+    def start() -> None:
+        for name in names:
+            rank, beta = settings(int(name))
             adapter = AdapterConfig(method="lora", rank=rank, alpha=16, dropout=0.0, target_modules=TARGETS)
-            settings = TrainingConfig(batch_size=BATCH, learning_rate=RATE, beta=beta)
-            pack.join(name, RunSpec(model, path, adapter, settings, args.steps, task=spec))
+            training = TrainingConfig(batch_size=BATCH, learning_rate=RATE, beta=beta)
+            pack.join(name, RunSpec(model, path, adapter, training, steps, task=spec))
             own = get_peft_model_state_dict(pack.pack.adapters[name].model)
-            starts[name] = {key: value.clone() for key, value in own.items()}
+            save_file({key: value.contiguous() for key, value in own.items()}, f"{directory}/{name}.safetensors")
 
-    def ours() -> None:
+    def train() -> None:
         known = log_probabilities(pack.pack, rows)
         compared = [row | {REFERENCE: own} for row, own in zip(rows, known, strict=True)]
         batches = [
@@ -87,42 +101,51 @@ def main() -> int:
         ]
         for name in names:
             pack.trials[name].batches = iter(batches)
-        for _ in range(args.steps):
+        for _ in range(steps):
             pack.step(names)
 
-    def end_ours() -> None:
-        losses["ours"] = [sum(pack.trials[name].history.losses) / args.steps for name in names]
+    def end() -> None:
+        losses[:] = [sum(pack.trials[name].history.losses) / steps for name in names]
         for name in names:
             pack.leave(name)
 
-    def start_peer() -> None:
-        peers.clear()
-        launched = os.environ.pop("LOCAL_RANK")  # set for DeepSpeed; Accelerate would synchronise with no other process
-        for name, rank, beta in zip(names, ranks, betas, strict=True):
-            peers.append(trainer(share(base), rank, beta, pairs, tokenizer))
-            set_peft_model_state_dict(peers[-1].model, starts[name])
-        os.environ["LOCAL_RANK"] = launched
-        for row, own in zip(rows, peers[0].train_dataset, strict=True):
+    return Timed(train, start, end, lambda: {"losses": losses})
+
+
+def peer(trials: int, steps: int, dtype: str, directory: str) -> Timed:
+    """Trainers of TRL, whose adapters start from the weights that ours have left in `directory`."""
+    import datasets
+    import transformers
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from benchmarks import usual
+    from ftray.config import ModelConfig
+    from ftray.models.find import find
+    from ftray.models.load import choose_dtype, load_tokenizer
+    from ftray.multi_adapter.shared_model import share
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    path = find("smollm2-135m")
+    base, tokenizer = usual.load(path, choose_dtype(ModelConfig(dtype=dtype))), load_tokenizer(path)
+    pairs = records(steps * BATCH)
+    rows = tokenized(pairs)
+    trainers: list[Any] = []
+    losses: list[float] = []
+
+    def start() -> None:
+        trainers.clear()
+        for trial in range(trials):
+            trainers.append(trainer(share(base), *settings(trial), pairs, tokenizer))
+            set_peft_model_state_dict(trainers[-1].model, load_file(f"{directory}/{trial}.safetensors"))
+        for row, own in zip(rows, trainers[0].train_dataset, strict=True):
             assert row["input_ids"] == own["prompt_ids"] + own["chosen_ids"] + own["prompt_ids"] + own["rejected_ids"]
 
-    def peer() -> None:
-        losses["peer"] = [own.train().training_loss for own in peers]
+    def train() -> None:
+        losses[:] = [own.train().training_loss for own in trainers]
 
-    compare(
-        "preference",
-        ours,
-        peer,
-        args.trials * args.steps * BATCH,
-        "pairs/s",
-        1 if args.quick else 2,
-        around={"ours": (start_ours, end_ours), "peer": (start_peer, lambda: None)},
-        also=lambda: {f"{side}_loss": sum(own) / len(own) for side, own in losses.items()},
-    )
-    apart = max(abs(a / b - 1) for a, b in zip(losses["ours"], losses["peer"], strict=True))
-    if apart > NOISE:
-        print(f"the training losses differ by {apart:.1%}: not the same runs", file=sys.stderr)
-        return 1
-    return 0
+    return Timed(train, start, found=lambda: {"losses": losses})
 
 
 def records(number: int) -> list[dict[str, Any]]:

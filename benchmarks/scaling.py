@@ -7,7 +7,6 @@ process; `loop` is the real search: Ray Tune, its trials' processes, the broker 
 `store` puts that journal into a real S3 server on loopback. `plan` is the order of a billion records.
 """
 
-import argparse
 import contextlib
 import json
 import logging
@@ -23,25 +22,25 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import machine, versions
+from benchmarks.measure import beside, busy, machine, parser, versions
 
 BUDGET = 9000  # records of a trial that nothing stops
 RUNGS = (1000, 3000, 9000)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=2000, help="of the sampler alone")
-    parser.add_argument("--loop", type=int, default=200, help="trials of the search under Ray; 0: none")
-    parser.add_argument("--quick", action="store_true", help="200 and 20 trials")
-    args = parser.parse_args()
+    made = parser("scaling", __doc__)
+    made.add_argument("--trials", type=int, default=2000, help="of the sampler alone")
+    made.add_argument("--loop", type=int, default=200, help="trials of the search under Ray; 0: none")
+    made.add_argument("--quick", action="store_true", help="200 and 20 trials")
+    args = made.parse_args()
     trials, loop = (200, 20) if args.quick else (args.trials, args.loop)
-    print(f"scaling on {machine()} with {versions()}", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
+    print(f"scaling{beside(args.busy)} on {machine()} with {versions()}", flush=True)
+    with tempfile.TemporaryDirectory() as directory, busy(args.busy):
         results = {"sampler": sampler(trials, Path(directory)), "plan": plan(10**6)}
         if loop:
             results["loop"] = searched(loop, Path(directory) / "search")
-    print(json.dumps({"name": "scaling", "machine": machine(), **results}))
+    print(json.dumps({"name": "scaling", "machine": machine(), "busy": args.busy, **results}))
     return 0
 
 
@@ -160,7 +159,9 @@ def plan(row_groups: int) -> dict[str, float]:
 def searched(trials: int, output: Path) -> dict[str, float]:
     """The real search: seconds a trial takes it, from a report's making to Tune's hearing it, the driver's memory."""
     from ftray.runtime.cluster import connect, quiet
+    from ftray.runtime.threads import wait_briefly
 
+    wait_briefly()
     quiet()
     from ray import tune
 

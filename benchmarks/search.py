@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, show, versions
+from benchmarks.measure import beside, busy, machine, parser, show, versions
 
 SPACE = {
     "method": "lora",
@@ -46,26 +46,28 @@ DATA = {"source": "cmudict", "limit": 500, "seed": 1}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__.partition("\n")[0])
-    parser.add_argument("--to-loss", action="store_true", help="time to the usual script's median best held-out loss")
-    parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="a trial's budget, of 8 records each (default: 48; quick: 4)")
-    parser.add_argument("--quick", action="store_true", help="a twelfth of the budget")
-    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, default=3, help="of each side")
-    parser.add_argument("--goal", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    made = parser("search", __doc__)
+    made.add_argument("--to-loss", action="store_true", help="time to the usual script's median best held-out loss")
+    made.add_argument("--trials", type=int, default=16)
+    made.add_argument("--steps", type=int, help="a trial's budget, of 8 records each (default: 48; quick: 4)")
+    made.add_argument("--quick", action="store_true", help="a twelfth of the budget")
+    made.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    made.add_argument("--runs", type=int, default=3, help="of each side")
+    made.add_argument("--goal", type=float, help=argparse.SUPPRESS)
+    made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    made.add_argument("--output", help=argparse.SUPPRESS)
+    made.add_argument("--cache", help=argparse.SUPPRESS)
+    args = made.parse_args()
     args.steps = args.steps or (4 if args.quick else 48)
     if args.side:
         (run_ours if args.side == "ours" else run_peer)(args)
         return 0
-    print(f"{args.trials} trials of {args.steps} steps of 8 records on {machine()} with {versions()}", flush=True)
+    what = f"{args.trials} trials of {args.steps} steps of 8 records{beside(args.busy)}"
+    print(f"{what} on {machine()} with {versions()}", flush=True)
     with tempfile.TemporaryDirectory() as cache:
         prepare(cache, DATA["limit"])
-        return to_loss(args, cache) if args.to_loss else equal_budgets(args, cache)
+        with busy(args.busy):
+            return to_loss(args, cache) if args.to_loss else equal_budgets(args, cache)
 
 
 def equal_budgets(args: argparse.Namespace, cache: str) -> int:
@@ -73,25 +75,26 @@ def equal_budgets(args: argparse.Namespace, cache: str) -> int:
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for turn in range(args.runs):
         for side in ("peer", "ours"):
-            found[side].append(run(side, args, turn, None, cache))
+            found[side].append(run(side, args.trials, args.steps, turn, None, cache))
     ours, theirs = (statistics.median(result["seconds"] for result in found[side]) for side in ("ours", "peer"))
-    show("search", ours, theirs, theirs / ours, "s", best_losses(found))
+    show("search", ours, theirs, theirs / ours, "s", best_losses(found), args.busy)
     return 0
 
 
 def to_loss(args: argparse.Namespace, cache: str) -> int:
     """The usual script's runs, then ours to the median of their best losses; 1: one of ours did not get there."""
-    peers = [run("peer", args, turn, None, cache) for turn in range(args.runs)]
+    peers = [run("peer", args.trials, args.steps, turn, None, cache) for turn in range(args.runs)]
     goal = statistics.median(result["best"] for result in peers)
-    ours = [run("ours", args, turn, goal, cache) for turn in range(args.runs)]
+    ours = [run("ours", args.trials, args.steps, turn, goal, cache) for turn in range(args.runs)]
     for result in ours:
         if result["best"] > goal:
             after = first_at(result, result["best"])
             print(f"{goal:.4f} was not reached; {result['best']:.4f} was, after {after:.1f} s", file=sys.stderr)
             return 1
     mine, theirs = (statistics.median(first_at(result, goal) for result in side) for side in (ours, peers))
-    more = {"goal": goal, "of_peers_reached": sum(result["best"] <= goal for result in peers)}
-    show("search-to-loss", mine, theirs, theirs / mine, "s", more | best_losses({"ours": ours, "peer": peers}))
+    more: dict[str, Any] = {"goal": goal, "of_peers_reached": sum(result["best"] <= goal for result in peers)}
+    more |= best_losses({"ours": ours, "peer": peers})
+    show("search-to-loss", mine, theirs, theirs / mine, "s", more, args.busy)
     return 0
 
 
@@ -105,11 +108,11 @@ def first_at(result: dict[str, Any], loss: float) -> float:
     return next((at for at, value in result["curve"] if value <= loss), result["seconds"])
 
 
-def run(side: str, args: argparse.Namespace, turn: int, goal: float | None, cache: str) -> dict[str, Any]:
+def run(side: str, trials: int, steps: int, seed: int, goal: float | None, cache: str) -> dict[str, Any]:
     """One process of one side; `seconds` of it all, `best` loss, and `curve` of (seconds since its start, loss)."""
-    output = f"{cache}/{side}-{turn}"
-    command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(args.trials)]
-    command += ["--steps", str(args.steps), "--cache", cache, "--output", output, "--seed", str(turn)]
+    output = f"{cache}/{side}-{trials}x{steps}-{seed}"
+    command = [sys.executable, "-m", "benchmarks.search", "--side", side, "--trials", str(trials)]
+    command += ["--steps", str(steps), "--cache", cache, "--output", output, "--seed", str(seed)]
     command += [] if goal is None else ["--goal", repr(goal)]
     started = time.time()
     with open(f"{output}.log", "w") as log:
@@ -152,7 +155,9 @@ def run_ours(args: argparse.Namespace) -> None:
     import yaml
 
     from ftray.runtime.cluster import quiet
+    from ftray.runtime.threads import wait_briefly
 
+    wait_briefly()
     quiet()
 
     from ftray.config import Config

@@ -5,7 +5,8 @@
 The peer is what one writes by hand: FastAPI, one PEFT model that holds all adapters, `set_adapter` and
 `transformers.generate` with a streamer for each request in turn. Both answer the same prompts with the same number of
 tokens, in turns, streamed, greedy, in the precision that ftray picks here. Also shown: the 95th percentile of the time
-to the first text, and the resident memory of ftray's replica with four adapters over that with one.
+to the first text, the seconds from command to health, and the resident memory of ftray's replica with four adapters
+over that with one.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import httpx
 import psutil
 import torch
 
-from benchmarks.measure import machine, show, versions
+from benchmarks.measure import beside, busy, machine, parser, show, versions
 
 MODEL = "smollm2-135m"
 RANKS = (4, 8, 16, 32)
@@ -187,19 +188,21 @@ def free_port() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one turn instead of three, shorter answers")
-    parser.add_argument("--peer", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    made = parser("serve", __doc__)
+    made.add_argument("--quick", action="store_true", help="one turn instead of three, shorter answers")
+    made.add_argument("--peer", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
+    args = made.parse_args()
     if args.peer:
         peer(args.peer[0], int(args.peer[1]))
         return
     turns, tokens = (1, 32) if args.quick else (3, 48)
-    print(f"serve on {machine()} with {versions()}", flush=True)
+    print(f"serve{beside(args.busy)} on {machine()} with {versions()}", flush=True)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as running:
         names, ports = make_adapters(Path(directory)), (free_port(), free_port())
         given = [f"--adapter={name}={directory}/{name}" for name in names]
+        began = time.perf_counter()
         server = start(running, ["ftray.serve", "--model", MODEL, "--port", str(ports[0]), *given], ports[0])
+        ready = time.perf_counter() - began
         start(running, ["benchmarks.serve", "--peer", directory, str(ports[1])], ports[1])
         Load().ask(ports[0], names[:1], 8)
         memory = replica_memory(server)
@@ -207,13 +210,16 @@ def main() -> None:
         grown = replica_memory(server) / memory
         asyncio.run(_warm(ports[1], names))
         ours, usual = Load(), Load()
+        running.enter_context(busy(args.busy))
         for turn in range(turns):
             for load, port in zip((ours, usual), ports, strict=True):
                 load.ask(port, names, tokens, turn)
             print(f"  ours {ours.speed:.1f} tokens/s, peer {usual.speed:.1f} tokens/s so far", flush=True)
-    also = {"p95_first_ours": ours.first, "p95_first_peer": usual.first, "memory_4_over_1": grown}
+    firsts = {"p95_first_ours": ours.first, "p95_first_peer": usual.first}
+    also = firsts | {"memory_4_over_1": grown, "ready_seconds": ready}
     print(f"first text, p95: ours {ours.first:.1f} s, peer {usual.first:.1f} s; memory with 4 adapters {grown:.2f}x")
-    show("serve", ours.speed, usual.speed, ours.speed / usual.speed, "output tokens/s", also)
+    print(f"ours was ready after {ready:.1f} s")
+    show("serve", ours.speed, usual.speed, ours.speed / usual.speed, "output tokens/s", also, args.busy)
 
 
 async def _warm(port: int, names: list[str]) -> None:

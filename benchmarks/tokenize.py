@@ -26,7 +26,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.measure import machine, show, versions
+from benchmarks.measure import beside, busy, machine, parser, show, versions
 
 MODEL = "smollm2-135m"
 MAX_LENGTH = 4096  # tokens: no record is cut
@@ -40,16 +40,16 @@ TEMPLATE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.tokenize", description=__doc__.partition("\n")[0])
-    parser.add_argument("--gb", type=float, default=2.0, help="size of the JSONL file (default: 2)")
-    parser.add_argument("--runs", type=int, default=1, help="of each side, in turns (default: 1)")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--root", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    made = parser("tokenize", __doc__)
+    made.add_argument("--gb", type=float, default=2.0, help="size of the JSONL file (default: 2)")
+    made.add_argument("--runs", type=int, default=1, help="of each side, in turns (default: 1)")
+    made.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    made.add_argument("--root", help=argparse.SUPPRESS)
+    args = made.parse_args()
     if args.side:
         SIDES[args.side](Path(args.root))
         return 0
-    print(f"tokenize on {machine()} with {versions()}", flush=True)
+    print(f"tokenize{beside(args.busy)} on {machine()} with {versions()}", flush=True)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as directory:
@@ -57,8 +57,8 @@ def main() -> int:
         records = write_conversations(root / "records.jsonl", int(args.gb * 1e9))
         (root / "template.jinja").write_text(TEMPLATE)
         print(f"{records} conversations, {(root / 'records.jsonl').stat().st_size / 1e9:.2f} GB", flush=True)
-        for _ in range(args.runs):
-            for side in SIDES:
+        with busy(args.busy):
+            for side in [*SIDES] * args.runs:
                 taken, cpu, peak = measured(side, root)
                 seconds[side].append(taken)
                 peaks[side].append(peak)
@@ -71,7 +71,7 @@ def main() -> int:
     memory = {f"{side}_peak_gb": max(peaks[side]) / 1e9 for side in SIDES}
     print(f"the same {found['ours'][0]} tokens; peak memory ours {memory['ours_peak_gb']:.2f} GB, ", end="")
     print(f"peer {memory['peer_peak_gb']:.2f} GB")
-    show("tokenize", ours, peer, ours / peer, "rows/s", {"gb": args.gb, **memory})
+    show("tokenize", ours, peer, ours / peer, "rows/s", {"gb": args.gb, **memory}, args.busy)
     return 0
 
 
@@ -109,7 +109,9 @@ def ours(root: Path) -> None:
     from ftray.data import prepare
     from ftray.models.find import find
     from ftray.runtime.cluster import connect, quiet
+    from ftray.runtime.threads import wait_briefly
 
+    wait_briefly()
     quiet()
     connect(Config(), dashboard=False)
     cfg = DataConfig(
