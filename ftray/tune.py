@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Metric, Settings, StrPath, command, config_of
@@ -196,11 +197,14 @@ def drive(
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
+    from ftray.runtime.cluster import gpus_per_worker
     from ftray.search.driver import search
+    from ftray.training.run_spec import check_workers
 
-    started = time.monotonic()
-    context, callbacks = prepare_search(cfg, space, model_path, tokenizer, output)
-    with search(context, space, output, callbacks) as hardware:
+    started, gpus = time.monotonic(), gpus_per_worker(cfg)
+    check_workers(cfg.training, cfg.scaling.workers, gpus)
+    prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus)
+    with search(cfg, space, output, gpus, prepare) as (context, hardware):
         return conclude(context, hardware, tokenizer, output, started)
 
 
@@ -290,7 +294,7 @@ def conclude(
 
 
 def prepare_search(
-    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location
+    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location, gpus: float
 ) -> "tuple[SearchContext, list[Callback]]":
     """Tokenize the data; returns what all trials of the search share, and who hears of their reports."""
     from ftray.data import prepare
@@ -298,7 +302,6 @@ def prepare_search(
     from ftray.evaluation.user_metric import reward, user_metrics
     from ftray.models.load import load_skeleton
     from ftray.reports.data import describe, padding_share
-    from ftray.runtime.cluster import gpus_per_worker
     from ftray.search.driver_notes import DriverNotes
     from ftray.search.metrics import Metrics
     from ftray.search.progress import Progress
@@ -309,10 +312,7 @@ def prepare_search(
     from ftray.search.starting_point import begin, find_start, labels_of
     from ftray.search.trackers import trackers
     from ftray.search.trial_worker import SearchContext
-    from ftray.training.run_spec import check_workers
 
-    gpus = gpus_per_worker(cfg)
-    check_workers(cfg.training, cfg.scaling.workers, gpus)
     start_at = find_start(cfg)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(start_at))
     model_path, start = begin(cfg, start_at, model_path, output)

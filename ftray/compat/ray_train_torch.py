@@ -5,12 +5,14 @@ from typing import Any
 from ray.train.torch import TorchTrainer
 
 
-class SoloTrainer(TorchTrainer):
-    """A `TorchTrainer` without Ray's own helper that gives its placement group back if it is stopped from outside.
+# what hands out `datasets`, of which we give none; and what gives the placement group back if the trainer is stopped
+# from outside, and needs the dashboard to notice that it was
+UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
-    That is one more process a trainer, needs the dashboard to notice that a trainer is gone, and has no switch.
-    """
+
+class SoloTrainer(TorchTrainer):
+    """A `TorchTrainer` without what is a process more each and has no switch."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        return [c for c in callbacks if type(c).__name__ not in UNUSED]

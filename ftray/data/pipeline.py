@@ -131,6 +131,11 @@ def prepare(
     return TokenizedData.load(str(target))
 
 
+def read_here(cfg: DataConfig) -> bool:
+    """Whether :func:`prepare` reads all sources in this process, without tasks of Ray."""
+    return all(map(_is_small, find_sources(cfg).values()))
+
+
 def fingerprint_of(
     cfg: DataConfig, sources: Sources, tokenizer: AnyTokenizer, task: str, labels: tuple[str, ...] = ()
 ) -> str:
@@ -255,8 +260,7 @@ def _in_tasks(
     function: Callable[..., pa.Table], rows: list[dict[str, Any]], fixed: dict[str, Any], source: Source
 ) -> Iterator[dict[str, Any]]:
     """What `function` makes of each row, in their order: in tasks of Ray, or of a small source in this process."""
-    sizes = [chunk.bytes for chunk in source.chunks]
-    if None not in sizes and sum(size or 0 for size in sizes) <= LOCAL_BYTES:
+    if _is_small(source):
         for row in rows:
             yield from function(pa.Table.from_pylist([row]), **fixed).to_pylist()
         return
@@ -268,6 +272,11 @@ def _in_tasks(
     done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
     for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from table.to_pylist()
+
+
+def _is_small(source: Source) -> bool:
+    sizes = [chunk.bytes for chunk in source.chunks]
+    return None not in sizes and sum(size or 0 for size in sizes) <= LOCAL_BYTES
 
 
 def _read_chunk(rows: pa.Table, cfg: DataConfig, source: str, task: TaskSpec, work: str, bins: int) -> pa.Table:

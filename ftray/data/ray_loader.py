@@ -1,6 +1,6 @@
-"""The order of :mod:`ftray.data.row_groups` through Ray Data: each training worker streams its own rows."""
+"""The order of :mod:`ftray.data.row_groups` in a training worker: read by Ray Data, or itself where there is little."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import asdict
 from itertools import islice, tee
@@ -8,56 +8,21 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-import ray.train
 
+from ftray.data.loader import batches, batches_in_order
 from ftray.data.row_groups import RowGroupSlice, read_slice, row_group_order, row_groups_in_order
 from ftray.data.shards import ROW_GROUP_ROWS, TokenizedData
 
 READ_CPUS = 0  # the training workers hold the CPUs, and reading a row group takes hardly any
 READERS = 2  # tasks at once; by default Ray would start a process for each block
 ROW_GROUPS_PER_TASK = 64
-
-
-class RankedShards(ray.train.DataConfig):
-    """Gives each worker a stream of its own rows, instead of whichever blocks are ready first.
-
-    Ray's own split hands out blocks as they become ready, so that a global batch would depend on timing.
-    """
-
-    def __init__(self, data: TokenizedData, seed: int):
-        super().__init__()
-        self.data, self.seed = data, seed
-        self.columns = list(data.task.load().columns)  # looked up here, so that reading tasks need not import the task
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, *args: object, **kwargs: object
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """One iterator per worker and split; `datasets` hold the slices to read."""
-        return [
-            {name: self.stream(name, dataset, rank, world_size).iterator() for name, dataset in datasets.items()}
-            for rank in range(world_size)
-        ]
-
-    def stream(self, split: str, row_groups: ray.data.Dataset, rank: int, world_size: int) -> ray.data.Dataset:
-        """The rows of `split` that belong to `rank`; `row_groups` lists the slices to read, in order."""
-        fixed = {"split": split, "seed": self.seed, "rank": rank, "world_size": world_size}
-        stream = row_groups.map_batches(
-            _read,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"data": self.data, "columns": self.columns, **fixed},
-            num_cpus=READ_CPUS,
-            concurrency=READERS,
-            zero_copy_batch=True,
-        )
-        stream.context.execution_options.preserve_order = True
-        return stream
+FEW_ROW_GROUPS = 4  # of a split that the worker reads itself: tasks take seconds to start, these a fraction of one
 
 
 def training_batches(
     data: TokenizedData, seed: int, first: int, last: int, rows: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Any]]:
-    """A rank's micro-batches of `rows` rows each, streamed by Ray Data.
+    """A rank's micro-batches of `rows` rows each.
 
     Args:
         seed: of the data order.
@@ -66,9 +31,53 @@ def training_batches(
     """
     if first >= last:
         return iter(())  # a run at its end starts no stream
-    stream = RankedShards(data, seed).stream("train", training_row_groups(data, seed, first, last), rank, world_size)
-    collate = data.task.load().collate
-    return iter(stream.iterator().iter_torch_batches(batch_size=rows, collate_fn=collate, prefetch_batches=2))
+    if _few(data, "train"):
+        return batches(data, seed, first, rows, rank, world_size, last)
+    return iter(_streamed(data, "train", row_group_order(data, seed, first, last), seed, rows, rank, world_size))
+
+
+def validation_batches(data: TokenizedData, limit: int, rows: int, rank: int, world_size: int) -> Iterable[Any]:
+    """A rank's micro-batches of the first `limit` validation rows, `rows` rows each; to be gone through once."""
+    if _few(data, "validation"):
+        return batches_in_order(data, "validation", rows, rank, world_size, limit)
+    return _streamed(data, "validation", row_groups_in_order(data, "validation", limit), 0, rows, rank, world_size)
+
+
+def _few(data: TokenizedData, split: str) -> bool:
+    return len(data.splits[split].row_groups) <= FEW_ROW_GROUPS
+
+
+def _streamed(
+    data: TokenizedData,
+    split: str,
+    slices: Iterator[RowGroupSlice],
+    seed: int,
+    rows: int,
+    rank: int,
+    world_size: int,
+) -> Iterable[Any]:
+    """The batches of a rank from these slices, which tasks of Ray Data read beside the worker.
+
+    Each worker has a stream of its own: Ray's own split hands out blocks as they become ready, so that a global batch
+    would depend on timing.
+    """
+    task, listed = data.task.load(), [asdict(part) for part in slices]
+    row_groups = ray.data.from_items(listed, override_num_blocks=max(1, -(-len(listed) // ROW_GROUPS_PER_TASK)))
+    fixed = {"data": data, "split": split, "seed": seed, "rank": rank, "world_size": world_size}
+    stream = row_groups.map_batches(
+        _read,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={**fixed, "columns": list(task.columns)},  # looked up here: reading tasks need not import the task
+        num_cpus=READ_CPUS,
+        concurrency=READERS,
+        zero_copy_batch=True,
+    )
+    stream.context.execution_options.preserve_order = True
+    found: Iterable[Any] = stream.iterator().iter_torch_batches(
+        batch_size=rows, collate_fn=task.collate, prefetch_batches=2
+    )
+    return found
 
 
 class SharedBatches:
@@ -100,21 +109,6 @@ class SharedBatches:
         for batch in batches:
             self.reached += self._rows
             yield batch
-
-
-def training_row_groups(data: TokenizedData, seed: int, first: int, last: int) -> ray.data.Dataset:
-    """The slices to read for the training rows at positions `first` to `last` (exclusive)."""
-    return _dataset(row_group_order(data, seed, first, last))
-
-
-def validation_row_groups(data: TokenizedData, limit: int) -> ray.data.Dataset:
-    """The slices to read for the first `limit` validation rows, for a trainer's `datasets`."""
-    return _dataset(row_groups_in_order(data, "validation", limit))
-
-
-def _dataset(slices: Iterator[RowGroupSlice]) -> ray.data.Dataset:
-    rows = [asdict(part) for part in slices]
-    return ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROW_GROUPS_PER_TASK)))
 
 
 def _read(

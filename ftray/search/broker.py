@@ -81,6 +81,7 @@ class TrialBroker:
         closed: why the broker closed; None: it did not.
         kept: the pack whose process runs calls after its trials are over; None: there is none.
         paused: whether no trial may train for the time being.
+        begun: what the packs train, pickled, as this process has none of its modules; None: nobody knows yet.
     """
 
     def __init__(self, total: int) -> None:
@@ -92,6 +93,7 @@ class TrialBroker:
         self.closed: str | None = None
         self.kept: int | None = None
         self.paused = False
+        self.begun: bytes | None = None
         self._call: bytes | None = None  # that nobody has taken yet
         self._running = self._serves = False  # whether the pack that is kept runs a call, and whether it asks for one
         self._returned: bytes | None = None
@@ -162,6 +164,18 @@ class TrialBroker:
             if trial and trial.pack is not None:
                 self.left.setdefault(trial.pack, set()).add(number)
             self._changed.notify_all()
+
+    async def begin(self, search: bytes) -> None:
+        """Give all packs what they train, a pickled :class:`ftray.search.trial_worker.SearchContext`."""
+        async with self._changed:
+            self.begun = search
+            self._changed.notify_all()
+
+    async def search(self) -> bytes | None:
+        """Wait for what the packs train; None: the search is over before it has begun."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.begun or self.closed)
+            return self.begun
 
     async def ready(self, pack: int, capacity: int) -> None:
         """Register a pack that can train `capacity` trials; a pack that was restarted has lost the trials it had."""

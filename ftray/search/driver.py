@@ -17,6 +17,8 @@ from ray.tune.stopper import CombinedStopper
 
 from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
+from ftray.data.pipeline import read_here
+from ftray.data.shards import REFERENCE
 from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
@@ -39,6 +41,7 @@ from ftray.search.trial_runner import run_trial
 from ftray.search.trial_worker import SearchContext, release
 from ftray.search.warm_start import earlier_trials
 from ftray.storage.location import Location
+from ftray.task_spec import TaskSpec
 
 
 class TimeBudget(tune.Stopper):
@@ -100,43 +103,56 @@ class TrialEnd(tune.Callback):
             self.sampler.fail(trial.trial_id, reason)
 
 
+Prepared = tuple[SearchContext, list[tune.Callback]]  # what all trials share; who hears of their reports
+
+
 @contextmanager
 def search(
-    context: SearchContext, space: Space, output: Location, callbacks: list[tune.Callback]
-) -> Iterator[Hardware]:
+    cfg: Config, space: Space, output: Location, gpus_per_worker: float, prepare: Callable[[], Prepared]
+) -> Iterator[tuple[SearchContext, Hardware]]:
     """Run, or resume, the search whose journal is in `output`, until `search.trials` are over; then yield its hardware.
 
     A pack that has all of the hardware stays for what is run there, until the context ends. Ctrl-C and the time budget
     end the search early: the journal then holds what has been reported so far.
+
+    Args:
+        prepare: makes the data; the processes of packs start meanwhile, if it needs none of their hardware.
 
     Raises:
         SearchBroken: what trains the trials is gone.
         KeyboardInterrupt: after checkpoints; see :func:`ftray.runtime.preemption.ending_on_sigterm`.
     """
     output = output.resolve()
-    cfg, experiment = context.config, output / EXPERIMENT
-    past = [t for t in past_trials(output / JOURNAL) if t.state.is_finished() and SEED_OF not in t.user_attrs]
-    if len(past) >= cfg.search.trials and not runs_left(output / JOURNAL, cfg):
-        yield Hardware(context)
+    experiment, journal = output / EXPERIMENT, output / JOURNAL
+    past = [t for t in past_trials(journal) if t.state.is_finished() and SEED_OF not in t.user_attrs]
+    over = len(past) >= cfg.search.trials and not runs_left(journal, cfg)
+    packed = _in_packs(cfg, space)
+    prepared = None if packed and not over and _prepared_here(cfg) else prepare()
+    if over and prepared:
+        yield prepared[0], Hardware(prepared[0])
         return
-    packed = _in_packs(context, space)
-    cpus = cpus_of_pack_worker(context) if packed else cfg.scaling.cpus_per_worker or 1
-    say_if_waiting(cfg.scaling.workers, {"CPU": cpus, "GPU": context.gpus_per_worker})
-    if not packed:
+    cpus = cpus_of_pack_worker(cfg, gpus_per_worker) if packed else cfg.scaling.cpus_per_worker or 1
+    say_if_waiting(cfg.scaling.workers, {"CPU": cpus, "GPU": gpus_per_worker})
+    if not packed and prepared:
+        context, callbacks = prepared
         trainable = tune.with_parameters(run_trial, context=context, experiment=experiment)
         with notice():
             capacity = Capacity(trials_that_fit(context), time.monotonic())
             _tune(trainable, capacity, context, space, output, callbacks, past, None)
-        yield Hardware(context)
+        yield context, Hardware(context)
         return
-    with packs(context, experiment, cfg.search.trials - len(past)) as (broker, capacity):
-        proxies = TrialProxies(broker)
+    with packs(cfg, gpus_per_worker, experiment, cfg.search.trials - len(past)) as group:
+        context, callbacks = prepared or prepare()
+        group.begin(context)
+        if not context.tokenized.task.load().packed:
+            print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
+        proxies = TrialProxies(group.broker)
         with trials_without_actors(proxies.answer):
-            _tune(PackTrial, capacity, context, space, output, [*callbacks, proxies], past, broker)
-        if pack_suffices(context) and _keeps_pack(broker):
-            yield Hardware(context, broker)
+            _tune(PackTrial, group.capacity, context, space, output, [*callbacks, proxies], past, group.broker)
+        if pack_suffices(context) and _keeps_pack(group.broker):
+            yield context, Hardware(context, group.broker)
             return
-    yield Hardware(context)
+    yield context, Hardware(context)
 
 
 def _keeps_pack(broker: ActorHandle) -> bool:
@@ -148,16 +164,18 @@ def _keeps_pack(broker: ActorHandle) -> bool:
     return kept
 
 
-def _in_packs(context: SearchContext, space: Space) -> bool:
+def _prepared_here(cfg: Config) -> bool:
+    """Whether this process alone makes the data: tasks would wait for what the packs hold."""
+    computed = REFERENCE in TaskSpec.named(cfg.task).load().columns
+    return not computed and cfg.start.adapter is None and read_here(cfg.data)
+
+
+def _in_packs(cfg: Config, space: Space) -> bool:
     """Whether trials train in packs; prints the reason where they don't although a user may expect it."""
-    cfg = context.config
-    if not trains_in_packs(cfg, space):
-        if cfg.search.pack != "off":
-            print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
-        return False
-    if not context.tokenized.task.load().packed:
-        print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)
-    return True
+    packed = trains_in_packs(cfg, space)
+    if not packed and cfg.search.pack != "off":
+        print("one trainer a trial: ZeRO 3 shards the base model over its workers", flush=True)
+    return packed
 
 
 def _tune(

@@ -140,8 +140,8 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
     grown = [b - a for a, b in zip([0, *records], records, strict=False)]
     further = further_runs_of(cfg, compared)
     seen = sum(n * more for n, more in zip(trials, grown, strict=True)) + further * records[-1]
-    workers, at_once = cfg.scaling.workers, probe.trials * (packs_that_fit(context) if shared else 1)
-    groups = packs_that_fit(context) if shared else trials_that_fit(context)
+    groups = packs_that_fit(cfg, context.gpus_per_worker) if shared else trials_that_fit(context)
+    workers, at_once = cfg.scaling.workers, probe.trials * (groups if shared else 1)
     if context.reward:  # and there are several to a prompt
         length = round(probe.tokens / (probe.trials * cfg.training.batch_size))
     steps = seen * length / probe.tokens * probe.step
@@ -377,9 +377,9 @@ def resident_bytes(cfg: Config, skeleton: PreTrainedModel) -> float:
 
 def probe_pack(context: SearchContext, corner: Corner) -> Probe:
     """Time a step and a validation of as many trials of `corner` as a pack would take, in the workers of a pack."""
+    config, gpus = {"context": context, "corner": corner}, context.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="ftray-plan-") as scratch:
-        config = {"context": context, "corner": corner}
-        result = pack_trainer(context, _probe_worker, config, "plan", LocalLocation(scratch)).fit()
+        result = pack_trainer(context.config, gpus, _probe_worker, config, "plan", LocalLocation(scratch)).fit()
     return Probe(**result.return_value)
 
 
@@ -391,7 +391,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     task = context.tokenized.task
     trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
     trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer)
-    worker = PackWorker(PackContext(context, None, 0, LocalLocation()), trainer)
+    worker = PackWorker(PackContext(None, 0, LocalLocation(), context), trainer)
     names = [str(n) for n in range(worker.measured_capacity())]
     for name in names:
         trainer.join(name, run)

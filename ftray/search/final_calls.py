@@ -85,12 +85,11 @@ def pack_suffices(context: "SearchContext") -> bool:
     """Whether the worker of a pack has what a process of its own would get."""
     from ftray.search.packs import cpus_of_pack_worker, packs_that_fit  # here: packs need this module
 
-    if context.config.scaling.workers > 1 or packs_that_fit(context) > 1:
+    cfg, gpus = context.config, context.gpus_per_worker
+    if cfg.scaling.workers > 1 or packs_that_fit(cfg, gpus) > 1:
         return False
-    needed = hardware(context.config)
-    if needed["GPU"]:
-        return context.gpus_per_worker >= needed["GPU"]
-    return cpus_of_pack_worker(context) >= needed["CPU"]
+    needed = hardware(cfg)
+    return gpus >= needed["GPU"] if needed["GPU"] else cpus_of_pack_worker(cfg, gpus) >= needed["CPU"]
 
 
 class FinalCalls:

@@ -10,10 +10,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray import train
+from ray import cloudpickle
 from ray.actor import ActorHandle
 
-from ftray.data.ray_loader import SharedBatches, training_batches
+from ftray.data.ray_loader import SharedBatches, training_batches, validation_batches
 from ftray.data.shards import ROW_GROUP_ROWS
 from ftray.evaluation.user_metric import UserMetricError
 from ftray.runtime.preemption import preempted
@@ -44,20 +44,29 @@ TOKEN_BYTES = 24  # of a token in a batch: id, label and position, int64
 
 
 @dataclass(frozen=True)
-class PackContext:
+class PackPlace:
     """What a pack's workers are started with.
 
     Attributes:
-        search: what all trials of the search share.
         broker: handle of the :class:`ftray.search.broker.TrialBroker`.
         index: of the pack, from 0.
         experiment: directory of the trials.
     """
 
-    search: SearchContext
     broker: ActorHandle
     index: int
     experiment: Location
+
+
+@dataclass(frozen=True)
+class PackContext(PackPlace):
+    """What a pack's workers know once the search has begun.
+
+    Attributes:
+        search: what all trials of the search share.
+    """
+
+    search: SearchContext
 
 
 def most_trials(search: SearchContext) -> int:
@@ -79,9 +88,13 @@ def most_trials(search: SearchContext) -> int:
 
 def pack_worker(config: dict[str, Any]) -> bool:
     """Run one worker of a pack until the search is over (returns true) or its node is about to end (false)."""
-    from ftray.training.pack_trainer import PackTrainer  # here, as the driver doesn't need torch
+    from ftray.training.pack_trainer import PackTrainer  # takes seconds, in which the driver may still tokenize
 
-    context: PackContext = config["context"]
+    place: PackPlace = config["place"]
+    begun: bytes | None = ray.get(place.broker.search.remote())
+    if begun is None:
+        return True
+    context = PackContext(place.broker, place.index, place.experiment, cloudpickle.loads(begun))
     settings = context.search.config
     task = context.search.tokenized.task
     trainer = PackTrainer(settings.model, context.search.model_path, settings.training, task, settings.data.longest)
@@ -124,7 +137,6 @@ class PackWorker:
     def __init__(self, context: PackContext, trainer: "PackTrainer"):
         self.context, self.trainer = context, trainer
         self.data = context.search.tokenized
-        self.collate = self.data.task.load().collate
         self.streams: dict[tuple[int, int, int], list[SharedBatches]] = {}  # by seed, micro-batch size, last position
         self.compared = context.search.rungs()
         self.unsaved: set[str] = set()  # trials that are due to report, until they have their checkpoint
@@ -327,11 +339,9 @@ class PackWorker:
         if self.held is not None:
             return self.held
         training = self.context.search.config.training
-        rows = VALIDATION_ROWS * micro_batch_size(training, self.trainer.world_size)
-        shard = train.get_dataset_shard("validation")
-        batches: Iterable[Batch] = shard.iter_torch_batches(
-            batch_size=rows, collate_fn=self.collate, prefetch_batches=2
-        )
+        rows, rank, ranks = VALIDATION_ROWS, self.trainer.rank, self.trainer.world_size
+        rows *= micro_batch_size(training, ranks)
+        batches: Iterable[Batch] = validation_batches(self.data, training.validation_records, rows, rank, ranks)
         if min(self.data.splits["validation"].records, training.validation_records) > ROW_GROUP_ROWS:
             return batches
         self.held = list(batches)

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray.data.ray_loader import validation_row_groups
+from ftray.config import Config
 from ftray.errors import UserError
 from ftray.runtime.cluster import cpus_each, node_resources, workers_that_fit
 from ftray.search.broker import TrialBroker
 from ftray.search.failures import PROCESS_DIED, SearchBroken, last_line, training_failure
-from ftray.search.pack_worker import PackContext, most_trials, pack_worker
+from ftray.search.pack_worker import PackPlace, most_trials, pack_worker
 from ftray.search.trial_worker import SearchContext, group_trainer
 from ftray.storage.location import Location
 
@@ -44,27 +45,46 @@ class Capacity:
             print(f"packed: {packs} worker group(s), {self.trials} trials at once", flush=True)
 
 
-@contextmanager
-def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[tuple[ActorHandle, Capacity]]:
-    """Start a broker for `trials` and as many packs as fit on the cluster; they load while Tune starts.
+@dataclass
+class Packs:
+    """The packs of a search, as its driver knows them.
 
-    Yields the broker and the capacity of the packs.
+    Attributes:
+        count: how many there are.
+        broker: handle of their :class:`ftray.search.broker.TrialBroker`.
+        capacity: how many trials they take.
+    """
+
+    count: int
+    broker: ActorHandle
+    capacity: Capacity
+
+    def begin(self, search: SearchContext) -> None:
+        """Let them load what they train; until then they import, and wait."""
+        if self.capacity.since is None:
+            self.capacity.trials = min(FIRST_TRIALS, self.count * most_trials(search))
+        self.broker.begin.remote(cloudpickle.dumps(search))
+
+
+@contextmanager
+def packs(cfg: Config, gpus_per_worker: float, experiment: Location, trials: int) -> Iterator[Packs]:
+    """Start a broker for `trials` and as many packs as fit on the cluster, whose workers wait for :meth:`Packs.begin`.
 
     Raises:
         UserError: no pack could start; the message says why.
     """
-    count = packs_that_fit(search)
+    count = packs_that_fit(cfg, gpus_per_worker)
     # on the driver's node: then losing another node doesn't end the search
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     broker = ray.remote(TrialBroker).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(trials)
-    contexts = [PackContext(search, broker, i, experiment) for i in range(count)]
-    runners = [threading.Thread(target=_run_pack, args=(context,), daemon=True) for context in contexts]
-    capacity = Capacity(min(FIRST_TRIALS, count * most_trials(search)))
+    places = [PackPlace(broker, i, experiment) for i in range(count)]
+    runners = [threading.Thread(target=_run_pack, args=(cfg, gpus_per_worker, p), daemon=True) for p in places]
+    capacity = Capacity(FIRST_TRIALS)
     for thread in (*runners, threading.Thread(target=capacity.measure, args=(broker, count), daemon=True)):
         thread.start()
     patience = threading.TIMEOUT_MAX
     try:
-        yield broker, capacity
+        yield Packs(count, broker, capacity)
     except SearchBroken as error:
         patience = 5.0  # seconds: an object store that doesn't answer delays each last write of a pack by a minute
         with suppress(*PROCESS_DIED):
@@ -81,54 +101,56 @@ def packs(search: SearchContext, experiment: Location, trials: int) -> Iterator[
                 runners[index].join(max(0.0, deadline - time.monotonic()))
 
 
-def packs_that_fit(search: SearchContext) -> int:
+def packs_that_fit(cfg: Config, gpus_per_worker: float) -> int:
     """Number of packs: as configured, else as many as the GPUs allow, without GPUs one per `workers` nodes."""
-    if search.config.scaling.packs:
-        return search.config.scaling.packs
+    if cfg.scaling.packs:
+        return cfg.scaling.packs
     nodes = node_resources()
-    gpus = search.gpus_per_worker
-    fit = workers_that_fit(0, gpus, nodes) if gpus else sum("CPU" in node for node in nodes)
-    return max(1, fit // search.config.scaling.workers)
+    fit = workers_that_fit(0, gpus_per_worker, nodes) if gpus_per_worker else sum("CPU" in node for node in nodes)
+    return max(1, fit // cfg.scaling.workers)
 
 
-def cpus_of_pack_worker(search: SearchContext) -> float:
+def cpus_of_pack_worker(cfg: Config, gpus_per_worker: float) -> float:
     """The CPUs of each worker of a pack: as configured, else its share of those that are up."""
-    workers = packs_that_fit(search) * search.config.scaling.workers
-    return search.config.scaling.cpus_per_worker or cpus_each(workers, search.gpus_per_worker)
+    workers = packs_that_fit(cfg, gpus_per_worker) * cfg.scaling.workers
+    return cfg.scaling.cpus_per_worker or cpus_each(workers, gpus_per_worker)
 
 
 def pack_trainer(
-    search: SearchContext, worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], name: str, storage: Location
+    cfg: Config,
+    gpus_per_worker: float,
+    worker: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    name: str,
+    storage: Location,
 ) -> TorchTrainer:
     """A `TorchTrainer` whose workers run `worker(config)`, each with its share of the CPUs."""
-    cpus = cpus_of_pack_worker(search)
-    seed = search.config.training.seed
-    held_out = validation_row_groups(search.tokenized, search.config.training.validation_records)
-    return group_trainer(search, worker, config, cpus, {"validation": held_out}, seed, name, storage)
+    cpus = cpus_of_pack_worker(cfg, gpus_per_worker)
+    return group_trainer(cfg, gpus_per_worker, worker, config, cpus, name, storage)
 
 
-def _run_pack(context: PackContext) -> None:
+def _run_pack(cfg: Config, gpus_per_worker: float, place: PackPlace) -> None:
     """Keep one pack running until the search is over; a pack that can't be kept running closes the broker."""
-    name, restarts = f"pack-{context.index}", context.search.config.search.max_failures
+    name, restarts = f"pack-{place.index}", cfg.search.max_failures
     while True:
-        (context.experiment / name).remove()  # trials keep their own checkpoints
-        trainer = pack_trainer(context.search, pack_worker, {"context": context}, name, context.experiment)
+        (place.experiment / name).remove()  # trials keep their own checkpoints
+        trainer = pack_trainer(cfg, gpus_per_worker, pack_worker, {"place": place}, name, place.experiment)
         try:
             if trainer.fit().return_value:
                 with suppress(*PROCESS_DIED):
-                    ray.get(context.broker.lost.remote(context.index))
+                    ray.get(place.broker.lost.remote(place.index))
                 return
-            print(f"pack {context.index}: its node is about to end; it restarts from checkpoints", flush=True)
+            print(f"pack {place.index}: its node is about to end; it restarts from checkpoints", flush=True)
         except PROCESS_DIED as error:  # Train's controller has died, which Train itself doesn't restart
             if not restarts:
-                _close(context, last_line(error))
+                _close(place, last_line(error))
                 return
             restarts -= 1
         except Exception as error:
-            _close(context, training_failure(error))
+            _close(place, training_failure(error))
             return
 
 
-def _close(context: PackContext, reason: str) -> None:
+def _close(place: PackPlace, reason: str) -> None:
     with suppress(*PROCESS_DIED):  # the broker has died, and the trials know
-        ray.get(context.broker.close.remote(reason))
+        ray.get(place.broker.close.remote(reason))

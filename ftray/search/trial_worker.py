@@ -19,7 +19,7 @@ from ftray.compat.ray import is_removed, placement_groups
 from ftray.compat.ray_train_torch import SoloTrainer
 from ftray.config import AdapterConfig, Config, TrainingConfig
 from ftray.data import TokenizedData
-from ftray.data.ray_loader import RankedShards, training_batches, validation_row_groups
+from ftray.data.ray_loader import training_batches, validation_batches
 from ftray.errors import RunFailed
 from ftray.evaluation.user_metric import UserMetric, UserMetricError
 from ftray.runtime.preemption import HeedSigterm, listening, preempted
@@ -236,48 +236,43 @@ def trainer(
     context: SearchContext, run: RunSpec, name: str, storage: Location, callbacks: list[Any] | None = None
 ) -> TorchTrainer:
     """A `TorchTrainer` for `run`; one of the same name and storage resumes from its last checkpoint."""
-    data, seed = context.tokenized, run.training.seed
-    datasets = {"validation": validation_row_groups(data, run.training.validation_records)}
     cpus = context.config.scaling.cpus_per_worker or 1
     config = {"run": run, "context": context}
-    return group_trainer(context, train_worker, config, cpus, datasets, seed, name, storage, callbacks)
+    return group_trainer(context.config, context.gpus_per_worker, train_worker, config, cpus, name, storage, callbacks)
 
 
 def group_trainer(
-    context: SearchContext,
+    cfg: Config,
+    gpus_per_worker: float,
     worker: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     cpus: float,
-    datasets: dict[str, Any],
-    seed: int,
     name: str,
     storage: Location,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
-    """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`, each with its rows of `datasets`.
+    """A `TorchTrainer` whose `scaling.workers` workers run `worker(config)`.
 
     If it is stopped from outside, :func:`release` gives its placement group back.
     """
-    gathers = context.config.training.zero_stage == 3 or context.config.training.shard_base
+    gathers = cfg.training.zero_stage == 3 or cfg.training.shard_base
     return SoloTrainer(
         worker,
         train_loop_config=config,
-        datasets=datasets,
-        dataset_config=RankedShards(context.tokenized, seed),
-        torch_config=TorchConfig(backend="nccl" if context.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=context.config.scaling.workers,
-            use_gpu=context.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cpus} | ({"GPU": context.gpus_per_worker} if context.gpus_per_worker else {}),
+            num_workers=cfg.scaling.workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus_per_worker} if gpus_per_worker else {}),
         ),
         run_config=train.RunConfig(
             name=name,
             **storage.ray_storage(),
-            failure_config=train.FailureConfig(max_failures=context.config.search.max_failures),
+            failure_config=train.FailureConfig(max_failures=cfg.search.max_failures),
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute=context.config.search.goal.metric,
-                checkpoint_score_order=context.config.search.goal.direction,
+                checkpoint_score_attribute=cfg.search.goal.metric,
+                checkpoint_score_order=cfg.search.goal.direction,
             ),
             callbacks=[*(callbacks or []), HeedSigterm()],
             # over a sharded base freed memory goes back to the system: see ftray.training.engine.return_freed_memory
@@ -312,10 +307,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return training_batches(data, seed, step * batch_size, last, micro_batch, rank, world_size)
 
     def validation() -> Iterable[Batch]:
-        shard = train.get_dataset_shard("validation")
-        collate = run.task.load().collate
-        read: Iterable[Batch] = shard.iter_torch_batches(batch_size=micro_batch, collate_fn=collate, prefetch_batches=2)
-        return read
+        return validation_batches(data, run.training.validation_records, micro_batch, rank, world_size)
 
     make = Zero3Trainer if run.training.zero_stage == 3 else SingleRunTrainer
     trainer = make(run, lambda: list(islice(batches(0), SAMPLES)))
