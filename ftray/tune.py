@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -93,15 +93,20 @@ def _tune(cfg: Config) -> "SearchResult":
 
         run_stages(cfg, check, one, "best/adapter")
         return SearchResult(last_output(cfg))
-    cfg, space, model_path, tokenizer = check(cfg)
-    from ftray.runtime.cluster import check_address, connect, ends_with_ray
+    from ftray.runtime.cluster import connect, ends_with_ray, importing, undone_if_refused
+
+    def begin(cfg: Config) -> None:
+        with importing("peft", "ftray.adapters.compatibility", "ftray.models.load"):  # which the checks then need
+            connect(cfg, dashboard=False)
+
+    with undone_if_refused():
+        cfg, space, model_path, tokenizer = check(cfg, begin)
     from ftray.runtime.preemption import ending_on_sigterm
     from ftray.search.jobs import announce
     from ftray.search.live import OVER, note
     from ftray.search.results import JOURNAL
     from ftray.search.run_manifest import sole_driver, write_definition
 
-    check_address(cfg)
     output = parse_location(cfg.output)
     try:
         with sole_driver(output):
@@ -109,7 +114,6 @@ def _tune(cfg: Config) -> "SearchResult":
             write_definition(cfg, space, output)
             announce(output)
             with shown_live(cfg, output):
-                connect(cfg)
                 with ends_with_ray("tune"), ending_on_sigterm():
                     failure = drive(cfg, space, model_path, tokenizer, output)
                 leave_report(output)
@@ -409,8 +413,13 @@ def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
     return 0
 
 
-def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]:
+def check(
+    cfg: Config, begin: Callable[[Config], None] = lambda cfg: None
+) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]:
     """All that can be found wrong without Ray, weights or a GPU.
+
+    Args:
+        begin: called once nothing is wrong that is found in a moment: the model's classes take seconds to import.
 
     Returns:
         The configuration with the space's own model settings, the space, the model's directory and its tokenizer.
@@ -419,9 +428,11 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
+    from ftray.search.run_manifest import check_output, packable
     from ftray.search.space import load_space
     from ftray.search.starting_point import find_start, kept_space, labels_of, refuse_unfit, starts_at
     from ftray.search.trackers import check_trackers
+    from ftray.search.warm_start import earlier_trials
     from ftray.tasks.infer_task import as_begun, infer_task, refuse_other_settings
 
     space, named = load_space(cfg.search.space), cfg.search.space
@@ -440,19 +451,17 @@ def check(cfg: Config) -> tuple[Config, "Space", str, "PreTrainedTokenizerBase"]
     if start and start.kept:
         space = kept_space(space, start, is_given)
     refuse_unknown_settings(cfg, space)
+    packable(cfg, space)
+    check_output(cfg, space)
+    earlier_trials(cfg, space)
+    begin(cfg)
 
-    # these take seconds to import: a name misspelt has been found by now
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
     from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
-    from ftray.search.run_manifest import check_output, packable
-    from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_workers
 
-    packable(cfg, space)
-    check_output(cfg, space)
-    earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     refuse_unfit(start, cfg, tokenizer)
     task = data.run(tokenizer, cfg.task, labels_of(start))

@@ -4,7 +4,6 @@ from typing import Any
 
 from ray.train.torch import TorchTrainer
 
-
 # what hands out `datasets`, of which we give none; and what gives the placement group back if the trainer is stopped
 # from outside, and needs the dashboard to notice that it was
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")

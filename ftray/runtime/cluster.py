@@ -1,5 +1,6 @@
 """Join a Ray cluster, or start one on this machine, without its log noise."""
 
+import importlib
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,37 @@ def connect(cfg: Config, dashboard: bool = True) -> None:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
+
+
+@contextmanager
+def importing(*modules: str) -> Iterator[None]:
+    """Import modules in a thread beside the block: what goes wrong there will again where they are used."""
+
+    def load() -> None:
+        for module in modules:
+            with suppress(Exception):
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def undone_if_refused() -> Iterator[None]:
+    """Leave no Ray behind that the block has begun, or joined, if it raises a UserError."""
+    import ray
+
+    joined = ray.is_initialized()
+    try:
+        yield
+    except UserError:
+        if not joined:
+            ray.shutdown()
+        raise
 
 
 @contextmanager

@@ -31,11 +31,13 @@ class TrialProxies(tune.Callback):
     def answer(self, config: dict[str, Any], method: str, *args: object, **kwargs: object) -> ray.ObjectRef:
         """The result of a method that Tune calls on the actor of the trial of this configuration.
 
+        What Tune adds to the configuration stays here, as it would import Tune where it goes.
+
         A trial that a scheduler pauses waits in its pack: it trains on when its next report is asked for.
         """
         number = config["number"]
         if method == "__ray_ready__":
-            return self.broker.enter.remote(number, config)
+            return self.broker.enter.remote(number, {key: config[key] for key in config if not key.startswith("__")})
         if method == "train":
             return self.broker.next.remote(number, self._heard[number])
         return ray.put(no_checkpoint() if method == "save" else {})
