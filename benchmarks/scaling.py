@@ -177,7 +177,7 @@ def searched(trials: int, output: Path) -> dict[str, float]:
             latencies.append(time.time() - made[result["config"]["number"], result["step"]])
 
     @contextlib.contextmanager
-    def stub(context: Any, experiment: Any, trials: int) -> Iterator[tuple[Any, Capacity]]:
+    def stub(cfg: Any, gpus: float, experiment: Any, trials: int) -> Iterator[SimpleNamespace]:
         """In place of :func:`ftray.search.packs.packs`: the same broker, and a thread that makes reports up."""
         import ray
 
@@ -200,16 +200,17 @@ def searched(trials: int, output: Path) -> dict[str, float]:
 
         thread = threading.Thread(target=train)
         thread.start()
-        yield broker, Capacity(8, time.monotonic())
+        capacity = Capacity(8, time.monotonic())
+        yield SimpleNamespace(broker=broker, capacity=capacity, begin=lambda search: None)
         ray.get(broker.close.remote("over"))
         thread.join()
 
     connect(cfg)
     driver.packs = stub
-    driver.TokenizedData = SimpleNamespace(load=lambda directory: SimpleNamespace(task=_Packed()))
     before, started = memory(), time.monotonic()
-    context = SimpleNamespace(config=cfg, data="", budget=lambda: BUDGET, gpus_per_worker=0.0)
-    with driver.search(context, load_space("methods"), output, [Listener()]):
+    tokenized = SimpleNamespace(task=_Packed())
+    context = SimpleNamespace(config=cfg, tokenized=tokenized, budget=lambda: BUDGET, gpus_per_worker=0.0)
+    with driver.search(cfg, load_space("methods"), output, 0.0, lambda: (context, [Listener()])):
         pass
     seconds = time.monotonic() - started
     row = {

@@ -188,8 +188,9 @@ def run_ours(args: argparse.Namespace) -> None:
     path = find(cfg.model.name)
     connect(cfg)
     space, data = load_space(str(output / "space.yaml")), TokenizedData.load(shards(args.cache))
-    context = SearchContext(cfg, path, data.directory, gpus_per_worker(cfg), paired_training(cfg, space, data))
-    with search(context, space, parse_location(args.output), [listener(heard, args.goal)]):
+    gpus, paired = gpus_per_worker(cfg), paired_training(cfg, space, data)
+    prepared = SearchContext(cfg, path, data.directory, gpus, paired), [listener(heard, args.goal)]
+    with search(cfg, space, parse_location(args.output), gpus, lambda: prepared):
         pass  # no proof: that of the other side is its user's own
     Path(f"{output}.json").write_text(json.dumps(heard))
 

@@ -116,7 +116,6 @@ def _tune(cfg: Config) -> "SearchResult":
             with shown_live(cfg, output):
                 with ends_with_ray("tune"), ending_on_sigterm():
                     failure = drive(cfg, space, model_path, tokenizer, output)
-                leave_report(output)
                 note(output, OVER)
     except (UserError, RunFailed):
         raise
@@ -209,7 +208,10 @@ def drive(
     check_workers(cfg.training, cfg.scaling.workers, gpus)
     prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus)
     with search(cfg, space, output, gpus, prepare) as (context, hardware):
-        return conclude(context, hardware, tokenizer, output, started)
+        failure = conclude(context, hardware, tokenizer, output, started)
+        hardware.end()
+        leave_report(output)
+    return failure
 
 
 def conclude(

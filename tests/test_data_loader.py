@@ -190,21 +190,21 @@ def report_batches():
 
         from ray import train
 
-        from ftray.data.ray_loader import training_batches
-        from ftray.models.next_token import packed_row
+        from ftray.data import ray_loader
 
         def plain(stream):
             return [{k: v.tolist() for k, v in batch.items()} for batch in stream]
 
         rank, workers, rows = train.get_context().get_world_rank(), config["workers"], config["micro_batch"]
         last = config["steps"] * workers * rows
-        seen = {"validation": []}
+        seen, data = {"validation": []}, config["data"]
+        ray_loader.FEW_ROW_GROUPS = config["few"]
         for name, step in (("train", 0), ("resumed", config["resumed_at"]), ("over", config["steps"])):
-            stream = training_batches(config["data"], config["seed"], step * workers * rows, last, rows, rank, workers)
+            stream = ray_loader.training_batches(data, config["seed"], step * workers * rows, last, rows, rank, workers)
             seen[name] = plain(stream)
         for _ in range(2):  # it must be streamed anew each time
-            shard = train.get_dataset_shard("validation")
-            seen["validation"].append(plain(shard.iter_torch_batches(batch_size=rows, collate_fn=packed_row)))
+            records = data.splits["validation"].records
+            seen["validation"].append(plain(ray_loader.validation_batches(data, records, rows, rank, workers)))
         (Path(config["directory"]) / f"{rank}.json").write_text(json.dumps(seen))
 
     return worker
@@ -214,19 +214,17 @@ def plain_batches(iterator) -> list[dict]:
     return [{name: tensor.tolist() for name, tensor in batch.items()} for batch in iterator]
 
 
-def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_path):
+@pytest.mark.parametrize("few", [0, 4])
+def test_ray_train_workers_stream_the_batches_of_the_plain_iterator(data, tmp_path, few):
+    """By Ray Data, and where there are few row groups by themselves."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ftray.data.ray_loader import RankedShards, validation_row_groups
-
     assert 2 * data.splits["train"].records < STEPS * WORKERS * MICRO_BATCH
-    order = {"data": data, "seed": SEED, "steps": STEPS, "resumed_at": RESUMED_AT}
+    order = {"data": data, "seed": SEED, "steps": STEPS, "resumed_at": RESUMED_AT, "few": few}
     TorchTrainer(
         report_batches(),
         train_loop_config={"directory": str(tmp_path), "micro_batch": MICRO_BATCH, "workers": WORKERS, **order},
-        datasets={"validation": validation_row_groups(data, data.splits["validation"].records)},
-        dataset_config=RankedShards(data, SEED),
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(num_workers=WORKERS),
         run_config=train.RunConfig(name="stream", storage_path=str(tmp_path / "ray")),

@@ -186,7 +186,7 @@ def test_two_workers_search_as_each_trial_would_alone(
         "search": {"trials": 12, "pack": 3, "scheduler": scheduler, "finalist_seeds": 1},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    with search(job, load_space(str(space)), LocalLocation(tmp_path), []):
+    with search(job.config, load_space(str(space)), LocalLocation(tmp_path), 0.0, lambda: (job, [])):
         pass
     rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 12
@@ -209,29 +209,29 @@ def job_of_packs(tiny_llama, data, **sections):
     return SearchContext(Config.model_validate(settings), tiny_llama, data.directory, 0.0)
 
 
-def test_a_validation_reads_no_more_records_than_it_is_to(cluster, tiny_llama, data, tmp_path):
-    from ftray.search.packs import pack_trainer
-    from ftray.search.trial_worker import trainer
+@pytest.mark.parametrize("few", [0, 4])
+def test_a_validation_reads_no_more_records_than_it_is_to(cluster, data, monkeypatch, few):
+    from ftray.data import ray_loader
 
-    job = job_of_packs(tiny_llama, data, training={"steps": 6, "validation_records": 5})
+    monkeypatch.setattr(ray_loader, "FEW_ROW_GROUPS", few)
     assert data.splits["validation"].records > 5
-    storage = LocalLocation(tmp_path)
-    for made in (pack_trainer(job, print, {}, "pack", storage), trainer(job, job.run({}, {}), "alone", storage)):
-        assert sum(reading["stop"] - reading["start"] for reading in made.datasets["validation"].take_all()) == 5
+    found = [(batch["position_ids"] == 0).sum() for batch in ray_loader.validation_batches(data, 5, 2, 0, 1)]
+    assert found == [2, 2, 1]
 
 
+@pytest.mark.parametrize("few", [0, 4])
 @pytest.mark.parametrize("kept", [2**30, 0])
-def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_path, monkeypatch, kept):
+def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_path, monkeypatch, kept, few):
+    from ftray.data import ray_loader
     from ftray.data.loader import batches
-    from ftray.data.ray_loader import RankedShards
     from ftray.search import pack_worker
 
-    started = []
-    stream = RankedShards.stream
-    monkeypatch.setattr(RankedShards, "stream", lambda self, *args: started.append(args) or stream(self, *args))
+    started, training_batches = [], pack_worker.training_batches
+    monkeypatch.setattr(ray_loader, "FEW_ROW_GROUPS", few)
+    monkeypatch.setattr(pack_worker, "training_batches", lambda *args: started.append(args) or training_batches(*args))
     monkeypatch.setattr(pack_worker, "KEPT_BYTES", kept)
     job, second_of_two = job_of_packs(tiny_llama, data), SimpleNamespace(rank=1, world_size=2)
-    group = pack_worker.PackWorker(pack_worker.PackContext(job, None, 0, tmp_path), second_of_two)
+    group = pack_worker.PackWorker(pack_worker.PackContext(None, 0, tmp_path, job), second_of_two)
     run, other = (job.run({"method": "lora"}, {"seed": seed}) for seed in (0, 1))
     wanted = {seed: list(islice(batches(data, seed, 0, 2, 1, 2), 6)) for seed in (0, 1)}
     first = group.batches(run, 0)
@@ -245,26 +245,29 @@ def test_trials_of_the_same_order_share_a_stream(cluster, tiny_llama, data, tmp_
     assert len(started) == (2 if kept else 4)
 
 
-def test_a_resumed_trial_reads_only_what_is_left(cluster, tiny_llama, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("few", [0, 4])
+def test_a_resumed_trial_reads_only_what_is_left(cluster, tiny_llama, data, tmp_path, monkeypatch, few):
     """Also after the first batch was read to measure the memory; trials that resume at the same step share a stream."""
-    from ftray.data import ray_loader
+    from ftray.data import loader, ray_loader
     from ftray.data.loader import batches
     from ftray.search import pack_worker
 
     monkeypatch.setattr(ray_loader, "ROW_GROUP_ROWS", 4)
-    row_groups, read = ray_loader.training_row_groups, []
+    monkeypatch.setattr(ray_loader, "FEW_ROW_GROUPS", few)
+    row_groups, read = ray_loader.row_group_order, []
 
-    def counted(*args):
-        listed = row_groups(*args)
-        read.append(sum(part["stop"] - part["start"] for part in listed.take_all()))
-        return listed
+    def counted(data, seed, first, last=None):
+        listed = list(row_groups(data, seed, first, last))
+        read.append(sum(part.stop - part.start for part in listed))
+        return iter(listed)
 
-    monkeypatch.setattr(ray_loader, "training_row_groups", counted)
     first_of_two = SimpleNamespace(rank=0, world_size=2)
     job = job_of_packs(tiny_llama, data, training={"steps": 9, "batch_size": 8, "micro_batch": 2})
-    group = pack_worker.PackWorker(pack_worker.PackContext(job, None, 0, tmp_path), first_of_two)
+    group = pack_worker.PackWorker(pack_worker.PackContext(None, 0, tmp_path, job), first_of_two)
     run = job.run({"method": "lora"}, {})
     wanted = [b["input_ids"].tolist() for b in islice(batches(data, 0, 0, 2, 0, 2), 18)]
+    for module in (ray_loader, loader):
+        monkeypatch.setattr(module, "row_group_order", counted)
     next(group.batches(run, 0))
     resumed = [group.batches(run, step) for step in (5, 5, 6, 1)]  # 1: as near as a row group
     assert read == [9 * 8, (9 - 5) * 8, (9 - 6) * 8]
@@ -290,5 +293,5 @@ def test_workers_keep_what_a_step_frees(cluster, tiny_llama, data, tmp_path):
         return counts[1]
 
     job = job_of_packs(tiny_llama, data, scaling={"cpus_per_worker": 1})
-    trainer = pack_trainer(job, pages_of_a_second_buffer, {}, "pages", LocalLocation(tmp_path))
+    trainer = pack_trainer(job.config, 0.0, pages_of_a_second_buffer, {}, "pages", LocalLocation(tmp_path))
     assert trainer.fit().return_value < 100  # of 16,384

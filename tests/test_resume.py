@@ -19,7 +19,7 @@ from ftray.storage.local import LocalLocation
 
 
 class Begins(Exception):
-    """All was found to be well: now Ray would start."""
+    """All was found to be well: now Ray would be used."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,10 @@ def no_ray(monkeypatch):
     def started(*args, **kwargs):
         raise Begins
 
-    monkeypatch.setattr(ray, "init", started)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # a cluster of other tests
-    monkeypatch.setattr(cluster, "check_address", lambda cfg: None)
+    monkeypatch.setattr(cluster, "connect", lambda cfg, **more: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # a cluster of other tests
+    for first in ("gpus_per_worker", "ends_with_ray"):  # of a run, of a search
+        monkeypatch.setattr(cluster, first, started)
     yield
     logging.disable(logging.NOTSET)
 

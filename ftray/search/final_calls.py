@@ -72,6 +72,12 @@ class Hardware:
             release(everything=time.monotonic() - since > grace)  # trials that were stopped a moment ago
         return cast("Returned", ray.get(task))
 
+    def end(self) -> None:
+        """Let the pack end, while this process goes on: nothing is to be run any more."""
+        if self._broker is not None:
+            self._broker.close.remote("the search is over")
+            self._broker = None
+
     def _end_pack(self) -> None:
         """Let the pack give its hardware to processes of their own."""
         broker, self._broker = self._broker, None
