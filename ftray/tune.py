@@ -430,11 +430,10 @@ def check(
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.search.run_manifest import check_output, packable
+    from ftray.search.run_manifest import SEARCH, check_output, packable, refuse_occupied
     from ftray.search.space import load_space
     from ftray.search.starting_point import find_start, kept_space, labels_of, refuse_unfit, starts_at
     from ftray.search.trackers import check_trackers
-    from ftray.search.warm_start import earlier_trials
     from ftray.tasks.infer_task import as_begun, infer_task, refuse_other_settings
 
     space, named = load_space(cfg.search.space), cfg.search.space
@@ -447,6 +446,9 @@ def check(
     is_given = "space" in cfg.search.model_fields_set
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
+    refuse_occupied(parse_location(cfg.output), SEARCH, cfg.resume)
+    begin(cfg)
+
     cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
     refuse_other_settings(cfg)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
@@ -455,15 +457,15 @@ def check(
     refuse_unknown_settings(cfg, space)
     packable(cfg, space)
     check_output(cfg, space)
-    earlier_trials(cfg, space)
-    begin(cfg)
 
     from ftray.adapters.compatibility import dry_run, refuse
     from ftray.data.limits import check_special_tokens, within_positions
     from ftray.evaluation.user_metric import check_reward, user_metrics
     from ftray.models.load import load_skeleton, load_tokenizer
+    from ftray.search.warm_start import earlier_trials
     from ftray.training.run_spec import accumulation_steps, check_workers
 
+    earlier_trials(cfg, space)
     tokenizer = load_tokenizer(model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     refuse_unfit(start, cfg, tokenizer)
     task = data.run(tokenizer, cfg.task, labels_of(start))

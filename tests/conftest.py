@@ -236,12 +236,9 @@ def data(cluster, words, tiny_llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, words, tiny_llama) -> dict[int, list[tuple[int, float]]]:
     """Step and value of each report of each trial, by number, without any fault."""
-    from helpers.faults import Search, curves
+    from helpers.faults import undisturbed
 
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    search = Search(output, words, tiny_llama)
-    assert search.end() == 0, search.text
-    return curves(output)
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "out", words, tiny_llama)
 
 
 @pytest.fixture

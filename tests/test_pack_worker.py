@@ -10,6 +10,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from helpers.faults import victims
 from helpers.trainers import with_trainer
 from ray.cluster_utils import Cluster
 
@@ -18,6 +19,7 @@ from ftray.search.broker import TrialBroker
 from ftray.search.driver import TimeBudget
 from ftray.search.failures import PacksGone, TrialFailed
 from ftray.search.packs import Capacity
+from ftray.search.trial_proxy import TrialProxies
 from ftray.storage.local import LocalLocation
 from ftray.training.zero3_trainer import Zero3Trainer
 
@@ -99,6 +101,30 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
     asyncio.run(play())
 
 
+def test_packs_wait_for_what_they_train_or_for_the_end():
+    async def play() -> None:
+        for given, found in [
+            (lambda broker: broker.begin(b"all"), b"all"),
+            (lambda broker: broker.close("over"), None),
+        ]:
+            broker = TrialBroker(1)
+            waiting = asyncio.create_task(broker.search())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await given(broker)
+            assert await waiting == found
+
+    asyncio.run(play())
+
+
+def test_what_tune_adds_to_a_configuration_stays_in_the_driver():
+    """The broker's process would import Tune to read it."""
+    entered = []
+    broker = SimpleNamespace(enter=SimpleNamespace(remote=lambda *args: entered.append(args)))
+    TrialProxies(broker).answer({"number": 3, "adapter": {}, "__trial_info__": object()}, "__ray_ready__")
+    assert entered == [(3, {"number": 3, "adapter": {}})]
+
+
 def test_a_time_budget_counts_from_when_trials_can_train():
     capacity = Capacity(2)
     budget = TimeBudget(0.2, capacity, has_result=True)
@@ -123,7 +149,8 @@ def test_a_time_budget_waits_for_a_first_result():
         ("ftray.search.broker", "ray.tune ray.train ray.data pandas optuna torch"),
         ("ftray.search.pack_worker", "ray.tune optuna transformers peft deepspeed"),  # Train's controller
         ("ftray.runtime.preemption", "ray.tune optuna torch"),
-        ("ftray.search.results", "ray.tune optuna torch"),
+        ("ftray.search.results", "ray.train optuna torch"),
+        ("ftray.search.run_manifest", "ray torch transformers"),  # refuses an output before Ray starts
     ],
 )
 def test_a_process_imports_only_what_it_needs(module, heavy):
@@ -157,9 +184,9 @@ def test_a_worker_asks_for_what_one_node_has(monkeypatch):
     ("stage", "shard_base", "scheduler"), [(0, False, "halving"), (2, False, "asha"), (2, True, "halving")]
 )
 def test_two_workers_search_as_each_trial_would_alone(
-    cluster, tiny_llama, data, tmp_path, stage, shard_base, scheduler
+    cluster, tiny_llama, data, words, tmp_path, stage, shard_base, scheduler
 ):
-    """Also beside trials that can't join the pack, which fail alone."""
+    """Also beside trials that can't join the pack, which fail alone; workers start while the data is made."""
     from ftray.search.driver import search
     from ftray.search.results import trial_rows
     from ftray.search.space import load_space
@@ -176,6 +203,7 @@ def test_two_workers_search_as_each_trial_would_alone(
     )
     sections = {
         "model": {"dtype": "fp32"},
+        "data": {"source": words},
         "training": {
             "steps": 18,
             "zero_stage": stage,
@@ -186,7 +214,15 @@ def test_two_workers_search_as_each_trial_would_alone(
         "search": {"trials": 12, "pack": 3, "scheduler": scheduler, "finalist_seeds": 1},
     }
     job = SearchContext(Config.model_validate(sections), tiny_llama, data.directory, 0.0)
-    with search(job.config, load_space(str(space)), LocalLocation(tmp_path), 0.0, lambda: (job, [])):
+
+    def prepare():
+        deadline = time.monotonic() + 60
+        while not victims("ray::RayTrainWorker", os.getpid()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return job, []
+
+    with search(job.config, load_space(str(space)), LocalLocation(tmp_path), 0.0, prepare):
         pass
     rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 12
@@ -214,6 +250,8 @@ def test_a_validation_reads_no_more_records_than_it_is_to(cluster, data, monkeyp
     from ftray.data import ray_loader
 
     monkeypatch.setattr(ray_loader, "FEW_ROW_GROUPS", few)
+    if few:  # no task starts
+        monkeypatch.setattr(ray_loader.ray.data, "from_items", None)
     assert data.splits["validation"].records > 5
     found = [(batch["position_ids"] == 0).sum() for batch in ray_loader.validation_batches(data, 5, 2, 0, 1)]
     assert found == [2, 2, 1]

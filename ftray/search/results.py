@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from ray.train import Result
 
-from ftray.compat.ray_train import BrokenCheckpointList
 from ftray.config import Config
 from ftray.search.goals import Judged, front
 from ftray.search.trial_status import TrialStatus, journal_status
@@ -73,6 +71,10 @@ def checkpoints(directory: Location) -> list[tuple[dict[str, Any], str]]:
     packed = [(json.loads(path.read_text()), str(path.parent)) for path in reports]
     if packed:
         return sorted(packed, key=lambda kept: kept[0]["step"])
+    from ray.train import Result  # here: what comes before Ray starts needs none of it
+
+    from ftray.compat.ray_train import BrokenCheckpointList
+
     try:
         best = Result.from_path(directory.path, directory.filesystem).best_checkpoints
     except (RuntimeError, ValueError, BrokenCheckpointList):

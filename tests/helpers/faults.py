@@ -91,7 +91,10 @@ def untouched(output: Path, before: dict[str, tuple[str, int]]) -> None:
 
 
 def curves(output: Path) -> dict[int, list[tuple[int, float]]]:
-    """As `undisturbed`; every trial is finished, and there once, in the journal and in the summary."""
+    """Step and value of each report of each trial, by number.
+
+    Every trial is finished, and there once, in the journal and in the summary.
+    """
     trials = study(output).get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * TRIALS
     rows = json.loads((output / "summary.json").read_text())["trials"]
@@ -100,6 +103,13 @@ def curves(output: Path) -> dict[int, list[tuple[int, float]]]:
     found = {t.number: [(r["step"], r["validation_loss"]) for r in t.user_attrs["reports"]] for t in trials}
     assert {row["trial"]: row["value"] for row in rows} == {n: min(v for _, v in own) for n, own in found.items()}
     return found
+
+
+def undisturbed(output: Path, words: str, model: str) -> dict[int, list[tuple[int, float]]]:
+    """The `curves` of a search without any fault."""
+    search = Search(output, words, model)
+    assert search.end() == 0, search.text
+    return curves(output)
 
 
 def record(name: str, what: str, difference: float) -> None:
