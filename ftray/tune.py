@@ -73,7 +73,7 @@ def tune(
     Others are the fields and sections of docs/configuration.md. Of several `stages`, the last one's result is returned.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts.
+        UserError: anything the user can mend, before anything is trained.
         RunFailed: the search can't continue, or no trial gave a result; `resume=True` continues it.
     """
     return _tune(config_of("tune", locals()))
@@ -138,7 +138,7 @@ def run(cfg: Config) -> int:
     With `--plan`, only what that would come to. With `--stages`, a search each, in directories of `output`.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts.
+        UserError: anything the user can mend, before anything is trained.
     """
     if cfg.stages:
         from ftray.search.stages import run_stages

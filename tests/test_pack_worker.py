@@ -103,16 +103,13 @@ def test_a_pack_waits_a_moment_for_those_that_are_about_to_train():
 
 def test_packs_wait_for_what_they_train_or_for_the_end():
     async def play() -> None:
-        for given, found in [
-            (lambda broker: broker.begin(b"all"), b"all"),
-            (lambda broker: broker.close("over"), None),
-        ]:
-            broker = TrialBroker(1)
-            waiting = asyncio.create_task(broker.search())
-            await asyncio.sleep(0)
-            assert not waiting.done()
-            await given(broker)
-            assert await waiting == found
+        begun, closed = TrialBroker(1), TrialBroker(1)
+        waiting = [asyncio.create_task(broker.search()) for broker in (begun, closed)]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        await begun.begin(b"all")
+        await closed.close("over")
+        assert await asyncio.gather(*waiting) == [b"all", None]
 
     asyncio.run(play())
 
