@@ -93,10 +93,11 @@ def _tune(cfg: Config) -> "SearchResult":
 
         run_stages(cfg, check, one, "best/adapter")
         return SearchResult(last_output(cfg))
-    from ftray.runtime.cluster import connect, ends_with_ray, importing, undone_if_refused
+    from ftray.runtime.cluster import check_address, connect, ends_with_ray, importing, undone_if_refused
 
     def begin(cfg: Config) -> None:
         with importing("peft", "ftray.adapters.compatibility", "ftray.models.load"):  # which the checks then need
+            check_address(cfg)
             connect(cfg, dashboard=False)
 
     with undone_if_refused():
@@ -446,10 +447,13 @@ def check(
     is_given = "space" in cfg.search.model_fields_set
     cfg = as_begun(starts_at(cfg, start))
     data = DataCheck(cfg.data)
-    refuse_occupied(parse_location(cfg.output), SEARCH, cfg.resume)
+    cfg = cfg.model_copy(update={"model": as_stored(cfg.model, model_path)})
+    output = parse_location(cfg.output)
+    output.check_writable()
+    refuse_occupied(output, SEARCH, cfg.resume)
     begin(cfg)
 
-    cfg = infer_task(cfg.model_copy(update={"model": as_stored(cfg.model, model_path)}), model_path, data.first)
+    cfg = infer_task(cfg, model_path, data.first)
     refuse_other_settings(cfg)
     space = space if cfg.search.space == named else load_space(cfg.search.space)
     if start and start.kept:

@@ -208,6 +208,18 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.fixture
+def ray_undone(monkeypatch):
+    """Ray is begun for show, as it is beside the last checks of a search, and must be ended if these fail."""
+    import ray
+
+    called = []
+    monkeypatch.setattr(ray, "init", lambda **kwargs: called.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: called.append("shutdown"))
+    yield
+    assert called[-1:] != ["init"]
+
+
 @pytest.fixture(scope="session")
 def words(tmp_path_factory) -> str:
     """A JSONL file of 120 records: spelt-out words and the same letters in capitals."""

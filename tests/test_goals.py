@@ -115,7 +115,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_a_goal_is_told_before_anything_begins(case, tmp_path, words, tiny_llama, monkeypatch, capsys):
+def test_what_can_not_be_a_goal_is_told_before_anything_begins(
+    case, tmp_path, words, tiny_llama, monkeypatch, capsys, ray_undone
+):
     monkeypatch.chdir(tmp_path)
     flags, line = REFUSED[case]
     assert main(["tune", "--data", words, "--model", tiny_llama, *flags]) == 2

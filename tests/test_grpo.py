@@ -590,7 +590,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 @pytest.mark.parametrize("name", ["tune", "train"])
 def test_what_is_wrong_with_a_reward_is_told_before_anything_begins(
-    name, case, asked, tiny_llama, tmp_path, monkeypatch, capsys
+    name, case, asked, tiny_llama, tmp_path, monkeypatch, capsys, ray_undone
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letters.py").write_text(LETTERS + "\ndef shares(r, a):\n    return [1 / len(x) for x in a]\n".lstrip())

@@ -109,14 +109,12 @@ def importing(*modules: str) -> Iterator[None]:
 @contextmanager
 def undone_if_refused() -> Iterator[None]:
     """Leave no Ray behind that the block has begun, or joined, if it raises a UserError."""
-    import ray
-
-    joined = ray.is_initialized()
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     try:
         yield
     except UserError:
-        if not joined:
-            ray.shutdown()
+        if "ray" in sys.modules and not joined:  # else the block has not come so far: the import alone takes time
+            sys.modules["ray"].shutdown()
         raise
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -277,6 +278,10 @@ def test_commands(tmp_path, monkeypatch, capsys, tiny_llama, words, adapter):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ftray.runtime.cluster.check_address", stop_here)
     monkeypatch.setattr("ftray.runtime.cluster.connect", stop_here)
+    monkeypatch.setattr(
+        "ftray.runtime.cluster.importing", lambda *modules: suppress(UserError)
+    )  # checks come beside it
+    monkeypatch.setattr("ftray.search.run_manifest.sole_driver", stop_here)
     left = ("verbose", "resume", "plan", "output", "data.cache", "scaling.address", "serving.run")
     readable = [name for name in sorted(fields()) if name not in left]
     records = {"data.source": words, "model.name": tiny_llama}
@@ -343,7 +348,7 @@ def test_adapters(tmp_path, monkeypatch, capsys, adapter):
     )
 
 
-def stop_here(cfg) -> None:
+def stop_here(*given) -> None:
     raise UserError("would start")
 
 
