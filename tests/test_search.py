@@ -10,9 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from helpers.searches import command, environment, finished, run, run_here, study
@@ -149,6 +150,26 @@ def shown(url: str | urllib.request.Request) -> dict:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+
+
+def test_a_search_that_is_refused_after_ray_has_begun_leaves_none_of_it(tmp_path, words, tiny_llama):
+    arguments = command(tmp_path / "out", words, tiny_llama, space="method: lora\nlora: {target_modules: q_prj}")
+    own = environment() | {"FTRAY_TEST": str(tmp_path)}  # all its processes inherit it
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=own)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "did you mean q_proj" in line
+    deadline = time.monotonic() + 20
+    while left := [process for process in psutil.process_iter() if _has(process, "FTRAY_TEST", str(tmp_path))]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def _has(process: psutil.Process, name: str, value: str) -> bool:
+    """Whether a process lives with this in its environment."""
+    with suppress(psutil.Error):
+        return process.environ().get(name) == value
+    return False
 
 
 def test_a_second_search_on_the_same_output_is_refused(searched, words, tiny_llama):
