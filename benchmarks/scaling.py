@@ -74,7 +74,8 @@ def settings(trials: int) -> Any:
     """Of a search over the space of all methods."""
     from ftray.config import Config
 
-    return Config.model_validate({"search": {"trials": trials, "pack": 8}, "training": {"steps": BUDGET // 8}})
+    searched = {"trials": trials, "pack": 8}
+    return Config.model_validate({"task": "CAUSAL_LM", "search": searched, "training": {"steps": BUDGET // 8}})
 
 
 def sampler(trials: int, directory: Path) -> list[dict[str, float]]:

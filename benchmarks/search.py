@@ -176,6 +176,7 @@ def run_ours(args: argparse.Namespace) -> None:
     cfg = Config.model_validate(
         {
             "data": DATA,
+            "task": "CAUSAL_LM",
             "training": {"steps": args.steps, **({} if as_users_do else {"evaluations": 1})},
             "search": {
                 "seed": args.seed,

@@ -201,6 +201,7 @@ def test_two_workers_search_as_each_trial_would_alone(
     sections = {
         "model": {"dtype": "fp32"},
         "data": {"source": words},
+        "task": "CAUSAL_LM",
         "training": {
             "steps": 18,
             "zero_stage": stage,

@@ -19,6 +19,7 @@ from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
 from ftray.data.pipeline import read_here
 from ftray.data.shards import REFERENCE
+from ftray.errors import UserError
 from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
 from ftray.runtime.preemption import notice
@@ -124,7 +125,8 @@ def search(
     """
     output = output.resolve()
     experiment, journal = output / EXPERIMENT, output / JOURNAL
-    past = [t for t in past_trials(journal) if t.state.is_finished() and SEED_OF not in t.user_attrs]
+    begins, known = not experiment.exists(), past_trials(journal) if journal.exists() else []
+    past = [trial for trial in known if trial.state.is_finished() and SEED_OF not in trial.user_attrs]
     over = len(past) >= cfg.search.trials and not runs_left(journal, cfg)
     packed = _in_packs(cfg, space)
     prepared = None if packed and not over and _prepared_here(cfg) else prepare()
@@ -142,7 +144,12 @@ def search(
         yield context, Hardware(context)
         return
     with packs(cfg, gpus_per_worker, experiment, cfg.search.trials - len(past)) as group:
-        context, callbacks = prepared or prepare()
+        try:
+            context, callbacks = prepared or prepare()
+        except UserError:
+            if begins:  # else the output would hold a search, to be resumed
+                experiment.remove()
+            raise
         group.begin(context)
         if not context.tokenized.task.load().packed:
             print(f"one base model, one trial a pass: {cfg.task} pads its records", flush=True)

@@ -205,6 +205,8 @@ def write_definition(cfg: Config, space: Space | None, output: Location) -> None
         print(yaml.safe_dump(_resolved(cfg), sort_keys=False), flush=True)
     if not _state(output, RUN if space is None else SEARCH):
         _keep(cfg, space, output)
+        if (output / DATA).exists():  # of one that ended before its search or run began
+            (output / DATA).unlink()
 
 
 def write_data(cfg: Config, space: Space | None, base: str, data: TokenizedData, output: Location) -> None:
