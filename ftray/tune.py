@@ -98,7 +98,7 @@ def _tune(cfg: Config) -> "SearchResult":
     def begin(cfg: Config) -> None:
         with importing("peft", "ftray.adapters.compatibility", "ftray.models.load"):  # which the checks then need
             check_address(cfg)
-            connect(cfg, dashboard=False)
+            connect(cfg)
 
     with undone_if_refused():
         cfg, space, model_path, tokenizer = check(cfg, begin)
