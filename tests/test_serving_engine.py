@@ -243,7 +243,7 @@ def test_an_answer_conforms_to_its_schema_and_ends_with_it(name, temperature):
     """Whatever else is in the batch, which answers as it does without."""
     engine = engine_of(llama(), ["lora", "ia3"])
     given = [engine.tokenizer(text)["input_ids"] for text in ("the cat", "a b c", "sat on")]
-    matcher = Grammars(engine.tokenizer, 384).matcher(json.dumps(SCHEMAS[name]), engine.ends)
+    matcher = Grammars(engine.tokenizer, 384).of_schema(json.dumps(SCHEMAS[name]), engine.ends)
     asks = [
         asked(prompt, own, 200, temperature=temperature, seed=3)
         for prompt, own in zip(given, ("lora", None), strict=False)
@@ -263,7 +263,7 @@ def test_an_answer_conforms_to_its_schema_and_ends_with_it(name, temperature):
 @pytest.mark.parametrize("schema", [{"not": {"const": 1}}, {"type": "nonsense"}, {"$ref": "http://a/b"}])
 def test_what_of_a_schema_can_not_be_held_to_is_refused(schema):
     with pytest.raises(ValueError, match=r"not|nonsense|http://a/b"):
-        Grammars(make_tokenizer(), 384).matcher(json.dumps(schema), frozenset({0}))
+        Grammars(make_tokenizer(), 384).of_schema(json.dumps(schema), frozenset({0}))
 
 
 def test_top_p_leaves_the_unlikely_out():

@@ -217,7 +217,7 @@ class ChatTemplate:
         content, as_text = self.call_form
 
         def written(calls: list[dict[str, Any]]) -> str:
-            wrapped = [{"type": "function", "id": call["id"], "function": _function(call)} for call in calls]
+            wrapped = [{"id": call["id"], "type": "function", "function": _function(call)} for call in calls]
             turn = {"role": "assistant", "content": content, "tool_calls": [_call(call, as_text) for call in wrapped]}
             return self._tried([_USER, turn])
 

@@ -34,15 +34,16 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class _Object:
-    """A call is a JSON object; `name`, `arguments` and `id` are the keys that lead to each."""
+class ObjectForm:
+    """A call is a JSON object like `example`; `name`, `arguments` and `id` are the keys that lead to each."""
 
+    example: dict[str, Any]
     name: tuple[str, ...]
     arguments: tuple[str, ...]
     id: tuple[str, ...] | None
 
     @classmethod
-    def found(cls, text: str, call: dict[str, Any]) -> "tuple[_Object, int, int] | None":
+    def found(cls, text: str, call: dict[str, Any]) -> "tuple[ObjectForm, int, int] | None":
         """The form of `call` in `text`, and where it begins and ends there; None: it has another."""
         for at in (match.start() for match in re.finditer(r"\{", text)):
             try:
@@ -51,7 +52,7 @@ class _Object:
                 continue
             name, arguments = _path(value, call["name"]), _path(value, call["arguments"])
             if name and arguments:
-                return cls(name, arguments, _path(value, call["id"])), at, end
+                return cls(value, name, arguments, _path(value, call["id"])), at, end
         return None
 
     def read(self, text: str, at: int, parameters: Mapping[str, Any]) -> tuple[ToolCall, int]:
@@ -69,14 +70,14 @@ class _Object:
 
 
 @dataclass(frozen=True)
-class _Named:
+class NamedForm:
     """A call is a name, the texts `middle`, between which its id may stand, and the arguments as a JSON object."""
 
     middle: tuple[str, ...]
 
     @classmethod
-    def found(cls, text: str, call: dict[str, Any]) -> "tuple[_Named, int, int] | None":
-        """As :meth:`_Object.found`."""
+    def found(cls, text: str, call: dict[str, Any]) -> "tuple[NamedForm, int, int] | None":
+        """As :meth:`ObjectForm.found`."""
         start = text.find(call["name"])
         after = start + len(call["name"])
         for at in (match.start() for match in re.finditer(r"\{", text) if start >= 0 and match.start() >= after):
@@ -89,7 +90,7 @@ class _Named:
         return None
 
     def read(self, text: str, at: int, parameters: Mapping[str, Any]) -> tuple[ToolCall, int]:
-        """As :meth:`_Object.read`."""
+        """As :meth:`ObjectForm.read`."""
         middle = r"(?P<id>\S+?)".join(_loose(part) for part in self.middle[:2])
         head = re.compile(rf"(?P<name>{_NAME}){middle}").match(text, at)
         if head is None:
@@ -101,7 +102,7 @@ class _Named:
 
 
 @dataclass(frozen=True)
-class _Tagged:
+class TaggedForm:
     """A call is a name, then each key and its value, with these texts around them; text values are bare."""
 
     before_key: str
@@ -109,8 +110,8 @@ class _Tagged:
     after_value: str
 
     @classmethod
-    def found(cls, text: str, call: dict[str, Any]) -> "tuple[_Tagged, int, int] | None":
-        """As :meth:`_Object.found`."""
+    def found(cls, text: str, call: dict[str, Any]) -> "tuple[TaggedForm, int, int] | None":
+        """As :meth:`ObjectForm.found`."""
         texts = [call["name"], *(part for pair in call["arguments"].items() for part in pair)]
         places, at = [], 0
         for part in texts:
@@ -126,7 +127,7 @@ class _Tagged:
         return cls(before_key, text[key_end:value], after_value), start, at + len(after_value)
 
     def read(self, text: str, at: int, parameters: Mapping[str, Any]) -> tuple[ToolCall, int]:
-        """As :meth:`_Object.read`."""
+        """As :meth:`ObjectForm.read`."""
         head = re.compile(_NAME).match(text, at)
         if head is None:
             raise ValueError("no call")
@@ -155,7 +156,7 @@ class CallFormat:
     opening: str
     between: str | None
     closing: str
-    form: _Object | _Named | _Tagged
+    form: ObjectForm | NamedForm | TaggedForm
 
     @property
     def marked(self) -> bool:
@@ -250,7 +251,7 @@ def find_call_format(written: Callable[[list[dict[str, Any]]], str], said: str) 
     """
     parameters = {probe["name"]: {"properties": _schemas()} for probe in _PROBES}
     one, two, odd = (_without_frame(written(list(calls)), said) for calls in (_PROBES[:1], _PROBES[:2], _PROBES[2:]))
-    for form in (_Object, _Named, _Tagged):
+    for form in (ObjectForm, NamedForm, TaggedForm):
         first = form.found(one, _PROBES[0])
         if first is None:
             continue
@@ -258,7 +259,7 @@ def find_call_format(written: Callable[[list[dict[str, Any]]], str], said: str) 
         second = form.found(two[end:], _PROBES[1]) if two.startswith(one[:end]) else None
         result = CallFormat(one[:start], second and two[end : end + second[1]], one[end:], own)
         texts = [(one, _PROBES[:1]), (odd, _PROBES[2:]), *([(two, _PROBES[:2])] if second else [])]
-        if (result.marked or form is _Object) and all(
+        if (result.marked or form is ObjectForm) and all(
             [(call.name, json.loads(call.arguments)) for call in result.parse(text, parameters)[1]]
             == [(probe["name"], probe["arguments"]) for probe in probes]
             for text, probes in texts
@@ -335,9 +336,14 @@ def _kinds(schema: object) -> dict[str, Any]:
     return {key: own.get("type") for key, own in inner.items() if isinstance(own, dict)}
 
 
+def is_text(kind: object) -> bool:
+    """Whether a bare value is a text as it stands, by the type that its schema names, if any."""
+    return kind is None or kind == "string" or (isinstance(kind, list) and "string" in kind)
+
+
 def _value(text: str, kind: object) -> object:
     """A bare value: what the schema says it is, if it can be that; else a text."""
-    if kind is None or kind == "string" or (isinstance(kind, list) and "string" in kind):
+    if is_text(kind):
         return text
     bare = text.strip()
     try:

@@ -35,7 +35,7 @@ class Sequence:
         emit: is called with each delta, in the thread that steps.
         adapter: its name; None: the base model.
         choice: index of the answer, for its deltas.
-        matcher: follows the answer through the schema that it conforms to; None: there is none.
+        matcher: follows the answer through the grammar that it conforms to; None: there is none.
         ids: prompt and the tokens chosen so far.
         cached: tokens of `ids` whose keys and values are kept.
         past: cache of a sequence that is read in passes of its own.
@@ -333,7 +333,7 @@ class Engine:
         if sequence.matcher is not None:
             sequence.matcher.consume_token(token)
             if sequence.matcher.is_error():
-                raise ValueError(f"response_format: {sequence.matcher.get_error()}")
+                raise ValueError(f"the grammar of the answer: {sequence.matcher.get_error()}")
             whole = sequence.matcher.is_stopped()  # nothing may follow but an end
         full = len(sequence.ids) - len(sequence.prompt) == sequence.max_tokens
         if full or whole:

@@ -64,6 +64,8 @@ class GenerationRequest:
         max_prompt_tokens: longer prompts are refused.
         max_output_tokens: more tokens than this, in all answers together, are refused.
         tools: that the conversation may call, as OpenAI has them.
+        must_call: names of tools; the answer is calls of these, and no text; empty: the model decides.
+        one_call: such an answer is a single call.
     """
 
     prompts: list[str] | list[list[int]]
@@ -77,6 +79,8 @@ class GenerationRequest:
     max_prompt_tokens: int
     max_output_tokens: int
     tools: list[dict[str, Any]] = field(default_factory=list)
+    must_call: tuple[str, ...] = ()
+    one_call: bool = False
 
 
 @dataclass(frozen=True)

@@ -136,18 +136,27 @@ class Replica(BaseReplica):
         return LoadedAdapter(key, forget)
 
     async def _matcher(self, request: GenerationRequest, rendering: Rendering) -> "LLMatcher | None":
-        """What follows the answers through their schema; None: they have none.
+        """What follows the answers through the grammar that they conform to; None: they have none.
 
         Raises:
-            APIError: the schema can't be held to.
+            APIError: an answer can't be held to what is asked for.
         """
-        if request.sampling.schema is None:
-            return None
-        ends = self.engine.ends | rendering.ends
+        schema, ends = request.sampling.schema, self.engine.ends | rendering.ends
+        field = "response_format" if schema else "tools"
         try:
-            return await asyncio.to_thread(self.grammars.matcher, request.sampling.schema, ends)
+            if schema:
+                return await asyncio.to_thread(self.grammars.of_schema, schema, ends)
+            if request.must_call:
+                functions = [tool["function"] for tool in request.tools]
+                functions = [function for function in functions if function["name"] in request.must_call]
+                form = rendering.calls(request)
+                if form is None:
+                    reason = "the model's chat template writes calls in a form that is not known: give 'auto' or 'none'"
+                    raise invalid(f"tool_choice: {reason}", "tool_choice")
+                return await asyncio.to_thread(self.grammars.of_calls, form, functions, request.one_call, ends)
         except ValueError as error:
-            raise invalid(f"response_format: {error}", "response_format") from None
+            raise invalid(f"{field}: {error}", field) from None
+        return None
 
     async def _rendering(self, request: GenerationRequest) -> Rendering:
         """How a request is rendered: as its adapter was trained.

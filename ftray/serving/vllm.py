@@ -203,6 +203,11 @@ class VLLMReplica:
             rendering = await asyncio.to_thread(self._rendering, request)
             prompts = prompt_tokens(request, rendering, self.vocab_size)
             max_tokens = output_tokens(request, prompts, self.max_length)
+            if request.must_call:
+                reason = (
+                    "an answer of vLLM can't be held to calls: give 'auto' or 'none', or serve with --engine builtin"
+                )
+                raise invalid(f"tool_choice: {reason}", "tool_choice")
         except APIError as error:
             yield OutputDeltas(refused=error)
             return

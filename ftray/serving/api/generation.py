@@ -1,6 +1,7 @@
 """Routes of models that generate: plain and chat completions."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,7 +35,8 @@ async def chat_completions(http: Request, endpoint: CurrentEndpoint) -> Response
     sampling = body.sampling((body.top_logprobs or 0) if body.logprobs else None)
     messages = [message.plain for message in body.messages]
     max_tokens = body.max_completion_tokens or body.max_tokens
-    request = generation_request(endpoint, body, [], messages, max_tokens, sampling, body.offered)
+    request = generation_request(endpoint, body, [], messages, max_tokens, sampling)
+    request = replace(request, tools=body.offered, must_call=body.must_call, one_call=body.one_call)
     return await respond(endpoint, body, request, ChatCompletionWriter(body))
 
 
@@ -45,7 +47,6 @@ def generation_request(
     messages: list[dict[str, Any]] | None,
     max_tokens: int | None,
     sampling: Sampling,
-    tools: Sequence[dict[str, Any]] = (),
 ) -> GenerationRequest:
     """The request in the form that a replica takes.
 
@@ -64,7 +65,6 @@ def generation_request(
         stream=body.stream,
         max_prompt_tokens=endpoint.cfg.max_prompt_tokens,
         max_output_tokens=endpoint.cfg.max_output_tokens,
-        tools=list(tools),
     )
 
 

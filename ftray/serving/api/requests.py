@@ -11,6 +11,9 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 
@@ -50,12 +53,6 @@ def _joined(content: object) -> object:
             )
         texts.append(part["text"])
     return "".join(texts)
-
-
-def _free_choice(choice: object) -> object:
-    if choice == "required" or isinstance(choice, dict):
-        raise ValueError("must be 'auto' or 'none': whether a tool is called is up to the model here")
-    return choice
 
 
 class StreamOptions(Model):
@@ -230,6 +227,17 @@ def _checked(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
+class FunctionName(Model):
+    name: str
+
+
+class NamedTool(Model):
+    """The one tool that the answer calls."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatCompletionRequest(GenerationParameters):
     """POST /v1/chat/completions"""
 
@@ -239,7 +247,7 @@ class ChatCompletionRequest(GenerationParameters):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Annotated[dict[str, Any], AfterValidator(_checked)]] = Field(default=[], max_length=128)
-    tool_choice: Annotated[Literal["auto", "none"], BeforeValidator(_free_choice)] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
@@ -247,6 +255,20 @@ class ChatCompletionRequest(GenerationParameters):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @field_validator("tool_choice", mode="wrap")
+    @classmethod
+    def _one_of_the_tools(cls, given: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
+        try:
+            choice = check(given)
+        except ValidationError:
+            raise ValueError("must be 'auto', 'none', 'required' or a tool of type function by its name") from None
+        names = [tool["function"]["name"] for tool in info.data.get("tools", [])]
+        if choice == "required" and not names:
+            raise ValueError("'required', and there are no tools to call")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"there is no tool {choice.function.name[:80]!r}")
+        return choice
 
     @model_validator(mode="after")
     def _a_form_leaves_no_room_for_calls(self) -> "ChatCompletionRequest":
@@ -258,6 +280,18 @@ class ChatCompletionRequest(GenerationParameters):
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the answer may call."""
         return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> tuple[str, ...]:
+        """Names of the tools of which the answer calls one; empty: it may say what it likes."""
+        if isinstance(self.tool_choice, NamedTool):
+            return (self.tool_choice.function.name,)
+        return tuple(tool["function"]["name"] for tool in self.tools) if self.tool_choice == "required" else ()
+
+    @property
+    def one_call(self) -> bool:
+        """Whether an answer has no more than one call."""
+        return not self.parallel_tool_calls or isinstance(self.tool_choice, NamedTool)
 
 
 class EmbeddingRequest(Model):

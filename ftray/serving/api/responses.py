@@ -119,7 +119,8 @@ class ChatCompletionWriter(ResponseWriter):
 
     def __init__(self, body: ChatCompletionRequest):
         super().__init__(body)
-        self.tools, self.most_calls = body.offered, None if body.parallel_tool_calls else 1
+        self.tools, self.most_calls = body.offered, 1 if body.one_call else None
+        self._never_without = bool(body.must_call) and not body.stops  # calls, in an answer that is whole
         self._begun: set[int] = set()  # choices whose first event has been written
         self._readers: dict[int, CallReader] = {}  # of each choice, where answers may hold calls
 
@@ -156,6 +157,8 @@ class ChatCompletionWriter(ResponseWriter):
         if delta.finish is None:
             return text, []
         rest, calls = reader.end()
+        if self._never_without and delta.finish == "stop" and not calls:
+            raise model_error("it wrote a call that can't be read back")
         return text + rest, [_call(call) for call in calls[: self.most_calls]]
 
     def _logprobs(self, delta: OutputDelta) -> dict[str, Any] | None:
