@@ -94,12 +94,12 @@ STRICT = {
     "parameters": {
         "type": "object",
         "properties": {
-            "from": {"type": "string", "enum": ["Oslo", "Rome", "</arg_value>\n</parameter"]},
-            "seats": {"type": "integer", "minimum": 1, "maximum": 12},
+            "from": {"type": "string", "enum": ["Ósló", "", "</arg_value>\n</parameter"]},
+            "sitzplätze": {"type": "integer", "minimum": 1, "maximum": 12},
             "class": {"$ref": "#/$defs/class", "type": "object"},
             "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
         },
-        "required": ["from", "seats", "class"],
+        "required": ["from", "sitzplätze", "class"],
         "additionalProperties": False,
         "$defs": {
             "class": {
@@ -166,6 +166,9 @@ def test_one_call_where_one_is_asked_for(name):
         ("key by key, in tags with names", {"anyOf": [{}]}, "f: .* key by key, which can't be held to anyOf"),
         ("key by key, in tags of two", {"properties": {"a": {"type": "string", "pattern": "b"}}}, "f.a: .* to pattern"),
         ("key by key, in tags of two", {"properties": {"a": {"$ref": "#/$defs/b"}}}, "f.a: .* to [$]ref"),
+        ("key by key, in tags of two", {"properties": [1]}, "f: properties must be an object"),
+        ("key by key, in tags of two", {"properties": {"a": 1}}, "f.a: must be a schema"),
+        ("an object alone", {"properties": [1]}, "f: "),
         ("key by key, in tags of two", {"properties": {"a": {"enum": [1]}}}, "f.a: none of its values is a text"),
     ],
 )

@@ -210,7 +210,7 @@ def test_what_a_template_has_no_place_for_is_refused(client):
     for model, asked in (
         ("instructions", {"messages": asks("Rome"), "tools": [TOOL]}),
         ("instructions", {"messages": [*asks("Rome"), called("Rome"), tells("Rome")]}),
-        ("tools", {"messages": asks("Rome"), "tools": [TOOL], "tool_choice": "required"}),
+        ("instructions", {"messages": asks("Rome"), "tools": [TOOL], "tool_choice": "required"}),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model=model, **asked)

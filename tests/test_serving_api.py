@@ -173,9 +173,12 @@ ANSWERED = {
 @pytest.mark.parametrize(
     ("changes", "param", "reason"),
     [
-        ({"tool_choice": "required"}, "tool_choice", "up to the model"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "up to the model"),
-        ({"tool_choice": "some"}, "tool_choice", "'auto' or 'none'"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools to call"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "there is no tool 'f'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice", "tool 'g'"),
+        ({"tool_choice": {"type": "function", "name": "f"}, "tools": [TOOL]}, "tool_choice", "by its name"),
+        ({"tool_choice": "some"}, "tool_choice", "'auto', 'none', 'required' or"),
+        ({"tool_choice": ["f"]}, "tool_choice", "'auto', 'none', 'required' or"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "type: must be 'function'"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools", "function.name: is missing"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "function.name"),
@@ -225,6 +228,42 @@ def test_a_replica_gets_turns_and_tools_as_they_were_given():
         called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
         assert asked[-1].messages == [ASK, called, {"role": "tool", "tool_call_id": "c1", "content": "21"}]
         assert list(map(json.dumps, asked[-1].tools)) == list(map(json.dumps, tools))  # in the same order too
+        assert asked[-1].must_call == ()
+
+
+def test_a_replica_gets_what_an_answer_must_call():
+    asked = []
+
+    class Sees(Replicas):
+        def remote(self, request):
+            asked.append(request)
+            return super().remote()
+
+    form = find_call_format(lambda given: "\n".join(map(tagged, given)), "said")
+    parts = [OutputDeltas(prompt_tokens=1, calls=form), OutputDeltas([OutputDelta(0, SAID, finish="stop")])]
+    client = client_of(Sees(parts), key=None)
+    other = {"type": "function", "function": {"name": "g"}}
+    body = {"model": "base", "messages": [ASK], "tools": [TOOL, other]}
+    only = {"type": "function", "function": {"name": "g"}}
+    for choice, names, one in (
+        ({"tool_choice": "required"}, ("f", "g"), False),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ("f", "g"), True),
+        ({"tool_choice": only}, ("g",), True),
+    ):
+        assert client.post("/v1/chat/completions", json={**body, **choice}).status_code == 200
+        assert (asked[-1].must_call, asked[-1].one_call, asked[-1].tools) == (names, one, [TOOL, other])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_can_not_be_read_back_is_an_error(stream):
+    """Where a call was asked for, a text in its place would be a wrong answer; a text that was cut says so itself."""
+    form = find_call_format(lambda given: "\n".join(map(tagged, given)), "said")
+    body = {"model": "base", "messages": [ASK], "tools": [TOOL], "tool_choice": "required", "stream": stream}
+    for finish, changes, failed in (("stop", {}, True), ("length", {}, False), ("stop", {"stop": "x"}, False)):
+        parts = [OutputDeltas(prompt_tokens=1, calls=form), OutputDeltas([OutputDelta(0, "a", finish=finish)])]
+        got = client_of(Replicas(parts), None).post("/v1/chat/completions", json={**body, **changes})
+        assert ("can't be read back" in got.text) == failed
+        assert got.status_code == (500 if failed and not stream else 200)
 
 
 SAID = 'I look.\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'

@@ -231,6 +231,18 @@ class VLLMServer:
         self.process.wait(60)
 
 
+def test_calls_that_are_asked_for_are_refused(tiny_llama):
+    replica = vllm.VLLMReplica("tiny", tiny_llama, False, 32, None)
+    asked = request(adapter=None, source=None, must_call=("f",))
+
+    async def messages():
+        return [message async for message in replica.generate(asked)]
+
+    (refused,) = asyncio.run(messages())
+    assert (refused.refused.status, refused.refused.param) == (400, "tool_choice")
+    assert "--engine builtin" in refused.refused.message
+
+
 def likelihoods(model, ids):
     """Of each token after the first."""
     with torch.no_grad():

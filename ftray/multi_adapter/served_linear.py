@@ -1,4 +1,4 @@
-"""The shared linear layer for inference: low-rank factors don't change, so they are concatenated once."""
+"""The shared linear layer for inference: low-rank factors don't change, so they are looked up and concatenated once."""
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -42,16 +42,22 @@ class ServedLinear(SharedLinear):
 
     def __init__(self, base: torch.nn.Module, segments: ServedSegments):
         super().__init__(base, segments)
-        self._concatenated: tuple[tuple[str, ...], torch.Tensor, torch.Tensor] | None = None
+        self._updates: dict[str, LoraDelta | None] = {}
+        self._concatenated: tuple[tuple[str, ...], tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         super().join(name, layer, rng)
         if type(layer) is LoraLinear and update_of(layer, rng, 0):
             layer.to(precision(layer.get_base_layer().weight))  # the only precision in which its factors are multiplied
+        self._updates[name] = update_of(layer, rng, 0)
 
     def leave(self, name: str) -> None:
         super().leave(name)
+        del self._updates[name]
         self._concatenated = None
+
+    def _update(self, name: str, rows: int) -> LoraDelta | None:
+        return self._updates[name]
 
     def _add(
         self, result: torch.Tensor, x: torch.Tensor, ranges: dict[int, tuple[int, int]], updates: list[LoraDelta]
@@ -62,8 +68,8 @@ class ServedLinear(SharedLinear):
             a, b = a.to(precision(x)), b.to(precision(x))
             if not (a.isfinite().all() and b.isfinite().all()):  # NaN times 0 is NaN in the others' rows too
                 raise FloatingPointError("an adapter's weights are not finite")
-            self._concatenated = names, a, b
-        _, a, b = self._concatenated
-        own = self.segments.own(tuple(ranges.values()), tuple(len(update.a) for update in updates), x)
+            self._concatenated = names, tuple(len(update.a) for update in updates), a, b
+        _, ranks, a, b = self._concatenated
+        own = self.segments.own(tuple(ranges.values()), ranks, x)
         result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
         return result

@@ -122,8 +122,8 @@ class SharedLinear(nn.Module):
         spans = self.segments.spans
         updates, own = {}, []
         for i, (name, first, end) in enumerate(spans):
-            if adapter := self.adapters.get(name):
-                if update := update_of(*adapter, end - first):
+            if name in self.adapters:
+                if update := self._update(name, end - first):
                     updates[i] = update
                 else:
                     own.append(i)
@@ -148,6 +148,10 @@ class SharedLinear(nn.Module):
             finally:  # after running out of memory the pack continues without it
                 answer.end()
         return torch.cat([multiplied[i] for i in range(len(spans))], dim=1)
+
+    def _update(self, name: str, rows: int) -> LoraDelta | None:
+        """What adapter `name` adds to `rows` rows; None: it changes them in its own way."""
+        return update_of(*self.adapters[name], rows)
 
     def _multiply(
         self, x: torch.Tensor, ranges: dict[int, tuple[int, int]], updates: dict[int, LoraDelta]

@@ -109,12 +109,15 @@ class _Writer:
     def _pairs(self, form: TaggedForm, function: str, parameters: dict[str, Any]) -> str:
         """The arguments key by key, in the order in which the schema has them."""
         _check(parameters, PLAIN_OBJECT, function)
-        properties, required = dict(parameters.get("properties", {})), parameters.get("required", [])
-        shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+        properties, required = parameters.get("properties", {}), parameters.get("required", [])
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise ValueError(f"{function}: properties must be an object, and required a list")
+        shared: dict[str, Any] = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
         pairs = []
-        for key in [*properties, *(key for key in required if key not in properties)]:
+        for key in dict.fromkeys([*properties, *map(str, required)]):
             schema = properties.get(key, {})
-            schema = schema if isinstance(schema, dict) else {}
+            if not isinstance(schema, dict):
+                raise ValueError(f"{function}.{key}: must be a schema, as an object")
             if is_text(schema.get("type")):
                 value = self._text(form, schema, f"{function}.{key}")
             else:
@@ -136,7 +139,9 @@ class _Writer:
         end = self.literal(form.after_value)
         if "enum" in schema or "const" in schema:
             choices = [schema["const"]] if "const" in schema else schema["enum"]
-            texts = [self.literal(text) for text in choices if isinstance(text, str) and form.after_value not in text]
+            texts = choices if isinstance(choices, list) else []
+            whole = [text for text in texts if isinstance(text, str) and form.after_value not in text]
+            texts = [self.literal(text) or '""' for text in whole]
             if not texts:
                 raise ValueError(f"{where}: none of its values is a text")
             return f"({' | '.join(texts)}) {end}"
