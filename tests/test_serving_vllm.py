@@ -231,7 +231,8 @@ class VLLMServer:
         self.process.wait(60)
 
 
-def test_calls_that_are_asked_for_are_refused(tiny_llama):
+def test_calls_that_are_asked_for_are_refused(tiny_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", SimpleNamespace(CompletionRequest=None))
     replica = vllm.VLLMReplica("tiny", tiny_llama, False, 32, None)
     asked = request(adapter=None, source=None, must_call=("f",))
 

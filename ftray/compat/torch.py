@@ -23,6 +23,23 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def can_pack_weights() -> bool:
+    """Whether products by a packed bfloat16 weight are to be had here; torch.compile makes the same ones."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a linear layer's weight [out, in] in the layout by which oneDNN multiplies."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return packed
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What `torch.nn.functional.linear` gives, of a packed weight; without a gradient."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product
+
+
 def after_backward(function: Callable[[], None]) -> None:
     """Call `function` at the end of the backward pass that is under way; public hooks are those of single tensors."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

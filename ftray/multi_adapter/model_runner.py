@@ -23,6 +23,7 @@ from ftray.models.probe import body, moved, probe_records, reason_of, tolerance,
 from ftray.multi_adapter import kv_cache
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import output_head
+from ftray.multi_adapter.packed_linear import WeightPacker
 from ftray.multi_adapter.served_linear import ServedLinear, ServedSegments
 from ftray.multi_adapter.shared_linear import update_of
 from ftray.multi_adapter.shared_model import shared_model
@@ -63,6 +64,7 @@ class ModelRunner:
         self.base, self.slots = base.eval(), slots
         most = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.max_length = most if most > 0 else 2**31
+        self._packer = WeightPacker(base)
         self._head: Any = base.get_output_embeddings()
         self._by_row: dict[str, bool] = {}  # by layer: whether each pass gives it one row a token
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
@@ -76,6 +78,7 @@ class ModelRunner:
         self._segments = ServedSegments()
         self._step: list[kv_cache.Step] = []
         self._model = shared_model(self.base, kv_cache.slotted_attention(self._step))
+        self._packer.pack(self._model)
         layers = self.base.config.get_text_config().num_hidden_layers
         self._cache = kv_cache.slotted_cache(layers, self.slots, self._step)
 
@@ -230,7 +233,8 @@ class ModelRunner:
         records = self._probe_records()
         try:
             wanted = [self.base(input_ids=r[None].to(self.base.device), use_cache=False).logits[0] for r in records]
-            self._head, reason = output_head(self.base, records[0])
+            head, reason = output_head(self.base, records[0])
+            self._head = self._packer.packed(head)
             with self._watched():
                 ours = self.read_in_pieces(records, [None] * len(records))
             reason = reason or wrong_logits(ours, wanted, tolerance(self.base))
