@@ -36,20 +36,33 @@ def answers(engine):
 
 
 def test_answers_are_the_same_to_the_last_bit(made, monkeypatch):
-    engine, used = engine_of(), set()
-    monkeypatch.setattr(packed_linear, "packed_product", lambda x, w, b: used.add(id(w)) or packed_product(x, w, b))
+    engine, products = engine_of(), []
+    monkeypatch.setattr(
+        packed_linear,
+        "packed_product",
+        lambda x, packed, bias: products.append(id(packed)) or packed_product(x, packed, bias),
+    )
     found = answers(engine)
-    assert len(used) == len(made) == 2 * 7 + 1
+    assert all(delta.logprob is not None for tokens in found[1] for delta in tokens)
+    assert len(set(products)) > 2 * 7 + 1  # the base's own, and factors
     monkeypatch.setattr(packed_linear, "MOST_BYTES", 1000)  # less than a second copy takes
+    made.clear()
     plain = engine_of()
-    assert len(made) == len(used)
     assert answers(plain) == found
+    assert made
+    assert not {id(p) for p in plain.base.parameters()} & set(map(id, made))
+    monkeypatch.setattr(packed_linear, "can_pack_weights", lambda: False)
+    made.clear()
+    assert answers(engine_of()) == found
+    assert not made
 
 
 def test_each_weight_is_packed_once(made):
     """However many copies of the model adapters are tried on."""
-    engine_of()
-    assert len(made) == len({id(weight) for weight in made}) == 2 * 7 + 1
+    engine = engine_of()
+    own = {id(p) for p in engine.base.parameters()}
+    bases = [id(weight) for weight in made if id(weight) in own]
+    assert len(bases) == len(set(bases)) == 2 * 7 + 1
 
 
 def test_what_is_not_bfloat16_stays_as_it_is(made):

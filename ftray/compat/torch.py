@@ -30,7 +30,7 @@ def can_pack_weights() -> bool:
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
     """A copy of a linear layer's weight [out, in] in the layout by which oneDNN multiplies."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
     return packed
 
 

@@ -6,6 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.low_rank import LoraDelta, precision
+from ftray.multi_adapter.packed_linear import Product, product_by
 from ftray.multi_adapter.shared_linear import AdapterSegments, SharedLinear, update_of
 
 RowRanges = tuple[tuple[int, int], ...]
@@ -43,7 +44,7 @@ class ServedLinear(SharedLinear):
     def __init__(self, base: torch.nn.Module, segments: ServedSegments):
         super().__init__(base, segments)
         self._updates: dict[str, LoraDelta | None] = {}
-        self._concatenated: tuple[tuple[str, ...], tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+        self._concatenated: tuple[tuple[str, ...], tuple[int, ...], Product, Product] | None = None
 
     def join(self, name: str, layer: BaseTunerLayer, rng: DropoutRNG) -> None:
         super().join(name, layer, rng)
@@ -68,8 +69,9 @@ class ServedLinear(SharedLinear):
             a, b = a.to(precision(x)), b.to(precision(x))
             if not (a.isfinite().all() and b.isfinite().all()):  # NaN times 0 is NaN in the others' rows too
                 raise FloatingPointError("an adapter's weights are not finite")
-            self._concatenated = names, tuple(len(update.a) for update in updates), a, b
-        _, ranks, a, b = self._concatenated
+            ranks = tuple(len(update.a) for update in updates)
+            self._concatenated = names, ranks, product_by(a), product_by(b.T)
+        _, ranks, times_a, times_b = self._concatenated
         own = self.segments.own(tuple(ranges.values()), ranks, x)
-        result[0].add_((x[0].to(a.dtype) @ a.T).mul_(own) @ b)
+        result[0].add_(times_b(times_a(x[0].to(own.dtype)).mul_(own)))
         return result
