@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from ftray.adapters.methods import METHODS, parameters
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.serving.api.chat_requests import ChatCompletionRequest
 from ftray.serving.api.requests import (
     AddAdapterRequest,
-    ChatCompletionRequest,
     ClassificationRequest,
     CompletionRequest,
     EmbeddingRequest,

@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from ftray.serving.api.chat_requests import ChatCompletionRequest
 from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
-from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters, parse
+from ftray.serving.api.requests import CompletionRequest, GenerationParameters, parse
 from ftray.serving.api.responses import ChatCompletionWriter, CompletionWriter, ResponseWriter, event, usage
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, Sampling

@@ -7,7 +7,8 @@ from codecs import IncrementalDecoder, getincrementaldecoder
 from typing import Any
 
 from ftray.data.tool_calls import CallFormat, CallReader, ToolCall
-from ftray.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationParameters
+from ftray.serving.api.chat_requests import ChatCompletionRequest
+from ftray.serving.api.requests import CompletionRequest, GenerationParameters
 from ftray.serving.errors import model_error
 from ftray.serving.generation_request import OutputDelta
 
