@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import jsonschema
 import numpy as np
@@ -176,3 +177,41 @@ def test_what_arguments_can_not_be_held_to_is_named(name, parameters, reason):
     with pytest.raises(ValueError, match=reason) as refused:
         matcher(name, [SAYS, {"name": "f", "parameters": parameters}])
     assert "\n" not in str(refused.value)
+
+
+SCHEMA_WORDS = [
+    "type",
+    "properties",
+    "required",
+    "enum",
+    "const",
+    "items",
+    "$ref",
+    "$defs",
+    "anyOf",
+    "additionalProperties",
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.sampled_from(["string", "a", "", "object"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from([*SCHEMA_WORDS, "a", ""]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["objects between tags", "a name, its id, then an object", "key by key, in tags of two"]
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(parameters=st.dictionaries(st.sampled_from(SCHEMA_WORDS), JSON, max_size=3))
+def test_whatever_the_parameters_are_they_are_taken_or_named(name, parameters):
+    refused, follows = "f: ", None
+    try:
+        follows = matcher(name, [{"name": "f", "parameters": parameters}])
+    except ValueError as error:
+        refused = str(error)
+    assert re.fullmatch("f[:.].*", refused)  # in one line, by its name
+    if follows:
+        follows.compute_bitmask()
+        assert not follows.is_error()
