@@ -1,5 +1,7 @@
 """What the serve command makes of its configuration before anything starts."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,3 +124,12 @@ def test_flags_of_the_command(capsys):
     assert parse("serve", ["--run", "r", "--merged"]).serving.merged
     assert run_command("serve", ["--merged"]) == 2
     assert "name a --run" in capsys.readouterr().err
+
+
+def test_a_model_alone_is_served_without_waiting_for_torch(tiny_llama):
+    """The process that starts the endpoint computes nothing."""
+    code = "import sys; from ftray.cli import parse; from ftray.serving.app import application, check_catalog; "
+    code += "cfg = parse('serve', sys.argv[1:]); application(cfg, check_catalog(cfg), None, 1, 0); "
+    code += 'sys.exit(f\'{[name for name in ("torch", "transformers", "peft") if name in sys.modules]}\')'
+    done = subprocess.run([sys.executable, "-c", code, "--model", tiny_llama], capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"

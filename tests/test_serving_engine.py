@@ -26,10 +26,11 @@ from transformers import (
 
 from ftray.errors import UserError
 from ftray.multi_adapter.served_linear import ServedLinear
-from ftray.serving.adapters import check_name, load_adapter
+from ftray.serving.adapters import load_adapter
 from ftray.serving.engine import Engine
 from ftray.serving.generation_request import Rendering
 from ftray.serving.logits import Grammars
+from ftray.serving.registry import check_name
 from ftray.serving.sampling import token_bytes
 from ftray.task_spec import TaskSpec
 

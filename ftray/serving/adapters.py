@@ -1,6 +1,5 @@
 """Adapters to serve: a directory is checked before it is read, and nothing but tensors is loaded from it."""
 
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -14,41 +13,14 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ftray.adapters.discovery import CONFIG, INSIDE, adapter_config, same_base
+from ftray.adapters.discovery import CONFIG, adapter_config, same_base
 from ftray.errors import UserError
 from ftray.multi_adapter.shared_model import share
-from ftray.storage.location import parse_location
 from ftray.storage.manifest import MANIFEST, check
 from ftray.task_spec import CAUSAL, FILE, TaskSpec
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 WEIGHTS = "adapter_model.safetensors"
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base, which is shared here
-
-
-def check_name(name: str) -> str:
-    """Returns `name`.
-
-    Raises:
-        UserError: it can't be the name of an adapter.
-    """
-    if not NAME.fullmatch(name) or ".." in name:
-        raise UserError(
-            f"adapter name {name[:80]!r}: at most 64 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
-    return name
-
-
-def adapter_in(source: str) -> str:
-    """The adapter that `source`, a directory or URI, is, or has in it as an output of `tune` or `train`.
-
-    `source` itself where none is found or the store can't be reached: it is refused where it is read.
-    """
-    try:
-        places = (parse_location(source) / inside if inside else parse_location(source) for inside in ("", *INSIDE))
-        return next((str(place) for place in places if (place / CONFIG).is_file()), source)
-    except (OSError, UserError):
-        return source
 
 
 @contextmanager

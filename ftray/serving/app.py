@@ -34,7 +34,6 @@ def application(cfg: Config, catalog: Catalog, key: str | None, cpus: float, gpu
         cpus: that each replica reserves.
         gpus: that each replica reserves.
     """
-    from ftray.serving import vllm
     from ftray.serving.pooling import PoolingReplica
     from ftray.serving.replica import Replica
 
@@ -53,6 +52,8 @@ def application(cfg: Config, catalog: Catalog, key: str | None, cpus: float, gpu
     }
     replicas: serve.Application
     if s.engine == "vllm":
+        from ftray.serving import vllm
+
         replicas = vllm.vllm_replica(cfg, catalog, options)
     else:
         generates = catalog.task.name == "CAUSAL_LM"
@@ -87,10 +88,10 @@ def check_catalog(cfg: Config) -> Catalog:
     Raises:
         UserError: something is missing or does not fit, or the engine can't serve it.
     """
-    from ftray.serving import vllm
-
     catalog = find_catalog(cfg)
     if cfg.serving.engine == "vllm":
+        from ftray.serving import vllm  # imports PEFT and torch, as no other engine needs here
+
         vllm.check(cfg, catalog)
     return catalog
 

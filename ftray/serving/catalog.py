@@ -12,7 +12,7 @@ from ftray.adapters.discovery import MERGED_BASE
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.serving import pooling
-from ftray.serving.registry import AdapterEntry, Registry
+from ftray.serving.registry import AdapterEntry, Registry, adapter_in, check_name
 from ftray.storage.location import Location, parse_location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.task_spec import CAUSAL, CHAT, FILE, TaskSpec
@@ -43,7 +43,6 @@ def find_catalog(cfg: Config) -> Catalog:
     """
     from ftray.models.find import find
     from ftray.models.stored import as_stored
-    from ftray.serving.adapters import adapter_in, check_adapter, check_name
 
     run = parse_location(cfg.serving.run) if cfg.serving.run else None
     run = run and run.absolute()
@@ -71,9 +70,11 @@ def find_catalog(cfg: Config) -> Catalog:
     if base in adapters:
         raise UserError(f"adapter {base}: the base model has that name")
     task = _served(cfg, run, adapters, path)
-    for source in adapters.values():
-        if "://" not in source:
-            check_adapter(Path(source), path, task)
+    if local := [Path(source) for source in adapters.values() if "://" not in source]:
+        from ftray.serving.adapters import check_adapter  # with PEFT and torch, which take seconds
+
+        for directory in local:
+            check_adapter(directory, path, task)
     Registry(cfg.serving, adapters)  # refuses a file that can't be read
     if cfg.serving.registry:
         parse_location(cfg.serving.registry).parent.check_writable("serving.registry")
@@ -86,13 +87,14 @@ def _served(cfg: Config, run: Location | None, adapters: dict[str, str], path: s
     Raises:
         UserError: no route serves it.
     """
-    from ftray.models.load import own_labels
-
     places = [*([str(run / "best" / "adapter")] if run else []), *(s for s in adapters.values() if "://" not in s)]
     spec = next((found for place in places if (found := kept_task(place))), None)
     if spec is None:
-        named = TaskSpec.named(CAUSAL.name if cfg.task == "auto" else cfg.task)
-        spec = named if named == CAUSAL or not path else replace(named, labels=own_labels(path, named))
+        spec = TaskSpec.named(CAUSAL.name if cfg.task == "auto" else cfg.task)
+        if spec != CAUSAL and path:
+            from ftray.models.load import own_labels
+
+            spec = replace(spec, labels=own_labels(path, spec))
     kind, _ = spec.kind  # scores of a reward model are no classes
     if kind not in ("CAUSAL_LM", *pooling.ROUTES):
         raise UserError(f"serve: no route answers {kind}; the merged model is a plain transformers directory")

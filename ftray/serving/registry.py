@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ftray.adapters.discovery import CONFIG, INSIDE
 from ftray.config import ServingConfig
 from ftray.errors import UserError
 from ftray.storage.location import Location, parse_location
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -107,3 +111,28 @@ def allowed(cfg: ServingConfig, source: str) -> str | None:
 def roots(cfg: ServingConfig) -> list[str]:
     """Directories and URIs from which adapters may be added over HTTP."""
     return cfg.adapter_sources or ([cfg.run] if cfg.run else [])
+
+
+def check_name(name: str) -> str:
+    """Returns `name`.
+
+    Raises:
+        UserError: it can't be the name of an adapter.
+    """
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"adapter name {name[:80]!r}: at most 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+    return name
+
+
+def adapter_in(source: str) -> str:
+    """The adapter that `source`, a directory or URI, is, or has in it as an output of `tune` or `train`.
+
+    `source` itself where none is found or the store can't be reached: it is refused where it is read.
+    """
+    try:
+        places = (parse_location(source) / inside if inside else parse_location(source) for inside in ("", *INSIDE))
+        return next((str(place) for place in places if (place / CONFIG).is_file()), source)
+    except (OSError, UserError):
+        return source

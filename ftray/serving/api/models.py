@@ -12,7 +12,7 @@ from ftray.errors import UserError
 from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
 from ftray.serving.api.requests import AddAdapterRequest, parse
 from ftray.serving.errors import APIError, invalid
-from ftray.serving.registry import allowed, roots
+from ftray.serving.registry import adapter_in, allowed, check_name, roots
 
 DROP_SECONDS = 30
 router = APIRouter()
@@ -72,8 +72,6 @@ def check_addition(endpoint: Endpoint, body: AddAdapterRequest) -> str:
     Raises:
         APIError: its name can't be had, or adapters may not come from there.
     """
-    from ftray.serving.adapters import adapter_in, check_name
-
     try:
         check_name(body.name)
     except UserError as error:
