@@ -98,6 +98,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run both sides once to warm up, then `n` times in turns; print medians of `work` a second and their ratio.
 
+    Where a run is so long that warming up would not change it, `n` may be 0: the first one counts.
+
     The sides are what `ours` and `peer` of the module `benchmarks.NAME` make of `given`, each in a process of its own:
     :mod:`benchmarks.side`.
 
@@ -124,12 +126,12 @@ def compare(
                 for side, process in sides.items():
                     taken[side].append(process.run())
                 print(
-                    f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn else ' (warm-up)'}",
+                    f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn or not n else ' (warm-up)'}",
                     flush=True,
                 )
         found = {side: process.found() for side, process in sides.items()}
     more = {f"{side}_{key}": value for side, own in found.items() for key, value in own.items()}
-    a, b = (work / statistics.median(taken[side][1:]) for side in ("ours", "peer"))
+    a, b = (work / statistics.median(taken[side][n > 0 :]) for side in ("ours", "peer"))
     show(name, a, b, a / b, unit, (also or {}) | more, spinning)
     return found["ours"], found["peer"]
 
