@@ -125,8 +125,9 @@ def compare(
             for turn in range(n + 1):
                 for side, process in sides.items():
                     taken[side].append(process.run())
+                last, counts = {side: values[-1] for side, values in taken.items()}, turn or not n
                 print(
-                    f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn or not n else ' (warm-up)'}",
+                    f"  ours {last['ours']:.3f} s, peer {last['peer']:.3f} s{'' if counts else ' (warm-up)'}",
                     flush=True,
                 )
         found = {side: process.found() for side, process in sides.items()}
