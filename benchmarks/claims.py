@@ -62,9 +62,9 @@ BENCHMARKS = {
         (Claim("step: one run, beside transformers.Trainer + PEFT (100 records)", 2),),
     ),
     "preference": Benchmark(
-        ("benchmarks.preference", "--steps", "1", "--quick"),
+        ("benchmarks.preference", "--steps", "2", "--quick"),
         480,
-        (Claim("preference: 8 DPO trials, beside TRL's DPOTrainer (1 step)", 3),),
+        (Claim("preference: 8 DPO trials, beside TRL's DPOTrainer (2 steps)", 3),),
     ),
     "shared_prompts": Benchmark(
         ("benchmarks.shared_prompts", "--quick"),

@@ -98,6 +98,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run both sides once to warm up, then `n` times in turns; print medians of `work` a second and their ratio.
 
+    Where a run is so long that warming up would not change it, `n` may be 0: the first one counts.
+
     The sides are what `ours` and `peer` of the module `benchmarks.NAME` make of `given`, each in a process of its own:
     :mod:`benchmarks.side`.
 
@@ -123,13 +125,14 @@ def compare(
             for turn in range(n + 1):
                 for side, process in sides.items():
                     taken[side].append(process.run())
+                last, counts = {side: values[-1] for side, values in taken.items()}, turn or not n
                 print(
-                    f"  ours {taken['ours'][-1]:.3f} s, peer {taken['peer'][-1]:.3f} s{'' if turn else ' (warm-up)'}",
+                    f"  ours {last['ours']:.3f} s, peer {last['peer']:.3f} s{'' if counts else ' (warm-up)'}",
                     flush=True,
                 )
         found = {side: process.found() for side, process in sides.items()}
     more = {f"{side}_{key}": value for side, own in found.items() for key, value in own.items()}
-    a, b = (work / statistics.median(taken[side][1:]) for side in ("ours", "peer"))
+    a, b = (work / statistics.median(taken[side][n > 0 :]) for side in ("ours", "peer"))
     show(name, a, b, a / b, unit, (also or {}) | more, spinning)
     return found["ours"], found["peer"]
 

@@ -34,13 +34,14 @@ def main() -> int:
     made.add_argument("--trials", type=int, default=8, metavar="K")
     made.add_argument("--steps", type=int, default=3, help=f"of each trial, {BATCH} pairs each")
     made.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
-    made.add_argument("--quick", action="store_true", help="one run of each instead of two")
+    made.add_argument("--quick", action="store_true", help="one run of each instead of two, and none to warm up")
     args = made.parse_args()
     print(f"{args.trials} trials of {args.steps} steps of {BATCH} pairs, LoRA of ranks {RANKS} on all linear layers")
     with tempfile.TemporaryDirectory() as directory:
         given = {"trials": args.trials, "steps": args.steps, "dtype": args.dtype, "directory": directory}
         work = args.trials * args.steps * BATCH
-        ours, peer = compare("preference", given, work, "pairs/s", 1 if args.quick else 2, args.busy)
+        runs = 0 if args.quick else 2
+        ours, peer = compare("preference", given, work, "pairs/s", runs, args.busy)
     apart = max(abs(a / b - 1) for a, b in zip(ours["losses"], peer["losses"], strict=True))
     if apart > NOISE:
         print(f"the training losses differ by {apart:.1%}: not the same runs", file=sys.stderr)
@@ -179,7 +180,7 @@ def trainer(base: Any, rank: int, beta: float, pairs: list[dict[str, Any]], toke
         per_device_train_batch_size=BATCH,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
+        warmup_steps=usual.warmup(len(pairs)),
         weight_decay=0.0,
         max_grad_norm=1.0,
         max_length=None,

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -195,6 +196,7 @@ def main() -> None:
     if args.peer:
         peer(args.peer[0], int(args.peer[1]))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end, too
     turns, tokens = (1, 32) if args.quick else (3, 48)
     print(f"serve{beside(args.busy)} on {machine()} with {versions()}", flush=True)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as running:

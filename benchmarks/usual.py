@@ -35,6 +35,11 @@ def lora(settings: dict[str, Any]) -> LoraConfig:
     )
 
 
+def warmup(records: int) -> int:
+    """Steps in which the learning rate rises, as ftray counts them: Trainer would round its share of them up."""
+    return round(0.05 * (records // BATCH))
+
+
 def load(path: str, dtype: torch.dtype) -> Any:
     """The base model."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -53,7 +58,7 @@ def trainer(base: Any, settings: dict[str, Any], rows: Sequence[Row], held: Sequ
         per_device_eval_batch_size=BATCH,
         learning_rate=settings["learning_rate"],
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
+        warmup_steps=warmup(len(rows)),
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=False,  # the base is in bfloat16 already where that is fast, the adapter in float32

@@ -167,6 +167,11 @@ def test_sides_take_turns_and_the_first_of_each_does_not_count(as_users_start_it
             return {"loss": 1.5}
 
     monkeypatch.setattr(measure, "Side", Told)
+    measure.compare("toy", {}, 12, "things/s", 0)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["ours"] == line["peer"] == 12 / 9  # of one run each, that counts
+    made.clear()
+
     assert measure.compare("toy", {}, 12, "things/s", 3, spinning=1) == ({"loss": 1.5}, {"loss": 1.5})
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made == [("benchmarks.toy", "ours", True), ("benchmarks.toy", "peer", False)]
