@@ -28,15 +28,18 @@ if TYPE_CHECKING:
     from ftray.status import status as status
     from ftray.stop import stop as stop
     from ftray.train import train as train
+    from ftray.tune import plan as plan
     from ftray.tune import tune as tune
+    from ftray.ui import ui as ui
 
 # each is a command, and a function in the module of its name
 COMMANDS = (
     *("preprocess", "train", "tune", "status", "stop", "pause", "add", "clone"),
-    *("evaluate", "report", "infer", "merge", "export", "serve"),
+    *("evaluate", "report", "ui", "infer", "merge", "export", "serve"),
 )
 # further name -> where it is
 NAMES = {
+    "plan": "ftray.tune",
     "RunFailed": "ftray.errors",
     "UserError": "ftray.errors",
     "SearchResult": "ftray.reports.result",

@@ -31,6 +31,11 @@ Metric: TypeAlias = str | Callable[[list[dict[str, Any]], list[str]], Sequence[f
 
 # keywords that are called otherwise than a flag
 OWN = {"start": "start.adapter", "metric": "search.metric", "direction": "search.direction"}
+ELSEWHERE = {  # flags that are no keywords
+    "plan": "ftray.plan takes the arguments of ftray.tune, and returns the plan",
+    "from": "the command line's --from is start",
+    "from_as": "the command line's --from-as is start={'form': ...}",
+}
 RECORDS = ("data.source", "data.validation", "data.test", "generation.file")
 FUNCTIONS = ("search.metric", "training.reward")
 INPUTS = "inputs"  # directory of what a call held in memory, in its output
@@ -44,7 +49,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         for given in kwargs:
             if given not in known:
-                raise UserError(f"{name}: unknown argument {given}{near(given, known)}")
+                hint = f"; {ELSEWHERE[given]}" if given in ELSEWHERE else near(given, known)
+                raise UserError(f"{name}: unknown argument {given}{hint}")
         config = kwargs.get("config")
         verbose = config.verbose if isinstance(config, Config) else bool(kwargs.get("verbose"))
         call = PYTHON_CALL.set(PYTHON_CALL.get())
@@ -56,6 +62,25 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             PYTHON_CALL.reset(call)
 
     return called
+
+
+def arguments_of(other: Callable[P, object]) -> Callable[[Callable[[dict[str, Any]], R]], Callable[P, R]]:
+    """A function that takes the arguments of another command: it is given a mapping of all of them."""
+
+    def as_other(function: Callable[[dict[str, Any]], R]) -> Callable[P, R]:
+        signature = inspect.signature(other)
+
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            return function(given.arguments)
+
+        returns = inspect.signature(function).return_annotation
+        called.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return called
+
+    return as_other
 
 
 def config_of(name: str, given: dict[str, Any]) -> Config:
@@ -151,14 +176,14 @@ def _named(part: object, name: str, field: str, values: dict[str, Any]) -> str:
 
 
 def _inputs(name: str, values: dict[str, Any]) -> Location:
-    """Where objects are kept: in the output that a run is to have, else in the cache.
+    """Where objects are kept: in the output that a run is to have, else (as of a plan) in the cache.
 
     Raises:
         UserError: the output holds another run.
     """
     from ftray.models.find import cache_root
 
-    if name not in ("tune", "train"):
+    if name not in ("tune", "train") or values.get("plan"):
         return parse_location(cache_root()) / INPUTS
     from ftray.search.run_manifest import RUN, SEARCH, refuse_occupied
 

@@ -35,6 +35,12 @@ from pydantic import (
 from ftray.errors import UserError, first_error, near
 
 
+def metrics_named(text: str) -> list[str]:
+    """The metrics that `search.metric` names: commas separate them, but those in a path, from its `/` on."""
+    found: list[str] = re.findall(r"(?:^|,)([^,]*/.*?\.(?:py|pkl):[^\W\d]\w*(?=\s*(?:,|$))|[^,]*)", text)
+    return found
+
+
 def _comma_separated(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
 
@@ -586,7 +592,7 @@ class SearchConfig(Section):
     @property
     def goals(self) -> tuple[Goal, ...]:
         """What `metric` and `direction` name, once the task is known: see :func:`ftray.tasks.infer_task.infer_task`."""
-        names, directions = self.metric.split(","), self.direction.split(",")
+        names, directions = metrics_named(self.metric), self.direction.split(",")
         keys = [f"validation_{own[2]}" if (own := re.fullmatch(USER_METRIC, name)) else name for name in names]
         return tuple(Goal(key, direction) for key, direction in zip(keys, directions, strict=True))
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Settings, StrPath, command, config_of
@@ -91,9 +92,8 @@ def _export(cfg: Config) -> Exported:
     from ftray.exports.source import test_rows
     from ftray.runtime.cluster import connect
 
-    connect(cfg, dashboard=False)
-    task, settings = source.task, source.cfg
-    data = prepare(settings.data, source.base, settings.model.trust_remote_code, task.full_name, task.labels)
+    task, settings, begin_ray = source.task, source.cfg, partial(connect, cfg, dashboard=False)
+    data = prepare(settings.data, source.base, settings.model.trust_remote_code, task.full_name, task.labels, begin_ray)
     rows = test_rows(source, data, PROOF_RECORDS)
     try:
         proof = export(source, rows, output)

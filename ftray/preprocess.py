@@ -1,7 +1,8 @@
 """Tokenize a data set into cached shards and show the result."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -63,10 +64,12 @@ def preprocess(
     Raises:
         UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
     """
-    return _preprocess(config_of("preprocess", locals()))
+    found, refer = _tokenized(config_of("preprocess", locals()))
+    return replace(found, reference=refer())
 
 
-def _preprocess(cfg: Config) -> Preprocessed:
+def _tokenized(cfg: Config) -> tuple[Preprocessed, Callable[[], str | None]]:
+    """The records as tokens, and the pass over the model that finds out its `reference`, which takes longer."""
     from ftray.data import DataCheck, prepare
     from ftray.models.find import find
     from ftray.tasks.infer_task import infer_task
@@ -88,8 +91,11 @@ def _preprocess(cfg: Config) -> Preprocessed:
     connect(cfg, dashboard=False)
     data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
     refuse_beyond(data, data_cfg, skeleton, tokenizer)
-    reference = with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference
-    return Preprocessed(data, tokenizer, reference or None)
+
+    def refer() -> str | None:
+        return with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference or None
+
+    return Preprocessed(data, tokenizer, None), refer
 
 
 def run(cfg: Config) -> int:
@@ -98,12 +104,12 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: the data or the model can't be used; found before Ray starts in sources of up to 64 MiB.
     """
-    found = preprocess(config=cfg)
+    found, refer = _tokenized(cfg)
     print(found)
     found.show(cfg.show)
-    print(f"shards {found.data.directory}")
-    if found.reference:
-        print(f"reference {found.reference}")
+    print(f"shards {found.data.directory}", flush=True)
+    if reference := refer():
+        print(f"reference {reference}")
     return 0
 
 

@@ -4,11 +4,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ftray.arguments import Data, Metric, Settings, StrPath, command, config_of
+from ftray.arguments import Data, Metric, Settings, StrPath, arguments_of, command, config_of
 from ftray.cli import run_command
 from ftray.config import KNEE, AdapterConfig, Config
 from ftray.errors import RunFailed, UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ftray.models.load import LoadedModel
+    from ftray.reports.plan import Plan
     from ftray.reports.result import SearchResult
     from ftray.search.final_calls import Hardware
     from ftray.search.results import TrialRow
@@ -83,7 +84,7 @@ def _tune(cfg: Config) -> "SearchResult":
     from ftray.reports.result import SearchResult
 
     if cfg.plan:
-        raise UserError("plan: is of the command line: ftray tune --plan")
+        raise UserError("plan: ftray.plan takes the arguments of ftray.tune, and returns the plan")
     if cfg.stages:
         from ftray.search.stages import last_output, run_stages
 
@@ -130,6 +131,37 @@ def _tune(cfg: Config) -> "SearchResult":
     return SearchResult(output)
 
 
+@command
+@arguments_of(tune)
+def plan(given: dict[str, Any]) -> "Plan":
+    """What `tune` with the same arguments would come to: memory, time and trials; nothing is trained or left.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts.
+    """
+    is_whole = isinstance(given["config"], Config)
+    return _plan(config_of("tune", given if is_whole else given | {"plan": True}))
+
+
+def _plan(cfg: Config) -> "Plan":
+    from ftray.reports.plan import Plan
+    from ftray.search.estimate import estimate
+
+    if not cfg.stages:
+        context, space = plan_context(cfg)
+        return Plan(context.config, context.tokenized, estimate(context, space))
+    from ftray.search.stages import run_stages
+
+    plans: list[Plan] = []
+
+    def one(stage: Config) -> int:
+        plans.append(_plan(stage))
+        return 0
+
+    run_stages(cfg.model_copy(update={"plan": True}), check, one, "best/adapter")
+    return replace(plans[0], later=tuple(plans[1:]))
+
+
 def run(cfg: Config) -> int:
     """The command, from first check to last line; docs/search.md lists what it leaves in `output`.
 
@@ -146,7 +178,7 @@ def run(cfg: Config) -> int:
 
         return run_stages(cfg, check, run, "best/adapter")
     if cfg.plan:
-        return show_plan(*check(cfg)[:3])
+        return show_plan(cfg)
     result = tune(config=cfg)
     summary = result.summary
     show(summary["trials"], summary["proof"], result.config, result.output)
@@ -384,36 +416,38 @@ def exit_code(best: "TrialRow", merged: dict[str, Any]) -> int:
     return 1
 
 
-def show_plan(cfg: Config, space: "Space", model_path: str) -> int:
-    """What `--plan` prints; nothing is left in `output`."""
-    import json
+def show_plan(cfg: Config) -> int:
+    """What `--plan` prints: what is known before the probe, then what that has found."""
+    from ftray.reports.data import describe
+    from ftray.reports.plan import settings, show_estimate
+    from ftray.search.estimate import estimate
 
-    import yaml
+    context, space = plan_context(cfg)
+    print(settings(context.config))
+    print(describe(context.tokenized), flush=True)
+    show_estimate(estimate(context, space), console())
+    return 0
 
+
+def plan_context(cfg: Config) -> "tuple[SearchContext, Space]":
+    """What the probe of a plan runs in, with the records tokenized; nothing is left in `output`."""
     from ftray.data import prepare
     from ftray.data.shards import NO_REFERENCE
     from ftray.evaluation.user_metric import reward
-    from ftray.reports.data import describe
     from ftray.runtime.cluster import connect, gpus_per_worker
-    from ftray.search.estimate import estimate
-    from ftray.search.estimate import show as show_estimates
     from ftray.search.signals import paired_training
     from ftray.search.starting_point import find_start, labels_of
     from ftray.search.trial_worker import SearchContext
     from ftray.training.run_spec import check_workers
 
+    cfg, space, model_path, _ = check(cfg)
     connect(cfg, dashboard=False)
     gpus = gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
     data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(find_start(cfg)))
-    print(yaml.safe_dump(cfg.model_dump(exclude={"resume", "plan", "verbose"}), sort_keys=False))
-    print(describe(data), flush=True)
     paired, learnt = paired_training(cfg, space, data), reward(cfg.training)
     context = SearchContext(cfg, model_path, data.directory, gpus, paired, reference=NO_REFERENCE, reward=learnt)
-    result = estimate(context, space)
-    show_estimates(result, console())
-    print(f"plan     {json.dumps(result)}")
-    return 0
+    return context, space
 
 
 def check(

@@ -1,9 +1,16 @@
 """What a user asks of a search that runs, from other processes."""
 
+import fcntl
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 from helpers.searches import command, environment, run_here, study
@@ -11,6 +18,7 @@ from helpers.searches import command, environment, run_here, study
 from ftray.cli import main
 from ftray.config import Config, config_from
 from ftray.errors import UserError
+from ftray.reports.live import LiveRun
 from ftray.reports.status import read
 from ftray.search.advisor import Advisor
 from ftray.search.control import ask_to_add, ask_to_stop
@@ -118,11 +126,13 @@ def test_a_search_pauses_trains_on_ends_when_asked_and_can_be_resumed(cluster, t
         time.sleep(3)  # the driver may have looked just before
         kept, left = records(), seen().seconds_left
         assert seen().summary().endswith("paused")
+        assert [t["state"] for t in seen().trials] == ["paused", "paused"]
         time.sleep(3)
         assert (records(), seen().seconds_left) == (kept, left)
         assert main(["pause", *on, "--off"]) == 0
         wait_for(lambda: min(records()) > max(kept), process)
         assert "left" in seen().summary()
+        assert [t["state"] for t in seen().trials] == ["runs", "runs"]
 
         assert main(["stop", "--prove", *on]) == 0
         told, _ = process.communicate(timeout=120)
@@ -142,6 +152,51 @@ def test_a_search_pauses_trains_on_ends_when_asked_and_can_be_resumed(cluster, t
     assert "ending" not in done.stdout
     again = {t["trial"]: t for t in json.loads((output / "summary.json").read_text())["trials"]}
     assert all(again[n]["records"] >= trials[n]["records"] for n in trials)
+
+
+def test_a_trial_at_a_rung_is_called_the_same_by_the_search_and_by_all_who_look_on(
+    cluster, tmp_path, words, tiny_llama, capsys
+):
+    """One of two trains while the other waits for it: Tune's live table, on a terminal, and the command's."""
+    output = tmp_path / "out"
+    flags = ["--trials", "2", "--concurrency", "1", "--pack", "off", "--training.evaluations", "3"]
+    arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=400)
+    own, shown = pty.openpty()
+    fcntl.ioctl(shown, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    env = environment(joined=True) | {"TERM": "xterm"}
+    process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown, env=env)
+    os.close(shown)
+    told: list[bytes] = []
+
+    def read_all():
+        with suppress(OSError):  # the terminal is gone with what wrote to it
+            while part := os.read(own, 65536):
+                told.append(part)
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+
+    def states():
+        return [t["state"] for t in read(LocalLocation(output)).trials]
+
+    try:
+        wait_for(lambda: (output / "data.json").exists() and (output / "study.log").exists(), process)
+        wait_for(lambda: states() == ["waits at a rung", "runs"], process)
+        page = LiveRun(LocalLocation(output)).state()
+        assert {t["trial"]: (t["state"], t["runs"]) for t in page["trials"]} == {
+            0: ("waits at a rung", False),
+            1: ("runs", True),
+        }
+        assert main(["status", "--run", str(output)]) == 0
+        assert "waits at a rung" in capsys.readouterr().out
+        assert process.wait(200) == 0
+    finally:
+        process.kill()
+        reader.join()
+        os.close(own)
+    drawn = b"".join(told).decode(errors="replace")
+    assert "waits at a rung" in drawn
+    assert "paused" not in drawn
 
 
 @pytest.mark.parametrize(

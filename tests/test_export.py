@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ftray.cli import main
 from ftray.config import EvaluationConfig
+from ftray.data import pipeline
 from ftray.errors import UserError
 from ftray.exports import formats, gguf, llama_cpp, ollama, plain_lora
 from ftray.exports.convert_gguf import name_of_cuts
@@ -113,6 +114,26 @@ def test_a_gguf_file_answers_in_the_adapters_words(run, merged, tmp_path, capsys
         assert "FROM ./model.gguf" in text
         assert 'TEMPLATE """{{ .Prompt }}\n{{ .Response }}"""' in text
         assert 'PARAMETER stop "<|end|>"' in text
+
+
+def test_no_ray_is_needed_where_the_shards_are_there_or_soon_made(run, tmp_path):
+    """By a command that would not find its cluster; the shards are those of the run, then new ones."""
+    env = environment() | {"RAY_ADDRESS": "127.0.0.1:1"}
+    for name, more in (("again", []), ("new", ["--data.cache", str(tmp_path / "shards")])):
+        flags = ["--run", str(run), "--to", "vllm", "--output", str(tmp_path / name), *more]
+        done = subprocess.run([sys.executable, "-m", "ftray.export", *flags], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "adapter_config.json").exists()
+
+
+def test_records_that_tasks_of_ray_read_begin_it(run, tmp_path, words, capsys, monkeypatch):
+    began = []
+    monkeypatch.setattr(pipeline, "LOCAL_BYTES", 10)
+    monkeypatch.setattr("ftray.runtime.cluster.connect", lambda cfg, dashboard: began.append(dashboard))
+    more = ["--data.cache", str(tmp_path / "shards")]
+    assert export(run, tmp_path / "out", "vllm", *more) == 0
+    assert export(run, tmp_path / "again", "vllm", *more) == 0  # from the cache
+    assert began == [False]
 
 
 def test_the_loss_of_a_coarser_precision_is_shown_and_bounded(run, tmp_path, capsys):

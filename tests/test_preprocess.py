@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ftray
 from ftray.cli import run_command
 from ftray.config import Config, DataConfig, config_from
 from ftray.data import DataCheck, TokenizedData, duplicates
@@ -15,6 +16,7 @@ from ftray.data.pipeline import fingerprint_of
 from ftray.data.splits import find_sources, split_of
 from ftray.errors import UserError
 from ftray.preprocess import run as run_preprocess
+from ftray.search import reference
 from ftray.task_spec import IGNORE
 
 USERS, EACH = 40, 5
@@ -251,3 +253,29 @@ def test_near_duplicates_between_the_splits_are_counted(told, capsys):
 )
 def test_what_counts_as_the_same_prompt(one, other, same):
     assert (duplicates.normalised(one) == duplicates.normalised(other)) == same
+
+
+@pytest.mark.parametrize("task", ["DPO", "KTO"])
+def test_the_statistics_stand_there_before_the_pass_over_the_model(
+    cluster, tmp_path, tiny_llama, capsys, monkeypatch, task
+):
+    """Of all objectives that have one: it may take hours, and whoever waits sees what is wrong with the records."""
+    pair = {"chosen": "a b", "rejected": "b a"} if task == "DPO" else {"completion": "a b"}
+    judged = [{} if task == "DPO" else {"label": bool(n % 3)} for n in range(60)]
+    rows = [{"prompt": f"say {n}"} | pair | own for n, own in enumerate(judged)]
+    passes, seen = reference.with_reference, []
+
+    def watched(*given, **more):
+        seen.append(capsys.readouterr().out)
+        return passes(*given, **more)
+
+    monkeypatch.setattr(reference, "with_reference", watched)
+    flags = ["--model", tiny_llama, "--data.cache", str(tmp_path / "shards"), "--task", task]
+    assert run_command("preprocess", ["--data", write(tmp_path / "r.jsonl", rows), "--show", "1", *flags]) == 0
+    (before,) = seen
+    assert re.search(r"^train: \d+ records, ", before, re.MULTILINE)
+    assert "say " in before
+    shards, after = before.splitlines()[-1].split()[-1], capsys.readouterr().out
+    assert re.fullmatch(rf"reference {re.escape(shards)}/reference-\w+\n", after)
+    found = ftray.preprocess(rows, model=tiny_llama, task=task, config={"data": {"cache": str(tmp_path / "shards")}})
+    assert re.search(r"/reference-\w+$", found.reference)

@@ -28,6 +28,7 @@ from nbclient import NotebookClient
 from ray import cloudpickle
 
 import ftray
+from ftray.adapters.methods import METHODS
 from ftray.arguments import OWN, config_of
 from ftray.cli import COMMANDS, reads, sections
 from ftray.config import Config
@@ -38,8 +39,8 @@ from ftray.storage.location import parse_location
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": " ".join(word), "completion": word.upper()} for word in ("cab", "bed", "fade", "face", "deaf") * 20]
-# of a command line alone: what it prints, and flags that a keyword of another name stands for
-NO_KEYWORDS = {"plan", "show", "from", "from-as", "watch"}
+# what a command line prints, flags that a keyword of another name stands for, and one that is a function of its own
+NO_KEYWORDS = {"show", "watch", "from", "from-as", "plan"}
 
 BOTH_WAYS = {
     "function first": "import ftray; ftray.stop; import ftray.stop",
@@ -87,7 +88,7 @@ def test_importing_it_imports_nothing_slow():
 
 
 def test_every_command_is_there_and_takes_what_its_command_line_does():
-    assert {*ftray.COMMANDS} == {*COMMANDS} - {"config", "ui"}
+    assert {*ftray.COMMANDS} == {*COMMANDS} - {"config"}
     assert {*ftray.__all__} <= {*dir(ftray)}
     for name in ftray.COMMANDS:
         function = getattr(ftray, name)
@@ -102,6 +103,8 @@ def test_every_command_is_there_and_takes_what_its_command_line_does():
         described = inspect.getdoc(function)
         assert described
         assert "Raises:" in described
+    searched, planned = (inspect.signature(function).parameters for function in (ftray.tune, ftray.plan))
+    assert [*planned] == [*searched]
 
 
 def section_fields(name):
@@ -115,6 +118,7 @@ def test_a_type_checker_sees_the_types(tmp_path):
         "import ftray\nimport ftray.tune\n"
         "result = ftray.tune(data='a.jsonl', trials=3)\nreveal_type(result)\nreveal_type(result.best)\n"
         "ftray.tune(trails=3)\nftray.tune(trials='many')\n"
+        "reveal_type(ftray.plan('a.jsonl', trials=3).estimate.seconds)\nftray.plan(trials='many')\n"
     )
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "use.py")]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
@@ -122,6 +126,8 @@ def test_a_type_checker_sees_the_types(tmp_path):
     assert "TrialRow" in said
     assert 'use.py:6: error: Unexpected keyword argument "trails" for "tune"' in said
     assert 'use.py:7: error: Argument "trials" to "tune" has incompatible type "str"' in said
+    assert 'use.py:8: note: Revealed type is "float"' in said or "builtins.float" in said
+    assert 'use.py:9: error: Argument "trials" to "plan" has incompatible type "str"' in said
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,12 @@ def test_a_type_checker_sees_the_types(tmp_path):
         (lambda: ftray.tune(config="no.yaml"), "can't read no.yaml: No such file or directory"),
         (lambda: ftray.tune(config=[3]), "tune: config must be a YAML file or a mapping of sections, not a list"),
         (lambda: ftray.tune(config=Config(), trials=3), "tune: config is all of the configuration: leave out trials"),
-        (lambda: ftray.tune(config={"plan": True}), "plan: is of the command line: ftray tune --plan"),
+        (lambda: ftray.tune(config={"plan": True}), "plan: ftray.plan takes the arguments of ftray.tune"),
+        (lambda: ftray.tune(plan=True), "tune: unknown argument plan; ftray.plan takes the arguments of ftray.tune"),
+        (lambda: ftray.plan(data=ROWS, trails=3), "plan: unknown argument trails; did you mean trials"),
+        (lambda: ftray.plan(data=ROWS, space="none"), "search.space none: "),
+        (lambda: ftray.ui(run="nowhere"), "output nowhere holds no search"),
+        (lambda: ftray.ui(run="nowhere", host="0.0.0.0"), "ui.host 0.0.0.0: others could come without a key"),
         (lambda: ftray.evaluate(adapter=3), "adapters.0: must be a text (got 3)"),
         (lambda: ftray.tune(data=ROWS, output=3), "output: must be a text (got 3)"),
         (lambda: ftray.tune(data={"prompt": ["a"]}), "unknown key data.prompt; "),
@@ -284,6 +295,35 @@ def quick(tmp_path):
         "evaluation": {"max_new_tokens": 4},
         "generation": {"max_new_tokens": 4},
     }
+
+
+def test_a_plan_is_what_the_command_line_prints_and_trains_nothing(cluster, tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sections = quick(tmp_path) | {"model": {"name": tiny_llama, "dtype": "fp32"}}
+    plan = ftray.plan(ROWS, space="quick", trials=5, output="out", config=sections)
+    assert not (tmp_path / "out").exists()  # and what the call held in memory is not kept there either
+    assert (plan.config.search.trials, plan.config.task) == (5, "CAUSAL_LM")
+    assert plan.data.splits["train"].records + plan.data.splits["test"].records < len(ROWS)
+    found = plan.estimate
+    assert found.rungs[0]["trials"] == found.trials == 5
+    assert found.memory["total"] == sum(value for name, value in found.memory.items() if name != "total")
+    assert {*found.methods} <= {*METHODS}
+    assert found.seconds > 0
+
+    flags = ["--data", plan.config.data.source, "--space", "quick", "--trials", "5", "--output", "out", "--plan"]
+    (tmp_path / "sections.yaml").write_text(yaml.safe_dump(sections))
+    printed = run_here(["python", "-m", "ftray.tune", *flags, "--config", "sections.yaml"]).stdout
+    timed = re.compile(r"probe    .*|time     .*|plan     .*")  # what another probe measures
+    assert timed.sub("", printed).split() == timed.sub("", str(plan)).split()
+    told = json.loads(str(plan).splitlines()[-1].removeprefix("plan     "))
+    assert (told["memory"], told["seconds"]) == (found.memory, found.seconds)
+    assert "methods" in plan._repr_html_()
+
+    both = ftray.plan(ROWS, stages="sft,sft", trials=2, output="out", config=sections)
+    (later,) = both.later
+    assert (both.config.output, later.config.output) == ("out/1-sft", "out/2-sft")
+    assert str(later) in str(both)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_does_what_it_says(cluster, tmp_path, tiny_llama, monkeypatch, capsys):

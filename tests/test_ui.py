@@ -1,10 +1,12 @@
 """The live page: what it shows is what the output holds, and its buttons do what the commands do."""
 
+import asyncio
 import json
 import math
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+import ftray
 from ftray.cli import main
 from ftray.config import config_from
 from ftray.reports.live import LiveRun
@@ -284,6 +287,55 @@ def test_what_can_be_asked_and_what_not(over):
     policy = httpx.get(url).headers["Content-Security-Policy"]
     assert "script-src 'self'" in policy
     assert "default-src 'none'" in policy
+
+
+def test_from_python_the_page_is_served_beside_what_the_program_does(tmp_path, monkeypatch):
+    """As in a notebook: within a loop that runs, and after it; the handle ends the page and nothing else."""
+    monkeypatch.delenv("FTRAY_API_KEY", raising=False)
+    write_search(tmp_path / "out", trials=6, answers=3)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+
+    async def cell():
+        return ftray.ui(run=tmp_path / "out", port=0)
+
+    page = asyncio.run(cell())
+    address, _, key = page.url.partition("#key=")
+    assert asked(address, "v1/live", key).json()["phase"] == "over"
+    assert "The winner of 6 trials" in asked(address, "v1/live/report", key).json()["headline"]
+    refused = asked(address, "v1/live/requests", key, json={"command": "stop", "trial": 0})  # a command of its own
+    assert "no search is running there" in refused.json()["error"]["message"]
+    assert key not in re.sub(r"<a.*?>", "", page._repr_html_())
+    assert page.url in page._repr_html_()
+    page.close()
+    page.close()  # it is over already
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address)
+    with ftray.ui(run=ftray.SearchResult(tmp_path / "out"), ui={"port": 0}) as again:
+        assert httpx.get(again.url).is_success
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(again.url)
+    assert handlers == {number: signal.getsignal(number) for number in handlers}
+
+
+def test_a_program_may_end_without_closing_the_page(tmp_path):
+    write_search(tmp_path / "out", trials=6, answers=3)
+    code = "import ftray, httpx; page = ftray.ui(run='out', port=0); print(httpx.get(page.url).status_code)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_when_it_is_told_to(tmp_path, number, code):
+    write_search(tmp_path / "out", trials=6, answers=3)
+    arguments = [sys.executable, "-m", "ftray.ui", "--run", str(tmp_path / "out"), "--port", "0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout.readline().startswith("page     http://")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
 
 
 def test_after_its_driver_died_the_page_says_so(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from helpers.searches import SPACE, command, run_here, study
 
 from ftray.cli import main
+from ftray.config import Config, metrics_named
 from ftray.errors import UserError
 from ftray.evaluation.metrics import Scores, compare
 from ftray.evaluation.user_metric import UserMetric, UserMetricError, user_metrics
@@ -136,6 +137,45 @@ def test_a_function_names_no_file_twice():
     assert [(goal.metric, goal.sign) for goal in search.goals] == [("validation_one", -1), ("validation_loss", 1)]
     with pytest.raises(UserError, match=re.escape("search.metric ~/a/score.py:one: can't be read: No such file")):
         user_metrics(search)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("loss", ["loss"]),
+        ("loss, exact_match", ["loss", " exact_match"]),
+        ("", [""]),
+        ("loss,", ["loss", ""]),
+        (",loss", ["", "loss"]),
+        ("/a,b/c,d.py:one", ["/a,b/c,d.py:one"]),
+        ("loss,./a,b.py:one , latency", ["loss", "./a,b.py:one", " latency"]),
+        ("~/a.py:one,/b,c.pkl:two,loss", ["~/a.py:one", "/b,c.pkl:two", "loss"]),
+        ("s3://b/a,b.pkl:one,m.py:two", ["s3://b/a,b.pkl:one", "m.py:two"]),
+        ("/no/function,loss", ["/no/function", "loss"]),
+    ],
+)
+def test_commas_separate_metrics_and_are_parts_of_paths(given, names):
+    assert metrics_named(given) == names
+
+
+def test_a_metric_of_a_file_with_a_comma(tmp_path, monkeypatch, words, tiny_llama, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", words, "--model", tiny_llama, "--output", "out", "--search.metric", "a,b.py:one"]
+    assert main(["tune", *flags]) == 2
+    said = "ftray tune: error: search.metric a: CAUSAL_LM has no such metric; a path with a comma begins with ./\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "a,b.py").write_text("def one(records, answers):\n    return [1.0] * len(records)\n")
+
+    def search(metric):
+        return Config.model_validate({"search": {"metric": metric, "direction": "max,min"}}).search
+
+    given = search("./a,b.py:one,validation_loss")
+    (metric,) = user_metrics(given)
+    assert (metric.path, metric.name) == ("./a,b.py", "one")
+    assert [(goal.metric, goal.direction) for goal in given.goals] == [
+        ("validation_one", "max"),
+        ("validation_loss", "min"),
+    ]
 
 
 def test_a_search_goes_by_it_stops_where_it_raises_and_resumes_once_it_is_mended(

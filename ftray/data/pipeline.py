@@ -71,8 +71,9 @@ def prepare(
     trust_remote_code: bool = False,
     task: str = "CAUSAL_LM",
     labels: tuple[str, ...] = (),
+    connect: Callable[[], None] | None = None,
 ) -> TokenizedData:
-    """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised.
+    """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised, or `connect` do it.
 
     The order of rows, their split and the row groups depend on the records' content and `seed` alone, never on the
     cluster: rows are sorted by a seeded hash of the record, so any row group is a random sample of the data. On a
@@ -84,6 +85,7 @@ def prepare(
         trust_remote_code: run Python code that comes with the tokenizer.
         task: one of `ftray.task_spec.TASKS` or `OBJECTIVES`.
         labels: its classes; empty: those of the training records.
+        connect: initialises Ray; it is called only if there are sources to read that need its tasks.
 
     Raises:
         UserError: as :meth:`ftray.data.check.DataCheck.run`, also about records beyond the part that it reads.
@@ -107,6 +109,8 @@ def prepare(
             _copy(twin, directory, fingerprint, cfg)
         return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
+    if connect and not all(map(_is_small, sources.values())):
+        connect()
     template = prompt_template(tokenizer, cfg) if spec.name == CAUSAL.name else None
     spec = replace(spec, pad=tokenizer.pad_token_id or 0, template=template, chat_template=chat_template)
     work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, which the next one resumes
@@ -275,6 +279,7 @@ def _in_tasks(
 
 
 def _is_small(source: Source) -> bool:
+    """Whether it is read in this process."""
     sizes = [chunk.bytes for chunk in source.chunks]
     return None not in sizes and sum(size or 0 for size in sizes) <= LOCAL_BYTES
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftray.config import USER_METRIC, Config, SearchConfig, TrainingConfig, at_home
+from ftray.config import USER_METRIC, Config, SearchConfig, TrainingConfig, at_home, metrics_named
 from ftray.errors import UserError, near
 from ftray.storage.location import Location, parse_location, reason
 
@@ -141,7 +141,7 @@ def user_metrics(search: SearchConfig) -> tuple[UserMetric, ...]:
     Raises:
         UserError: a file can't be read.
     """
-    names = [name for name in search.metric.split(",") if re.fullmatch(USER_METRIC, name)]
+    names = [name for name in metrics_named(search.metric) if re.fullmatch(USER_METRIC, name)]
     return tuple(_read(name, "search.metric") for name in names)
 
 

@@ -178,6 +178,7 @@ def _row(row: "TrialProgress", answered: set[str]) -> dict[str, Any]:
         "metrics": finite,
         "state": str(row["state"]),
         "runs": row["state"].runs,
+        "can_stop": row["state"].can_stop,
         "config": {section: row["config"][section] for section in ("adapter", "training")},
         "answered": str(row["trial"]) in answered,
     }

@@ -9,15 +9,14 @@ from ftray.config import Config, config_from
 from ftray.data.shards import Split
 from ftray.errors import UserError
 from ftray.search.goals import Judged, front
-from ftray.search.live import OVER, SEARCHING, Beat, DriverNote, fresh_beats
+from ftray.search.live import ENDING, OVER, PAUSED, SEARCHING, Beat, DriverNote, fresh_beats
 from ftray.search.progress import describe, summary, time_told
-from ftray.search.trial_status import TrialStatus, journal_status
+from ftray.search.trial_status import TrialStatus, journal_status, live_status
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
 from ftray.training.train_state import Report, best_report, metric_value
 
-# what a search is about, beside what its driver notes
-PREPARING, PAUSED, ENDING = "prepares", "paused", "ends: each trial reports what it has reached"
+PREPARING = "prepares"  # what a search is about before its driver notes it
 
 
 class TrialProgress(Judged):
@@ -147,6 +146,8 @@ def read(output: Location) -> Search:
     study, beats, noted = past_study(output / JOURNAL), fresh_beats(output), driver_note(output)
     since = None if noted and noted["phase"] == OVER else running_since(output)
     seen = {int(name): trial["records"] for beat in beats for name, trial in beat["trials"].items()}
+    asked = study.user_attrs if study else {}
+    ends, paused = (since is not None and asked.get(request) == since for request in (END, PAUSE))
     rows: list[TrialProgress] = []
     for trial in study.get_trials(deepcopy=False) if study else []:
         attributes = trial.user_attrs
@@ -155,7 +156,10 @@ def read(output: Location) -> Search:
             continue
         reports: list[Report] = attributes.get("reports", [])
         best = best_report(reports, metric, cfg.search.goal.direction)
-        state = journal_status(trial, since is not None, bool(attributes.get(STOP)))
+        state = journal_status(trial)
+        if has_driver := state is TrialStatus.UNFINISHED and since is not None:
+            in_tune = _in_tune(noted, trial.number, bool(reports))
+            state = live_status(in_tune, bool(attributes.get(STOP)), paused and not ends)
         rows.append(
             {
                 "trial": trial.number,
@@ -164,7 +168,7 @@ def read(output: Location) -> Search:
                 "state": state,
                 "rung": len(reports),
                 "records": max(
-                    reports[-1]["records"] if reports else 0, seen.get(trial.number, 0) if state.runs else 0
+                    reports[-1]["records"] if reports else 0, seen.get(trial.number, 0) if has_driver else 0
                 ),
                 "value": metric_value(best, metric) if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
@@ -185,11 +189,18 @@ def read(output: Location) -> Search:
     found = Search(metric, goal.direction, cfg.search.trials, rungs, whole, since, rows, cuts, further, on_front)
     if since is None or study is None:
         return found
-    asked = study.user_attrs
     phase = noted["phase"] if noted else PREPARING
     if phase == SEARCHING:
-        phase = ENDING if asked.get(END) == since else PAUSED if asked.get(PAUSE) == since else SEARCHING
+        phase = ENDING if ends else PAUSED if paused else SEARCHING
     return replace(found, phase=phase, beats=tuple(beats), **_told(noted, phase))
+
+
+def _in_tune(noted: DriverNote | None, number: int, has_report: bool) -> TrialStatus:
+    """The state of a trial that the journal holds as running, as its driver has noted it."""
+    if noted is None or "states" not in noted:  # an older driver notes none
+        return TrialStatus.RUNNING
+    begun = TrialStatus.RUNNING if has_report else TrialStatus.WAITING  # it has not been noted yet
+    return TrialStatus(noted["states"].get(str(number), begun))
 
 
 def _told(noted: DriverNote | None, phase: str) -> dict[str, Any]:

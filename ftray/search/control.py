@@ -19,6 +19,7 @@ from ftray.search.results import JOURNAL
 from ftray.search.run_manifest import running_since, trains_in_packs
 from ftray.search.sampler import Sampler, whole
 from ftray.search.space import Space
+from ftray.search.trial_status import IN_TUNE, TrialStatus, live_status
 from ftray.storage.location import Location, reason
 
 if TYPE_CHECKING:
@@ -207,6 +208,13 @@ class Requests(tune.Callback, tune.Stopper):
             self._reported.add(number)
             self._awaited.discard(number)
         return number in self.stopping
+
+    def status(self, trial: Trial) -> TrialStatus:
+        """The state of a trial, in the words that `ftray status` has too."""
+        state = IN_TUNE[trial.status]
+        if trial.is_finished():
+            return state
+        return live_status(state, trial.config["number"] in self.stopping, self.paused)
 
     def stop_all(self) -> bool:
         """Whether the search was to end, and all that it has reached is known."""

@@ -23,7 +23,7 @@ from ftray.search.live import (
 )
 from ftray.search.run_manifest import running_since
 from ftray.search.time_left import TimeLeft, Workload
-from ftray.search.trial_status import TrialStatus
+from ftray.search.trial_status import IN_TUNE, TrialStatus
 from ftray.storage.location import Location
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class DriverNotes(tune.Callback):
         whole = sum((self._past | at).values())
         trains = not beats or any(beat["tokens_per_second"] for beat in beats)  # else it is paused
         self.seconds_left = self._time.look(time.monotonic(), whole, left, trains)
-        note(self.output, SEARCHING, whole, left, self.seconds_left)
+        states = {trial.config["number"]: IN_TUNE[trial.status] for trial in trials if not trial.is_finished()}
+        note(self.output, SEARCHING, whole, left, self.seconds_left, states)
 
 
 def driver_note(output: Location) -> DriverNote | None:

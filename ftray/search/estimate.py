@@ -5,15 +5,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
@@ -111,12 +109,52 @@ class Probe:
     validation: float
 
 
-def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
-    """Estimate a search.
+@dataclass(frozen=True)
+class MethodEstimate:
+    """A method of a space.
 
-    Returns:
-        `methods`, `rungs` (records and expected trials), `tokens`, `memory` (bytes a worker) and `seconds`.
+    Attributes:
+        largest: the adapter with most parameters.
+        parameters: trained ones, of that.
+        adapts: the layers that it adapts, see :func:`ftray.adapters.targets.described`.
+        runs: with what it shares a pass, in words.
     """
+
+    largest: dict[str, Any]
+    parameters: int
+    adapts: str
+    runs: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a search would run, and need.
+
+    Attributes:
+        methods: by name.
+        trials: the default configuration included.
+        at_once: of these, how many train at a time.
+        rungs: `records` of each, and the `trials` that are expected to come to it.
+        further_runs: of finalists, with other seeds.
+        tokens: of training, `expected` and `at_most`, where no trial is stopped.
+        memory: bytes a worker: of the `base`, `adapters` with what optimisers keep, `activations`, and in `total`.
+        probe: what the rest is reckoned from.
+        seconds: of training and validation.
+    """
+
+    methods: dict[str, MethodEstimate]
+    trials: int
+    at_once: int
+    rungs: list[dict[str, Any]]
+    further_runs: int
+    tokens: dict[str, int]
+    memory: dict[str, int]
+    probe: Probe
+    seconds: float
+
+
+def estimate(context: SearchContext, space: Space) -> Estimate:
+    """Estimate a search from a few steps of its largest configuration; Ray must be initialised."""
     cfg, shared = context.config, packable(context.config, space) and context.config.search.pack != "off"
     tokenized = context.tokenized
     data = tokenized.splits
@@ -153,28 +191,23 @@ def estimate(context: SearchContext, space: Space) -> dict[str, Any]:
         "adapters": STATE_BYTES * largest.parameters * (probe.trials if shared else 1),
         "activations": max(s.activations(rows, probe.trials) for s in methods.values()),
     }
-    return {
-        "methods": {
-            name: {
-                "largest": shapes.corner["adapter"],
-                "parameters": shapes.parameters,
-                "adapts": shapes.adapts,
-                "runs": _runs(cfg, space, shapes),
-            }
+    return Estimate(
+        methods={
+            name: MethodEstimate(shapes.corner["adapter"], shapes.parameters, shapes.adapts, _runs(cfg, space, shapes))
             for name, shapes in methods.items()
         },
-        "trials": cfg.search.trials,
-        "at_once": at_once if shared else groups,
-        "rungs": [{"records": r, "trials": round(n, 1)} for r, n in zip(records, trials, strict=True)],
-        "further_runs": further,
-        "tokens": {
+        trials=cfg.search.trials,
+        at_once=at_once if shared else groups,
+        rungs=[{"records": r, "trials": round(n, 1)} for r, n in zip(records, trials, strict=True)],
+        further_runs=further,
+        tokens={
             "expected": round(seen * length),
             "at_most": (cfg.search.trials + further) * records[-1] * length,
         },
-        "memory": {name: round(value) for name, value in (memory | {"total": sum(memory.values())}).items()},
-        "probe": asdict(probe),
-        "seconds": round((steps + validations) / groups, 1),
-    }
+        memory={name: round(value) for name, value in (memory | {"total": sum(memory.values())}).items()},
+        probe=probe,
+        seconds=round((steps + validations) / groups, 1),
+    )
 
 
 def further_runs_of(cfg: Config, compared: list[Rung]) -> int:
@@ -434,36 +467,4 @@ def _runs(cfg: Config, space: Space, shapes: Shapes) -> str:
         f"in a pack, by itself: {shapes.isolation_reason}"
         if shapes.isolation_reason
         else "in a pack, together with others"
-    )
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the plan."""
-    table = Table("method", "runs", "largest configuration", "trained parameters", title="methods")
-    for name, method in result["methods"].items():
-        largest = " ".join(f"{k}={v}" for k, v in method["largest"].items() if k != "method")
-        table.add_row(name, method["runs"], largest, f"{method['parameters']:,}")
-    console.print(table)
-    for name, method in result["methods"].items():
-        print(f"adapted  {name}: {method['adapts'] or 'no layers of the model'}")
-    rungs = ", ".join(f"{r['trials']:g} to {r['records']} records" for r in result["rungs"])
-    memory = {name: f"{value / 2**30:.2f}" for name, value in result["memory"].items()}
-    probe, tokens = result["probe"], result["tokens"]
-    minutes = result["seconds"] / 60
-    print(f"trials   {result['trials']}, {result['at_once']} at once; expected: {rungs}")
-    if further := result["further_runs"]:
-        records = result["rungs"][-1]["records"]
-        print(f"finals   {further} further runs of the finalists, with other seeds, to {records} records")
-    print(f"tokens   {tokens['expected']:,} expected, {tokens['at_most']:,} if no trial is stopped")
-    print(
-        f"memory   {memory['total']} GiB a worker: base {memory['base']}, "
-        f"adapters and optimisers {memory['adapters']}, activations {memory['activations']}"
-    )
-    print(
-        f"probe    {probe['trials']} trial(s): {probe['step']:.2f} s for a step of {probe['tokens']} tokens, "
-        f"{probe['validation']:.2f} s for a validation"
-    )
-    print(
-        f"time     {minutes:.1f} minutes of training and validation; start, proof and merging are not included",
-        flush=True,
     )

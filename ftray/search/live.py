@@ -28,6 +28,7 @@ FRESH = 20.0  # seconds beyond that, after which a pack that has written nothing
 SHARE = 0.3  # of the newest measurement in the speed that is shown
 POINTS = 120  # of a curve: means over that many stretches
 SEARCHING, CHOOSING, PROVING, MERGING, OVER = "searches", "compares finalists", "proves", "merges", "over"
+PAUSED, ENDING = "paused", "ends: each trial reports what it has reached"  # a search, as its users have asked
 
 Curve = list[tuple[float, float]]  # records seen and loss
 Answers = Callable[["Mapping[str, PeftModel]", Mapping[str, int]], None]
@@ -65,6 +66,7 @@ class DriverNote(TypedDict):
         phase: one of those above.
         seen, left: records trained on, and to come.
         seconds_left: of training; None: it can't be told yet.
+        states: of the trials that are not over, by number: a :class:`~ftray.search.trial_status.TrialStatus`.
     """
 
     at: float
@@ -72,6 +74,7 @@ class DriverNote(TypedDict):
     seen: int
     left: float
     seconds_left: float | None
+    states: dict[str, str]
 
 
 class SampledTrial(TypedDict):
@@ -149,7 +152,12 @@ def thinned(curve: Curve, points: int = POINTS) -> Curve:
 
 
 def note(
-    output: Location, phase: str, seen: int | None = None, left: float = 0.0, seconds_left: float | None = None
+    output: Location,
+    phase: str,
+    seen: int | None = None,
+    left: float = 0.0,
+    seconds_left: float | None = None,
+    states: Mapping[int, str] | None = None,
 ) -> None:
     """Note what the driver is about; `seen` None: nothing is trained any more."""
     with suppress(OSError):  # the search does without
@@ -161,6 +169,7 @@ def note(
             "seen": cast("int", seen),
             "left": left,
             "seconds_left": seconds_left,
+            "states": {str(number): state for number, state in (states or {}).items()},
         }
         (output / LIVE).mkdir(parents=True, exist_ok=True)
         (output / LIVE / DRIVER).write_text(json.dumps(noted))

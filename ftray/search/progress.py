@@ -14,12 +14,14 @@ from rich.text import Text
 from ftray.config import Config
 from ftray.search.failures import failure_reason
 from ftray.search.journal import SEED_OF
+from ftray.search.live import ENDING, PAUSED
 from ftray.search.time_left import said
 from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
+    from ftray.search.control import Requests
     from ftray.search.driver_notes import DriverNotes
     from ftray.search.results import TrialRow
 
@@ -33,11 +35,15 @@ class Progress(tune.Callback):
         budget: records that a trial sees when nothing stops it.
         past: rows of :func:`ftray.search.results.all_rows`, if the search is resumed.
         notes: knows how long the search will train.
+
+    Attributes:
+        requests: what users ask of the search, once it runs: a trial may be stopping, all may be paused.
     """
 
     def __init__(self, cfg: Config, budget: int, past: list["TrialRow"], notes: "DriverNotes"):
         self.total, self.budget, self.notes = cfg.search.trials, budget, notes
         self.metric, self.direction = cfg.search.goal.metric, cfg.search.goal.direction
+        self.requests: Requests | None = None
         past = [row for row in past if row["seed_of"] is None]
         self._over_before = sum(row["status"] is not TrialStatus.UNFINISHED for row in past)
         self._values_before = [
@@ -54,7 +60,7 @@ class Progress(tune.Callback):
         self._started = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_cell": None, "_trials": []}
+        return {**self.__dict__, "_live": None, "_cell": None, "_trials": [], "requests": None}
 
     def setup(self, *args: object, **info: object) -> None:
         """Start the clock, and the live table if there is a terminal or a notebook."""
@@ -75,7 +81,7 @@ class Progress(tune.Callback):
             self._draw()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """Print that a trial starts, or trains on: one that was paused at a rung starts anew, as Tune sees it."""
+        """Print that a trial starts, or trains on: one that has waited at a rung starts anew, as Tune sees it."""
         again = trial.config["number"] in self._begun
         self._begun.add(trial.config["number"])
         self._line(f"{label(trial)} trains on" if again else f"{label(trial)} starts: {describe(trial.config)}")
@@ -129,6 +135,8 @@ class Progress(tune.Callback):
         running = [t.last_result or {} for t in self._trials if t.status == Trial.RUNNING]
         speed = sum(result.get("tokens_per_second", 0.0) for result in running)
         told = summary(self._over_before + here, self.total, further, self.metric, best)
+        if self.requests and (self.requests.ending or self.requests.paused):
+            return ", ".join([*told, ENDING if self.requests.ending else PAUSED])
         return ", ".join([*told, f"{speed:.0f} tokens/s", *time_told(self.notes.seconds_left)])
 
     def _table(self) -> Group:
@@ -147,7 +155,7 @@ class Progress(tune.Callback):
         return Group(table, Text(self._summary()))
 
     def _state(self, trial: Trial) -> TrialStatus:
-        state = IN_TUNE[trial.status]
+        state = self.requests.status(trial) if self.requests else IN_TUNE[trial.status]
         return (
             ended_status((trial.last_result or {}).get("records", 0), self.budget)
             if state is TrialStatus.DONE

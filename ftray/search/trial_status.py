@@ -12,9 +12,10 @@ FULL_BUDGET = 0.95  # a trial that has seen this share of its records is finishe
 class TrialStatus(StrEnum):
     """The state of a trial: as Tune's driver sees it while the search runs, or as the journal tells it afterwards."""
 
-    WAITING = "waits"
+    WAITING = "waits"  # it has not begun
     RUNNING = "runs"
-    PAUSED = "paused"
+    AT_RUNG = "waits at a rung"  # until the others of its cohort are there
+    PAUSED = "paused"  # with its search, by a user
     STOPPING = "stopping"  # a user asked for it
     DONE = "done"  # finished or stopped early: Tune doesn't tell them apart
     FINISHED = "finished"
@@ -24,8 +25,13 @@ class TrialStatus(StrEnum):
 
     @property
     def runs(self) -> bool:
-        """Whether it trains, as far as the journal tells."""
+        """Whether it trains, as far as is known."""
         return self in (TrialStatus.RUNNING, TrialStatus.STOPPING)
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether a user can ask for its end, of one that has begun in the journal."""
+        return self in (TrialStatus.WAITING, TrialStatus.RUNNING, TrialStatus.AT_RUNG, TrialStatus.PAUSED)
 
 
 IN_JOURNAL = {  # by the name of Optuna's `TrialState`
@@ -38,23 +44,28 @@ IN_JOURNAL = {  # by the name of Optuna's `TrialState`
 IN_TUNE = {  # by the `status` of Tune's trial
     "PENDING": TrialStatus.WAITING,
     "RUNNING": TrialStatus.RUNNING,
-    "PAUSED": TrialStatus.PAUSED,
+    "PAUSED": TrialStatus.AT_RUNG,
     "TERMINATED": TrialStatus.DONE,
     "ERROR": TrialStatus.FAILED,
 }
 
 
-def journal_status(trial: "FrozenTrial", has_driver: bool = False, stop_requested: bool = False) -> TrialStatus:
-    """The state of a trial in the journal.
+def journal_status(trial: "FrozenTrial") -> TrialStatus:
+    """The state of a trial in the journal of a search that no driver works on."""
+    return IN_JOURNAL[trial.state.name]
+
+
+def live_status(in_tune: TrialStatus, stop_requested: bool, search_paused: bool) -> TrialStatus:
+    """The state of a trial that is not over, in a search that a driver works on.
 
     Args:
-        trial: as Optuna stored it.
-        has_driver: whether a driver works on the search, so that a trial that the journal holds as running does run.
+        in_tune: as `IN_TUNE` has it.
         stop_requested: whether a user has asked for its end.
+        search_paused: whether a user has paused the search.
     """
-    if trial.state.name == "RUNNING" and has_driver:
-        return TrialStatus.STOPPING if stop_requested else TrialStatus.RUNNING
-    return IN_JOURNAL[trial.state.name]
+    if stop_requested:
+        return TrialStatus.STOPPING
+    return TrialStatus.PAUSED if search_paused and in_tune is TrialStatus.RUNNING else in_tune
 
 
 def ended_status(records: int, budget: int) -> TrialStatus:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig
+from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig, metrics_named
 from ftray.data.distillation import has_teacher
 from ftray.data.fields import as_typed
 from ftray.data.formats import Located
@@ -63,7 +63,7 @@ def _with_goals(cfg: Config, task: "Task", metrics: Mapping[str, str], usual: st
     given, name = cfg.search.model_fields_set, task.spec.full_name
     goals: list[tuple[str, str | None]] = [(f"validation_{usual}", metrics[usual])]
     if "metric" in given:
-        goals = [_goal(part, cfg, task, metrics) for part in cfg.search.metric.split(",")]
+        goals = [_goal(part, cfg, task, metrics) for part in metrics_named(cfg.search.metric)]
     directions = [direction for _, direction in goals]
     if "direction" in given:
         directions = list(cfg.search.direction.split(","))
@@ -110,7 +110,9 @@ def _goal(
             raise UserError(f"{field} {metric}: is the time of an answer, and {name} generates none")
         return metric, "min"
     if metric not in metrics:
-        raise UserError(f"{field} {given}: {name} has no such metric{near(metric, [*metrics, *COSTS])}")
+        split_path = field == "search.metric" and re.search(f",.*{USER_METRIC}", cfg.search.metric)
+        hint = "; a path with a comma begins with ./" if split_path else near(metric, [*metrics, *COSTS])
+        raise UserError(f"{field} {given}: {name} has no such metric{hint}")
     return f"validation_{metric}", metrics[metric]
 
 

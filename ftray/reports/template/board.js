@@ -66,7 +66,7 @@ const board = (() => {
       text(records.firstChild, whole(trial.records));
       records.lastChild.firstChild.style.width = `${Math.min(100, 100 * trial.records / state.budget)}%`;
       for (const button of row.cells[names.length - 1].children)
-        button.hidden = button.dataset.do === "samples" ? !trial.answered : button.dataset.do === "stop" ? !(leads && trial.state === "runs") : !(leads && trial.config && trial.rung);
+        button.hidden = button.dataset.do === "samples" ? !trial.answered : button.dataset.do === "stop" ? !(leads && trial.can_stop) : !(leads && trial.config && trial.rung);
       return row;
     });
     if (rows.length !== body.rows.length || rows.some((row, i) => row !== body.rows[i])) body.replaceChildren(...rows);
