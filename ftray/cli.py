@@ -56,7 +56,7 @@ COMMANDS = {
         "ftray preprocess --data chats/ --model path/to/model --data.max_length 2048 --data.overlong drop\n"
         "ftray preprocess --data records.jsonl --data.group user_id\n"
         "ftray preprocess --data s3://bucket/records.parquet --data.limit 10000",
-        ("data", "model.trust_remote_code", "scaling.address"),
+        ("data", "model", "scaling.gpus_per_worker", "scaling.address"),  # the pass over the model is that of `tune`
     ),
     "train": Command(
         "train one adapter",

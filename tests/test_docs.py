@@ -15,10 +15,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 from helpers.pages import FENCE, Block, blocks, commands, indented, says, write
+from helpers.ports import free_port
 from helpers.record_files import TEMPLATE
-from helpers.searches import run_here
+from helpers.searches import environment, run_here
 from transformers import AutoTokenizer
 
 from ftray.cli import COMMANDS, parse
@@ -94,6 +96,48 @@ def test_what_a_page_shows_works(page, cluster, chat_model, clean_cache, tmp_pat
             assert ("error: " in printed) == ("error: " in following.text), printed
         elif block.language == "text":
             assert says(printed, block.text) == [], printed
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_at_an_endpoint_that_answers(cluster, chat_model, clean_cache, tmp_path, monkeypatch):
+    """All of its commands as they are written, on a tiny model and for a few steps each."""
+    monkeypatch.chdir(tmp_path)
+    shown, done = blocks(REPOSITORY / "docs" / "tutorial.md"), []
+    less = ["--model", chat_model, "--training.steps", "8", "--search.finalist_seeds", "1", "--data.max_length", "128"]
+    for block in shown:
+        if block.title:
+            write(block, tmp_path)
+        for name, *arguments in commands(block) if block.language == "sh" else ():
+            done.append(name)
+            if name == "serve":
+                endpoint_answers(arguments)
+                continue
+            small = {"preprocess": less[:2], "tune": less, "infer": ["--generation.max_new_tokens", "8"]}[name]
+            ran = run_here([sys.executable, "-m", f"ftray.{name}", *arguments, *small])
+            assert ran.returncode == 0, ran.stderr
+            assert ran.stdout.strip()
+    assert done == ["preprocess", "tune", "tune", "infer", "serve"]
+    assert (tmp_path / "runs/mine/report.html").exists()
+    for left in ("adapter/adapter_config.json", "merged/config.json"):
+        assert (tmp_path / "runs/mine/best" / left).exists()
+
+
+def endpoint_answers(arguments: list[str]) -> None:
+    """Ask what `ftray serve` serves, as the tutorial says it can be asked."""
+    command = [sys.executable, "-m", "ftray.serve", *arguments, "--port", str(free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(joined=True))
+    try:
+        url = next(line.split()[1] for line in process.stdout if line.startswith("endpoint "))
+        served = [model["id"] for model in httpx.get(f"{url}/models").json()["data"]]
+        assert {"best", "model", "trial-0"} <= {*served}
+        asked = {"messages": [{"role": "user", "content": "Can I pay by invoice?"}], "max_tokens": 4}
+        for name in ("best", "model"):
+            got = httpx.post(f"{url}/chat/completions", json={"model": name, **asked}, timeout=120).json()
+            assert got["usage"]["completion_tokens"] > 0, got
+        assert "<html" in httpx.get(url.removesuffix("/v1") + "/").text
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def followed(name: str, arguments: list[str], model: str) -> str:

@@ -219,12 +219,13 @@ def _tune(
             shown.requests = requests
     trial_end = TrialEnd(sampler, broker is not None)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)
+    most = cfg.search.concurrency if broker is None else None  # a pack takes no more
     tuner = tune.Tuner(
         # the trial itself only waits: the CPUs and GPUs belong to the training workers
         tune.with_resources(trainable, {"memory": 200 * 2**20 if broker is None else 1}),
         tune_config=tune.TuneConfig(
             search_alg=sampler,
-            scheduler=CohortScheduler(cohorts, goal.metric, others) if cohorts else scheduler(cfg, budget, past),
+            scheduler=CohortScheduler(cohorts, goal.metric, others, most) if cohorts else scheduler(cfg, budget, past),
             num_samples=-1 if cohorts else cfg.search.trials - len(past),  # -1: the sampler says what is the last one
             trial_dirname_creator=lambda trial: trial_name(trial.config["number"]),
         ),

@@ -102,7 +102,7 @@ class Sampler(Searcher):
             self._further = self._decide_finalists()
         if all_begun and self._further == []:
             return cast("dict[str, Any]", self.FINISHED)  # the text that Tune knows it by
-        if len(self._live) >= min(self.capacity(), self.cfg.search.concurrency or math.inf):
+        if len(self._live) >= min(self.capacity(), self._most()):
             return None
         if self._unfinished:
             trial = optuna.Trial(self.study, stored_id(self.storage, self._unfinished.pop(0)))
@@ -126,6 +126,11 @@ class Sampler(Searcher):
             trial.set_user_attr(COHORT, self.cohorts.add(trial.number, trial.user_attrs.get(COHORT)))
         self.keep()
         return {"number": trial.number, **configuration}
+
+    def _most(self) -> float:
+        """Trials that may be live by `search.concurrency`, of which those at a rung wait for others to come there."""
+        waiting = self.cohorts.waiting() if self.cohorts else 0
+        return (self.cfg.search.concurrency or math.inf) + waiting
 
     def _decide_finalists(self) -> list[tuple[int, dict[str, Any]]] | None:
         """The further runs of the finalists that have not begun; None: the last cut is still to come.

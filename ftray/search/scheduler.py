@@ -23,10 +23,12 @@ class CohortScheduler(FIFOScheduler):
         cohorts: who is compared with whom; a trial's number is in its configuration.
         metric: of the first goal.
         others: further goals, by which they are cut as well.
+        most: trials that may train at once; None: as many as have room.
     """
 
-    def __init__(self, cohorts: Cohorts, metric: str, others: Sequence[Goal] = ()):
+    def __init__(self, cohorts: Cohorts, metric: str, others: Sequence[Goal] = (), most: int | None = None):
         super().__init__()
+        self.most = most
         self.cohorts, self._metric, self._others = cohorts, metric, others
         self._trials: dict[int, Trial] = {}
         self._train_on: set[int] = set()  # of those that are paused
@@ -92,6 +94,8 @@ class CohortScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: "TuneController") -> Trial | None:
         """The next trial to start: of those that train on, else the first that has not begun."""
+        if self.most and sum(trial.status == Trial.RUNNING for trial in self._trials.values()) >= self.most:
+            return None
         # a trial that is about to be paused still runs, as Tune sees it, until Tune has saved it
         resumed = (self._trials[number] for number in sorted(self._train_on))
         paused = next((trial for trial in resumed if trial.status == Trial.PAUSED), None)

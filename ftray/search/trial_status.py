@@ -30,8 +30,8 @@ class TrialStatus(StrEnum):
 
     @property
     def can_stop(self) -> bool:
-        """Whether a user can ask for its end, of one that has begun in the journal."""
-        return self in (TrialStatus.WAITING, TrialStatus.RUNNING, TrialStatus.AT_RUNG, TrialStatus.PAUSED)
+        """Whether a user can ask for its end."""
+        return self in (TrialStatus.RUNNING, TrialStatus.AT_RUNG, TrialStatus.PAUSED)
 
 
 IN_JOURNAL = {  # by the name of Optuna's `TrialState`
