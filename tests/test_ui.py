@@ -143,7 +143,9 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
             page.press("pause")
             page.until(lambda: page.state() == "paused" and resting())
             before = [t["records"] for t in read(here).trials]
-            states = "return [...document.querySelectorAll('#trials-table td[data-name=state]')].map(c => c.textContent)"
+            states = (
+                "return [...document.querySelectorAll('#trials-table td[data-name=state]')].map(c => c.textContent)"
+            )
             page.until(lambda: browser.execute_script(states) == ["paused", "paused"])
             assert "ftray pause" in page.at("toast").text
             time.sleep(3)

@@ -125,6 +125,26 @@ def when_it_begins(number: int, cfg: Config, output: Location) -> str:
     return f"trial {number} is the next to begin"
 
 
+class ShowsStates(tune.Callback):
+    """A callback that shows the states of trials.
+
+    Attributes:
+        requests: what users ask of the search, once it runs: a trial may be stopping, all may be paused.
+    """
+
+    requests: "Requests | None" = None
+
+    def state(self, trial: Trial) -> TrialStatus:
+        """The state of a trial, in the words that `ftray status` has too."""
+        in_tune, asked = IN_TUNE[trial.status], self.requests
+        if asked is None or trial.is_finished():
+            return in_tune
+        return live_status(in_tune, trial.config["number"] in asked.stopping, asked.paused)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "requests": None}
+
+
 class Requests(tune.Callback, tune.Stopper):
     """Carries out, in the driver, what other processes ask for.
 
@@ -208,13 +228,6 @@ class Requests(tune.Callback, tune.Stopper):
             self._reported.add(number)
             self._awaited.discard(number)
         return number in self.stopping
-
-    def status(self, trial: Trial) -> TrialStatus:
-        """The state of a trial, in the words that `ftray status` has too."""
-        state = IN_TUNE[trial.status]
-        if trial.is_finished():
-            return state
-        return live_status(state, trial.config["number"] in self.stopping, self.paused)
 
     def stop_all(self) -> bool:
         """Whether the search was to end, and all that it has reached is known."""

@@ -25,13 +25,12 @@ from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_f
 from ftray.runtime.preemption import notice
 from ftray.search.advisor import Advisor
 from ftray.search.cohorts import Cohorts
-from ftray.search.control import Requests
+from ftray.search.control import Requests, ShowsStates
 from ftray.search.failures import PROCESS_DIED, PacksGone, SearchBroken, failure_reason, trial_error
 from ftray.search.final_calls import Hardware, pack_suffices
 from ftray.search.finalists import runs_left
 from ftray.search.journal import SEED_OF, past_trials
 from ftray.search.packs import Capacity, cpus_of_pack_worker, packs
-from ftray.search.progress import Progress
 from ftray.search.results import EXPERIMENT, JOURNAL, trial_name
 from ftray.search.run_manifest import running_since, trains_in_packs
 from ftray.search.rungs import FACTOR, cohort_size, rung_records
@@ -215,7 +214,7 @@ def _tune(
     has_result = any(report.get("validated") != 0 for trial in past for report in trial.user_attrs.get("reports", []))
     requests = Requests(sampler, broker, capacity, running_since(output), has_result)
     for shown in callbacks:
-        if isinstance(shown, Progress):
+        if isinstance(shown, ShowsStates):
             shown.requests = requests
     trial_end = TrialEnd(sampler, broker is not None)
     time_budget = TimeBudget(cfg.search.time_budget or math.inf, capacity, has_result)

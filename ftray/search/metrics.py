@@ -4,17 +4,17 @@ import time
 from collections import Counter as Counts
 from typing import Any
 
-from ray import tune
 from ray.tune.experiment import Trial
 from ray.util.metrics import Counter, Gauge
 
 from ftray.config import Config
-from ftray.search.trial_status import IN_TUNE
+from ftray.search.control import ShowsStates
+from ftray.search.trial_status import IN_TUNE, TrialStatus
 
 EVERY = 2.0  # seconds
 
 
-class Metrics(tune.Callback):
+class Metrics(ShowsStates):
     """The metrics of Tune's driver: trials by state, the best value, tokens a second, records trained at each rung.
 
     Ray puts `ray_` before the names.
@@ -28,7 +28,7 @@ class Metrics(tune.Callback):
         self._counted = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gauges": {}}
+        return {**super().__getstate__(), "_gauges": {}}
 
     def setup(self, *args: object, **info: object) -> None:
         """Make the metrics; all are tagged with the search's output."""
@@ -56,8 +56,8 @@ class Metrics(tune.Callback):
         self._count(trials)
 
     def _count(self, trials: list[Trial]) -> None:
-        counts = Counts(IN_TUNE[trial.status] for trial in trials)
-        for state in IN_TUNE.values():
+        counts = Counts(self.state(trial) for trial in trials)
+        for state in (*IN_TUNE.values(), TrialStatus.PAUSED, TrialStatus.STOPPING):
             self._gauges["trials"].set(counts[state], {"state": state.value})
         running = [t.last_result or {} for t in trials if t.status == Trial.RUNNING]
         self._gauges["speed"].set(sum(result.get("tokens_per_second", 0.0) for result in running))

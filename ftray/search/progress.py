@@ -4,7 +4,6 @@ import io
 import time
 from typing import TYPE_CHECKING, Any
 
-from ray import tune
 from ray.tune.experiment import Trial
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,38 +11,34 @@ from rich.table import Table
 from rich.text import Text
 
 from ftray.config import Config
+from ftray.search.control import ShowsStates
 from ftray.search.failures import failure_reason
 from ftray.search.journal import SEED_OF
 from ftray.search.live import ENDING, PAUSED
 from ftray.search.time_left import said
-from ftray.search.trial_status import IN_TUNE, TrialStatus, ended_status
+from ftray.search.trial_status import TrialStatus, ended_status
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
-    from ftray.search.control import Requests
     from ftray.search.driver_notes import DriverNotes
     from ftray.search.results import TrialRow
 
 REDRAW = 0.5  # seconds between two tables in a notebook, which keeps each in the page that it sends
 
 
-class Progress(tune.Callback):
+class Progress(ShowsStates):
     """Shows the trials as Tune knows them.
 
     Args:
         budget: records that a trial sees when nothing stops it.
         past: rows of :func:`ftray.search.results.all_rows`, if the search is resumed.
         notes: knows how long the search will train.
-
-    Attributes:
-        requests: what users ask of the search, once it runs: a trial may be stopping, all may be paused.
     """
 
     def __init__(self, cfg: Config, budget: int, past: list["TrialRow"], notes: "DriverNotes"):
         self.total, self.budget, self.notes = cfg.search.trials, budget, notes
         self.metric, self.direction = cfg.search.goal.metric, cfg.search.goal.direction
-        self.requests: Requests | None = None
         past = [row for row in past if row["seed_of"] is None]
         self._over_before = sum(row["status"] is not TrialStatus.UNFINISHED for row in past)
         self._values_before = [
@@ -60,7 +55,7 @@ class Progress(tune.Callback):
         self._started = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_cell": None, "_trials": [], "requests": None}
+        return {**super().__getstate__(), "_live": None, "_cell": None, "_trials": []}
 
     def setup(self, *args: object, **info: object) -> None:
         """Start the clock, and the live table if there is a terminal or a notebook."""
@@ -155,7 +150,7 @@ class Progress(tune.Callback):
         return Group(table, Text(self._summary()))
 
     def _state(self, trial: Trial) -> TrialStatus:
-        state = self.requests.status(trial) if self.requests else IN_TUNE[trial.status]
+        state = self.state(trial)
         return (
             ended_status((trial.last_result or {}).get("records", 0), self.budget)
             if state is TrialStatus.DONE
