@@ -79,4 +79,4 @@ def show_estimate(found: "Estimate", console: Console) -> None:
         "included",
         f"plan     {json.dumps(asdict(found))}",
     ]
-    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False, emoji=False)
