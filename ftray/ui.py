@@ -117,12 +117,12 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: there is no run, no token where one is needed, or no such address to listen on.
     """
-    from ftray.serving.live import end_with_parent
-
     with ui(config=cfg) as page:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
         print(f"page     {page.url}", flush=True)
         if cfg.ui.beside:
+            from ftray.serving.live import end_with_parent
+
             end_with_parent(page.looked, page.close)
         page.wait()
     return 0

@@ -12,14 +12,18 @@ from helpers.searches import SPACE, command, run_here, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from ray.tune.experiment import Trial
 
 from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.data import TokenizedData
 from ftray.data.shards import MixedRows, Split
+from ftray.search.advisor import Advisor
 from ftray.search.cohorts import COHORT, Cohorts, Cut
 from ftray.search.driver import restored_cohorts
 from ftray.search.packs import Capacity
 from ftray.search.rungs import Rung, rungs
+from ftray.search.sampler import Sampler
+from ftray.search.scheduler import CohortScheduler
 from ftray.search.signals import PairedTraining, fresh_records, paired_training
 from ftray.search.space import load_space
 from ftray.storage.local import LocalLocation
@@ -31,6 +35,26 @@ RUNGS = [Rung(10, 1 / 4), Rung(20, 1 / 8), Rung(80, 0.0)]
 
 def cohorts(size: int = 8, total: int = 16, direction: str = "min") -> Cohorts:
     return Cohorts(RUNGS, direction, lambda: size, total)
+
+
+def test_those_at_a_rung_leave_their_places_to_others_and_no_more_train_than_were_asked_for(tmp_path):
+    """`search.concurrency` of one, and a cohort of two: the second trial must come, and train alone."""
+    space, cfg = load_space("quick"), Config.model_validate({"search": {"trials": 2, "concurrency": 1}})
+    known, journal = cohorts(2, 2), LocalLocation(tmp_path / "study.log")
+    sampler = Sampler(space, cfg, 80, journal, lambda: 9, Advisor(space, cfg, 64, 12, 10), known)
+    scheduler = CohortScheduler(known, "loss", most=1)
+    first = sampler.suggest("a")
+    assert sampler.suggest("b") is None
+    known.report(first["number"], 10, 1.0)
+    both = [Trial("x", stub=True, trial_id=name, config={"number": n}) for n, name in enumerate("ab")]
+    assert sampler.suggest("b")["number"] == 1
+    for trial in both:
+        scheduler.on_trial_add(None, trial)
+    assert scheduler.choose_trial_to_run(None) is both[0]
+    both[0].set_status(Trial.RUNNING)
+    assert scheduler.choose_trial_to_run(None) is None
+    both[0].set_status(Trial.PAUSED)
+    assert scheduler.choose_trial_to_run(None) is both[1]
 
 
 def test_nobody_trains_on_before_the_whole_cohort_has_reported():
