@@ -393,6 +393,12 @@ def test_what_can_not_be_served(over, flags, reason, capsys, monkeypatch):
     assert told.count("\n") == 1
 
 
+def test_without_its_packages_it_says_what_to_install(over, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["ui", "--run", str(over[0])]) == 2
+    assert capsys.readouterr().err == 'ftray ui: error: the page needs uvicorn: pip install "ftray[serve]"\n'
+
+
 def test_a_port_that_is_taken_is_one_line(over, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
