@@ -148,6 +148,7 @@ def read(output: Location) -> Search:
     seen = {int(name): trial["records"] for beat in beats for name, trial in beat["trials"].items()}
     asked = study.user_attrs if study else {}
     ends, paused = (since is not None and asked.get(request) == since for request in (END, PAUSE))
+    trains = since is not None and (noted is None or noted["phase"] == SEARCHING)  # and does not prove what it has
     rows: list[TrialProgress] = []
     for trial in study.get_trials(deepcopy=False) if study else []:
         attributes = trial.user_attrs
@@ -157,7 +158,7 @@ def read(output: Location) -> Search:
         reports: list[Report] = attributes.get("reports", [])
         best = best_report(reports, metric, cfg.search.goal.direction)
         state = journal_status(trial)
-        if has_driver := state is TrialStatus.UNFINISHED and since is not None:
+        if in_hand := state is TrialStatus.UNFINISHED and trains:
             in_tune = _in_tune(noted, trial.number, bool(reports))
             state = live_status(in_tune, bool(attributes.get(STOP)), paused and not ends)
         rows.append(
@@ -167,9 +168,7 @@ def read(output: Location) -> Search:
                 "config": configuration,
                 "state": state,
                 "rung": len(reports),
-                "records": max(
-                    reports[-1]["records"] if reports else 0, seen.get(trial.number, 0) if has_driver else 0
-                ),
+                "records": max(reports[-1]["records"] if reports else 0, seen.get(trial.number, 0) if in_hand else 0),
                 "value": metric_value(best, metric) if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "validated": best.get("validated") if best else None,
