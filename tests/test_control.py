@@ -13,19 +13,21 @@ import time
 from contextlib import suppress
 
 import pytest
+from helpers.results import write_search
 from helpers.searches import command, environment, run_here, study
 
 from ftray.cli import main
 from ftray.config import Config, config_from
 from ftray.errors import UserError
 from ftray.reports.live import LiveRun
-from ftray.reports.status import read
+from ftray.reports.status import read, searched
 from ftray.search.advisor import Advisor
-from ftray.search.control import ask_to_add, ask_to_stop
-from ftray.search.live import last_beats
-from ftray.search.run_manifest import write_definition
+from ftray.search.control import ask_to_add, ask_to_pause, ask_to_stop
+from ftray.search.live import PROVING, SEARCHING, last_beats, note
+from ftray.search.run_manifest import sole_driver, write_definition
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
+from ftray.search.trial_status import TrialStatus
 from ftray.storage.local import LocalLocation
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
@@ -248,6 +250,33 @@ def test_what_is_asked_on_a_shared_disk_is_in_the_journal_at_once(tmp_path):
     assert (running.state.name, running.user_attrs["stop"]) == ("RUNNING", True)
     assert (waiting.state.name, waiting.user_attrs["added"]) == ("WAITING", added)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["space.yaml", "study.log"]  # nothing is left beside it
+
+
+def test_states_are_what_the_driver_notes_and_users_ask_for(tmp_path):
+    output = tmp_path / "out"
+    write_search(output, trials=4, answers=3)
+    here, cfg, space = LocalLocation(output), searched(LocalLocation(output)), load_space(str(output / "space.yaml"))
+    for name in ("study.log", "summary.json"):
+        (output / name).unlink()
+    sampler = Sampler(space, cfg, 100, here / "study.log", lambda: 9, Advisor(space, cfg, 64, 12, 10))
+    for trial in "abc":
+        sampler.suggest(trial)
+
+    def states():
+        return [trial["state"] for trial in read(here).trials]
+
+    assert states() == ["unfinished"] * 3
+    with sole_driver(here):
+        assert states() == ["runs"] * 3  # as far as is known
+        note(here, SEARCHING, 10, 10, None, {0: TrialStatus.AT_RUNG, 1: TrialStatus.RUNNING})
+        assert states() == ["waits at a rung", "runs", "waits"]  # the last one is known to the journal alone
+        ask_to_pause(here, cfg, space, True)
+        assert states() == ["waits at a rung", "paused", "waits"]
+        assert read(here).phase == "paused"
+        ask_to_stop(here / "study.log", 0)
+        assert states() == ["stopping", "paused", "waits"]
+        note(here, PROVING)
+        assert states() == ["unfinished"] * 3
 
 
 def test_settings_of_another_objective_are_refused(tmp_path, tiny_llama, capsys):
