@@ -297,6 +297,11 @@ def test_commands(tmp_path, monkeypatch, capsys, tiny_llama, words, adapter):
         "status": {"output": "out"},
         "stop": {"output": "out", "request.trial": "1"},
         "add": {"output": "out", "request.configuration": "{adapter: {method: lora}}"},
+        "clone": {"output": "out", "request.trial": "1"},
+        "pause": {"output": "out", "request.trial": "1"},
+        "report": {"output": "out"},
+        "ui": {"output": "out"},
+        "export": {"export.run": "out", "export.to": "mlx-adapter", "output": "exported"},
     }
     assert {*needed} == {*COMMANDS}
 
@@ -348,7 +353,7 @@ def test_adapters(tmp_path, monkeypatch, capsys, adapter):
     )
 
 
-def stop_here(*given) -> None:
+def stop_here(*args: object, **kwargs: object) -> None:
     raise UserError("would start")
 
 
