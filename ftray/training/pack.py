@@ -6,10 +6,9 @@ so one backward pass gives each its own gradient. See PLoRA (arXiv 2508.02932) a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,9 +25,10 @@ from ftray.models.sharding import is_sharded, one_pass, whole
 from ftray.multi_adapter import attention, fused_attention
 from ftray.multi_adapter.dropout import DropoutRNG
 from ftray.multi_adapter.output_head import HeadLoss, OutputHead, output_head
+from ftray.multi_adapter.replicas import Replica, replicas_of, share_out, side_by_side, threads_of
 from ftray.multi_adapter.shared_linear import AdapterSegments, PackingUnsupported, SharedLinear, update_of
 from ftray.multi_adapter.shared_model import shared_model, train_mode, trainable, tuner_layers
-from ftray.runtime.threads import one_torch_thread, own_torch_threads
+from ftray.runtime.threads import one_torch_thread
 from ftray.task_spec import IGNORE, TaskSpec
 from ftray.tasks.objective import PREFIXES, Objective, text_sums
 from ftray.training.adalora import orthogonality
@@ -38,7 +38,6 @@ Batch = Mapping[str, torch.Tensor]
 Result = TypeVar("Result")
 KERNELS = {fused_attention.varlen: ", by FlashAttention", fused_attention.flex_rows: ", by FlexAttention"}
 SUPERVISED = Objective()
-REPLICAS = 2  # on a CPU; more would wait for Python's lock
 Counts = tuple[float, ...]  # of a step: targets, then what the objective counts
 Unit = tuple[str, int, Batch]  # adapter, micro-batch of its step, rows
 
@@ -65,21 +64,6 @@ class PackedAdapter:
     isolation_reason: str | None
     objective: Objective
     shares_generator: bool = False
-
-
-@dataclass
-class Replica:
-    """One of several copies of the shared model's structure, over the same weights: a pass of each runs in its thread.
-
-    Attributes:
-        segments, layout: of the current row; of layouts there is one.
-        head: what makes logits of last hidden states, see :func:`ftray.multi_adapter.output_head.output_head`.
-    """
-
-    model: PreTrainedModel
-    segments: AdapterSegments
-    layout: list[attention.Layout]
-    head: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +117,7 @@ class Pack:
         self._sum = sum_over_ranks
         self._probed: dict[object, str | None] = {}  # by kind of adapter: the obstacle found, if any
         self.padded = self.shares_prefixes = False
+        self._head: Any = None
         if self.task.packed:
             self.isolation_reason = self._settle(longest)
         else:
@@ -145,8 +130,7 @@ class Pack:
                 "none": "; each has its own pass",
             }
             self.verdict = self.isolation_reason + (f"{together[kind]}: {reason}" if reason else "")
-        each = max(1, torch.get_num_threads() // len(self.replicas))
-        self._threads = ThreadPoolExecutor(len(self.replicas), "replica", own_torch_threads, (each,))
+        self._threads = threads_of(len(self.replicas))
 
     @property
     def shared(self) -> PreTrainedModel:
@@ -159,16 +143,8 @@ class Pack:
         for module in shared.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # no dropout in the base: a draw over all rows would make trials depend on each other
-        head = output_head(self.base, self._records[0])[0] if self.task.packed else None
+        head = OutputHead(self.base) if isinstance(self._head, OutputHead) else self._head  # it keeps what it is given
         return Replica(shared, AdapterSegments(), layout, head)
-
-    def _further(self) -> int:
-        """How many more replicas there are. Threads that have a pass each do not wait for each other, as those of one
-        product do; but what is quantised or checkpointed keeps a state, or sets the random numbers of all.
-        """
-        keeps = getattr(self.base, "is_quantized", False) or self.base.is_gradient_checkpointing
-        alone = self.base.device.type != "cpu" or self.sharded or keeps
-        return 0 if alone else min(REPLICAS, torch.get_num_threads()) - 1
 
     def _settle(self, longest: int | None) -> str | None:
         """Decide how records share a pass, in one row or padded; returns why neither gives the results of each alone.
@@ -184,7 +160,7 @@ class Pack:
             self.replicas = [self._replica(kernel)]
             reason = head or self._agreed(self._obstacle)
             if not reason:
-                self.replicas += [self._replica(kernel) for _ in range(self._further())]
+                self.replicas += [self._replica(kernel) for _ in range(1, replicas_of(self.base))]
                 how = KERNELS.get(kernel, "") if kernel else ""
                 self.verdict = f"records are {'padded: ' + reasons[-1] if self.padded else 'packed in one row' + how}"
                 return None
@@ -193,7 +169,8 @@ class Pack:
         return f"{type(self.base).__name__}: {reasons[-1]}"
 
     def _head_obstacle(self) -> str | None:
-        return output_head(self.base.eval(), self._records[0])[1]
+        self._head, reason = output_head(self.base.eval(), self._records[0])
+        return reason
 
     def _agreed(self, find: Callable[[], str | None]) -> str | None:
         """The obstacle that `find` returns, or the exception that it raises, on any rank; None: there is none."""
@@ -476,32 +453,16 @@ class Pack:
     def _side_by_side(
         self, units: list[Unit], function: Callable[[list[Unit], Replica], Sequence[Result]]
     ) -> list[Result]:
-        """What `function` gives for each of `units`, of one pass: they are shared out over the replicas, evenly.
+        """What `function` gives for each of `units`, of one pass, shared out over the replicas.
 
-        Those that draw from the generator that all threads share go to one of them, or, where they are more than its
-        share, all to the first, in this thread.
+        Those that draw from the generator that all threads share go to one of them.
         """
         sizes = [batch["input_ids"].numel() for *_, batch in units]
-        first = [i for i, (name, *_) in enumerate(units) if self.adapters[name].shares_generator]
-        load = sum(sizes[i] for i in first)
-        if len(self.replicas) == 1 or len(units) == 1 or load * len(self.replicas) > sum(sizes):
-            return [*function(units, self.replicas[0])]
-        parts: list[list[int]] = [[*first], *([] for _ in self.replicas[1:])]
-        loads = [load] + [0] * (len(parts) - 1)
-        for i in sorted({*range(len(units))} - {*first}, key=lambda i: -sizes[i]):
-            least = loads.index(min(loads))
-            parts[least].append(i)
-            loads[least] += sizes[i]
-        gradients = torch.is_grad_enabled()
-
-        def attempt(own: list[int], replica: Replica) -> Sequence[Result]:
-            with torch.set_grad_enabled(gradients):  # as any such setting, of a thread alone
-                return function([units[i] for i in own], replica)
-
-        passes = [self._threads.submit(attempt, *pair) for pair in zip(parts, self.replicas, strict=True)]
-        wait(passes)
-        results = [result for each in passes for result in each.result()]
-        return [result for _, result in sorted(zip(chain(*parts), results, strict=True), key=lambda pair: pair[0])]
+        drawing = [i for i, (name, *_) in enumerate(units) if self.adapters[name].shares_generator]
+        parts = share_out(sizes, drawing, len(self.replicas))
+        pick: Callable[[Sequence[int], Replica], Sequence[Result]]
+        pick = lambda part, replica: function([units[i] for i in part], replica)  # noqa: E731
+        return side_by_side(self._threads, parts, self.replicas, pick)
 
     @torch.no_grad()
     def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:
