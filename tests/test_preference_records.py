@@ -11,15 +11,17 @@ import pytest
 from helpers.record_files import assistant, user
 from tokenizers.processors import TemplateProcessing
 
-from ftray.config import DataConfig
+from ftray.config import Config, DataConfig
 from ftray.data.fields import Fields
 from ftray.data.record_task import record_task
 from ftray.data.records import Example
 from ftray.data.turns import Turn
 from ftray.errors import UserError
 from ftray.task_spec import IGNORE, OBJECTIVES, TaskSpec
+from ftray.tasks.infer_task import infer_task
 
 DPO, KTO, GRPO = (record_task(TaskSpec.named(name)) for name in ("DPO", "KTO", "GRPO"))
+SFT = record_task(TaskSpec.named("CAUSAL_LM"))
 GPT = [{"from": "human", "value": "q"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
@@ -242,6 +244,11 @@ REFUSED_PAIRS = [
     ({"prompt": "q", "completion": "r"}, "record with keys prompt, completion; known shapes of preference pairs"),
     ({"prompt": "q", "completion": "r", "label": True}, "record with keys prompt, completion, label; known shapes"),
     ({}, r"record with keys \(none\); known shapes of preference pairs"),
+    (
+        {"prompt": "q", "response_a": "r", "response_b": "x", "chosen": "response_b", "rejected": "response_a"},
+        "which only say where the answers stand: .*--data.fields 'chosen: response_b, rejected: response_a' where all",
+    ),
+    ({"prompt": "q", "answers_given": ["r", "x"], "chosen": 1, "rejected": 0}, "are 1 and 0, which only say where"),
 ]
 
 
@@ -317,6 +324,30 @@ def test_what_is_no_verdict_is_refused_in_one_line(record, message):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("label", [1.0, 0.0, -1.0, 1, 0, True, False])
+def test_a_verdict_may_be_a_float_as_pandas_makes_them(label):
+    assert KTO.parse(PLAIN | {"label": label}, "f:1").desirable == (label > 0)
+
+
+@pytest.mark.parametrize("key", ["Label", "LABELS", "ktoTag", "kto-tag", "kto_label", "human_label", "vote"])
+@pytest.mark.parametrize("says", [False, 0, -1, "no", "bad"])
+def test_what_is_labelled_as_bad_is_not_learnt_whatever_the_label_s_spelling(key, says):
+    for record in (PLAIN, {"messages": [user("q"), assistant("r")]}):
+        with pytest.raises(UserError, match=rf"^f:1: {key} is .*, and what is learnt are good answers"):
+            SFT.parse(record | {key: says}, "f:1")
+        assert SFT.parse(record | {key: True}, "f:1")
+    with pytest.raises(UserError, match=r"is .*, and what is learnt are good answers"):
+        SFT.parse({"messages": [user("q"), assistant("r", **{key: says})]}, "f:1")
+    assert SFT.parse({"text": "t", "label": says}, "f:1").target == "t"  # of a text it is a class
+
+
+@pytest.mark.parametrize("label", ["negative", "yes", "0", 1])
+def test_a_label_that_may_be_a_class_is_asked_about(label, tiny_llama):
+    record = {"instruction": "q", "output": "r", "label": label}
+    with pytest.raises(UserError, match="may say that the answer is good or be a class of it: give --task KTO if"):
+        infer_task(Config(), tiny_llama, ("f:1", record))
+
+
 def test_the_line_that_makes_a_verdict_of_a_score_works():
     with pytest.raises(UserError) as told:
         KTO.parse(PLAIN | {"label": 0.7}, "f:1")
@@ -354,6 +385,22 @@ def test_a_prompt_keeps_what_a_reward_may_need(name):
     turns = example.example.messages
     assert (example.example.prompt if turns is None else [(turn.role, turn.text) for turn in turns]) == asked
     assert (example.reference, json.loads(example.fields)) == (reference, fields)
+
+
+@pytest.mark.parametrize(
+    ("ask", "other"),
+    [
+        ("prompt", "question"),
+        ("instruction", "question"),
+        ("prompt", "input"),
+        ("prompt", "query"),
+        ("problem", "context"),
+    ],
+)
+def test_no_part_of_what_is_asked_is_lost(ask, other):
+    with pytest.raises(UserError, match=f"^f:1: ({ask}|{other}) would be lost") as told:
+        GRPO.parse_and_see({ask: "Solve the problem:", other: "1 + 1?", "answer": "2"}, "f:1")
+    assert "\n" not in str(told.value)
 
 
 def test_a_text_is_no_prompt():

@@ -50,6 +50,15 @@ def test_a_search_leaves_what_it_promises(searched):
     assert "Traceback" not in done.stderr
 
 
+def test_paths_may_be_relative_and_have_any_letters(cluster, words, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--trials", "1", "--data.cache", "données", "--output", "été"]
+    done = run_here(command(tmp_path / "out", words, tiny_llama, *flags, steps=2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "été" / "summary.json").exists()
+    assert list((tmp_path / "données").rglob("*.parquet"))
+
+
 def test_trial_0_is_the_default_configuration(searched):
     output, _ = searched
     summary = json.loads((output / "summary.json").read_text())

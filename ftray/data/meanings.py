@@ -74,6 +74,8 @@ BAD = _set(
     "dispreferred unpreferred non_preferred not_preferred failed failure invalid flagged worse worst loser "
     "hallucinated spam unacceptable"
 )
+# what a label of an answer is about, where it is no class of it: `kto_tag`, `human_label`
+_LABELLED = _set("kto human user quality answer response completion preference")
 # how a text says either
 YES = _set("yes true good positive up thumb_up thumbs_up accepted correct like liked +1 👍")
 NO = _set(
@@ -193,13 +195,17 @@ def is_verdict(key: object) -> bool:
     return _name(key) in GOOD | BAD
 
 
-def says_bad(key: object, value: object) -> bool:
+def says_bad(key: object, value: object, is_answer: bool = True) -> bool:
     """Whether `value`, a number, a boolean or a word, says under this key that an answer is a bad one.
+
+    A label says so of an answer; of a text (not `is_answer`) it is a class.
 
     A share (`reward: 0.3`) says neither; nor does a text of more than a word, as a comment.
     """
     name = _name(key)
-    good = name in GOOD
+    *about, last = words(key) or ("",)
+    labelled = is_answer and last in ("label", "labels", "tag", "vote") and {*about} <= _LABELLED
+    good = name in GOOD or labelled
     if isinstance(value, bool | int | float):
         return value <= 0 if good else name in BAD and value >= 1
     if not isinstance(value, str):

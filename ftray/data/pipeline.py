@@ -188,7 +188,7 @@ def _copy(twin: TokenizedData, directory: Path, fingerprint: str, cfg: DataConfi
 def _cache(cfg: DataConfig) -> Location:
     from ftray.models.find import cache_root
 
-    return parse_location(cfg.cache or cache_root() / "data")
+    return parse_location(cfg.cache or cache_root() / "data").absolute()  # workers have directories of their own
 
 
 def check_cache(

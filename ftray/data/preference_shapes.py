@@ -70,6 +70,7 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
     def parse(record: Record, where: object) -> Pair:
         _refuse_incomplete(record, good, bad, where)
         _refuse_tie(record, (good, bad), where)
+        _refuse_names(record, good, bad, where)
         answers = [_answer(record, key, where) for key in (good, bad)]
         asked = ask if ask and not is_empty(record.get(ask)) else ""
         if all(isinstance(answer, str) for answer in answers):
@@ -108,6 +109,21 @@ def _refused(own: tuple[str, str]) -> dict[str, str]:
     kept = {key: why for key, why in REFUSED.items() if why != meanings.PREFERENCE}
     label = dict.fromkeys(VERDICTS, "may say which answer is the better one, beside a pair that says it")
     return kept | further | label
+
+
+def _refuse_names(record: Record, good: str, bad: str, where: object) -> None:
+    """Raise the UserError about answers that only name where they stand: another key, or a place in a list."""
+    named = [record[good], record[bad]]
+    texts = [name for name in named if isinstance(name, str) and isinstance(record.get(name), str)]
+    lists = [key for key, value in record.items() if isinstance(value, list) and key not in (good, bad)]
+    places = lists and all(isinstance(name, int) and not isinstance(name, bool) for name in named)
+    if len(texts) == 2 or places:
+        fields = as_typed({good: str(named[0]), bad: str(named[1])})
+        way = f", as by {fields} where all records prefer the same one" if texts else ""
+        raise UserError(
+            f"{where}: {good} and {bad} are {named[0]!r} and {named[1]!r}, which only say where the answers stand: "
+            f"give the answers themselves{way}"
+        )
 
 
 def _refuse_incomplete(record: Record, good: str, bad: str, where: object) -> None:

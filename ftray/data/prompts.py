@@ -22,6 +22,8 @@ from ftray.task_spec import CHAT, IGNORE
 NEEDS = "prompt (a text or turns), question, problem, instruction/input or messages, also with an answer"
 # keys of an answer that a reward may go by, the first one that a record has
 _REFERENCES = ("completion", "response", "answer", "answers", "ground_truth", "solution", "output", "target", "summary")
+# what is asked in some records, and would be lost beside another of these
+_ASKED = ("instruction", "prompt", "question", "query", "problem", "input", "inputs", "context", "passage")
 _PLACEHOLDER = "."  # in place of an answer, as long as a record is read
 _FURTHER_ASKS = tuple((key, ()) for key in ("inputs", "source", "src", "document", "article", "user", "human"))
 
@@ -73,6 +75,7 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
         parse,
         (*further, *CONVERSATION),
         {key: why for key, why in REFUSED.items() if why != meanings.PREFERENCE},
+        tuple(key for key in _ASKED if key not in (ask, *further)),
         turns=(ask,),
         in_turn=IN_TURN,
         in_part=IN_PART,

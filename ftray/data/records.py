@@ -226,7 +226,7 @@ def _only_text(key: str) -> Callable[[Record, object], Example]:
     def parse(record: Record, where: object) -> Example:
         if key not in record:
             raise UserError(unknown(record, where))
-        refuse_bad_answer(record, "", where)
+        refuse_bad_answer(record, "", where, is_answer=False)
         part = record.get(PART)
         text = text_of(record, key, where)
         labelled = any(not is_empty(record.get(label)) for label in LABELS)

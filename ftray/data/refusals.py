@@ -141,14 +141,14 @@ def bears_loss(holder: Mapping[str, Any], path: str, where: object) -> bool:
     return result
 
 
-def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object) -> None:
+def refuse_bad_answer(holder: Mapping[str, Any], path: str, where: object, is_answer: bool = True) -> None:
     """Raise the UserError about an answer that its record or turn marks as a bad one: it would be learnt.
 
     A share (`reward: 0.3`) marks none as bad; nor does what can't be told to be a verdict, as a comment.
     """
     for key, value in holder.items():
         value = number(value)
-        if meanings.says_bad(key, value):
+        if meanings.says_bad(key, value, is_answer):
             raise UserError(
                 f"{where}: {path}{key} is {value!r}, and what is learnt are good answers: leave the record out, or say "
                 "by --data.fields what is to be read"

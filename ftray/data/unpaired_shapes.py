@@ -53,7 +53,7 @@ def with_answer_of(judged: Judged, other: Judged) -> Judged:
 def verdict(value: object) -> bool | None:
     """Whether a label says that an answer is good (True) or bad (False); None: it says neither."""
     value = number(value)
-    if isinstance(value, bool) or (isinstance(value, int) and value in (-1, 0, 1)):
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (-1, 0, 1)):  # pandas makes floats
         return value > 0
     said = "_".join(meanings.words(value)) or value.strip() if isinstance(value, str) else ""
     return True if said in meanings.YES else False if said in meanings.NO else None

@@ -9,6 +9,7 @@ from ray.util.metrics import Counter, Gauge
 
 from ftray.config import Config
 from ftray.search.control import ShowsStates
+from ftray.search.pack_metrics import as_tag
 from ftray.search.trial_status import IN_TUNE, TrialStatus
 
 EVERY = 2.0  # seconds
@@ -32,7 +33,7 @@ class Metrics(ShowsStates):
 
     def setup(self, *args: object, **info: object) -> None:
         """Make the metrics; all are tagged with the search's output."""
-        search = {"search": self.cfg.output}
+        search = {"search": as_tag(self.cfg.output)}
         made = {
             "trials": Gauge("ftray_trials", "trials by state", ("search", "state")),
             "best": Gauge("ftray_best", "best value of the search's metric so far", ("search", "metric")),
@@ -74,4 +75,4 @@ class Metrics(ShowsStates):
         if metric not in result:
             return
         self._best = result[metric] if self._best is None else best(self._best, result[metric])
-        self._gauges["best"].set(self._best, {"metric": metric})
+        self._gauges["best"].set(self._best, {"metric": as_tag(metric)})

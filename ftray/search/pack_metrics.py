@@ -4,11 +4,16 @@ import psutil
 from ray.util.metrics import Gauge
 
 
+def as_tag(text: str) -> str:
+    """A text as Ray's metrics take it in a tag: of ASCII alone."""
+    return text.encode("ascii", "backslashreplace").decode()
+
+
 class PackMetrics:
     """The metrics of a pack, from its first worker: number of trials, speed and memory."""
 
     def __init__(self, search: str, pack: int):
-        tags = {"search": search, "pack": str(pack)}
+        tags = {"search": as_tag(search), "pack": str(pack)}
         self.trials = Gauge("ftray_pack_trials", "trials that train together", tuple(tags))
         self.speed = Gauge("ftray_pack_tokens_per_second", "tokens trained a second, by the pack", tuple(tags))
         self.memory = Gauge("ftray_pack_memory_bytes", "taken by the pack's first worker", (*tags, "device"))

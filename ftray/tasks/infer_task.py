@@ -159,18 +159,20 @@ def _refuse_two_tasks(record: dict[str, Any], labelled: Shape, place: object) ->
 
 
 def _refuse_unclear_verdict(record: dict[str, Any], judged: Shape, place: object) -> None:
-    """Raise the UserError about an answer with a `label` of 0 or 1, which may be a class, of toxic answers say.
+    """Raise the UserError about an answer with a `label` of 0 or 1, yes or no, which may be a class of it.
 
     Beside a `completion`, it is the verdict that TRL's records have there.
     """
     label = record.get("label")
-    if "completion" in record or "kto_tag" in record or isinstance(label, bool) or number(label) not in (-1, 0, 1):
+    is_word = isinstance(label, str) and label.strip().lower() in ("positive", "negative", "yes", "no")
+    is_class = is_word or (not isinstance(label, bool) and number(label) in (-1, 0, 1))
+    if "completion" in record or "kto_tag" in record or not is_class:
         return
     asked = fitting({key: value for key, value in record.items() if key != "label"}, SHAPES)
     alone = f", or {as_typed(kept(record, asked))} to learn all answers" if asked else ""
     raise UserError(
         f"{place}: holds an answer and label {label}, which may say that the answer is good or be a class of it: give "
-        f"--task KTO if 1 is good and 0 bad{alone}"
+        f"--task KTO if {'positive, or yes,' if is_word else 1} is good and {'the other' if is_word else 0} bad{alone}"
     )
 
 
