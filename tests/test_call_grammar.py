@@ -7,7 +7,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from helpers.call_templates import KINDS, NAMES, OFFERED, TOKENIZERS, tokenizer_with
+from helpers.call_templates import CALLS, KINDS, OFFERED, TOKENIZERS, tokenizer_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,17 +17,6 @@ from ftray.data.tool_calls import CallReader
 from ftray.serving.logits import Grammars
 
 END = 0  # the token that ends an answer
-WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<>[]{}"), max_size=8)
-VALUES = {
-    "city": WORDS,
-    "days": st.integers(-99, 99),
-    "share": st.floats(-9, 9),
-    "hourly": st.booleans(),
-    "more": st.dictionaries(WORDS, st.integers(0, 9) | WORDS | st.booleans(), max_size=2),
-    "list": st.lists(st.integers(0, 9) | WORDS, max_size=3),
-}
-ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
-CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_size=3)
 
 # of letters that are tokens of their own in the models that write so
 for name, tokens in {

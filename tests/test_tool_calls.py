@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from helpers.call_templates import EACH, NAMES, OFFERED, TOKENIZERS, template, tokenizer_with
+from helpers.call_templates import CALLS, EACH, OFFERED, TOKENIZERS, template, tokenizer_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,19 +40,6 @@ def read(name, text, sizes=(10**6,)):
         said, at = said + reader.add(text[at : at + size]), at + size
     rest, calls = reader.end()
     return said + rest, [(call.name, json.loads(call.arguments)) for call in calls]
-
-
-WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<>[]{}"), max_size=8)
-VALUES = {
-    "city": WORDS,
-    "days": st.integers(-99, 99),
-    "share": st.floats(-9, 9),
-    "hourly": st.booleans(),
-    "more": st.dictionaries(WORDS, st.integers(0, 9) | WORDS | st.booleans(), max_size=2),
-    "list": st.lists(st.integers(0, 9) | WORDS, max_size=3),
-}
-ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
-CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

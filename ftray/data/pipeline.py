@@ -109,11 +109,11 @@ def prepare(
             _copy(twin, directory, fingerprint, cfg)
         return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
-    if connect and not all(map(_is_small, sources.values())):
+    if connect and not _are_small(sources):
         connect()
     template = prompt_template(tokenizer, cfg) if spec.name == CAUSAL.name else None
     spec = replace(spec, pad=tokenizer.pad_token_id or 0, template=template, chat_template=chat_template)
-    work = (_cache(cfg) / f"{fingerprint}{PARTS}").absolute()  # a killed run leaves it, which the next one resumes
+    work = _cache(cfg) / f"{fingerprint}{PARTS}"  # a killed run leaves it, which the next one resumes
     work.mkdir(parents=True, exist_ok=True)
     if spec.name == CAUSAL.name and (state := state_of(tokenizer)):
         (work / TOKENIZER).write_text(state)
@@ -137,7 +137,7 @@ def prepare(
 
 def read_here(cfg: DataConfig) -> bool:
     """Whether :func:`prepare` reads all sources in this process, without tasks of Ray."""
-    return all(map(_is_small, find_sources(cfg).values()))
+    return _are_small(find_sources(cfg))
 
 
 def fingerprint_of(
@@ -276,6 +276,10 @@ def _in_tasks(
     done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
     for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from table.to_pylist()
+
+
+def _are_small(sources: Sources) -> bool:
+    return all(map(_is_small, sources.values()))
 
 
 def _is_small(source: Source) -> bool:

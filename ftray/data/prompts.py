@@ -15,7 +15,7 @@ from ftray.data.record_task import RecordTask
 from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation, with_one_answer
 from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed
 from ftray.data.tokens import Tokens, beginning, rendering
-from ftray.data.turns import IN_PART, IN_TURN, Turn, read_turns
+from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, read_turns
 from ftray.errors import UserError
 from ftray.task_spec import CHAT, IGNORE
 
@@ -23,7 +23,7 @@ NEEDS = "prompt (a text or turns), question, problem, instruction/input or messa
 # keys of an answer that a reward may go by, the first one that a record has
 _REFERENCES = ("completion", "response", "answer", "answers", "ground_truth", "solution", "output", "target", "summary")
 # what is asked in some records, and would be lost beside another of these
-_ASKED = ("instruction", "prompt", "question", "query", "problem", "input", "inputs", "context", "passage")
+_ASKED = ("inputs", *dict.fromkeys(key for ask, more in ASKS if ask not in TURNS for key in (ask, *more)))
 _PLACEHOLDER = "."  # in place of an answer, as long as a record is read
 _FURTHER_ASKS = tuple((key, ()) for key in ("inputs", "source", "src", "document", "article", "user", "human"))
 

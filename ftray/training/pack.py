@@ -460,9 +460,11 @@ class Pack:
         sizes = [batch["input_ids"].numel() for *_, batch in units]
         drawing = [i for i, (name, *_) in enumerate(units) if self.adapters[name].shares_generator]
         parts = share_out(sizes, drawing, len(self.replicas))
-        pick: Callable[[Sequence[int], Replica], Sequence[Result]]
-        pick = lambda part, replica: function([units[i] for i in part], replica)  # noqa: E731
-        return side_by_side(self._threads, parts, self.replicas, pick)
+
+        def of_part(part: Sequence[int], replica: Replica) -> Sequence[Result]:
+            return function([units[i] for i in part], replica)
+
+        return side_by_side(self._threads, parts, self.replicas, of_part)
 
     @torch.no_grad()
     def log_probabilities(self, texts: Sequence[Mapping[str, Sequence[int]]], name: str = "") -> list[float]:

@@ -1,6 +1,7 @@
 """Chat templates that write calls of tools as families of models do, and tools that may be called."""
 
 from conftest import make_tokenizer
+from hypothesis import strategies as st
 
 from ftray.models.chat_template import give_chat_template
 
@@ -70,3 +71,15 @@ def tokenizer_with(text):
 
 TOKENIZERS = {name: tokenizer_with(text) for name, text in TEMPLATES.items()}
 give_chat_template(TOKENIZERS.setdefault("chatml", make_tokenizer()), "chatml")
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<>[]{}"), max_size=8)
+VALUES = {
+    "city": WORDS,
+    "days": st.integers(-99, 99),
+    "share": st.floats(-9, 9),
+    "hourly": st.booleans(),
+    "more": st.dictionaries(WORDS, st.integers(0, 9) | WORDS | st.booleans(), max_size=2),
+    "list": st.lists(st.integers(0, 9) | WORDS, max_size=3),
+}
+ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
+CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_size=3)
