@@ -393,8 +393,8 @@ def test_what_is_misspelt_is_told_before_anything_slow_is_imported(command, tmp_
 @pytest.mark.parametrize(
     ("command", "more", "what"),
     [
-        ("preprocess", ["--data.cache", "words.jsonl/cache"], "data.cache words.jsonl/cache: can't write there"),
-        ("train", ["--data.cache", "words.jsonl/cache"], "data.cache words.jsonl/cache: can't write there"),
+        ("preprocess", ["--data.cache", "words.jsonl/cache"], "/words.jsonl/cache: can't write there"),
+        ("train", ["--data.cache", "words.jsonl/cache"], "/words.jsonl/cache: can't write there"),
         ("evaluate", ["--output", "words.jsonl/scores.json"], "output words.jsonl: can't write there"),
         ("evaluate", ["--split", "test", "--data.test_fraction", "0"], "data.test_fraction 0: there is no test split"),
         ("infer", ["--file", "p.txt", "--output", "words.jsonl/a.jsonl"], "output words.jsonl: can't write there"),
