@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers.faults import victims
 from helpers.searches import command, environment, finished, run, run_here, study
 from helpers.servers import serving_here
 
@@ -57,6 +59,15 @@ def test_paths_may_be_relative_and_have_any_letters(cluster, words, tiny_llama, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "été" / "summary.json").exists()
     assert list((tmp_path / "données").rglob("*.parquet"))
+
+
+def test_nothing_of_a_search_stays_in_a_ray_that_goes_on(cluster, words, tiny_llama, tmp_path):
+    flags = ["--trials", "1", "--data.cache", str(tmp_path)]
+    assert run_here(command(tmp_path / "out", words, tiny_llama, *flags, steps=2)).returncode == 0
+    deadline = time.monotonic() + 60
+    while left := victims("TrialBroker", os.getpid()):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_trial_0_is_the_default_configuration(searched):

@@ -99,6 +99,15 @@ def packs(cfg: Config, gpus_per_worker: float, experiment: Location, trials: int
             deadline = time.monotonic() + patience
             for index in ray.get(broker.ready_packs.remote()):  # Ray ends the others, which still wait for a node
                 runners[index].join(max(0.0, deadline - time.monotonic()))
+        threading.Thread(target=_end, args=(broker, runners), daemon=True).start()
+
+
+def _end(broker: ActorHandle, runners: list[threading.Thread]) -> None:
+    """End the broker once no pack asks it any more; Ray itself keeps an actor whose handle Tune has pickled."""
+    for thread in runners:
+        thread.join()
+    if ray.is_initialized():
+        ray.kill(broker)
 
 
 def packs_that_fit(cfg: Config, gpus_per_worker: float) -> int:
