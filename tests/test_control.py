@@ -1,13 +1,10 @@
 """What a user asks of a search that runs, from other processes."""
 
-import fcntl
 import json
 import os
 import pty
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from contextlib import suppress
@@ -164,8 +161,7 @@ def test_a_trial_at_a_rung_is_called_the_same_by_the_search_and_by_all_who_look_
     flags = ["--trials", "2", "--concurrency", "1", "--pack", "off", "--training.evaluations", "3"]
     arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=200)
     own, shown = pty.openpty()
-    fcntl.ioctl(shown, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
-    env = environment(joined=True) | {"TERM": "xterm"}
+    env = environment(joined=True) | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
     process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown, env=env)
     os.close(shown)
     told: list[bytes] = []
