@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 import pytest
+import ray
 from helpers.results import write_search
 from helpers.searches import command, environment, run_here, study
 
@@ -197,6 +198,10 @@ def test_a_trial_at_a_rung_is_called_the_same_by_the_search_and_by_all_who_look_
         print(drawn[-3000:])  # for whoever wants to know why the search has ended
     assert "waits at a rung" in drawn
     assert "paused" not in drawn
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 4:  # whatever was starting at that moment
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -39,7 +39,7 @@ from ftray.search.scheduler import CohortScheduler
 from ftray.search.space import Space
 from ftray.search.trial_proxy import PackTrial, TrialProxies
 from ftray.search.trial_runner import run_trial
-from ftray.search.trial_worker import SearchContext, release
+from ftray.search.trial_worker import SearchContext, release, release_until_none_is_left
 from ftray.search.warm_start import earlier_trials
 from ftray.storage.location import Location
 from ftray.task_spec import TaskSpec
@@ -140,7 +140,12 @@ def search(
         trainable = tune.with_parameters(run_trial, context=context, experiment=experiment)
         with notice():
             capacity = Capacity(trials_that_fit(context), time.monotonic())
-            _tune(trainable, capacity, context, space, output, callbacks, past, None)
+            try:
+                _tune(trainable, capacity, context, space, output, callbacks, past, None)
+            except BaseException:  # what goes on releases them where it needs them
+                with suppress(Exception):  # the first failure is the one to tell
+                    release_until_none_is_left()
+                raise
         yield context, Hardware(context)
         return
     with packs(cfg, gpus_per_worker, experiment, cfg.search.trials - len(past)) as group:

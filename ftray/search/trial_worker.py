@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 CUT_OFF = "cut_off"  # marks a report without metrics, which only brings a checkpoint from between two rungs
 MENDABLE = "mendable"
+SETTLED = 1.0  # seconds without any further group, after which none is expected
+RELEASE_PATIENCE = 10.0  # seconds
 # settings of glibc for workers: memory in huge pages; what a step frees is kept for the next step, not returned to the
 # system; one arena, because the arenas of all threads but the first return what is large at once, and Ray Train runs
 # the worker's function in another thread
@@ -355,15 +358,32 @@ def _restore(trainer: "SingleRunTrainer | Zero3Trainer") -> bool:
     return False
 
 
-def release(everything: bool = False) -> None:
+def release(everything: bool = False) -> bool:
     """Release the resources of stopped trainers of this Ray job, which couldn't do so themselves.
 
     Args:
         everything: also release those of trainers that are about to stop.
+
+    Returns:
+        Whether there were any.
     """
-    job = ray.get_runtime_context().get_job_id()
+    job, any_left = ray.get_runtime_context().get_job_id(), False
     for group in placement_groups():
         # Tune's own groups are made by the driver, which is no actor
         ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
         if ours and not is_removed(group) and (everything or group.creator_actor_dead):
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+            any_left = True
+    return any_left
+
+
+def release_until_none_is_left() -> None:
+    """Release those of trainers that stop right now: until its process is gone, one may start its workers once more.
+
+    Ray, which is told of that trainer's end before, would keep the group for as long as the cluster lives.
+    """
+    begun = released = time.monotonic()
+    while time.monotonic() < min(released + SETTLED, begun + RELEASE_PATIENCE):
+        if release(everything=True):
+            released = time.monotonic()
+        time.sleep(0.1)
