@@ -13,6 +13,7 @@ import pytest
 import ray
 from helpers.results import write_search
 from helpers.searches import command, environment, run_here, study
+from ray.util.placement_group import placement_group, placement_group_table
 
 from ftray.cli import main
 from ftray.config import Config, config_from
@@ -26,6 +27,7 @@ from ftray.search.run_manifest import sole_driver, write_definition
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.search.trial_status import TrialStatus
+from ftray.search.trial_worker import release_until_none_is_left
 from ftray.storage.local import LocalLocation
 
 SPACE = "method: lora\nlearning_rate: {log: [1.0e-4, 1.0e-3]}\n"
@@ -202,6 +204,27 @@ def test_a_trial_at_a_rung_is_called_the_same_by_the_search_and_by_all_who_look_
     while ray.available_resources().get("CPU") != 4:  # whatever was starting at that moment
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_trainer_that_starts_its_workers_once_more_while_it_is_stopped_holds_nothing(cluster):
+    """As Train's controllers do whose workers die before them."""
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def start(self, seconds):
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                group = placement_group([{"CPU": 1}])
+                assert group.wait(10)
+                while time.monotonic() < until and placement_group_table(group)["state"] != "REMOVED":
+                    time.sleep(0.05)
+
+    controller = Controller.remote()
+    started = controller.start.remote(2.0)
+    time.sleep(0.5)
+    release_until_none_is_left()
+    ray.get(started)
+    assert ray.available_resources()["CPU"] == 4
 
 
 @pytest.mark.parametrize(
