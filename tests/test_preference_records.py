@@ -6,8 +6,10 @@ rendering of a prompt and its answer.
 
 import copy
 import json
+import shlex
 
 import pytest
+import yaml
 from helpers.record_files import assistant, user
 from tokenizers.processors import TemplateProcessing
 
@@ -361,30 +363,42 @@ def test_the_line_that_makes_a_verdict_of_a_score_works():
 
 
 PROMPTS = {
-    "alone": ({"prompt": "q"}, "q", "", {}),
-    "answered": ({"prompt": "q", "completion": "r"}, "q", "r", {"completion": "r"}),
-    "GSM8K": ({"question": "q", "answer": "so 3 #### 3"}, "q", "so 3 #### 3", {"answer": "so 3 #### 3"}),
-    "Numina": ({"problem": "q", "solution": "so", "answer": "4"}, "q", "4", {"solution": "so", "answer": "4"}),
-    "TRL": ({"prompt": [user("q")], "solution": "3", "level": 2}, ASKED, "3", {"solution": "3", "level": 2}),
-    "conversation": ({"messages": [user("q"), assistant("r")]}, ASKED, "r", {}),
-    "conversation that asks": (
-        {"messages": [user("q"), assistant("r"), user("s")]},
-        [*ASKED, *GOOD, ("user", "s")],
-        "",
-        {},
+    "alone": ({"prompt": "q"}, "q", ""),
+    "answered": ({"prompt": "q", "completion": "r"}, "q", "r"),
+    "GSM8K": ({"question": "q", "answer": "so 3 #### 3"}, "q", "so 3 #### 3"),
+    "Numina": ({"problem": "q", "solution": "so", "answer": "4", "source": "amc"}, "q", "4"),
+    "TRL": ({"prompt": [user("q")], "solution": "3", "level": 2}, ASKED, "3"),
+    "conversation": ({"messages": [user("q"), assistant("r")]}, ASKED, "r"),
+    "conversation that asks": ({"messages": [user("q"), assistant("r"), user("s")]}, [*ASKED, *GOOD, ("user", "s")], ""),
+    "a prompt and its conversation": ({"prompt": "q", "messages": [user("q"), assistant("r")]}, ASKED, "r"),
+    "a prompt that turns end with": (
+        {"prompt": "q", "messages": [{"role": "system", "content": "S"}, user("q")], "target": 4},
+        [("system", "S"), *ASKED],
+        "4",
     ),
-    "a system text": ({"system": "S", "prompt": "q"}, [("system", "S"), *ASKED], "", {}),
-    "preferences": (PAIR, "q", "", {"chosen": "r", "rejected": "x"}),
+    "an instruction and its conversation": (
+        {"instruction": "Do", "input": "q", "conversations": [user("Do\nq"), assistant("r")]},
+        [("user", "Do\nq")],
+        "r",
+    ),
+    "a transcript": ({"prompt": HH.format("o") + HH.format("")}, [*ASKED, ("assistant", "o"), *ASKED], ""),
+    "turns that are counted": ({"prompt": "q", "turns": 2}, "q", ""),
+    "a system text": ({"system": "S", "prompt": "q"}, [("system", "S"), *ASKED], ""),
+    "preferences": (PAIR, "q", ""),
+    "several accepted answers": ({"question": "q", "answers": ["r", "s"]}, "q", "r"),
+    "numbers of these": ({"question": "q", "answer": [4, 5]}, "q", "4"),
+    "SQuAD": ({"question": "q", "context": "c", "answers": {"text": ["r", "s"], "answer_start": [0, 1]}}, "q\nc", "r"),
+    "SQuAD, objects": ({"question": "q", "answers": [{"text": "r"}, {"text": "s"}]}, "q", "r"),
 }
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_keeps_what_a_reward_may_need(name):
-    record, asked, reference, fields = PROMPTS[name]
+    record, asked, reference = PROMPTS[name]
     example = GRPO.parse(record, "f:1")
     turns = example.example.messages
     assert (example.example.prompt if turns is None else [(turn.role, turn.text) for turn in turns]) == asked
-    assert (example.reference, json.loads(example.fields)) == (reference, fields)
+    assert (example.reference, json.loads(example.fields)) == (reference, record)
 
 
 @pytest.mark.parametrize(
@@ -395,12 +409,34 @@ def test_a_prompt_keeps_what_a_reward_may_need(name):
         ("prompt", "input"),
         ("prompt", "query"),
         ("problem", "context"),
+        ("prompt", "dialogue"),
+        ("prompt", "document"),
     ],
 )
 def test_no_part_of_what_is_asked_is_lost(ask, other):
+    record = {ask: "Solve the problem:", other: "1 + 1?", "answer": "2"}
     with pytest.raises(UserError, match=f"^f:1: ({ask}|{other}) would be lost") as told:
-        GRPO.parse_and_see({ask: "Solve the problem:", other: "1 + 1?", "answer": "2"}, "f:1")
+        GRPO.parse_and_see(record, "f:1")
     assert "\n" not in str(told.value)
+    fields = yaml.safe_load(f"{{{shlex.split(str(told.value).partition('as by --data.fields ')[2])[0]}}}")
+    asked = GRPO.parse(Fields(fields)(record, "f"), "f")
+    assert {*asked.example.prompt.splitlines()} == {"Solve the problem:", "1 + 1?"}
+    assert asked.reference == "2"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "messages": [user("q"), assistant("r"), user("s"), assistant("t")]},
+        {"prompt": [user("q")], "messages": [user("q"), assistant("r"), user("s")]},
+        {"question": "q", "conversations": [user("another")]},
+        {"question": "q", "choices": ["a", "b"], "answer": 0},
+    ],
+)
+def test_a_prompt_and_another_one_are_refused(record):
+    lost = [*record][1]
+    with pytest.raises(UserError, match=f"^f:1: {lost} would be lost: .*--data.fields .* to leave {lost} out$"):
+        GRPO.parse_and_see(record, "f:1")
 
 
 def test_a_text_is_no_prompt():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,10 +13,10 @@ from ftray.data.fast_tokenizer import AnyTokenizer
 from ftray.data.preference_shapes import ASKS, beside_prompt, prompt_of, read_prompt
 from ftray.data.reading import Seen
 from ftray.data.record_task import RecordTask
-from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation, with_one_answer
+from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation
 from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed
 from ftray.data.tokens import Tokens, beginning, rendering
-from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, read_turns
+from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, are_turns, read_turns
 from ftray.errors import UserError
 from ftray.task_spec import CHAT, IGNORE
 
@@ -23,8 +24,13 @@ NEEDS = "prompt (a text or turns), question, problem, instruction/input or messa
 # keys of an answer that a reward may go by, the first one that a record has
 _REFERENCES = ("completion", "response", "answer", "answers", "ground_truth", "solution", "output", "target", "summary")
 # what is asked in some records, and would be lost beside another of these
-_ASKED = ("inputs", *dict.fromkeys(key for ask, more in ASKS if ask not in TURNS for key in (ask, *more)))
+_ASKED = (
+    "inputs",
+    *(key for key in meanings.ASKED if key not in meanings.THOUGHTS),
+    *(key for ask, more in ASKS for key in (ask, *more)),
+)
 _PLACEHOLDER = "."  # in place of an answer, as long as a record is read
+_TEXTS = tuple(ask for ask in ASKS if ask[0] not in TURNS)
 _FURTHER_ASKS = tuple((key, ()) for key in ("inputs", "source", "src", "document", "article", "user", "human"))
 
 
@@ -35,7 +41,7 @@ class Asked:
     Attributes:
         example: what is asked; its target is empty, or its last turn is none of the assistant's.
         reference: an answer that the record has, or empty.
-        fields: JSON of all that the record holds beside the prompt, for a reward to go by.
+        fields: JSON of the record as it is, for a reward to go by.
         where: the record stands.
     """
 
@@ -65,7 +71,7 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
                 raise UserError(f"{where}: {ask} holds an answer alone: there is nothing to ask")
             context = {index for index, turn in enumerate(prompt) if turn.role == "assistant"}
             example = as_conversation([*prompt, Turn("assistant", _PLACEHOLDER)], context, beside, ask, where)
-        held = {key: value for key, value in record.items() if key not in (ask, *further, *CONVERSATION, *ADDED)}
+        held = {key: value for key, value in record.items() if key not in ADDED}
         fields = json.dumps(held, ensure_ascii=False, default=str)
         return Asked(_unanswered(example), reference or _reference(record, (ask, *further), where), fields, where)
 
@@ -75,13 +81,41 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
         parse,
         (*further, *CONVERSATION),
         {key: why for key, why in REFUSED.items() if why != meanings.PREFERENCE},
-        tuple(key for key in _ASKED if key not in (ask, *further)),
+        tuple(key for key in dict.fromkeys(_ASKED) if key not in (ask, *further)),
+        None if ask in TURNS else lambda record: not any(_asked_by_turns(record, *texts) for texts in _TEXTS),
         turns=(ask,),
         in_turn=IN_TURN,
         in_part=IN_PART,
         teaches=True,
         compares=True,
+        keeps=True,
     )
+
+
+def _asked_by_turns(record: Record, ask: str, further: tuple[str, ...]) -> bool:
+    """Whether turns of a record end, but for their answer, with what stands under `ask`: they are what it asks."""
+    if is_empty(record.get(ask)) or not any(are_turns(record.get(key)) for key in TURNS if key != ask):
+        return False
+    with suppress(UserError):  # of what can't be read, which is refused where it is read
+        own = _without_answer(_as_turns(read_prompt(record, ask, further, "")))
+        for key in TURNS:
+            if key != ask and are_turns(record.get(key)):
+                asked = _without_answer(read_turns(record, key, "")[0])
+                if own and [*map(_said, asked[-len(own) :])] == [*map(_said, own)]:
+                    return True
+    return False
+
+
+def _as_turns(prompt: str | list[Turn]) -> list[Turn]:
+    return [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+
+
+def _without_answer(turns: list[Turn]) -> list[Turn]:
+    return turns[:-1] if turns and turns[-1].role == "assistant" else turns
+
+
+def _said(turn: Turn) -> object:
+    return turn.role, turn.text.strip(), turn.calls
 
 
 def _unanswered(example: Example) -> Example:
@@ -92,23 +126,28 @@ def _unanswered(example: Example) -> Example:
 
 
 def _reference(record: Record, asked: Sequence[str], where: object) -> str:
-    """The text of the answer that stands beside a prompt; empty: there is none."""
+    """The text of the answer that stands beside a prompt, of several that are accepted the first; empty: none does."""
     key = next((key for key in _REFERENCES if key not in asked and not is_empty(record.get(key))), None)
     if key is None:
         return ""
-    value = listed(record[key])
-    if isinstance(value, list) and isinstance(value[0], dict):
-        answers = [turn.text for turn in read_turns({key: value}, key, where)[0] if turn.role == "assistant"]
+    value = record[key]
+    value = value.get("text", value) if isinstance(value, dict) else value  # as SQuAD's, beside where they begin
+    given = listed(value)
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        if isinstance(given[0].get("text"), str) and not any(given[0].get(role) for role in meanings.ROLE_KEYS):
+            return str(given[0]["text"])
+        answers = [turn.text for turn in read_turns({key: given}, key, where)[0] if turn.role == "assistant"]
         return answers[-1] if answers else ""
-    value = with_one_answer(record, key, where)[key]
-    return "" if isinstance(value, list | dict) else as_text(value, key, where)
+    if isinstance(given, list) and given and (given is value or all(isinstance(text, str) for text in given)):
+        value = given[0]
+    return "" if isinstance(value, list | dict) or value is None else as_text(value, key, where)
 
 
 class PromptTask(RecordTask):
     """Prompts, whose answers the model draws itself.
 
     A row holds the tokens that generation is given, none of which bears loss; `target` is the answer that the record
-    has, or empty, and `extra` holds the record's fields beside the prompt, as JSON.
+    has, or empty, and `extra` holds the record, as JSON.
     """
 
     shapes: ClassVar[Sequence[Shape]] = (*(_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)), _asked_in("prompt"))

@@ -82,7 +82,8 @@ def refuse_beside(record: Record, shape: Shape, shapes: Sequence[Shape], where: 
     """
     own = (*shape.required_keys, *shape.honours)
     for key, value in record.items():
-        if key in shape.beside and key not in own and not is_empty(value):
+        is_count = key == "turns" and isinstance(value, int)
+        if key in shape.beside and key not in own and not is_empty(value) and not is_count:
             _refuse_lost(record, key, shape, where, shapes)
 
 
@@ -170,6 +171,8 @@ def _refuse_lost(record: Record, key: str, shape: Shape, where: object, shapes: 
 def _ways(record: Record, key: str, shape: Shape, shapes: Sequence[Shape]) -> list[tuple[dict[str, str], str]]:
     """Mappings to choose from for a record with a key that would be lost, each with what it is for."""
     alone = [(kept(record, shape), f"leave {key} out")]
+    if shape.keeps:
+        return _ways_to_ask(record, key, shape)
     if shape.is_alone:
         (own,) = shape.required_keys
         other = fitting({name: value for name, value in record.items() if name != own}, shapes)
@@ -196,6 +199,21 @@ def _ways(record: Record, key: str, shape: Shape, shapes: Sequence[Shape]) -> li
         return [({"instruction": ask, "input": key, "output": answer} | more, "read it too"), *alone]
     prompt = joined(asked)
     return [({"prompt": prompt, "completion": answer} | more, "read it too"), *alone] if prompt else alone
+
+
+def _ways_to_ask(record: Record, key: str, shape: Shape) -> list[tuple[dict[str, str], str]]:
+    """The same for a record that asks, and keeps its other keys for a reward."""
+    (ask,) = shape.required_keys
+    others = {name: name for name in record if name not in (key, *ADDED)}
+    ways = [(others, f"leave {key} out")]
+    if isinstance(record[key], str | list) and not isinstance(listed(record[ask]), list):
+        own = (ask, *(name for name in shape.honours if name in meanings.ASKED and not is_empty(record.get(name))))
+        prompt = joined({name: record[name] for name in (*own, key)})
+        more = {name: name for name in others if name not in own}
+        ways[:0] = [({"prompt": prompt} | more, "ask it too")] if prompt else []
+    if isinstance(listed(record[key]), list) and not all(isinstance(part, str) for part in listed(record[key])):
+        ways[:0] = [({key: key} | {name: name for name in others if name != ask}, f"ask by {key}")]
+    return ways
 
 
 _PAIRED = frozenset((*meanings.ASKED, *meanings.ANSWERED))

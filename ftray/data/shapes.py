@@ -49,6 +49,7 @@ class Shape:
         teaches: what a model is to write, so that a key is refused which means another answer, what was asked before,
             or how the answer was found; see :mod:`ftray.data.meanings`.
         compares: it tells good answers from bad ones, or teaches none, so that other answers may stand beside.
+        keeps: all that a record holds beside what is asked, for a reward to go by.
         is_alone: it reads one text, beside which other texts are refused that aren't about the record.
     """
 
@@ -64,6 +65,7 @@ class Shape:
     in_part: tuple[str, ...] = ()
     teaches: bool = False
     compares: bool = False
+    keeps: bool = False
     is_alone: bool = False
 
 

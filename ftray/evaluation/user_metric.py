@@ -266,9 +266,10 @@ def _named(error: BaseException) -> str:
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """What a function is given of a record: what ftray has found in it, and its own fields, which stay as they are."""
     further = json.loads(row["extra"]) if row.get("extra") else {}
-    own = {key: row[key] for key in ("prompt", "target", "source") if row.get(key) is not None}
-    return own if not isinstance(further, dict) else further | own
+    found = {key: row[key] for key in ("prompt", "target", "source") if row.get(key) is not None}
+    return found if not isinstance(further, dict) else found | further
 
 
 def _described(index: int, row: dict[str, Any], answer: str) -> str:
