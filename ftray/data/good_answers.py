@@ -32,7 +32,7 @@ class GoodAnswersTask(TextTask):
     def shape(self, example: Answers) -> str:
         """Records of one kind stand together."""
         if isinstance(example, Pair):
-            return "two answers, of which one is preferred"
+            return "two whole texts, without a prompt" if example.is_text else "two answers to a prompt"
         return "an answer that was judged" if isinstance(example, Judged) else super().shape(example)
 
     def group(self, example: Answers) -> object | None:

@@ -41,8 +41,23 @@ PAIRED = (
     ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
     ("preferred", "dispreferred"),
+    ("y_w", "y_l"),
+    ("win", "lose"),
 )
 VERDICTS = ("label", "kto_tag")
+
+# words of a key that says which of two answers is the better one, of one that says that a pair stands the other way
+# round, and what else the names of such keys may hold; words of keys that hold an answer
+BETTER = _set("winner winning preference preferred better best choice verdict safer")
+TURNED = _set("flipped flip swapped swap reversed inverted")
+SIDE_FILLERS = _set(
+    "is was the of which a b overall human user annotator response answer completion output id idx index side label key "
+    "option"
+)
+ANSWER_WORDS = _set(
+    "response answer completion output generation candidate summary reply solution conversation conv dialogue messages "
+    "message chat"
+)
 
 # words in front of a verdict that add nothing to it, as in `is_correct`
 _FILLERS = _set("is was has do does should to be use with the turn message")
@@ -77,10 +92,10 @@ BAD = _set(
 # what a label of an answer is about, where it is no class of it: `kto_tag`, `human_label`
 _LABELLED = _set("kto human user quality answer response completion preference")
 # how a text says either
-YES = _set("yes true good positive up thumb_up thumbs_up accepted correct like liked +1 👍")
+YES = _set("yes true good positive up thumb_up thumbs_up accepted correct like liked desirable chosen preferred +1 👍")
 NO = _set(
     "no false bad negative poor down thumb_down thumbs_down rejected incorrect wrong dislike disliked fail failed "
-    "unhelpful invalid downvote downvoted -1 👎"
+    "unhelpful invalid downvote downvoted undesirable dispreferred -1 👎"
 )
 # a grade is no verdict, unless it is a word that says no
 GRADES = _set("rating score quality grade outcome result status evaluation")

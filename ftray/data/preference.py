@@ -29,6 +29,10 @@ class PairTask(RecordTask):
     record_keys = preference_shapes.NEEDS
     grouped_by = "prompt"
 
+    def shape(self, example: Pair) -> str:
+        """A text that is cut where another one parts from it stands beside no answer to a prompt."""
+        return "two whole texts, without a prompt" if example.is_text else "two answers to a prompt"
+
     def group(self, example: Pair) -> object:
         """Pairs of one prompt share a split."""
         return prompt_of(example.chosen)

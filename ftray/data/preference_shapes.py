@@ -7,6 +7,15 @@ from typing import Any
 from ftray.data import meanings
 from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWERED, ASKED, PAIRED, ROLE_KEYS, VERDICTS
+from ftray.data.pair_verdicts import (
+    better_of,
+    columns_of,
+    refuse_names,
+    refuse_other_verdict,
+    refuse_tie,
+    verdicts_of,
+)
+from ftray.data.reading import read
 from ftray.data.records import (
     CONVERSATION,
     REFUSED,
@@ -16,10 +25,12 @@ from ftray.data.records import (
     as_conversation,
     asked_text,
     earlier_turns,
+    refuse_written_turns,
     text_of,
     with_one_answer,
 )
-from ftray.data.shapes import Record, Shape, is_empty, listed
+from ftray.data.respelt import respelt
+from ftray.data.shapes import Record, Shape, fitting, is_empty, number, object_of
 from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, read_turns, turn_list
 from ftray.errors import UserError
 
@@ -33,12 +44,10 @@ ASKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input", ()),
     *((key, ()) for key in TURNS),
 )
-_TIES = ("tie", "tied", "draw", "equal", "same", "both", "neither", "none", "no_preference", "tie_bothbad")
-_NAMES_BETTER = frozenset(("winner", "preference", "preferred", "better", "choice", "verdict"))
 NEEDS = (
     "prompt/chosen/rejected (texts or turns), chosen/rejected alone (whole texts or conversations that begin alike), "
     "question or instruction/input in place of prompt, messages/rejected_response, "
-    "input/preferred_output/non_preferred_output"
+    "input/preferred_output/non_preferred_output, prompt/y_w/y_l, prompt/response_a/response_b/winner"
 )
 
 
@@ -69,11 +78,15 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
 
     def parse(record: Record, where: object) -> Pair:
         _refuse_incomplete(record, good, bad, where)
-        _refuse_tie(record, (good, bad), where)
-        _refuse_names(record, good, bad, where)
+        refuse_tie(record, (good, bad), where)
+        kept = {key: key for key in (*keys, *further, *CONVERSATION) if key in record}
+        refuse_names(record, good, bad, kept, where)
+        refuse_other_verdict(record, good, bad, kept, where)
         answers = [_answer(record, key, where) for key in (good, bad)]
         asked = ask if ask and not is_empty(record.get(ask)) else ""
         if all(isinstance(answer, str) for answer in answers):
+            if not asked:
+                _refuse_blank(record, (good, bad), where)
             pair = _pair_of_texts(record, asked, further, answers, (good, bad), where)
         elif all(isinstance(answer, list) for answer in answers):
             pair = _pair_of_turns(record, asked, further, (good, bad), where)
@@ -92,12 +105,19 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
         (*further, *CONVERSATION),
         _refused((good, bad)),
         tuple(key for key in (*ASKED, *ANSWERED, *TURNS) if key not in keys),
+        None
+        if (good, bad) != ("win", "lose")
+        else lambda record: not any(map(_is_number, (record[good], record[bad]))),
         turns=keys,
         in_turn=IN_TURN,
         in_part=IN_PART,
         teaches=True,
         compares=True,
     )
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(number(value), str | list | dict)
 
 
 def _refused(own: tuple[str, str]) -> dict[str, str]:
@@ -111,18 +131,13 @@ def _refused(own: tuple[str, str]) -> dict[str, str]:
     return kept | further | label
 
 
-def _refuse_names(record: Record, good: str, bad: str, where: object) -> None:
-    """Raise the UserError about answers that only name where they stand: another key, or a place in a list."""
-    named = [record[good], record[bad]]
-    texts = [name for name in named if isinstance(name, str) and isinstance(record.get(name), str)]
-    lists = [key for key, value in record.items() if isinstance(value, list) and key not in (good, bad)]
-    places = lists and all(isinstance(name, int) and not isinstance(name, bool) for name in named)
-    if len(texts) == 2 or places:
-        fields = as_typed({good: str(named[0]), bad: str(named[1])})
-        way = f", as by {fields} where all records prefer the same one" if texts else ""
+def _refuse_blank(record: Record, answers: tuple[str, str], where: object) -> None:
+    """Raise the UserError about a prompt that says nothing: two texts without one are read as what begins alike."""
+    ask = next((key for key, _ in ASKS if key in record and key not in answers), "")
+    if ask:
         raise UserError(
-            f"{where}: {good} and {bad} are {named[0]!r} and {named[1]!r}, which only say where the answers stand: "
-            f"give the answers themselves{way}"
+            f"{where}: {ask} is empty: leave the record out; where all records are whole texts that begin alike, "
+            f"{as_typed({key: key for key in answers})} reads them as such"
         )
 
 
@@ -144,22 +159,16 @@ def _refuse_incomplete(record: Record, good: str, bad: str, where: object) -> No
         )
 
 
-def _refuse_tie(record: Record, own: Sequence[str], where: object) -> None:
-    """Raise the UserError about a record that says that neither answer is better."""
-    for key, value in record.items():
-        says_better = key not in own and isinstance(value, str) and _NAMES_BETTER & {*meanings.words(key)}
-        if says_better and "_".join(meanings.words(value)) in _TIES:
-            raise UserError(f"{where}: {key} is {value!r}: neither answer is better: leave the record out")
-
-
 def _answer(record: Record, key: str, where: object) -> str | list[Any]:
     """What stands under the key of an answer: a text, or turns as they are written."""
-    value = turn_list(record[key])
+    value = object_of(turn_list(record[key]))
     if isinstance(value, dict) and any(name in value for name in ROLE_KEYS):
         return [value]
     if isinstance(value, list) and isinstance(value[0], dict):
         return value
-    return text_of(with_one_answer(record, key, where), key, where)
+    text = text_of(with_one_answer(record, key, where), key, where)
+    refuse_written_turns(text, key, where)
+    return text
 
 
 def _pair_of_texts(
@@ -172,6 +181,8 @@ def _pair_of_texts(
         beside = beside_prompt(record)
         chosen, rejected = (_last_alone(answered(prompt, text, beside, where)) for text in texts)
         return Pair(chosen, rejected, where)
+    if isinstance(record[ask], str):  # a transcript, in which a blank stands before what is said
+        texts = [text.lstrip(" \t") for text in texts]
     return _conversations(record, prompt, [[Turn("assistant", text)] for text in texts], answers, where)
 
 
@@ -210,7 +221,7 @@ def _is_repeated(prompt: str | list[Turn], both: list[list[Turn]], shared: int) 
 
 def _read_answer(record: Record, key: str, where: object) -> list[Turn]:
     """The turns under the key of an answer, without those after the assistant's last one, which nobody answers."""
-    given = record[key]
+    given = object_of(record[key])
     turns, context = read_turns({key: [given] if isinstance(given, dict) else given}, key, where)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     if not spoken:
@@ -228,9 +239,11 @@ def read_prompt(record: Record, ask: str, further: Sequence[str], where: object)
     value = record[ask]
     if isinstance(value, dict) and "messages" in value:
         return read_turns({f"{ask}.messages": value["messages"]}, f"{ask}.messages", where)[0]
-    if isinstance(listed(value), list) or ask in TURNS:
+    if isinstance(turn_list(value), list) or ask in TURNS:
         return read_turns(record, ask, where)[0]
-    return asked_text(record, ask, further, where)
+    text = asked_text(record, ask, further, where)
+    refuse_written_turns(text, ask, where)
+    return text
 
 
 def prompt_of(example: Example) -> object:
@@ -337,11 +350,47 @@ def _beside_an_answer(good: str, bad: str) -> Shape:
     return replace(pair_shape(good, bad), parse=parse)
 
 
+def _in_columns() -> Shape:
+    """A shape of two answers in columns, as `response_a` and `response_b`, and a key that says which is better."""
+
+    def as_pair(record: Record, better: str, other: str) -> Record:
+        left = {key: value for key, value in record.items() if key not in (better, other, *verdicts_of(record))}
+        return left | {PAIRED[0][0]: record[better], PAIRED[0][1]: record[other]}
+
+    def shape_of(record: Record, columns: tuple[str, str]) -> Shape | None:
+        return fitting(as_pair(record, *columns), [*_NAMED, pair_shape(*PAIRED[0])])
+
+    def fits(record: Record) -> tuple[str, ...]:
+        columns, verdicts = columns_of(record), verdicts_of(record)
+        shape = shape_of(record, columns) if columns and verdicts else None
+        if columns is None or shape is None:
+            return ()
+        asked = [key for key in (*shape.required_keys, *shape.honours) if key in record and key not in PAIRED[0]]
+        return (*asked, *columns, *verdicts)
+
+    def parse(record: Record, where: object) -> Pair:
+        columns = columns_of(record)
+        shape = shape_of(record, columns) if columns else None
+        assert columns is not None
+        assert shape is not None
+        asked = {key: key for key in (*shape.required_keys, *shape.honours) if key in record and key not in PAIRED[0]}
+        pair: Pair = read(as_pair(record, *better_of(record, columns, asked, where)), PAIRS, where)[0]
+        return pair
+
+    return Shape("two answers and the better one", (), parse, refuses={}, fits=fits, compares=True)
+
+
 # In the order they are tried; the last one takes the rest.
-PAIRS: Sequence[Shape] = (
+_NAMED = (
     *(pair_shape(*answers, ask, further) for answers in PAIRED for ask, further in ASKS),
     *(pair_shape(*answers) for answers in PAIRED[1:]),
     _beside_an_answer("messages", "rejected_response"),
     pair_shape("messages", "rejected_messages"),
+)
+_COLUMNS = _in_columns()
+PAIRS: Sequence[Shape] = (
+    *_NAMED,
+    _COLUMNS,
+    respelt((*_NAMED, _COLUMNS, pair_shape(*PAIRED[0]))),
     pair_shape(*PAIRED[0]),
 )

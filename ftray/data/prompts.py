@@ -14,6 +14,7 @@ from ftray.data.preference_shapes import ASKS, beside_prompt, prompt_of, read_pr
 from ftray.data.reading import Seen
 from ftray.data.record_task import RecordTask
 from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation
+from ftray.data.respelt import respelt
 from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed
 from ftray.data.tokens import Tokens, beginning, rendering
 from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, are_turns, read_turns
@@ -143,6 +144,9 @@ def _reference(record: Record, asked: Sequence[str], where: object) -> str:
     return "" if isinstance(value, list | dict) or value is None else as_text(value, key, where)
 
 
+_PROMPTS = [_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)]
+
+
 class PromptTask(RecordTask):
     """Prompts, whose answers the model draws itself.
 
@@ -150,7 +154,7 @@ class PromptTask(RecordTask):
     has, or empty, and `extra` holds the record, as JSON.
     """
 
-    shapes: ClassVar[Sequence[Shape]] = (*(_asked_in(*ask) for ask in (*ASKS, *_FURTHER_ASKS)), _asked_in("prompt"))
+    shapes: ClassVar[Sequence[Shape]] = (*_PROMPTS, respelt(_PROMPTS), _asked_in("prompt"))
     record_keys = NEEDS
     grouped_by = "prompt"
 

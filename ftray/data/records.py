@@ -9,7 +9,7 @@ from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS, is_about
 from ftray.data.reading import Seen, read
 from ftray.data.refusals import refuse_bad_answer
-from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, is_empty, listed
+from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, is_empty, listed, object_of
 from ftray.data.turns import (
     IN_PART,
     IN_TURN,
@@ -107,6 +107,20 @@ def text_of(record: Record, key: str, where: object, may_be_empty: bool = False)
     return value
 
 
+def refuse_written_turns(text: str, key: str, where: object) -> None:
+    """Raise the UserError about an answer that is turns, written as text in a way that isn't read here."""
+    if _WRITTEN_TURNS.match(text):
+        raise UserError(
+            f"{where}: {key} holds turns that are written as a text: give what is asked as turns too, both as JSON has "
+            "them, or all of them as messages"
+        )
+
+
+# a list of turns, or one of them, as JSON, Python or numpy write it
+_KEY = """["'](?:role|from|content|value)["']\\s*:"""
+_WRITTEN_TURNS = re.compile(rf"\s*\[?\s*\{{\s*{_KEY}.*{_KEY}", re.DOTALL)
+
+
 def _first_text(value: Any) -> str:
     """The path to the first text in a list or object, but for a list of texts alone; empty: there is none."""
     items = enumerate(value) if isinstance(value, list) else value.items()
@@ -150,7 +164,9 @@ def _pair(ask: str, answer: str, further: tuple[str, ...] = (), optional: bool =
 
     def parse(record: Record, where: object) -> Example:
         prompt = asked_text(record, ask, further, where, optional)
-        return answered(prompt, text_of(with_one_answer(record, answer, where), answer, where), record, where)
+        target = text_of(with_one_answer(record, answer, where), answer, where)
+        refuse_written_turns(target, answer, where)
+        return answered(prompt, target, record, where)
 
     fits = None if name or ask == "text" else _is_bare
     beside = (*ASKED, *ANSWERED)
@@ -324,7 +340,9 @@ def _turns_of_both(ask: str, answer: str) -> Shape:
 
     def parse(record: Record, where: object) -> Example:
         before, _ = read_turns(record, ask, where)
-        given = listed(record[answer])
+        given = object_of(listed(record[answer]))
+        if isinstance(given, str):
+            refuse_written_turns(given, answer, where)
         if isinstance(given, dict | str):
             given = [{"role": "assistant", "content": given} if isinstance(given, str) else given]
         after, context = read_turns({answer: given}, answer, where)
@@ -387,6 +405,10 @@ SHAPES: Sequence[Shape] = (
     _pair("instruction", "response", ("input", "context")),
     _pair("instruction", "answer", ("input", "context")),
     _pair("instruction", "completion", ("input", "context")),
+    _pair("input", "completion"),
+    _pair("input", "answer"),
+    _pair("question", "completion", ("context", "passage")),
+    _pair("query", "completion", ("context",)),
     _pair("prompt", "response", ("context",)),
     _pair("prompt", "answer", ("context",)),
     _pair("prompt", "output", ("context",)),

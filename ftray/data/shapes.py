@@ -4,8 +4,10 @@ A key that would change what is learnt is read by a shape, or refused (:mod:`ftr
 ignored, and named to the user (:mod:`ftray.data.reading`). Imports nothing that is slow.
 """
 
+import ast
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,13 +104,29 @@ def fitting(record: Record, shapes: Sequence[Shape]) -> Shape | None:
 
 
 def listed(value: Any) -> Any:
-    """A list, which may be written as JSON, as in a CSV file; anything else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
+    """A list, which may be written as JSON, as in a CSV file, of objects also as in Python; anything else as it is."""
+    return _written(value, "[", list)
+
+
+def object_of(value: Any) -> Any:
+    """The same of an object."""
+    return _written(value, "{", dict)
+
+
+_OBJECTS = re.compile(r"\s*\[?\s*\{")
+
+
+def _written(value: Any, begin: str, kind: type) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith(begin):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        try:  # what `str` makes of a list of dicts, as pandas writes it
+            found = ast.literal_eval(value.strip()) if _OBJECTS.match(value) else value
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return value
-    return value
+    return found if isinstance(found, kind) else value
 
 
 def number(value: Any) -> Any:

@@ -8,6 +8,7 @@ from ftray.data.fields import as_typed
 from ftray.data.meanings import VERDICTS
 from ftray.data.records import REFUSED, SHAPES, Example
 from ftray.data.refusals import kept
+from ftray.data.respelt import respelt
 from ftray.data.shapes import Record, Shape, fitting, is_empty, number
 from ftray.data.turns import Turn
 from ftray.errors import UserError
@@ -120,5 +121,6 @@ ANSWERED = [shape for shape in SHAPES if shape.required_keys and not shape.is_al
 # In the order they are tried; the last one takes the rest.
 UNPAIRED: Sequence[Shape] = (
     *(_judged(shape) for shape in ANSWERED),
+    respelt([_judged(shape) for shape in ANSWERED]),
     Shape("judged answer", ("completion", "label"), _unknown, refuses={}, compares=True),
 )

@@ -1,0 +1,41 @@
+"""Records whose keys are known ones in another spelling, as `Prompt`, `chosenResponse` or `KTO-Tag`."""
+
+import re
+from collections.abc import Collection, Sequence
+
+from ftray.data.reading import read
+from ftray.data.shapes import Record, Shape, fitting
+
+
+def respelt(shapes: Sequence[Shape]) -> Shape:
+    """The shape of records that have one of `shapes` once their keys are spelt as there; other keys stay as they are."""
+    known = {key for shape in shapes for key in (*shape.required_keys, *shape.honours)}
+
+    def fits(record: Record) -> tuple[str, ...]:
+        names = _names(record, known)
+        shape = fitting(_renamed(record, names), shapes) if names else None
+        if shape is None:
+            return ()
+        spelt = {name: key for key, name in names.items()}
+        read_keys = (*shape.required_keys, *(key for key in shape.honours if spelt.get(key, key) in record))
+        return tuple(spelt.get(key, key) for key in read_keys)
+
+    def parse(record: Record, where: object) -> object:
+        return read(_renamed(record, _names(record, known)), shapes, where)[0]
+
+    return Shape("other spelling", (), parse, refuses={}, fits=fits, compares=True)
+
+
+def _names(record: Record, known: Collection[str]) -> dict[str, str]:
+    """Keys of a record that are known ones in another spelling, by which no other key is meant -> those."""
+    spelt = [(key, _plain(key)) for key in record if key not in known]
+    names = [name for _, name in spelt]
+    return {key: name for key, name in spelt if name in known and name not in record and names.count(name) == 1}
+
+
+def _plain(key: object) -> str:
+    return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key))).lower()
+
+
+def _renamed(record: Record, names: dict[str, str]) -> Record:
+    return {names.get(key, key): value for key, value in record.items()}
