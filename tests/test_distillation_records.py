@@ -188,7 +188,7 @@ ONE = {"token": "a", "logprob": -0.1, "top_logprobs": [{"token": "a", "logprob":
         (R | {"logprobs": {"content": [ONE]}, "completion": "a b"}, "log-probabilities of 1 tokens, 'a', stand beside"),
         (R | {"logprobs": {"content": [ONE]}, "completion": "b"}, "teacher and base need the same tokenizer"),
         (
-            R | {"logprobs": {"content": [ONE | {"token": "zebra"}]}},
+            R | {"logprobs": {"content": [ONE | {"token": "zebra", "logprob": -9.0}]}},
             "token 'zebra' is none of the base's: teacher and base",
         ),
         (R | {"teacher_tokens": [[1]], "teacher_logprobs": []}, "known shapes of answers with a teacher's"),
@@ -209,6 +209,10 @@ ONE = {"token": "a", "logprob": -0.1, "top_logprobs": [{"token": "a", "logprob":
         (
             R | {"teacher_tokens": [[1]], "teacher_logprobs": [[-9999]]},
             "finds none of these tokens likely, the best -9999",
+        ),
+        (
+            R | {"teacher_tokens": [[5, 6]], "teacher_logprobs": [[-0.1, -0.2]]},
+            r"teacher_logprobs\[0\]: the teacher's probabilities add up to 1.72, more than 1",
         ),
         (R | {"logprobs": {"content": [ONE]}, "rejected": "b"}, "rejected: one of a preference pair"),
     ],

@@ -14,6 +14,7 @@ from helpers.record_files import assistant, user
 from tokenizers.processors import TemplateProcessing
 
 from ftray.config import Config, DataConfig
+from ftray.data.check import refuse_mixture
 from ftray.data.fields import Fields
 from ftray.data.record_task import record_task
 from ftray.data.records import Example
@@ -175,6 +176,69 @@ PAIRS = {
         (ASKED, GOOD, BAD),
     ),
     "short answers that sound like verdicts": ({"prompt": "q", "chosen": "No", "rejected": "Yes"}, ("q", "No", "Yes")),
+    "numbers beside turns": (
+        {"prompt": [user("q")], "chosen": 4, "rejected": 5},
+        (ASKED, [("assistant", "4")], [("assistant", "5")]),
+    ),
+    "numbers beside a shorter list": ({"prompt": "q", "chosen": 4, "rejected": 5, "tags": ["a", "b"]}, ("q", "4", "5")),
+    "y_w, y_l": ({"prompt": "q", "y_w": "r", "y_l": "x"}, ("q", "r", "x")),
+    "win, lose": ({"question": "q", "win": "r", "lose": "x"}, ("q", "r", "x")),
+    "other letters": ({"Prompt": "q", "Chosen": "r", "Rejected": "x", "Notes": "n"}, ("q", "r", "x")),
+    "camels": (
+        {"systemPrompt": "S", "prompt": "q", "chosenResponse": "r", "rejectedResponse": "x"},
+        ([("system", "S"), *ASKED], GOOD, BAD),
+    ),
+    "PKU-SafeRLHF": (
+        {
+            "prompt": "q",
+            "response_0": "x",
+            "response_1": "r",
+            "is_response_0_safe": True,
+            "is_response_1_safe": False,
+            "better_response_id": 1,
+            "safer_response_id": 1,
+        },
+        ("q", "r", "x"),
+    ),
+    "PKU-SafeRLHF, in a table": (
+        {"prompt": "q", "response_0": "r", "response_1": "x", "better_response_id": "0"},
+        ("q", "r", "x"),
+    ),
+    "arena": (
+        {
+            "conversation_a": BOTH["rejected"],
+            "conversation_b": BOTH["chosen"],
+            "winner": "model_b",
+            "model_a": "m",
+            "model_b": "n",
+        },
+        (ASKED, GOOD, BAD),
+    ),
+    "the winner by its column": (
+        {"question": "q", "answer1": "r", "answer2": "x", "preferred": "answer1"},
+        ("q", "r", "x"),
+    ),
+    "the winner by its letter": (
+        {"instruction": "q", "input": "i", "output_A": "x", "output_B": "r", "choice": "B"},
+        ("q\ni", "r", "x"),
+    ),
+    "HH, the prompt apart": ({"prompt": HH.format(""), "chosen": " r", "rejected": " x"}, (ASKED, GOOD, BAD)),
+    "HH, a later prompt apart": (
+        {"prompt": HH.format("o") + HH.format("").rstrip(), "chosen": "r", "rejected": "x"},
+        ([*ASKED, ("assistant", "o"), *ASKED], GOOD, BAD),
+    ),
+    "Python in a table": (
+        {"prompt": str([user("q")]), "chosen": str([assistant("r")]), "rejected": str([assistant("x")])},
+        (ASKED, GOOD, BAD),
+    ),
+    "Python in a table, turns alone": (
+        {"prompt": "q", "chosen": str(assistant("r")), "rejected": json.dumps(assistant("x"))},
+        (ASKED, GOOD, BAD),
+    ),
+    "a verdict that says the same": (
+        {"prompt": "q", "chosen": "r", "rejected": "x", "winner": "chosen", "flipped": False, "is_preferred": True},
+        ("q", "r", "x"),
+    ),
     "a call, and what is said of its result": (
         {
             "prompt": [user("q")],
@@ -248,9 +312,58 @@ REFUSED_PAIRS = [
     ({}, r"record with keys \(none\); known shapes of preference pairs"),
     (
         {"prompt": "q", "response_a": "r", "response_b": "x", "chosen": "response_b", "rejected": "response_a"},
-        "which only say where the answers stand: .*--data.fields 'chosen: response_b, rejected: response_a' where all",
+        "which only say where: .*'prompt: prompt, chosen: response_b, rejected: response_a' where all",
     ),
     ({"prompt": "q", "answers_given": ["r", "x"], "chosen": 1, "rejected": 0}, "are 1 and 0, which only say where"),
+    (
+        {
+            "prompt": "q",
+            "answers_given": "['r', 'x']",
+            "response_0": "r",
+            "response_1": "x",
+            "chosen": "1",
+            "rejected": "0",
+        },
+        "are '1' and '0', .*--data.fields 'prompt: prompt, chosen: response_1, rejected: response_0' where all",
+    ),
+    ({"prompt": "q", "given": [{"a": "r"}, {"a": "x"}], "chosen": 1, "rejected": 0}, "are 1 and 0, which only say wh"),
+    (
+        PAIR | {"preference": 1},
+        "preference is 1, which may say that rejected is the better answer: --data.fields 'prompt",
+    ),
+    (PAIR | {"winner": "model_b"}, "winner is 'model_b', which may say that rejected is the better answer"),
+    (PAIR | {"better": "x"}, "better is 'x', which may say that rejected is the better answer"),
+    (PAIR | {"flipped": "True"}, "flipped is 'True', which may say .* leaves flipped out, where chosen is, or --data"),
+    (PAIR | {"overall_preference": -2}, "overall_preference is -2, which may say that rejected is"),
+    (PAIR | {"prompt": " "}, "prompt is empty: leave the record out; where all records are whole texts that begin ali"),
+    (PAIR | {"prompt": None}, "prompt is empty"),
+    (
+        {"prompt": "q", "response_0": "r", "response_1": "x", "better_response_id": 0, "safer_response_id": 1},
+        "better_response_id is 0 and safer_response_id is 1: they differ in which answer is the better one",
+    ),
+    ({"prompt": "q", "response_a": "r", "response_b": "x", "winner": "tie"}, "winner is 'tie': neither answer is bett"),
+    (
+        {"prompt": "q", "response_a": "r", "response_b": "x", "preference": 1},
+        "preference is 1, which names neither resp",
+    ),
+    (
+        {"prompt": "q", "response_1": "r", "response_2": "x", "preference": 0},
+        "preference is 0, which names neither resp",
+    ),
+    (
+        {"prompt": "q", "response_1": "r", "response_2": "x", "winner": "llama-2", "system_message": "S"},
+        "winner is 'llama-2', which names neither",
+    ),
+    ({"Prompt": "q", "Chosen": "r", "Rejected": "r"}, "chosen and rejected are equal"),
+    ({"Prompt": "q", "Chosen": "r", "Rejected": "x", "winner": "b"}, "winner is 'b', which may say that rejected"),
+    (
+        {"prompt": "[{'role': 'user' 'content': 'q'}]", "chosen": "r", "rejected": "x"},
+        "prompt holds turns that are written as a text",
+    ),
+    (
+        {"prompt": "q", "chosen": "[{'role': 'assistant', 'content': 'r'}\n {}]", "rejected": "x"},
+        "chosen holds turns that are written as a text: give what is asked as turns too, both as JSON has them",
+    ),
 ]
 
 
@@ -259,6 +372,52 @@ def test_what_is_no_pair_is_refused_in_one_line(record, message):
     with pytest.raises(UserError, match=f"^f:1: .*{message}") as told:
         DPO.parse(record, "f:1")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("flipped", [True, False, "true", "0", 1])
+def test_the_line_that_heeds_a_flipped_pair_works(flipped):
+    with pytest.raises(UserError) as told:
+        DPO.parse(PAIR | {"flipped": True}, "f:1")
+    fields = Fields(yaml.safe_load(f"{{{shlex.split(str(told.value).rpartition('--data.fields ')[2])[0]}}}"))
+    is_flipped = str(flipped).lower() in ("true", "1")
+    assert pair(fields(PAIR | {"flipped": flipped}, "f")) == (("q", "x", "r") if is_flipped else ("q", "r", "x"))
+
+
+def test_the_line_that_says_which_of_two_verdicts_is_meant_works():
+    record = {"prompt": "q", "response_0": "r", "response_1": "x", "better_response_id": 0, "safer_response_id": 1}
+    with pytest.raises(UserError) as told:
+        DPO.parse(record, "f:1")
+    fields = Fields(yaml.safe_load(f"{{{shlex.split(str(told.value).rpartition('--data.fields ')[2])[0]}}}"))
+    assert pair(fields(record, "f")) == ("q", "r", "x")
+    assert pair(fields(record | {"better_response_id": 1}, "f")) == ("q", "x", "r")
+
+
+def test_what_says_which_answer_is_better_is_read_and_named():
+    seen = DPO.parse_and_see(PAIRS["PKU-SafeRLHF"][0], "f:1")[1]
+    assert seen.shape == (
+        "two answers and the better one (prompt, response_0, response_1, better_response_id, safer_response_id)"
+    )
+    assert seen.ignored == ("is_response_0_safe", "is_response_1_safe")
+    assert DPO.parse_and_see(PAIRS["other letters"][0], "f:1")[1].ignored == ("Notes",)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (record, _) in PAIRS.items() if not {"rationale", "images"} & {*record}]
+)
+def test_a_pair_is_told_to_be_one_and_is_no_answer_to_learn(name, tiny_llama):
+    record = PAIRS[name][0]
+    assert infer_task(Config(), tiny_llama, ("f:1", record)).task == "DPO"
+    with pytest.raises(UserError, match="--task DPO"):
+        SFT.parse(record, "f:1")
+
+
+def test_whole_texts_are_not_mixed_with_answers_to_a_prompt():
+    """One that lacks its prompt would be cut where the two begin to differ."""
+    records = [PAIR, {"chosen": "the cat sat", "rejected": "the cat ran"}]
+    with pytest.raises(
+        UserError, match=r"^f:2: has two whole texts, without a prompt, but f:1 has two answers to a pro"
+    ):
+        refuse_mixture([DPO.parse(record, f"f:{n + 1}") for n, record in enumerate(records)], DPO)
 
 
 # --- answers that were judged one by one
@@ -274,6 +433,10 @@ JUDGED = {
     "a table": ({"prompt": "q", "completion": "r", "label": "false"}, ("q", "r"), False),
     "numbers": ({"prompt": "q", "completion": "r", "label": 1}, ("q", "r"), True),
     "thumbs": ({"question": "q", "answer": "r", "label": "thumbs_down"}, ("q", "r"), False),
+    "in KTO's words": ({"prompt": "q", "completion": "r", "label": "undesirable"}, ("q", "r"), False),
+    "in KTO's good words": ({"prompt": "q", "completion": "r", "label": "Desirable"}, ("q", "r"), True),
+    "input": ({"input": "q", "completion": "r", "label": False}, ("q", "r"), False),
+    "other letters": ({"Prompt": "q", "Completion": "r", "Label": False}, ("q", "r"), False),
     "LLaMA-Factory": ({"instruction": "q", "input": "i", "output": "r", "kto_tag": True}, ("q\ni", "r"), True),
     "LLaMA-Factory, turns": ({"messages": BOTH["rejected"], "kto_tag": False}, (ASKED, BAD), False),
     "ms-swift": (
@@ -332,8 +495,10 @@ def test_a_verdict_may_be_a_float_as_pandas_makes_them(label):
 
 
 @pytest.mark.parametrize("key", ["Label", "LABELS", "ktoTag", "kto-tag", "kto_label", "human_label", "vote"])
-@pytest.mark.parametrize("says", [False, 0, -1, "no", "bad"])
+@pytest.mark.parametrize("says", [False, 0, -1, "no", "bad", "undesirable"])
 def test_what_is_labelled_as_bad_is_not_learnt_whatever_the_label_s_spelling(key, says):
+    if key == "LABELS" and isinstance(says, int) and not isinstance(says, bool):
+        return  # a class
     for record in (PLAIN, {"messages": [user("q"), assistant("r")]}):
         with pytest.raises(UserError, match=rf"^f:1: {key} is .*, and what is learnt are good answers"):
             SFT.parse(record | {key: says}, "f:1")
@@ -341,6 +506,23 @@ def test_what_is_labelled_as_bad_is_not_learnt_whatever_the_label_s_spelling(key
     with pytest.raises(UserError, match=r"is .*, and what is learnt are good answers"):
         SFT.parse({"messages": [user("q"), assistant("r", **{key: says})]}, "f:1")
     assert SFT.parse({"text": "t", "label": says}, "f:1").target == "t"  # of a text it is a class
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, "0"])
+def test_labels_that_are_numbers_are_classes(value):
+    for record in (PLAIN, {"messages": [user("q"), assistant("r")]}):
+        assert SFT.parse_and_see(record | {"labels": value}, "f:1")[1].ignored == ("labels",)
+
+
+def test_what_is_proposed_keeps_the_verdict():
+    with pytest.raises(UserError, match=r"--data.fields 'prompt: ask, completion: reply, label: thumbs_up'"):
+        SFT.parse({"ask": "q", "reply": "r", "thumbs_up": False}, "f:1")
+    with pytest.raises(
+        UserError, match=r"'instruction: prompt, input: input, output: completion, label: label' to read"
+    ):
+        KTO.parse(PLAIN | {"input": "i", "label": False}, "f:1")
+    with pytest.raises(UserError, match=r"an answer that was judged: --task KTO"):
+        SFT.parse({"Prompt": "q", "Completion": "r", "Label": False}, "f:1")
 
 
 @pytest.mark.parametrize("label", ["negative", "yes", "0", 1])
@@ -369,7 +551,11 @@ PROMPTS = {
     "Numina": ({"problem": "q", "solution": "so", "answer": "4", "source": "amc"}, "q", "4"),
     "TRL": ({"prompt": [user("q")], "solution": "3", "level": 2}, ASKED, "3"),
     "conversation": ({"messages": [user("q"), assistant("r")]}, ASKED, "r"),
-    "conversation that asks": ({"messages": [user("q"), assistant("r"), user("s")]}, [*ASKED, *GOOD, ("user", "s")], ""),
+    "conversation that asks": (
+        {"messages": [user("q"), assistant("r"), user("s")]},
+        [*ASKED, *GOOD, ("user", "s")],
+        "",
+    ),
     "a prompt and its conversation": ({"prompt": "q", "messages": [user("q"), assistant("r")]}, ASKED, "r"),
     "a prompt that turns end with": (
         {"prompt": "q", "messages": [{"role": "system", "content": "S"}, user("q")], "target": 4},

@@ -242,3 +242,47 @@ def test_labels_of_a_prompt_bear_no_loss_in_any_row(tmp_path, tiny_llama):
         for part in (row["labels"][:first], row["labels"][first:]):
             assert {*part[: row["prompt_tokens"]]} == {IGNORE}
             assert IGNORE not in part[row["prompt_tokens"] :]
+
+
+def test_what_a_teacher_said_of_later_records_is_not_lost(tmp_path, tiny_llama):
+    """The first record, by which the objective is told, may be one without a teacher."""
+    said = {"content": [{"token": "r", "logprob": -0.1, "top_logprobs": [{"token": "r", "logprob": -0.1}]}]}
+    for first in ({"logprobs": None}, {}):
+        with pytest.raises(UserError, match=r"r\.jsonl:2: has a teacher's log-probabilities, which aren't learnt, but"):
+            told(
+                tmp_path,
+                lambda n, first=first: {"prompt": f"q {n}", "completion": "r"} | ({"logprobs": said} if n else first),
+                tiny_llama,
+            )
+    assert (
+        told(tmp_path, lambda n: {"prompt": f"q {n}", "completion": "r", "logprobs": None}, tiny_llama) == "CAUSAL_LM"
+    )
+
+
+def test_of_a_judged_answer_its_own_tokens_alone_are_counted(tmp_path, tiny_llama):
+    records = [{"prompt": f"q {n}", "completion": "a b c" if n % 2 else "d", "label": True} for n in range(60)]
+    data = shards(tmp_path, records, tiny_llama, "KTO")
+    for split in SPLITS:
+        own = [label for row in data.rows(split) for label in row["labels"][: row["lengths"][0]]]
+        assert data.splits[split].supervised_tokens == sum(label != IGNORE for label in own) > 0
+
+
+def check_sft(tmp_path, model: str, label, **data) -> None:
+    records = [{"prompt": f"q {n}", "completion": "r", "label": label(n)} for n in range(40)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    DataCheck(config(tmp_path / "r.jsonl", model, None, **data).data).run(load_tokenizer(model), "SFT")
+
+
+def test_bad_answers_are_nothing_to_learn_and_no_split(tmp_path, tiny_llama):
+    check_sft(tmp_path, tiny_llama, lambda n: n % 2 == 0)
+    with pytest.raises(
+        UserError, match=r"r\.jsonl: holds only answers that were judged bad, of which SFT learns nothing"
+    ):
+        check_sft(tmp_path, tiny_llama, lambda n: False)
+    with pytest.raises(
+        UserError, match=r"the validation split of 1 record.s., without answers that were judged bad, is "
+    ):
+        check_sft(tmp_path, tiny_llama, lambda n: n == 3)
+    (tmp_path / "bad.jsonl").write_text(lines(lambda n: {"prompt": f"p {n}", "completion": "r", "label": False}))
+    with pytest.raises(UserError, match=r"bad\.jsonl: holds only answers that were judged bad"):
+        check_sft(tmp_path, tiny_llama, lambda n: True, validation=str(tmp_path / "bad.jsonl"))

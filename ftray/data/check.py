@@ -94,7 +94,7 @@ class DataCheck:
         counts: Counter[str] = Counter()
         different: set[int] = set()
         first: list[Any] = []  # of all, with which those of other sources must agree
-        are_parted = False
+        are_parted, unlearnt = False, ""
         for name, source in self.sources.items():
             records = [record for part, own in source.parts.items() for record in self._read(name, part, own.cfg, of)]
             first = first or [records[0].example]
@@ -106,7 +106,14 @@ class DataCheck:
                 taken = self._filled(taken)
                 in_split = {(record.place, record.part, record.split) for record in taken}
                 are_parted = len(in_split) > len({(record.place, record.part) for record in taken})
-            counts.update(record.split for record in taken)
+            if is_small(source.chunks) and not any(of.learns(record.example) for record in taken):
+                raise UserError(
+                    f"data {source.cfg.names}: holds only {of.unlearnt}, of which {of.spec.full_name} learns nothing: "
+                    "give good ones too, or --task KTO, which learns from both"
+                )
+            learnt = [record for record in taken if of.learns(record.example)]
+            unlearnt = unlearnt or (of.unlearnt if len(learnt) < len(taken) else "")
+            counts.update(record.split for record in learnt)
             different.update(record.key for record in taken)
             self._show([record for record in taken if record.split == "validation"], tokenizer, of, source)
             if name == "train" and self.cfg.max_length == "auto":
@@ -120,7 +127,7 @@ class DataCheck:
         if all(is_small(source.chunks) for source in self.sources.values()):
             for split in needed(self.cfg):
                 if not counts[split]:
-                    refuse_empty(split, counts.total(), self.cfg, of.grouped_by, len(different))
+                    refuse_empty(split, counts.total(), self.cfg, of.grouped_by, len(different), unlearnt)
         if are_parted:
             alike = f"those of one {of.grouped_by}" if of.grouped_by else "equal ones"
             print(
@@ -202,7 +209,7 @@ def refuse_mixture(examples: list[Any], task: RecordTask) -> None:
         if task.shape(example) != task.shape(first):
             raise UserError(
                 f"{example.where}: has {task.shape(example)}, but {first.where} has {task.shape(first)}: "
-                "all records must be alike"
+                "all records must be alike; or say by --data.fields what is to be read of each"
             )
 
 
@@ -218,14 +225,22 @@ def refuse_labels(seen: Counter[str], examples: list[Any], task: RecordTask, cfg
         )
 
 
-def refuse_empty(split: str, records: int, cfg: DataConfig, grouped_by: str = "", different: int | None = None) -> None:
+def refuse_empty(
+    split: str,
+    records: int,
+    cfg: DataConfig,
+    grouped_by: str = "",
+    different: int | None = None,
+    unlearnt: str = "",
+) -> None:
     """Raise the UserError about a split without records.
 
     Args:
         grouped_by: what records that share a split have in common, unless `data.group` says it.
         different: how many of the records differ from each other; None: not known.
+        unlearnt: which records don't count, if there may be any.
     """
-    said, do = f"{records} record(s)", f"raise data.{split}_fraction"
+    said, do = f"{records} record(s){f', without {unlearnt},' if unlearnt else ''}", f"raise data.{split}_fraction"
     if different is not None and 2 * different < records:
         said, do = f"{said}, only {different} of them different,", "equal ones share a split: give more that differ"
     group = cfg.group or grouped_by
@@ -235,7 +250,14 @@ def refuse_empty(split: str, records: int, cfg: DataConfig, grouped_by: str = ""
     raise UserError(f"data {cfg.names}: the {split} split of {said} is empty: {do}, or give data.{split}{together}")
 
 
-def refuse_unsupervised(cfg: DataConfig) -> None:
-    """Raise the UserError about a source of which tokenization left nothing."""
+def refuse_unsupervised(cfg: DataConfig, unlearnt: str = "") -> None:
+    """Raise the UserError about a source of which tokenization left nothing.
+
+    Args:
+        unlearnt: which records have nothing to be learnt, if there may be any.
+    """
     hint = "raise data.max_length" + (" or set data.overlong to truncate" if cfg.overlong == "drop" else "")
-    raise UserError(f"data {cfg.names}: no supervised token is left within max_length {cfg.max_length}: {hint}")
+    or_else = f"; {unlearnt} are not learnt: give more of the others" if unlearnt else ""
+    raise UserError(
+        f"data {cfg.names}: no supervised token is left within max_length {cfg.max_length}: {hint}{or_else}"
+    )

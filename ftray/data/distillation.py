@@ -12,7 +12,7 @@ from ftray.config import DataConfig
 from ftray.data.fast_tokenizer import AnyTokenizer, FastTokenizer
 from ftray.data.record_task import RecordTask
 from ftray.data.records import REFUSED, SHAPES, Example
-from ftray.data.shapes import Record, Shape, is_empty
+from ftray.data.shapes import Record, Shape, has_teacher, is_empty
 from ftray.data.tokens import Tokens, fit, rendering, tokenize
 from ftray.data.unpaired_shapes import last_alone
 from ftray.errors import UserError
@@ -25,6 +25,7 @@ NEEDS = (
 KEYS = ("logprobs", "teacher_tokens", "teacher_logprobs", "completion_ids")
 ABSENT = -1e4  # log-probability that fills up a position with fewer tokens than others of its row: none at all
 LEAST = -100.0  # of the likeliest token: that of none is shown, where all others are less likely still
+MOST = 1.05  # that probabilities may add up to, which were rounded
 _TOKEN_ID = "token_id:"  # how vLLM writes tokens with `return_tokens_as_token_ids`
 _UNKNOWN = "\ufffd".encode()  # what is shown of a token that holds a part of a character
 _SAME = "teacher and base need the same tokenizer"
@@ -53,11 +54,6 @@ class Distilled:
     example: Example
     positions: tuple[Position, ...]
     where: object = field(default="", compare=False)
-
-
-def has_teacher(record: Record) -> bool:
-    """Whether a record holds a teacher's log-probabilities."""
-    return any(not is_empty(record.get(key)) for key in ("logprobs", "teacher_logprobs"))
 
 
 def _distilled(shape: Shape) -> Shape:
@@ -100,6 +96,11 @@ def _position(token: Name | None, likely: dict[Name, float], at: str, where: obj
     if max(likely.values()) < LEAST:
         raise UserError(
             f"{where}: {at}: the teacher finds none of these tokens likely, the best {max(likely.values()):g}"
+        )
+    if (total := sum(map(math.exp, likely.values()))) > MOST:
+        raise UserError(
+            f"{where}: {at}: the teacher's probabilities add up to {total:.3g}, more than 1: give log-probabilities by "
+            "the natural logarithm"
         )
     return Position(token, (*likely,), (*likely.values(),))
 

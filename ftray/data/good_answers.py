@@ -22,6 +22,8 @@ Answers = Example | Pair | Judged
 class GoodAnswersTask(TextTask):
     """Texts that continue a prompt: preferred answers, those judged good, or those of records without a verdict."""
 
+    unlearnt = "answers that were judged bad"
+
     def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
         """As any task does."""
         for shapes, named in ((PAIRS, PAIRS), (UNPAIRED, UNPAIRED[:-1])):
@@ -35,6 +37,10 @@ class GoodAnswersTask(TextTask):
             return "two whole texts, without a prompt" if example.is_text else "two answers to a prompt"
         return "an answer that was judged" if isinstance(example, Judged) else super().shape(example)
 
+    def learns(self, example: Answers) -> bool:
+        """All but answers that were judged bad."""
+        return not isinstance(example, Judged) or example.desirable
+
     def group(self, example: Answers) -> object | None:
         """Answers to one prompt share a split, where they are compared."""
         return None if isinstance(example, Example) else prompt_of(_good(example))
@@ -46,7 +52,7 @@ class GoodAnswersTask(TextTask):
     def tokenize(self, examples: list[Answers], tokenizer: AnyTokenizer, cfg: DataConfig) -> list[Tokens | None]:
         """See :mod:`ftray.data.tokens`; an answer that was judged bad has nothing to learn."""
         rows: list[Tokens | None] = [None] * len(examples)
-        learnt = [i for i, one in enumerate(examples) if not isinstance(one, Judged) or one.desirable]
+        learnt = [i for i, one in enumerate(examples) if self.learns(one)]
         for is_text in (False, True):
             at = [i for i in learnt if _is_text(examples[i]) == is_text]
             settings = _settings(examples[at[0]], cfg) if at else cfg

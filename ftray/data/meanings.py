@@ -51,8 +51,8 @@ VERDICTS = ("label", "kto_tag")
 BETTER = _set("winner winning preference preferred better best choice verdict safer")
 TURNED = _set("flipped flip swapped swap reversed inverted")
 SIDE_FILLERS = _set(
-    "is was the of which a b overall human user annotator response answer completion output id idx index side label key "
-    "option"
+    "is was the of which a b overall human user annotator response answer completion output id idx index side label "
+    "key option"
 )
 ANSWER_WORDS = _set(
     "response answer completion output generation candidate summary reply solution conversation conv dialogue messages "
@@ -213,7 +213,7 @@ def is_verdict(key: object) -> bool:
 def says_bad(key: object, value: object, is_answer: bool = True) -> bool:
     """Whether `value`, a number, a boolean or a word, says under this key that an answer is a bad one.
 
-    A label says so of an answer; of a text (not `is_answer`) it is a class.
+    A label says so of an answer; of a text (not `is_answer`) it is a class, and so are `labels` that are numbers.
 
     A share (`reward: 0.3`) says neither; nor does a text of more than a word, as a comment.
     """
@@ -222,7 +222,8 @@ def says_bad(key: object, value: object, is_answer: bool = True) -> bool:
     labelled = is_answer and last in ("label", "labels", "tag", "vote") and {*about} <= _LABELLED
     good = name in GOOD or labelled
     if isinstance(value, bool | int | float):
-        return value <= 0 if good else name in BAD and value >= 1
+        is_class = last == "labels" and not isinstance(value, bool)
+        return value <= 0 if good and not is_class else name in BAD and value >= 1
     if not isinstance(value, str):
         return False
     said = "_".join(words(value)) or value.strip()

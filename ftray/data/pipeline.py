@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in other processes
 
-VERSION = 4  # of the rules that make tokens from records: raise it when they change
+VERSION = 5  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 1  # of a Ray task
 LOCAL_BYTES = 2**22  # of a source that is read in this process, with which tasks of Ray would take longer to begin
@@ -222,7 +222,11 @@ def _write(
 ) -> None:
     """Write the Parquet files, and complete the description in `data`."""
     weights = {mixed.source: mixed.weight for mixed in cfg.sources}
-    writers = {split: SplitWriter(Path(data.directory), split, weights if split == "train" else {}) for split in SPLITS}
+    learns_first = record_task(data.task).learns_first
+    writers = {
+        split: SplitWriter(Path(data.directory), split, weights if split == "train" else {}, learns_first)
+        for split in SPLITS
+    }
     renderings: set[str] = set()
     for name, source in sources.items():  # train comes first
         found = _read(source, name, data.task, work)
@@ -248,7 +252,7 @@ def _refuse_empty_splits(data: TokenizedData, cfg: DataConfig, sources: Sources)
     for name in needed(cfg):
         if not data.splits[name].records:
             if data.splits[name].dropped:
-                refuse_unsupervised(sources.get(name, sources["train"]).cfg)
+                refuse_unsupervised(sources.get(name, sources["train"]).cfg, record_task(data.task).unlearnt)
             records = sum(split.records for split in data.splits.values())
             refuse_empty(name, records, cfg, record_task(data.task).grouped_by)
 

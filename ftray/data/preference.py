@@ -73,6 +73,7 @@ class UnpairedTask(RecordTask):
     shapes = UNPAIRED
     record_keys = unpaired_shapes.NEEDS
     grouped_by = "prompt"
+    learns_first = True
 
     def group(self, example: Judged) -> object:
         """Answers to one prompt share a split."""

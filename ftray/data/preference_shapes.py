@@ -1,6 +1,6 @@
 """Shapes of preference pairs: two answers to one prompt, of which one is preferred."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,9 +105,7 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
         (*further, *CONVERSATION),
         _refused((good, bad)),
         tuple(key for key in (*ASKED, *ANSWERED, *TURNS) if key not in keys),
-        None
-        if (good, bad) != ("win", "lose")
-        else lambda record: not any(map(_is_number, (record[good], record[bad]))),
+        _are_no_numbers(good, bad) if good == "win" else None,
         turns=keys,
         in_turn=IN_TURN,
         in_part=IN_PART,
@@ -116,8 +114,9 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
     )
 
 
-def _is_number(value: object) -> bool:
-    return not isinstance(number(value), str | list | dict)
+def _are_no_numbers(good: str, bad: str) -> Callable[[Record], bool]:
+    """What tells answers from counts of those that won and lost."""
+    return lambda record: all(isinstance(number(record[key]), str | list | dict) for key in (good, bad))
 
 
 def _refused(own: tuple[str, str]) -> dict[str, str]:

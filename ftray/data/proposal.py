@@ -8,8 +8,10 @@ from typing import Any
 from ftray.data import meanings
 from ftray.data.fields import as_typed
 from ftray.data.meanings import ROLE_KEYS, ROLES
+from ftray.data.pair_verdicts import says_which
 from ftray.data.refusals import joined
 from ftray.data.shapes import Record, is_empty, listed, number
+from ftray.data.unpaired_shapes import verdict
 
 # what a field is probably for, by words in its name
 _ASKS = re.compile(
@@ -130,8 +132,10 @@ def _of_texts(record: Record) -> dict[str, str]:
     asked = next((path for path in [*asking, *rest] if path != answer), None)
     if not answer or not asked:
         return {"text": texts[0]} if len(texts) == 1 and texts == _told(record) else {}
+    if len(others) > 1 and any(says_which(key, value) for key, value in record.items()):
+        return {}  # one of them is better, and nobody knows which
     further = [path for path in asking if path not in (asked, answer)]
-    more = _beside(record)
+    more = _beside(record) | _judged(record)
     choices = next((key for key in ("choices", "options", "endings") if isinstance(record.get(key), list | dict)), "")
     if choices and (template := joined({asked: "", choices: record[choices]})):
         return {"prompt": template, "completion": answer} | more
@@ -141,6 +145,16 @@ def _of_texts(record: Record) -> dict[str, str]:
     if len(further + blank) == 1:
         return {"instruction": asked, "input": (further + blank)[0], "output": answer} | more
     return {"prompt": asked, "completion": answer} | more
+
+
+def _judged(record: Record) -> dict[str, str]:
+    """What says, in a word, whether an answer is a good one: not by a number, which may be a class."""
+    for key, value in record.items():
+        said = number(value)
+        is_said = isinstance(said, bool) or (isinstance(said, str) and verdict(said) is not None)
+        if is_said and meanings.says_bad(key, False):
+            return {"label": key}
+    return {}
 
 
 def _held(record: Record) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from ftray.config import DataConfig
@@ -9,7 +10,7 @@ from ftray.data import records
 from ftray.data.fast_tokenizer import AnyTokenizer
 from ftray.data.plain_turns import read_plain_turns
 from ftray.data.reading import Seen, read
-from ftray.data.shapes import Shape
+from ftray.data.shapes import Shape, has_teacher
 from ftray.data.tokens import Tokens, rendering, tokenize
 from ftray.task_spec import CAUSAL, TaskSpec
 
@@ -23,6 +24,8 @@ class RecordTask(ABC):
         shapes: in which its records are written, in the order they are tried; see :mod:`ftray.data.shapes`.
         record_keys: the keys of a record, for messages.
         grouped_by: what :meth:`group` gives, in a word; empty: it gives nothing.
+        learns_first: of the texts of a row, whether the first one alone is learnt.
+        unlearnt: which records :meth:`learns` leaves out, in words; empty: none.
     """
 
     has_labels: ClassVar[bool] = False
@@ -30,6 +33,8 @@ class RecordTask(ABC):
     shapes: ClassVar[Sequence[Shape]]
     record_keys: ClassVar[str]
     grouped_by: ClassVar[str] = ""
+    learns_first: ClassVar[bool] = False
+    unlearnt: ClassVar[str] = ""
 
     def __init__(self, spec: TaskSpec):
         self.spec = spec
@@ -57,6 +62,10 @@ class RecordTask(ABC):
     def shape(self, example: Any) -> str:
         """What :meth:`parse` found there to be; all records must be alike in it."""
         return ""
+
+    def learns(self, example: Any) -> bool:
+        """Whether a record has something to be learnt, however long it is."""
+        return True
 
     def group(self, example: Any) -> object | None:
         """What all records have in common that belong into one split, in plain data; None: only equal ones do.
@@ -94,11 +103,14 @@ class TextTask(RecordTask):
 
     def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
         """As any task does."""
-        return read_plain_turns(record, where) or super().parse_and_see(record, where)
+        example, seen = read_plain_turns(record, where) or super().parse_and_see(record, where)
+        return (replace(example, taught=True) if has_teacher(record) else example), seen
 
     def shape(self, example: Any) -> str:
-        """A text whose label isn't learnt stands beside no record without one: it would be another task's."""
-        return "a label, which isn't learnt, beside its text" if example.labelled else "no label"
+        """What isn't learnt beside a text stands beside all of them: it would be another task's."""
+        if example.taught:
+            return "a teacher's log-probabilities, which aren't learnt"
+        return "a label, which isn't learnt, beside its text" if example.labelled else "neither label nor teacher"
 
     def rendering(self, example: Any, tokenizer: AnyTokenizer, cfg: DataConfig) -> str | None:
         """By the chat template, by another one, or as it is."""

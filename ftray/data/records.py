@@ -9,7 +9,7 @@ from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS, is_about
 from ftray.data.reading import Seen, read
 from ftray.data.refusals import refuse_bad_answer
-from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, is_empty, listed, object_of
+from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, fitting, is_empty, listed, object_of
 from ftray.data.turns import (
     IN_PART,
     IN_TURN,
@@ -48,6 +48,7 @@ class Example:
         tools: that the assistant may call, as OpenAI has them.
         begins, ends: whether the text's beginning and end are those of a document; not so for parts of one.
         labelled: whether a label stands beside the text, which isn't learnt.
+        taught: whether a teacher's log-probabilities stand beside, which aren't.
         where: where the record stands; its `str` is for error messages.
     """
 
@@ -59,6 +60,7 @@ class Example:
     begins: bool = True
     ends: bool = True
     labelled: bool = field(default=False, compare=False)
+    taught: bool = field(default=False, compare=False)
     where: object = field(default="", compare=False)
 
     @property
@@ -259,10 +261,16 @@ def unknown(record: Record, where: object, others: str = "", tokens: Collection[
         others: shapes of other tasks, to be named too.
         tokens: special ones of the model, by which it may fill in a gap.
     """
+    from ftray.data.preference_shapes import PAIRS  # which imports this module
     from ftray.data.proposal import proposal  # takes longer to import, and few need it
+    from ftray.data.unpaired_shapes import UNPAIRED
 
     guess = proposal(record, tokens)
     hint = f"; or say what is what, as in {guess}" if guess else ""
+    if fitting(record, PAIRS):
+        hint = "; it holds two answers, of which one is better: --task DPO learns from such pairs"
+    elif fitting(record, UNPAIRED[:-1]):
+        hint = "; it holds an answer that was judged: --task KTO learns from such"
     keys = ", ".join(key for key in map(str, record) if not key.startswith(OWN)) or "(none)"
     return f"{where}: record with keys {keys}; known shapes: {KNOWN}{others}{hint}"
 

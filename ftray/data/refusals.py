@@ -183,11 +183,7 @@ def _ways(record: Record, key: str, shape: Shape, shapes: Sequence[Shape]) -> li
     if not shape.teaches or shape.turns or len(shape.required_keys) != 2:
         return alone
     ask, answer = shape.required_keys
-    more = {
-        name: name
-        for name in kept(record, shape)
-        if name in ("system", "system_prompt", "history", "tools", "functions")
-    }
+    more = {name: name for name in kept(record, shape) if name not in (ask, answer, *meanings.ASKED)}
     if key in meanings.ANSWERED:
         return [({"prompt": ask, "completion": key} | more, f"learn {key}"), *alone]
     if meanings.is_reasoning(key, record[key]):

@@ -8,7 +8,7 @@ from ftray.data.shapes import Record, Shape, fitting
 
 
 def respelt(shapes: Sequence[Shape]) -> Shape:
-    """The shape of records that have one of `shapes` once their keys are spelt as there; other keys stay as they are."""
+    """The shape of records that have one of `shapes` once their keys are spelt as there; others stay as they are."""
     known = {key for shape in shapes for key in (*shape.required_keys, *shape.honours)}
 
     def fits(record: Record) -> tuple[str, ...]:

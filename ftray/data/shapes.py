@@ -78,6 +78,11 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
+def has_teacher(record: Record) -> bool:
+    """Whether a record holds a teacher's log-probabilities."""
+    return any(not is_empty(record.get(key)) for key in ("logprobs", "teacher_logprobs"))
+
+
 def recognise(record: Record, shapes: Sequence[Shape]) -> Shape:
     """The shape of a record; the last one takes those that fit no other, and its `parse` says what they lack.
 

@@ -239,9 +239,15 @@ def reference_file(directory: str, split: str, index: int) -> Location:
 class SplitWriter:
     """Writes the rows of one split, in row groups of exactly `ROW_GROUP_ROWS`."""
 
-    def __init__(self, directory: Path, name: str, weights: dict[str, float] | None = None):
-        """`weights`: of the sources of a mixture, by name."""
+    def __init__(self, directory: Path, name: str, weights: dict[str, float] | None = None, learns_first: bool = False):
+        """Begin a split.
+
+        Args:
+            weights: of the sources of a mixture, by name.
+            learns_first: of the texts of a row, the first one alone bears loss.
+        """
         self.directory, self.name, self.split = directory, name, Split()
+        self.learns_first = learns_first
         self.weights = weights or {}
         self.pending: list[pa.Table] = []
         self.writer: pq.ParquetWriter | None = None
@@ -305,12 +311,11 @@ class SplitWriter:
         ids = pa.compute.list_flatten(row_group["input_ids"])
         self.split.highest = max(self.split.highest, pa.compute.max(ids).as_py())
         lengths = pa.compute.list_value_length(row_group["input_ids"]).to_numpy()
-        supervised = pa.compute.not_equal(pa.compute.list_flatten(row_group["labels"]), IGNORE)
         self.lengths.append(lengths)
         self.split.row_groups.append(row_group.num_rows)
         self.split.records += row_group.num_rows
         self.split.tokens += int(lengths.sum())
-        self.split.supervised_tokens += pa.compute.sum(supervised).as_py()
+        self.split.supervised_tokens += self._supervised(row_group)
         self._count_sources(row_group)
 
     def _count_sources(self, row_group: pa.Table) -> None:
@@ -323,5 +328,13 @@ class SplitWriter:
             own = row_group.filter(pa.compute.equal(row_group["source"], name))
             mixed.row_groups.append(own.num_rows)
             mixed.tokens += len(pa.compute.list_flatten(own["input_ids"]))
-            labels = pa.compute.list_flatten(own["labels"])
-            mixed.supervised_tokens += pa.compute.sum(pa.compute.not_equal(labels, IGNORE)).as_py() or 0
+            mixed.supervised_tokens += self._supervised(own)
+
+    def _supervised(self, rows: pa.Table) -> int:
+        """How many labels of rows bear loss."""
+        bears = pa.compute.list_flatten(rows["labels"]).to_numpy() != IGNORE
+        if self.learns_first and rows.num_rows:
+            of_row = pa.compute.list_value_length(rows["labels"]).to_numpy()
+            place = np.arange(len(bears)) - np.repeat(of_row.cumsum() - of_row, of_row)
+            bears &= place < np.repeat(pa.compute.list_element(rows["lengths"], 0).to_numpy(), of_row)
+        return int(bears.sum())

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ftray.config import KNEE, USER_METRIC, Config, Constraint, SearchConfig, metrics_named
-from ftray.data.distillation import has_teacher
 from ftray.data.fields import as_typed
 from ftray.data.formats import Located
 from ftray.data.preference_shapes import PAIRS
 from ftray.data.records import SHAPES, unknown
 from ftray.data.refusals import kept, refuse_keys
-from ftray.data.shapes import Shape, fitting, number, recognise
+from ftray.data.shapes import Shape, fitting, has_teacher, number, recognise
 from ftray.data.unpaired_shapes import UNPAIRED
 from ftray.errors import UserError, near
 from ftray.models.chat_template import names, read_chat_template
@@ -32,6 +31,15 @@ KEYS = [
     (("anchor", "positive"), "FEATURE_EXTRACTION"),
     (("sentence1", "sentence2", "score"), "FEATURE_EXTRACTION"),
 ]
+# keys of what other tasks learn from, for messages
+OTHERS = (
+    ("prompt", "chosen", "rejected"),
+    ("prompt", "completion", "label"),
+    ("prompt", "completion", "logprobs"),
+    ("prompt (--task GRPO)",),
+    ("tokens", "tags"),
+    ("text", "label"),
+)
 COSTS = ("adapter_bytes", "trainable_parameters", "latency")  # of an adapter of any task: the less the better
 LABELLED = ("TOKEN_CLS", "SEQ_CLS")  # tasks whose shapes tell them from all others
 
@@ -211,7 +219,7 @@ def _infer(record: dict[str, Any], place: object, cfg: Config, model_path: str) 
     shape = recognise(record, SHAPES)
     if not objective and not all(key in record for key in shape.required_keys):
         refuse_keys(record, shape, place)
-        others = ", ".join("/".join(keys) for keys in (("tokens", "tags"), ("text", "label"), *(k for k, _ in KEYS)))
+        others = ", ".join("/".join(keys) for keys in (*OTHERS, *(k for k, _ in KEYS)))
         raise UserError(unknown(record, place, f", {others}", _special_tokens(model_path)))
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
     kinds = model.architectures or []
