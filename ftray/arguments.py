@@ -12,7 +12,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from ftray.cli import COMMANDS, assign, give_way, read_yaml, reads, refuse_unread, sections
-from ftray.config import PYTHON_CALL, Config, config_from
+from ftray.config import INPUTS, PYTHON_CALL, Config, config_from
 from ftray.errors import UserError, near
 from ftray.runtime.cluster import quietly
 from ftray.runtime.threads import wait_briefly
@@ -38,7 +38,6 @@ ELSEWHERE = {  # flags that are no keywords
 }
 RECORDS = ("data.source", "data.validation", "data.test", "generation.file")
 FUNCTIONS = ("search.metric", "training.reward")
-INPUTS = "inputs"  # directory of what a call held in memory, in its output
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

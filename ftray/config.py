@@ -99,6 +99,23 @@ def _mapping(value: object) -> object:
 
 # the call that a configuration was made by, as Python takes it; empty: the command line of this process
 PYTHON_CALL: ContextVar[str] = ContextVar("PYTHON_CALL", default="")
+INPUTS = "inputs"  # directory of what a call held in memory, in its output
+_KEPT_AS = r"(source|train|sources-\d+|validation|test|file)-[0-9a-f]{16}\.(?:jsonl|parquet)"
+_HELD = re.compile(rf"""[^\s'"]*{INPUTS}[/\\]{_KEPT_AS}""")
+    rf"[^\s'\"]*{INPUTS}[/\\](source|train|sources-\d+|validation|test|file)-[0-9a-f]{{16}}\.(?:jsonl|parquet)"
+)
+
+
+def as_given(text: str) -> str:
+    """A text with fields in place of the files that records were written to which a call held in memory."""
+
+    def field(match: re.Match[str]) -> str:
+        name, _, number = match[1].partition("-")
+        return "generation.file" if name == "file" else f"data.sources[{number}]" if number else f"data.{name}"
+
+    return _HELD.sub(field, text).replace("data.train", "data.source")
+
+
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow
 
 USER_METRIC = r"(.+\.(?:py|pkl)):([^\W\d]\w*)"  # a user's function, as `search.metric` names it; .pkl: a pickle of it
@@ -269,7 +286,8 @@ class DataConfig(Section):
     @property
     def names(self) -> str:
         """The source, or all of them, for messages."""
-        return self.source if isinstance(self.source, str) else ", ".join(self.source)
+        names = self.source if isinstance(self.source, str) else ", ".join(self.source)
+        return "in memory" if as_given(names) == "data.source" else as_given(names)
 
     @property
     def longest(self) -> int:

@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ftray.arguments import config_of
+from ftray.data import DataCheck
 from ftray.data.formats import read_chunk
 from ftray.data.in_memory import kind_of, write_records
 from ftray.data.sources import find_chunks
 from ftray.errors import UserError
+from ftray.models.load import load_tokenizer
 from ftray.storage.location import parse_location
 
 NESTED = [
@@ -31,6 +34,7 @@ NESTED = [
     },
     {"messages": [], "n": 1, "deep": {"a": [[1, 2.0], []]}},
 ]
+ROWS = [{"input": f"q {n}", "output": "r"} for n in range(40)]
 
 
 def written(value, tmp_path, field="data.source"):
@@ -65,6 +69,44 @@ def test_numbers_and_arrays_of_numpy_are_python_s(tmp_path):
     assert read(written(rows, tmp_path)["train"]) == [
         {"text": "a", "n": 3, "x": 0.5, "ids": [[1, 2], [3, 4]], "t": [1, 2]}
     ]
+
+
+def test_columns_are_rows(tmp_path):
+    columns = {"input": ["a", "b"], "output": ("A", None)}
+    rows = [{"input": "a", "output": "A"}, {"input": "b", "output": None}]
+    assert kind_of(columns) == "columns"
+    assert written(columns, tmp_path) == written(rows, tmp_path)
+    cfg = config_of("tune", {"data": columns, "output": str(tmp_path / "out")})
+    assert read(cfg.data.source) == rows
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pd.DataFrame({"input": ["a", "b", "c"], "output": ["A", "B", float("nan")]}, index=[7, 3, 9]),
+        {"input": ["a", "b", "c"], "output": ["A", "B", None]},
+        [{"input": "a", "output": "A"}, {"input": "b", "output": "B"}, {"input": "c", "output": None}],
+        [{"input": c, "output": c if c != "c" else None, "day": datetime.date.today()} for c in "abc"],
+    ],
+)
+def test_a_record_is_named_by_its_place_in_what_was_given(value, tmp_path, tiny_llama):
+    cfg = config_of("tune", {"data": value, "output": str(tmp_path / "out")})
+    with pytest.raises(UserError, match=r"^data\.source\[2\]: output"):
+        DataCheck(cfg.data).run(load_tokenizer(tiny_llama), "CAUSAL_LM")
+    mixed = config_of(
+        "tune", {"data": {"sources": [{"source": ROWS}, {"source": value}]}, "output": str(tmp_path / "o")}
+    )
+    with pytest.raises(UserError, match=r"^data\.sources\[1\]\[2\]: output"):
+        DataCheck(mixed.data).run(load_tokenizer(tiny_llama), "CAUSAL_LM")
+    held_out = config_of("tune", {"data": {"source": ROWS, "test": value}, "output": str(tmp_path / "p")})
+    with pytest.raises(UserError, match=r"^data\.test\[2\]: output"):
+        DataCheck(held_out.data).run(load_tokenizer(tiny_llama), "CAUSAL_LM")
+
+
+def test_records_in_memory_are_not_named_by_their_file(tmp_path, tiny_llama):
+    cfg = config_of("tune", {"data": ROWS[:2], "output": str(tmp_path / "out")})
+    with pytest.raises(UserError, match=r"^data in memory: the \w+ split of 2 record"):
+        DataCheck(cfg.data).run(load_tokenizer(tiny_llama), "CAUSAL_LM")
 
 
 def test_what_is_missing_in_a_frame_is_missing_and_not_text(tmp_path):
@@ -138,6 +180,7 @@ def test_the_splits_of_a_data_set_are_kept_apart(tmp_path):
     ("value", "line"),
     [
         ([], "data.source: holds no records"),
+        ({"a": ["b"], "c": []}, "data.source: columns of different lengths: a has 1, c has 0: give as many"),
         (["a", 3], "data.source[0]: a record is a mapping of names to values, not str"),
         ([{"a": "b"}, {"a": {"b": [math.inf]}}], "data.source[1].a.b[0]: is inf: put a number, or None where it is m"),
         ([{"a": math.nan}], "data.source[0].a: is nan: put a number"),

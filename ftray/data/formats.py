@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ftray.config import as_given
 from ftray.data.fields import compiled, with_group
 from ftray.data.json_records import (
     NoListError,
@@ -68,7 +69,8 @@ class Chunk:
 class SourceLocation:
     """Where a record is: `file:line` or `file[record]`. Lines before byte `start` are counted when printed.
 
-    `inside` is the way from there to a record that stands in a larger one.
+    `inside` is the way from there to a record that stands in a larger one. A record that a Python call held in memory
+    is named by its place there.
     """
 
     path: str
@@ -78,14 +80,17 @@ class SourceLocation:
     inside: str = ""
 
     def __str__(self) -> str:
+        path = as_given(self.path)
         if not self.is_line:
-            return f"{self.path}[{self.number}]{self.inside}"
+            return f"{path}[{self.number}]{self.inside}"
         before, left = 0, self.start
         if self.start:
             filesystem, path = open_path(self.path)
             with filesystem.open_input_stream(path) as file:
                 while left and (block := file.read(min(left, 2**20))):
                     before, left = before + block.count(b"\n"), left - len(block)
+        if path != self.path:
+            return f"{path}[{before + self.number - 1}]{self.inside}"
         return f"{self.path}:{before + self.number}{self.inside}"
 
 

@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ftray.config import DataConfig
 from ftray.data.sources import SPLIT_NAMES
 from ftray.errors import UserError
 from ftray.storage.location import Location, reason
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
     import datasets
     import pandas
 
-Records: TypeAlias = "Sequence[Mapping[str, Any]] | pandas.DataFrame | datasets.Dataset | datasets.DatasetDict"
+Records: TypeAlias = (
+    "Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]] | pandas.DataFrame | datasets.Dataset | "
+    "datasets.DatasetDict"
+)
 BY_PARQUET = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, bytes)  # what JSON has no form for
 DIGITS = 16  # of the digest in a file's name
 
 
 def kind_of(value: object) -> str:
-    """`rows`, `frame`, `dataset`, `splits` or `stream`; empty: something that is not in memory, as a path."""
+    """`rows`, `columns`, `frame`, `dataset`, `splits` or `stream`; empty: it is none in memory, as a path or section."""
     known = {
         "pandas.DataFrame": "frame",
         "datasets.Dataset": "dataset",
@@ -36,6 +41,8 @@ def kind_of(value: object) -> str:
     for kind in type(value).__mro__:  # by name: neither library is imported for a path
         if found := known.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}"):
             return found
+    if isinstance(value, Mapping) and value and not {*map(str, value)} & {*DataConfig.model_fields}:
+        return "columns" if all(isinstance(column, list | tuple) for column in value.values()) else ""
     names = isinstance(value, str | bytes | os.PathLike | Mapping)
     if names or not isinstance(value, Iterable):
         return ""
@@ -58,6 +65,8 @@ def write_records(value: Any, field: str, directory: Location) -> dict[str, str]
         UserError: it holds no records, or a value that no file can hold as it is; names the record and the key.
     """
     kind, name = kind_of(value), field.rpartition(".")[2]
+    if mixed := re.fullmatch(r"data\.(sources)\[(\d+)\]\.source", field):
+        name = "-".join(mixed.groups())
     if kind == "splits":
         found = {
             split: next((value[word] for word in words if word in value), None) for split, words in SPLIT_NAMES.items()
@@ -73,7 +82,7 @@ def write_records(value: Any, field: str, directory: Location) -> dict[str, str]
         raise UserError(f"{field}: a stream of records is read once, and training reads them often: save it first")
     if kind == "dataset":
         return {"train": _written_dataset(value, field, name, directory)}
-    rows = _rows_of_frame(value, field) if kind == "frame" else list(value)
+    rows = _rows_of_frame(value, field) if kind == "frame" else _rows_of(value, field)
     if not rows:
         raise UserError(f"{field}: holds no records")
     rows = [_plain_record(row, f"{field}[{number}]") for number, row in enumerate(rows)]
@@ -128,6 +137,17 @@ def _rows_of_frame(frame: Any, field: str) -> list[dict[str, Any]]:
 
     columns = [[value(cell) for cell in frame[column].astype(object)] for column in names]
     return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _rows_of(value: Any, field: str) -> list[Any]:
+    """The rows of a sequence of them, or of columns by their names."""
+    if not isinstance(value, Mapping):
+        return list(value)
+    lengths = {len(column) for column in value.values()}
+    if len(lengths) > 1:
+        said = ", ".join(f"{key} has {len(column)}" for key, column in value.items())
+        raise UserError(f"{field}: columns of different lengths: {said}: give as many values in each")
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
 def _plain_record(record: object, where: str) -> dict[str, Any]:

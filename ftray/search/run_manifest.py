@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution
 
 from ftray.adapters.discovery import samples
 from ftray.adapters.methods import parameters
-from ftray.config import PYTHON_CALL, AdapterConfig, Config, SearchConfig
+from ftray.config import PYTHON_CALL, AdapterConfig, Config, SearchConfig, as_given
 from ftray.data import TokenizedData
 from ftray.errors import UserError
 from ftray.search.journal import past_trials
@@ -262,8 +262,12 @@ def _refuse_another(cfg: Config, kind: Kind, output: Location) -> None:
     with refuse_damaged(output / CONFIG):
         stored |= _fields(_read(output / CONFIG), kind)
     for field in given:
-        if stored.get(field) != given[field]:
-            raise UserError(f"{field} {given[field]}: the {kind.name} in {output} has {stored.get(field)}; {_AGAIN}")
+        if stored.get(field) == given[field]:
+            continue
+        now, before = as_given(str(given[field])), as_given(str(stored.get(field)))
+        if now == before:
+            raise UserError(f"{field}: other records than those of the {kind.name} in {output}; {_AGAIN}")
+        raise UserError(f"{field} {now}: the {kind.name} in {output} has {before}; {_AGAIN}")
 
 
 def _refuse_other_space(space: Space, output: Location) -> None:
