@@ -101,9 +101,7 @@ def _mapping(value: object) -> object:
 PYTHON_CALL: ContextVar[str] = ContextVar("PYTHON_CALL", default="")
 INPUTS = "inputs"  # directory of what a call held in memory, in its output
 _KEPT_AS = r"(source|train|sources-\d+|validation|test|file)-[0-9a-f]{16}\.(?:jsonl|parquet)"
-_HELD = re.compile(rf"""[^\s'"]*{INPUTS}[/\\]{_KEPT_AS}""")
-    rf"[^\s'\"]*{INPUTS}[/\\](source|train|sources-\d+|validation|test|file)-[0-9a-f]{{16}}\.(?:jsonl|parquet)"
-)
+_HELD = re.compile(rf"""(?:[\w+.-]+:)?/[^'",\n]*?{INPUTS}/{_KEPT_AS}""")
 
 
 def as_given(text: str) -> str:
@@ -111,9 +109,10 @@ def as_given(text: str) -> str:
 
     def field(match: re.Match[str]) -> str:
         name, _, number = match[1].partition("-")
-        return "generation.file" if name == "file" else f"data.sources[{number}]" if number else f"data.{name}"
+        special = {"file": "generation.file", "train": "data.source", "sources": f"data.sources[{number}]"}
+        return special.get(name, f"data.{name}")
 
-    return _HELD.sub(field, text).replace("data.train", "data.source")
+    return _HELD.sub(field, text)
 
 
 COLDEST = 1e-5  # a lower temperature is taken as 0, as vLLM does: divided by it, logits could overflow

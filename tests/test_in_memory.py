@@ -90,6 +90,7 @@ def test_columns_are_rows(tmp_path):
     ],
 )
 def test_a_record_is_named_by_its_place_in_what_was_given(value, tmp_path, tiny_llama):
+    tmp_path = tmp_path / "a directory"
     cfg = config_of("tune", {"data": value, "output": str(tmp_path / "out")})
     with pytest.raises(UserError, match=r"^data\.source\[2\]: output"):
         DataCheck(cfg.data).run(load_tokenizer(tiny_llama), "CAUSAL_LM")

@@ -312,7 +312,7 @@ REFUSED_PAIRS = [
     ({}, r"record with keys \(none\); known shapes of preference pairs"),
     (
         {"prompt": "q", "response_a": "r", "response_b": "x", "chosen": "response_b", "rejected": "response_a"},
-        "which only say where: .*'prompt: prompt, chosen: response_b, rejected: response_a' where all",
+        "which only say where .*'prompt: prompt, chosen: response_b, rejected: response_a' where all",
     ),
     ({"prompt": "q", "answers_given": ["r", "x"], "chosen": 1, "rejected": 0}, "are 1 and 0, which only say where"),
     (

@@ -30,7 +30,7 @@ DIGITS = 16  # of the digest in a file's name
 
 
 def kind_of(value: object) -> str:
-    """`rows`, `columns`, `frame`, `dataset`, `splits` or `stream`; empty: it is none in memory, as a path or section."""
+    """`rows`, `columns`, `frame`, `dataset`, `splits` or `stream`; empty: none in memory, as a path or a section."""
     known = {
         "pandas.DataFrame": "frame",
         "datasets.Dataset": "dataset",
