@@ -20,6 +20,15 @@ def same(records, answers):
 """
 
 
+def test_a_record_s_own_fields_are_never_written_over():
+    own = {"prompt": [{"role": "user", "content": "q"}], "target": 4, "source": "amc"}
+    row = {"prompt": "<|user|>q", "target": "4", "source": "a.jsonl"}
+    found = row | {"level": 2}
+    for extra, given in ((own, own), ({"level": 2}, found)):
+        source = f"def f(records, answers):\n    return [record == {given!r} for record in records]\n"
+        assert UserMetric("r.py", "f", source).values([row | {"extra": json.dumps(extra)}], ["4"]).tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("source", "line"),
     [
