@@ -2,6 +2,7 @@ import json
 import shlex
 
 import pytest
+from helpers.record_files import assistant, user
 
 from ftray import cli
 from ftray.data.fields import Fields
@@ -603,6 +604,37 @@ def test_the_mapping_that_is_proposed_for_an_odd_record_reads_it(record, example
     proposed = str(told.value).split("as in ")[1]
     fields = cli.parse("preprocess", shlex.split(proposed)).data.fields
     assert parse(Fields(fields)(record, "f.jsonl:7"), "f.jsonl:7") == example
+
+
+def test_turns_that_a_csv_file_writes_as_python_does_are_read():
+    turns, calls = [user("it's"), assistant("r")], [assistant(None, tool_calls=[{"name": "f", "arguments": {}}])]
+    assert parse({"messages": str(turns)}, "f").messages == (Turn("user", "it's"), Turn("assistant", "r"))
+    assert parse({"messages": str([user("q"), *calls]), "tools": str([{"name": "f"}])}, "f").tools
+    both = {"prompt": str(turns[:1]), "completion": str(turns[1])}
+    assert parse(both, "f").messages == (Turn("user", "it's"), Turn("assistant", "r"))
+    for answer in ('{"from": "EUR", "value": 3}', '[{"role": "x", "content": 3}]'):  # which is no turn
+        assert parse({"prompt": "q", "completion": answer}, "f").target == answer
+        assert parse({"prompt": [user("q")], "completion": answer}, "f").messages[-1].text == answer
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": "q", "completion": str([assistant("r")])},
+            "completion holds turns that are written as a text: give",
+        ),
+        (
+            {"prompt": [user("q")], "completion": f"[{assistant('r')} {user('s')}]"},
+            "completion holds turns that are wri",
+        ),
+        ({"question": "q", "answers": "['a', 'b']"}, "answers is a list that is written otherwise than as JSON"),
+        ({"question": "q", "answers": "['a' 'b']"}, "answers is a list that is written otherwise than as JSON"),
+    ],
+)
+def test_lists_that_are_written_otherwise_are_not_learnt_as_texts(record, message):
+    with pytest.raises(UserError, match=f"^f: {message}"):
+        parse(record, "f")
 
 
 def test_numbers_that_a_csv_file_writes_as_text_are_read():

@@ -235,6 +235,11 @@ PAIRS = {
         {"prompt": "q", "chosen": str(assistant("r")), "rejected": json.dumps(assistant("x"))},
         (ASKED, GOOD, BAD),
     ),
+    "answers that are JSON": (
+        {"prompt": [user("q")], "chosen": '{"from": "1", "value": "2"}', "rejected": '[{"a": 1}]'},
+        (ASKED, [("assistant", '{"from": "1", "value": "2"}')], [("assistant", '[{"a": 1}]')]),
+    ),
+    "turns that are counted": (BOTH | {"turns": 2}, (ASKED, GOOD, BAD)),
     "a verdict that says the same": (
         {"prompt": "q", "chosen": "r", "rejected": "x", "winner": "chosen", "flipped": False, "is_preferred": True},
         ("q", "r", "x"),

@@ -163,8 +163,8 @@ def better_of(record: Record, columns: tuple[str, str], asked: Mapping[str, str]
     for key, side in sides.items():
         if side is None:
             raise UserError(
-                f"{where}: {key} is {verdicts[key]!r:.40}, which names neither {columns[0]} nor {columns[1]}: give the "
-                f"better answer as chosen and the other one as rejected{_by_template(record, columns, key, asked)}"
+                f"{where}: {key} is {verdicts[key]!r:.40}, which names neither {columns[0]} nor {columns[1]}: say by "
+                "--data.fields which answer is chosen and which one rejected"
             )
     if len({*sides.values()}) > 1:
         said = " and ".join(f"{key} is {value!r:.40}" for key, value in verdicts.items())
@@ -178,14 +178,11 @@ def better_of(record: Record, columns: tuple[str, str], asked: Mapping[str, str]
 
 
 def _by_template(record: Record, columns: tuple[str, str], key: str, asked: Mapping[str, str]) -> str:
-    """How to say which of two texts is the better one, by what a key holds where it is the first one."""
+    """The mapping that goes by one verdict alone; empty: the answers are no texts, or a key is no name."""
     if not all(isinstance(record[name], str) and name.isidentifier() for name in columns) or not key.isidentifier():
         return ""
-    value, (first, second) = record[key], columns
-    is_first = side_of(value, columns) != 1
-    test = f"{key} == {value!r}"
-    good = f"{{{{ {first if is_first else second} if {test} else {second if is_first else first} }}}}"
-    bad = f"{{{{ {second if is_first else first} if {test} else {first if is_first else second} }}}}"
-    return f", as by {as_typed({**asked, 'chosen': good, 'rejected': bad})}" + (
-        "" if side_of(value, columns) is not None else f" if {key} {value!r} names {first}"
-    )
+    better = columns[side_of(record[key], columns) or 0]
+    other = columns[columns[0] == better]
+    test = f"if {key} == {record[key]!r} else"
+    pair = {"chosen": f"{{{{ {better} {test} {other} }}}}", "rejected": f"{{{{ {other} {test} {better} }}}}"}
+    return f", as by {as_typed({**asked, **pair})}"

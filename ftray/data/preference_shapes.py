@@ -6,7 +6,7 @@ from typing import Any
 
 from ftray.data import meanings
 from ftray.data.fields import as_typed
-from ftray.data.meanings import ANSWERED, ASKED, PAIRED, ROLE_KEYS, VERDICTS
+from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS
 from ftray.data.pair_verdicts import (
     better_of,
     columns_of,
@@ -30,8 +30,8 @@ from ftray.data.records import (
     with_one_answer,
 )
 from ftray.data.respelt import respelt
-from ftray.data.shapes import Record, Shape, fitting, is_empty, number, object_of
-from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, read_turns, turn_list
+from ftray.data.shapes import Record, Shape, fitting, is_empty, number
+from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, answer_in, read_turns, turn_list, turn_of
 from ftray.errors import UserError
 
 # keys of what is asked, each with those of what belongs to it
@@ -105,7 +105,7 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
         (*further, *CONVERSATION),
         _refused((good, bad)),
         tuple(key for key in (*ASKED, *ANSWERED, *TURNS) if key not in keys),
-        _are_no_numbers(good, bad) if good == "win" else None,
+        _are_no_numbers(good, bad) if good == "win" else _are_no_numbers(ask) if ask in TURNS else None,
         turns=keys,
         in_turn=IN_TURN,
         in_part=IN_PART,
@@ -114,9 +114,9 @@ def pair_shape(good: str, bad: str, ask: str = "", further: tuple[str, ...] = ()
     )
 
 
-def _are_no_numbers(good: str, bad: str) -> Callable[[Record], bool]:
-    """What tells answers from counts of those that won and lost."""
-    return lambda record: all(isinstance(number(record[key]), str | list | dict) for key in (good, bad))
+def _are_no_numbers(*keys: str) -> Callable[[Record], bool]:
+    """What tells answers and turns from their counts: of those that won and lost, of turns."""
+    return lambda record: all(isinstance(number(record[key]), str | list | dict) for key in keys)
 
 
 def _refused(own: tuple[str, str]) -> dict[str, str]:
@@ -160,9 +160,7 @@ def _refuse_incomplete(record: Record, good: str, bad: str, where: object) -> No
 
 def _answer(record: Record, key: str, where: object) -> str | list[Any]:
     """What stands under the key of an answer: a text, or turns as they are written."""
-    value = object_of(turn_list(record[key]))
-    if isinstance(value, dict) and any(name in value for name in ROLE_KEYS):
-        return [value]
+    value = answer_in(record[key], True)
     if isinstance(value, list) and isinstance(value[0], dict):
         return value
     text = text_of(with_one_answer(record, key, where), key, where)
@@ -220,8 +218,8 @@ def _is_repeated(prompt: str | list[Turn], both: list[list[Turn]], shared: int) 
 
 def _read_answer(record: Record, key: str, where: object) -> list[Turn]:
     """The turns under the key of an answer, without those after the assistant's last one, which nobody answers."""
-    given = object_of(record[key])
-    turns, context = read_turns({key: [given] if isinstance(given, dict) else given}, key, where)
+    turn = turn_of(record[key])
+    turns, context = read_turns({key: [turn] if turn else record[key]}, key, where)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     if not spoken:
         raise UserError(f"{where}: {key} has no turn of the assistant")

@@ -15,7 +15,7 @@ from ftray.data.reading import Seen
 from ftray.data.record_task import RecordTask
 from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation
 from ftray.data.respelt import respelt
-from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed
+from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed, number
 from ftray.data.tokens import Tokens, beginning, rendering
 from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, are_turns, read_turns
 from ftray.errors import UserError
@@ -83,7 +83,9 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
         (*further, *CONVERSATION),
         {key: why for key, why in REFUSED.items() if why != meanings.PREFERENCE},
         tuple(key for key in dict.fromkeys(_ASKED) if key not in (ask, *further)),
-        None if ask in TURNS else lambda record: not any(_asked_by_turns(record, *texts) for texts in _TEXTS),
+        (lambda record: not isinstance(number(record[ask]), int | float))
+        if ask in TURNS
+        else lambda record: not any(_asked_by_turns(record, *texts) for texts in _TEXTS),
         turns=(ask,),
         in_turn=IN_TURN,
         in_part=IN_PART,

@@ -132,7 +132,7 @@ def _of_texts(record: Record) -> dict[str, str]:
     asked = next((path for path in [*asking, *rest] if path != answer), None)
     if not answer or not asked:
         return {"text": texts[0]} if len(texts) == 1 and texts == _told(record) else {}
-    if len(others) > 1 and any(says_which(key, value) for key, value in record.items()):
+    if len(others) > 1 and any(key in meanings.VERDICTS or says_which(key, value) for key, value in record.items()):
         return {}  # one of them is better, and nobody knows which
     further = [path for path in asking if path not in (asked, answer)]
     more = _beside(record) | _judged(record)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.data.fields import as_typed
-from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS, is_about
+from ftray.data.meanings import ANSWERED, ASKED, PAIRED, ROLES, VERDICTS, is_about
 from ftray.data.reading import Seen, read
 from ftray.data.refusals import refuse_bad_answer
-from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, fitting, is_empty, listed, object_of
+from ftray.data.shapes import ANY, LABELS, OWN, PART, Record, Shape, as_text, fitting, is_empty, listed
 from ftray.data.turns import (
     IN_PART,
     IN_TURN,
@@ -18,6 +18,7 @@ from ftray.data.turns import (
     TOOLS,
     TURNS,
     Turn,
+    answer_in,
     are_turns,
     calls_in,
     read_tools,
@@ -119,8 +120,10 @@ def refuse_written_turns(text: str, key: str, where: object) -> None:
 
 
 # a list of turns, or one of them, as JSON, Python or numpy write it
-_KEY = """["'](?:role|from|content|value)["']\\s*:"""
-_WRITTEN_TURNS = re.compile(rf"\s*\[?\s*\{{\s*{_KEY}.*{_KEY}", re.DOTALL)
+_SAYS = rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["']"""
+_WRITTEN_TURNS = re.compile(
+    rf"""\s*\[?\s*\{{\s*(?=["'])(?=.*["'](?:content|value)["']\s*:)(?=.*{_SAYS}).*[\]}}]\s*$""", re.DOTALL
+)
 
 
 def _first_text(value: Any) -> str:
@@ -144,6 +147,11 @@ def _with_path(record: Record, key: str, path: str) -> str:
 def with_one_answer(record: Record, key: str, where: object) -> Record:
     """The record with its answer out of a list that has no other; of several, nobody knows which is meant."""
     answers = listed(record[key])
+    if key == "answers" and isinstance(answers, str) and re.match(r"\s*\[\s*['\"]", answers):
+        raise UserError(
+            f"{where}: {key} is a list that is written otherwise than as JSON: write it so, with one answer, or say by "
+            "--data.fields what is to be learnt"
+        )
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         return record
     if len({*answers}) > 1:
@@ -348,11 +356,10 @@ def _turns_of_both(ask: str, answer: str) -> Shape:
 
     def parse(record: Record, where: object) -> Example:
         before, _ = read_turns(record, ask, where)
-        given = object_of(listed(record[answer]))
+        given = answer_in(record[answer], False)
         if isinstance(given, str):
             refuse_written_turns(given, answer, where)
-        if isinstance(given, dict | str):
-            given = [{"role": "assistant", "content": given} if isinstance(given, str) else given]
+            given = [{"role": "assistant", "content": given}]
         after, context = read_turns({answer: given}, answer, where)
         unlearnt = {i for i, turn in enumerate(before) if turn.role == "assistant"} | {len(before) + i for i in context}
         return as_conversation([*before, *after], unlearnt, record, answer, where)

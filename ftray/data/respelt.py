@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from ftray.data.reading import read
 from ftray.data.shapes import Record, Shape, fitting
@@ -33,6 +34,7 @@ def _names(record: Record, known: Collection[str]) -> dict[str, str]:
     return {key: name for key, name in spelt if name in known and name not in record and names.count(name) == 1}
 
 
+@lru_cache(maxsize=4096)
 def _plain(key: object) -> str:
     return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key))).lower()
 

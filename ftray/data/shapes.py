@@ -118,7 +118,7 @@ def object_of(value: Any) -> Any:
     return _written(value, "{", dict)
 
 
-_OBJECTS = re.compile(r"\s*\[?\s*\{")
+_OBJECTS = re.compile(r"\s*\[?\s*\{\s*['\"]")
 
 
 def _written(value: Any, begin: str, kind: type) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftray.data.meanings import ROLE_KEYS, ROLES, THOUGHTS, Role, marks_learnt
 from ftray.data.refusals import bears_loss, refuse, refuse_bad_answer, refuse_in_turn
-from ftray.data.shapes import ANY, Record, is_empty, listed
+from ftray.data.shapes import ANY, Record, is_empty, listed, object_of
 from ftray.errors import UserError
 
 CALLS = ("function_call", "tool_call")  # roles of an assistant's turn whose text is a call
@@ -64,6 +64,29 @@ def turn_list(value: Any) -> Any:
     """The list of turns in a value, which may be written as JSON or as a transcript; anything else as it is."""
     turns = listed(value)
     return (_transcribed(turns) or turns) if isinstance(turns, str) else turns
+
+
+def turn_of(value: Any) -> dict[str, Any] | None:
+    """The one turn in a value, which may be written as JSON or as Python does; None: it is something else."""
+    turn = object_of(value)
+    if not isinstance(turn, dict):
+        return None
+    is_turn = any(key in turn for key in ROLE_KEYS) if turn is value else _is_known(turn)
+    return turn if is_turn else None
+
+
+def answer_in(value: Any, may_be_transcript: bool) -> Any:
+    """The turns of an answer as a list, or its text: one that is written as a list of other objects is a text."""
+    if turn := turn_of(value):
+        return [turn]
+    given = turn_list(value) if may_be_transcript else listed(value)
+    return value if isinstance(value, str) and isinstance(given, list) and not all(map(_is_known, given)) else given
+
+
+def _is_known(turn: Any) -> bool:
+    """Whether an object is a turn of a known role, rather than an object that an answer may be."""
+    roles = [str(turn.get(key)).lower() for key in ROLE_KEYS] if isinstance(turn, dict) else []
+    return any(role in ROLES for role in roles) and any(key in turn for key in (*TEXT_KEYS, "tool_calls"))
 
 
 def _texts(turns: list[Any]) -> bool:
