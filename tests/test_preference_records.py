@@ -442,6 +442,7 @@ JUDGED = {
     "in KTO's good words": ({"prompt": "q", "completion": "r", "label": "Desirable"}, ("q", "r"), True),
     "input": ({"input": "q", "completion": "r", "label": False}, ("q", "r"), False),
     "other letters": ({"Prompt": "q", "Completion": "r", "Label": False}, ("q", "r"), False),
+    "HH, the prompt apart": ({"prompt": HH.format(""), "completion": " r", "label": True}, (ASKED, GOOD), True),
     "LLaMA-Factory": ({"instruction": "q", "input": "i", "output": "r", "kto_tag": True}, ("q\ni", "r"), True),
     "LLaMA-Factory, turns": ({"messages": BOTH["rejected"], "kto_tag": False}, (ASKED, BAD), False),
     "ms-swift": (

@@ -21,6 +21,7 @@ from ftray.data.turns import (
     answer_in,
     are_turns,
     calls_in,
+    is_open_transcript,
     read_tools,
     read_turns,
     refuse_no_arguments,
@@ -351,15 +352,24 @@ def conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]], wh
     )
 
 
-def _turns_of_both(ask: str, answer: str) -> Shape:
-    """A shape of a conversation in two parts: what the assistant says in the first is context."""
+def turns_of_both(ask: str, answer: str, transcribed: bool = False) -> Shape:
+    """A shape of a conversation in two parts: what the assistant says in the first is context.
+
+    Args:
+        transcribed: the first part is a transcript, rather than a list.
+    """
+
+    def fits(record: Record) -> bool:
+        if transcribed:
+            return is_open_transcript(record[ask])
+        return are_turns(record[ask]) and not isinstance(listed(record[ask]), str)
 
     def parse(record: Record, where: object) -> Example:
         before, _ = read_turns(record, ask, where)
         given = answer_in(record[answer], False)
         if isinstance(given, str):
             refuse_written_turns(given, answer, where)
-            given = [{"role": "assistant", "content": given}]
+            given = [{"role": "assistant", "content": given.lstrip(" \t") if transcribed else given}]
         after, context = read_turns({answer: given}, answer, where)
         unlearnt = {i for i, turn in enumerate(before) if turn.role == "assistant"} | {len(before) + i for i in context}
         return as_conversation([*before, *after], unlearnt, record, answer, where)
@@ -371,7 +381,7 @@ def _turns_of_both(ask: str, answer: str) -> Shape:
         (*SYSTEM, *TOOLS),
         _BESIDE_ANSWER,
         _BESIDE_TURNS,
-        lambda record: are_turns(record[ask]) and not isinstance(listed(record[ask]), str),
+        fits,
         (ask, answer),
         IN_TURN,
         IN_PART,
@@ -410,9 +420,9 @@ _BESIDE_TURNS = ("instruction", "context", "prompt", "history")
 # In the order they are tried; the last one takes the rest. A pair of texts is a line: the keys of what is asked, of the
 # answer to it, and of what belongs to the question.
 SHAPES: Sequence[Shape] = (
-    _turns_of_both("prompt", "completion"),
-    _turns_of_both("prompt", "response"),
-    _turns_of_both("input", "output"),
+    turns_of_both("prompt", "completion"),
+    turns_of_both("prompt", "response"),
+    turns_of_both("input", "output"),
     _pair("instruction", "output", ("input", "context"), name="instruction"),
     _pair("input", "output", optional=True, name="input/output"),
     _pair("prompt", "completion", optional=True, name="prompt/completion"),

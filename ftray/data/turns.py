@@ -148,6 +148,12 @@ def _transcribed(text: str) -> list[dict[str, str]]:
     ]
 
 
+def is_open_transcript(value: Any) -> bool:
+    """Whether a value is a transcript that the assistant is to go on with."""
+    turns = _transcribed(value) if isinstance(value, str) else []
+    return bool(turns) and ROLES[turns[-1]["role"]] != "assistant"
+
+
 def _read_turn(turn: Any, at: str, where: object, record: Record) -> list[Turn]:
     """What a turn says: as a rule one turn; more of an exchange, or of the results of tools within a user's turn."""
     if exchange := _exchange(turn):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from ftray.data import meanings
 from ftray.data.fields import as_typed
 from ftray.data.meanings import VERDICTS
-from ftray.data.records import REFUSED, SHAPES, Example
+from ftray.data.records import REFUSED, SHAPES, Example, turns_of_both
 from ftray.data.refusals import kept
 from ftray.data.respelt import respelt
 from ftray.data.shapes import Record, Shape, fitting, is_empty, number
@@ -117,7 +117,10 @@ def _without_verdict(record: Record, key: str, shape: Shape) -> str:
     return f"; {as_typed(kept(record, shape))} leaves it out, for --task CAUSAL_LM to learn all answers"
 
 
-ANSWERED = [shape for shape in SHAPES if shape.required_keys and not shape.is_alone]
+ANSWERED = [
+    turns_of_both("prompt", "completion", transcribed=True),
+    *(shape for shape in SHAPES if shape.required_keys and not shape.is_alone),
+]
 # In the order they are tried; the last one takes the rest.
 UNPAIRED: Sequence[Shape] = (
     *(_judged(shape) for shape in ANSWERED),
