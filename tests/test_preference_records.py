@@ -575,6 +575,7 @@ PROMPTS = {
     ),
     "a transcript": ({"prompt": HH.format("o") + HH.format("")}, [*ASKED, ("assistant", "o"), *ASKED], ""),
     "turns that are counted": ({"prompt": "q", "turns": 2}, "q", ""),
+    "other letters": ({"Prompt": "q", "Level": 2}, "q", ""),
     "a system text": ({"system": "S", "prompt": "q"}, [("system", "S"), *ASKED], ""),
     "preferences": (PAIR, "q", ""),
     "several accepted answers": ({"question": "q", "answers": ["r", "s"]}, "q", "r"),

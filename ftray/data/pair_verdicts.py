@@ -7,7 +7,8 @@ from typing import Any
 from ftray.data import meanings
 from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWER_WORDS, BETTER, SIDE_FILLERS, TURNED
-from ftray.data.shapes import Record, is_empty, listed, number
+from ftray.data.reading import read
+from ftray.data.shapes import Record, Shape, fitting, is_empty, listed, number
 from ftray.data.turns import TURNS
 from ftray.errors import UserError
 
@@ -105,6 +106,37 @@ def _has_places(value: object, places: Sequence[int]) -> bool:
         and 0 <= min(places) <= max(places) < len(answers)
         and any(all(isinstance(answer, kind) for answer in answers) for kind in (str, dict, list))
     )
+
+
+def in_columns(shapes: Sequence[Shape], answers: tuple[str, str]) -> Shape:
+    """The shape of two answers in columns, as `response_a` and `response_b`, and a key that says which is better.
+
+    Args:
+        shapes: of pairs, by which a record is read once its answers stand under the keys `answers`.
+    """
+
+    def as_pair(record: Record, better: str, other: str) -> Record:
+        left = {key: value for key, value in record.items() if key not in (better, other, *verdicts_of(record))}
+        return left | dict(zip(answers, (record[better], record[other]), strict=True))
+
+    def asked(record: Record, columns: tuple[str, str]) -> list[str] | None:
+        """The keys of what is asked, and of what belongs to it; None: it is no pair."""
+        shape = fitting(as_pair(record, *columns), shapes)
+        keys = (*shape.required_keys, *shape.honours) if shape else ()
+        return [key for key in keys if key in record and key not in answers] if shape else None
+
+    def fits(record: Record) -> tuple[str, ...]:
+        columns, verdicts = columns_of(record), verdicts_of(record)
+        keys = asked(record, columns) if columns and verdicts else None
+        return () if columns is None or keys is None else (*keys, *columns, *verdicts)
+
+    def parse(record: Record, where: object) -> object:
+        columns = columns_of(record)
+        assert columns is not None
+        kept = {key: key for key in asked(record, columns) or ()}
+        return read(as_pair(record, *better_of(record, columns, kept, where)), shapes, where)[0]
+
+    return Shape("two answers and the better one", (), parse, refuses={}, fits=fits, compares=True)
 
 
 def columns_of(record: Record) -> tuple[str, str] | None:

@@ -7,15 +7,7 @@ from typing import Any
 from ftray.data import meanings
 from ftray.data.fields import as_typed
 from ftray.data.meanings import ANSWERED, ASKED, PAIRED, VERDICTS
-from ftray.data.pair_verdicts import (
-    better_of,
-    columns_of,
-    refuse_names,
-    refuse_other_verdict,
-    refuse_tie,
-    verdicts_of,
-)
-from ftray.data.reading import read
+from ftray.data.pair_verdicts import in_columns, refuse_names, refuse_other_verdict, refuse_tie
 from ftray.data.records import (
     CONVERSATION,
     REFUSED,
@@ -30,7 +22,7 @@ from ftray.data.records import (
     with_one_answer,
 )
 from ftray.data.respelt import respelt
-from ftray.data.shapes import Record, Shape, fitting, is_empty, number
+from ftray.data.shapes import Record, Shape, is_empty, number
 from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, answer_in, read_turns, turn_list, turn_of
 from ftray.errors import UserError
 
@@ -347,36 +339,6 @@ def _beside_an_answer(good: str, bad: str) -> Shape:
     return replace(pair_shape(good, bad), parse=parse)
 
 
-def _in_columns() -> Shape:
-    """A shape of two answers in columns, as `response_a` and `response_b`, and a key that says which is better."""
-
-    def as_pair(record: Record, better: str, other: str) -> Record:
-        left = {key: value for key, value in record.items() if key not in (better, other, *verdicts_of(record))}
-        return left | {PAIRED[0][0]: record[better], PAIRED[0][1]: record[other]}
-
-    def shape_of(record: Record, columns: tuple[str, str]) -> Shape | None:
-        return fitting(as_pair(record, *columns), [*_NAMED, pair_shape(*PAIRED[0])])
-
-    def fits(record: Record) -> tuple[str, ...]:
-        columns, verdicts = columns_of(record), verdicts_of(record)
-        shape = shape_of(record, columns) if columns and verdicts else None
-        if columns is None or shape is None:
-            return ()
-        asked = [key for key in (*shape.required_keys, *shape.honours) if key in record and key not in PAIRED[0]]
-        return (*asked, *columns, *verdicts)
-
-    def parse(record: Record, where: object) -> Pair:
-        columns = columns_of(record)
-        shape = shape_of(record, columns) if columns else None
-        assert columns is not None
-        assert shape is not None
-        asked = {key: key for key in (*shape.required_keys, *shape.honours) if key in record and key not in PAIRED[0]}
-        pair: Pair = read(as_pair(record, *better_of(record, columns, asked, where)), PAIRS, where)[0]
-        return pair
-
-    return Shape("two answers and the better one", (), parse, refuses={}, fits=fits, compares=True)
-
-
 # In the order they are tried; the last one takes the rest.
 _NAMED = (
     *(pair_shape(*answers, ask, further) for answers in PAIRED for ask, further in ASKS),
@@ -384,10 +346,6 @@ _NAMED = (
     _beside_an_answer("messages", "rejected_response"),
     pair_shape("messages", "rejected_messages"),
 )
-_COLUMNS = _in_columns()
-PAIRS: Sequence[Shape] = (
-    *_NAMED,
-    _COLUMNS,
-    respelt((*_NAMED, _COLUMNS, pair_shape(*PAIRED[0]))),
-    pair_shape(*PAIRED[0]),
-)
+_ALONE = pair_shape(*PAIRED[0])
+_COLUMNS = in_columns((*_NAMED, _ALONE), PAIRED[0])
+PAIRS: Sequence[Shape] = (*_NAMED, _COLUMNS, respelt((*_NAMED, _COLUMNS, _ALONE)), _ALONE)

@@ -72,9 +72,7 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
                 raise UserError(f"{where}: {ask} holds an answer alone: there is nothing to ask")
             context = {index for index, turn in enumerate(prompt) if turn.role == "assistant"}
             example = as_conversation([*prompt, Turn("assistant", _PLACEHOLDER)], context, beside, ask, where)
-        held = {key: value for key, value in record.items() if key not in ADDED}
-        fields = json.dumps(held, ensure_ascii=False, default=str)
-        return Asked(_unanswered(example), reference or _reference(record, (ask, *further), where), fields, where)
+        return Asked(_unanswered(example), reference or _reference(record, (ask, *further), where), where=where)
 
     return Shape(
         ask,
@@ -163,6 +161,8 @@ class PromptTask(RecordTask):
     def parse_and_see(self, record: dict[str, Any], where: object) -> tuple[Any, Seen]:
         """As any task does; of a record's keys none is ignored, since a reward is given them."""
         example, seen = super().parse_and_see(record, where)
+        held = {key: value for key, value in record.items() if key not in ADDED}
+        example = replace(example, fields=json.dumps(held, ensure_ascii=False, default=str))
         return example, Seen(seen.shape, tuple(key for key in seen.ignored if "[]" in key))
 
     def group(self, example: Asked) -> object:
