@@ -264,7 +264,8 @@ def _refuse_another(cfg: Config, kind: Kind, output: Location) -> None:
     for field in given:
         if stored.get(field) == given[field]:
             continue
-        now, before = as_given(str(given[field])), as_given(str(stored.get(field)))
+        said = [as_given(str(value)) for value in (given[field], stored.get(field))]
+        now, before = ("records in memory" if one == field else one for one in said)
         if now == before:
             raise UserError(f"{field}: other records than those of the {kind.name} in {output}; {_AGAIN}")
         raise UserError(f"{field} {now}: the {kind.name} in {output} has {before}; {_AGAIN}")
