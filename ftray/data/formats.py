@@ -85,13 +85,12 @@ class SourceLocation:
             return f"{path}[{self.number}]{self.inside}"
         before, left = 0, self.start
         if self.start:
-            filesystem, path = open_path(self.path)
-            with filesystem.open_input_stream(path) as file:
+            filesystem, opened = open_path(self.path)
+            with filesystem.open_input_stream(opened) as file:
                 while left and (block := file.read(min(left, 2**20))):
                     before, left = before + block.count(b"\n"), left - len(block)
-        if path != self.path:
-            return f"{path}[{before + self.number - 1}]{self.inside}"
-        return f"{self.path}:{before + self.number}{self.inside}"
+        line = before + self.number
+        return f"{path}{f'[{line - 1}]' if path != self.path else f':{line}'}{self.inside}"
 
 
 Located = tuple[SourceLocation, dict[str, Any]]
