@@ -252,10 +252,13 @@ def score(
 
 def show(result: dict[str, Any]) -> None:
     """A row a metric, a column for the base and one for each adapter with the interval of its difference to it."""
+    from ftray.evaluation.intervals import any_interval
     from ftray.evaluation.suite import rows_of
     from ftray.reports.search import console
+    from ftray.reports.words import counted
 
-    table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
+    title = counted(result["records"], f"{result['split']} record")
+    table = Table("metric", "base", *result["adapters"], title=title)
     for name, value in result["base"].items():
         table.add_row(name, f"{value:.4g}", *(_cell(metrics[name]) for metrics in result["adapters"].values()))
     for source, own in result["sources"].items():
@@ -265,7 +268,7 @@ def show(result: dict[str, Any]) -> None:
     for name, shown, each in rows_of(result["suite"], [*result["adapters"]]):
         table.add_row(name, shown, *each)
     console().print(table)
-    if result["adapters"]:
+    if any_interval([*result["adapters"].values(), *(own["adapters"] for own in result["sources"].values())]):
         print("in brackets: 95 % interval of the difference to the base")
     if result["suite"]:
         print("under the line: the suite, where what was forgotten shows; ±: one standard error")
@@ -274,8 +277,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _cell(metric: dict[str, Any]) -> str:
-    low, high = metric["interval"]
-    return f"{metric['best']:.4g}  ({low:+.4g} to {high:+.4g})"
+    from ftray.evaluation.intervals import said
+
+    return f"{metric['best']:.4g}  ({said(metric, '{:+.4g}'.format)})"
 
 
 if __name__ == "__main__":

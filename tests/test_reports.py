@@ -424,7 +424,7 @@ def test_a_search_without_a_best_trial_says_so(tmp_path):
 
 def test_of_a_metric_of_ones_own_the_search_says_which_way_is_better(tmp_path):
     output = tmp_path / "out"
-    summary = write_search(output, trials=4, answers=3)
+    summary = write_search(output, trials=4, answers=20)
     stored = yaml.safe_load((output / "config.yaml").read_text())
     stored["search"]["metric"] = "score.py:rudeness"
     (output / "config.yaml").write_text(yaml.safe_dump(stored))
@@ -449,7 +449,7 @@ def test_of_a_metric_of_ones_own_the_search_says_which_way_is_better(tmp_path):
 )
 def test_no_gain_is_not_called_one(tmp_path, change, said):
     output = tmp_path / "out"
-    summary = write_search(output, trials=4, answers=3)
+    summary = write_search(output, trials=4, answers=20)
     summary["proof"]["metrics"] = {"loss": summary["proof"]["metrics"]["loss"] | change}
     summary["proof"]["over_default"] = None
     (output / "summary.json").write_text(json.dumps(summary))

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.config import Config
+from ftray.evaluation.intervals import any_interval, said
+from ftray.reports.words import counted
 from ftray.storage.location import Location
 from ftray.task_spec import TaskSpec
 
@@ -59,13 +61,14 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
 def proof_table(proof: dict[str, Any]) -> Table:
     """Base, default configuration and best on the test records, with the intervals of the differences."""
     chosen = f", of {proof['candidates']} finalists" if proof["candidates"] > 1 else ""
-    title = f"{proof['records']} test records; 95 % intervals of what is best{chosen}"
+    intervals = "95 % intervals" if any_interval([proof["metrics"], proof["sources"]]) else "no 95 % intervals"
+    title = f"{counted(proof['records'], 'test record')}; {intervals} of what is best{chosen}"
     table = Table("metric", "base", "default", "best", "best - base", "best - default", title=title)
 
     def added(name: str, base: dict[str, Any], default: dict[str, Any] | None) -> None:
         both = [base, *([default] if default else [])]
         usual = f"{default['base']:.4g}" if default else ""
-        gains = [f"{m['difference']:.4g} ({m['interval'][0]:.4g} to {m['interval'][1]:.4g})" for m in both]
+        gains = [f"{m['difference']:.4g} ({said(m)})" for m in both]
         table.add_row(name, f"{base['base']:.4g}", usual, f"{base['best']:.4g}", *gains)
 
     for name, metric in proof["metrics"].items():
@@ -77,10 +80,7 @@ def proof_table(proof: dict[str, Any]) -> Table:
 
 def lengths_line(lengths: dict[str, Any]) -> str:
     """How long the models' answers and the records' are, so that a win by length shows."""
-    shown = [
-        f"{name} {own['mean']:.1f} ({own['interval'][0]:.1f} to {own['interval'][1]:.1f})"
-        for name, own in lengths.items()
-    ]
+    shown = [f"{name} {own['mean']:.1f} ({said(own, '{:.1f}'.format)})" for name, own in lengths.items()]
     return f"mean tokens of answers, 95 % intervals: {', '.join(shown)}"
 
 

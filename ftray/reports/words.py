@@ -43,6 +43,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in known}
 
 
+def counted(number: int, what: str) -> str:
+    """So many things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def capital(said: str) -> str:
     """With a capital letter first."""
     return said[:1].upper() + said[1:]
