@@ -63,6 +63,7 @@ def _evaluate(cfg: Config) -> "Evaluation":
     from ftray.data.splits import require
     from ftray.evaluation.suite import check_suite
     from ftray.evaluation.user_metric import UserMetricError, reward
+    from ftray.search.held_out import refuse_seen, said_of_split, split_as_trained, trained_by
     from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.tasks.infer_task import infer_task
@@ -71,7 +72,14 @@ def _evaluate(cfg: Config) -> "Evaluation":
     model_path = base_of(cfg, adapters)
     split = cfg.evaluation.split
     data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    merged = [Path(model_path)] if (Path(model_path) / FILE_OF_TASK).is_file() else []
+    trained = {path: trained_by(path) for path in (*adapters, *merged)}
     if split != "all":
+        given, data_cfg = data_cfg, split_as_trained(data_cfg, next(filter(None, trained.values()), None))
+        if taken := said_of_split(given, data_cfg):
+            print(f"split    as in training: {taken}", flush=True)
+        for path, of_run in trained.items():
+            refuse_seen(data_cfg, split, of_run, f"{'adapter' if path in adapters else 'model'} {path}")
         require(split, data_cfg, f"there is no {split} split to score")
     task = saved_task(cfg, adapters)
     for adapter in adapters[1:] if task.name == CAUSAL.name else ():  # other tasks have no template

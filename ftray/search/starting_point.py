@@ -27,6 +27,7 @@ from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.runtime.cluster import on_hardware
+from ftray.search.held_out import refuse_seen, trained_by
 from ftray.search.space import Space, space_from
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
@@ -80,6 +81,7 @@ def find_start(cfg: Config) -> StartingPoint | None:
     if cfg.task != "auto":
         _refuse_other_task(adapter, task, cfg.task)
     start = StartingPoint(adapter, base_of(cfg, [adapter]), task, cfg.start.form == "kept")
+    refuse_seen(cfg.data, "test", trained_by(adapter), f"adapter {adapter}")
     if start.kept:
         _refuse_kept(start, cfg)
     else:
