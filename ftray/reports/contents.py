@@ -162,10 +162,11 @@ def _add_search(found: Contents, run: RunFiles, search: SearchFiles, price: floa
     )  # fmt: skip
     _add(found, "curves", validation_curves(search, looks), "Validation at each rung: no trial was validated.")
     if common and len(common.values) > 1:
-        groups = importances(search, common)
+        judged = importances(search, common)
         _add(
-            found, "settings", importance_figure(groups, common),
-            "What mattered: fewer than four trials of the space have come to a report, or they are all alike.",
+            found, "settings", importance_figure(judged, common),
+            "What mattered: fewer than four trials of the space have come to a report, they are all alike, or they "
+            f"differ in one setting alone. {judged.left_out}",
         )  # fmt: skip
         _add(found, "settings", rates(search, cfg, looks, common))
         _add(found, "settings", parallel(search, cfg, common), "Settings of every trial: no two trials differ in any.")
