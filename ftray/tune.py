@@ -323,6 +323,7 @@ def conclude(
     note(output, PROVING)
     proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
     write_lines(proof.pop("answers"), output / ANSWERS)
+    proof["default_is_best"] = best["trial"] == BASELINE_TRIAL
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model

@@ -1,4 +1,4 @@
-"""What mattered: settings that only some methods have are judged among their trials, or it is said that they are not."""
+"""What mattered: settings that only some methods have are judged, or it is said that they are not."""
 
 import random
 

@@ -9,7 +9,8 @@ from ftray.reports import svg
 from ftray.reports.figures import Figure
 from ftray.reports.run_files import RunFiles
 from ftray.reports.svg import Scale, element, label, tip
-from ftray.reports.words import less_is_better, metric_name, short_names
+from ftray.reports.words import SAME, less_is_better, metric_name, short_names
+from ftray.search.cohorts import BASELINE_TRIAL
 
 ROW = 46
 TONES = {"base": "base", "default": "default", "best": "best"}  # classes of the models of a proof
@@ -57,7 +58,9 @@ class Compared:
         return metric_name(self.metric) + (f", {self.of}" if self.of else "")
 
     def verdict(self, difference: Difference) -> str:
-        """`better`, `worse` or, where the records leave a doubt, `no difference shown`."""
+        """`better`, `worse` or, where the records leave a doubt, `no difference shown`; empty: of one trial."""
+        if difference.said == SAME:
+            return ""
         if not difference.shown:
             return "no difference shown"
         return "better" if (difference.value < 0) is self.less else "worse"
@@ -75,11 +78,17 @@ def proof_rows(run: RunFiles) -> list[Compared]:
         if usual := over_default.get(metric):
             values["default"] = usual["base"]
             differences.append(_difference("default", usual, records, candidates))
+        elif run.search.best == BASELINE_TRIAL:
+            values["default"] = known["best"]
+            differences.append(Difference("default", 0.0, None, False, SAME))
         rows.append(Compared(metric, values | {"best": known["best"]}, {"best": differences}, _less(run, metric)))
     for source, known in proof.get("sources", {}).items():
         values = {"base": known["base"], "best": known["best"]}
         of = f"{known['records']} of {source}"
         differences = [_difference("base", known, known["records"], candidates)]
+        if run.search.best == BASELINE_TRIAL:
+            values = {"base": known["base"], "default": known["best"], "best": known["best"]}
+            differences.append(Difference("default", 0.0, None, False, SAME))
         rows.append(Compared("loss", values, {"best": differences}, True, of))
     return rows
 

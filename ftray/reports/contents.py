@@ -25,7 +25,7 @@ from ftray.reports.run_files import RunFiles, SearchFiles
 from ftray.reports.samples import Sample, samples
 from ftray.reports.spend import Spend, by_method, by_rung, duration, priced, spend_figure
 from ftray.reports.svg import Scale, element, label, short, tip
-from ftray.reports.words import capital, counted, metric_name
+from ftray.reports.words import SAME, capital, counted, metric_name
 from ftray.search.finalists import verdict
 from ftray.search.progress import describe
 from ftray.search.provenance import CommandRun, versions
@@ -235,7 +235,8 @@ def _cards(found: Contents, search: SearchFiles) -> list[Card]:
         row = counted_row(found.compared, search.goals[0].metric)
         for model, value in row.values.items():
             differences = [d for d in row.differences["best"] if d.over == model]
-            note = f"best: {row.verdict(differences[0])}" if differences else "on test records"
+            verdict_of = row.verdict(differences[0]) if differences else ""
+            note = f"best: {verdict_of}" if verdict_of else SAME if differences else "on test records"
             cards.append(Card(f"{capital(model)} · {row.name}", short(value), note, model))
     over = [row for row in search.rows if row["status"] in ("finished", "stopped early", "failed")]
     finished = sum(row["status"] == "finished" for row in over)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ftray.reports.comparison import Compared, evaluation_rows, proof_rows
 from ftray.reports.run_files import RunFiles, SearchFiles
 from ftray.reports.svg import short
-from ftray.reports.words import SHARES, counted, metric_name, percent
+from ftray.reports.words import SAME, SHARES, counted, metric_name, percent
+from ftray.search.goals import is_tie
 
 
 def headline(run: RunFiles) -> str:
@@ -26,6 +27,12 @@ def _of_search(run: RunFiles, search: SearchFiles) -> str:
         return f"None of {len(search.rows)} trials gave a result that may be the best."
     method = best["config"]["adapter"]["method"]
     won = f"The winner of {len(search.rows)} trials is trial {best['trial']}, method {method}"
+    alike = [row for row in search.rows if row["status"] != "failed" and is_tie(row, best)]
+    if len(alike) > 1 and (search.finalists or {}).get("winner") != best["trial"]:
+        won = (
+            f"{len(alike)} of {len(search.rows)} trials are equally good, none of which is the winner; trial "
+            f"{best['trial']}, method {method}, is the first of them"
+        )
     if not (rows := proof_rows(run)):
         value, name = short(best["value"] or math.nan), metric_name(search.goals[0].metric)
         return f"{won}: its {name} is {value}; there was no proof on test records."
@@ -75,6 +82,8 @@ def _over_default(row: Compared) -> str:
     known = [difference for difference in row.differences["best"] if difference.over == "default"]
     if not known:
         return ""
+    if known[0].said == SAME:
+        return ". It is the default configuration: no other was better"
     said = {"better": "It also beats", "worse": "It is worse than", "no difference shown": "No difference is shown to"}
     return f". {said[row.verdict(known[0])]} the default configuration, which has {short(row.values['default'])}"
 

@@ -36,8 +36,8 @@ def write_report(place: Location, price: float | None = None, png: bool = False)
         png: whether the figures go to `figures/` too.
 
     Raises:
-        UserError: there is nothing to report, a file of it is damaged, the package for PNG files is missing, or the page
-            can't be written.
+        UserError: there is nothing to report, a file of it is damaged, the package for PNG files is missing, or what is
+            made can't be written.
     """
     from ftray.reports.contents import contents
     from ftray.reports.png import as_png, require_resvg
@@ -67,7 +67,7 @@ def refuse_unwritable(place: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: can't be written ({reason(error)})") from None
+        raise UserError(f"{place}: can't be written ({error.strerror or reason(error)})") from None
 
 
 def rendered(found: "Contents | list[dict[str, Any]]", template: str = "report.html") -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ftray.config import Config
 from ftray.evaluation.intervals import any_interval, said
-from ftray.reports.words import counted
+from ftray.reports.words import SAME, counted
 from ftray.storage.location import Location
 from ftray.task_spec import TaskSpec
 
@@ -60,6 +60,7 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
 
 def proof_table(proof: dict[str, Any]) -> Table:
     """Base, default configuration and best on the test records, with the intervals of the differences."""
+    is_best = proof.get("default_is_best", False)
     chosen = f", of {proof['candidates']} finalists" if proof["candidates"] > 1 else ""
     intervals = "95 % intervals" if any_interval([proof["metrics"], proof["sources"]]) else "no 95 % intervals"
     title = f"{counted(proof['records'], 'test record')}; {intervals} of what is best{chosen}"
@@ -67,8 +68,9 @@ def proof_table(proof: dict[str, Any]) -> Table:
 
     def added(name: str, base: dict[str, Any], default: dict[str, Any] | None) -> None:
         both = [base, *([default] if default else [])]
-        usual = f"{default['base']:.4g}" if default else ""
+        usual = f"{default['base']:.4g}" if default else f"{base['best']:.4g}" if is_best else ""
         gains = [f"{m['difference']:.4g} ({said(m)})" for m in both]
+        gains += [SAME] if is_best else []
         table.add_row(name, f"{base['base']:.4g}", usual, f"{base['best']:.4g}", *gains)
 
     for name, metric in proof["metrics"].items():

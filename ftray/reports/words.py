@@ -17,6 +17,7 @@ NAMES = {
     "latency": "latency in seconds",
 }
 SMALL_IS_GOOD = ("loss", "perplexity", "error_rate")  # parts of the names of metrics; of the others, more is better
+SAME = "the same trial"  # where the default configuration has won
 SHARES = ("exact_match", "accuracy", "squad_em")  # metrics that are a share of the records
 
 
