@@ -204,7 +204,7 @@ def score(
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
-    from ftray.evaluation.answers import side_by_side
+    from ftray.evaluation.answers import UNDESIRABLE, side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.evaluation.suite import TaskScores, compare_suite, score_suite
     from ftray.models.load import load_on_device, load_tokenizer
@@ -234,7 +234,8 @@ def score(
             suites[name] = score_suite(cfg.suite, model, tokenizer, cfg.evaluation.batch_size)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
-        {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
+        {k: row[k] for k in ("prompt", "target", UNDESIRABLE) if k in row}
+        | {name: own[i] for name, own in texts.items() if own}
         for i, row in enumerate(rows[: cfg.evaluation.samples if before.generated else 0])
     ]
     sources, resamples = [row.get("source") for row in rows], cfg.evaluation.bootstrap

@@ -573,7 +573,7 @@ def prove(
         without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
         `merged`, for the time being with the `reason` that it comes later.
     """
-    from ftray.evaluation.answers import side_by_side
+    from ftray.evaluation.answers import UNDESIRABLE, side_by_side
     from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted, untrained
@@ -592,7 +592,7 @@ def prove(
     after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [
-        {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
+        {k: row[k] for k in ("prompt", "target", UNDESIRABLE) if k in row} | {"base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
     return {

@@ -64,7 +64,7 @@ def find_source(cfg: Config) -> Source:
     task = saved_task(cfg, [adapter])
     merged = cfg if stored is None else _with(stored, cfg)
     merged = merged.model_copy(update={"data": data_settings(merged, adapter), "task": task.full_name})
-    refuse_seen(merged.data, cfg.evaluation.split, stored and stored.data, f"adapter {adapter}")
+    refuse_seen(merged.data, cfg.evaluation.split, stored.data if stored else None, f"adapter {adapter}")
     if stored is None and "source" not in cfg.data.model_fields_set and not cfg.data.sources:
         raise UserError(
             f"export: {adapter} lies in no output of tune or train, whose test records it could be proven on: give "
@@ -82,7 +82,8 @@ def test_rows(source: Source, data: "TokenizedData", most: int) -> list[dict[str
     split = source.cfg.evaluation.split
     names = [n for n in data.splits if data.splits[n].records] if split == "all" else [split]
     limit = source.cfg.evaluation.records or most
-    rows = [row for name in names for row in data.rows(name, limit)][:limit]
+    task = data.task.load()
+    rows = [task.as_shown(row) for name in names for row in data.rows(name, limit)][:limit]
     if not rows:
         raise UserError(
             f"data {source.cfg.data.names}: the {split} split is empty: an export is proven on records: take another "

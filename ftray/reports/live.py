@@ -89,6 +89,7 @@ class LiveRun:
 
     def trial(self, number: int) -> dict[str, Any]:
         """What a trial has answered so far, as HTML, newest first; `html` empty: nothing."""
+        from ftray.evaluation.answers import UNDESIRABLE
         from ftray.reports.page import rendered
         from ftray.reports.samples import differences, shown
         from ftray.search.live import sampled
@@ -103,10 +104,10 @@ class LiveRun:
             for own in kept["answers"]:
                 text = shown(own["texts"][place])
                 _, marked = differences(before, text) if answers else ([], [(text, False)])
-                right = own["texts"][place].strip() == record["target"].strip()
+                right = bool(record["target"]) and own["texts"][place].strip() == record["target"].strip()
                 answers.append({"records": own["records"], "marked": marked, "right": right})
                 before = text
-            texts = {name: shown(record[name]) for name in ("prompt", "target")}
+            texts = {name: shown(record.get(name, "")) for name in ("prompt", "target", UNDESIRABLE)}
             asked.append({**texts, "answers": answers[::-1]})
         return {"trial": number, "html": rendered(asked, "trial.html")}
 

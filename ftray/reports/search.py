@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.config import Config
+from ftray.evaluation.answers import UNDESIRABLE
 from ftray.evaluation.intervals import any_interval, said
 from ftray.reports.words import SAME, counted
 from ftray.storage.location import Location
@@ -44,7 +45,8 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
         print(lengths_line(proof["lengths"]))
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
-        print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
+        wanted = f"judged bad {shown[UNDESIRABLE]!r}" if UNDESIRABLE in shown else f"target {shown['target']!r}"
+        print(f"  {shown['prompt']!r}: {wanted}, base {shown['base']!r}, best {shown['best']!r}")
     print(f"adapter  {output / 'best' / 'adapter'}")
     merged = proof["merged"]
     loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""

@@ -69,8 +69,8 @@ def refuse_seen(data: DataConfig, split: str, trained: DataConfig | None, what: 
     if trained is None or split not in ("validation", "test"):
         return
     if given := getattr(data, split):
-        if common := _common([given] if isinstance(given, str) else given, trained):
-            raise UserError(f"data.{split} {common[0]}: {what} was trained on it: give other records")
+        if same := _common([given] if isinstance(given, str) else given, trained):
+            raise UserError(f"data.{split} {same[0]}: {what} was trained on it: give other records")
         return
     for name, own in _by_name(data).items():
         for common in _common([name], trained):
