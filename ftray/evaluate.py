@@ -151,6 +151,9 @@ def _evaluate(cfg: Config) -> "Evaluation":
 def run(cfg: Config) -> int:
     """The command: a table, with 95 % intervals of each adapter's difference to the base.
 
+    A source that an adapter's run has read is split as it was there, in what is not given; a split that holds records
+    which the adapter was trained on is refused. Fewer than six records bear no interval.
+
     The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
     none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
     `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out

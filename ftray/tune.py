@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Metric, Settings, StrPath, arguments_of, command, config_of
 from ftray.cli import run_command
-from ftray.config import KNEE, AdapterConfig, Config
+from ftray.config import KNEE, AdapterConfig, Config, UiConfig
 from ftray.errors import RunFailed, UserError
 from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
@@ -198,6 +198,9 @@ def shown_live(cfg: Config, output: Location) -> AbstractContextManager[None]:
         UserError: it can't be served.
     """
     if not cfg.ui.serve:
+        usual = UiConfig()
+        if (cfg.ui.host, cfg.ui.port) != (usual.host, usual.port):
+            print("page     none: --ui serves it", flush=True)
         return nullcontext()
     try:
         from ftray.serving.live import page_beside

@@ -1,11 +1,11 @@
 """What each model answered to each record, side by side: the lines of `answers.jsonl`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from ftray.evaluation.metrics import Scores
 
-UNDESIRABLE = "undesirable"  # key of an answer that people judged bad
+UNDESIRABLE: Final = "undesirable"  # key of an answer that people judged bad
 
 
 class Answer(TypedDict):
