@@ -88,10 +88,12 @@ COMMANDS = {
             "output": "output",
             "plan": "plan",
             "ui": "ui.serve",
+            "host": "ui.host",
+            "port": "ui.port",
         },
         "ftray tune --data records.jsonl --space methods --trials 32 --output runs/search\n"
         "ftray tune --data records.jsonl --space my-space.yaml --plan\n"
-        "ftray tune --data records.jsonl --output runs/search --ui\n"
+        "ftray tune --data records.jsonl --output runs/search --ui --port 9000\n"
         "ftray tune --data pairs.jsonl --output runs/preferred\n"
         "ftray tune --data judged.jsonl --training.beta 0.3\n"
         "ftray tune --data pairs.jsonl --from runs/sft --output runs/dpo\n"

@@ -63,6 +63,7 @@ def _evaluate(cfg: Config) -> "Evaluation":
     from ftray.data.splits import require
     from ftray.evaluation.suite import check_suite
     from ftray.evaluation.user_metric import UserMetricError, reward
+    from ftray.search.held_out import refuse_seen, said_of_split, split_as_trained, trained_by
     from ftray.task_spec import CAUSAL, TaskSpec
     from ftray.task_spec import FILE as FILE_OF_TASK
     from ftray.tasks.infer_task import infer_task
@@ -71,7 +72,14 @@ def _evaluate(cfg: Config) -> "Evaluation":
     model_path = base_of(cfg, adapters)
     split = cfg.evaluation.split
     data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    merged = [Path(model_path)] if (Path(model_path) / FILE_OF_TASK).is_file() else []
+    trained = {path: trained_by(path) for path in (*adapters, *merged)}
     if split != "all":
+        given, data_cfg = data_cfg, split_as_trained(data_cfg, next(filter(None, trained.values()), None))
+        if taken := said_of_split(given, data_cfg):
+            print(f"split    as in training: {taken}", flush=True)
+        for path, of_run in trained.items():
+            refuse_seen(data_cfg, split, of_run, f"{'adapter' if path in adapters else 'model'} {path}")
         require(split, data_cfg, f"there is no {split} split to score")
     task = saved_task(cfg, adapters)
     for adapter in adapters[1:] if task.name == CAUSAL.name else ():  # other tasks have no template
@@ -143,6 +151,9 @@ def _evaluate(cfg: Config) -> "Evaluation":
 def run(cfg: Config) -> int:
     """The command: a table, with 95 % intervals of each adapter's difference to the base.
 
+    A source that an adapter's run has read is split as it was there, in what is not given; a split that holds records
+    which the adapter was trained on is refused. Fewer than six records bear no interval.
+
     The result as JSON goes to `output` (a .json file, or `evaluation.json` in a directory), a report beside it; where
     none is given, the result is the last line. The base is `--model`, else the one that the first adapter names; what
     `train` or `tune` left stands for the adapter in it. `--split all` scores every record of a file that was held out
@@ -196,7 +207,7 @@ def score(
     from peft import PeftModel
 
     from ftray.adapters.discovery import find_adapter, refuse_settings
-    from ftray.evaluation.answers import side_by_side
+    from ftray.evaluation.answers import UNDESIRABLE, side_by_side
     from ftray.evaluation.metrics import compare, compare_sources
     from ftray.evaluation.suite import TaskScores, compare_suite, score_suite
     from ftray.models.load import load_on_device, load_tokenizer
@@ -226,7 +237,8 @@ def score(
             suites[name] = score_suite(cfg.suite, model, tokenizer, cfg.evaluation.batch_size)
     texts = {"base": before.generated} | {name: scores.generated for name, scores in after.items()}
     samples = [
-        {"prompt": row["prompt"], "target": row["target"]} | {name: own[i] for name, own in texts.items() if own}
+        {k: row[k] for k in ("prompt", "target", UNDESIRABLE) if k in row}
+        | {name: own[i] for name, own in texts.items() if own}
         for i, row in enumerate(rows[: cfg.evaluation.samples if before.generated else 0])
     ]
     sources, resamples = [row.get("source") for row in rows], cfg.evaluation.bootstrap
@@ -252,10 +264,13 @@ def score(
 
 def show(result: dict[str, Any]) -> None:
     """A row a metric, a column for the base and one for each adapter with the interval of its difference to it."""
+    from ftray.evaluation.intervals import any_interval
     from ftray.evaluation.suite import rows_of
     from ftray.reports.search import console
+    from ftray.reports.words import counted
 
-    table = Table("metric", "base", *result["adapters"], title=f"{result['records']} {result['split']} records")
+    title = counted(result["records"], f"{result['split']} record")
+    table = Table("metric", "base", *result["adapters"], title=title)
     for name, value in result["base"].items():
         table.add_row(name, f"{value:.4g}", *(_cell(metrics[name]) for metrics in result["adapters"].values()))
     for source, own in result["sources"].items():
@@ -265,7 +280,7 @@ def show(result: dict[str, Any]) -> None:
     for name, shown, each in rows_of(result["suite"], [*result["adapters"]]):
         table.add_row(name, shown, *each)
     console().print(table)
-    if result["adapters"]:
+    if any_interval([*result["adapters"].values(), *(own["adapters"] for own in result["sources"].values())]):
         print("in brackets: 95 % interval of the difference to the base")
     if result["suite"]:
         print("under the line: the suite, where what was forgotten shows; ±: one standard error")
@@ -274,8 +289,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _cell(metric: dict[str, Any]) -> str:
-    low, high = metric["interval"]
-    return f"{metric['best']:.4g}  ({low:+.4g} to {high:+.4g})"
+    from ftray.evaluation.intervals import said
+
+    return f"{metric['best']:.4g}  ({said(metric, '{:+.4g}'.format)})"
 
 
 if __name__ == "__main__":

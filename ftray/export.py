@@ -123,8 +123,11 @@ def show(proof: "Proof") -> None:
     from rich.table import Table
 
     from ftray.reports.search import console
+    from ftray.reports.words import counted
 
-    table = Table("metric", "adapter", "export", "difference, 95 % interval", title=f"{proof.records} test records")
+    table = Table(
+        "metric", "adapter", "export", "difference, 95 % interval", title=counted(proof.records, "test record")
+    )
     for name, metric in proof.metrics.items():
         table.add_row(name, f"{metric['base']:.4g}", f"{metric['best']:.4g}", _interval(metric))
     console().print(table)
@@ -133,8 +136,9 @@ def show(proof: "Proof") -> None:
 
 
 def _interval(metric: dict[str, Any]) -> str:
-    low, high = metric["interval"]
-    return f"{low:+.4g} to {high:+.4g}"
+    from ftray.evaluation.intervals import said
+
+    return said(metric, "{:+.4g}".format)
 
 
 if __name__ == "__main__":

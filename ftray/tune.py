@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Metric, Settings, StrPath, arguments_of, command, config_of
 from ftray.cli import run_command
-from ftray.config import KNEE, AdapterConfig, Config
+from ftray.config import KNEE, AdapterConfig, Config, UiConfig
 from ftray.errors import RunFailed, UserError
 from ftray.reports.page import leave_report
 from ftray.reports.search import console, print_leaderboard, show
@@ -198,6 +198,9 @@ def shown_live(cfg: Config, output: Location) -> AbstractContextManager[None]:
         UserError: it can't be served.
     """
     if not cfg.ui.serve:
+        usual = UiConfig()
+        if (cfg.ui.host, cfg.ui.port) != (usual.host, usual.port):
+            print("page     none: --ui serves it", flush=True)
         return nullcontext()
     try:
         from ftray.serving.live import page_beside
@@ -323,6 +326,7 @@ def conclude(
     note(output, PROVING)
     proof = hardware.run(prove, context, output.absolute(), default, chosen_of, reads_base=True)
     write_lines(proof.pop("answers"), output / ANSWERS)
+    proof["default_is_best"] = best["trial"] == BASELINE_TRIAL
     (output / "best" / "adapter" / "README.md").write_text(model_card(cfg, best, proof))
     summary |= {"proof": proof, "base": {name: metric["base"] for name, metric in proof["metrics"].items()}}
     keep_summary()  # whatever becomes of the merged model
@@ -572,7 +576,7 @@ def prove(
         without, `samples` of generated text, `answers` (see :func:`ftray.evaluation.answers.side_by_side`), and
         `merged`, for the time being with the `reason` that it comes later.
     """
-    from ftray.evaluation.answers import side_by_side
+    from ftray.evaluation.answers import UNDESIRABLE, side_by_side
     from ftray.evaluation.metrics import compare, compare_sources, lengths
     from ftray.models.load import load_on_device, load_tokenizer
     from ftray.search.finalists import adapted, untrained
@@ -591,7 +595,7 @@ def prove(
     after = context.score(model, tokenizer, rows)
     resamples = cfg.evaluation.bootstrap
     samples = [
-        {"prompt": row["prompt"], "target": row["target"], "base": b, "best": a}
+        {k: row[k] for k in ("prompt", "target", UNDESIRABLE) if k in row} | {"base": b, "best": a}
         for row, b, a in zip(rows, before.generated, after.generated, strict=False)
     ]
     return {

@@ -17,6 +17,8 @@ from ftray.cli import COMMANDS, EXIT_CODES, SWITCHES, choices_of, field_of, fiel
 from ftray.config import Config, MixedSource, ServingConfig, StageConfig
 from ftray.errors import UserError
 from ftray.reference import commands, reference
+from ftray.storage.location import parse_location
+from ftray.tune import shown_live
 
 ROOT = Path(__file__).parents[1]
 
@@ -267,7 +269,7 @@ def test_a_command_starts_as_a_module_and_as_a_script():
         ("stop 3 --serving '{port: 3}'", "--serving: ftray stop does not read it; serve does"),
         ("stop 3 --serving.prot 3", "--serving.prot: ftray stop does not read it; serve does"),
         ("stop 3 --srving.port 3", "unknown option --srving.port; did you mean serving"),
-        ("stop 3 --port 3", "unknown option --port; ui, serve have it"),
+        ("stop 3 --port 3", "unknown option --port; tune, ui, serve have it"),
         ("stop 3 --resume", "--resume: ftray stop does not read it; train, tune do"),
         ("status --request.trial 3", "--request.trial: ftray status does not read it; stop, clone do"),
         ("tune --adapter.rank 4", "--adapter.rank: ftray tune does not read it; train, clone do"),
@@ -384,3 +386,12 @@ def test_an_installed_package_brings_its_search_spaces(tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert "'lora'" in done.stdout
+
+
+def test_a_search_takes_the_port_that_its_page_asks_for(tmp_path, capsys):
+    """Where one is taken, the page says `choose another --host or --port`."""
+    ui = parse("tune", ["--ui", "--host", "0.0.0.0", "--port", "9000"]).ui
+    assert (ui.serve, ui.host, ui.port) == (True, "0.0.0.0", 9000)
+    cfg = Config.model_validate({"ui": {"port": 9000}})
+    with shown_live(cfg, parse_location(str(tmp_path))):
+        assert "page     none: --ui serves it" in capsys.readouterr().out

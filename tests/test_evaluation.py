@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ftray.config import EvaluationConfig
 from ftray.evaluation.generation import generate
+from ftray.evaluation.intervals import said
 from ftray.evaluation.metrics import Scores, chrf, compare, macro_f1, spearman
 from ftray.tasks.answers import Window, best_span, normalised, word_f1
 from ftray.tasks.causal import score
@@ -38,12 +39,37 @@ def test_interval_holds_the_true_difference_as_often_as_it_claims():
     assert 0.90 <= held / 200 <= 0.99
 
 
-def test_interval_shrinks_to_nothing_for_equal_models():
-    metrics = compare(scores([1, 2, 3], ["a"] * 3, ["a", "b", "a"]), scores([1, 2, 3], ["a"] * 3, ["a", "b", "a"]), 100)
+def test_equal_models_have_no_interval_and_no_difference():
+    own, target = [1, 2, 3] * 3, ["a", "b", "a"] * 3
+    metrics = compare(scores(own, ["a"] * 9, target), scores(own, ["a"] * 9, target), 100)
     for metric in metrics.values():
         assert metric["difference"] == 0
-        assert metric["interval"] == [0, 0]
+        assert (metric["interval"], metric["shown"]) == (None, False)
     assert metrics["perplexity"]["base"] == pytest.approx(np.exp(2))
+
+
+def test_so_few_records_bear_no_interval_and_no_claim():
+    """By scipy's exact sign test: that all differences have one sign must be rarer than one case in twenty."""
+    from scipy.stats import binomtest
+
+    for candidates in (1, 2, 3):
+        for records in range(1, 10):
+            loss = np.linspace(1, 2, records)
+            told = compare(scores(loss + np.linspace(1, 2, records)), scores(loss), 200, candidates=candidates)["loss"]
+            is_enough = bool(binomtest(records, records).pvalue <= 0.05 / candidates)
+            assert told["shown"] is is_enough
+            assert (told["interval"] is not None) is is_enough
+            assert is_enough is not ("too few: it takes" in told.get("reason", ""))
+    one = compare(scores([2.0]), scores([1.0]), 200)["loss"]
+    assert said(one) == "no interval: 1 record is too few: it takes 6"
+
+
+def test_where_all_records_differ_by_as_much_there_is_a_difference_and_no_interval():
+    told = compare(scores([1] * 8, ["a"] * 8, ["b"] * 8), scores([1] * 8, ["b"] * 8, ["b"] * 8), 100)
+    exact = told["exact_match"]
+    assert (exact["difference"], exact["shown"]) == (1.0, True)
+    assert said(exact) == "no interval: the same on all 8 records"
+    assert not told["loss"]["shown"]
 
 
 def over_all(metric, records: int) -> float:

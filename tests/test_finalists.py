@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -187,11 +188,11 @@ def test_the_better_finalist_wins_and_of_those_that_do_not_differ_the_smaller():
 
 
 def test_a_difference_is_the_mean_over_seeds_that_both_have():
-    best, other = candidate(1, 1, [1, 1], [3, 3], [9, 9]), candidate(2, 1, [2, 2], [5, 5])
+    best, other = candidate(1, 1, [1] * 6, [3] * 6, [9] * 6), candidate(2, 1, [2] * 6, [5] * 6)
     found = paired_difference(best, other, "loss", 500)
     assert found.seeds == [0, 1]
     assert found.difference == pytest.approx((1 + 2) / 2)
-    assert found.interval == (1.0, 2.0)  # no record differs from another: what is left are the seeds
+    assert found.interval == [1.0, 2.0]  # no record differs from another: what is left are the seeds
 
 
 def test_the_interval_over_records_and_seeds_holds_the_true_difference_as_often_as_it_claims():
@@ -211,6 +212,20 @@ def test_intervals_are_widened_for_the_number_of_finalists():
     chosen = compare(scores(base), scores(best), 20000, candidates=3)["loss"]["interval"]
     # of a normal distribution, 0.975 lies at 1.960 deviations, 1 - 0.025 / 3 at 2.394
     assert np.ptp(chosen) / np.ptp(alone) == pytest.approx(2.394 / 1.960, rel=0.03)
+
+
+def test_of_too_few_records_the_better_mean_wins_and_no_difference_is_claimed():
+    """They are not alike because the records can't tell them apart: the smaller one may be far worse."""
+    small, large = candidate(1, 10, [5, 5, 6], [5, 6, 5]), candidate(2, 1000, [1, 1, 2], [1, 2, 1])
+    choice = choose([small, large], "loss", "min", 200)
+    assert choice.winner == 2
+    (difference,) = choice.differences
+    assert (difference.shown, difference.interval) == (False, None)
+    known = {"records": 3, "winner": 2, "best": 2, "differences": [asdict(difference)]}
+    candidates = [{"trial": 1, "parameters": 10}, {"trial": 2, "parameters": 1000}]
+    compared, won = verdict(known | {"candidates": candidates}, "validation_loss")
+    assert compared.endswith("no interval: 3 records are too few: it takes 6: no difference shown")
+    assert "too few to show it" in won
 
 
 def test_the_log_says_that_no_difference_is_shown():

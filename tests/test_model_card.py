@@ -15,6 +15,7 @@ BEST = {
 }
 METRIC = {"base": 2.5, "best": 1.5, "difference": -1.0, "interval": [-1.25, -0.75]}
 PROOF = {
+    "records": 60,
     "metrics": {"loss": METRIC, "exact_match": METRIC | {"best": 0.75}},
     "sources": {"chats.jsonl": {"records": 40, **METRIC}},
     "new_modules": ["score"],
@@ -42,6 +43,13 @@ def test_it_says_what_was_gained_over_the_default_configuration():
     wanted = "| loss, over the default configuration | 1.7500 | 1.5000 | difference -0.5000 to -0.1250 |"
     assert wanted in str(written(proof)).splitlines()
     assert "over the default configuration" not in str(written(PROOF | {"over_default": None}))
+
+
+def test_of_a_few_records_it_names_no_interval():
+    told = {"interval": None, "shown": False, "reason": "1 record is too few: it takes 6"}
+    text = str(written(PROOF | {"records": 1, "metrics": {"loss": METRIC | told}, "sources": {}}))
+    assert "| loss | 2.5000 | 1.5000 | no interval: 1 record is too few: it takes 6 |" in text
+    assert "On 1 record of a test split" in text
 
 
 def test_without_a_proof_it_says_what_was_validated_and_names_no_data_set_that_the_hub_lacks(tmp_path):

@@ -154,10 +154,12 @@ def test_without_values_of_records_the_interval_follows_from_the_standard_errors
         "best": 0.75,
         "difference": 0.25,
         "interval": None,
+        "shown": False,
+        "reason": "its error is not known",
         "stderr": None,
     }
     low, high = found["c acc"]["adapters"]["one"]["interval"]
     assert -0.7 < low < -0.5 < high < -0.3
     rows = rows_of(found, ["one"])
     assert rows[0] == ("a ppl, 40 records", "9 ± 0.3", ["8  (-1.98 to -0.02)"])
-    assert rows[1] == ("b it, 40 records", "0.5", ["0.75  (no interval)"])
+    assert rows[1] == ("b it, 40 records", "0.5", ["0.75  (no interval: its error is not known)"])

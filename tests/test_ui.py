@@ -99,7 +99,7 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
     """One search: all buttons, each seen in the files of the run."""
     output, port = tmp_path / "out", free_port()
     flags = ["--trials", "5", "--concurrency", "2", "--search.scheduler", "none", "--training.evaluations", "100"]
-    flags += ["--ui", "--ui.port", str(port), "--ui.samples", "2"]
+    flags += ["--ui", "--port", str(port), "--ui.samples", "2"]
     arguments = command(output, words, tiny_llama, *flags, space=SPACE, steps=STEPS)
     pipe, env = subprocess.PIPE, environment(joined=True)
     process = subprocess.Popen(arguments, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=env)

@@ -1,9 +1,11 @@
 """What each model answered to each record, side by side: the lines of `answers.jsonl`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from ftray.evaluation.metrics import Scores
+
+UNDESIRABLE: Final = "undesirable"  # key of an answer that people judged bad
 
 
 class Answer(TypedDict):
@@ -11,18 +13,24 @@ class Answer(TypedDict):
 
     Attributes:
         text: generated or predicted; missing where the task has no text for an answer, or nothing was generated.
-        loss: nats per supervised token of the target.
+        loss: nats per supervised token of the target; missing where the record has none that is learnt.
     """
 
     text: NotRequired[str]
-    loss: float
+    loss: NotRequired[float]
 
 
 class Answered(TypedDict):
-    """A record with the answers of all models, by name."""
+    """A record with the answers of all models, by name.
+
+    Attributes:
+        target: empty where it has none.
+        undesirable: an answer that people judged bad, of a record that has no other.
+    """
 
     prompt: str
     target: str
+    undesirable: NotRequired[str]
     answers: dict[str, Answer]
 
 
@@ -38,12 +46,15 @@ def side_by_side(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Scores 
     for i, row in enumerate(rows):
         if all(i < len(own.loss) for own in known.values()):
             answers = {name: _answer(own, i) for name, own in known.items()}
-            found.append({"prompt": row["prompt"] or "", "target": row["target"] or "", "answers": answers})
+            one: Answered = {"prompt": row["prompt"] or "", "target": row["target"] or "", "answers": answers}
+            if UNDESIRABLE in row:
+                one["undesirable"] = row[UNDESIRABLE]
+            found.append(one)
     return found
 
 
 def _answer(scores: Scores, i: int) -> Answer:
-    answer: Answer = {"loss": float(scores.loss[i] / max(1, scores.tokens[i]))}
+    answer: Answer = {"loss": float(scores.loss[i] / scores.tokens[i])} if scores.tokens[i] else {}
     if i < len(scores.generated):
         answer["text"] = scores.generated[i]
     return answer

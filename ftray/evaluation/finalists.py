@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ftray.evaluation.intervals import interval_of
 from ftray.evaluation.metrics import Scores, resampled
 
 
@@ -29,19 +30,21 @@ class Difference:
 
     Attributes:
         seeds: over which it is the mean.
-        interval: it lies there with the chance that was asked for.
+        interval, shown, reason: see :class:`ftray.evaluation.intervals.Told`.
     """
 
     best: int
     other: int
     seeds: list[int]
     difference: float
-    interval: tuple[float, float]
+    interval: list[float] | None
+    shown: bool
+    reason: str | None = None
 
     @property
-    def shown(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return not self.interval[0] <= 0 <= self.interval[1]
+    def is_alike(self) -> bool:
+        """Whether enough records were asked, and show none."""
+        return not self.shown and (self.interval is not None or self.difference == 0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Choice:
 def choose(candidates: Sequence[Candidate], metric: str, direction: str, resamples: int) -> Choice:
     """Choose the candidate with the best mean; of those that don't differ from it, the one with fewest parameters.
 
+    Records that are too few to show any difference don't make candidates alike: the best mean wins.
+
     The intervals hold together with a chance of 95 %: each is widened for the number of comparisons (Bonferroni; O. J.
     Dunn, Multiple comparisons among means, 1961).
 
@@ -69,7 +74,7 @@ def choose(candidates: Sequence[Candidate], metric: str, direction: str, resampl
     best = min(candidates, key=lambda c: means[c.trial])
     others = [c for c in candidates if c is not best]
     differences = [paired_difference(best, other, metric, resamples, len(others)) for other in others]
-    alike = [best, *(c for c, d in zip(others, differences, strict=True) if not d.shown)]
+    alike = [best, *(c for c, d in zip(others, differences, strict=True) if d.is_alike)]
     winner = min(alike, key=lambda c: (c.parameters, means[c.trial]))
     return Choice(winner.trial, best.trial, differences)
 
@@ -96,6 +101,7 @@ def paired_difference(
     )  # [seeds, 1 + resamples], the first over all records as they are
     drawn = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), resamples))
     means = np.take_along_axis(by_seed[:, 1:], drawn, axis=0).mean(axis=0)
-    tail = 2.5 / comparisons
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Difference(best.trial, other.trial, seeds, float(by_seed[:, 0].mean()), (float(low), float(high)))
+    difference = float(by_seed[:, 0].mean())
+    return Difference(
+        best.trial, other.trial, seeds, difference, **interval_of(means, difference, records, comparisons)
+    )

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+
+from ftray.evaluation.intervals import interval_of
 
 # Of `draws`, how often each record is drawn ([resamples, records]), the metric of each resample ([resamples]).
 Metric = Callable[[np.ndarray], np.ndarray]
@@ -132,7 +135,7 @@ def resampled(records: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 def compare(
     base: Scores, best: Scores, resamples: int, seed: int = 0, candidates: int = 1
-) -> dict[str, dict[str, float | list[float]]]:
+) -> dict[str, dict[str, Any]]:
     """Each metric for both models, with a 95 % percentile-bootstrap interval of the difference best - base.
 
     Records are resampled in pairs, since both models saw the same ones (Efron and Tibshirani 1993, chapter 13).
@@ -141,21 +144,26 @@ def compare(
 
     Args:
         candidates: of which `best` was chosen. The interval is widened so that those of all of them would hold together
-            with a chance of 95 %, whichever was chosen (Bonferroni; O. J. Dunn, Multiple comparisons among means,
-            1961).
+            with a chance of 95 %, whichever was chosen.
+
+    Returns:
+        Of each metric `base`, `best`, `difference`, and what :func:`ftray.evaluation.intervals.interval_of` tells.
     """
     draws = resampled(len(base.loss), resamples, seed)
     metrics, others = base.all_metrics(), best.all_metrics()
     values, other_values = base.values(), best.values()
-    return {
-        name: _entry(values[name], other_values[name], others[name](draws) - metrics[name](draws), candidates)
-        for name in metrics
-    }
+    found = {}
+    for name, metric in metrics.items():
+        base_value, best_value = values[name], other_values[name]
+        difference = best_value - base_value
+        told = interval_of(others[name](draws) - metric(draws), difference, len(base.loss), candidates)
+        found[name] = {"base": base_value, "best": best_value, "difference": difference, **told}
+    return found
 
 
 def compare_sources(
     sources: Sequence[str | None], base: Scores, best: Scores, resamples: int, candidates: int = 1
-) -> dict[str, dict[str, float | list[float]]]:
+) -> dict[str, dict[str, Any]]:
     """The loss of both models on the records of each source of a mixture, as :func:`compare` has it, and their number.
 
     Nothing of tasks without one.
@@ -171,10 +179,11 @@ def compare_sources(
     return found
 
 
-def lengths(models: Mapping[str, Scores | None], resamples: int) -> dict[str, dict[str, float | list[float]]]:
+def lengths(models: Mapping[str, Scores | None], resamples: int) -> dict[str, dict[str, Any]]:
     """Mean tokens of each model's answers, by its name, and of the texts of the records, by what they are.
 
-    Each has a 95 % percentile-bootstrap interval of its own, over records. Nothing where nobody has counted.
+    Each has a 95 % percentile-bootstrap interval of its own over records, where they are enough for one. Nothing where
+    nobody has counted.
     """
     counted = [(name, scores.lengths) for name, scores in models.items() if scores]
     found = {name: own["answer"] for name, own in counted if "answer" in own}
@@ -182,17 +191,7 @@ def lengths(models: Mapping[str, Scores | None], resamples: int) -> dict[str, di
     return {name: _mean(own, resamples) for name, own in found.items() if len(own)}
 
 
-def _mean(values: np.ndarray, resamples: int) -> dict[str, float | list[float]]:
-    low, high = np.percentile(resampled(len(values), resamples) @ values / len(values), [2.5, 97.5])
-    return {"mean": float(values.mean()), "interval": [float(low), float(high)]}
-
-
-def _entry(base: float, best: float, differences: np.ndarray, candidates: int) -> dict[str, float | list[float]]:
-    tail = 2.5 / candidates
-    low, high = np.percentile(differences, [tail, 100 - tail])
-    return {
-        "base": float(base),
-        "best": float(best),
-        "difference": float(best - base),
-        "interval": [float(low), float(high)],
-    }
+def _mean(values: np.ndarray, resamples: int) -> dict[str, Any]:
+    mean, drawn = float(values.mean()), resampled(len(values), resamples) @ values / len(values)
+    told = {name: one for name, one in interval_of(drawn, mean, len(values)).items() if name != "shown"}
+    return {"mean": mean, **told}

@@ -15,6 +15,7 @@ import numpy as np
 
 from ftray.config import SuiteConfig
 from ftray.errors import UserError, near
+from ftray.evaluation.intervals import Told, judged, said
 from ftray.evaluation.metrics import Scores, compare, ratio
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def compare_suite(
 
     Returns:
         By `TASK METRIC`: `records`, `less`, `base`, `stderr` (None: not known), and `adapters`: by name the entries of
-        :func:`ftray.evaluation.metrics.compare`, whose `interval` is None where nothing is known of it, with `stderr`.
+        :func:`ftray.evaluation.metrics.compare`, with `stderr`.
     """
     return {
         name: {
@@ -112,11 +113,12 @@ def _difference(base: TaskScores, best: TaskScores, resamples: int) -> dict[str,
         nothing, ones = np.zeros(len(base.each)), np.ones(len(base.each))
         before, after = (Scores(nothing, nothing, metrics={"it": ratio(own.each, ones)}) for own in (base, best))
         return compare(before, after, resamples)["it"]
-    difference, interval = best.value - base.value, None
+    difference = best.value - base.value
+    told: Told = {"interval": None, "shown": False, "reason": "its error is not known"}
     if base.stderr is not None and best.stderr is not None:
         reach = TWO_SIDED * math.hypot(base.stderr, best.stderr)
-        interval = [difference - reach, difference + reach]
-    return {"base": base.value, "best": best.value, "difference": difference, "interval": interval}
+        told = judged(difference - reach, difference + reach, difference, base.records)
+    return {"base": base.value, "best": best.value, "difference": difference, **told}
 
 
 def _shown(key: str) -> str:
@@ -220,7 +222,6 @@ def rows_of(suite: Mapping[str, Mapping[str, Any]], adapters: Sequence[str]) -> 
         cells = []
         for adapter in adapters:
             one = own["adapters"][adapter]
-            interval = "({:+.4g} to {:+.4g})".format(*one["interval"]) if one["interval"] else "(no interval)"
-            cells.append(f"{one['best']:.4g}  {interval}")
+            cells.append(f"{one['best']:.4g}  ({said(one, '{:+.4g}'.format)})")
         rows.append((f"{name}, {own['records']} records", f"{own['base']:.4g}{error}", cells))
     return rows

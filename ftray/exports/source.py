@@ -9,6 +9,7 @@ import yaml
 from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
 from ftray.config import Config, DataConfig, ModelConfig, config_from
 from ftray.errors import UserError
+from ftray.search.held_out import refuse_seen, run_of, split_as_trained
 from ftray.search.results import all_rows
 from ftray.search.run_manifest import CONFIG
 from ftray.storage.location import Location, parse_location
@@ -55,7 +56,7 @@ def find_source(cfg: Config) -> Source:
     if cfg.export.trial is not None and not cfg.export.run:
         raise UserError("export.trial: is one of a search: name that by --run")
     given = find_adapter(cfg.adapters[0]) if cfg.adapters else None
-    run = _run_of(given) if given else parse_location(str(cfg.export.run)).absolute()
+    run = run_of(given) if given else parse_location(str(cfg.export.run)).absolute()
     if run and not (run / CONFIG).is_file():
         raise UserError(f"export.run {run}: no output of tune or train: it has no {CONFIG}")
     stored = _settings(run) if run else None
@@ -63,6 +64,7 @@ def find_source(cfg: Config) -> Source:
     task = saved_task(cfg, [adapter])
     merged = cfg if stored is None else _with(stored, cfg)
     merged = merged.model_copy(update={"data": data_settings(merged, adapter), "task": task.full_name})
+    refuse_seen(merged.data, cfg.evaluation.split, stored.data if stored else None, f"adapter {adapter}")
     if stored is None and "source" not in cfg.data.model_fields_set and not cfg.data.sources:
         raise UserError(
             f"export: {adapter} lies in no output of tune or train, whose test records it could be proven on: give "
@@ -80,24 +82,14 @@ def test_rows(source: Source, data: "TokenizedData", most: int) -> list[dict[str
     split = source.cfg.evaluation.split
     names = [n for n in data.splits if data.splits[n].records] if split == "all" else [split]
     limit = source.cfg.evaluation.records or most
-    rows = [row for name in names for row in data.rows(name, limit)][:limit]
+    task = data.task.load()
+    rows = [task.as_shown(row) for name in names for row in data.rows(name, limit)][:limit]
     if not rows:
         raise UserError(
             f"data {source.cfg.data.names}: the {split} split is empty: an export is proven on records: take another "
             "--split, or all"
         )
     return rows
-
-
-def _run_of(adapter: Path) -> Location | None:
-    """The output that an adapter lies in: OUT/adapter, OUT/best/adapter, OUT/tune/trial-0/checkpoint_0/adapter."""
-    for parent in list(adapter.resolve().parents)[:4]:
-        if (parent / CONFIG).is_file():
-            with refuse_damaged(parse_location(parent / CONFIG)):
-                written = yaml.safe_load((parent / CONFIG).read_text(encoding="utf-8"))
-            if isinstance(written, dict) and {"model", "data", "training"} <= written.keys():  # not of another program
-                return parse_location(parent)
-    return None
 
 
 def _settings(run: Location) -> Config:
@@ -125,6 +117,8 @@ def _with(stored: Config, cfg: Config) -> Config:
             kept = ModelConfig(**kept.model_dump(exclude={"name"}))
         fields = {field: getattr(given, field) for field in given.model_fields_set}
         if name == "data" and fields.keys() & {"source", "sources"}:  # other records have other keys and splits
+            own = split_as_trained(given, kept)
             kept = DataConfig(**{field: getattr(kept, field) for field in OF_THE_MODEL})
+            fields = {field: getattr(own, field) for field in own.model_fields_set}
         sections[name] = type(kept)(**kept.model_dump(exclude_unset=True) | fields)
     return stored.model_copy(update=sections)

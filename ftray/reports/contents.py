@@ -1,7 +1,7 @@
 """What a report shows, from what an output holds: figures, tables and sentences, and what had to be left out."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from ftray.reports.run_files import RunFiles, SearchFiles
 from ftray.reports.samples import Sample, samples
 from ftray.reports.spend import Spend, by_method, by_rung, duration, priced, spend_figure
 from ftray.reports.svg import Scale, element, label, short, tip
-from ftray.reports.words import capital, metric_name
+from ftray.reports.words import SAME, capital, counted, metric_name
 from ftray.search.finalists import verdict
 from ftray.search.progress import describe
 from ftray.search.provenance import CommandRun, versions
@@ -73,7 +73,7 @@ class Contents:
     Attributes:
         kind: search, training run or evaluation.
         sections: figures by the section that shows them.
-        intervals: what the intervals of the comparison are of.
+        intervals, evaluation_intervals: what the intervals of the comparison and of the evaluation are of.
         spends: by rung and by method, each with the sum last.
         again: the command that does all of it again.
         left_out: what there is nothing to say of, and why.
@@ -87,6 +87,7 @@ class Contents:
     compared: list[Compared] = field(default_factory=list)
     evaluated: list[Compared] = field(default_factory=list)
     intervals: str = ""
+    evaluation_intervals: str = ""
     metrics: list[str] = field(default_factory=list)
     leaderboard: list[Place] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
@@ -121,7 +122,8 @@ def contents(run: RunFiles, price: float | None = None) -> Contents:
         _add_training(found, run.training, price or (run.cfg.scaling.price_per_hour if run.cfg else None))
     if run.evaluation:
         found.evaluated = evaluation_rows(run)
-        records = f"{run.evaluation['records']:,} {run.evaluation['split']} records"
+        records = counted(run.evaluation["records"], f"{run.evaluation['split']} record")
+        found.evaluation_intervals = f"{records}; {_intervals(found.evaluated)} of the difference to the base model"
         _add(found, "evaluation", comparison_figure(found.evaluated, "evaluation", "Base and adapters", records))
     _add_samples(found, run)
     found.data = {name: split for name, split in run.data.items() if split.records}
@@ -145,8 +147,8 @@ def _add_search(found: Contents, run: RunFiles, search: SearchFiles, price: floa
     assert cfg is not None  # run_files reads a search only where there is one
     found.compared = proof_rows(run)
     if search.proof:
-        records = f"{search.proof['records']:,} test records that the search never saw"
-        found.intervals = f"{records}; 95 % intervals" + _candidates(search.proof.get("candidates", 1))
+        records = f"{counted(search.proof['records'], 'test record')} that the search never saw"
+        found.intervals = f"{records}; {_intervals(found.compared, search.proof.get('candidates', 1))}"
         _add(found, "proof", comparison_figure(found.compared, "proof", "Base, default and best", records))
     else:
         yet = "" if search.seconds else " yet"
@@ -160,10 +162,11 @@ def _add_search(found: Contents, run: RunFiles, search: SearchFiles, price: floa
     )  # fmt: skip
     _add(found, "curves", validation_curves(search, looks), "Validation at each rung: no trial was validated.")
     if common and len(common.values) > 1:
-        groups = importances(search, common)
+        judged = importances(search, common)
         _add(
-            found, "settings", importance_figure(groups, common),
-            "What mattered: fewer than four trials of the space have come to a report, or they are all alike.",
+            found, "settings", importance_figure(judged, common),
+            "What mattered: fewer than four trials of the space have come to a report, they are all alike, or they "
+            f"differ in one setting alone. {judged.left_out}",
         )  # fmt: skip
         _add(found, "settings", rates(search, cfg, looks, common))
         _add(found, "settings", parallel(search, cfg, common), "Settings of every trial: no two trials differ in any.")
@@ -181,8 +184,13 @@ def _add_search(found: Contents, run: RunFiles, search: SearchFiles, price: floa
     found.cards = _cards(found, search)
 
 
-def _candidates(count: int) -> str:
-    return f" that allow for {count} finalists" if count > 1 else ""
+def _intervals(rows: Sequence[Compared], finalists: int = 1) -> str:
+    has_any = any(one.interval for row in rows for own in row.differences.values() for one in own)
+    return (
+        ("" if has_any else "no ")
+        + "95 % intervals"
+        + (f" that allow for {finalists} finalists" if finalists > 1 and has_any else "")
+    )
 
 
 def _leaderboard(search: SearchFiles) -> list[Place]:
@@ -227,7 +235,8 @@ def _cards(found: Contents, search: SearchFiles) -> list[Card]:
         row = counted_row(found.compared, search.goals[0].metric)
         for model, value in row.values.items():
             differences = [d for d in row.differences["best"] if d.over == model]
-            note = f"best: {row.verdict(differences[0])}" if differences else "on test records"
+            verdict_of = row.verdict(differences[0]) if differences else ""
+            note = f"best: {verdict_of}" if verdict_of else SAME if differences else "on test records"
             cards.append(Card(f"{capital(model)} · {row.name}", short(value), note, model))
     over = [row for row in search.rows if row["status"] in ("finished", "stopped early", "failed")]
     finished = sum(row["status"] == "finished" for row in over)

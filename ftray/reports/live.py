@@ -89,6 +89,7 @@ class LiveRun:
 
     def trial(self, number: int) -> dict[str, Any]:
         """What a trial has answered so far, as HTML, newest first; `html` empty: nothing."""
+        from ftray.evaluation.answers import UNDESIRABLE
         from ftray.reports.page import rendered
         from ftray.reports.samples import differences, shown
         from ftray.search.live import sampled
@@ -103,10 +104,10 @@ class LiveRun:
             for own in kept["answers"]:
                 text = shown(own["texts"][place])
                 _, marked = differences(before, text) if answers else ([], [(text, False)])
-                right = own["texts"][place].strip() == record["target"].strip()
+                right = bool(record["target"]) and own["texts"][place].strip() == record["target"].strip()
                 answers.append({"records": own["records"], "marked": marked, "right": right})
                 before = text
-            texts = {name: shown(record[name]) for name in ("prompt", "target")}
+            texts = {name: shown(record.get(name, "")) for name in ("prompt", "target", UNDESIRABLE)}
             asked.append({**texts, "answers": answers[::-1]})
         return {"trial": number, "html": rendered(asked, "trial.html")}
 
@@ -128,7 +129,12 @@ def search_state(search: "Search", cfg: "Config", summary: Mapping[str, Any], ou
     over = sum(t["ended"] is not None for t in search.trials if t["seed_of"] is None)
     whole = search.total > 0 and over >= search.total
     phase = search.phase if runs else "over" if summary.get("proof") else "has no driver"
-    trials = [_row(row, answered) for row in sorted(ranked(search), key=lambda row: row["trial"] != winner)]
+    chosen = (
+        None if runs else (summary.get("finalists") or {}).get("winner")
+    )  # which leads the report's leaderboard too
+    order = sorted(search.ranked, key=lambda row: chosen not in (row["trial"], row["seed_of"]))
+    places = iter(range(1, len(order) + 1))
+    trials = [_row(row, answered, next(places) if row["seed_of"] is None else None) for row in order]
     marks = [phase, *([row["trial"], row["state"], row["rung"]] for row in search.trials)]
     beats = int(time.time() / REPORT_AGE) if runs and search.speed else 0  # its curves grow
     return {
@@ -154,26 +160,14 @@ def search_state(search: "Search", cfg: "Config", summary: Mapping[str, Any], ou
     }
 
 
-def ranked(search: "Search") -> list["TrialProgress"]:
-    """The trials as a leaderboard has them: best first, those without a value behind, failed ones last."""
-    from ftray.search.trial_status import TrialStatus
-
-    sign, worst = (1 if search.direction == "min" else -1), float("inf")
-
-    def place(row: "TrialProgress") -> tuple[bool, float, float, int]:
-        value = worst if row["value"] is None else sign * row["value"]
-        validated = row["validated"] or worst
-        return row["state"] is TrialStatus.FAILED, 0 if value == worst else -validated, value, row["trial"]
-
-    return sorted(search.trials, key=place)
-
-
-def _row(row: "TrialProgress", answered: set[str]) -> dict[str, Any]:
+def _row(row: "TrialProgress", answered: set[str], place: int | None) -> dict[str, Any]:
+    """A trial; `place` in the leaderboard, None: a further run of a finalist, which has none of its own."""
     kept = ("trial", "configuration", "rung", "records", "value", "metrics", "reason", "seed_of", "tokens_per_second")
     finite = {key: value for key, value in row["metrics"].items() if math.isfinite(value)}
     value = row["value"]
     return {
         **{key: value for key, value in row.items() if key in kept},
+        "place": place,
         "value": value if value is not None and math.isfinite(value) else None,
         "metrics": finite,
         "state": str(row["state"]),

@@ -1,9 +1,12 @@
 """`report.html`: one file that shows all of a search, a training run or an evaluation, and needs no network."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ftray.storage.location import Location
+from ftray.errors import UserError
+from ftray.storage.location import Location, reason
 
 if TYPE_CHECKING:
     from ftray.reports.contents import Contents
@@ -33,7 +36,8 @@ def write_report(place: Location, price: float | None = None, png: bool = False)
         png: whether the figures go to `figures/` too.
 
     Raises:
-        UserError: there is nothing to report, a file of it is damaged, or the package for PNG files is missing.
+        UserError: there is nothing to report, a file of it is damaged, the package for PNG files is missing, or what is
+            made can't be written.
     """
     from ftray.reports.contents import contents
     from ftray.reports.png import as_png, require_resvg
@@ -47,12 +51,23 @@ def write_report(place: Location, price: float | None = None, png: bool = False)
     found = contents(read_run(place), price)
     images = {figure.name: as_png(figure) for figure in found.figures} if png else {}
     target = beside(place, ".html") if place.is_file() else place / REPORT
-    for name, image in images.items():
-        directory = target.parent / FIGURES
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{name}.png").write_bytes(image)
-    target.write_text(rendered(found))
+    page = rendered(found)
+    with refuse_unwritable(target):
+        for name, image in images.items():
+            directory = target.parent / FIGURES
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{name}.png").write_bytes(image)
+        target.write_text(page)
     return target
+
+
+@contextmanager
+def refuse_unwritable(place: Location) -> Iterator[None]:
+    """Inside, a file is written: a directory that has its name, or no right to write there, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: can't be written ({error.strerror or reason(error)})") from None
 
 
 def rendered(found: "Contents | list[dict[str, Any]]", template: str = "report.html") -> str:

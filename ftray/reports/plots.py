@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ftray.errors import UserError
+from ftray.reports.page import refuse_unwritable
 from ftray.runtime.cluster import quietly
 from ftray.storage.location import Location, parse_location
 
@@ -51,11 +52,20 @@ class Plots:
         """Where the tokens went."""
         return self._one("spend")
 
+    def proof(self) -> "Plot":
+        """Base, default and best on test records."""
+        return self._one("proof")
+
+    def lengths(self) -> "Plot":
+        """Tokens of the records of each split."""
+        return self._one("lengths")
+
     def _one(self, *names: str) -> "Plot":
         for figure in self._found.figures:
             if figure.name in names:
                 return Plot(figure)
-        known = ", ".join(figure.name for figure in self._found.figures)
+        there = ["curves" if figure.name == "training" else figure.name for figure in self._found.figures]
+        known = ", ".join(name for name in there if name in vars(Plots))
         raise UserError(f"plot.{names[0]}: the run has nothing for it; it has: {known or 'no figure'}")
 
 
@@ -76,18 +86,22 @@ class Plot:
         """Write the figure to `path`.
 
         Raises:
-            UserError: it ends neither in .svg nor in .png, or the package for PNG files is missing.
+            UserError: it ends neither in .svg nor in .png, the package for PNG files is missing, or it can't be written
+                there.
         """
         from ftray.reports.png import as_png, require_resvg
 
         place = parse_location(path)
         if place.path.endswith(".svg"):
-            place.write_text(self.svg)
+            content = self.svg.encode()
         elif place.path.endswith(".png"):
             require_resvg()
-            place.write_bytes(as_png(self.figure))
+            content = as_png(self.figure)
         else:
             raise UserError(f"{place}: a figure is saved as .svg or .png")
+        with refuse_unwritable(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
 
     def _repr_html_(self) -> str:
         caption = f"<figcaption>{escape(self.figure.caption)}</figcaption>"

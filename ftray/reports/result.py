@@ -1,7 +1,9 @@
 """What a run has left, as Python objects: read from its output, now or in another session."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -9,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.config import Config
 from ftray.errors import UserError
+from ftray.evaluation.intervals import as_told
 from ftray.reports.plots import Page, Plots
+from ftray.reports.words import counted
 from ftray.runtime.cluster import quietly
 from ftray.storage.location import Location, parse_location
 from ftray.storage.manifest import refuse_damaged
@@ -152,15 +156,16 @@ class SearchResult(_Run):
 
     @property
     def comparison(self) -> "pandas.DataFrame":
-        """The proof as a table: a row a metric, with 95 % intervals of the differences."""
+        """The proof as a table: a row a metric, with 95 % intervals of the differences; NaN: there is none."""
         import pandas
 
-        rows = []
-        for name, over_base in (self.proof or {"metrics": {}})["metrics"].items():
+        rows: list[dict[str, Any]] = []
+        if self.proof is None:
+            return pandas.DataFrame(rows)
+        for name, over_base in self.proof["metrics"].items():
             row = {"metric": name, "base": over_base["base"], "best": over_base["best"]}
             row |= {"difference": over_base["difference"]}
-            row |= dict(zip(("low", "high"), over_base["interval"], strict=True))
-            rows.append(row)
+            rows.append(row | _ends(as_told(over_base, self.proof["records"], self.proof.get("candidates", 1))))
         return pandas.DataFrame(rows)
 
     @property
@@ -228,12 +233,13 @@ class Evaluation:
 
     @property
     def table(self) -> "pandas.DataFrame":
-        """A row an adapter and metric: its value, the base's, and the 95 % interval of the difference."""
+        """A row an adapter and metric: its value, the base's, and the difference with its 95 % interval; NaN: none."""
         import pandas
 
         rows = [
             {"adapter": adapter, "metric": name, "base": metric["base"], "value": metric["best"]}
-            | {"difference": metric["difference"], "low": metric["interval"][0], "high": metric["interval"][1]}
+            | {"difference": metric["difference"]}
+            | _ends(as_told(metric, self.result["records"]))
             for adapter, metrics in self.result["adapters"].items()
             for name, metric in metrics.items()
         ]
@@ -252,6 +258,10 @@ class Evaluation:
         return Page(write_report(self.file))
 
     def _repr_html_(self) -> str:
-        return (
-            f"<p>{self.result['records']} {escape(self.result['split'])} records</p>{self.table.to_html(index=False)}"
-        )
+        records = counted(self.result["records"], f"{escape(self.result['split'])} record")
+        return f"<p>{records}</p>{self.table.to_html(index=False)}"
+
+
+def _ends(told: Mapping[str, Any]) -> dict[str, float]:
+    low, high = told["interval"] or (math.nan, math.nan)
+    return {"low": low, "high": high}

@@ -182,7 +182,9 @@ def _search(cfg: Config, output: Location) -> SearchFiles:
 def _filled(row: dict[str, Any], metric: str) -> TrialRow:
     """A row with what rows of older versions lack."""
     metrics = {} if row["value"] is None else {metric: row["value"]}
-    return cast(TrialRow, {"seed_of": None, "validated": None, "metrics": metrics, "reason": None} | row)
+    return cast(
+        TrialRow, {"seed_of": None, "validated": None, "tie_breaker": 0.0, "metrics": metrics, "reason": None} | row
+    )
 
 
 def _curves(path: Location) -> dict[int, Curve]:

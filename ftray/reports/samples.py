@@ -10,9 +10,10 @@ from html import escape
 
 from rapidfuzz.distance import Levenshtein
 
-from ftray.evaluation.answers import Answer, Answered
+from ftray.evaluation.answers import UNDESIRABLE, Answer, Answered
 from ftray.reports.run_files import RunFiles
 from ftray.reports.words import short_names
+from ftray.task_spec import TaskSpec
 
 LONGEST = 1200  # characters shown of a text
 ROOM = 1_400_000  # bytes of all samples together: a report stays a file that one can send
@@ -28,7 +29,9 @@ class Sample:
     """A record with the answers before and after.
 
     Attributes:
+        undesirable: an answer that people judged bad, where the record has no target; else empty.
         change: how much nearer to the target the answer has come: from -1, right before and all wrong now, to 1.
+        verdict: the change in a word, or whether the answers differ.
         before, after: the answers, in stretches that differ or don't.
         right_before, right_after: whether they are the target, but for white space at the ends.
         others: answers of further models.
@@ -38,7 +41,9 @@ class Sample:
 
     prompt: str
     target: str
+    undesirable: str
     change: float
+    verdict: str
     before: Marked
     after: Marked
     right_before: bool
@@ -46,11 +51,6 @@ class Sample:
     others: dict[str, str]
     losses: dict[str, float]
     name: str
-
-    @property
-    def verdict(self) -> str:
-        """In a word."""
-        return "better" if self.change > 0 else "worse" if self.change < 0 else "as before"
 
 
 def samples(run: RunFiles) -> list[Sample]:
@@ -63,7 +63,8 @@ def samples(run: RunFiles) -> list[Sample]:
         return []
     names = [*known[0]["answers"]]
     before, after = "base", "best" if "best" in names else next(name for name in names if name != "base")
-    whole = run.cfg is None or run.cfg.task in GENERATING
+    task = run.cfg.task if run.cfg else (run.evaluation or {}).get("task", "CAUSAL_LM")
+    whole = TaskSpec.named(task).name in GENERATING
     ranked = sorted(known, key=lambda record: -_rank(record, before, after, whole))
     return _as_fit(ranked, lambda record: _sample(record, before, after, whole))
 
@@ -79,7 +80,7 @@ def _answered(run: RunFiles) -> list[Answered]:
     found: list[Answered] = []
     for sample in few:
         answers: dict[str, Answer] = {
-            name: {"text": text, "loss": math.nan} for name, text in sample.items() if name not in ("prompt", "target")
+            name: {"text": text} for name, text in sample.items() if name not in ("prompt", "target", UNDESIRABLE)
         }
         found.append({"prompt": sample["prompt"], "target": sample["target"], "answers": answers})
     return found
@@ -87,7 +88,7 @@ def _answered(run: RunFiles) -> list[Answered]:
 
 def _rank(record: Answered, before: str, after: str, nearly: bool) -> float:
     """The change; of equal ones, the fall of the loss decides."""
-    losses = [record["answers"][name]["loss"] for name in (before, after)]
+    losses = [record["answers"][name].get("loss", math.nan) for name in (before, after)]
     fall = losses[0] - losses[1] if all(loss == loss for loss in losses) else 0.0
     return _change(record, before, after, nearly) + 1e-6 * max(-1e3, min(1e3, fall))
 
@@ -95,6 +96,15 @@ def _rank(record: Answered, before: str, after: str, nearly: bool) -> float:
 def _change(record: Answered, before: str, after: str, nearly: bool) -> float:
     errors = [_error(record["answers"][name].get("text", ""), record["target"], nearly) for name in (before, after)]
     return errors[0] - errors[1]
+
+
+def _verdict(change: float, before: str, after: str) -> str:
+    """Of answers that are as near to the target, or have none, whether they differ, and in what."""
+    if change:
+        return "better" if change > 0 else "worse"
+    if before == after:
+        return "as before"
+    return "other white space" if before.split() == after.split() else "other words"
 
 
 def _error(text: str, target: str, nearly: bool) -> float:
@@ -120,7 +130,7 @@ def _as_fit(ranked: Sequence[Answered], sample: Callable[[Answered], Sample]) ->
 
 def _size(sample: Sample) -> int:
     """Bytes of its markup, about."""
-    texts = [sample.prompt, sample.target, *sample.others.values()]
+    texts = [sample.prompt, sample.target, sample.undesirable, *sample.others.values()]
     marked = [*sample.before, *sample.after]
     parts = [*texts, *(part for part, _ in marked)]
     return sum(len(escape(part).encode()) for part in parts) + 11 * sum(own for _, own in marked) + FRAME
@@ -130,16 +140,23 @@ def _sample(record: Answered, before: str, after: str, nearly: bool) -> Sample:
     texts = {name: answer.get("text", "") for name, answer in record["answers"].items()}
     marked = differences(shown(texts[before]), shown(texts[after]))
     target, names = record["target"].strip(), {"base": "base"} | short_names(name for name in texts if name != "base")
+    change = _change(record, before, after, nearly)
     return Sample(
         prompt=shown(record["prompt"]),
         target=shown(record["target"]),
-        change=_change(record, before, after, nearly),
+        undesirable=shown(record.get(UNDESIRABLE, "")),
+        change=change,
+        verdict=_verdict(change, texts[before], texts[after]),
         before=marked[0],
         after=marked[1],
-        right_before=texts[before].strip() == target,
-        right_after=texts[after].strip() == target,
+        right_before=target != "" and texts[before].strip() == target,
+        right_after=target != "" and texts[after].strip() == target,
         others={names[name]: shown(text) for name, text in texts.items() if name not in (before, after)},
-        losses={names[name]: own["loss"] for name, own in record["answers"].items() if own["loss"] == own["loss"]},
+        losses={
+            names[name]: own["loss"]
+            for name, own in record["answers"].items()
+            if not math.isnan(own.get("loss", math.nan))
+        },
         name=names[after],
     )
 

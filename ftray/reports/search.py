@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ftray.config import Config
+from ftray.evaluation.answers import UNDESIRABLE
+from ftray.evaluation.intervals import any_interval, said
+from ftray.reports.words import SAME, counted
 from ftray.storage.location import Location
 from ftray.task_spec import TaskSpec
 
@@ -42,7 +45,8 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
         print(lengths_line(proof["lengths"]))
     for sample in proof["samples"]:
         shown = {k: " ".join(v.split())[:80] for k, v in sample.items()}
-        print(f"  {shown['prompt']!r}: target {shown['target']!r}, base {shown['base']!r}, best {shown['best']!r}")
+        wanted = f"judged bad {shown[UNDESIRABLE]!r}" if UNDESIRABLE in shown else f"target {shown['target']!r}"
+        print(f"  {shown['prompt']!r}: {wanted}, base {shown['base']!r}, best {shown['best']!r}")
     print(f"adapter  {output / 'best' / 'adapter'}")
     merged = proof["merged"]
     loss = f", loss {merged['loss']:.4g} without quantisation" if "loss" in merged else ""
@@ -58,14 +62,17 @@ def show(rows: list["TrialRow"], proof: dict[str, Any], cfg: Config, output: Loc
 
 def proof_table(proof: dict[str, Any]) -> Table:
     """Base, default configuration and best on the test records, with the intervals of the differences."""
+    is_best = proof.get("default_is_best", False)
     chosen = f", of {proof['candidates']} finalists" if proof["candidates"] > 1 else ""
-    title = f"{proof['records']} test records; 95 % intervals of what is best{chosen}"
+    intervals = "95 % intervals" if any_interval([proof["metrics"], proof["sources"]]) else "no 95 % intervals"
+    title = f"{counted(proof['records'], 'test record')}; {intervals} of what is best{chosen}"
     table = Table("metric", "base", "default", "best", "best - base", "best - default", title=title)
 
     def added(name: str, base: dict[str, Any], default: dict[str, Any] | None) -> None:
         both = [base, *([default] if default else [])]
-        usual = f"{default['base']:.4g}" if default else ""
-        gains = [f"{m['difference']:.4g} ({m['interval'][0]:.4g} to {m['interval'][1]:.4g})" for m in both]
+        usual = f"{default['base']:.4g}" if default else f"{base['best']:.4g}" if is_best else ""
+        gains = [f"{m['difference']:.4g} ({said(m)})" for m in both]
+        gains += [SAME] if is_best else []
         table.add_row(name, f"{base['base']:.4g}", usual, f"{base['best']:.4g}", *gains)
 
     for name, metric in proof["metrics"].items():
@@ -77,10 +84,7 @@ def proof_table(proof: dict[str, Any]) -> Table:
 
 def lengths_line(lengths: dict[str, Any]) -> str:
     """How long the models' answers and the records' are, so that a win by length shows."""
-    shown = [
-        f"{name} {own['mean']:.1f} ({own['interval'][0]:.1f} to {own['interval'][1]:.1f})"
-        for name, own in lengths.items()
-    ]
+    shown = [f"{name} {own['mean']:.1f} ({said(own, '{:.1f}'.format)})" for name, own in lengths.items()]
     return f"mean tokens of answers, 95 % intervals: {', '.join(shown)}"
 
 

@@ -5,21 +5,21 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftray.config import Config, config_from
+from ftray.config import Config, Goal, config_from
 from ftray.data.shards import Split
 from ftray.errors import UserError
-from ftray.search.goals import Judged, front
+from ftray.search.goals import Ranked, front, place
 from ftray.search.live import ENDING, OVER, PAUSED, SEARCHING, Beat, DriverNote, fresh_beats
 from ftray.search.progress import describe, summary, time_told
 from ftray.search.trial_status import TrialStatus, journal_status, live_status
 from ftray.storage.location import Location, reason
 from ftray.storage.manifest import refuse_damaged
-from ftray.training.train_state import Report, best_report, metric_value
+from ftray.training.train_state import Report, best_report, metric_value, tie_breaker
 
 PREPARING = "prepares"  # what a search is about before its driver notes it
 
 
-class TrialProgress(Judged):
+class TrialProgress(Ranked):
     """One trial of a search.
 
     Attributes:
@@ -29,20 +29,18 @@ class TrialProgress(Judged):
         rung: number of rungs that it has reached.
         records: seen at its last report.
         value: the best of its reports; None: it made none.
-        metrics, validated: as those of a :class:`~ftray.search.results.TrialRow`.
+        metrics, validated, tie_breaker: as those of a :class:`~ftray.search.results.TrialRow`.
         tokens_per_second: its speed; None: it does not run.
         reason: why it failed; None: it did not.
         ended: seconds since 1970; None: it has not.
         seed_of: of a further run of a finalist, with another seed, the finalist's number; else None.
     """
 
-    trial: int
     configuration: str
     config: dict[str, Any]
     state: TrialStatus
     rung: int
     records: int
-    value: float | None
     tokens_per_second: float | None
     ended: float | None
     seed_of: int | None
@@ -98,12 +96,19 @@ class Search:
     @property
     def best(self) -> tuple[float, int] | None:
         """The best value so far, and its trial."""
-        values = [
-            (t["value"], t["trial"])
-            for t in self.trials
-            if t["value"] is not None and t["state"] is not TrialStatus.FAILED and t["seed_of"] is None
-        ]
-        return (min(values) if self.direction == "min" else max(values)) if values else None
+        first = next((row for row in self.ranked if row["seed_of"] is None), None)
+        if first is None or first["value"] is None or first["state"] is TrialStatus.FAILED:
+            return None
+        return first["value"], first["trial"]
+
+    @property
+    def ranked(self) -> list[TrialProgress]:
+        """The trials as the leaderboard of the report has them, each followed by its further runs with other seeds."""
+        goal = Goal(self.metric, self.direction)
+        own = [row for row in self.trials if row["seed_of"] is None]
+        own.sort(key=lambda row: place(row, goal, row["state"] is TrialStatus.FAILED))
+        again = [row for row in self.trials if row["seed_of"] is not None]
+        return [found for row in own for found in (row, *(run for run in again if run["seed_of"] == row["trial"]))]
 
     @property
     def speed(self) -> float:
@@ -172,6 +177,7 @@ def read(output: Location) -> Search:
                 "value": metric_value(best, metric) if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "validated": best.get("validated") if best else None,
+                "tie_breaker": tie_breaker(best) if best else 0.0,
                 "tokens_per_second": reports[-1]["tokens_per_second"] if reports and state.runs else None,
                 "reason": attributes.get("reason"),
                 "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,

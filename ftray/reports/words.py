@@ -17,6 +17,7 @@ NAMES = {
     "latency": "latency in seconds",
 }
 SMALL_IS_GOOD = ("loss", "perplexity", "error_rate")  # parts of the names of metrics; of the others, more is better
+SAME = "the same trial"  # where the default configuration has won
 SHARES = ("exact_match", "accuracy", "squad_em")  # metrics that are a share of the records
 
 
@@ -41,6 +42,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
         if len({*tails.values(), "base"}) == len(known) + 1:
             return tails
     return {name: name for name in known}
+
+
+def counted(number: int, what: str) -> str:
+    """So many things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def capital(said: str) -> str:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from ftray.config import Goal
 from ftray.search.goals import nondominated_ranks
 from ftray.search.rungs import LEAST_FINALISTS, Rung
+from ftray.training.train_state import tie_breaker
 
 COHORT = "cohort"  # user attribute of a trial in the journal: index of its cohort
 BASELINE_TRIAL = 0  # it always gets its full budget, so that a search can be seen to beat it
@@ -26,12 +27,14 @@ class CohortTrial:
         values: what it is compared by at each rung that it has reached: the first goal, or the loss of its training;
             None: it has nothing that compares.
         further: the other goals there, less is better.
+        ties: what decides among equal values there, less is better.
         over: whether it has ended, however.
         lost: whether it was cut, and must end.
     """
 
     values: list[float | None] = field(default_factory=list)
     further: list[tuple[float, ...]] = field(default_factory=list)
+    ties: list[float] = field(default_factory=list)
     over: bool = False
     lost: bool = False
 
@@ -88,7 +91,8 @@ class Cohorts:
                 self.add(trial.number, trial.user_attrs[COHORT])
                 for report in trial.user_attrs.get("reports", []):
                     value, paired = report.get(metric), report.get("paired_loss")
-                    self.report(trial.number, report["records"], value, paired, further(report, others))
+                    rest, tie = further(report, others), tie_breaker(report)
+                    self.report(trial.number, report["records"], value, paired, rest, tie)
                 if trial.state.is_finished():
                     self.end(trial.number)
 
@@ -128,6 +132,7 @@ class Cohorts:
         value: float | None,
         paired: float | None = None,
         further: tuple[float, ...] = (),
+        tie: float = 0.0,
     ) -> bool:
         """Note what a trial has reached; returns whether it must wait for the others at a rung.
 
@@ -136,6 +141,7 @@ class Cohorts:
             value: the first goal, by a validation; None: there was none.
             paired: the loss of training batches that are the same ones for other trials; None: it doesn't compare.
             further: values of the other goals, less is better.
+            tie: what decides among equal values, less is better.
         """
         cohort = self.cohort_of(number)
         if cohort is None:
@@ -145,6 +151,7 @@ class Cohorts:
         while len(member.values) < reached:
             member.values.append(paired if self.rungs[len(member.values)].paired else value)
             member.further.append(further)
+            member.ties.append(tie)
         return not member.lost and len(member.values) > self._cut[cohort]
 
     def lost(self, number: int) -> bool:
@@ -177,7 +184,7 @@ class Cohorts:
         }
         ranks = dict(zip(points, nondominated_ranks([*points.values()]), strict=True))
         # of one goal, the order of values
-        ranked = sorted(points, key=lambda number: (ranks[number], points[number], number))
+        ranked = sorted(points, key=lambda number: (ranks[number], points[number], members[number].ties[rung], number))
         unranked = arrived.keys() - points.keys()
         kept = {*ranked[: math.ceil(self.rungs[rung].share * len(members))], *unranked, BASELINE_TRIAL}
         losers = [number for number in ranked if number not in kept]
@@ -195,12 +202,16 @@ class Cohorts:
         if not self.rungs:
             return []
         last, places = len(self.rungs) - 1, LEAST_FINALISTS
-        kept: dict[int, float] = {}
+        kept: dict[int, tuple[float, float]] = {}
         for members in self.cohorts:
             if any(len(member.values) <= last and not member.over and not member.lost for member in members.values()):
                 return None
             arrived = {n: member.values[last] for n, member in members.items() if len(member.values) > last}
-            values = {number: self.sign * value for number, value in arrived.items() if value is not None}
+            values = {
+                number: (self.sign * value, members[number].ties[last])
+                for number, value in arrived.items()
+                if value is not None
+            }
             share = math.ceil(self.rungs[last].share * len(members))
             best = sorted(values, key=lambda number: (values[number], number))[:share]
             kept |= {number: values[number] for number in values if number in (*best, BASELINE_TRIAL)}

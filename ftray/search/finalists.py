@@ -8,6 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from ftray.config import AdapterConfig, Config
+from ftray.evaluation.intervals import as_told, said
 from ftray.search.journal import SEED_OF, STUDY, open_journal, past_trials
 from ftray.search.results import TrialRow
 from ftray.search.trial_status import TrialStatus
@@ -140,7 +141,7 @@ def choose_finalist(
         "records": len(rows),
         "winner": choice.winner,
         "best": choice.best,
-        "differences": [asdict(difference) | {"shown": difference.shown} for difference in choice.differences],
+        "differences": [asdict(difference) for difference in choice.differences],
         "candidates": [{"trial": c.trial, "parameters": c.parameters, "values": values[c.trial]} for c in scored],
     }
 
@@ -182,16 +183,19 @@ def trained_parameters(base: "LoadedModel", adapter: AdapterConfig) -> int:
 def verdict(choice: dict[str, Any], metric: str) -> list[str]:
     """What the log says of a choice: a line for each comparison, and who won."""
     parameters = {c["trial"]: c["parameters"] for c in choice["candidates"]}
-    lines = []
-    for d in choice["differences"]:
-        low, high = d["interval"]
+    lines, count = [], choice["records"]
+    differences = [as_told(d, count, len(choice["differences"])) for d in choice["differences"]]
+    for d in differences:
+        interval = f"95 % interval of trial {d['other']} - trial {d['best']} " if d["interval"] else ""
         lines.append(
             f"finalists {d['best']} and {d['other']}: {metric} differs by {abs(d['difference']):.4g} over "
-            f"{choice['records']} validation records and {len(d['seeds'])} seed(s), 95 % interval of trial "
-            f"{d['other']} - trial {d['best']} {low:.4g} to {high:.4g}"
+            f"{count} validation record(s) and {len(d['seeds'])} seed(s), {interval}{said(d)}"
             + ("" if d["shown"] else ": no difference shown")
         )
     winner = choice["winner"]
-    shown = all(d["shown"] for d in choice["differences"])
-    why = "the better one" if shown else "the smaller one of those that show no difference"
+    why = "the smaller one of those that show no difference"
+    if all(d["shown"] for d in differences):
+        why = "the better one"
+    elif winner == choice["best"] and not any(d["interval"] or d["difference"] == 0 for d in differences):
+        why = "the better one on these records, which are too few to show it"
     return [*lines, f"trial {winner} wins: {why}, {parameters[winner]:,} trained parameters"]

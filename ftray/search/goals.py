@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict, TypeVar
 
-from ftray.config import KNEE, Config
+from ftray.config import KNEE, Config, Goal
 
 
 class Judged(TypedDict):
@@ -19,6 +19,20 @@ class Judged(TypedDict):
     metrics: dict[str, float]
     validated: int | None
     reason: str | None
+
+
+class Ranked(Judged):
+    """What a leaderboard goes by.
+
+    Attributes:
+        trial: its number.
+        value: the best of its reports; None: it made none.
+        tie_breaker: of the report that has the value, see :func:`ftray.training.train_state.tie_breaker`.
+    """
+
+    trial: int
+    value: float | None
+    tie_breaker: float
 
 
 Row = TypeVar("Row", bound=Judged)
@@ -68,6 +82,24 @@ def front(rows: Sequence[Row], cfg: Config) -> list[Row]:
     alike = [row for row in whole if _validated(row) == most]
     ranks = nondominated_ranks([_point(row, cfg) for row in alike])
     return [row for row, rank in zip(alike, ranks, strict=True) if rank == 0]
+
+
+def place(row: Ranked, goal: Goal, failed: bool) -> tuple[bool, bool, float, float, float, int]:
+    """What trials are sorted by, best first: those without a value come behind those with one, failed ones last.
+
+    Values are compared among trials that were validated on as many records: those on all of them come first. Of equal
+    values the tie-breaker decides, then the trial's number.
+    """
+    if row["value"] is None:
+        return failed, True, 0.0, 0.0, 0.0, row["trial"]
+    value = goal.sign * row["value"]
+    return failed, False, -_validated(row), value, row["tie_breaker"], row["trial"]
+
+
+def is_tie(one: Ranked, other: Ranked) -> bool:
+    """Whether nothing but their numbers tells two trials apart."""
+    keys = ("value", "tie_breaker", "validated", "metrics")
+    return all(one[key] == other[key] for key in keys)  # type: ignore[literal-required]
 
 
 def preferred(rows: Sequence[Row], cfg: Config) -> list[Row]:

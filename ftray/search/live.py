@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import psutil
 
+from ftray.evaluation.answers import UNDESIRABLE
 from ftray.search.results import LOSSES_SO_FAR, checkpoints, trial_name
 from ftray.storage.location import Location
 
@@ -213,7 +214,7 @@ def sampling(context: "SearchContext", base: "PreTrainedModel", output: Location
     words = data.task.kind[0] == "CAUSAL_LM" and data.task.load().packed
     if not (cfg.ui.serve and cfg.ui.samples and words) or is_sharded(base):
         return None
-    rows = data.rows("validation", cfg.ui.samples)
+    rows = [*map(data.task.load().as_shown, data.rows("validation", cfg.ui.samples))]
     tokenizer = load_tokenizer(context.model_path, cfg.model.trust_remote_code, cfg.data.chat_template)
     decoder = PackDecoder(base, tokenizer, cfg.evaluation)
 
@@ -221,7 +222,7 @@ def sampling(context: "SearchContext", base: "PreTrainedModel", output: Location
         for name, texts in decoder.answers(models, rows).items():
             file = output / LIVE / f"trial-{name}.json"
             known = read_json(file) or {
-                "asked": [{k: row[k] for k in ("prompt", "target")} for row in rows],
+                "asked": [{k: row[k] for k in ("prompt", "target", UNDESIRABLE) if k in row} for row in rows],
                 "answers": [],
             }
             before = [own for own in known["answers"] if own["records"] < records[name]]

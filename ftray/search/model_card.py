@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.config import Config
 from ftray.data.sources import hub_dataset
+from ftray.evaluation.intervals import said
 from ftray.search.progress import describe
 from ftray.search.results import TrialRow
 from ftray.search.starting_point import described
@@ -72,19 +73,22 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         f"{cfg.search.goal.metric}: {best['value']:.4f} after {best['records']} records ({best['tokens']} tokens).",
     ]
     if proof:
-        lines += ["", "On a test split that the search never saw:", "", "| metric | base | adapter | 95 % interval |"]
+        records = f"{proof['records']} record" + ("" if proof["records"] == 1 else "s")
+        lines += [
+            "",
+            f"On {records} of a test split that the search never saw:",
+            "",
+            "| metric | base | adapter | 95 % interval |",
+        ]
         lines += ["| --- | --- | --- | --- |"]
         for name, m in proof["metrics"].items():
-            low, high = m["interval"]
-            lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+            lines.append(f"| {name} | {m['base']:.4f} | {m['best']:.4f} | {_difference(m)} |")
         for source, m in proof["sources"].items():
-            low, high = m["interval"]
             of = f"loss, {m['records']} records of {source}"
-            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | {_difference(m)} |")
         for name, m in (proof.get("over_default") or {}).items():
-            low, high = m["interval"]
             of = f"{name}, over the default configuration"
-            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | difference {low:.4f} to {high:.4f} |")
+            lines.append(f"| {of} | {m['base']:.4f} | {m['best']:.4f} | {_difference(m)} |")
         if proof["new_modules"]:
             lines += ["", f"The base came without {', '.join(proof['new_modules'])}: above, its head is untrained."]
     task = TaskSpec.named(cfg.task).load()
@@ -103,3 +107,7 @@ def _card_text(cfg: Config, best: TrialRow, proof: dict[str, Any] | None) -> str
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _difference(metric: dict[str, Any]) -> str:
+    return ("difference " if metric["interval"] else "") + said(metric, "{:.4f}".format)

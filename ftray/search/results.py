@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ftray.config import Config
-from ftray.search.goals import Judged, front
+from ftray.adapters.methods import METHODS, parameters
+from ftray.config import AdapterConfig, Config
+from ftray.search.goals import Ranked, front, place
 from ftray.search.trial_status import TrialStatus, journal_status
 from ftray.storage.atomic import atomic_dir, atomic_write
 from ftray.storage.location import Location, parse_location
 from ftray.storage.manifest import check, find_corruption
-from ftray.training.train_state import Report, best_report, metric_value
+from ftray.training.train_state import Report, best_report, metric_value, tie_breaker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +32,13 @@ PACKED_REPORT = "report.json"  # of a trial that trains in a pack, inside its ch
 LOSSES_SO_FAR = "losses"  # in it: the training loss of each step
 
 
-class TrialRow(Judged):
+class TrialRow(Ranked):
     """A trial of a search, as `summary.json` holds it.
 
     Attributes:
         trial: its number.
         value: the best of its reports; a failed trial keeps it. None: it was never validated.
+        tie_breaker: see :func:`ftray.training.train_state.tie_breaker`.
         validated: validation records behind the value; None: all that the settings allow.
         metrics: all that the search goes by, of the report that has the value; empty: it made none.
         records, tokens, seconds: of its last report.
@@ -47,9 +49,7 @@ class TrialRow(Judged):
         seed_of: of a further run of a finalist, with another seed, the finalist's number; else None.
     """
 
-    trial: int
     status: TrialStatus
-    value: float | None
     records: int
     tokens: int
     seconds: float
@@ -116,10 +116,7 @@ def say_damaged(output: Location) -> None:
 
 
 def trial_rows(cfg: Config, output: Location) -> list[TrialRow]:
-    """The trials of the search in `output`, best first; failed ones come after all others.
-
-    Values are compared among trials that were validated on as many records: those on all of them come first.
-    """
+    """The trials of the search in `output`, best first, see :func:`ftray.search.goals.place`."""
     return [row for row in all_rows(cfg, output) if row["seed_of"] is None]
 
 
@@ -142,6 +139,7 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
                 "trial": trial.number,
                 "status": journal_status(trial),
                 "value": metric_value(best, goal.metric) if best else None,
+                "tie_breaker": tie_breaker(best) if best else 0.0,
                 "validated": best.get("validated") if best else None,
                 "metrics": {k: metric_value(best, k) for k in cfg.search.measured if k in best} if best else {},
                 "records": last["records"] if last else 0,
@@ -156,27 +154,25 @@ def all_rows(cfg: Config, output: Location) -> list[TrialRow]:
                 "seed_of": trial.user_attrs.get(SEED_OF),
             }
         )
-    worst = float("inf")
-    return sorted(
-        rows,
-        key=lambda row: (
-            row["status"] is TrialStatus.FAILED,
-            0 if row["value"] is None else -(row["validated"] or worst),
-            worst if row["value"] is None else goal.sign * row["value"],
-        ),
-    )
+    return sorted(rows, key=lambda row: place(row, goal, row["status"] is TrialStatus.FAILED))
 
 
 def write_leaderboard(rows: list[TrialRow], path: Location, cfg: Config) -> None:
     """Write a CSV file with one line per trial, best first, and a column for every setting that any trial has.
+
+    What a trial's configuration leaves open is as it was trained: by the method's default, or the training section.
 
     Where the search goes by several metrics, each has a column, and `front` is 1 for the trials that none beats in all.
     """
     metric, *further = cfg.search.measured
     if len(cfg.search.goals) > 1:
         further.append("front")
-    flat = [{**r["config"]["adapter"], **r["config"]["training"]} for r in rows]
-    settings = list(dict.fromkeys(key for f in flat for key in f))
+    given = [{**r["config"]["adapter"], **r["config"]["training"]} for r in rows]
+    settings = list(dict.fromkeys(key for own in given for key in own))
+    flat = [
+        {key: value for key, value in (_whole(r["config"], cfg) | own).items() if key in settings}
+        for r, own in zip(rows, given, strict=True)
+    ]
     known = ["rank_in_search", "trial", "status", metric, *further, "records", "tokens", "seconds"]
     columns = [*known, *settings, "reason"]
 
@@ -184,11 +180,18 @@ def write_leaderboard(rows: list[TrialRow], path: Location, cfg: Config) -> None
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for place, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
+        for rank, (row, config) in enumerate(zip(rows, flat, strict=True), 1):
             shown = {k: v for k, v in row.items() if k in columns}
             plain = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items()}
             own = row["metrics"] | ({"front": int(row in shown_front)} if "front" in further else {})
-            writer.writerow({"rank_in_search": place, **own, **shown, **plain})
+            writer.writerow({"rank_in_search": rank, **own, **shown, **plain})
+
+
+def _whole(configuration: dict[str, Any], cfg: Config) -> dict[str, Any]:
+    """Every setting of a trial: the parameters of its method, and the training section."""
+    adapter = AdapterConfig(**configuration["adapter"])
+    own = parameters(adapter).model_dump() if adapter.method in METHODS else {}  # those that are kept may be of others
+    return own | cfg.training.model_dump()
 
 
 def write_curves(rows: list[TrialRow], experiment: Location, path: Location) -> None:

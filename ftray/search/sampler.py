@@ -22,6 +22,7 @@ from ftray.storage.location import Location, reason
 
 # of a report, with what the search measures
 REPORTED = ("step", "records", "tokens", "seconds", "tokens_per_second", "validated", "paired_loss")
+TIE_BREAKERS = ("validation_margin", "validation_loss")  # see ftray.training.train_state.tie_breaker
 
 
 def whole(cfg: Config, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +183,9 @@ class Sampler(Searcher):
         trial = self._trials[trial_id]
         reports = trial.user_attrs.get("reports", [])
         if "step" in result and result["step"] not in [report["step"] for report in reports]:
-            report = {key: result[key] for key in (*REPORTED, *self.cfg.search.measured) if key in result}
+            report = {
+                key: result[key] for key in (*REPORTED, *TIE_BREAKERS, *self.cfg.search.measured) if key in result
+            }
             trial.set_user_attr("reports", [*reports, report])
             if len(self.cfg.search.goals) == 1 and self.metric in result:  # of several, Optuna stores no curves
                 trial.report(result[self.metric], result["records"])

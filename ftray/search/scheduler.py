@@ -8,6 +8,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from ftray.config import Goal
 from ftray.search.cohorts import Cohorts, further
+from ftray.training.train_state import tie_breaker
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -42,7 +43,7 @@ class CohortScheduler(FIFOScheduler):
         number = trial.config["number"]
         self._train_on.discard(number)
         value, paired, others = result.get(self._metric), result.get("paired_loss"), further(result, self._others)
-        if not self.cohorts.report(number, result["records"], value, paired, others):
+        if not self.cohorts.report(number, result["records"], value, paired, others, tie_breaker(result)):
             return STOP if self.cohorts.lost(number) else CONTINUE
         survivors, losers = self._cut(number)
         self._end(tune_controller, losers - {number})

@@ -27,6 +27,7 @@ from ftray.config import AdapterConfig, Config, ModelConfig, TrainingConfig
 from ftray.errors import UserError
 from ftray.models.find import find
 from ftray.runtime.cluster import on_hardware
+from ftray.search.held_out import refuse_seen, trained_by
 from ftray.search.space import Space, space_from
 from ftray.storage.atomic import atomic_dir
 from ftray.storage.location import Location, parse_location
@@ -80,12 +81,13 @@ def find_start(cfg: Config) -> StartingPoint | None:
     if cfg.task != "auto":
         _refuse_other_task(adapter, task, cfg.task)
     start = StartingPoint(adapter, base_of(cfg, [adapter]), task, cfg.start.form == "kept")
+    refuse_seen(cfg.data, "test", trained_by(adapter), f"adapter {adapter}")
     if start.kept:
-        _refuse_kept(start, cfg)
+        refuse_stage_3(cfg)
     else:
         refuse_merged_elsewhere(cfg)
-        if start.kind in METHODS and METHODS[start.kind].merge_tolerance is None:
-            raise UserError(f"adapter {adapter}: {start.kind} can't be merged into the base: take --from-as kept")
+    has_encoder = bool(getattr(adapter_config(adapter), "prefix_projection", False))
+    refuse_method(start.kind, has_encoder, cfg.start.form, f"adapter {adapter}")
     return start
 
 
@@ -102,13 +104,31 @@ def refuse_merged_elsewhere(cfg: Config) -> None:
         )
 
 
-def _refuse_kept(start: StartingPoint, cfg: Config) -> None:
-    config, merged = adapter_config(start.adapter), "take --from-as merged"
-    of = f"adapter {start.adapter}"
-    if start.kind == "adalora":
-        raise UserError(f"{of}: the ranks of adalora are allotted, and training would allot them anew: {merged}")
-    if start.kind in ("p_tuning", "cpt") or getattr(config, "prefix_projection", False):
-        raise UserError(f"{of}: {start.kind} saves what its encoder gave, not the encoder that was trained: train anew")
+def refuse_method(kind: str, has_encoder: bool, form: str, of: str) -> None:
+    """Refuse to start from an adapter whose method doesn't allow it.
+
+    Args:
+        kind: its method, by the name that the registry gives it.
+        has_encoder: whether a prefix came from an encoder.
+        form: `merged` or `kept`.
+        of: the adapter, for the message.
+
+    Raises:
+        UserError: it can't be merged, or kept.
+    """
+    if form == "merged":
+        if kind in METHODS and METHODS[kind].merge_tolerance is None:
+            raise UserError(f"{of}: {kind} can't be merged into the base: take --from-as kept")
+    elif kind == "adalora":
+        raise UserError(
+            f"{of}: the ranks of adalora are allotted, and training would allot them anew: take --from-as merged"
+        )
+    elif kind in ("p_tuning", "cpt") or has_encoder:
+        raise UserError(f"{of}: {kind} saves what its encoder gave, not the encoder that was trained: train anew")
+
+
+def refuse_stage_3(cfg: Config) -> None:
+    """Raise a UserError if ZeRO 3 is to train an adapter that is kept."""
     if cfg.training.zero_stage == 3:
         raise UserError(f"training.zero_stage 3: {_NO_STAGE_3}")
 

@@ -12,6 +12,7 @@ import torch
 from ftray.config import EvaluationConfig
 from ftray.data.preference import UnpairedTask
 from ftray.data.shards import REFERENCE
+from ftray.evaluation.answers import UNDESIRABLE
 from ftray.evaluation.generation import generate
 from ftray.evaluation.metrics import Scores, ratio
 from ftray.models.next_token import packed_row
@@ -111,7 +112,11 @@ class Task(UnpairedTask, causal.Task):
         return self.collate({**nothing, "score": [1.0], REFERENCE: [[0.0, 0.0]]})
 
     def compared_with(self, base: "PreTrainedModel", rows: list[Row], cfg: EvaluationConfig) -> list[Row]:
-        return preference.compared_with(base, rows, cfg)
+        return [self.as_shown(row) for row in preference.compared_with(base, rows, cfg)]
+
+    def as_shown(self, row: Row) -> Row:
+        is_bad = not row["score"] and UNDESIRABLE not in row
+        return row | {"target": "", UNDESIRABLE: row["target"]} if is_bad else row
 
     def score(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig
@@ -130,6 +135,10 @@ class Task(UnpairedTask, causal.Task):
             "preference_accuracy": ratio(preference.right(margins).numpy(), each),
             "margin": lambda draws: of_good(draws) - of_bad(draws),
         }
-        own = {name: [row["target"] for row in rows if row["score"] == i] for i, name in enumerate(["bad", "good"])}
+        answers = [row.get(UNDESIRABLE) or row["target"] for row in rows]
+        own = {
+            name: [text for text, row in zip(answers, rows, strict=True) if row["score"] == i]
+            for i, name in enumerate(["bad", "good"])
+        }
         preference.add_lengths(scores, tokenizer, own)
         return scores

@@ -105,6 +105,10 @@ class Task(RecordTask):
         """`rows` for :meth:`score`, of models that are to be compared with `base`."""
         return rows
 
+    def as_shown(self, row: Row) -> Row:
+        """`row` as a person is to see it: an answer that was judged bad is no `target`, and stands as `undesirable`."""
+        return row
+
     @abstractmethod
     def score(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], cfg: EvaluationConfig

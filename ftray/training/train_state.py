@@ -61,6 +61,15 @@ def best_report(reports: Iterable[Report], metric: str, direction: str) -> Repor
     return min(alike, key=lambda report: sign * metric_value(report, metric), default=None)
 
 
+def tie_breaker(report: Mapping[str, Any]) -> float:
+    """What tells apart reports that are equal in the metric, less is better: of preferences the margin, else the loss.
+
+    0: the report has neither.
+    """
+    margin: float | None = report.get("validation_margin")
+    return report.get("validation_loss", 0.0) if margin is None else -margin
+
+
 def validated(report: Report) -> float:
     """Validation records that a report read; infinite where it was all."""
     return report.get("validated", math.inf)

@@ -35,7 +35,7 @@ const board = (() => {
       head.replaceChildren(...names.map((name) => Object.assign(document.createElement("th"), {textContent: name})));
     const body = table.tBodies[0], focused = document.activeElement;
     const known = new Map([...body.rows].map((row) => [row.dataset.trial, row]));
-    const rows = state.trials.map((trial, place) => {
+    const rows = state.trials.map((trial) => {
       const row = known.get(String(trial.trial)) || document.createElement("tr");
       if (!row.cells.length) {
         row.dataset.trial = trial.trial;
@@ -60,7 +60,7 @@ const board = (() => {
       const values = [trial.value, ...state.further.map((name) => trial.metrics[name])].map(short);
       const speed = trial.runs && trial.tokens_per_second ? whole(trial.tokens_per_second) : "";
       const of = trial.seed_of === null ? "" : `, again trial ${trial.seed_of}`;
-      const cells = [place + 1, trial.trial + of, ...values, trial.configuration, null, trial.state + (trial.reason ? `: ${trial.reason}` : ""), speed];
+      const cells = [trial.place ?? "", trial.trial + of, ...values, trial.configuration, null, trial.state + (trial.reason ? `: ${trial.reason}` : ""), speed];
       for (const [i, said] of cells.entries()) if (said !== null) text(row.cells[i], said);
       const records = row.cells[names.indexOf("records")];
       text(records.firstChild, whole(trial.records));
