@@ -555,3 +555,28 @@ def test_workers_watch_for_notice_where_nodes_are_drained(address, watches, monk
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")  # which is undone later
     cluster.connect(config_from({"scaling": {"address": address}}))
     assert ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" in os.environ) == (not watches)
+
+
+@pytest.mark.parametrize("address", ["local", "127.0.0.1:9"])
+def test_a_ray_that_does_not_start_in_time_is_one_line_and_has_longer_than_rays_own_half_minute(
+    address, tmp_path, words, tiny_llama, monkeypatch, capsys
+):
+    def init(**kwargs):
+        waits.append([os.environ.get(name) for name in cluster.START_PATIENCE])
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")  # Ray's own type
+
+    waits: list[list[str | None]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "check_address", lambda cfg: None)
+    for name, value in zip(cluster.START_PATIENCE, ("", "240"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_gcs_server_port_wait_time_s")
+    given = ["--data", words, "--model", tiny_llama, "--data.cache", str(tmp_path), "--scaling.address", address]
+    assert run_command("preprocess", given) == 1
+    said = capsys.readouterr().err
+    begins = address == "local"
+    assert waits == [["180" if begins else None, "240"]]
+    assert "The current node timed out during startup." in said
+    assert ("RAY_gcs_server_port_wait_time_s (180) and RAY_raylet_start_wait_time_s (240)" in said) == begins
+    assert said.count("\n") == 1, said
