@@ -104,6 +104,23 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(path):
     assert (got.status_code, got.json()["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize("path", sorted(path for method, path in ROUTES if method == "POST"))
+def test_a_body_is_a_json_object_whatever_curl_calls_it(path):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for kind, content, status, code in (
+        ("text/plain", b"{}", 415, "not_json"),
+        ("multipart/form-data; boundary=x", b"--x--", 415, "not_json"),
+        ("application/json", b"\xff\xfe\x00", 400, "invalid_json"),
+        ("application/json", b'{"model": ', 400, "invalid_json"),
+        ("Application/JSON; charset=utf-8", b"[]", 400, "invalid_json"),
+        ("application/x-www-form-urlencoded", b"model=base", 400, "invalid_json"),
+        ("application/x-www-form-urlencoded", b"{}", 400, "invalid_value"),  # as JSON: fields are missing
+    ):
+        got = client_of().post(path, headers=headers | {"Content-Type": kind}, content=content)
+        assert (got.status_code, got.json()["error"]["code"]) == (status, code), kind
+        assert "\n" not in got.json()["error"]["message"]
+
+
 def test_errors_have_one_shape(tmp_path):
     headers = {"Authorization": f"Bearer {KEY}"}
     adapter = {"name": "a", "source": str(tmp_path)}
