@@ -95,8 +95,10 @@ def _tune(cfg: Config) -> "SearchResult":
         run_stages(cfg, check, one, "best/adapter")
         return SearchResult(last_output(cfg))
     from ftray.runtime.cluster import check_address, connect, ends_with_ray, importing, undone_if_refused
+    from ftray.search.run_manifest import refuse_held, sole_driver, write_definition
 
     def begin(cfg: Config) -> None:
+        refuse_held(parse_location(cfg.output))
         with importing("peft", "ftray.adapters.compatibility", "ftray.models.load"):  # which the checks then need
             check_address(cfg)
             connect(cfg)
@@ -107,7 +109,6 @@ def _tune(cfg: Config) -> "SearchResult":
     from ftray.search.jobs import announce
     from ftray.search.live import OVER, note
     from ftray.search.results import JOURNAL
-    from ftray.search.run_manifest import sole_driver, write_definition
 
     output = parse_location(cfg.output)
     try:

@@ -20,8 +20,9 @@ from ftray.config import AdapterConfig, ModelConfig, config_from
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.runtime import cluster
-from ftray.search.run_manifest import check_output, write_definition
+from ftray.search.run_manifest import RUN, SEARCH, check_output, sole_driver, write_definition
 from ftray.search.space import load_space
+from ftray.storage.location import parse_location
 
 
 @pytest.fixture(autouse=True)
@@ -580,3 +581,17 @@ def test_a_ray_that_does_not_start_in_time_is_one_line_and_has_longer_than_rays_
     assert "The current node timed out during startup." in said
     assert ("RAY_gcs_server_port_wait_time_s (180) and RAY_raylet_start_wait_time_s (240)" in said) == begins
     assert said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("command", ["tune", "train"])
+def test_an_output_that_another_driver_holds_is_refused_before_ray_begins(
+    command, tmp_path, words, tiny_llama, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "connect", lambda *args, **kwargs: pytest.fail("Ray begins"))
+    monkeypatch.setattr("ftray.models.load.load_skeleton", lambda *args: pytest.fail("the model is looked at"))
+    given = ["--data", words, "--model", tiny_llama, "--output", str(tmp_path / "out")]
+    kind = {"tune": SEARCH, "train": RUN}[command]
+    with sole_driver(parse_location(tmp_path / "out"), kind):
+        assert run_command(command, given) == 2
+    said = {"tune": "a search is running there; see ftray status", "train": "a run is under way there; wait for its end"}
+    assert f"output {tmp_path / 'out'}: {said[command]}" in capsys.readouterr().err
