@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.tune import Callback
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.data.splits import Sources
     from ftray.models.load import LoadedModel
     from ftray.reports.plan import Plan
     from ftray.reports.result import SearchResult
@@ -234,14 +235,16 @@ def drive(
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
+    from ftray.data.splits import find_sources
     from ftray.runtime.cluster import gpus_per_worker
-    from ftray.search.driver import search
+    from ftray.search.driver import is_prepared_here, search
     from ftray.training.run_spec import check_workers
 
     started, gpus = time.monotonic(), gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
-    prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus)
-    with search(cfg, space, output, gpus, prepare) as (context, hardware):
+    sources = find_sources(cfg.data)
+    prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus, sources)
+    with search(cfg, space, output, gpus, prepare, is_prepared_here(cfg, sources)) as (context, hardware):
         failure = conclude(context, hardware, tokenizer, output, started)
         hardware.end()
         leave_report(output)
@@ -334,7 +337,13 @@ def conclude(
 
 
 def prepare_search(
-    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location, gpus: float
+    cfg: Config,
+    space: "Space",
+    model_path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Location,
+    gpus: float,
+    sources: "Sources",
 ) -> "tuple[SearchContext, list[Callback]]":
     """Tokenize the data; returns what all trials of the search share, and who hears of their reports."""
     from ftray.data import prepare
@@ -354,7 +363,8 @@ def prepare_search(
     from ftray.search.trial_worker import SearchContext
 
     start_at = find_start(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(start_at))
+    code = cfg.model.trust_remote_code
+    data = prepare(cfg.data, model_path, code, cfg.task, labels_of(start_at), sources=sources)
     model_path, start = begin(cfg, start_at, model_path, output)
     refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task).model, tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)
