@@ -593,5 +593,8 @@ def test_an_output_that_another_driver_holds_is_refused_before_ray_begins(
     kind = {"tune": SEARCH, "train": RUN}[command]
     with sole_driver(parse_location(tmp_path / "out"), kind):
         assert run_command(command, given) == 2
-    said = {"tune": "a search is running there; see ftray status", "train": "a run is under way there; wait for its end"}
+    said = {
+        "tune": "a search is running there; see ftray status",
+        "train": "a run is under way there; wait for its end",
+    }
     assert f"output {tmp_path / 'out'}: {said[command]}" in capsys.readouterr().err

@@ -471,7 +471,7 @@ def test_what_llama_cpps_converter_does_not_know_is_refused(tmp_path, tiny_llama
             cuts = [{"type": "Whitespace"}, tokenizer["pre_tokenizer"]]
             tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cuts}
             (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
-        with pytest.raises(UserError, match=f"converter refuses .*{about}.*; no GGUF file can be made of it: take --to"):
+        with pytest.raises(UserError, match=f"converter refuses .*{about}.*; no GGUF file can be made of it"):
             gguf.check(str(changed))
 
 
@@ -483,7 +483,7 @@ def test_what_llama_cpp_can_not_take_says_why(tmp_path, tiny_gpt2, tokenizer):
     with pytest.raises(UserError, match=r"AssertionError, at `assert max\(.*\) < vocab_size.*`; no GGUF file can"):
         gguf.check(str(tmp_path))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ExportFailed, match="llama.cpp can't run what its converter wrote: .*gguf.*; no GGUF file can"):
+    with pytest.raises(ExportFailed, match=r"llama.cpp can't run what its converter wrote: .*gguf.*; no GGUF file can"):
         gguf.measure(tmp_path / "bad.gguf", tokenizer, False, [], [0], 4)
 
 

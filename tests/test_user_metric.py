@@ -105,7 +105,9 @@ TAKEN_RESULTS = [
 
 
 def giving(result: str) -> UserMetric:
-    return UserMetric("score.py", "f", f"import numpy as np\nimport torch\ndef f(records, answers):\n    return {result}")
+    return UserMetric(
+        "score.py", "f", f"import numpy as np\nimport torch\ndef f(records, answers):\n    return {result}"
+    )
 
 
 @pytest.mark.parametrize("result", REFUSED_RESULTS)

@@ -191,8 +191,8 @@ def prove(reference: Reference, measure: Measure, max_loss_increase: float | Non
     worst = int(np.argmax(preferences))
     if max_loss_increase is None and preferences[worst] > TIE:
         raise ExportFailed(
-            f"what was written answers record {worst} of the test with {found.generated[worst]!r}, and the adapter with "
-            f"{own.generated[worst]!r}: {len(replies) - equal - tied} of {len(replies)} answers differ"
+            f"what was written answers record {worst} of the test with {found.generated[worst]!r}, and the adapter "
+            f"with {own.generated[worst]!r}: {len(replies) - equal - tied} of {len(replies)} answers differ"
         )
     if max_loss_increase is None and not abs(loss_increase) <= TIE:
         raise ExportFailed(
@@ -223,7 +223,8 @@ def prove_scores(own: Scores, found: Scores, rows: list[Row], resamples: int) ->
     for name, value in values.items():
         if not abs(value - others[name]) <= TIE:
             raise ExportFailed(
-                f"what was written has a {name} of {others[name]:.4f} on {len(rows)} test records, the adapter {value:.4f}"
+                f"what was written has a {name} of {others[name]:.4f} on {len(rows)} test records, "
+                f"the adapter {value:.4f}"
             )
     equal = sum(a == b for a, b in zip(own.generated, found.generated, strict=True)) if own.generated else len(rows)
     loss_increase = others.get("loss", 0.0) - values.get("loss", 0.0)

@@ -18,8 +18,8 @@ from ray.tune.stopper import CombinedStopper
 from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
 from ftray.data.pipeline import read_here
-from ftray.data.splits import Sources
 from ftray.data.shards import REFERENCE
+from ftray.data.splits import Sources
 from ftray.errors import UserError
 from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit

@@ -53,7 +53,7 @@ class PackedAdapter:
         step: optimiser steps made.
         isolation_reason: why its rows can't share a batch and go through its own model; None: they share the batch.
         objective: what it minimises.
-        layer_kinds: path and class of each adapted layer, and whether it has an update of its own, no :class:`LoraDelta`.
+        layer_kinds: path and class of each adapted layer, and whether it changes rows in a way of its own.
     """
 
     model: PeftModel
@@ -260,7 +260,9 @@ class Pack:
             self.remove(name)
             rng = DropoutRNG(model, seed, self.rank)
             isolation_reason = reason
-            self.adapters[name] = PackedAdapter(model, update, rng, {}, trainable(model), step, reason, objective, kinds)
+            self.adapters[name] = PackedAdapter(
+                model, update, rng, {}, trainable(model), step, reason, objective, kinds
+            )
         if isolation_reason and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
