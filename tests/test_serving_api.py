@@ -1,9 +1,12 @@
 """Every route of the application by itself: its key, the limit of its body, the shape of its errors."""
 
+import asyncio
 import hashlib
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from fastapi import APIRouter
@@ -26,6 +29,7 @@ class Replicas:
 
     def __init__(self, messages=()):
         self.messages, self.generate, self.load, self.pool = messages, self, self, self
+        self.ready = SimpleNamespace(remote=partial(asyncio.sleep, 0))
 
     def options(self, stream=False, **kwargs):
         self.stream = stream
@@ -119,6 +123,31 @@ def test_a_body_is_a_json_object_whatever_curl_calls_it(path):
         got = client_of().post(path, headers=headers | {"Content-Type": kind}, content=content)
         assert (got.status_code, got.json()["error"]["code"]) == (status, code), kind
         assert "\n" not in got.json()["error"]["message"]
+
+
+def test_health_is_of_the_replicas_and_not_of_the_endpoint_alone(monkeypatch):
+    class NoReplica:
+        """As Serve's answer while no replica is up."""
+
+        cancelled = 0
+
+        def __await__(self):
+            return asyncio.sleep(60).__await__()
+
+        def cancel(self):
+            NoReplica.cancelled += 1
+
+    async def died():
+        raise ActorDiedError
+
+    monkeypatch.setattr("ftray.serving.router.HEALTH_SECONDS", 0.1)
+    replicas = Replicas()
+    assert client_of(replicas).get("/health").json() == {"status": "ok"}
+    for remote in (NoReplica, died):
+        replicas.ready = SimpleNamespace(remote=remote)
+        got = client_of(replicas).get("/health")
+        assert (got.status_code, got.json()["error"]["code"], got.headers["retry-after"]) == (503, "not_ready", "10")
+    assert NoReplica.cancelled == 1
 
 
 def test_errors_have_one_shape(tmp_path):

@@ -1,8 +1,11 @@
 """What goes wrong with a request, as an HTTP response in OpenAI's shape: for the endpoint and for the live page."""
 
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ftray.serving.errors import APIError
@@ -32,7 +35,7 @@ async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     return response(APIError(500, f"{request.url.path}: {type(error).__name__}", code="internal_error"))
 
 
-HANDLERS = {
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     APIError: _api_error,
     HTTPException: _http_error,
     RequestValidationError: _no_such_path,
