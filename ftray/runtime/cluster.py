@@ -27,7 +27,12 @@ JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE, ROOM_PATIENCE = 10, 5, 45, 10
 # how long Ray waits for its own processes, in seconds: 30 by default, too short for a machine that is busy
 START_PATIENCE = {"RAY_gcs_server_port_wait_time_s": "180", "RAY_raylet_start_wait_time_s": "180"}
 LONGEST_SOCKET = 107  # bytes of its path, on Linux
-RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a trial has several small processes
+RAYLET_NOISE = "|".join(  # what is as it should be
+    (
+        "PYTHON worker processes have been started",  # a trial has several small ones
+        r"Task ServeController\.graceful_shutdown failed",  # it ends itself, which is no answer to who asked it to
+    )
+)
 
 
 def quiet() -> None:
