@@ -574,7 +574,7 @@ def test_a_ray_that_does_not_start_in_time_is_one_line_and_has_longer_than_rays_
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_gcs_server_port_wait_time_s")
     given = ["--data", words, "--model", tiny_llama, "--data.cache", str(tmp_path), "--scaling.address", address]
-    assert run_command("preprocess", given) == 1
+    assert run_command("evaluate", given) == 1
     said = capsys.readouterr().err
     begins = address == "local"
     assert waits == [["180" if begins else None, "240"]]
