@@ -321,39 +321,6 @@ def test_a_request_that_kills_costs_one_replica_and_those_that_waited_are_answer
         app.deploy()
 
 
-@pytest.mark.slow
-def test_an_endpoint_is_healthy_once_a_replica_has_loaded_its_model(app, tmp_path):
-    loaded = tmp_path / "loaded"
-
-    class Slow(Replica):
-        def __init__(self, *args):
-            while not loaded.exists():
-                time.sleep(0.1)
-            super().__init__(*args)
-
-    def health() -> tuple[int, bool]:
-        got = httpx.get(f"{app.url}/health", timeout=60)
-        return got.status_code, "not_ready" in got.text
-
-    cfg = Config.model_validate({"model": app.model, "serving": app.serving})
-    slow = serve.deployment(Slow, name="replica", ray_actor_options={"num_cpus": 1})
-    slow = slow.bind(cfg.model_dump(), app.model["name"], 1)
-    serve.delete("ftray")
-    try:
-        begins = threading.Thread(
-            target=serve.run, args=[endpoint(cfg, find_catalog(cfg), None, slow)], kwargs={"name": "ftray"}
-        )
-        begins.start()
-        until(lambda: health() == (503, True))
-        assert httpx.get(f"{app.url}/v1/models", timeout=60).status_code == 200  # which needs no replica
-        loaded.touch()
-        until(lambda: health() == (200, False))
-        begins.join(60)
-    finally:
-        loaded.touch()
-        app.deploy()
-
-
 def _registry(app):
     return json.loads(Path(app.serving["registry"]).read_text())
 
