@@ -98,7 +98,7 @@ def _export(cfg: Config) -> Exported:
     try:
         proof = export(source, rows, output)
     except ExportFailed as error:
-        raise RunFailed(f"nothing is left: what was written {error}") from None
+        raise RunFailed(f"nothing is left: {error}") from None
     return Exported(output, proof)
 
 

@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.arguments import Data, Settings, StrPath, command, config_of
 from ftray.cli import run_command
-from ftray.config import COLDEST, Config, DataConfig
+from ftray.config import COLDEST, Config
 from ftray.errors import UserError
 from ftray.storage.atomic import atomic_write
 from ftray.storage.location import Location, parse_location
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     import pandas
     import torch
     from transformers import PreTrainedTokenizerBase, TextStreamer
+
+    from ftray.data.inference import Renderer
 
 HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -157,7 +158,9 @@ def _asked(cfg: Config) -> Asked:
         raise UserError(f"infer: only CAUSAL_LM answers prompts, this is for {task}: take ftray evaluate, or merge it")
     model_path = base_of(cfg, adapters)
 
-    from ftray.models.load import load_tokenizer  # takes seconds: a name misspelt has been found by now
+    # these take seconds to import: a name misspelt has been found by now
+    from ftray.data.inference import Renderer, mapped, read_records
+    from ftray.models.load import load_tokenizer
 
     data = data_settings(cfg, adapters[0] if adapters else Path(model_path))
     if asked.chat is False and data.template == "auto":
@@ -178,114 +181,6 @@ def _asked(cfg: Config) -> Asked:
     for (where, _), prompt in zip(records or (), prompts or (), strict=True):
         generator.room(prompt, where)
     return Asked(generator, renderer, records, prompts)
-
-
-class Renderer:
-    """Renders prompts to token ids, by the same rules as training records."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, system: str | None, raw: bool = False):
-        self.tokenizer, self.system = tokenizer, system
-        self.data = data.model_copy(update={"max_length": sys.maxsize, "train_on_prompt": False, "learn": "last"})
-        self.raw = raw
-
-    def plain(self, prompt: str) -> list[int]:
-        """A prompt in the data template."""
-        return self.record("prompt", {"prompt": prompt}, False)
-
-    def turns(self, turns: list[tuple[str, str]]) -> list[int]:
-        """A conversation in the tokenizer's chat template, up to the start of the assistant's turn."""
-        return self.record("prompt", {"messages": [{"role": role, "content": text} for role, text in turns]}, True)
-
-    def record(self, where: object, record: dict[str, Any], chat: bool) -> list[int]:
-        """A record of any shape that training takes, with or without an answer, which is ignored.
-
-        Raises:
-            UserError: it has no such shape; says where.
-        """
-        from ftray.data.records import as_chat, begun_by, parse
-        from ftray.data.tokens import rendering, tokenize
-
-        example = parse(_with_answer(record), where)
-        if example.messages is None and not example.prompt and "text" in record:  # to be continued, not answered
-            ids = tokenize([example], self.tokenizer, self.data)[0].input_ids  # type: ignore[union-attr]
-            return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
-        if example.messages is None and (chat or rendering(example, self.tokenizer, self.data) == CHAT):
-            example = as_chat(example)
-        if self.system and example.messages is not None and example.messages[0].role not in ("system", "developer"):
-            example = begun_by(self.system, example)
-        tokens = tokenize([example], self.tokenizer, self.data)[0]
-        assert tokens is not None  # it has an answer and no limit of length
-        if not tokens.prompt_tokens:
-            raise UserError(f"{where}: has no tokens: say something")
-        return tokens.input_ids[: tokens.prompt_tokens]
-
-
-def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a placeholder for an answer, so that it parses as a training record."""
-    from ftray.data.meanings import ROLE_KEYS, ROLES, is_verdict, marks_learnt
-    from ftray.data.records import SHAPES
-    from ftray.data.shapes import fitting
-    from ftray.data.turns import EXCHANGES, TURNS, turn_list
-
-    # what is said of its answer
-    record = {key: value for key, value in record.items() if marks_learnt(key) is None and not is_verdict(key)}
-    last = {"role": "assistant", "content": "."}
-    for key in TURNS:
-        turns = turn_list(record.get(key))
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            *before, end = turns
-            asked = next((ask for ask, _ in EXCHANGES if isinstance(end.get(ask), str)), None)
-            if asked and not any(end.get(role) for role in ROLE_KEYS):
-                end = {"role": "user", "content": end[asked]}
-            answers = any(ROLES.get(str(end.get(role)).lower()) == "assistant" for role in ROLE_KEYS)
-            return {**record, key: [*before, *([] if answers else [end]), last]}
-    for asked, answer in (("prompt", "completion"), ("input", "output")):
-        if isinstance(record.get(asked), list):
-            return {**record, answer: [last]}
-    pairs = [shape for shape in SHAPES if len(shape.required_keys) == 2]
-    shape = fitting(record, pairs)
-    if shape is None and "text" not in record:
-        shape = next((pair for pair in pairs if record.get(pair.required_keys[0]) is not None), None)
-    return {**record, shape.required_keys[1]: "."} if shape else record
-
-
-def read_records(name: str, data: DataConfig | None = None) -> Iterator[tuple[object, dict[str, Any]]]:
-    """Where each prompt stands, and its record; a line of a text file is a plain prompt.
-
-    Args:
-        name: what training takes as a source.
-        data: its delimiter and encoding, if they are given.
-
-    Raises:
-        UserError: it can't be read, holds no prompt, or something that is not a record.
-    """
-    from ftray.data.formats import lines_of_text, read_chunk
-    from ftray.data.sources import TEXT, find_splits
-
-    own = DataConfig(delimiter=data.delimiter, encoding=data.encoding) if data else DataConfig()  # fields: see `mapped`
-    found = False
-    for chunk in (chunk for split in find_splits(name, own).values() for chunk in split):
-        plain = f".{chunk.kind}" in TEXT
-        records = ((where, {"prompt": line}) for where, line in lines_of_text(chunk)) if plain else read_chunk(chunk)
-        for where, record in records:
-            found = True
-            yield where, record
-    if not found:
-        raise UserError(f"file {name}: holds no prompt")
-
-
-def mapped(records: list[tuple[object, dict[str, Any]]], data: DataConfig) -> Iterator[tuple[object, dict[str, Any]]]:
-    """The records as `data.fields` has them, but for an answer, which prompts lack.
-
-    Raises:
-        UserError: a key is missing, or a template fails.
-    """
-    from ftray.data.fields import Fields
-    from ftray.data.meanings import ANSWERED
-
-    fields = Fields({field: made_of for field, made_of in data.fields.items() if field not in ANSWERED})
-    for where, record in records:
-        yield where, fields(record, where) if data.fields else record
 
 
 class Generator:
@@ -428,7 +323,7 @@ def _output(cfg: Config) -> Location | None:
     return parse_location(cfg.output)
 
 
-def converse(cfg: Config, generator: Generator, renderer: Renderer) -> None:
+def converse(cfg: Config, generator: Generator, renderer: "Renderer") -> None:
     """Answer each line of standard input, until it ends.
 
     With a chat template a prompt holds all earlier turns; else each line is a plain prompt.

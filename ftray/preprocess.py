@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -88,12 +89,13 @@ def _tokenized(cfg: Config) -> tuple[Preprocessed, Callable[[], str | None]]:
     plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)  # the places that it has, whatever its dtype
     skeleton = load_skeleton(plain, model_path, task).model
     data_cfg = within_positions(cfg.data, skeleton, lengths=check.lengths)
-    connect(cfg, dashboard=False)
-    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task)
+    begin_ray = partial(connect, cfg, dashboard=False)
+    data = prepare(data_cfg, model_path, cfg.model.trust_remote_code, cfg.task, connect=begin_ray)
     refuse_beyond(data, data_cfg, skeleton, tokenizer)
 
     def refer() -> str | None:
-        return with_reference(cfg.model_copy(update={"data": data_cfg}), model_path, data).reference or None
+        settled = cfg.model_copy(update={"data": data_cfg})
+        return with_reference(settled, model_path, data, connect=begin_ray).reference or None
 
     return Preprocessed(data, tokenizer, None), refer
 

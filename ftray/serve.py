@@ -16,6 +16,7 @@ from ftray.errors import UserError
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+TERMINATED = 143  # exit code where nothing was served yet
 NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
 
@@ -110,12 +111,18 @@ def _serve(cfg: Config) -> Server:
 
 
 def run(cfg: Config) -> int:
-    """The command: starts Ray Serve, prints the URL, and serves until it is interrupted or terminated.
+    """The command: starts Ray Serve, prints the URL, and serves until it is interrupted or terminated, then drains: 0.
 
     Raises:
         UserError: anything the user can mend, before Ray starts; afterwards, that Serve is in use on the cluster.
     """
-    with serve(config=cfg) as server:
+    try:
+        server = serve(config=cfg)
+    except SystemExit as ended:  # by Ray's handler, with the number of the signal: nothing is served yet
+        if ended.code != signal.SIGTERM:
+            raise
+        return TERMINATED
+    with server:
         stop = threading.Event()
         # only now: Ray installs handlers of its own
         for number in (signal.SIGINT, signal.SIGTERM):

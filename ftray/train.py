@@ -120,10 +120,14 @@ def check(cfg: Config) -> tuple[Config, str, "PreTrainedTokenizerBase"]:
     from ftray.data.splits import require
     from ftray.models.find import find
     from ftray.models.stored import as_stored
+    from ftray.search.run_manifest import RUN, refuse_held
     from ftray.search.starting_point import find_start, labels_of, refuse_unfit, starts_at, with_kept
     from ftray.tasks.infer_task import as_begun, infer_task, refuse_other_settings
 
     require("validation", cfg.data, "which checkpoint is the best is decided by records that are not trained on")
+    output = parse_location(cfg.output)
+    output.check_writable()
+    refuse_held(output, RUN)
     start = find_start(cfg)
     model_path = start.base if start else find(cfg.model.name)
     cfg = as_begun(with_kept(starts_at(cfg, start), start))

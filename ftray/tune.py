@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.tune import Callback
     from transformers import PreTrainedTokenizerBase
 
+    from ftray.data.splits import Sources
     from ftray.models.load import LoadedModel
     from ftray.reports.plan import Plan
     from ftray.reports.result import SearchResult
@@ -95,8 +96,10 @@ def _tune(cfg: Config) -> "SearchResult":
         run_stages(cfg, check, one, "best/adapter")
         return SearchResult(last_output(cfg))
     from ftray.runtime.cluster import check_address, connect, ends_with_ray, importing, undone_if_refused
+    from ftray.search.run_manifest import refuse_held, sole_driver, write_definition
 
     def begin(cfg: Config) -> None:
+        refuse_held(parse_location(cfg.output))
         with importing("peft", "ftray.adapters.compatibility", "ftray.models.load"):  # which the checks then need
             check_address(cfg)
             connect(cfg)
@@ -107,7 +110,6 @@ def _tune(cfg: Config) -> "SearchResult":
     from ftray.search.jobs import announce
     from ftray.search.live import OVER, note
     from ftray.search.results import JOURNAL
-    from ftray.search.run_manifest import sole_driver, write_definition
 
     output = parse_location(cfg.output)
     try:
@@ -236,14 +238,16 @@ def drive(
     Raises:
         SearchBroken: see :func:`ftray.search.driver.search`.
     """
+    from ftray.data.splits import find_sources
     from ftray.runtime.cluster import gpus_per_worker
-    from ftray.search.driver import search
+    from ftray.search.driver import is_prepared_here, search
     from ftray.training.run_spec import check_workers
 
     started, gpus = time.monotonic(), gpus_per_worker(cfg)
     check_workers(cfg.training, cfg.scaling.workers, gpus)
-    prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus)
-    with search(cfg, space, output, gpus, prepare) as (context, hardware):
+    sources = find_sources(cfg.data)
+    prepare = partial(prepare_search, cfg, space, model_path, tokenizer, output, gpus, sources)
+    with search(cfg, space, output, gpus, prepare, is_prepared_here(cfg, sources)) as (context, hardware):
         failure = conclude(context, hardware, tokenizer, output, started)
         hardware.end()
         leave_report(output)
@@ -337,7 +341,13 @@ def conclude(
 
 
 def prepare_search(
-    cfg: Config, space: "Space", model_path: str, tokenizer: "PreTrainedTokenizerBase", output: Location, gpus: float
+    cfg: Config,
+    space: "Space",
+    model_path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Location,
+    gpus: float,
+    sources: "Sources",
 ) -> "tuple[SearchContext, list[Callback]]":
     """Tokenize the data; returns what all trials of the search share, and who hears of their reports."""
     from ftray.data import prepare
@@ -357,7 +367,8 @@ def prepare_search(
     from ftray.search.trial_worker import SearchContext
 
     start_at = find_start(cfg)
-    data = prepare(cfg.data, model_path, cfg.model.trust_remote_code, cfg.task, labels_of(start_at))
+    code = cfg.model.trust_remote_code
+    data = prepare(cfg.data, model_path, code, cfg.task, labels_of(start_at), sources=sources)
     model_path, start = begin(cfg, start_at, model_path, output)
     refuse_beyond(data, cfg.data, load_skeleton(cfg.model, model_path, data.task).model, tokenizer, most_added(space))
     write_data(cfg, space, model_path, data, output)

@@ -20,8 +20,9 @@ from ftray.config import AdapterConfig, ModelConfig, config_from
 from ftray.errors import UserError
 from ftray.models.load import load_base
 from ftray.runtime import cluster
-from ftray.search.run_manifest import check_output, write_definition
+from ftray.search.run_manifest import RUN, SEARCH, check_output, sole_driver, write_definition
 from ftray.search.space import load_space
+from ftray.storage.location import parse_location
 
 
 @pytest.fixture(autouse=True)
@@ -555,3 +556,45 @@ def test_workers_watch_for_notice_where_nodes_are_drained(address, watches, monk
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")  # which is undone later
     cluster.connect(config_from({"scaling": {"address": address}}))
     assert ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" in os.environ) == (not watches)
+
+
+@pytest.mark.parametrize("address", ["local", "127.0.0.1:9"])
+def test_a_ray_that_does_not_start_in_time_is_one_line_and_has_longer_than_rays_own_half_minute(
+    address, tmp_path, words, tiny_llama, monkeypatch, capsys
+):
+    def init(**kwargs):
+        waits.append([os.environ.get(name) for name in cluster.START_PATIENCE])
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")  # Ray's own type
+
+    waits: list[list[str | None]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "check_address", lambda cfg: None)
+    for name, value in zip(cluster.START_PATIENCE, ("", "240"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_gcs_server_port_wait_time_s")
+    given = ["--data", words, "--model", tiny_llama, "--data.cache", str(tmp_path), "--scaling.address", address]
+    assert run_command("evaluate", given) == 1
+    said = capsys.readouterr().err
+    begins = address == "local"
+    assert waits == [["180" if begins else None, "240"]]
+    assert "The current node timed out during startup." in said
+    assert ("RAY_gcs_server_port_wait_time_s (180) and RAY_raylet_start_wait_time_s (240)" in said) == begins
+    assert said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("command", ["tune", "train"])
+def test_an_output_that_another_driver_holds_is_refused_before_ray_begins(
+    command, tmp_path, words, tiny_llama, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "connect", lambda *args, **kwargs: pytest.fail("Ray begins"))
+    monkeypatch.setattr("ftray.models.load.load_skeleton", lambda *args: pytest.fail("the model is looked at"))
+    given = ["--data", words, "--model", tiny_llama, "--output", str(tmp_path / "out")]
+    kind = {"tune": SEARCH, "train": RUN}[command]
+    with sole_driver(parse_location(tmp_path / "out"), kind):
+        assert run_command(command, given) == 2
+    said = {
+        "tune": "a search is running there; see ftray status",
+        "train": "a run is under way there; wait for its end",
+    }
+    assert f"output {tmp_path / 'out'}: {said[command]}" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from ftray.cli import main
 from ftray.compat.torch import storage_key
 from ftray.config import AdapterConfig, ModelConfig
 from ftray.data import TokenizedData
-from ftray.infer import read_records
+from ftray.data.inference import read_records
 from ftray.models.load import LoadedModel, load_base, load_skeleton
 from ftray.multi_adapter.shared_model import share, trainable
 from ftray.runtime.cluster import say_if_waiting
@@ -822,14 +822,14 @@ def test_a_rendered_chat_shows_context_and_answer_in_colours_and_whole_character
 )
 def test_a_record_is_asked_by_the_keys_that_training_reads(tokenizer, record, asked):
     from ftray.config import DataConfig
-    from ftray.infer import Renderer
+    from ftray.data.inference import Renderer
 
     assert tokenizer.decode(Renderer(tokenizer, DataConfig(), "be kind").record("f:1", record, False)) == asked
 
 
 def test_a_prompt_is_asked_raw_where_the_template_says_so(tokenizer):
     from ftray.config import DataConfig
-    from ftray.infer import Renderer
+    from ftray.data.inference import Renderer
 
     renderer = Renderer(tokenizer, DataConfig(template="say {prompt}:"), "be kind", True)
     assert tokenizer.decode(renderer.record("f:1", {"question": "a"}, False)) == "say a:"
@@ -839,8 +839,8 @@ def test_a_prompt_is_asked_raw_where_the_template_says_so(tokenizer):
 @pytest.mark.parametrize("lost", [{"label": True}, {"images": ["a.png"]}, {"context": "c"}, {"tools": [{}]}])
 def test_what_training_refuses_is_not_asked(tokenizer, lost):
     from ftray.config import DataConfig
+    from ftray.data.inference import Renderer
     from ftray.errors import UserError
-    from ftray.infer import Renderer
 
     with pytest.raises(UserError, match=f"^f:1: {next(iter(lost))}"):
         Renderer(tokenizer, DataConfig(), None).record("f:1", {"prompt": "a"} | lost, False)
@@ -848,7 +848,7 @@ def test_what_training_refuses_is_not_asked(tokenizer, lost):
 
 def test_a_conversation_is_asked_with_all_that_was_said_before(tokenizer):
     from ftray.config import DataConfig
-    from ftray.infer import Renderer
+    from ftray.data.inference import Renderer
 
     ids = Renderer(tokenizer, DataConfig(), "be kind").turns([("user", "a"), ("assistant", "b"), ("user", "c")])
     said = "<|system|>be kind<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"

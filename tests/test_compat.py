@@ -54,6 +54,31 @@ def test_ray_socket_path(cluster):
     assert len(ours.name) >= len(real.name)
 
 
+SLOW = """
+import os, sys
+from pathlib import Path
+from ray._private import services
+slow = Path(sys.argv[1])
+slow.write_text(f"#!/bin/sh\\nsleep 40\\nexec {services.RAYLET_EXECUTABLE} \\"$@\\"\\n")
+slow.chmod(0o755)
+services.RAYLET_EXECUTABLE = str(slow)
+from ftray.config import Config
+from ftray.runtime.cluster import connect
+connect(Config.model_validate({"scaling": {"address": "local"}}), dashboard=False)
+import ray
+print(len(ray.nodes()))
+"""
+
+
+@pytest.mark.slow
+def test_ray_start_patience(tmp_path):
+    """The variables that Ray reads: it gives up a raylet after half a minute where they are not set."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    flags = [sys.executable, "-c", SLOW, str(tmp_path / "raylet")]
+    done = subprocess.run(flags, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_ray_raylet_socket(cluster):
     import socket
 

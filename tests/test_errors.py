@@ -16,9 +16,9 @@ from ftray.serving.api.requests import (
     ClassificationRequest,
     CompletionRequest,
     EmbeddingRequest,
-    parse,
 )
 from ftray.serving.errors import APIError
+from ftray.serving.request_body import parse
 
 FOREIGN = re.compile(
     r"Input should|should (be|have|match)|required$|Extra inputs|Value error|valid \w+|constrained-|\[str"

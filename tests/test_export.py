@@ -471,8 +471,20 @@ def test_what_llama_cpps_converter_does_not_know_is_refused(tmp_path, tiny_llama
             cuts = [{"type": "Whitespace"}, tokenizer["pre_tokenizer"]]
             tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cuts}
             (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
-        with pytest.raises(UserError, match=f"converter refuses .*{about}"):
+        with pytest.raises(UserError, match=f"converter refuses .*{about}.*; no GGUF file can be made of it"):
             gguf.check(str(changed))
+
+
+def test_what_llama_cpp_can_not_take_says_why(tmp_path, tiny_gpt2, tokenizer):
+    """The converter's `assert` has no words, and llama.cpp's last ones are not its reason."""
+    gguf.check(tiny_gpt2)  # although transformers leaves out a name that the converter asks for
+    llama(vocab_size=100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"AssertionError, at `assert max\(.*\) < vocab_size.*`; no GGUF file can"):
+        gguf.check(str(tmp_path))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ExportFailed, match=r"llama.cpp can't run what its converter wrote: .*gguf.*; no GGUF file can"):
+        gguf.measure(tmp_path / "bad.gguf", tokenizer, False, [], [0], 4)
 
 
 @pytest.mark.parametrize(

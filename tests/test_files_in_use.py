@@ -16,10 +16,10 @@ from ftray.cli import main
 from ftray.config import DataConfig, config_from
 from ftray.data import DataCheck, prepare
 from ftray.data.formats import read_chunk
+from ftray.data.inference import read_records
 from ftray.data.limits import within_positions
 from ftray.data.sources import find_chunks
 from ftray.errors import UserError
-from ftray.infer import read_records
 from ftray.reports.data import marked, rendered
 from ftray.task_spec import TaskSpec
 from ftray.tasks.infer_task import infer_task

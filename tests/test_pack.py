@@ -27,6 +27,7 @@ from benchmarks.tiny_models import tiny_config
 from ftray.config import ModelConfig
 from ftray.models.load import load_base
 from ftray.multi_adapter.dropout import Dropout
+from ftray.multi_adapter.shared_linear import update_of
 from ftray.task_spec import CAUSAL
 from ftray.training.pack import Pack
 
@@ -316,6 +317,23 @@ def test_what_cannot_share_a_batch_trains_between_the_others(method, reason):
         assert (reason in why) if trial.method == method else why is None
     for got, trial in zip(together(base, chosen), chosen, strict=True):
         assert_same_weights(got, alone(base, trial), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora on head"])
+def test_an_adapter_that_joins_is_asked_for_the_update_of_each_layer_once(method, monkeypatch):
+    base, asked = llama().requires_grad_(False), []
+
+    def counted(layer, *given):
+        asked.append(layer)
+        return update_of(layer, *given)
+
+    monkeypatch.setattr("ftray.training.pack.update_of", counted)
+    pack, trial = Pack(base, CAUSAL), Trial(method)
+    model = trial.model(base)
+    pack.add("a", model, trial.update(model))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert [*map(id, asked)] == [*map(id, layers)]
+    assert pack.adapters["a"].shares_generator == (method == "dora")
 
 
 class Repeating(LlamaForCausalLM):

@@ -220,7 +220,7 @@ def test_two_workers_search_as_each_trial_would_alone(
             time.sleep(0.1)
         return job, []
 
-    with search(job.config, load_space(str(space)), LocalLocation(tmp_path), 0.0, prepare):
+    with search(job.config, load_space(str(space)), LocalLocation(tmp_path), 0.0, prepare, prepared_here=True):
         pass
     rows = trial_rows(job.config, LocalLocation(tmp_path))
     assert len(rows) == 12

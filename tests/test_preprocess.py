@@ -10,7 +10,7 @@ import pytest
 import ftray
 from ftray.cli import run_command
 from ftray.config import Config, DataConfig, config_from
-from ftray.data import DataCheck, TokenizedData, duplicates
+from ftray.data import DataCheck, TokenizedData, duplicates, pipeline
 from ftray.data.formats import read_chunk
 from ftray.data.pipeline import fingerprint_of
 from ftray.data.splits import find_sources, split_of
@@ -279,3 +279,25 @@ def test_the_statistics_stand_there_before_the_pass_over_the_model(
     assert re.fullmatch(rf"reference {re.escape(shards)}/reference-\w+\n", after)
     found = ftray.preprocess(rows, model=tiny_llama, task=task, config={"data": {"cache": str(tmp_path / "shards")}})
     assert re.search(r"/reference-\w+$", found.reference)
+
+
+def test_ray_begins_only_for_what_its_tasks_have_to_do(tmp_path, tiny_llama, monkeypatch):
+    """Not for few records, nor for shards and references that are there."""
+    began: list[str] = []
+    monkeypatch.setattr("ftray.runtime.cluster.connect", lambda cfg, dashboard: began.append("ray"))
+    monkeypatch.setattr(reference, "_compute", lambda *given: began.append("reference"))
+    pairs = [{"prompt": f"say {n}", "chosen": "a b", "rejected": "b a"} for n in range(60)]
+
+    def begun(source) -> list[str]:
+        began.clear()
+        given = ["--data", source, "--model", tiny_llama, "--show", "0", "--data.cache", str(tmp_path / "shards")]
+        assert run_command("preprocess", given) == 0
+        return list(began)
+
+    few, preferences = write(tmp_path / "few.jsonl", of_users()), write(tmp_path / "pairs.jsonl", pairs)
+    assert begun(few) == []
+    assert begun(preferences) == ["ray", "reference"]
+    monkeypatch.setattr(pipeline, "LOCAL_BYTES", 10)  # from now on tasks would read the records
+    monkeypatch.setattr(reference, "reference_file", lambda *given: tmp_path / "pairs.jsonl")  # a file that is there
+    assert begun(few) == []
+    assert begun(preferences) == []

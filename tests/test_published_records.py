@@ -16,11 +16,11 @@ from helpers.record_files import ASK, END, TEMPLATE, USER, assistant, config, li
 from ftray import cli
 from ftray.config import DataConfig
 from ftray.data.fields import Fields
+from ftray.data.inference import Renderer
 from ftray.data.proposal import proposal
 from ftray.data.records import Example, parse, parse_and_see
 from ftray.data.turns import Turn
 from ftray.errors import UserError
-from ftray.infer import Renderer
 from ftray.task_spec import TaskSpec
 
 # --- one file a shape that is in wide use, through all that a command does with it

@@ -1,9 +1,12 @@
 """Every route of the application by itself: its key, the limit of its body, the shape of its errors."""
 
+import asyncio
 import hashlib
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from fastapi import APIRouter
@@ -26,6 +29,7 @@ class Replicas:
 
     def __init__(self, messages=()):
         self.messages, self.generate, self.load, self.pool = messages, self, self, self
+        self.ready = SimpleNamespace(remote=partial(asyncio.sleep, 0))
 
     def options(self, stream=False, **kwargs):
         self.stream = stream
@@ -102,6 +106,48 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(path):
         assert (got.status_code, got.json()["error"]["code"]) == (413, "too_large")
     got = client_of().post(path, headers={"Authorization": f"Bearer {KEY}"}, content=b" " * LIMIT)
     assert (got.status_code, got.json()["error"]["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("path", sorted(path for method, path in ROUTES if method == "POST"))
+def test_a_body_is_a_json_object_whatever_curl_calls_it(path):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for kind, content, status, code in (
+        ("text/plain", b"{}", 415, "not_json"),
+        ("multipart/form-data; boundary=x", b"--x--", 415, "not_json"),
+        ("application/json", b"\xff\xfe\x00", 400, "invalid_json"),
+        ("application/json", b'{"model": ', 400, "invalid_json"),
+        ("Application/JSON; charset=utf-8", b"[]", 400, "invalid_json"),
+        ("application/x-www-form-urlencoded", b"model=base", 400, "invalid_json"),
+        ("application/x-www-form-urlencoded", b"{}", 400, "invalid_value"),  # as JSON: fields are missing
+    ):
+        got = client_of().post(path, headers=headers | {"Content-Type": kind}, content=content)
+        assert (got.status_code, got.json()["error"]["code"]) == (status, code), kind
+        assert "\n" not in got.json()["error"]["message"]
+
+
+def test_health_is_of_the_replicas_and_not_of_the_endpoint_alone(monkeypatch):
+    class NoReplica:
+        """As Serve's answer while no replica is up."""
+
+        cancelled = 0
+
+        def __await__(self):
+            return asyncio.sleep(60).__await__()
+
+        def cancel(self):
+            NoReplica.cancelled += 1
+
+    async def died():
+        raise ActorDiedError
+
+    monkeypatch.setattr("ftray.serving.router.HEALTH_SECONDS", 0.1)
+    replicas = Replicas()
+    assert client_of(replicas).get("/health").json() == {"status": "ok"}
+    for remote in (NoReplica, died):
+        replicas.ready = SimpleNamespace(remote=remote)
+        got = client_of(replicas).get("/health")
+        assert (got.status_code, got.json()["error"]["code"], got.headers["retry-after"]) == (503, "not_ready", "10")
+    assert NoReplica.cancelled == 1
 
 
 def test_errors_have_one_shape(tmp_path):

@@ -34,8 +34,12 @@ from ftray.storage.local import LocalLocation
 def server(tiny_llama, tmp_path_factory):
     server = Server(tiny_llama, tmp_path_factory.mktemp("adapters"))
     yield server
-    server.process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # the second changes nothing
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
     assert server.process.wait(60) == 0
+    said = (server.directory / "log").read_text().partition("endpoint ")[2]
+    assert said == f"{server.url}/v1\ndraining\n"
 
 
 MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the cat sat"}]

@@ -3,9 +3,11 @@
 import pytest
 from test_data_shards import settings, some_records, write
 
-from ftray.data import DataCheck, parts, prepare
+from ftray.config import Config
+from ftray.data import DataCheck, parts, pipeline, prepare
 from ftray.data.shapes import GROUP
-from ftray.data.splits import order_key, split_of
+from ftray.data.splits import find_sources, order_key, split_of
+from ftray.search.driver import is_prepared_here
 
 
 def split_rows(data) -> dict[str, list[int]]:
@@ -84,3 +86,16 @@ def test_files_that_are_held_out_by_their_names_are_named(tmp_path, tokenizer, c
     for source, changes, printed in cases:
         DataCheck(settings(tmp_path, source, **changes)).run(tokenizer)
         assert capsys.readouterr().out == printed
+
+
+def test_sources_that_a_search_has_listed_are_not_listed_once_more(tmp_path, tiny_llama, monkeypatch):
+    """At an object store a listing takes requests: one says where the data is made, and is what it is made of."""
+    monkeypatch.setattr(pipeline, "find_sources", lambda cfg: pytest.fail("listed once more"))
+    data = settings(tmp_path, write(tmp_path / "records.jsonl", some_records(40)))
+    cfg = Config(data=data, task="CAUSAL_LM")
+    listed = find_sources(data)
+    assert is_prepared_here(cfg, listed)
+    made = prepare(data, tiny_llama, sources=listed)
+    assert sum(len(made.rows(name)) for name in made.splits) == 40
+    monkeypatch.setattr(pipeline, "LOCAL_BYTES", 10)
+    assert not is_prepared_here(cfg, listed)

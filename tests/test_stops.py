@@ -20,8 +20,8 @@ from transformers import (
 
 from ftray.cli import main
 from ftray.config import DataConfig, EvaluationConfig
+from ftray.data.inference import Renderer
 from ftray.evaluation.generation import generate
-from ftray.infer import Renderer
 from ftray.models.load import load_tokenizer
 from ftray.models.stops import stop_tokens
 from ftray.serving.engine import Engine

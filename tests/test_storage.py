@@ -26,7 +26,7 @@ from ftray.search.advisor import Advisor
 from ftray.search.control import Requests, ask_to_add, ask_to_stop
 from ftray.search.journal import past_trials
 from ftray.search.packs import Capacity
-from ftray.search.run_manifest import running_since, sole_driver
+from ftray.search.run_manifest import refuse_held, running_since, sole_driver
 from ftray.search.sampler import Sampler
 from ftray.search.space import load_space
 from ftray.serving.adapters import local_adapter
@@ -76,9 +76,13 @@ def test_one_driver_holds_an_output(store, monkeypatch):
         assert time.time() - running_since(output) < 60
         with pytest.raises(UserError, match="a search is running there"), sole_driver(output):
             pass
+        with pytest.raises(UserError, match="a search is running there"):
+            refuse_held(output)
         left = (output / ".lock").read_text()
     assert running_since(output) is None
     (output / ".lock").write_text(left)  # as a driver leaves it that is killed
+    assert running_since(output) is not None
+    refuse_held(output)  # which takes over what nobody writes
     with sole_driver(output):
         assert (output / ".lock").read_text() != left
 

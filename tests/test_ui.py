@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from helpers.browser import FAINT, opened
 from helpers.ports import free_port
 from helpers.results import HOSTILE, METRIC, write_search
@@ -32,10 +33,13 @@ from ftray.reports.status import read
 from ftray.search.live import last_beats
 from ftray.search.rungs import Rung, rungs
 from ftray.search.time_left import TimeLeft, Workload, expected, said
+from ftray.serving.key import digest_of
+from ftray.serving.live import Looked, create_app
 from ftray.storage.local import LocalLocation
 from ftray.storage.location import parse_location
 
 KEY = "correct horse battery"
+SHAPE = {"message", "type", "param", "code"}  # of an error
 SPACE = "method: lora\nlora:\n  rank: 4\n  learning_rate: {log: [1.0e-4, 1.0e-3]}\n"
 STEPS = 10000
 # prompt and oldest answer of each record of a trial's samples
@@ -281,8 +285,10 @@ def test_what_can_be_asked_and_what_not(over):
         ({"command": "stop"}, 400, "which trial?"),
         ({"command": "stop", "trial": 0}, 400, "no search is running there"),
         ({"command": "clone", "trial": 0, "changes": {"output": "x"}}, 400, "only adapter.* and training.*"),
-        ({"command": "serve"}, 422, ""),
-        ({"command": "stop", "trial": 0, "more": 1}, 422, ""),
+        ({"command": "serve"}, 400, "command: must be"),
+        ({"command": "stop", "trial": 0, "more": 1}, 400, "unsupported field 'more'"),
+        ({"command": "add", "configuration": "{a: \0}"}, 400, "configuration: must match"),
+        ({"command": "clone", "trial": 0, "changes": {"training.seed": "\0"}}, 400, "training.seed: must match"),
     ):
         got = asked(url, "v1/live/requests", json=body)
         assert (got.status_code, reason in got.text) == (status, True), got.text
@@ -291,6 +297,43 @@ def test_what_can_be_asked_and_what_not(over):
     policy = httpx.get(url).headers["Content-Security-Policy"]
     assert "script-src 'self'" in policy
     assert "default-src 'none'" in policy
+
+
+@pytest.mark.parametrize("path", ["v1/live/requests", "v1/completions"])
+@pytest.mark.parametrize(
+    ("kind", "content", "status", "reason"),
+    [
+        ("text/plain", b'{"command": "prove"}', 415, "Content-Type 'text/plain': the body must be application/json"),
+        ("multipart/form-data; boundary=x", b"--x--", 415, "Content-Type 'multipart/form-data': the body must be"),
+        ("application/octet-stream", b"\xff\xfe\x00", 415, "Content-Type 'application/octet-stream'"),
+        ("application/json", b"\xff\xfe\x00", 400, "the body is not valid JSON"),
+        ("application/json", b'{"command": ', 400, "the body is not valid JSON"),
+        ("application/json", b"", 400, "the body is not valid JSON"),
+        ("application/json", b'[{"command": "prove"}]', 400, "the body must be a JSON object, not list"),
+        ("application/json", b'"prove"', 400, "the body must be a JSON object, not str"),
+        (None, b"null", 400, "the body must be a JSON object, not NoneType"),
+        ("application/x-www-form-urlencoded", b"command=prove", 400, "the body is not valid JSON"),  # by `curl -d`
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused_in_one_line(tmp_path, path, kind, content, status, reason):
+    """By the page for its buttons; what it passes on to an endpoint, that reads, if it may be JSON at all."""
+    app = create_app(parse_location(str(tmp_path)), digest_of(KEY), f"http://127.0.0.1:{free_port()}", "", Looked())
+    headers = {"Authorization": f"Bearer {KEY}"} | ({"Content-Type": kind} if kind else {})
+    got = TestClient(app, raise_server_exceptions=False).post(path, headers=headers, content=content)
+    if path == "v1/completions" and status == 400:
+        assert (got.status_code, got.json()["error"]["code"]) == (503, "no_endpoint")
+        return
+    error = got.json()["error"]
+    assert (got.status_code, error["type"], set(error)) == (status, "invalid_request_error", SHAPE)
+    assert error["message"].startswith(reason)
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("path", ["v1/live/trials/x", "v1/other", "v1/live/trials/" + "9" * 5000])
+def test_a_path_that_no_route_takes_has_the_shape_of_all_errors(tmp_path, path):
+    app = create_app(parse_location(str(tmp_path)), digest_of(KEY), "http://127.0.0.1:9", "", Looked())
+    got = TestClient(app, raise_server_exceptions=False).get(path, headers={"Authorization": f"Bearer {KEY}"})
+    assert (got.status_code, set(got.json()["error"])) == (404, SHAPE)
 
 
 def test_from_python_the_page_is_served_beside_what_the_program_does(tmp_path, monkeypatch):

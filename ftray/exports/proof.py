@@ -25,7 +25,7 @@ TIE = 0.02  # nats: what products in float16 may move, and no more; nearer than 
 
 
 class ExportFailed(Exception):
-    """What was written does not do what the adapter does: one line that says where."""
+    """What was to be written can't be, or does not do what the adapter does: one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,16 @@ def prove(reference: Reference, measure: Measure, max_loss_increase: float | Non
     worst = int(np.argmax(preferences))
     if max_loss_increase is None and preferences[worst] > TIE:
         raise ExportFailed(
-            f"answers record {worst} of the test with {found.generated[worst]!r}, and the adapter with "
-            f"{own.generated[worst]!r}: {len(replies) - equal - tied} of {len(replies)} answers differ"
+            f"what was written answers record {worst} of the test with {found.generated[worst]!r}, and the adapter "
+            f"with {own.generated[worst]!r}: {len(replies) - equal - tied} of {len(replies)} answers differ"
         )
     if max_loss_increase is None and not abs(loss_increase) <= TIE:
-        raise ExportFailed(f"has a loss that differs by {loss_increase:.4f} nats a token from that of the adapter")
+        raise ExportFailed(
+            f"what was written has a loss that differs by {loss_increase:.4f} nats a token from that of the adapter"
+        )
     if max_loss_increase is not None and not loss_increase <= max_loss_increase:
         raise ExportFailed(
-            f"loses {loss_increase:.4f} nats a token on {len(replies)} test records, more than "
+            f"what was written loses {loss_increase:.4f} nats a token on {len(replies)} test records, more than "
             f"{max_loss_increase:g}: take a finer --precision, or allow it by --export.max_loss_increase"
         )
     return Proof(
@@ -221,7 +223,8 @@ def prove_scores(own: Scores, found: Scores, rows: list[Row], resamples: int) ->
     for name, value in values.items():
         if not abs(value - others[name]) <= TIE:
             raise ExportFailed(
-                f"has a {name} of {others[name]:.4f} on {len(rows)} test records, the adapter {value:.4f}"
+                f"what was written has a {name} of {others[name]:.4f} on {len(rows)} test records, "
+                f"the adapter {value:.4f}"
             )
     equal = sum(a == b for a, b in zip(own.generated, found.generated, strict=True)) if own.generated else len(rows)
     loss_increase = others.get("loss", 0.0) - values.get("loss", 0.0)

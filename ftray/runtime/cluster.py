@@ -17,15 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ftray.config import PYTHON_CALL, Config
 from ftray.errors import RunFailed, UserError
 from ftray.runtime.threads import wait_briefly
-from ftray.storage.location import parse_location
+from ftray.storage.location import parse_location, reason
 
 if TYPE_CHECKING:
     import ray
 
 # seconds; KubeRay restarts a head in less than a minute
 JOIN_PATIENCE, RAYLET_PATIENCE, HEAD_PATIENCE, ROOM_PATIENCE = 10, 5, 45, 10
+# how long Ray waits for its own processes, in seconds: 30 by default, too short for a machine that is busy
+START_PATIENCE = {"RAY_gcs_server_port_wait_time_s": "180", "RAY_raylet_start_wait_time_s": "180"}
 LONGEST_SOCKET = 107  # bytes of its path, on Linux
-RAYLET_NOISE = "PYTHON worker processes have been started"  # expected, as a trial has several small processes
+RAYLET_NOISE = "|".join(  # what is as it should be
+    (
+        "PYTHON worker processes have been started",  # a trial has several small ones
+        r"Task ServeController\.graceful_shutdown failed",  # it ends itself, which is no answer to who asked it to
+    )
+)
 
 
 def quiet() -> None:
@@ -59,6 +66,7 @@ def connect(cfg: Config, dashboard: bool = True) -> None:
 
     Raises:
         UserError: as :func:`check_address`.
+        RunFailed: Ray's own processes did not start, or let this one not in.
     """
     import ray
 
@@ -72,17 +80,27 @@ def connect(cfg: Config, dashboard: bool = True) -> None:
     if not joins:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15: beside any other process, next to nothing is left
+        for variable, seconds in START_PATIENCE.items():
+            os.environ.setdefault(variable, seconds)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2: that long, nobody hears that a run is over
-    with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
-        has_dashboard = None if dashboard or joins else False  # None: Ray's default
-        ray.init(
-            address=cfg.scaling.address,
-            log_to_driver=cfg.verbose,
-            include_dashboard=has_dashboard,
-            runtime_env={"env_vars": waiting} if joins and waiting else None,
-        )
+    has_dashboard = None if dashboard or joins else False  # None: Ray's default
+    try:
+        with nullcontext() if cfg.verbose else _without_stderr():  # Ray's C++ would print each failed attempt
+            ray.init(
+                address=cfg.scaling.address,
+                log_to_driver=cfg.verbose,
+                include_dashboard=has_dashboard,
+                runtime_env={"env_vars": waiting} if joins and waiting else None,
+            )
+    except Exception as error:  # Ray has no type for it: RuntimeError, TimeoutError, Exception itself
+        if joins:
+            raise RunFailed(f"the Ray cluster is there, and this machine can't join it: {reason(error)}") from None
+        raise RunFailed(
+            f"Ray has not started on this machine: {reason(error)}; if it is busy, set "
+            f"{' and '.join(f'{name} ({os.environ[name]})' for name in START_PATIENCE)} to more seconds"
+        ) from None
     if not cfg.verbose:
         from ray.data import DataContext
 

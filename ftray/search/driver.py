@@ -19,6 +19,7 @@ from ftray.compat.ray_tune import trials_without_actors
 from ftray.config import Config
 from ftray.data.pipeline import read_here
 from ftray.data.shards import REFERENCE
+from ftray.data.splits import Sources
 from ftray.errors import UserError
 from ftray.models.find import hidden_size
 from ftray.runtime.cluster import node_resources, say_if_waiting, workers_that_fit
@@ -109,7 +110,12 @@ Prepared = tuple[SearchContext, list[tune.Callback]]  # what all trials share; w
 
 @contextmanager
 def search(
-    cfg: Config, space: Space, output: Location, gpus_per_worker: float, prepare: Callable[[], Prepared]
+    cfg: Config,
+    space: Space,
+    output: Location,
+    gpus_per_worker: float,
+    prepare: Callable[[], Prepared],
+    prepared_here: bool = False,
 ) -> Iterator[tuple[SearchContext, Hardware]]:
     """Run, or resume, the search whose journal is in `output`, until `search.trials` are over; then yield its hardware.
 
@@ -117,7 +123,8 @@ def search(
     end the search early: the journal then holds what has been reported so far.
 
     Args:
-        prepare: makes the data; the processes of packs start meanwhile, if it needs none of their hardware.
+        prepare: makes the data.
+        prepared_here: it needs none of the packs' hardware: their processes start meanwhile.
 
     Raises:
         SearchBroken: what trains the trials is gone.
@@ -129,7 +136,7 @@ def search(
     past = [trial for trial in known if trial.state.is_finished() and SEED_OF not in trial.user_attrs]
     over = len(past) >= cfg.search.trials and not runs_left(journal, cfg)
     packed = _in_packs(cfg, space)
-    prepared = None if packed and not over and _prepared_here(cfg) else prepare()
+    prepared = None if packed and not over and prepared_here else prepare()
     if over and prepared:
         yield prepared[0], Hardware(prepared[0])
         return
@@ -176,10 +183,10 @@ def _keeps_pack(broker: ActorHandle) -> bool:
     return kept
 
 
-def _prepared_here(cfg: Config) -> bool:
-    """Whether this process alone makes the data: tasks would wait for what the packs hold."""
+def is_prepared_here(cfg: Config, sources: Sources) -> bool:
+    """Whether this process alone makes the data of `sources`: tasks would wait for what the packs hold."""
     computed = REFERENCE in TaskSpec.named(cfg.task).load().columns
-    return not computed and cfg.start.adapter is None and read_here(cfg.data)
+    return not computed and cfg.start.adapter is None and read_here(sources)
 
 
 def _in_packs(cfg: Config, space: Space) -> bool:

@@ -6,7 +6,7 @@ Objectives that compare with the base (DPO, KTO) would else run a second model, 
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,14 +30,19 @@ PASS_TOKENS = 8192  # of a pass: its rows are of like length
 SCHEMA = pa.schema({REFERENCE: pa.list_(pa.float32())})
 
 
-def with_reference(cfg: Config, model_path: str, data: TokenizedData, start: str = "") -> TokenizedData:
-    """`data` with the log-probabilities of its answers, where its task needs them; Ray must be initialised.
+def with_reference(
+    cfg: Config, model_path: str, data: TokenizedData, start: str = "", connect: Callable[[], None] | None = None
+) -> TokenizedData:
+    """`data` with the log-probabilities of its answers, where its task needs them.
+
+    Ray must be initialised, or `connect` do it.
 
     Row groups of which they are known are not computed again, whoever computed them.
 
     Args:
         cfg: of the model, and what it runs on.
         start: adapter, a directory or URI, that training begins with, so that the model is the base with it.
+        connect: initialises Ray; it is called only if something is to be computed.
     """
     if REFERENCE not in data.task.load().columns:
         return data
@@ -49,6 +54,8 @@ def with_reference(cfg: Config, model_path: str, data: TokenizedData, start: str
         parse_location(directory).mkdir(parents=True, exist_ok=True)
         rows = sum(data.splits[name].row_groups[i] for name, i in groups)
         print(f"reference: what the model says of {rows:,} records before training, once", file=sys.stderr, flush=True)
+        if connect:
+            connect()
         _compute(cfg, model_path, made, missing, start)
     return made
 

@@ -123,6 +123,16 @@ def sole_driver(output: Location, kind: Kind = SEARCH) -> Iterator[None]:
         yield
 
 
+def refuse_held(output: Location, kind: Kind = SEARCH) -> None:
+    """Find out that :func:`sole_driver` would refuse the output, before anything that takes long.
+
+    Raises:
+        UserError: another driver holds it.
+    """
+    if (output / LOCK).is_held():
+        raise _under_way(output, kind)
+
+
 def _under_way(output: Location, kind: Kind) -> UserError:
     if kind is RUN and not (output / SPACE).exists():
         return UserError(f"output {output}: a run is under way there; wait for its end, or name another --output")

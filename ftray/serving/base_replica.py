@@ -83,6 +83,10 @@ class BaseReplica(ABC):
             UserError: it can't be.
         """
 
+    async def ready(self) -> bool:
+        """True: Serve calls nothing of a replica whose model is still being loaded."""
+        return True
+
     async def loaded(self, adapter: str, source: str | None) -> "PeftModel | str":
         """The replica's handle of an adapter (:attr:`LoadedAdapter.model`), which is loaded unless it is in memory.
 

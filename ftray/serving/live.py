@@ -16,14 +16,15 @@ import httpx
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 
 from ftray.config import Config
 from ftray.errors import UserError
 from ftray.reports.live import LiveRun
+from ftray.serving.error_responses import HANDLERS, response
 from ftray.serving.errors import APIError
 from ftray.serving.key import RequireKey
 from ftray.serving.live_routes import PAGE_ROUTES, live_routes, pages
+from ftray.serving.request_body import body_of, json_body
 from ftray.storage.location import Location
 
 COMMAND_SECONDS = 180.0  # for a command of a button, which may load a model's structure
@@ -31,6 +32,8 @@ ASKED = ("completions", "chat/completions", "classify", "embeddings")  # routes 
 LINGERS = 60.0  # seconds without a request, after which a page whose search was killed is not looked at any more
 LAST_LOOK = 6.0  # seconds without a request, after which nobody has the page open
 MOST_LOOKS = 30.0  # seconds for a page that is open to see how the search ended
+NO_NUL = r"^[^\x00]*$"  # no argument of a process holds it
+Setting = Annotated[str, Field(max_length=2_000, pattern=NO_NUL)]
 
 
 class SteerRequest(BaseModel, extra="forbid"):
@@ -38,8 +41,8 @@ class SteerRequest(BaseModel, extra="forbid"):
 
     command: Literal["stop", "add", "clone", "pause", "train-on", "prove"]
     trial: Annotated[int, Field(ge=0)] | None = None
-    configuration: Annotated[str, Field(max_length=20_000)] = ""
-    changes: Annotated[dict[str, str], Field(max_length=100)] = {}
+    configuration: Annotated[str, Field(max_length=20_000, pattern=NO_NUL)] = ""
+    changes: Annotated[dict[Setting, Setting], Field(max_length=100)] = {}
 
     def arguments(self, run: str) -> list[str]:
         """The command that does it.
@@ -112,7 +115,7 @@ def create_app(output: Location, key: str, endpoint: str, endpoint_key: str, loo
         openapi_url=None,
         lifespan=lifespan,
         dependencies=[Depends(RequireKey(key, PAGE_ROUTES))],
-        exception_handlers={APIError: _api_error, HTTPException: _http_error, httpx.TransportError: _no_endpoint},
+        exception_handlers={**HANDLERS, httpx.TransportError: _no_endpoint},
     )
 
     async def shown_run(http: Request) -> AsyncIterator[LiveRun]:
@@ -123,7 +126,8 @@ def create_app(output: Location, key: str, endpoint: str, endpoint_key: str, loo
     app.include_router(live_routes(shown_run, steers=True))
 
     @app.post("/v1/live/requests")
-    async def steer(asked: SteerRequest) -> dict[str, Any]:
+    async def steer(http: Request) -> dict[str, Any]:
+        asked = await body_of(SteerRequest, http)
         return await carried_out(asked.arguments(str(output)))
 
     @app.get("/v1/live/endpoint")
@@ -142,7 +146,7 @@ def create_app(output: Location, key: str, endpoint: str, endpoint_key: str, loo
         if route not in ASKED:
             raise APIError(404, f"there is no route /v1/{route[:80]}", code="not_found")
         kind = {"Content-Type": "application/json"}
-        sent = client.build_request("POST", f"/v1/{route}", content=await http.body(), headers=kind)
+        sent = client.build_request("POST", f"/v1/{route}", content=await json_body(http), headers=kind)
         got = await client.send(sent, stream=True)
         return StreamingResponse(_passed_on(got), _own(got.status_code), {"Content-Type": got.headers["content-type"]})
 
@@ -243,15 +247,5 @@ def page_beside(cfg: Config, output: Location) -> Iterator[None]:
             page.wait()
 
 
-async def _api_error(request: Request, error: APIError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    wrong = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(wrong.body, wrong.status, error.headers)
-
-
 async def _no_endpoint(request: Request, error: httpx.TransportError) -> JSONResponse:
-    wrong = APIError(503, f"no endpoint answers: {type(error).__name__}", code="no_endpoint")
-    return JSONResponse(wrong.body, wrong.status)
+    return response(APIError(503, f"no endpoint answers: {type(error).__name__}", code="no_endpoint"))

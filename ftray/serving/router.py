@@ -25,6 +25,7 @@ from ftray.serving.generation_request import GenerationRequest, OutputDeltas
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
 
 ATTEMPTS = 3  # replicas that a request is tried on, if they die
+HEALTH_SECONDS = 5.0  # in which a replica that is up says so, however busy it is
 REPLACED = {"Retry-After": "10"}  # seconds in which Serve has mostly put another replica in the place of a dead one
 
 
@@ -66,6 +67,21 @@ class Router:
         if self.under_way >= self.cfg.max_queue:
             headers = {"Retry-After": "1"}
             raise APIError(429, f"{self.cfg.max_queue} requests are under way", None, "queue_full", headers)
+
+    async def require_replica(self) -> None:
+        """Ask a replica whether it can answer.
+
+        Raises:
+            APIError: 503: none answers: its model is being loaded, or what has died is not replaced yet.
+        """
+        answer = self.replicas.ready.remote()
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await answer
+        except Exception as error:  # of Ray, of Serve, or what the replica itself raises
+            if isinstance(error, TimeoutError):
+                answer.cancel()
+            raise APIError(503, "no replica answers yet: try again later", None, "not_ready", REPLACED) from None
 
     async def pool(self, model: str, request: PoolingRequest) -> PoolingResponse:
         """What a replica makes of texts; of another one if it dies.

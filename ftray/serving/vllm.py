@@ -181,6 +181,11 @@ class VLLMReplica:
         text = config.get_text_config()
         self.vocab_size, self.max_length = text.vocab_size, int(text.max_position_embeddings)
 
+    async def ready(self) -> bool:
+        """True, once the server is up and its engine well."""
+        await self.llm.check_health.remote()
+        return True
+
     async def load(self, adapter: str, source: str) -> str | None:
         """Why an adapter can't be served; it is loaded with the first request for it."""
         try:

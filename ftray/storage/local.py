@@ -122,6 +122,10 @@ class LocalLocation(PosixPath, Location):
         """By the time of the lock file."""
         return file_held_since(self)
 
+    def is_held(self) -> bool:
+        """As the system says."""
+        return file_held_since(self) is not None
+
     def ray_storage(self) -> dict[str, Any]:
         """The path alone."""
         return {"storage_path": str(self.resolve())}

@@ -150,6 +150,10 @@ class Location(ABC):
         """When the process that holds the lock began to, in seconds since 1970; None: nobody holds it."""
 
     @abstractmethod
+    def is_held(self) -> bool:
+        """Whether a process that lives holds the lock; one that was killed a moment ago is none."""
+
+    @abstractmethod
     def ray_storage(self) -> dict[str, Any]:
         """The arguments of Ray's `RunConfig` that make this its storage."""
 

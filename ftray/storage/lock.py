@@ -120,5 +120,17 @@ def lease_held_since(lock: "ObjectStoreLocation") -> float | None:
     return since
 
 
+def lease_is_kept(lock: "ObjectStoreLocation") -> bool:
+    """Whether somebody holds the lease and writes it still; to tell takes as long as from one write to the next."""
+    if lease_held_since(lock) is None:
+        return False
+    before, deadline = lock.read_text(), time.monotonic() + BEAT + 1
+    while time.monotonic() < deadline and lock.exists():
+        if lock.read_text() != before:
+            return True
+        time.sleep(0.5)
+    return False
+
+
 def _driver(lock: "ObjectStoreLocation") -> str | None:
     return json.loads(lock.read_text())["driver"] if lock.exists() else None

@@ -18,7 +18,7 @@ import pyarrow.fs
 
 from ftray.errors import UserError
 from ftray.storage.location import Location, reason
-from ftray.storage.lock import hold_lease, lease_held_since
+from ftray.storage.lock import hold_lease, lease_held_since, lease_is_kept
 from ftray.storage.manifest import MANIFEST, seal
 
 PROBE = ".probe"
@@ -182,6 +182,10 @@ class ObjectStoreLocation(Location):
     def held_since(self) -> float | None:
         """By what the lease says."""
         return lease_held_since(self)
+
+    def is_held(self) -> bool:
+        """By whether the lease changes."""
+        return lease_is_kept(self)
 
     def ray_storage(self) -> dict[str, Any]:
         """The path and its file system."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import Any, Literal, TypeVar
 
@@ -52,7 +53,7 @@ class PackedAdapter:
         step: optimiser steps made.
         isolation_reason: why its rows can't share a batch and go through its own model; None: they share the batch.
         objective: what it minimises.
-        shares_generator: whether some of its layers draw from the generator that all threads share.
+        layer_kinds: path and class of each adapted layer, and whether it changes rows in a way of its own.
     """
 
     model: PeftModel
@@ -63,7 +64,12 @@ class PackedAdapter:
     step: int
     isolation_reason: str | None
     objective: Objective
-    shares_generator: bool = False
+    layer_kinds: tuple[tuple[str, type, bool], ...]
+
+    @cached_property
+    def shares_generator(self) -> bool:
+        """Whether some of its layers in the batch draw from the generator that all threads share."""
+        return bool(self.layers) and any(own for *_, own in self.layer_kinds)
 
 
 @dataclass(frozen=True)
@@ -246,14 +252,17 @@ class Pack:
         for path, layer in layers.items():
             for replica in self.replicas:
                 SharedLinear.at(replica.model, path, replica.segments).join(name, layer, rng)
-        others = any(update_of(layer.eval(), rng, 0) is None for layer in layers.values())
-        parts = model.eval(), update, rng, layers, trainable(model), step, isolation_reason, objective, others
+        adapted = [(path, m) for path, m in model.eval().named_modules() if isinstance(m, BaseTunerLayer)]
+        kinds = tuple((path, type(layer), update_of(layer, rng, 0) is None) for path, layer in adapted)
+        parts = model, update, rng, layers, trainable(model), step, isolation_reason, objective, kinds
         self.adapters[name] = PackedAdapter(*parts)
         if not isolation_reason and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             rng = DropoutRNG(model, seed, self.rank)
             isolation_reason = reason
-            self.adapters[name] = PackedAdapter(model, update, rng, {}, trainable(model), step, reason, objective)
+            self.adapters[name] = PackedAdapter(
+                model, update, rng, {}, trainable(model), step, reason, objective, kinds
+            )
         if isolation_reason and self.task.packed and (reason := self._adapter_obstacle(name)):
             self.remove(name)
             raise PackingUnsupported(f"can't be trained on batches of several records: {reason}")
@@ -265,9 +274,7 @@ class Pack:
         Adapters of one kind run the same code: only the first of each kind is tried.
         """
         adapter = self.adapters[name]
-        adapted = ((n, m) for n, m in adapter.model.named_modules() if isinstance(m, BaseTunerLayer))
-        layers = ((path, type(layer), update_of(layer, adapter.rng, 0) is None) for path, layer in adapted)
-        kind = adapter.model.active_peft_config.peft_type, adapter.isolation_reason, tuple(layers)
+        kind = adapter.model.active_peft_config.peft_type, adapter.isolation_reason, adapter.layer_kinds
         if kind not in self._probed:
             with probe.moved(adapter.parameters), torch.enable_grad():
                 find = self._differs_isolated if adapter.isolation_reason else self._differs_shared

@@ -24,11 +24,11 @@ from ftray.cli import COMMANDS, fields, parse, run_command
 from ftray.config import AdapterConfig, DataConfig, ModelConfig, config_from
 from ftray.data.check import DataCheck
 from ftray.data.formats import read_chunk
+from ftray.data.inference import Renderer, read_records
 from ftray.data.record_task import record_task
 from ftray.data.splits import find_sources
 from ftray.data.tokens import spread
 from ftray.errors import UserError
-from ftray.infer import Renderer, read_records
 from ftray.models.load import load_base, load_tokenizer
 from ftray.search.space import load_space
 from ftray.task_spec import IGNORE, OBJECTIVES, TASKS, TaskSpec

@@ -3,10 +3,10 @@
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftray.serving.api import generation, models, pages, pooling
+from ftray.serving.error_responses import HANDLERS, response
 from ftray.serving.errors import APIError, replica_died
 from ftray.serving.key import RequireKey
 from ftray.serving.live_routes import PAGE_ROUTES, live_routes
@@ -26,12 +26,7 @@ def create_app(key: str | None, max_body_bytes: int) -> FastAPI:
         title="ftray",
         openapi_url=None,
         dependencies=[Depends(RequireKey(key, OPEN_ROUTES))],
-        exception_handlers={
-            APIError: api_error,
-            HTTPException: http_error,
-            RayActorError: _replica_died,
-            Exception: _internal_error,
-        },
+        exception_handlers={**HANDLERS, RayActorError: _replica_died},
     )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     for router in (page_routes, pages.router, models.router, generation.router, pooling.router):
@@ -60,23 +55,5 @@ class BodyLimit:
         await self.app(scope, limited, send)
 
 
-def _response(error: APIError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-async def api_error(request: Request, error: APIError) -> JSONResponse:
-    return _response(error)
-
-
-async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return _response(APIError(error.status_code, message, headers=dict(error.headers or {})))
-
-
 async def _replica_died(request: Request, error: RayActorError) -> JSONResponse:
-    return _response(replica_died())
-
-
-async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error again, for the log."""
-    return _response(APIError(500, f"{request.url.path}: {type(error).__name__}", code="internal_error"))
+    return response(replica_died())

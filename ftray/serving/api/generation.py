@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ftray.serving.api.chat_requests import ChatCompletionRequest
 from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
-from ftray.serving.api.requests import CompletionRequest, GenerationParameters, parse
+from ftray.serving.api.requests import CompletionRequest, GenerationParameters
 from ftray.serving.api.responses import ChatCompletionWriter, CompletionWriter, ResponseWriter, event, usage
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import GenerationRequest, OutputDelta, OutputDeltas, Sampling
+from ftray.serving.request_body import body_of
 
 MAX_PROMPTS = 256
 router = APIRouter()
@@ -20,7 +21,7 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
-    body = parse(CompletionRequest, await http.body())
+    body = await body_of(CompletionRequest, http)
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens: 0 needs echo: true", "max_tokens")
     if not body.prompt or len(body.prompts) > MAX_PROMPTS:
@@ -32,7 +33,7 @@ async def completions(http: Request, endpoint: CurrentEndpoint) -> Response:
 
 @router.post("/v1/chat/completions")
 async def chat_completions(http: Request, endpoint: CurrentEndpoint) -> Response:
-    body = parse(ChatCompletionRequest, await http.body())
+    body = await body_of(ChatCompletionRequest, http)
     sampling = body.sampling((body.top_logprobs or 0) if body.logprobs else None)
     messages = [message.plain for message in body.messages]
     max_tokens = body.max_completion_tokens or body.max_tokens

@@ -10,9 +10,10 @@ from ray.serve.exceptions import RayServeException
 
 from ftray.errors import UserError
 from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
-from ftray.serving.api.requests import AddAdapterRequest, parse
+from ftray.serving.api.requests import AddAdapterRequest
 from ftray.serving.errors import APIError, invalid
 from ftray.serving.registry import adapter_in, allowed, check_name, roots
+from ftray.serving.request_body import body_of
 
 DROP_SECONDS = 30
 router = APIRouter()
@@ -31,7 +32,7 @@ async def get_model(name: str, endpoint: CurrentEndpoint) -> dict[str, Any]:
 
 @router.post("/v1/adapters")
 async def add_adapter(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
-    body = parse(AddAdapterRequest, await http.body())
+    body = await body_of(AddAdapterRequest, http)
     source = await asyncio.to_thread(check_addition, endpoint, body)
     entry = endpoint.registry.new(body.name, source)
     handle = endpoint.replicas.options(multiplexed_model_id=entry.id)

@@ -15,7 +15,9 @@ router = APIRouter()
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
+async def health(endpoint: CurrentEndpoint) -> dict[str, str]:
+    """Whether requests are answered: the endpoint itself is up before the model is loaded."""
+    await endpoint.router.require_replica()
     return {"status": "ok"}
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ftray.serving.api.endpoint import CurrentEndpoint, Endpoint
-from ftray.serving.api.requests import ClassificationRequest, EmbeddingRequest, parse
+from ftray.serving.api.requests import ClassificationRequest, EmbeddingRequest
 from ftray.serving.api.responses import usage
 from ftray.serving.errors import invalid
 from ftray.serving.pooling import PoolingRequest, PoolingResponse
+from ftray.serving.request_body import body_of
 
 MAX_TEXTS = 2048  # of one request, as in OpenAI's API
 router = APIRouter()
@@ -19,7 +20,7 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 async def embeddings(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
-    body = parse(EmbeddingRequest, await http.body())
+    body = await body_of(EmbeddingRequest, http)
     endpoint.require_task("FEATURE_EXTRACTION")
     response = await pool(endpoint, body, None)
     encode = base64_floats if body.encoding_format == "base64" else list
@@ -29,7 +30,7 @@ async def embeddings(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]
 
 @router.post("/v1/classify")
 async def classify(http: Request, endpoint: CurrentEndpoint) -> dict[str, Any]:
-    body = parse(ClassificationRequest, await http.body())
+    body = await body_of(ClassificationRequest, http)
     if body.pairs is not None and len(body.pairs) != len(body.texts):
         raise invalid("pair: must hold as many texts as input", "pair")
     endpoint.require_task("SEQ_CLS", "TOKEN_CLS")

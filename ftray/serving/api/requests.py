@@ -1,7 +1,7 @@
-"""The bodies of requests, as https://platform.openai.com/docs/api-reference defines them, and what is refused."""
+"""The bodies of requests, as https://platform.openai.com/docs/api-reference defines them."""
 
 import json
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -9,13 +9,10 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
 from ftray.config import COLDEST
-from ftray.errors import first_error, near
-from ftray.serving.errors import APIError, invalid
 from ftray.serving.generation_request import Sampling
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -24,8 +21,6 @@ BiasedToken = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)]
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 def without_nulls(values: object) -> object:
@@ -178,39 +173,3 @@ def as_list(given: str | list[int] | list[str] | list[list[int]]) -> list[str] |
     if isinstance(given, str):
         return [given]
     return cast("list[str] | list[list[int]]", [given] if not given or isinstance(given[0], int) else given)
-
-
-def parse(kind: type[Body], body: bytes) -> Body:
-    """The request in `body`, which is JSON.
-
-    Raises:
-        APIError: with status 400 and the field at fault.
-    """
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise APIError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(values, dict):
-        raise APIError(400, f"the body must be a JSON object, not {type(values).__name__}", code="invalid_json")
-    _refuse_half_characters(values)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = first_error(error)
-        path = ".".join(first.path)
-        if first.unknown:
-            meant = near(path, kind.model_fields, "") if len(first.path) == 1 else ""
-            raise APIError(400, f"unsupported field {path!r}{meant}", path, "unsupported_field") from None
-        field = first.path[0] if path else None
-        raise invalid(f"{path}: {first.reason}" if path else first.reason, field) from None
-
-
-def _refuse_half_characters(values: dict[str, Any]) -> None:
-    r"""Refuse text such as "\ud83d": JSON lets half a surrogate pair through, and no tokenizer takes it."""
-    for name, value in values.items():
-        for part, field in ((name, None), (value, name)):
-            try:
-                json.dumps(part, ensure_ascii=False).encode()
-            except (UnicodeEncodeError, RecursionError) as error:
-                what = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "too deep a nesting"
-                raise invalid(f"{field or 'a field name'}: holds {what}", field) from None
