@@ -651,6 +651,12 @@ def test_a_plan_counts_what_a_search_would_run(cluster, tmp_path, capsys, words,
     assert plan["seconds"] > 9 * 8 * length / plan["probe"]["tokens"] * plan["probe"]["step"]
 
 
+def test_a_plan_times_what_has_but_one_step(cluster, tmp_path, capsys, words, tiny_llama):
+    plan = planned(capsys, tmp_path, words, tiny_llama, "--pack", "2", "--training.steps", "1")
+    assert plan["tokens"]["at_most"] > 0
+    assert plan["probe"]["tokens"] > 0
+
+
 LORA = {"method": "lora", "rank": 4, "target_modules": "all-linear", "dropout": 0.0}
 OFT = {"method": "oft", "block_size": 16}
 SHAPES = [

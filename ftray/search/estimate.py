@@ -425,6 +425,7 @@ def _probe_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer = PackTrainer(cfg.model, context.model_path, cfg.training, task, cfg.data.longest)
     trainer.measure, trainer.rollouts = context.measure(), context.rollouts(trainer)
     worker = PackWorker(PackContext(None, 0, LocalLocation(), context), trainer)
+    run = replace(run, steps=max(run.steps, 2))  # one to warm up, one to be timed
     names = [str(n) for n in range(worker.measured_capacity())]
     for name in names:
         trainer.join(name, run)
