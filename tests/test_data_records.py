@@ -6,6 +6,7 @@ from helpers.record_files import assistant, user
 
 from ftray import cli
 from ftray.data.fields import Fields
+from ftray.data.record_task import record_task
 from ftray.data.records import Example, parse, parse_and_see
 from ftray.data.turns import Turn
 from ftray.errors import UserError
@@ -615,6 +616,29 @@ def test_turns_that_a_csv_file_writes_as_python_does_are_read():
     for answer in ('{"from": "EUR", "value": 3}', '[{"role": "x", "content": 3}]'):  # which is no turn
         assert parse({"prompt": "q", "completion": answer}, "f").target == answer
         assert parse({"prompt": [user("q")], "completion": answer}, "f").messages[-1].text == answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"model": "m", "messages": [{"role": "user", "content": "q"}]}',
+        '[{"id": 1, "role": "user", "content": "q"}]',
+        '["Rome"]',
+        '["Rome", "Paris"]',
+        "[" * 10_000,
+        "{'a': '\\d'",
+    ],
+)
+def test_json_that_is_an_answer_is_learnt_as_it_stands(answer):
+    assert parse({"instruction": "q", "input": "", "output": answer}, "f") == Example("q", answer)
+    if "id" not in answer:  # a turn, with which an answer of a pair may begin
+        pair = record_task(TaskSpec.named("DPO")).parse({"prompt": "q", "chosen": answer, "rejected": "x"}, "f")
+        assert pair.chosen.target == answer
+
+
+@pytest.mark.parametrize("ask", ["prompt", "question", "query", "problem"])
+def test_an_empty_column_beside_a_question_says_nothing(ask):
+    assert parse({ask: "q", "input": "", "answer": "r"}, "f") == Example("q", "r")
 
 
 @pytest.mark.parametrize(

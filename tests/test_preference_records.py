@@ -128,6 +128,26 @@ PAIRS = {
         },
         (ASKED, GOOD, BAD),
     ),
+    "a prefilled answer": (
+        {"prompt": "User: q\n\nAssistant: So", "chosen": " r", "rejected": " x"},
+        ("User: q\n\nAssistant: So", " r", " x"),
+    ),
+    "a count of turns, as CSV writes it": (
+        {"prompt": "q", "chosen": "r", "rejected": "x", "turns": "2"},
+        ("q", "r", "x"),
+    ),
+    "choices": (
+        {"prompt": "q", "chosen": "so r", "rejected": "so x", "choice_a": "r", "choice_b": "x"},
+        ("q", "so r", "so x"),
+    ),
+    "answers that were not swapped": (
+        {"prompt": "q", "response_0": "r", "response_1": "x", "winner": 0, "swapped": False},
+        ("q", "r", "x"),
+    ),
+    "answers that are lists of JSON": (
+        {"prompt": "q", "chosen": '["r"]', "rejected": '["x", "y"]'},
+        ("q", '["r"]', '["x", "y"]'),
+    ),
     "LLaMA-Factory": ({"instruction": "q", "input": "i", "chosen": "r", "rejected": "x"}, ("q\ni", "r", "x")),
     "LLaMA-Factory, history": (
         {
@@ -340,6 +360,20 @@ REFUSED_PAIRS = [
     (PAIR | {"better": "x"}, "better is 'x', which may say that rejected is the better answer"),
     (PAIR | {"flipped": "True"}, "flipped is 'True', which may say .* leaves flipped out, where chosen is, or --data"),
     (PAIR | {"overall_preference": -2}, "overall_preference is -2, which may say that rejected is"),
+    (
+        {"prompt": "q", "response0": "r", "response1": "x", "response0_better": 1},
+        "response0_better is 1, which names neither",
+    ),
+    (
+        {
+            "prompt": "q",
+            "response1": "r",
+            "response2": "x",
+            "overall_preference": 1,
+        },  # of -3 to 3: the second is better
+        "overall_preference is 1, which names neither",
+    ),
+    ({"Prompt": "q", "Chosen": "r", "Rejected": "x", "Choices": ["s", "t"]}, "choices would be lost"),
     (PAIR | {"prompt": " "}, "prompt is empty: leave the record out; where all records are whole texts that begin ali"),
     (PAIR | {"prompt": None}, "prompt is empty"),
     (
@@ -576,11 +610,21 @@ PROMPTS = {
     "a transcript": ({"prompt": HH.format("o") + HH.format("")}, [*ASKED, ("assistant", "o"), *ASKED], ""),
     "turns that are counted": ({"prompt": "q", "turns": 2}, "q", ""),
     "other letters": ({"Prompt": "q", "Level": 2}, "q", ""),
+    "other letters, answered": ({"Question": "q", "Answer": "r"}, "q", "r"),
+    "a prefilled answer": (
+        {"prompt": "User: q\n\nAssistant: <think>", "answer": 4},
+        "User: q\n\nAssistant: <think>",
+        "4",
+    ),
+    "OpenR1": ({"problem": "q", "solution": "r", "answer": "4", "messages": [user("q"), assistant("r")]}, ASKED, "4"),
+    "calls": ({"query": "q", "answers": '[{"name": "f", "arguments": {}}]'}, "q", '[{"name": "f", "arguments": {}}]'),
+    "Nectar": ({"prompt": "q", "answers": [{"answer": "r", "rank": 1.0}], "turns": 1.0}, "q", ""),
     "a system text": ({"system": "S", "prompt": "q"}, [("system", "S"), *ASKED], ""),
     "preferences": (PAIR, "q", ""),
     "several accepted answers": ({"question": "q", "answers": ["r", "s"]}, "q", "r"),
     "numbers of these": ({"question": "q", "answer": [4, 5]}, "q", "4"),
     "SQuAD": ({"question": "q", "context": "c", "answers": {"text": ["r", "s"], "answer_start": [0, 1]}}, "q\nc", "r"),
+    "SQuAD, CSV": ({"question": "q", "answers": "{'text': ['r', 's'], 'answer_start': [0, 1]}"}, "q", "r"),
     "SQuAD, objects": ({"question": "q", "answers": [{"text": "r"}, {"text": "s"}]}, "q", "r"),
 }
 
@@ -630,6 +674,12 @@ def test_a_prompt_and_another_one_are_refused(record):
     lost = [*record][1]
     with pytest.raises(UserError, match=f"^f:1: {lost} would be lost: .*--data.fields .* to leave {lost} out$"):
         GRPO.parse_and_see(record, "f:1")
+
+
+@pytest.mark.parametrize("record", [BOTH | {"source": "web"}, BOTH | {"user": "Al"}, {"Text": "q", "Source": "web"}])
+def test_where_a_record_is_from_is_no_prompt(record):
+    with pytest.raises(UserError, match=r"^f:1: (record with keys chosen, rejected|text would be lost)"):
+        GRPO.parse(record, "f:1")
 
 
 def test_a_text_is_no_prompt():

@@ -22,6 +22,8 @@ _NAMED = re.compile(rf"(?:(?:{'|'.join(ANSWER_WORDS)}|model|assistant|chatbot|op
 def says_which(key: object, value: object) -> bool:
     """Whether a key says which of two answers is the better one, by a number, a boolean or a few words."""
     own = {*meanings.words(key)}
+    if "choice" in own and isinstance(value, str) and _NUMBERED.fullmatch(str(key)):
+        return False  # one of the choices that a question offers
     is_short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value.split()) <= _MOST_WORDS)
     return is_short and bool(own & (BETTER | TURNED)) and own <= BETTER | TURNED | SIDE_FILLERS
 
@@ -59,7 +61,7 @@ def _agrees(key: str, value: object, record: Record, good: str) -> bool:
     """Whether a verdict says what its pair says itself."""
     said, own = number(value), {*meanings.words(key)}
     if TURNED & own:
-        return said in (0, False) or said == "no"
+        return _turns_nothing(key, value)
     is_named = isinstance(value, str) and (value == record[good] or meanings.words(value) == meanings.words(good))
     return said is True or is_named
 
@@ -176,8 +178,21 @@ def verdicts_of(record: Record) -> dict[str, Any]:
     return {
         key: value
         for key, value in record.items()
-        if not is_empty(value) and (says_which(key, value) or (key == "chosen" and isinstance(value, str | int)))
+        if not is_empty(value)
+        and not _turns_nothing(key, value)
+        and (says_which(key, value) or (key == "chosen" and isinstance(value, str | int)))
     }
+
+
+def _turns_nothing(key: object, value: object) -> bool:
+    """Whether a key says that a pair stands the right way round."""
+    return bool(TURNED & {*meanings.words(key)}) and number(value) in (0, False, "no")
+
+
+def _is_graded(key: str, value: object) -> bool:
+    """Whether a number says how good an answer is which the key names itself, or is one of a scale of both."""
+    is_number = isinstance(number(value), int | float)
+    return is_number and (bool(re.search(r"\d", key)) or "overall" in meanings.words(key))
 
 
 def better_of(record: Record, columns: tuple[str, str], asked: Mapping[str, str], where: object) -> tuple[str, str]:
@@ -191,7 +206,7 @@ def better_of(record: Record, columns: tuple[str, str], asked: Mapping[str, str]
     """
     verdicts = verdicts_of(record)
     refuse_tie(record, columns, where)
-    sides = {key: side_of(value, columns) for key, value in verdicts.items()}
+    sides = {key: None if _is_graded(key, value) else side_of(value, columns) for key, value in verdicts.items()}
     for key, side in sides.items():
         if side is None:
             raise UserError(

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 TokenizerArguments = tuple[str, bool, str | None]  # of `load_tokenizer`, in other processes
 
-VERSION = 5  # of the rules that make tokens from records: raise it when they change
+VERSION = 6  # of the rules that make tokens from records: raise it when they change
 BATCH = 1024  # records that a task reads or tokenizes at once
 TASK_CPUS = 1  # of a Ray task
 LOCAL_BYTES = 2**22  # of a source that is read in this process, with which tasks of Ray would take longer to begin

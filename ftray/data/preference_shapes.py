@@ -22,8 +22,8 @@ from ftray.data.records import (
     with_one_answer,
 )
 from ftray.data.respelt import respelt
-from ftray.data.shapes import Record, Shape, is_empty, number
-from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, answer_in, read_turns, turn_list, turn_of
+from ftray.data.shapes import Record, Shape, is_empty, listed, number
+from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, answer_in, is_open_transcript, read_turns, turn_of
 from ftray.errors import UserError
 
 # keys of what is asked, each with those of what belongs to it
@@ -228,7 +228,8 @@ def read_prompt(record: Record, ask: str, further: Sequence[str], where: object)
     value = record[ask]
     if isinstance(value, dict) and "messages" in value:
         return read_turns({f"{ask}.messages": value["messages"]}, f"{ask}.messages", where)[0]
-    if isinstance(turn_list(value), list) or ask in TURNS:
+    is_listed = isinstance(listed(value), list) or (ask not in TURNS and is_open_transcript(value))
+    if is_listed or ask in TURNS:
         return read_turns(record, ask, where)[0]
     text = asked_text(record, ask, further, where)
     refuse_written_turns(text, ask, where)

@@ -15,15 +15,16 @@ from ftray.data.reading import Seen
 from ftray.data.record_task import RecordTask
 from ftray.data.records import CONVERSATION, REFUSED, Example, answered, as_chat, as_conversation
 from ftray.data.respelt import respelt
-from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed, number
+from ftray.data.shapes import ADDED, Record, Shape, as_text, is_empty, listed, number, object_of
 from ftray.data.tokens import Tokens, beginning, rendering
-from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, are_turns, read_turns
+from ftray.data.turns import IN_PART, IN_TURN, TURNS, Turn, are_known, are_turns, read_turns
 from ftray.errors import UserError
 from ftray.task_spec import CHAT, IGNORE
 
 NEEDS = "prompt (a text or turns), question, problem, instruction/input or messages, also with an answer"
 # keys of an answer that a reward may go by, the first one that a record has
 _REFERENCES = ("completion", "response", "answer", "answers", "ground_truth", "solution", "output", "target", "summary")
+_FINAL = ("answer", "answers", "ground_truth")  # what an answer comes to, also beside one that is written out
 # what is asked in some records, and would be lost beside another of these
 _ASKED = (
     "inputs",
@@ -32,6 +33,7 @@ _ASKED = (
 )
 _PLACEHOLDER = "."  # in place of an answer, as long as a record is read
 _TEXTS = tuple(ask for ask in ASKS if ask[0] not in TURNS)
+_MAY_BE_ABOUT = ("source", "src", "user", "human")  # keys that may also say where a record is from
 _FURTHER_ASKS = tuple((key, ()) for key in ("inputs", "source", "src", "document", "article", "user", "human"))
 
 
@@ -55,6 +57,12 @@ class Asked:
 def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
     """A shape of a prompt by its key, and those of what belongs to it."""
 
+    def fits(record: Record) -> bool:
+        if ask in TURNS:
+            return not isinstance(number(record[ask]), int | float)
+        is_compared = ask in _MAY_BE_ABOUT and not is_empty(record.get("chosen"))  # whose turns say what is asked
+        return not is_compared and not any(_asked_by_turns(record, *texts) for texts in _TEXTS)
+
     def parse(record: Record, where: object) -> Asked:
         if is_empty(record.get(ask)):
             raise UserError(
@@ -72,7 +80,8 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
                 raise UserError(f"{where}: {ask} holds an answer alone: there is nothing to ask")
             context = {index for index, turn in enumerate(prompt) if turn.role == "assistant"}
             example = as_conversation([*prompt, Turn("assistant", _PLACEHOLDER)], context, beside, ask, where)
-        return Asked(_unanswered(example), reference or _reference(record, (ask, *further), where), where=where)
+        final = _reference(record, (ask, *further), where, _FINAL if reference else _REFERENCES)
+        return Asked(_unanswered(example), final or reference, where=where)
 
     return Shape(
         ask,
@@ -81,9 +90,7 @@ def _asked_in(ask: str, further: tuple[str, ...] = ()) -> Shape:
         (*further, *CONVERSATION),
         {key: why for key, why in REFUSED.items() if why != meanings.PREFERENCE},
         tuple(key for key in dict.fromkeys(_ASKED) if key not in (ask, *further)),
-        (lambda record: not isinstance(number(record[ask]), int | float))
-        if ask in TURNS
-        else lambda record: not any(_asked_by_turns(record, *texts) for texts in _TEXTS),
+        fits,
         turns=(ask,),
         in_turn=IN_TURN,
         in_part=IN_PART,
@@ -126,17 +133,20 @@ def _unanswered(example: Example) -> Example:
     return replace(example, messages=example.messages[:-1])
 
 
-def _reference(record: Record, asked: Sequence[str], where: object) -> str:
+def _reference(record: Record, asked: Sequence[str], where: object, keys: Sequence[str]) -> str:
     """The text of the answer that stands beside a prompt, of several that are accepted the first; empty: none does."""
-    key = next((key for key in _REFERENCES if key not in asked and not is_empty(record.get(key))), None)
+    key = next((key for key in keys if key not in asked and not is_empty(record.get(key))), None)
     if key is None:
         return ""
-    value = record[key]
-    value = value.get("text", value) if isinstance(value, dict) else value  # as SQuAD's, beside where they begin
+    value = object_of(record[key])
+    is_squad = isinstance(value, dict) and (value is record[key] or "answer_start" in value)
+    value = value.get("text", value) if is_squad else record[key]  # beside where they begin
     given = listed(value)
     if isinstance(given, list) and given and isinstance(given[0], dict):
         if isinstance(given[0].get("text"), str) and not any(given[0].get(role) for role in meanings.ROLE_KEYS):
             return str(given[0]["text"])
+        if not are_known(given):  # what an answer is to be, as calls of tools, or answers with what is said of them
+            return value if isinstance(value, str) else ""
         answers = [turn.text for turn in read_turns({key: given}, key, where)[0] if turn.role == "assistant"]
         return answers[-1] if answers else ""
     if isinstance(given, list) and given and (given is value or all(isinstance(text, str) for text in given)):
@@ -154,7 +164,7 @@ class PromptTask(RecordTask):
     has, or empty, and `extra` holds the record, as JSON.
     """
 
-    shapes: ClassVar[Sequence[Shape]] = (*_PROMPTS, respelt(_PROMPTS), _asked_in("prompt"))
+    shapes: ClassVar[Sequence[Shape]] = (*_PROMPTS, respelt(_PROMPTS, _REFERENCES), _asked_in("prompt"))
     record_keys = NEEDS
     grouped_by = "prompt"
 

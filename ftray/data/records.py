@@ -113,17 +113,19 @@ def text_of(record: Record, key: str, where: object, may_be_empty: bool = False)
 
 def refuse_written_turns(text: str, key: str, where: object) -> None:
     """Raise the UserError about an answer that is turns, written as text in a way that isn't read here."""
-    if _WRITTEN_TURNS.match(text):
+    if _WRITTEN_TURNS.match(text.strip()):
         raise UserError(
             f"{where}: {key} holds turns that are written as a text: give what is asked as turns too, both as JSON has "
             "them, or all of them as messages"
         )
 
 
-# a list of turns, or one of them, as JSON, Python or numpy write it
+# a list of turns, or one of them, as JSON, Python or numpy write it: no list of other objects that hold roles too
 _SAYS = rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["']"""
 _WRITTEN_TURNS = re.compile(
-    rf"""\s*\[?\s*\{{\s*(?=["'])(?=.*["'](?:content|value)["']\s*:)(?=.*{_SAYS}).*[\]}}]\s*$""", re.DOTALL
+    rf"""\[?\s*\{{\s*(?=["'](?:role|from|content|value)["']\s*:)"""
+    rf"""(?=.*["'](?:content|value)["']\s*:)(?=.*{_SAYS}).*[\]}}]$""",
+    re.DOTALL,
 )
 
 
@@ -146,8 +148,11 @@ def _with_path(record: Record, key: str, path: str) -> str:
 
 
 def with_one_answer(record: Record, key: str, where: object) -> Record:
-    """The record with its answer out of a list that has no other; of several, nobody knows which is meant."""
-    answers = listed(record[key])
+    """The record with its answer out of a list that has no other; of several, nobody knows which is meant.
+
+    A text that is written as a list is what an answer says, but for `answers`, which may be a column of a CSV file.
+    """
+    answers = listed(record[key]) if key == "answers" else record[key]
     if key == "answers" and isinstance(answers, str) and re.match(r"\s*\[\s*['\"]", answers):
         raise UserError(
             f"{where}: {key} is a list that is written otherwise than as JSON: write it so, with one answer, or say by "
@@ -430,8 +435,6 @@ SHAPES: Sequence[Shape] = (
     _pair("instruction", "response", ("input", "context")),
     _pair("instruction", "answer", ("input", "context")),
     _pair("instruction", "completion", ("input", "context")),
-    _pair("input", "completion"),
-    _pair("input", "answer"),
     _pair("question", "completion", ("context", "passage")),
     _pair("query", "completion", ("context",)),
     _pair("prompt", "response", ("context",)),
@@ -447,6 +450,8 @@ SHAPES: Sequence[Shape] = (
     _pair("query", "answers", ("context",)),
     _pair("problem", "solution"),
     _pair("problem", "answer"),
+    _pair("input", "completion"),
+    _pair("input", "answer"),
     _pair("input", "response"),
     _pair("input", "target"),
     _pair("inputs", "targets"),

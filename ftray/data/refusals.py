@@ -82,7 +82,7 @@ def refuse_beside(record: Record, shape: Shape, shapes: Sequence[Shape], where: 
     """
     own = (*shape.required_keys, *shape.honours)
     for key, value in record.items():
-        is_count = key == "turns" and isinstance(value, int)
+        is_count = key == "turns" and isinstance(number(value), int | float)
         if key in shape.beside and key not in own and not is_empty(value) and not is_count:
             _refuse_lost(record, key, shape, where, shapes)
 

@@ -8,9 +8,14 @@ from ftray.data.reading import read
 from ftray.data.shapes import Record, Shape, fitting
 
 
-def respelt(shapes: Sequence[Shape]) -> Shape:
-    """The shape of records that have one of `shapes` once their keys are spelt as there; others stay as they are."""
-    known = {key for shape in shapes for key in (*shape.required_keys, *shape.honours)}
+def respelt(shapes: Sequence[Shape], further: Sequence[str] = ()) -> Shape:
+    """The shape of records that have one of `shapes` once their keys are spelt as there; others stay as they are.
+
+    Args:
+        further: keys that those shapes read without naming them.
+    """
+    known = {key for one in shapes for key in (*one.required_keys, *one.honours, *one.beside, *one.refuses)}
+    known.update(further)
 
     def fits(record: Record) -> tuple[str, ...]:
         names = _names(record, known)

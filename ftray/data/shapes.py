@@ -8,6 +8,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -118,7 +119,7 @@ def object_of(value: Any) -> Any:
     return _written(value, "{", dict)
 
 
-_OBJECTS = re.compile(r"\s*\[?\s*\{\s*['\"]")
+_OBJECTS = re.compile(r"\[?\s*\{\s*['\"]")
 
 
 def _written(value: Any, begin: str, kind: type) -> Any:
@@ -126,12 +127,21 @@ def _written(value: Any, begin: str, kind: type) -> Any:
         return value
     try:
         found = json.loads(value)
+    except RecursionError:
+        return value
     except ValueError:
-        try:  # what `str` makes of a list of dicts, as pandas writes it
-            found = ast.literal_eval(value.strip()) if _OBJECTS.match(value) else value
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return value
+        found = _literal(value) if _OBJECTS.match(value.lstrip()) else value
     return found if isinstance(found, kind) else value
+
+
+def _literal(text: str) -> Any:
+    """What `str` made a text of, as pandas writes a list of dicts; the text: something else did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of backslashes in a text that is no Python
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return text
 
 
 def number(value: Any) -> Any:

@@ -80,7 +80,12 @@ def answer_in(value: Any, may_be_transcript: bool) -> Any:
     if turn := turn_of(value):
         return [turn]
     given = turn_list(value) if may_be_transcript else listed(value)
-    return value if isinstance(value, str) and isinstance(given, list) and not all(map(_is_known, given)) else given
+    return value if isinstance(value, str) and isinstance(given, list) and not are_known(given) else given
+
+
+def are_known(turns: list[Any]) -> bool:
+    """Whether all objects of a list are turns of known roles."""
+    return all(map(_is_known, turns))
 
 
 def _is_known(turn: Any) -> bool:
