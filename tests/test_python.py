@@ -94,6 +94,7 @@ def test_every_command_is_there_and_takes_what_its_command_line_does():
     for name in ftray.COMMANDS:
         function = getattr(ftray, name)
         flags = {flag.replace("-", "_") for flag in COMMANDS[name].flags if flag not in NO_KEYWORDS}
+        flags -= {"host", "port"} if name == "tune" else set()  # ui={"port": 8000}
         own = {keyword for keyword, field in OWN.items() if reads(name, field)}
         own |= {COMMANDS[name].argument.rpartition(".")[2]} - {""}
         whole = {one for one in sections() if any(reads(name, f"{one}.{key}") for key in section_fields(one))}
@@ -152,7 +153,8 @@ def test_a_type_checker_sees_the_types(tmp_path):
         (lambda: ftray.ui(run="nowhere", host="0.0.0.0"), "ui.host 0.0.0.0: others could come without a key"),
         (lambda: ftray.evaluate(adapter=3), "adapters.0: must be a text (got 3)"),
         (lambda: ftray.tune(data=ROWS, output=3), "output: must be a text (got 3)"),
-        (lambda: ftray.tune(data={"prompt": ["a"]}), "unknown key data.prompt; "),
+        (lambda: ftray.tune(data={"prompt": "a"}), "unknown key data.prompt; "),
+        (lambda: ftray.tune(data={"prompt": ["a"], "completion": []}), "data.source: columns of different lengths: "),
         (lambda: ftray.infer(), "infer: give a prompt or a file"),
         (lambda: ftray.merge("a"), "merge: give --output DIR"),
         (lambda: ftray.status(run="nowhere"), "output nowhere holds no search"),
