@@ -71,19 +71,20 @@ def _evaluate(cfg: Config) -> "Evaluation":
     adapters = [find_adapter(name) for name in cfg.adapters]
     model_path = base_of(cfg, adapters)
     split = cfg.evaluation.split
-    data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
+    given = data_cfg = data_settings(cfg, adapters[0] if adapters else Path(model_path))
     merged = [Path(model_path)] if (Path(model_path) / FILE_OF_TASK).is_file() else []
     trained = {path: trained_by(path) for path in (*adapters, *merged)}
+    task = saved_task(cfg, adapters)
     if split != "all":
-        given, data_cfg = data_cfg, split_as_trained(data_cfg, next(filter(None, trained.values()), None))
+        data_cfg = split_as_trained(given, [run for runs in trained.values() for run in runs])
         if taken := said_of_split(given, data_cfg):
             print(f"split    as in training: {taken}", flush=True)
-        for path, of_run in trained.items():
-            refuse_seen(data_cfg, split, of_run, f"{'adapter' if path in adapters else 'model'} {path}")
+        for path, runs in trained.items():
+            what = f"{'adapter' if path in adapters else 'model'} {path}"
+            refuse_seen(data_cfg, split, runs, what, task.full_name if adapters else cfg.task)
         require(split, data_cfg, f"there is no {split} split to score")
-    task = saved_task(cfg, adapters)
     for adapter in adapters[1:] if task.name == CAUSAL.name else ():  # other tasks have no template
-        if data_settings(cfg, adapter) != data_cfg:
+        if data_settings(cfg, adapter) != given:
             raise UserError(
                 f"adapter {adapter}: was trained with another template than {adapters[0]} (see their {FILE_OF_TASK}): "
                 "evaluate them apart, or say by --data.template what both are to be given"

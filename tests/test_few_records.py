@@ -10,6 +10,7 @@ from helpers.results import write_search
 from rich.console import Console
 
 from ftray.evaluate import show
+from ftray.evaluation.intervals import said
 from ftray.evaluation.metrics import Scores, compare, compare_sources
 from ftray.reports.contents import contents
 from ftray.reports.headline import headline
@@ -89,3 +90,10 @@ def test_an_evaluation_of_few_records_says_so(tmp_path, capsys, monkeypatch):
     assert "no difference shown (no interval: 1 record is too few: it takes 6)" in headline(run)
     assert "On 1 record of the test split" in headline(run)
     assert contents(run).evaluation_intervals.startswith("1 test record; no 95 % intervals")
+
+
+def test_of_a_value_that_is_no_number_no_difference_is_shown():
+    base, best = Scores(np.ones(20), np.ones(20)), Scores(np.full(20, np.nan), np.ones(20))
+    entry = compare(base, best, 100)["loss"]
+    assert (entry["interval"], entry["shown"]) == (None, False)
+    assert said(entry) == "no interval: a model's value is no finite number"

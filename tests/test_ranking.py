@@ -43,6 +43,9 @@ def test_further_runs_stand_behind_their_finalist_without_a_place(tmp_path):
             assert row["place"] is None
             assert row["seed_of"] in (before["trial"], before["seed_of"])
     assert sum(row["place"] is None for row in state["trials"]) == len(summary["further_runs"]) > 0
+    state = search_state(read(output), searched(output), {}, output)  # before a finalist was chosen
+    for before, row in zip(state["trials"], state["trials"][1:], strict=False):
+        assert row["seed_of"] in (None, before["trial"], before["seed_of"])
 
 
 def row(trial: int, value: float | None, **changes) -> dict:

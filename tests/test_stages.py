@@ -83,3 +83,9 @@ def test_an_adapter_that_is_kept_is_not_asked_to_be_another(checked, tmp_path):
 def test_a_stage_for_another_kind_of_model_is_refused(checked):
     said = checked([{"task": "sft"}, {"task": "reward"}])
     assert "stage 2-reward: starts from the adapter of 1-sft, which is for CAUSAL_LM" in said
+
+
+def test_what_an_earlier_stage_trains_on_is_not_what_a_later_one_is_proven_on(checked):
+    said = checked([{"task": "sft"}, {"task": "dpo", "data": {"seed": 3}}])
+    assert said.startswith("stage 2-dpo: data.seed 3: the adapter of an earlier stage was trained with 0")
+    assert checked([{"task": "sft", "data": {"seed": 3}}, {"task": "dpo", "data": {"seed": 3}}]) == ""

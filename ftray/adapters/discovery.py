@@ -63,6 +63,22 @@ def find_adapter(name: str, with_weights: bool = True) -> Path:
     raise UserError(f"adapter {name}: no such directory{hint}")
 
 
+def _settings_above(uri: str) -> bytes | None:
+    """The `config.yaml` of the output at `uri`, or of the one that an adapter there lies in."""
+    store, _, inside = uri.partition("://")
+    steps = inside.rstrip("/").split("/")
+    for up in range(min(5, len(steps))):
+        try:
+            settings = parse_location(f"{store}://{'/'.join(steps[: len(steps) - up])}") / "config.yaml"
+            if settings.is_file() and (found := settings.read_bytes()) and (not up or b"\ntraining:" in found):
+                return found
+        except (OSError, UserError):  # of a directory above, which may be another's
+            if not up:
+                raise
+            break
+    return None
+
+
 @lru_cache
 def _copied(uri: str) -> Path:
     for inside in ("", *INSIDE):
@@ -72,8 +88,8 @@ def _copied(uri: str) -> Path:
                 continue
             directory = Path(tempfile.mkdtemp(prefix="ftray-adapter-"))
             atexit.register(shutil.rmtree, directory, ignore_errors=True)
-            if (settings := parse_location(uri) / "config.yaml").is_file():  # see data_settings
-                (directory / "config.yaml").write_bytes(settings.read_bytes())
+            if settings := _settings_above(uri):  # see data_settings
+                (directory / "config.yaml").write_bytes(settings)
             with source.as_local_dir() as local:
                 return Path(shutil.copytree(local, directory / (inside or "adapter")))
         except OSError as error:

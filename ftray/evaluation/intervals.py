@@ -56,6 +56,8 @@ def judged(low: float, high: float, difference: float, records: int, comparisons
     if records < least:
         few = "1 record is" if records == 1 else f"{records} records are"
         return {"interval": None, "shown": False, "reason": f"{few} too few: it takes {least}"}
+    if not all(map(math.isfinite, (low, high, difference))):
+        return {"interval": None, "shown": False, "reason": "a model's value is no finite number"}
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # rounding apart, all records are alike: how sure is that?
         is_any = not math.isclose(difference, 0, abs_tol=1e-12)
         return {"interval": None, "shown": is_any, "reason": f"the same on all {records} records"}

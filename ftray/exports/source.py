@@ -9,7 +9,7 @@ import yaml
 from ftray.adapters.discovery import base_of, data_settings, find_adapter, saved_task
 from ftray.config import Config, DataConfig, ModelConfig, config_from
 from ftray.errors import UserError
-from ftray.search.held_out import refuse_seen, run_of, split_as_trained
+from ftray.search.held_out import Trained, refuse_seen, run_of, split_as_trained, trained_by
 from ftray.search.results import all_rows
 from ftray.search.run_manifest import CONFIG
 from ftray.storage.location import Location, parse_location
@@ -64,7 +64,7 @@ def find_source(cfg: Config) -> Source:
     task = saved_task(cfg, [adapter])
     merged = cfg if stored is None else _with(stored, cfg)
     merged = merged.model_copy(update={"data": data_settings(merged, adapter), "task": task.full_name})
-    refuse_seen(merged.data, cfg.evaluation.split, stored.data if stored else None, f"adapter {adapter}")
+    refuse_seen(merged.data, cfg.evaluation.split, trained_by(adapter), f"adapter {adapter}", task.full_name)
     if stored is None and "source" not in cfg.data.model_fields_set and not cfg.data.sources:
         raise UserError(
             f"export: {adapter} lies in no output of tune or train, whose test records it could be proven on: give "
@@ -117,7 +117,7 @@ def _with(stored: Config, cfg: Config) -> Config:
             kept = ModelConfig(**kept.model_dump(exclude={"name"}))
         fields = {field: getattr(given, field) for field in given.model_fields_set}
         if name == "data" and fields.keys() & {"source", "sources"}:  # other records have other keys and splits
-            own = split_as_trained(given, kept)
+            own = split_as_trained(given, [Trained(kept)])
             kept = DataConfig(**{field: getattr(kept, field) for field in OF_THE_MODEL})
             fields = {field: getattr(own, field) for field in own.model_fields_set}
         sections[name] = type(kept)(**kept.model_dump(exclude_unset=True) | fields)

@@ -129,10 +129,10 @@ def search_state(search: "Search", cfg: "Config", summary: Mapping[str, Any], ou
     over = sum(t["ended"] is not None for t in search.trials if t["seed_of"] is None)
     whole = search.total > 0 and over >= search.total
     phase = search.phase if runs else "over" if summary.get("proof") else "has no driver"
-    chosen = (
-        None if runs else (summary.get("finalists") or {}).get("winner")
-    )  # which leads the report's leaderboard too
-    order = sorted(search.ranked, key=lambda row: chosen not in (row["trial"], row["seed_of"]))
+    order = search.ranked
+    chosen = None if runs else (summary.get("finalists") or {}).get("winner")
+    if chosen is not None:  # it leads the report's leaderboard too
+        order.sort(key=lambda row: chosen not in (row["trial"], row["seed_of"]))
     places = iter(range(1, len(order) + 1))
     trials = [_row(row, answered, next(places) if row["seed_of"] is None else None) for row in order]
     marks = [phase, *([row["trial"], row["state"], row["rung"]] for row in search.trials)]

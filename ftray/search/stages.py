@@ -8,6 +8,7 @@ from ftray.adapters.discovery import find_adapter
 from ftray.adapters.methods import named, parameters
 from ftray.config import AdapterConfig, Config, StageConfig, StartConfig, config_from
 from ftray.errors import UserError
+from ftray.search.held_out import Trained, refuse_seen
 from ftray.search.space import Space, load_space
 from ftray.search.starting_point import (
     find_start,
@@ -122,6 +123,7 @@ def _check_all(stages: dict[str, Config], check: Callable[[Config], Sequence[Any
     first = next(iter(stages.values()))
     adapters: list[AdapterConfig] = []  # those that the stage before may leave; none: they are not known
     before: tuple[str, Config] | None = None
+    trained: list[Trained] = []
     for name, stage in stages.items():
         if (parse_location(stage.output) / "config.yaml").exists():
             adapters = []
@@ -129,11 +131,13 @@ def _check_all(stages: dict[str, Config], check: Callable[[Config], Sequence[Any
             try:
                 own = _may_leave(check(_from_base_of(first, stage) if before else stage))
                 if before:
+                    refuse_seen(stage.data, "test", trained[::-1], "the adapter of an earlier stage", stage.task)
                     _refuse_start(stage, *before, adapters)
             except UserError as error:
                 raise UserError(f"stage {name}: {error}" if before else str(error)) from None
             adapters = adapters if before and stage.start.form == "kept" else own
         before = name, stage
+        trained.append(Trained(stage.data, stage.task))
 
 
 def _may_leave(checked: Sequence[Any]) -> list[AdapterConfig]:

@@ -81,7 +81,7 @@ def find_start(cfg: Config) -> StartingPoint | None:
     if cfg.task != "auto":
         _refuse_other_task(adapter, task, cfg.task)
     start = StartingPoint(adapter, base_of(cfg, [adapter]), task, cfg.start.form == "kept")
-    refuse_seen(cfg.data, "test", trained_by(adapter), f"adapter {adapter}")
+    refuse_seen(cfg.data, "test", trained_by(adapter), f"adapter {adapter}", cfg.task)
     if start.kept:
         refuse_stage_3(cfg)
     else:

@@ -122,13 +122,16 @@ def lease_held_since(lock: "ObjectStoreLocation") -> float | None:
 
 def lease_is_kept(lock: "ObjectStoreLocation") -> bool:
     """Whether somebody holds the lease and writes it still; to tell takes as long as from one write to the next."""
-    if lease_held_since(lock) is None:
-        return False
-    before, deadline = lock.read_text(), time.monotonic() + BEAT + 1
-    while time.monotonic() < deadline and lock.exists():
-        if lock.read_text() != before:
-            return True
-        time.sleep(0.5)
+    try:
+        if lease_held_since(lock) is None:
+            return False
+        before, deadline = lock.read_text(), time.monotonic() + BEAT + 1
+        while time.monotonic() < deadline and lock.exists():
+            if lock.read_text() != before:
+                return True
+            time.sleep(0.5)
+    except FileNotFoundError:  # its holder has ended between two looks
+        pass
     return False
 
 
