@@ -188,7 +188,7 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
             page.press("prove")
             page.answer()
             page.until(lambda: page.at("headline").text.startswith("The winner of") and page.state() == "over")
-            assert browser.find_elements(By.CSS_SELECTOR, "#report #proof-table")
+            page.until(lambda: browser.find_elements(By.CSS_SELECTOR, "#report #proof-table"))
             said = [entry["message"] for entry in browser.get_log("browser")]
             assert [one for one in said if "status of 400" not in one] == []  # the two that were refused
             told, _ = process.communicate(timeout=120)
