@@ -41,4 +41,4 @@ def opened(
         browser.get(page.as_uri() if isinstance(page, Path) else page)
         yield browser
         said = browser.get_log("browser")
-        assert said == []
+        assert said == [], said
