@@ -17,7 +17,7 @@ from itertools import pairwise
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from helpers.browser import FAINT, opened
+from helpers.browser import FAINT, console, opened
 from helpers.ports import free_port
 from helpers.results import HOSTILE, METRIC, write_search
 from helpers.searches import command, environment, study
@@ -189,13 +189,12 @@ def test_a_search_is_looked_at_and_led_from_its_page(cluster, tmp_path, words, t
             page.answer()
             page.until(lambda: page.at("headline").text.startswith("The winner of") and page.state() == "over")
             page.until(lambda: browser.find_elements(By.CSS_SELECTOR, "#report #proof-table"))
-            said = [entry["message"] for entry in browser.get_log("browser")]
-            assert [one for one in said if "status of 400" not in one] == []  # the two that were refused
+            assert [one for one in console(browser) if "status of 400" not in one] == []  # the two that were refused
             told, _ = process.communicate(timeout=120)
             assert process.returncode == 0, told
             page.until(lambda: "The server of this page is gone" in page.at("gone").text)
             browser.get("about:blank")
-            assert all("ERR_CONNECTION_REFUSED" in entry["message"] for entry in browser.get_log("browser"))
+            assert all("ERR_CONNECTION_REFUSED" in one for one in console(browser))
         assert watched.wait(60) == 0
         assert "trials over" in watched.stdout.read().splitlines()[-1]
     finally:
@@ -230,7 +229,7 @@ def test_the_page_asks_for_its_key_and_shows_the_report(over, tmp_path):
         page = Page(browser)
         page.until(lambda: page.at("key").is_displayed())
         assert not page.at("room-search").is_displayed()
-        assert all("status of 401" in entry["message"] for entry in browser.get_log("browser"))
+        assert all("status of 401" in one for one in console(browser))
         page.at("key").send_keys(KEY + Keys.TAB)
         page.until(lambda: page.at("headline").text.startswith("The winner of 12 trials"))
         assert page.state() == "over"

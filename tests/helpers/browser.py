@@ -40,5 +40,11 @@ def opened(
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         browser.get(page.as_uri() if isinstance(page, Path) else page)
         yield browser
-        said = browser.get_log("browser")
+        said = console(browser)
         assert said == [], said
+
+
+def console(browser: WebDriver, levels: tuple[str, ...] = ("SEVERE", "WARNING", "INFO")) -> list[str]:
+    """What pages have written to the console since the last call; Chromium's own, which it begins with, are none."""
+    said = [entry for entry in browser.get_log("browser") if not entry["message"].startswith("chrome://")]
+    return [entry["message"] for entry in said if entry["level"] in levels]

@@ -24,6 +24,7 @@ from ftray.cli import parse
 from ftray.serving.app import application, check_catalog
 from ftray.serving.catalog import model_of_run
 from ftray.task_spec import TaskSpec
+from helpers.browser import console
 from helpers.packs import Trial
 from helpers.ports import free_port
 
@@ -136,5 +137,4 @@ def chromium(url, profile):
         left, right = (browser.find_element("id", f"answer-{side}").rect for side in (0, 1))
         assert left["y"] + left["height"] <= right["y"]  # one above the other
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-        severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert all("401" in message for message in severe)
+        assert all("401" in message for message in console(browser, ("SEVERE",)))
