@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftray.config import Config, at_home, config_from, parse_yaml, section_at
-from ftray.errors import RunFailed, Terminated, UserError, near
+from ftray.errors import TERMINATED, RunFailed, Terminated, UserError, near
 from ftray.runtime.threads import wait_briefly
 
 atexit.register(gc.freeze)  # else a command that has imported torch collects garbage for a second before it is gone
@@ -303,7 +303,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         return 130
     except Terminated:
         print(f"ftray {name}: terminated, with checkpoints: the same command with --resume continues", file=sys.stderr)
-        return 143
+        return TERMINATED
 
 
 def parse(name: str, argv: Sequence[str]) -> Config:

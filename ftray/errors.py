@@ -43,6 +43,9 @@ TYPE_NAMES = ("str", "int", "float", "bool", "dict", "list", "tuple")  # in a pa
 SHOWN = 80  # characters of a wrong value
 
 
+TERMINATED = 143  # exit code after SIGTERM, where something was cut off
+
+
 class Terminated(BaseException):
     """SIGTERM has come: the process ends, and what it has under way can continue later."""
 

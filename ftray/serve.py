@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.errors import UserError
+from ftray.errors import TERMINATED, UserError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-TERMINATED = 143  # exit code where nothing was served yet
 NAME = "ftray"  # of the Serve application, and of what holds the cluster for it
 
 

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 from ftray.arguments import Settings, StrPath, command, config_of
 from ftray.cli import run_command
 from ftray.config import Config
-from ftray.errors import UserError
+from ftray.errors import TERMINATED, UserError
 
 if TYPE_CHECKING:
     import uvicorn
 
     from ftray.serving.live import Looked
-
-TERMINATED = 143  # exit code
 
 
 class LivePage:

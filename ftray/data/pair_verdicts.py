@@ -186,7 +186,7 @@ def verdicts_of(record: Record) -> dict[str, Any]:
 
 def _turns_nothing(key: object, value: object) -> bool:
     """Whether a key says that a pair stands the right way round."""
-    return bool(TURNED & {*meanings.words(key)}) and number(value) in (0, False, "no")
+    return bool(TURNED & {*meanings.words(key)}) and number(value) in (0, "no")  # False is 0
 
 
 def _is_graded(key: str, value: object) -> bool:
